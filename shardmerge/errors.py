@@ -1,0 +1,86 @@
+"""What can go wrong.
+
+::
+
+    ShardmergeError                1   a bug, if it is raised as itself
+    ├── ConfigError                2   the config or the command line is wrong
+    ├── PlanError                  3   the merge is refused; nothing was written
+    ├── FormatError                4   a file is malformed
+    │   └── NonFiniteError         4   a number that cannot be merged or stored
+    ├── SourceError                5   reading failed
+    ├── OutputError                5   writing failed
+    ├── VerifyError                6   the output is not what it should be
+    └── ResumeError                7   the output belongs to another merge
+
+Every message says what is wrong, where, what was expected, and what state the disk is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class ShardmergeError(Exception):
+    """The base of every error that shardmerge raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(ShardmergeError):
+    """The config file, an override or the command line is wrong."""
+
+    exit_code = 2
+
+
+class PlanError(ShardmergeError):
+    """The merge is refused before a byte was written.
+
+    ``problems`` holds every reason found, in the order in which a person would mend them.
+    """
+
+    exit_code = 3
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        super().__init__(f"the merge is refused, {count}; nothing was written:\n{lines}")
+
+    def __reduce__(self) -> tuple[type[PlanError], tuple[tuple[str, ...]]]:
+        # BaseException pickles ``args``, which here is the rendered message and not the problems.
+        return (type(self), (self.problems,))
+
+
+class FormatError(ShardmergeError):
+    """A file's content breaks its format."""
+
+    exit_code = 4
+
+
+class NonFiniteError(FormatError):
+    """A factor holds NaN or infinity, or a merged value does not fit the output dtype."""
+
+
+class SourceError(ShardmergeError):
+    """Reading the base or an adapter failed, or it is not there."""
+
+    exit_code = 5
+
+
+class OutputError(ShardmergeError):
+    """Writing the output failed."""
+
+    exit_code = 5
+
+
+class VerifyError(ShardmergeError):
+    """The output is not what the merge's record says that it must be."""
+
+    exit_code = 6
+
+
+class ResumeError(ShardmergeError):
+    """The output directory holds the work of another merge, or another process works on it."""
+
+    exit_code = 7
