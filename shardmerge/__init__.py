@@ -1,0 +1,61 @@
+"""Fold a trained adapter into a model's weights, streaming: W' = W + scaling · B A, one tile of rows at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from shardmerge.errors import (
+    ConfigError,
+    FormatError,
+    NonFiniteError,
+    OutputError,
+    PlanError,
+    ResumeError,
+    ShardmergeError,
+    SourceError,
+    VerifyError,
+)
+from shardmerge.version import __version__
+
+if TYPE_CHECKING:
+    from shardmerge.api import Progress, merge, plan
+    from shardmerge.config import MergeConfig
+    from shardmerge.report import MergeReport
+    from shardmerge.spec import MergePlan
+
+__all__ = [
+    "ConfigError",
+    "FormatError",
+    "MergeConfig",
+    "MergePlan",
+    "MergeReport",
+    "NonFiniteError",
+    "OutputError",
+    "PlanError",
+    "Progress",
+    "ResumeError",
+    "ShardmergeError",
+    "SourceError",
+    "VerifyError",
+    "__version__",
+    "merge",
+    "plan",
+]
+
+_HOMES = {
+    "MergeConfig": "shardmerge.config",
+    "MergePlan": "shardmerge.spec",
+    "MergeReport": "shardmerge.report",
+    "Progress": "shardmerge.api",
+    "merge": "shardmerge.api",
+    "plan": "shardmerge.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # The command line imports this package for every call, --help included, so heavy parts load when they are named.
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,8 @@
+"""``python -m shardmerge``."""
+
+from __future__ import annotations
+
+from shardmerge.cli import main
+
+if __name__ == "__main__":
+    main()

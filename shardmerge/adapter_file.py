@@ -1,0 +1,87 @@
+"""An adapter's files → its config and its tensors, as `TensorRef`s. No tensor data is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from shardmerge.adapters import Claims, claim, detect_format
+from shardmerge.checkpoint import read_json, read_shard
+from shardmerge.config import AdapterConfig
+from shardmerge.errors import FormatError
+from shardmerge.pickled import read_pickled
+from shardmerge.sources import LocalSource, Source
+from shardmerge.spec import SourceFile, TensorRef
+
+CONFIG_NAME = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_PICKLES = (".bin", ".pt", ".pth")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """An adapter as it is stored. ``config`` is None where there is no adapter_config.json."""
+
+    source: Source
+    file: SourceFile
+    config_file: SourceFile | None
+    config: Mapping[str, Any] | None
+    tensors: Mapping[str, TensorRef]
+
+    @property
+    def trained_on(self) -> str | None:
+        """The base that its config names."""
+        value = (self.config or {}).get("base_model_name_or_path")
+        return value if isinstance(value, str) and value else None
+
+    def format(self, wanted: str = "auto") -> str:
+        return detect_format(self.tensors, self.config) if wanted == "auto" else wanted
+
+    def claims(self, config: AdapterConfig) -> Claims:
+        """Its updates and problems, read as ``config`` says."""
+        kind = self.format(config.format)
+        if self.config is not None and kind == "peft" and (config.alpha is not None or config.scaling is not None):
+            problem = f"it has its own {CONFIG_NAME}, so alpha and scaling must not be given; weight changes its strength"
+            return Claims(problems=[problem], refused=True)
+        return claim(kind, self.tensors, self.config, config.alpha, config.scaling)
+
+
+def open_adapter(source: Source) -> AdapterFile:
+    """Find the weights and the config, and read the header. Raises `FormatError` or `SourceError`."""
+    name = _weights_name(source)
+    source, name = _with_siblings(source, name)
+    names = source.names()
+    config = read_json(source, names, CONFIG_NAME) if CONFIG_NAME in names else None
+    file = source.stat(name)
+    if name.endswith(_PICKLES):
+        tensors = read_pickled(source.fetch(name), file.uri)
+    else:
+        tensors = {ref.name: ref for ref in read_shard(source, name).tensors}
+    if not tensors:
+        raise FormatError(f"{file.uri}: holds no tensors")
+    config_file = source.stat(CONFIG_NAME) if config is not None else None
+    return AdapterFile(source, file, config_file, config, tensors)
+
+
+def _weights_name(source: Source) -> str:
+    names = [name for name in source.names() if "/" not in name]
+    for usual in _WEIGHTS:
+        if usual in names:
+            return usual
+    # Trainer checkpoints keep optimizer.pt and friends beside the adapter; only a sole candidate is no guess.
+    candidates = [name for name in names if name.endswith((".safetensors", *_PICKLES))]
+    if len(candidates) == 1:
+        return candidates[0]
+    found = ", ".join(candidates) or "none of that kind"
+    raise FormatError(
+        f"{source.location}: expected {' or '.join(_WEIGHTS)}, or one .safetensors or .pt file; found {found}"
+    )
+
+
+def _with_siblings(source: Source, name: str) -> tuple[Source, str]:
+    """A file that was named by itself still has its config beside it, where PEFT wrote both."""
+    if isinstance(source, LocalSource) and source.only and PurePosixPath(name).name in _WEIGHTS:
+        return LocalSource(source.root), name
+    return source, name

@@ -1,0 +1,65 @@
+"""The adapter of a training script without PEFT: a flat state dict of ``….A`` and ``….B``.
+
+Its layer computes ``x @ A @ B * scale`` with A (in, r) and B (r, out), so W' = W + scale · Bᵀ Aᵀ: LoRA with both
+factors stored transposed. It carries no config: the rank is in the shapes, alpha or scaling come from ours. The wrapped
+layer's own parameters may be there too, as ``….original.weight`` and ``….original.bias``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from shardmerge.adapters.base import Claims, ModuleUpdate
+from shardmerge.naming import module_name
+from shardmerge.spec import TensorRef
+
+_FACTOR = re.compile(r"(?P<module>.+)\.(?P<role>[AB])")
+_FROZEN = re.compile(r"(?P<module>.+)\.original\.(?P<parameter>weight|bias)")
+
+
+def looks_like(names: Mapping[str, TensorRef]) -> bool:
+    """Whether a file of these tensors is such an adapter."""
+    return bool(names) and all(_FACTOR.fullmatch(name) or _FROZEN.fullmatch(name) for name in names)
+
+
+def claim(tensors: Mapping[str, TensorRef], alpha: float | None, scaling: float | None) -> Claims:
+    """Pair the factors, check the pairs, compute each scaling."""
+    claims = Claims()
+    pairs: dict[str, dict[str, TensorRef]] = {}
+    for name, ref in tensors.items():
+        if match := _FROZEN.fullmatch(name):
+            module = module_name(match["module"])
+            claims.updates.append(ModuleUpdate(module, match["parameter"], "frozen-copy", (("copy", ref),), 1.0, 0))
+        elif match := _FACTOR.fullmatch(name):
+            pairs.setdefault(match["module"], {})[match["role"]] = ref
+    if alpha is None and scaling is None and pairs:
+        claims.problems.append("it carries no config, so its scale is unknown: give alpha (or scaling) in the config")
+    for name, pair in pairs.items():
+        _claim_pair(claims, name, pair, alpha, scaling)
+    return claims
+
+
+def _claim_pair(
+    claims: Claims, name: str, pair: Mapping[str, TensorRef], alpha: float | None, scaling: float | None
+) -> None:
+    if missing := {"A", "B"} - pair.keys():
+        there = next(iter(pair.values()))
+        claims.problems.append(f"{there.name} is there without {name}.{missing.pop()}")
+        return
+    a, b = pair["A"], pair["B"]
+    claims.updates.append(ModuleUpdate(module_name(name), "weight", "lora", (("A", a), ("B", b)), 1.0, 0))
+    matrices = len(a.shape) == 2 and len(b.shape) == 2
+    if not matrices or a.shape[1] != b.shape[0]:
+        hint = ""
+        if matrices and a.shape[0] == b.shape[1]:
+            hint = "; these are (r, in) and (out, r), PEFT's layout: transpose both, or name them lora_A and lora_B"
+        claims.misfit(
+            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (in, r) and (r, out) of one rank{hint}"
+        )
+        return
+    rank = a.shape[1]
+    scale = scaling if scaling is not None else (alpha or 0.0) / max(rank, 1)
+    factors = (("A", a.transposed()), ("B", b.transposed()))
+    claims.updates[-1] = dataclasses.replace(claims.updates[-1], factors=factors, scaling=scale, rank=rank)

@@ -1,0 +1,7 @@
+"""Stored formats ↔ tiles in the compute dtype. Torch, no I/O."""
+
+from __future__ import annotations
+
+from shardmerge.codecs.floats import TORCH_DTYPES, encode_into, overflow_limit, view_bytes
+
+__all__ = ["TORCH_DTYPES", "encode_into", "overflow_limit", "view_bytes"]

@@ -1,0 +1,56 @@
+"""F32, F16 and BF16: bytes ↔ tensors, with one rounding to nearest, ties to even.
+
+A float64 is not rounded to 16 bits by way of float32, as torch does it: two roundings to nearest can end on the wrong
+side of a tie. It goes to float32 by rounding to odd, which keeps what the second rounding needs to know.
+Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd",
+IEEE Transactions on Computers 57(4), 2008.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
+
+def view_bytes(raw: Tensor, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """Bytes (uint8, dense) seen as a tensor; no copy."""
+    return raw.view(TORCH_DTYPES[dtype]).view(shape)
+
+
+def encode_into(target: Tensor, value: Tensor) -> None:
+    """Round ``value`` (float32, float64 or bfloat16) into ``target``, once."""
+    if value.dtype == torch.float64 and target.dtype in _SIXTEEN_BITS:
+        value = _round_to_odd(value)
+    target.copy_(value)
+
+
+def _round_to_odd(value: Tensor) -> Tensor:
+    """float64 → float32: exact where it fits, else of its two neighbours the one whose last bit is 1."""
+    nearest = value.to(torch.float32)
+    error = value - nearest.double()
+    # Towards the exact value: up where nearest lies below it, down where it lies above; as steps of the bit pattern,
+    # which grows with the magnitude.
+    bits = nearest.view(torch.int32)
+    away = (error > 0) == (nearest > 0)
+    even = (bits & 1) == 0
+    step = torch.where(away, 1, -1).to(torch.int32)
+    inexact = (error != 0) & torch.isfinite(nearest) & even
+    return torch.where(inexact, bits + step, bits).view(torch.float32)
+
+
+def overflow_limit(dtype: str) -> float:
+    """The least magnitude that rounds to infinity in ``dtype``: half a unit above the largest finite number."""
+    info = torch.finfo(TORCH_DTYPES[dtype])
+    unit = info.eps * 2.0 ** (math.frexp(info.max)[1] - 1)
+    return float(info.max) + unit / 2

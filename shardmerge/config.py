@@ -1,0 +1,222 @@
+"""The config: YAML and ``-s key=value`` → a validated `MergeConfig`.
+
+Relative paths are relative to the working directory, as on every command line. Sizes are bytes: ``5GB`` is 5·10⁹ (the
+Hub's and transformers' meaning), ``5GiB`` is 5·2³⁰.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from shardmerge.errors import ConfigError
+
+MAX_CONFIG_BYTES = 1_000_000
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_PREFIXES = "KMGT"
+
+
+def parse_size(value: Any) -> int:
+    """``"256MB"``, ``"1.5 GiB"`` or a number of bytes → bytes. `ValueError` otherwise."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    else:
+        match = _SIZE.fullmatch(str(value).strip())
+        if match is None:
+            raise ValueError(f"{value!r} is no size; write for example 256MB, 5GB, 1.5GiB or a number of bytes")
+        number, prefix, binary = match.groups()
+        base = 1024 if binary else 1000
+        size = round(float(number) * base ** (_PREFIXES.index(prefix.upper()) + 1 if prefix else 0))
+    if size <= 0:
+        raise ValueError(f"{value!r} is no size: it must be above zero")
+    return size
+
+
+def _size_or(word: str) -> BeforeValidator:
+    return BeforeValidator(lambda value: value if value == word else parse_size(value))
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class AdapterConfig(_Section):
+    """One adapter, in the order in which they are applied."""
+
+    path: str = Field(min_length=1, description="A directory, a file, or a Hub id (org/name or org/name@revision).")
+    weight: float = Field(default=1.0, description="Multiplies the adapter's own scaling.")
+    format: Literal["auto", "peft", "pure-pytorch"] = Field(default="auto", description="How the adapter is stored.")
+    alpha: float | None = Field(
+        default=None, description="For an adapter that carries no config: its alpha; the scaling is alpha / rank."
+    )
+    scaling: float | None = Field(default=None, description="For an adapter that carries no config: its scaling.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_string(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_scale(self) -> AdapterConfig:
+        if self.alpha is not None and self.scaling is not None:
+            raise ValueError("give alpha or scaling, not both (scaling is alpha / rank)")
+        return self
+
+
+class OutputConfig(_Section):
+    """Where the merged model goes, and how it is stored."""
+
+    path: str = Field(min_length=1, description="A directory. It must be empty or not exist yet.")
+    dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
+        default="same", description="What floating-point weights are stored in."
+    )
+    max_shard_size: Annotated[Literal["same"] | int, _size_or("same")] = Field(
+        default="same", description="same keeps the base's shards; a size such as 5GB shards anew."
+    )
+
+
+class ComputeConfig(_Section):
+    """Where and in what the sums are done."""
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:1.")
+    dtype: Literal["float32", "float64", "bfloat16"] = Field("float32", description="W + ΔW is computed in this.")
+    max_memory: Annotated[Literal["auto"] | int, _size_or("auto")] = Field(
+        default="auto", description="The working set above the interpreter's own memory, for example 256MB."
+    )
+
+
+class MergeConfig(_Section):
+    """A merge: what `shardmerge run` reads from YAML."""
+
+    base: str = Field(
+        min_length=1,
+        description="A directory, a .safetensors file, a Hub id, or auto: what the adapter was trained on.",
+    )
+    adapters: tuple[AdapterConfig, ...] = Field(min_length=1)
+    output: OutputConfig
+    compute: ComputeConfig = Field(default_factory=lambda: ComputeConfig.model_validate({}))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_adapter(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("adapters"), (str, dict)):
+            return {**value, "adapters": [value["adapters"]]}
+        return value
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any], where: str = "config") -> MergeConfig:
+        """Validate a mapping. `ConfigError` lists everything that is wrong with it."""
+        try:
+            return cls.model_validate(dict(value))
+        except ValidationError as error:
+            problems = "\n".join(f"  - {_explain(item)}" for item in error.errors())
+            raise ConfigError(f"{where}: the config is wrong; nothing was written:\n{problems}") from None
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> MergeConfig:
+        """Read YAML, put ``key.path=value`` overrides on top, validate."""
+        value = load_yaml(Path(path))
+        for override in overrides:
+            _override(value, override)
+        return cls.from_dict(value, str(path))
+
+
+# --- YAML -------------------------------------------------------------------------------------------------------------
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice: YAML would let the last one win without a word."""
+
+
+def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    for number, key in enumerate(keys):
+        if key in keys[:number]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+    # Merge keys (<<) are not flattened: nested, they grow without bound, and a config has no use for them.
+    return dict(zip(keys, (loader.construct_object(item, deep=True) for _, item in node.value), strict=True))
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file; `ConfigError` where it is none."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: the config cannot be read: {error.strerror}") from None
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: over {MAX_CONFIG_BYTES} bytes long; this is no config")
+    try:
+        value = yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader
+    except (yaml.YAMLError, RecursionError, TypeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: a config is a mapping with the keys {', '.join(MergeConfig.model_fields)}")
+    return value
+
+
+def _override(value: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted:
+        raise ConfigError(f"-s {override}: write it as key.path=value, for example output.path=/mnt/merged")
+    try:
+        new = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"-s {override}: the value is not valid YAML: {error}") from None
+    *folders, last = dotted.split(".")
+    place: Any = value
+    for step in folders:
+        place = _step(place, step, override)
+    if isinstance(place, list):
+        place[_list_index(place, last, override)] = new
+    elif isinstance(place, dict):
+        place[last] = new
+    else:
+        raise ConfigError(f"-s {override}: {'.'.join(folders)} is no section of the config")
+
+
+def _step(place: Any, step: str, override: str) -> Any:
+    if isinstance(place, list):
+        index = _list_index(place, step, override)
+        if isinstance(place[index], str):  # the short form of an adapter
+            place[index] = {"path": place[index]}
+        return place[index]
+    if isinstance(place, dict):
+        return place.setdefault(step, {})
+    raise ConfigError(f"-s {override}: nothing can be set below {step!r}")
+
+
+def _list_index(place: list[Any], step: str, override: str) -> int:
+    if not step.isdecimal() or int(step) >= len(place):
+        raise ConfigError(f"-s {override}: {step!r} is no number from 0 to {len(place) - 1}")
+    return int(step)
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+_SECTIONS: Mapping[str, type[_Section]] = {"adapters": AdapterConfig, "output": OutputConfig, "compute": ComputeConfig}
+
+
+def _explain(error: Any) -> str:
+    place = ".".join(str(step) for step in error["loc"]) or "the config"
+    if error["type"] == "extra_forbidden":
+        *parents, key = error["loc"]
+        section = _SECTIONS.get(str(parents[0]), MergeConfig) if parents else MergeConfig
+        valid = list(section.model_fields)
+        near = difflib.get_close_matches(str(key), valid, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        return f"{place}: there is no such key{hint}; valid are {', '.join(valid)}"
+    if error["type"] == "missing":
+        return f"{place}: is missing"
+    found = "" if isinstance(error.get("input"), dict) else f" (found {reprlib.repr(error.get('input'))})"
+    return f"{place}: {error['msg'].removeprefix('Value error, ')}{found}"

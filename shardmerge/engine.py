@@ -1,0 +1,243 @@
+"""Run one shard of a plan: read → decode → each update → check → encode → write.
+
+The only room that sees both files and tensors. Tensors without an update travel as bytes, in runs; the others tile by
+tile, in the compute dtype, and are rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardmerge import pipeline
+from shardmerge.adapters import FAMILIES
+from shardmerge.codecs import TORCH_DTYPES, encode_into, overflow_limit, view_bytes
+from shardmerge.errors import NonFiniteError, PlanError
+from shardmerge.factors import LazyFactors
+from shardmerge.pipeline import Buffer
+from shardmerge.sinks import ShardWriter
+from shardmerge.sources import Reader, open_reader
+from shardmerge.spec import (
+    DTYPE_BITS,
+    DTYPE_NAMES,
+    MergePlan,
+    Receipt,
+    RowRange,
+    ShardPlan,
+    SourceFile,
+    TensorPlan,
+    dtype_code,
+    even_rows,
+)
+
+_OPEN_READERS = 8
+_NO_ROWS = RowRange(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Bytes of one buffer: what is read from where, and what is written to where.
+
+    ``tensor`` is None for a run of bytes that travels as it is.
+    """
+
+    uri: str
+    read_offset: int
+    read_bytes: int
+    write_offset: int
+    write_bytes: int
+    tensor: TensorPlan | None = None
+    rows: RowRange = _NO_ROWS
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is the CPU: a merge is bound by the disk, and the CPU's sums are the same everywhere.
+
+    Raises `PlanError` if the device is not there.
+    """
+    device = torch.device("cpu" if name == "auto" else name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise PlanError([f"compute.device is {name}, but torch {torch.__version__} finds {found} CUDA devices here"])
+    return device
+
+
+def jobs(shard: ShardPlan, buffer_bytes: int) -> Iterator[Job]:
+    """A shard's work in the order of its output, each job within one buffer."""
+    run: Job | None = None
+    for tensor in shard.tensors:
+        if tensor.tiles:
+            if run:
+                yield from _chunks(run, buffer_bytes)
+                run = None
+            yield from _tiles(tensor)
+        elif tensor.source.nbytes:
+            run, finished = _extend(run, tensor)
+            if finished:
+                yield from _chunks(finished, buffer_bytes)
+    if run:
+        yield from _chunks(run, buffer_bytes)
+
+
+def _extend(run: Job | None, tensor: TensorPlan) -> tuple[Job, Job | None]:
+    """Add a tensor to a run of bytes if it follows on both sides; else begin a new run and give back the old one."""
+    source, start = tensor.source, tensor.out.data_offsets[0]
+    new = Job(source.uri, source.offset, source.nbytes, start, source.nbytes)
+    if run is None:
+        return new, None
+    follows = run.uri == new.uri and run.read_offset + run.read_bytes == new.read_offset
+    if follows and run.write_offset + run.write_bytes == new.write_offset:
+        size = run.read_bytes + new.read_bytes
+        return Job(run.uri, run.read_offset, size, run.write_offset, size), None
+    return new, run
+
+
+def _chunks(run: Job, buffer_bytes: int) -> Iterator[Job]:
+    for start in range(0, run.read_bytes, buffer_bytes):
+        size = min(buffer_bytes, run.read_bytes - start)
+        yield Job(run.uri, run.read_offset + start, size, run.write_offset + start, size)
+
+
+def _tiles(tensor: TensorPlan) -> Iterator[Job]:
+    read_row = tensor.row_elements * DTYPE_BITS[tensor.source.dtype] // 8
+    write_row = tensor.row_elements * DTYPE_BITS[tensor.out.dtype] // 8
+    for rows in even_rows(tensor.rows, tensor.tiles):
+        yield Job(
+            uri=tensor.source.uri,
+            read_offset=tensor.source.offset + rows.start * read_row,
+            read_bytes=len(rows) * read_row,
+            write_offset=tensor.out.data_offsets[0] + rows.start * write_row,
+            write_bytes=len(rows) * write_row,
+            tensor=tensor,
+            rows=rows,
+        )
+
+
+class Readers:
+    """Open files of the sources, the latest few of them."""
+
+    def __init__(self, files: Iterable[SourceFile]) -> None:
+        self._files = {file.uri: file for file in files}
+        self._open: dict[str, Reader] = {}
+
+    def get(self, uri: str) -> Reader:
+        reader = self._open.pop(uri, None) or open_reader(self._files[uri])
+        self._open[uri] = reader  # the dictionary's order is the order of use
+        if len(self._open) > _OPEN_READERS:
+            oldest = next(iter(self._open))
+            self._open.pop(oldest).close()
+        return reader
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+class Engine:
+    """Buffers and workspace of a merge, used for every shard in turn. Close it to give back the open files."""
+
+    def __init__(self, plan: MergePlan) -> None:
+        self.plan = plan
+        self.device = resolve_device(plan.compute_device)
+        self.dtype = TORCH_DTYPES[dtype_code(plan.compute_dtype)]
+        self.buffers = [Buffer(plan.memory.buffer_bytes) for _ in range(plan.memory.buffers)]
+        self._raw = {id(buffer): torch.frombuffer(buffer.memory, dtype=torch.uint8) for buffer in self.buffers}
+        self._workspace = torch.empty(plan.memory.workspace_bytes, dtype=torch.uint8, device=self.device)
+        self._base = Readers(plan.base.files)
+        self._adapters = Readers(file for adapter in plan.adapters for file in adapter.files)
+        self._factors = LazyFactors(self._adapters.get, self.dtype, self.device)
+
+    def close(self) -> None:
+        self._base.close()
+        self._adapters.close()
+
+    def merge_shard(self, shard: ShardPlan, writer: ShardWriter, advance: Callable[[int], None]) -> Receipt:
+        """Write one shard through ``writer``, which is not committed. ``advance`` is told the bytes done."""
+
+        def read(job: Job, buffer: Buffer) -> None:
+            self._base.get(job.uri).read_into(job.read_offset, buffer.view[: job.read_bytes])
+
+        def work(job: Job, buffer: Buffer) -> None:
+            if job.tensor is not None:
+                self._merge_tile(job, job.tensor, self._raw[id(buffer)])
+
+        def write(job: Job, buffer: Buffer) -> None:
+            writer.write(job.write_offset, buffer.view[: job.write_bytes])
+
+        self._factors.begin_shard()
+        pipeline.run(
+            jobs(shard, self.plan.memory.buffer_bytes),
+            self.buffers,
+            read,
+            work,
+            write,
+            lambda job: advance(job.write_bytes),
+        )
+        return Receipt(shard.name, self.plan.digest, shard.nbytes, tuple(sorted(self._factors.active)))
+
+    def _merge_tile(self, job: Job, tensor: TensorPlan, raw: Tensor) -> None:
+        """Decode the tile from its buffer, update it in the workspace, and encode it into the same buffer."""
+        shape = (len(job.rows), tensor.row_elements)
+        # Conversion alone goes by way of float32, which holds every value of the three dtypes.
+        dtype = self.dtype if tensor.updates else torch.float32
+        stored = view_bytes(raw[: job.read_bytes], tensor.source.dtype, shape)
+        tile, scratch = self._work_tensors(shape, dtype, bool(tensor.updates))
+        tile.copy_(stored)
+        for update in tensor.updates:
+            factors = self._factors.of(update)
+            FAMILIES[update.family].apply(tile, factors, update, job.rows, scratch)
+        self._check(tile, tensor, job.rows, stored)
+        encode_into(view_bytes(raw[: job.write_bytes], tensor.out.dtype, shape), tile)
+
+    def _work_tensors(self, shape: tuple[int, int], dtype: torch.dtype, with_scratch: bool) -> tuple[Tensor, Tensor]:
+        size = shape[0] * shape[1] * dtype.itemsize
+        parts = [
+            self._workspace[start : start + size].view(dtype).view(shape) for start in (0, size)[: 1 + with_scratch]
+        ]
+        return parts[0], parts[-1]
+
+    def _check(self, tile: Tensor, tensor: TensorPlan, rows: RowRange, stored: Tensor) -> None:
+        """Stop at a value that is not finite, or that the output dtype would round to infinity."""
+        if tile.numel() == 0:
+            return
+        low, high = (float(bound) for bound in torch.aminmax(tile))
+        limit = overflow_limit(tensor.out.dtype)
+        if -limit < low and high < limit:  # false for NaN, which aminmax passes on
+            return
+        wrong = ~(tile.abs() < limit)
+        if not tensor.updates:
+            # An infinity that the base holds on purpose (a mask, say) stays one; only a number must not become one.
+            wrong &= torch.isfinite(tile)
+            if not bool(wrong.any()):
+                return
+        row, column = (int(index) for index in wrong.nonzero()[0])
+        value, was = float(tile[row, column]), float(stored[row, column])
+        raise NonFiniteError(_explain(tensor, rows.start + row, column, value, was))
+
+
+def _explain(tensor: TensorPlan, row: int, column: int, value: float, was: float) -> str:
+    where = f"{tensor.source.name}, row {row}, column {column}"
+    if not tensor.updates:
+        shape = tensor.source.shape
+        where = f"{tensor.source.name}, element {list(_unravel(row, shape))}"
+    if not math.isfinite(was):
+        return f"{where}: the base itself holds {was} there; the merge was stopped"
+    if math.isfinite(value):
+        name = DTYPE_NAMES[tensor.out.dtype]
+        return (
+            f"{where}: the merged value is {value:g}, more than {name} can hold; the merge was stopped. "
+            "output.dtype: float32 holds it, and so does bfloat16"
+        )
+    return f"{where}: the merged value is {value}, from {was:g} in the base; the merge was stopped. No dtype holds it"
+
+
+def _unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    position: list[int] = []
+    for size in reversed(shape):
+        index, remainder = divmod(index, size)
+        position.insert(0, remainder)
+    return tuple(position)

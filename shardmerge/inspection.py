@@ -1,0 +1,173 @@
+"""What a path is: a base checkpoint or an adapter, told from its headers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from shardmerge.adapter_file import CONFIG_NAME, AdapterFile, open_adapter
+from shardmerge.checkpoint import Checkpoint, open_checkpoint
+from shardmerge.config import AdapterConfig
+from shardmerge.errors import FormatError
+from shardmerge.report import human_bytes, table
+from shardmerge.sources import Source, open_source
+from shardmerge.spec import TensorRef
+
+_ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin", CONFIG_NAME)
+_PICKLES = (".pt", ".pth", ".bin")
+
+
+def inspect_path(location: str) -> dict[str, Any]:
+    """Describe a checkpoint or an adapter as JSON. Raises `SourceError` or `FormatError`."""
+    source = open_source(location)
+    if _is_adapter(source):
+        return _describe_adapter(open_adapter(source), location)
+    checkpoint = open_checkpoint(source)
+    if len(checkpoint.shards) == 1 and _has_factors(checkpoint):
+        return _describe_adapter(open_adapter(source), location)
+    return _describe_checkpoint(checkpoint)
+
+
+def _is_adapter(source: Source) -> bool:
+    names = [name for name in source.names() if "/" not in name]
+    if any(name in _ADAPTER_NAMES for name in names):
+        return True
+    return not any(name.endswith(".safetensors") for name in names) and any(name.endswith(_PICKLES) for name in names)
+
+
+def _has_factors(checkpoint: Checkpoint) -> bool:
+    return any(".lora_A." in name or name.endswith((".A", ".lora_A")) for name in checkpoint.weights)
+
+
+def _dtypes(tensors: Mapping[str, TensorRef]) -> dict[str, dict[str, int]]:
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for ref in tensors.values():
+        counts[ref.dtype] += 1
+        sizes[ref.dtype] += ref.nbytes
+    return {dtype: {"tensors": counts[dtype], "bytes": sizes[dtype]} for dtype in sorted(counts)}
+
+
+def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    tensors = {name: weight.tensor for name, weight in checkpoint.weights.items()}
+    return {
+        "kind": "checkpoint",
+        "location": checkpoint.source.location,
+        "revision": checkpoint.source.revision,
+        "model_type": checkpoint.model_type,
+        "architectures": checkpoint.config.get("architectures"),
+        "bytes": sum(shard.file.size for shard in checkpoint.shards),
+        "shards": len(checkpoint.shards),
+        "index": checkpoint.index_name,
+        "tensors": len(tensors),
+        "dtypes": _dtypes(tensors),
+        "tie_word_embeddings": checkpoint.ties_embeddings,
+    }
+
+
+def _describe_adapter(adapter: AdapterFile, location: str) -> dict[str, Any]:
+    config = adapter.config or {}
+    # Without a config the scale is not the adapter's to tell; 1 as scaling lets the rest be read.
+    bare = adapter.config is None
+    claims = adapter.claims(AdapterConfig(path=location, scaling=1.0 if bare else None))
+    updates = [update for update in claims.updates if update.family != "frozen-copy"]
+    kinds = Counter(update.module.rpartition(".")[2] for update in updates)
+    leftovers = [] if claims.refused else claims.leftovers(adapter.tensors)
+    return {
+        "kind": "adapter",
+        "location": adapter.source.location,
+        "revision": adapter.source.revision,
+        "format": adapter.format(),
+        "family": config.get("peft_type", "LORA"),
+        "bytes": adapter.file.size,
+        "tensors": len(adapter.tensors),
+        "dtypes": _dtypes(adapter.tensors),
+        "ranks": sorted({update.rank for update in updates}),
+        "alpha": config.get("lora_alpha"),
+        "rslora": bool(config.get("use_rslora")),
+        "scalings": None if bare else sorted({update.scaling for update in updates}),
+        "targets": dict(sorted(kinds.items())),
+        "trained_on": adapter.trained_on,
+        "peft_version": config.get("peft_version"),
+        "problems": [*claims.problems, *(f"{name} belongs to no update" for name in leftovers)],
+    }
+
+
+def describe(found: Mapping[str, Any]) -> str:
+    """What `inspect_path` found, as a person reads it."""
+    shown = {key: value for key, value in found.items() if key not in ("bytes", "dtypes", "targets", "problems")}
+    rows = [(key.replace("_", " "), _value(value)) for key, value in shown.items() if value not in (None, [])]
+    rows.append(("size", human_bytes(found["bytes"])))
+    for dtype, sizes in found["dtypes"].items():
+        rows.append((dtype, f"{sizes['tensors']} tensors, {human_bytes(sizes['bytes'])}"))
+    if found.get("targets"):
+        rows.append(("targets", ", ".join(f"{kind} ×{count}" for kind, count in found["targets"].items())))
+    text = table(rows)
+    if found["kind"] == "adapter" and found["scalings"] is None:
+        text += "\nit carries no config: a merge must be given its alpha or scaling"
+    return "\n".join([text, *(f"problem: {problem}" for problem in found.get("problems", []))])
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_value, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+# --- a config to begin with -------------------------------------------------------------------------------------------
+
+_STARTER = """\
+# Merge {what}.
+# Look first: shardmerge plan {name}      then: shardmerge run {name}
+
+base: {base}  # {base_comment}
+
+adapters:
+  - path: {adapter}
+    weight: 1.0            # multiplies the adapter's own scaling{scale}
+
+output:
+  path: {output}
+  dtype: same              # same | float32 | bfloat16 | float16
+  max_shard_size: same     # same | 5GB
+
+compute:
+  device: auto             # auto | cpu | cuda | cuda:1
+  dtype: float32           # W + ΔW is computed in this
+  max_memory: auto         # working set above the interpreter's own, e.g. 256MB
+"""
+
+
+def starter_config(location: str, name: str) -> str:
+    """A commented config for an adapter, from its own metadata. ``name`` is the file it will be written to."""
+    found = inspect_path(location)
+    if found["kind"] != "adapter":
+        raise FormatError(f"{location}: this is a checkpoint, not an adapter; init takes an adapter")
+    ranks = ", ".join(map(str, found["ranks"])) or "unknown"
+    scalings = ", ".join(f"{value:.6g}" for value in found["scalings"] or [])
+    what = f"a {found['family']} adapter, rank {ranks}" + (f", scaling {scalings}" if scalings else "")
+    scale = (
+        "" if scalings else "\n    alpha: 16              # the adapter carries no config: what was alpha in training?"
+    )
+    trained_on = found["trained_on"]
+    return _STARTER.format(
+        what=what,
+        name=name,
+        base=_quoted("auto" if trained_on else "path/to/base"),
+        base_comment=f"the adapter says it was trained on {json.dumps(trained_on)}; or give a path"
+        if trained_on
+        else "a directory, a .safetensors file or a Hub id",
+        adapter=_quoted(location),
+        scale=scale,
+        output=_quoted(location.rstrip("/").rpartition("/")[2].partition("@")[0].removesuffix(".pt") + "-merged"),
+    )
+
+
+def _quoted(text: str) -> str:
+    """A YAML scalar; JSON's quoting is valid YAML."""
+    plain = text and all(character.isalnum() or character in "/._-@" for character in text) and text[0] not in "-@."
+    return text if plain else json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,49 @@
+"""Adapter module → base weight.
+
+An adapter's keys carry the module names of the process that trained it. Wrappers leave segments in them that no
+checkpoint has; those are stripped here, and only here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+#: What PEFT puts before the name of a module of the base.
+PEFT_PREFIX = "base_model.model."
+#: Segments that torch.compile, FSDP and activation checkpointing leave in names.
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_SUGGESTIONS = 3
+_CANDIDATES = 2_000
+
+
+def module_name(name: str) -> str:
+    """The name of the module in the base, without PEFT's prefix and the wrappers' segments."""
+    if any(wrapper in name for wrapper in _WRAPPERS):
+        name = ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
+    return name.removeprefix(PEFT_PREFIX)
+
+
+def nearest(name: str, known: Collection[str]) -> list[str]:
+    """Up to three known names that resemble ``name``, the likeliest first.
+
+    Names with the same last segments come before all others, since a wrong prefix is the usual mistake; the rest is a
+    spelling comparison, which is slow and therefore bounded.
+    """
+    segments = name.split(".")
+    for count in range(min(len(segments), 6), 1, -1):
+        suffix = ".".join(segments[-count:])
+        same_end = [candidate for candidate in known if candidate.endswith("." + suffix) or candidate == suffix]
+        if same_end:
+            return sorted(same_end, key=lambda candidate: (abs(len(candidate) - len(name)), candidate))[:_SUGGESTIONS]
+    candidates = [candidate for candidate in known if candidate.rpartition(".")[2] == segments[-1]] or list(known)
+    return difflib.get_close_matches(name, candidates[:_CANDIDATES], _SUGGESTIONS, cutoff=0.5)
+
+
+#: Models whose layers are transformers' Conv1D, whose weight is (in, out).
+_CONV1D_MODEL_TYPES = frozenset({"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
+
+
+def stores_transposed(model_type: str | None) -> bool:
+    """Whether a model's layers store W as (in, out). Shapes cannot tell where a layer is square."""
+    return model_type in _CONV1D_MODEL_TYPES

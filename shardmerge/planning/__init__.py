@@ -1,0 +1,214 @@
+"""Config and headers → a `MergePlan`, or a `PlanError` with every reason why not.
+
+No tensor data is read here, nothing is written, and torch is not imported (a pickled adapter excepted: its header is a
+pickle, which only torch may read).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shardmerge.adapter_file import AdapterFile, open_adapter
+from shardmerge.checkpoint import Checkpoint, open_checkpoint
+from shardmerge.config import AdapterConfig, MergeConfig
+from shardmerge.errors import PlanError, ShardmergeError
+from shardmerge.planning import aux_files
+from shardmerge.planning.match import match
+from shardmerge.planning.output_checks import check_place, check_space
+from shardmerge.planning.tiling import tile_all
+from shardmerge.sinks import lay_out
+from shardmerge.sources import open_source
+from shardmerge.spec import AdapterInfo, MergePlan, ShardPlan, SourceFile, Update, dtype_code, jsonable
+
+__all__ = ["make_plan"]
+
+#: Raised when the same plan comes to mean other bytes, so that unfinished work of an older version is not mixed in.
+_DIGEST_VERSION = 1
+
+Opened = TypeVar("Opened")
+
+
+def make_plan(config: MergeConfig, overwrite: bool = False) -> MergePlan:
+    """Decide everything about a merge.
+
+    Raises `PlanError` with all problems; `FormatError` or `SourceError` where the base or an adapter cannot be read.
+    """
+    checkpoint, adapters = _open_all(config)
+    dtype = "same" if config.output.dtype == "same" else dtype_code(config.output.dtype)
+    compute_dtype = dtype_code(config.compute.dtype)
+    output = Path(config.output.path).expanduser().absolute()
+
+    matches = match(checkpoint, adapters)
+    problems = list(matches.problems)
+    max_shard_size = None if config.output.max_shard_size == "same" else config.output.max_shard_size
+    layout = lay_out(checkpoint, dtype, max_shard_size)
+    max_memory = None if config.compute.max_memory == "auto" else config.compute.max_memory
+    shards, memory = tile_all(_with_updates(layout.shards, matches.updates), compute_dtype, max_memory)
+    if max_memory is not None and memory.total > max_memory and not problems:
+        problems.append(
+            f"compute.max_memory is {max_memory:,} bytes, but the largest layer needs {memory.total:,} to work on at "
+            "least 16 of its rows at a time; give at least that"
+        )
+    changed = None if dtype == "same" or not _changes_dtype(shards) else config.output.dtype
+    aux = aux_files.collect(checkpoint, adapters, changed)
+    written = sum(shard.nbytes for shard in shards) + sum(file.source.size for file in aux.files)
+    problems += check_place(output, checkpoint, [adapter for _, adapter in adapters], overwrite)
+    problems += check_space(output, written)
+    if problems:
+        raise PlanError(problems)
+    infos = tuple(_adapter_info(entry, adapter) for entry, adapter in adapters)
+    plan = MergePlan(
+        base=checkpoint.info(),
+        adapters=infos,
+        output=str(output),
+        output_dtype=config.output.dtype,
+        compute_dtype=config.compute.dtype,
+        compute_device=config.compute.device,
+        shards=shards,
+        index_name=layout.index_name,
+        index_metadata=tuple(checkpoint.index_metadata.items()),
+        aux=tuple(aux.files),
+        memory=memory,
+        bytes_read=_bytes_read(shards),
+        bytes_written=written,
+        warnings=(*matches.warnings, *_warnings(config, checkpoint, adapters), *aux.warnings),
+        overwrite=overwrite,
+        config=config.model_dump(mode="json"),
+        digest="",
+    )
+    return dataclasses.replace(plan, digest=_digest(plan))
+
+
+# --- opening ----------------------------------------------------------------------------------------------------------
+
+
+def _open_all(config: MergeConfig) -> tuple[Checkpoint, list[tuple[AdapterConfig, AdapterFile]]]:
+    """Open the base and every adapter; a single failure keeps its own class, several are told together."""
+    errors: list[ShardmergeError] = []
+
+    def attempt(opening: Callable[[], Opened]) -> Opened | None:
+        try:
+            return opening()
+        except ShardmergeError as error:
+            errors.append(error)
+            return None
+
+    adapters = []
+    for entry in config.adapters:
+        adapter = attempt(lambda entry=entry: open_adapter(open_source(entry.path)))  # type: ignore[misc]
+        if adapter is not None:
+            adapters.append((entry, adapter))
+    checkpoint = None
+    if config.base != "auto" or not errors:
+        checkpoint = attempt(lambda: open_checkpoint(open_source(_base_location(config, adapters))))
+    if len(errors) == 1:
+        raise errors[0]
+    if errors or checkpoint is None:
+        raise PlanError([str(error) for error in errors])
+    return checkpoint, adapters
+
+
+def _base_location(config: MergeConfig, adapters: Sequence[tuple[AdapterConfig, AdapterFile]]) -> str:
+    if config.base != "auto":
+        return config.base
+    named = {adapter.trained_on: entry.path for entry, adapter in adapters if adapter.trained_on}
+    if len(named) == 1:
+        return next(iter(named))
+    if named:
+        found = "; ".join(f"{path} was trained on {base}" for base, path in named.items())
+        raise PlanError([f"base: auto: the adapters name different bases ({found}); give the base's path"])
+    raise PlanError(["base: auto: no adapter says what it was trained on; give the base's path"])
+
+
+# --- assembling -------------------------------------------------------------------------------------------------------
+
+
+def _with_updates(shards: Sequence[ShardPlan], updates: dict[str, list[Update]]) -> list[ShardPlan]:
+    return [
+        dataclasses.replace(
+            shard,
+            tensors=tuple(
+                dataclasses.replace(tensor, updates=tuple(updates[tensor.source.name]))
+                if tensor.source.name in updates
+                else tensor
+                for tensor in shard.tensors
+            ),
+        )
+        for shard in shards
+    ]
+
+
+def _changes_dtype(shards: Sequence[ShardPlan]) -> bool:
+    return any(tensor.source.dtype != tensor.out.dtype for shard in shards for tensor in shard.tensors)
+
+
+def _bytes_read(shards: Sequence[ShardPlan]) -> int:
+    tensors = [tensor for shard in shards for tensor in shard.tensors]
+    factors = (ref.nbytes for tensor in tensors for update in tensor.updates for _, ref in update.factors)
+    return sum(tensor.source.nbytes for tensor in tensors) + sum(factors)
+
+
+def _adapter_info(entry: AdapterConfig, adapter: AdapterFile) -> AdapterInfo:
+    files = [adapter.file] + ([adapter.config_file] if adapter.config_file else [])
+    kind = adapter.format(entry.format)
+    return AdapterInfo(
+        location=adapter.source.location,
+        revision=adapter.source.revision,
+        format=kind,
+        family=str((adapter.config or {}).get("peft_type", "LORA")),
+        weight=entry.weight,
+        nbytes=adapter.file.size,
+        tensors=len(adapter.tensors),
+        trained_on=adapter.trained_on,
+        files=tuple(files),
+    )
+
+
+def _warnings(
+    config: MergeConfig,
+    checkpoint: Checkpoint,
+    adapters: Sequence[tuple[AdapterConfig, AdapterFile]],
+) -> list[str]:
+    warnings = []
+    for entry, adapter in adapters:
+        trained_on = adapter.trained_on
+        if trained_on and config.base != "auto" and not _same_model(trained_on, checkpoint.source.location):
+            warnings.append(f"adapter {entry.path} says it was trained on {trained_on}, not on {config.base}")
+    for source in (checkpoint.source, *(adapter.source for _, adapter in adapters)):
+        if note := getattr(source, "note", None):
+            warnings.append(str(note))
+    if config.compute.dtype == "bfloat16":
+        warnings.append("compute.dtype bfloat16 rounds the update before it is added; float32 rounds only the result")
+    return warnings
+
+
+def _same_model(one: str, other: str) -> bool:
+    """A local copy of a Hub model is commonly called like it."""
+    last = [name.rstrip("/").rpartition("/")[2].lower() for name in (one, other)]
+    return last[0] == last[1]
+
+
+def _digest(plan: MergePlan) -> str:
+    """What the output's bytes depend on: sources as they are now, layout, updates, and how they are computed."""
+
+    def files(of: Sequence[SourceFile]) -> list[Any]:
+        return [[file.uri, file.size, file.mtime_ns] for file in of]
+
+    essence = {
+        "version": _DIGEST_VERSION,
+        "base": files(plan.base.files),
+        "adapters": [[info.format, files(info.files)] for info in plan.adapters],
+        "updates": [
+            [tensor.source.name, update.adapter, update.family, update.scaling] for tensor, update in plan.updates()
+        ],
+        "output": [[shard.name, shard.nbytes] for shard in plan.shards],
+        "aux": [[aux.name, files([aux.source]), aux.content] for aux in plan.aux],
+        "index": [plan.index_name, jsonable(plan.index_metadata)],
+        "dtype": [plan.output_dtype, plan.compute_dtype, plan.compute_device],
+    }
+    return hashlib.sha256(json.dumps(essence, sort_keys=True).encode()).hexdigest()

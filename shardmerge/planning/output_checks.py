@@ -1,0 +1,83 @@
+"""What can be known about the output directory before anything is written to it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from shardmerge.adapter_file import AdapterFile
+from shardmerge.checkpoint import Checkpoint
+from shardmerge.journal import FOLDER, is_unfinished, read_record
+from shardmerge.sources import LocalSource, Source
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+def check_place(output: Path, checkpoint: Checkpoint, adapters: list[AdapterFile], overwrite: bool) -> list[str]:
+    """Everything that forbids writing to ``output``."""
+    problems = _overlap(output, "base", checkpoint.source)
+    for adapter in adapters:
+        problems += _overlap(output, "adapter", adapter.source)
+    if problems:
+        return problems
+    if output.exists() and not output.is_dir():
+        return [f"output.path {output} is a file; it must be a directory"]
+    return _not_empty(output, overwrite)
+
+
+def _overlap(output: Path, what: str, source: Source) -> list[str]:
+    if not isinstance(source, LocalSource):
+        return []
+    target, root = output.resolve(), Path(source.root).resolve()
+    if target == root:
+        return [f"output.path {output} is the directory of the {what}; the {what} is never written to"]
+    if source.only is None and root in target.parents:
+        return [f"output.path {output} lies inside the {what} {root}; choose a place beside it"]
+    if target in root.parents and _entries(target):
+        return [f"output.path {output} holds the {what} {root}; choose a place beside it"]
+    return []
+
+
+def _entries(output: Path) -> list[str]:
+    try:
+        return sorted(entry for entry in os.listdir(output) if entry != FOLDER)
+    except FileNotFoundError:
+        return []
+
+
+def _not_empty(output: Path, overwrite: bool) -> list[str]:
+    entries = _entries(output)
+    if not entries or is_unfinished(output):
+        return []
+    finished = read_record(output) is not None
+    if not overwrite:
+        what = "already holds a finished merge" if finished else f"is not empty ({', '.join(entries[:3])}, …)"
+        return [f"output.path {output} {what}; choose another path, or replace it with --overwrite"]
+    weights = [entry for entry in entries if entry.endswith(_WEIGHT_SUFFIXES)]
+    if weights and not finished:
+        return [
+            f"output.path {output} holds weights that shardmerge did not write ({', '.join(weights[:3])}); --overwrite "
+            "does not touch them: remove them yourself, or choose another path"
+        ]
+    return []
+
+
+def check_space(output: Path, needed: int) -> list[str]:
+    """Whether ``needed`` bytes fit on the output's file system, work of an earlier run already counted."""
+    place = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        return [f"output.path {output}: {place} cannot be written to"]
+    status = os.statvfs(place)
+    free = status.f_bavail * status.f_frsize
+    missing = needed - _staged_bytes(output) - free
+    if missing > 0:
+        return [
+            f"output.path {output}: too little disk: the merge writes {needed:,} bytes, {free:,} are free on that file "
+            f"system; {missing:,} are missing"
+        ]
+    return []
+
+
+def _staged_bytes(output: Path) -> int:
+    stage = output / FOLDER / "stage"
+    return sum(entry.stat().st_size for entry in stage.iterdir()) if stage.is_dir() else 0

@@ -1,0 +1,112 @@
+"""Rows → tiles, and how much memory the work takes.
+
+Why tiles are even, and never below 16 rows where the tensor has them: a matrix product of few rows goes through another
+kernel than a product of many, and rounds differently. Even tiles of 16 rows and more give the bits of the whole. Not so
+where W has one column, since that is a matrix-vector product; such tensors are small, and stay whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+from shardmerge.adapters import FAMILIES
+from shardmerge.spec import DTYPE_BITS, MemoryPlan, ShardPlan, TensorPlan, TensorRef, Update
+
+MIN_TILE_ROWS = 16
+#: Buffers in flight: read, waiting, computed, waiting, written, and one to spare.
+BUFFERS = 6
+AUTO_MEMORY = 64 << 20
+_BUFFER_SIZES = tuple(1 << bits for bits in range(23, 15, -1))
+_PAGE = 4096
+
+
+def itemsize(dtype: str) -> int:
+    return DTYPE_BITS[dtype] // 8
+
+
+def tile_all(
+    shards: Iterable[ShardPlan], compute_dtype: str, max_memory: int | None
+) -> tuple[tuple[ShardPlan, ...], MemoryPlan]:
+    """Give every tensor that is computed its tiles.
+
+    The largest buffers are taken with which the working set stays within ``max_memory`` bytes. Where even the smallest
+    need more, the plan needs more: `MemoryPlan.total` says how much, and the caller decides.
+    """
+    shards = tuple(shards)
+    worked = [tensor for shard in shards for tensor in shard.tensors if needs_work(tensor)]
+    # Layers repeat: what counts is one tensor of each kind.
+    kinds = list({_kind(tensor): tensor for tensor in worked}.values())
+    budget = AUTO_MEMORY if max_memory is None else max_memory
+    for size in _BUFFER_SIZES:
+        memory = _memory(kinds, size, compute_dtype)
+        if memory.total <= budget:
+            break
+    tiled = tuple(
+        dataclasses.replace(
+            shard,
+            tensors=tuple(
+                dataclasses.replace(tensor, tiles=tile_count(tensor, size)) if needs_work(tensor) else tensor
+                for tensor in shard.tensors
+            ),
+        )
+        for shard in shards
+    )
+    return tiled, memory
+
+
+def needs_work(tensor: TensorPlan) -> bool:
+    """Whether a tensor goes through a float, rather than as bytes."""
+    return bool(tensor.updates) or tensor.source.dtype != tensor.out.dtype
+
+
+def _kind(tensor: TensorPlan) -> tuple[object, ...]:
+    factors = tuple((ref.dtype, ref.shape, ref.strides) for update in tensor.updates for _, ref in update.factors)
+    return (tensor.source.dtype, tensor.out.dtype, tensor.source.shape, factors)
+
+
+def row_bytes(tensor: TensorPlan) -> int:
+    """Bytes of buffer that a row takes: it is read into it, and encoded into it again."""
+    return tensor.row_elements * max(itemsize(tensor.source.dtype), itemsize(tensor.out.dtype))
+
+
+def tile_count(tensor: TensorPlan, buffer_bytes: int) -> int:
+    """How many even tiles, each within a buffer where the least number of rows allows it."""
+    rows = tensor.rows
+    if tensor.updates and tensor.row_elements == 1:
+        return 1
+    wanted = math.ceil(rows / max(1, buffer_bytes // max(1, row_bytes(tensor))))
+    return max(1, min(wanted, rows // MIN_TILE_ROWS))
+
+
+def tile_rows(tensor: TensorPlan, tiles: int) -> int:
+    """Rows of the largest tile."""
+    return math.ceil(tensor.rows / tiles)
+
+
+def _memory(kinds: Iterable[TensorPlan], buffer_bytes: int, compute_dtype: str) -> MemoryPlan:
+    workspace = factors = 0
+    for tensor in kinds:
+        rows = tile_rows(tensor, tile_count(tensor, buffer_bytes))
+        buffer_bytes = max(buffer_bytes, -(-rows * row_bytes(tensor) // _PAGE) * _PAGE)
+        # A tile in the compute dtype, and the scratch of the same size that updates use.
+        tile = rows * tensor.row_elements * itemsize(compute_dtype if tensor.updates else "F32")
+        workspace = max(workspace, tile * (2 if tensor.updates else 1))
+        factors = max(factors, sum(_factor_bytes(update, rows, compute_dtype) for update in tensor.updates))
+    return MemoryPlan(BUFFERS, buffer_bytes, workspace, factors)
+
+
+def _factor_bytes(update: Update, rows: int, compute_dtype: str) -> int:
+    """A factor is held as stored for a moment and in the compute dtype while it is used."""
+    whole = FAMILIES[update.family].whole_factors
+    return sum(_one_factor(ref, None if role in whole else rows, compute_dtype) for role, ref in update.factors)
+
+
+def _one_factor(ref: TensorRef, rows: int | None, compute_dtype: str) -> int:
+    elements = math.prod(ref.shape)
+    if rows is not None and ref.shape:
+        elements = elements // max(1, ref.shape[0]) * rows
+    # Rows of a factor that is stored transposed lie apart, so it is read whole.
+    stored = elements * itemsize(ref.dtype) if ref.strides is None else ref.nbytes
+    return elements * itemsize(compute_dtype) + stored

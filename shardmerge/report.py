@@ -1,0 +1,258 @@
+"""Say what will happen and what has happened: the plan's table, the merge's record, the table of sizes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardmerge.adapters import FAMILIES
+from shardmerge.spec import DTYPE_NAMES, MergePlan, TensorPlan, Update, jsonable
+from shardmerge.version import __version__
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge did. Sizes are bytes; ``seconds`` is wall time; ``peak_memory`` is the process's maximum."""
+
+    output: str
+    files: tuple[str, ...]
+    targets: int
+    adapter_bytes: int
+    base_bytes: int
+    merged_bytes: int
+    merged_dtype: str
+    bytes_read: int
+    bytes_written: int
+    shards_reused: int
+    seconds: float
+    peak_memory: int
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        result: dict[str, Any] = jsonable(self)
+        return result
+
+
+def peak_memory() -> int:
+    """The most memory this process has had resident, in bytes."""
+    try:
+        # getrusage would do, but on Linux a child starts with its parent's maximum.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return maximum if sys.platform == "darwin" else maximum * 1024
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def human_bytes(count: float) -> str:
+    """``"269.1 MB"``, in powers of 1000 like the Hub and ``ls --si``."""
+    unit = 0
+    while abs(count) >= 999.95 and unit < len(_UNITS) - 1:
+        count /= 1000
+        unit += 1
+    return f"{count:.0f} B" if unit == 0 else f"{count:.1f} {_UNITS[unit]}"
+
+
+def human_seconds(seconds: float) -> str:
+    """``"7.3 s"`` or ``"3 min 20 s"``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
+    """Columns padded with spaces; those in ``right`` are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    to_the_right = set(right)
+    lines = (
+        "  ".join(
+            cell.rjust(width) if column in to_the_right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+    return "\n".join(lines)
+
+
+def _indent(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _scalings(updates: Iterable[Update]) -> str:
+    return ", ".join(f"{scaling:.6g}" for scaling in sorted({update.scaling for update in updates}))
+
+
+def changing_updates(plan: MergePlan) -> list[tuple[TensorPlan, Update]]:
+    """The updates that alter weights."""
+    return [(tensor, update) for tensor, update in plan.updates() if FAMILIES[update.family].changes_weight]
+
+
+def target_rows(plan: MergePlan) -> list[dict[str, Any]]:
+    """Targets by kind of module: the last part of its name, with shape, rank, scaling, family and adapter."""
+    groups: dict[tuple[Any, ...], list[Update]] = defaultdict(list)
+    for tensor, update in changing_updates(plan):
+        kind = update.module.rpartition(".")[2]
+        groups[kind, tensor.source.shape, update.family, update.rank, update.adapter].append(update)
+    return [
+        {
+            "module": kind,
+            "count": len(updates),
+            "shape": list(shape),
+            "family": family,
+            "rank": rank,
+            "scaling": sorted({update.scaling for update in updates}),
+            "adapter": adapter,
+        }
+        for (kind, shape, family, rank, adapter), updates in groups.items()
+    ]
+
+
+def describe_plan(plan: MergePlan) -> str:
+    """The plan as a person reads it."""
+    parts = [_describe_sources(plan), _describe_targets(plan), _describe_output(plan)]
+    if plan.warnings:
+        parts.append("\n".join(f"note: {warning}" for warning in plan.warnings))
+    return "\n\n".join(parts)
+
+
+def _at(location: str, revision: str | None) -> str:
+    return f"{location}@{revision}" if revision else location
+
+
+def _describe_sources(plan: MergePlan) -> str:
+    base = plan.base
+    rows = [
+        (
+            "base",
+            _at(base.location, base.revision),
+            f"{human_bytes(base.nbytes)}, {base.shards} shards, {base.tensors} tensors",
+        )
+    ]
+    for info in plan.adapters:
+        weight = "" if info.weight == 1 else f", weight {info.weight:g}"
+        what = f"{human_bytes(info.nbytes)}, {info.family} ({info.format}), {info.tensors} tensors{weight}"
+        rows.append(("adapter", _at(info.location, info.revision), what))
+    return table(rows)
+
+
+def _describe_targets(plan: MergePlan) -> str:
+    several = len(plan.adapters) > 1
+    rows = [("targets", "count", "shape", "rank", "scaling", *(("adapter",) if several else ()))]
+    for row in target_rows(plan):
+        scaling = ", ".join(f"{value:.6g}" for value in row["scaling"])
+        adapter = (str(row["adapter"] + 1),) if several else ()
+        rows.append((row["module"], str(row["count"]), _shape(row["shape"]), str(row["rank"]), scaling, *adapter))
+    updates = [update for _, update in changing_updates(plan)]
+    text = table(rows, right=(1, 3))
+    if len(plan.adapters) > 1:
+        text += "\nweights that several adapters update get them in this order, and are rounded once"
+    return f"{text}\nscalings: {_scalings(updates)}"
+
+
+def _describe_output(plan: MergePlan) -> str:
+    memory = plan.memory
+    shards = "1 file" if len(plan.shards) == 1 else f"{len(plan.shards)} shards"
+    rows = [
+        ("output", plan.output),
+        ("", f"{shards}, dtype {merged_dtype(plan)}, {len(plan.aux)} other files"),
+        ("reads", human_bytes(plan.bytes_read)),
+        ("writes", human_bytes(plan.bytes_written)),
+        ("computes in", f"{plan.compute_dtype} on {'cpu' if plan.compute_device == 'auto' else plan.compute_device}"),
+        ("memory", f"{human_bytes(memory.total)} above the interpreter's own"),
+        ("digest", plan.digest[:16]),
+    ]
+    return table(rows)
+
+
+def merged_dtype(plan: MergePlan) -> str:
+    """The dtype most of the output's bytes are in."""
+    sizes: dict[str, int] = defaultdict(int)
+    for shard in plan.shards:
+        for tensor in shard.tensors:
+            sizes[tensor.out.dtype] += tensor.out.nbytes
+    code = max(sizes, key=lambda dtype: sizes[dtype]) if sizes else "F32"
+    return DTYPE_NAMES.get(code, code)
+
+
+def size_table(report: MergeReport) -> str:
+    """Adapter, base, merged, time, peak memory."""
+    rows = [
+        ("adapter", human_bytes(report.adapter_bytes)),
+        ("base", human_bytes(report.base_bytes)),
+        (f"merged ({report.merged_dtype})", human_bytes(report.merged_bytes)),
+        ("time", human_seconds(report.seconds)),
+        ("peak memory", human_bytes(report.peak_memory)),
+    ]
+    return table(rows, right=(1,))
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def plan_summary(plan: MergePlan) -> dict[str, Any]:
+    """The plan as JSON, without a line for every tensor."""
+    return {
+        "base": jsonable(plan.base),
+        "adapters": jsonable(plan.adapters),
+        "output": plan.output,
+        "output_dtype": merged_dtype(plan),
+        "compute": {"dtype": plan.compute_dtype, "device": plan.compute_device},
+        "targets": target_rows(plan),
+        "scalings": sorted({update.scaling for _, update in changing_updates(plan)}),
+        "shards": [{"name": shard.name, "bytes": shard.nbytes, "tensors": len(shard.tensors)} for shard in plan.shards],
+        "index": plan.index_name,
+        "aux": [aux.name for aux in plan.aux],
+        "memory": {**jsonable(plan.memory), "total": plan.memory.total},
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "warnings": list(plan.warnings),
+        "digest": plan.digest,
+    }
+
+
+def record(plan: MergePlan, report: MergeReport, torch_version: str) -> dict[str, Any]:
+    """What ``shardmerge.json`` in the output says."""
+    return {
+        "shardmerge": __version__,
+        "torch": torch_version,
+        "python": sys.version.split()[0],
+        "platform": sys.platform,
+        "config": jsonable(plan.config),
+        "digest": plan.digest,
+        "base": jsonable(plan.base),
+        "adapters": jsonable(plan.adapters),
+        "targets": {
+            tensor.source.name: [
+                {"adapter": update.adapter, "family": update.family, "rank": update.rank, "scaling": update.scaling}
+                for update in tensor.updates
+            ]
+            for shard in plan.shards
+            for tensor in shard.tensors
+            if tensor.updates
+        },
+        "shards": {shard.name: shard.nbytes for shard in plan.shards},
+        "memory": {"predicted_working_set": plan.memory.total, "peak": report.peak_memory},
+        "seconds": round(report.seconds, 3),
+        "bytes_read": report.bytes_read,
+        "bytes_written": report.bytes_written,
+        "shards_reused": report.shards_reused,
+        "warnings": list(report.warnings),
+        "files": list(report.files),
+    }

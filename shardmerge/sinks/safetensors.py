@@ -1,0 +1,149 @@
+"""Write safetensors shards as a stream, and commit a whole checkpoint.
+
+A shard is written header first, then data at its offsets, under a temporary name in the journal's stage; when it is
+durable it takes its own name there. The commit moves the finished shards into the output and writes what makes it a
+model last: the index, or the only shard. Until then ``from_pretrained`` finds no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from shardmerge import durable, header
+from shardmerge.journal import RECORD_NAME, Journal
+from shardmerge.sources import open_reader
+from shardmerge.spec import AuxFile, MergePlan, ShardPlan, SourceFile
+
+_COPY_BYTES = 1 << 20
+
+
+class ShardWriter:
+    """One output file in the making. Leaving the ``with`` block without `commit` removes it."""
+
+    def __init__(self, path: Path, shard: ShardPlan) -> None:
+        self.path = path
+        self.data_start = shard.header_bytes
+        self._temporary = path.with_name(path.name + durable.TEMPORARY_SUFFIX)
+        self._fd = -1
+        head = header.encode(shard.metadata, {tensor.source.name: tensor.out for tensor in shard.tensors})
+        try:
+            # 0o666 so that the mode follows the umask.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+            self._fd = os.open(self._temporary, flags, 0o666)
+            self._write_at(0, memoryview(head))
+        except OSError as error:
+            self._discard()
+            raise durable.output_error(path, "writing", error) from None
+
+    def write(self, offset: int, view: memoryview) -> None:
+        """Put bytes at ``offset`` of the data section."""
+        try:
+            self._write_at(self.data_start + offset, view)
+        except OSError as error:
+            raise durable.output_error(self.path, f"writing {len(view)} bytes", error) from None
+
+    def _write_at(self, offset: int, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            done += os.pwrite(self._fd, view[done:], offset + done)
+
+    def commit(self) -> None:
+        """Make the bytes durable, then the name."""
+        try:
+            os.fsync(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+        except OSError as error:
+            raise durable.output_error(self.path, "fsync", error) from None
+        durable.rename(self._temporary, self.path)
+
+    def _discard(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._discard()
+
+
+class SafetensorsSink:
+    """The output directory of a merge."""
+
+    def __init__(self, plan: MergePlan, journal: Journal) -> None:
+        self.plan = plan
+        self.journal = journal
+        self.output = Path(plan.output)
+
+    def writer(self, shard: ShardPlan) -> ShardWriter:
+        return ShardWriter(self.journal.stage / shard.name, shard)
+
+    def commit(self, record: dict[str, Any]) -> None:
+        """Turn the finished shards into a checkpoint. Running it again after a crash carries on where it stopped."""
+        plan = self.plan
+        self.journal.begin_commit(self.files())
+        *first, last = plan.shards
+        for shard in first:
+            self._place(shard)
+        for aux in plan.aux:
+            self._copy(aux)
+        if plan.index_name is None:
+            self._write_json(RECORD_NAME, record)
+            self._place(last)
+        else:
+            self._place(last)
+            self._write_json(RECORD_NAME, record)
+            self._write_json(plan.index_name, self._index())
+        self.journal.finish()
+
+    def files(self) -> list[str]:
+        """Every file of the finished output; the last is the one that makes it a model."""
+        aux, shards = [aux.name for aux in self.plan.aux], [shard.name for shard in self.plan.shards]
+        if self.plan.index_name is None:
+            return [*aux, RECORD_NAME, *shards]
+        return [*aux, *shards, RECORD_NAME, self.plan.index_name]
+
+    def _place(self, shard: ShardPlan) -> None:
+        staged = self.journal.stage / shard.name
+        if staged.exists():
+            durable.rename(staged, self.output / shard.name)
+
+    def _copy(self, aux: AuxFile) -> None:
+        target = self.output / aux.name
+        durable.make_directory(target.parent)
+        if aux.content is not None:
+            durable.write_file(target, [aux.content.encode()])
+        else:
+            durable.write_file(target, _chunks(aux.source))
+
+    def _write_json(self, name: str, value: dict[str, Any]) -> None:
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        durable.write_file(self.output / name, [text.encode()])
+
+    def _index(self) -> dict[str, Any]:
+        """``total_size`` is the bytes of all tensors, without headers, as transformers counts it."""
+        shards = self.plan.shards
+        metadata = {**dict(self.plan.index_metadata), "total_size": sum(shard.data_bytes for shard in shards)}
+        weight_map = {tensor.source.name: shard.name for shard in shards for tensor in shard.tensors}
+        return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _chunks(file: SourceFile) -> Iterable[bytes]:
+    reader = open_reader(file)
+    try:
+        for offset in range(0, file.size, _COPY_BYTES):
+            chunk = bytearray(min(_COPY_BYTES, file.size - offset))
+            reader.read_into(offset, memoryview(chunk))
+            yield bytes(chunk)
+    finally:
+        reader.close()

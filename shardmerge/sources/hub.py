@@ -1,0 +1,324 @@
+"""Repos of the Hugging Face Hub, through huggingface_hub's own client: its cache, token, endpoint and offline mode.
+
+The revision that a person wrote is resolved to a commit once, and everything after that asks for the commit, so a
+branch that moves changes nothing. Headers come as byte ranges, so a plan downloads no shard; a shard comes into the
+library's cache when its reader is opened; small files are kept in the cache when they are read, so that a later run
+works offline. File names, whether the Hub or an index tells them, are untrusted.
+
+This is the only module that imports huggingface_hub. From 0.30 on every version of it will do, although it speaks
+through requests before 1.0, through httpx after that, and through httpx2 since.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.utils
+from huggingface_hub import HfApi, constants, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from shardmerge.errors import SourceError
+from shardmerge.sources import HUB_SCHEME
+from shardmerge.sources.local import LocalReader, LocalSource
+from shardmerge.spec import SourceFile
+from shardmerge.version import __version__
+
+__all__ = ["HubSource", "open_hub_reader"]
+
+_SMALL = 1_000_000  # bytes; a file below that is worth keeping for an offline run
+_CHUNK = 1 << 16  # bytes
+_ATTEMPTS = 3
+_BUSY = (408, 429, 500, 502, 503, 504)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_URI = re.compile(HUB_SCHEME + r"([^/@]+/[^/@]+)@([0-9a-f]{40})/(.+)")
+_LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN"
+_SECRETS = (
+    (re.compile(r"bearer\s.*", re.IGNORECASE), "Bearer …"),
+    (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_…"),
+    (re.compile(r"(https?://[^\s'\"?]*)\?[^\s'\"]*"), r"\1"),  # a signed URL is a token
+    (re.compile(r"://[^/\s@]+@"), "://"),
+)
+
+_CLIENT: dict[str, Any] = {"library_name": "shardmerge", "library_version": __version__}
+_API = HfApi(**_CLIENT)
+_UTILS: Any = huggingface_hub.utils  # its exports are lazy, which mypy does not see through
+
+
+class HubSource:
+    """A model repo at one commit.
+
+    ``note`` is set where the local cache stands in for the Hub, and says why and with what.
+    """
+
+    def __init__(
+        self, repo: str, commit: str, sizes: Mapping[str, int | None], asked: str, unreachable: str | None = None
+    ) -> None:
+        self.location = repo
+        self.revision: str = commit
+        self.note: str | None = None
+        if unreachable:
+            stand_in = f"the cache stands in, with commit {commit} and the {len(sizes)} files it has of it"
+            self.note = f"{repo}: {unreachable}; {stand_in}"
+        self._sizes = dict(sizes)
+        self._asked = asked
+        self._unreachable = unreachable
+
+    @classmethod
+    def open(cls, location: str) -> HubSource:
+        """The repo that ``org/name`` or ``org/name@revision`` names; a revision is a branch, a tag or a commit.
+
+        Where the Hub cannot be reached, or may not be (``HF_HUB_OFFLINE``), the commit that the cache has of it, with
+        the files that are there. Raises `SourceError`.
+        """
+        repo, _, asked = location.partition("@")
+        asked = asked or constants.DEFAULT_REVISION
+        if not _is_safe(asked):
+            raise SourceError(f"{location}: {asked!r} is no revision")
+        timeout = float(constants.HF_HUB_ETAG_TIMEOUT)
+        try:
+            info = _API.model_info(repo, revision=asked, files_metadata=True, timeout=timeout)
+        except Exception as error:
+            if _is_unreachable(error):
+                return cls._from_cache(location, repo, asked, _reason(error))
+            raise SourceError(f"{location}: no local file or directory, and on the Hub: {_reason(error)}") from None
+        commit = info.sha or ""
+        if not _COMMIT.fullmatch(commit):
+            raise SourceError(f"{location}: the Hub names {commit!r} where a commit was expected")
+        siblings = info.siblings or []
+        return cls(repo, commit, {file.rfilename: file.size for file in siblings if _is_visible(file.rfilename)}, asked)
+
+    @classmethod
+    def _from_cache(cls, location: str, repo: str, asked: str, why: str) -> HubSource:
+        try:
+            folder = _cached_snapshot(repo, asked)
+        except Exception:
+            where = f"no local file or directory, not in the cache ({constants.HF_HUB_CACHE})"
+            raise SourceError(f"{location}: {where}, and {why}. {_to_cache(repo, asked)}") from None
+        files = LocalSource(str(folder))
+        sizes = {name: files.stat(name).size for name in files.names()}
+        return cls(repo, folder.name, sizes, asked=folder.name, unreachable=why)
+
+    def names(self) -> list[str]:
+        return sorted(self._sizes)
+
+    def stat(self, name: str) -> SourceFile:
+        what = f"{self.location}@{self.revision}/{name}"
+        if not _is_safe(name):
+            raise SourceError(f"{self.location}: {name!r} is no name of a file in a repo")
+        if name not in self._sizes:
+            problem = "there is no such file in the repo"
+            if self._unreachable:
+                hint = _to_cache(self.location, self.revision, name)
+                problem = f"it is not in the cache, and {self._unreachable}. {hint}"
+            raise SourceError(f"{what}: {problem}")
+        size = self._sizes[name]
+        if size is None:
+            raise SourceError(f"{what}: the Hub does not tell its size")
+        return SourceFile(uri=HUB_SCHEME + what, size=size)
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Up to ``size`` bytes from ``offset``: from the cache, or as a byte range that leaves no file behind.
+
+        An index, and a file below 1 MB that is asked for whole, comes into the cache.
+        """
+        total = self.stat(name).size
+        size = max(0, min(size, total - offset))
+        if name.endswith(".index.json") or (offset == 0 and size == total < _SMALL):
+            path: Path | None = self._keep(name)
+        else:
+            path = _cached(self.location, name, self.revision)
+        if path is not None:
+            return LocalSource(str(path.parent)).read(path.name, offset, size)
+        return _read_range(self.location, self.revision, name, offset, size) if size else b""
+
+    def fetch(self, name: str) -> Path:
+        self.stat(name)
+        return _download(self.location, name, self.revision, self.revision)
+
+    def _keep(self, name: str) -> Path:
+        path = self.fetch(name)
+        if self._asked != self.revision:
+            self._name_commit(name)
+            self._asked = self.revision
+        return path
+
+    def _name_commit(self, name: str) -> None:
+        """Have the cache note which commit the name that the person used stands for.
+
+        That is all that an offline run has to go by, and the client only notes it when it is asked for a file by that
+        name. Nothing is lost if it fails, or if the branch has moved since.
+        """
+        known = _cached(self.location, name, self._asked)
+        if known is None or self.revision not in known.parts:
+            with suppress(SourceError):
+                _download(self.location, name, self._asked, self.revision)
+
+
+def open_hub_reader(file: SourceFile) -> LocalReader:
+    """A reader over the cached copy of a file of a plan; the first reader downloads it. Raises `SourceError`."""
+    match = _URI.fullmatch(file.uri)
+    if match is None or not _is_safe(match[3]):
+        raise SourceError(f"{file.uri!r} is not of the form {HUB_SCHEME}org/name@commit/file")
+    repo, commit, name = match.groups()
+    return LocalReader(file, path=str(_download(repo, name, commit, commit)))
+
+
+def _is_safe(name: str) -> bool:
+    """Whether a name stays inside the folder that it is appended to."""
+    return name.isprintable() and "\\" not in name and not {"", ".", ".."}.intersection(name.split("/"))
+
+
+def _is_visible(name: str) -> bool:
+    return _is_safe(name) and not any(part.startswith(".") for part in name.split("/"))
+
+
+def _cached(repo: str, name: str, revision: str) -> Path | None:
+    path = try_to_load_from_cache(repo, name, revision=revision)
+    return Path(path) if isinstance(path, str) else None
+
+
+def _cached_snapshot(repo: str, asked: str) -> Path:
+    """The cache's folder of the commit that ``asked`` was when it was last looked up; files may be missing in it."""
+    try:
+        folder = Path(_API.snapshot_download(repo, revision=asked, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        # Newer versions refuse a snapshot that lacks files, but tell where it is.
+        folder = Path(getattr(error, "snapshot_path", ""))
+    if not _COMMIT.fullmatch(folder.name):
+        raise SourceError(f"{repo}@{asked}: not in the cache")
+    return folder
+
+
+def _download(repo: str, name: str, revision: str, commit: str) -> Path:
+    """The cached copy of a file, downloaded if it must be. A `SourceError` speaks of ``commit``."""
+    try:
+        return Path(_API.hf_hub_download(repo, name, revision=revision))
+    except Exception as error:
+        problem = _reason(error)
+        if isinstance(error, LocalEntryNotFoundError):
+            problem = f"it is not in the cache, and {problem}. {_to_cache(repo, commit, name)}"
+        raise SourceError(f"{repo}@{commit}/{name}: {problem}") from None
+
+
+def _read_range(repo: str, commit: str, name: str, offset: int, size: int) -> bytes:
+    url = hf_hub_url(repo, name, revision=commit, endpoint=_API.endpoint)
+    attempt = 0
+    while True:
+        attempt += 1
+        try:
+            return _get_range(url, offset, size)
+        except Exception as error:
+            answered = _status(error) is not None or isinstance(error, OfflineModeIsEnabled)
+            if answered or attempt == _ATTEMPTS:
+                raise SourceError(f"{repo}@{commit}/{name}: {_reason(error)}") from None
+
+
+def _get_range(url: str, offset: int, size: int) -> bytes:
+    """The bytes from ``offset`` of what lies at ``url``; a server that ignores ranges is cut off after them."""
+    headers = _UTILS.build_hf_headers(**_CLIENT)
+    # A compressed answer would be no range of the file.
+    headers |= {"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
+    data = bytearray()
+    with _get(url, headers) as response:
+        _UTILS.hf_raise_for_status(response)
+        end = size if response.status_code == 206 else offset + size
+        for chunk in _chunks(response):
+            data += chunk
+            if len(data) > end:
+                break
+    if len(data) < end:
+        raise OSError(f"{len(data)} bytes came where {end} were asked for")
+    return bytes(data[end - size : end])
+
+
+@contextmanager
+def _get(url: str, headers: Mapping[str, str]) -> Iterator[Any]:
+    """A response whose body is still to be read. A busy server is asked again, as late as it wishes."""
+    options = {
+        "headers": headers,
+        "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        "retry_on_status_codes": _BUSY,
+        # The client cannot ask again once the body is being read, but would try to.
+        "retry_on_exceptions": (),
+    }
+    if hasattr(_UTILS, "http_stream_backoff"):
+        request = _UTILS.http_stream_backoff("GET", url, **options)
+    else:
+        request = _UTILS.http_backoff("GET", url, stream=True, **options)
+    with request as response:
+        yield response
+
+
+def _chunks(response: Any) -> Iterator[bytes]:
+    read = response.iter_bytes if hasattr(response, "iter_bytes") else response.iter_content
+    yield from read(_CHUNK)
+
+
+def _to_cache(repo: str, revision: str, name: str = "") -> str:
+    command = " ".join(filter(None, ["hf download", repo, name, "--revision", revision]))
+    return f"With a connection, `{command}` puts it there"
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error, where there was an answer."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    """Whether the Hub gave no answer, or only that it is down."""
+    status = _status(error)
+    if status is not None:
+        return status >= 500
+    of_http = type(error).__module__.startswith(("httpx", "requests"))
+    return of_http or isinstance(error, (ConnectionError, TimeoutError))
+
+
+def _reason(error: BaseException) -> str:
+    """Why the client failed, in words for a person, with nothing secret in them."""
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    status = _status(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, GatedRepoError) or (status in (401, 403) and not isinstance(error, RepositoryNotFoundError)):
+        return f"access is refused ({_answer(error)}). {_LOG_IN}, as someone who was granted access"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"there is no such repo, or it is private. {_LOG_IN}, if it is"
+    if isinstance(error, RevisionNotFoundError):
+        return "the repo has no such revision (branch, tag or commit)"
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return "there is no such file in the repo"
+    if status is not None:
+        return f"{_redacted(_API.endpoint)} answers with an error ({_answer(error)})"
+    if _is_unreachable(error):
+        return f"{_redacted(_API.endpoint)} cannot be reached ({_text(error)})"
+    return _text(error)
+
+
+def _answer(error: BaseException) -> str:
+    said = getattr(error, "server_message", None)
+    return f"HTTP {_status(error)}" + (f": {_redacted(said)}" if said else "")
+
+
+def _text(error: BaseException) -> str:
+    return _redacted(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+
+
+def _redacted(text: str) -> str:
+    """``text`` in one line of 300 characters at most, without tokens, passwords and signatures."""
+    line = " ".join(text.split())
+    for pattern, instead in _SECRETS:
+        line = pattern.sub(instead, line)
+    return line if len(line) <= 300 else line[:299] + "…"
