@@ -43,7 +43,7 @@ class AdapterFile:
         """Its updates and problems, read as ``config`` says."""
         kind = self.format(config.format)
         if self.config is not None and kind == "peft" and (config.alpha is not None or config.scaling is not None):
-            problem = f"it has its own {CONFIG_NAME}, so alpha and scaling must not be given; weight changes its strength"
+            problem = f"it has its own {CONFIG_NAME}, so alpha and scaling must not be given; weight scales it"
             return Claims(problems=[problem], refused=True)
         return claim(kind, self.tensors, self.config, config.alpha, config.scaling)
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shardmerge.config import MergeConfig
-from shardmerge.errors import NonFiniteError
+from shardmerge.errors import FormatError
 from shardmerge.planning import make_plan
 from shardmerge.report import MergeReport, merged_dtype, peak_memory, record
 from shardmerge.spec import MergePlan, Receipt, ShardPlan
@@ -101,8 +101,8 @@ def _carry_out(plan: MergePlan, progress: Callable[[Progress], None], started: f
             counter.skip(shard for shard in plan.shards if shard.name in finished)
             try:
                 receipts = [*finished.values(), *SerialExecutor().map(merge_shard, open_shards)]
-            except NonFiniteError:
-                # No second run can succeed, so nothing is kept for one.
+            except FormatError:
+                # Something in the files themselves; no second run can succeed, so nothing is kept for one.
                 journal.discard()
                 raise
             report = _report(plan, sink.files(), receipts, len(finished), started)
@@ -122,7 +122,7 @@ class _Counter:
         self._shard = ""
         self._progress = progress
 
-    def skip(self, shards: Any) -> None:
+    def skip(self, shards: Iterable[ShardPlan]) -> None:
         self._done += sum(shard.data_bytes for shard in shards)
 
     def begin(self, shard: ShardPlan) -> None:

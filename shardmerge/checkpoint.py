@@ -80,6 +80,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
             raise FormatError(
                 f"{source.location}: {index_name} names {len(missing)} shards that are not there: "
                 f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; the download is incomplete"
+                + (f". {source.note}" if source.note else "")
             )
     else:
         files = _files_without_index(source, names)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shardmerge.config import MergeConfig
 
 INTERRUPTED = 130
+_AS_JSON = "shardmerge.as_json"
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -29,15 +30,24 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except ShardmergeError as error:
-            _fail(error, "--json" in sys.argv)
+            _fail(error, as_json=bool(ctx.meta.get(_AS_JSON)))
 
 
-def _fail(error: ShardmergeError, as_json: bool) -> NoReturn:
+def _fail(error: ShardmergeError, *, as_json: bool) -> NoReturn:
     if as_json:
         problems = list(error.problems) if isinstance(error, PlanError) else [str(error)]
         _print_json({"error": type(error).__name__, "exit_code": error.exit_code, "problems": problems})
     click.echo(f"shardmerge: {error}", err=True)
     raise click.exceptions.Exit(error.exit_code)
+
+
+def _remember(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+    # `meta` is shared with the group's context, which prints the errors.
+    ctx.meta[_AS_JSON] = value
+    return value
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, callback=_remember, help="Print the result as JSON.")
 
 
 def _print_json(value: Any) -> None:
@@ -57,7 +67,7 @@ def cli() -> None:
 def _config_options(command: Command) -> Command:
     """What `run` and `plan` share."""
     for decorate in (
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+        _json_option,
         click.option("--overwrite", is_flag=True, help="Replace a finished merge, or start an unfinished one anew."),
         click.option(
             "-s", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config, by dotted path."
@@ -86,8 +96,12 @@ def run(config: Path, overrides: tuple[str, ...], overwrite: bool, as_json: bool
     planned = plan(_load(config, overrides), overwrite=overwrite)
     for warning in planned.warnings:
         click.echo(f"note: {warning}", err=True)
-    with show_progress(human_bytes, quiet=quiet) as progress:
-        report = merge(planned, progress=progress)
+    try:
+        with show_progress(human_bytes, quiet=quiet) as progress:
+            report = merge(planned, progress=progress)
+    except KeyboardInterrupt:
+        click.echo("\nshardmerge: interrupted; run the same command again to take it up", err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
     for warning in report.warnings[len(planned.warnings) :]:
         click.echo(f"note: {warning}", err=True)
     if as_json:
@@ -112,7 +126,7 @@ def plan(config: Path, overrides: tuple[str, ...], overwrite: bool, as_json: boo
 
 @cli.command()
 @click.argument("path")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@_json_option
 def inspect(path: str, as_json: bool) -> None:
     """Say what PATH is: a checkpoint or an adapter, of what kind, size, dtype, rank and scaling."""
     from shardmerge.inspection import describe, inspect_path
@@ -127,7 +141,7 @@ def inspect(path: str, as_json: bool) -> None:
 @cli.command()
 @click.argument("adapter")
 @click.option("-o", "target", type=click.Path(path_type=Path), default=Path("config.yaml"), show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@_json_option
 def init(adapter: str, target: Path, as_json: bool) -> None:
     """Write a commented config for ADAPTER, from its own metadata. `-o -` prints it."""
     from shardmerge.inspection import starter_config
@@ -141,6 +155,23 @@ def init(adapter: str, target: Path, as_json: bool) -> None:
         click.echo(text, nl=False)
     else:
         click.echo(f"{target}: written; look it over, then: shardmerge plan {target}", err=True)
+
+
+@cli.command()
+@click.argument("output")
+@click.option("--prompt", help="Answer this and leave; - reads it from stdin.")
+@click.option("--template", help="Put the prompt where {} stands in this text, instead of the model's chat template.")
+@click.option("--system", help="What the model is told before the conversation.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True)
+def chat(output: str, prompt: str | None, template: str | None, system: str | None, max_new_tokens: int) -> None:
+    """Talk to the model in OUTPUT. Needs the extra: pip install 'shardmerge[hf]'."""
+    from shardmerge.chat import load, loop, once
+
+    model = load(output, template)
+    if prompt is None:
+        loop(model, system=system, max_new_tokens=max_new_tokens)
+    else:
+        once(model, prompt, system=system, max_new_tokens=max_new_tokens)
 
 
 def _write_new(target: Path, text: str) -> None:
@@ -166,7 +197,7 @@ def main() -> NoReturn:
         error.show()
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("\nshardmerge: interrupted; run the same command again to take it up", err=True)
+        click.echo("shardmerge: interrupted", err=True)
         code = INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone; pointing stdout elsewhere keeps the interpreter's last flush quiet.

@@ -24,6 +24,7 @@ from shardmerge.sources import Reader, open_reader
 from shardmerge.spec import (
     DTYPE_BITS,
     DTYPE_NAMES,
+    FLOAT_DTYPES,
     MergePlan,
     Receipt,
     RowRange,
@@ -227,12 +228,13 @@ def _explain(tensor: TensorPlan, row: int, column: int, value: float, was: float
     if not math.isfinite(was):
         return f"{where}: the base itself holds {was} there; the merge was stopped"
     if math.isfinite(value):
-        name = DTYPE_NAMES[tensor.out.dtype]
-        return (
-            f"{where}: the merged value is {value:g}, more than {name} can hold; the merge was stopped. "
-            "output.dtype: float32 holds it, and so does bfloat16"
-        )
-    return f"{where}: the merged value is {value}, from {was:g} in the base; the merge was stopped. No dtype holds it"
+        wider = [DTYPE_NAMES[dtype] for dtype in FLOAT_DTYPES if abs(value) < overflow_limit(dtype)]
+        hint = f"output.dtype: {' or '.join(wider)} holds it" if wider else "No output dtype holds it"
+        narrow = DTYPE_NAMES[tensor.out.dtype]
+        return f"{where}: the merged value is {value:g}, more than {narrow} can hold; the merge was stopped. {hint}"
+    return (
+        f"{where}: the merged value is {value} (the base's is {was:g}); the merge was stopped. No output dtype holds it"
+    )
 
 
 def _unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 SIGNATURE = "X-Amz-Signature=s3cr3tsignature"
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request as it was answered; ``sent`` counts the bytes of the body."""
+    """One request that was answered; ``sent`` counts the bytes of the body."""
 
     method: str
     path: str
@@ -38,8 +38,8 @@ class Request:
 class Fault:
     """What goes wrong with the next ``times`` requests of this method whose path contains ``path``.
 
-    A ``status`` answers with an error, ``cut`` closes the connection after so many bytes of the body, and
-    ``ignore_range`` answers a range request with the whole file.
+    A ``status`` answers with an error, ``drop`` closes the connection instead of answering, ``cut`` closes it after so
+    many bytes of the body, and ``ignore_range`` answers a range request with the whole file.
     """
 
     path: str
@@ -47,6 +47,7 @@ class Fault:
     times: int = 1
     status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    drop: bool = False
     cut: int | None = None
     ignore_range: bool = False
 
@@ -150,7 +151,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.on_request(self.command, self.path)
         self.fault = self.hub.take_fault(self.command, self.path)
         try:
-            if self.fault and self.fault.status:
+            if self.fault and self.fault.drop:
+                self.close_connection = True
+            elif self.fault and self.fault.status:
                 self._answer(self.fault.status, dict(self.fault.headers), b"out of order")
             else:
                 self._route(unquote(urlsplit(self.path).path))
@@ -212,7 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.cdn and file.endswith(".safetensors"):
             headers["X-Linked-Etag"] = headers["ETag"]
             headers["X-Linked-Size"] = str(len(data))
-            headers["Location"] = f"http://localhost:{self.hub.server.server_port}/cdn/{name}/{sha}/{file}?{SIGNATURE}"
+            away = f"http://localhost:{self.hub.server.server_port}"
+            headers["Location"] = f"{away}/cdn/{name}/{sha}/{quote(file)}?{SIGNATURE}"
             self._answer(302, headers, b"")
         else:
             self._file(data, headers)

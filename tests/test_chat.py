@@ -126,7 +126,8 @@ def ignore(piece: str) -> None:
 
 def oracle(asked: Chat, prompt: str, n: int) -> str:
     """What ``generate`` and ``decode`` make of ``prompt`` without `shardmerge`, from a fresh copy of the model."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(asked.model.name_or_path)
+    where = asked.model.name_or_path
+    model = transformers.AutoModelForCausalLM.from_pretrained(where, torch_dtype=torch.bfloat16)
     inputs = asked.tokenizer(prompt, return_tensors="pt")
     inputs.pop("token_type_ids", None)
     out = model.generate(**inputs, max_new_tokens=n, do_sample=False, num_beams=1, max_length=None)
@@ -412,6 +413,28 @@ def test_a_stopped_answer_is_remembered_as_far_as_it_came(
     assert capsys.readouterr().err.count("(stopped)") == 2
 
 
+class InterruptedTerminal(FakeTerminal):
+    """Ctrl-C before the first line; a real terminal may hold that back until Enter, for `input` has a race there."""
+
+    interrupts = 1
+
+    def readline(self, size: int = -1, /) -> str:
+        if self.interrupts:
+            self.interrupts -= 1
+            raise KeyboardInterrupt
+        return super().readline(size)
+
+
+def test_ctrl_c_at_the_prompt_drops_the_line(
+    plain: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", InterruptedTerminal("word1\n"))
+    chat.loop(plain, max_new_tokens=1)
+    out, err = capsys.readouterr()
+    assert out == plain.answer([user("word1")], 1, ignore) + "\n"
+    assert err.count("(stopped)") == 1
+
+
 def test_an_error_is_survived_on_a_terminal_only(
     templated: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -433,8 +456,10 @@ PATIENCE = 120.0  # seconds, for a machine that does something else as well
 ENVIRONMENT = {**os.environ, "TERM": "dumb", "INPUTRC": os.devnull, "OMP_NUM_THREADS": "1"}
 
 ONCE = "import sys; from shardmerge import chat; chat.once(chat.load(sys.argv[1]), 'word1', max_new_tokens=6)"
+# A background job's children inherit an ignored SIGINT, and only a session's leader can take its terminal.
 LOOP = (
-    "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from shardmerge import chat; "
+    "import fcntl, signal, sys, termios; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "fcntl.ioctl(0, termios.TIOCSCTTY, 0); from shardmerge import chat; "
     "chat.loop(chat.load(sys.argv[1]), max_new_tokens=int(sys.argv[2]))"
 )
 
@@ -517,15 +542,13 @@ def test_a_terminal_asks_is_answered_and_leaves(
 def test_ctrl_c_stops_an_answer_and_ctrl_d_the_program(
     session: Callable[[Path, int], Session], plain_dir: Path, plain: Chat
 ) -> None:
-    user_side = session(plain_dir, 60_000)  # a minute or more
+    user_side = session(plain_dir, 1_000_000)  # hours
     user_side.expect("> ")
     for prompt in ("word1", "word2"):
         user_side.type(prompt + "\n")
         user_side.expect(plain.answer([user(prompt)], 5, ignore))
         user_side.type("\x03")
         user_side.expect("\n> ")
-    user_side.type("half a line\x03")
-    user_side.expect("> ")
     user_side.type("\x04")
     assert user_side.process.wait(PATIENCE) == 0
-    assert user_side.notices.read_text().count("(stopped)") == 3
+    assert user_side.notices.read_text().count("(stopped)") == 2

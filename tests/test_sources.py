@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from shardmerge.errors import SourceError
 from shardmerge.sources import LocalReader, LocalSource, open_reader, open_source
+from shardmerge.sources.hub import _redacted as redacted
 from shardmerge.spec import SourceFile
 from tests.hub_stub import SIGNATURE, Fault, HubStub, running_hub
 
@@ -59,6 +61,8 @@ class Answer:
 
 class Client:
     """Runs code in a process of its own, with an empty cache that lasts for the test."""
+
+    version = tuple(map(int, version("huggingface_hub").split(".")[:2]))
 
     def __init__(self, hub: HubStub, home: Path) -> None:
         self.hub = hub
@@ -235,6 +239,13 @@ class TestHubSource:
         assert [r.range for r in hub.requests if r.status == 206] == ["bytes=0-7", f"bytes=8-{7 + len(HEADER)}"]
         assert client.cached() == []
 
+    def test_names_are_quoted(self, client: Client, hub: HubStub, tmp_path: Path) -> None:
+        hub.cdn = True
+        names = ["a b#c%20?.safetensors", "sub/x@y+z&é.safetensors"]
+        hub.commit(REPO, write(tmp_path / "repo", dict.fromkeys(names, DATA)))
+        code = f"s = open_source('{REPO}'); result = [s.read(name, 0, 9).hex() for name in {names}];"
+        assert client.result(code + f"[open_reader(s.stat(name)).close() for name in {names}]") == [DATA[:9].hex()] * 2
+
     def test_reads_end_with_the_file(self, client: Client) -> None:
         tail = f"[s.read('{SHARD}', {len(DATA) - 2}, 9).hex(), s.read('{SHARD}', {len(DATA)}, 9).hex()]"
         assert client.result(f"s = open_source('{REPO}'); result = {tail}") == ["feff", ""]
@@ -262,11 +273,11 @@ class TestHubSource:
 
         hub.on_request = move
         read = client.result(
-            f"s = open_source('{REPO}'); names = s.names();"
+            f"s = open_source('{REPO}'); names = ['{SHARD}', 'config.json', 'model.safetensors.index.json'];"
             "result = [s.read(name, 0, 9).hex() for name in names] + [s.fetch(name).parts[-2] for name in names]"
         )
         assert hub.repos[REPO].refs["main"] != first
-        assert read == [b'{"v": 1}'.hex(), DATA[:9].hex(), b"{}".hex(), first, first, first]
+        assert read == [DATA[:9].hex(), b'{"v": 1}'.hex(), b"{}".hex(), first, first, first]
 
     def test_reader_downloads_once_and_works_offline_then(self, client: Client, hub: HubStub) -> None:
         plan = client.result(f"f = open_source('{REPO}').stat('{SHARD}'); result = [f.uri, f.size]")
@@ -335,6 +346,23 @@ result = dict(
 
 
 class TestHubErrors:
+    @pytest.mark.parametrize(
+        ("text", "shown"),
+        [
+            (f"no such token: {TOKEN}", "no such token: hf_…"),
+            ("Illegal header value b'Bearer abc'", "Illegal header value b'Bearer …"),
+            (
+                f"retries exceeded with url: /x/y?A=1&{SIGNATURE} (timed out)",
+                "retries exceeded with url: /x/y (timed out)",
+            ),
+            ("proxy http://me:secret@host:1 said no", "proxy http://host:1 said no"),
+            ("two\nlines, `hf_hub_download` and all", "two lines, `hf_hub_download` and all"),
+        ],
+        ids=["token", "header", "signature", "password", "harmless"],
+    )
+    def test_secrets_do_not_come_into_a_message(self, text: str, shown: str) -> None:
+        assert redacted(text) == shown
+
     BAD_NAMES = ("../x", "/etc/passwd", "a/../../x", "", "x\0y")
 
     def test_what_is_not_there(self, client: Client, hub: HubStub) -> None:
@@ -364,23 +392,23 @@ result += [error_of(open_reader, SourceFile(uri, 1)) for uri in uris]
         ]
         assert errors[-4].startswith("org/..: no local file or directory, and on the Hub: HFValidationError")
 
-    @pytest.mark.parametrize("gated", [True, False], ids=["gated", "private"])
-    def test_access(self, client: Client, hub: HubStub, gated: bool) -> None:
-        hub.repos[REPO].token, hub.repos[REPO].gated = TOKEN, gated
-        code = f"s = open_source('{REPO}'); result = [s.read('{SHARD}', 0, 2).hex(), str(s.fetch('config.json'))]"
-        for env in ({}, {"HF_TOKEN": TOKEN[::-1]}):
-            refused = client.run(code, **env)
-            assert ("access is refused" if gated else "no such repo") in (refused.error or "")
-            assert "hf auth login" in (refused.error or "")
-            assert TOKEN[::-1] not in refused.printed
+    def test_a_gated_repo(self, client: Client, hub: HubStub) -> None:
+        hub.repos[REPO].token, hub.repos[REPO].gated = TOKEN, True
+        code = f"s = open_source('{REPO}'); result = [error_of(s.read, '{SHARD}', 0, 2), error_of(s.fetch, '{SHARD}')]"
+        wrong = TOKEN[::-1]
+        for refused in (client.run(code), client.run(code, HF_TOKEN=wrong)):
+            for error in refused.result:
+                assert "access is refused (HTTP 401: Access to model org/model is restricted. Please log in.)" in error
+                assert "`hf auth login`, or set HF_TOKEN" in error
+            assert wrong not in refused.printed
         granted = client.run(code, HF_TOKEN=TOKEN)
-        assert granted.result[0] == DATA[:2].hex()
+        assert granted.result == [None, None]
         assert TOKEN not in granted.printed
 
-    def test_a_refused_download(self, client: Client, hub: HubStub) -> None:
-        hub.repos[REPO].token, hub.repos[REPO].gated = TOKEN, True
-        error = client.error(f"open_source('{REPO}').fetch('{SHARD}')")
-        assert "access is refused (HTTP 401: Access to model org/model is restricted. Please log in.)" in error
+    def test_a_private_repo(self, client: Client, hub: HubStub) -> None:
+        hub.repos[REPO].token = TOKEN
+        error = client.error(f"open_source('{REPO}')")
+        assert "there is no such repo, or it is private. Log in with `hf auth login`" in error
 
     def test_a_token_that_cannot_be_sent_is_not_shown(self, client: Client) -> None:
         # The vertical tab has httpx complain of "Illegal header value b'Bearer secretpart\\x0botherpart'".
@@ -414,19 +442,24 @@ result += [error_of(open_reader, SourceFile(uri, 1)) for uri in uris]
     @pytest.mark.parametrize("status", [429, 500])
     def test_a_hub_that_stays_busy(self, client: Client, hub: HubStub, status: int) -> None:
         hub.faults += [Fault("/resolve/", method, 99, status=status) for method in ("GET", "HEAD")]
-        code = f"s = open_source('{REPO}'); result = [error_of(s.read, '{SHARD}', 0, 8), error_of(s.fetch, '{SHARD}')]"
-        for error in client.result(code):
+        hub.faults.append(Fault("/api/models/org/other", times=99, status=status))
+        errors = client.result(f"""
+s = open_source('{REPO}')
+result = [error_of(s.read, '{SHARD}', 0, 8), error_of(s.fetch, '{SHARD}'), error_of(open_source, 'org/other')]
+""")
+        for error in errors:
             assert f"answers with an error (HTTP {status}" in error
-        hub.faults.append(Fault("/api/models", times=99, status=status))
-        assert f"HTTP {status}" in client.error(f"open_source('{REPO}')")
 
-    def test_a_cut_connection_is_mended(self, client: Client, hub: HubStub) -> None:
-        hub.faults += [Fault(SHARD, cut=3), Fault(SHARD, cut=100_000)]
-        code = f"s = open_source('{REPO}'); result = [s.read('{SHARD}', 0, 8).hex(), str(s.fetch('{SHARD}'))]"
+    def test_a_broken_connection_is_mended(self, client: Client, hub: HubStub, tmp_path: Path) -> None:
+        hub.commit(REPO, write(tmp_path / "repo", {"other.bin": DATA}))
+        hub.faults += [Fault(SHARD, drop=True), Fault(SHARD, cut=3), Fault("other.bin", cut=100_000)]
+        if client.version >= (0, 36):  # 0.30 takes a dropped question for "not in the cache"
+            hub.faults.append(Fault("other.bin", "HEAD", drop=True))
+        code = f"s = open_source('{REPO}'); result = [s.read('{SHARD}', 0, 8).hex(), str(s.fetch('other.bin'))]"
         start, path = client.result(code)
         assert start == DATA[:8].hex()
         assert Path(path).read_bytes() == DATA
-        assert [fault.times for fault in hub.faults] == [0, 0]
+        assert not any(fault.times for fault in hub.faults)
 
     def test_a_connection_that_is_always_cut(self, client: Client, hub: HubStub) -> None:
         hub.faults.append(Fault(SHARD, times=99, cut=3))

@@ -180,8 +180,8 @@ def _warnings(
         if trained_on and config.base != "auto" and not _same_model(trained_on, checkpoint.source.location):
             warnings.append(f"adapter {entry.path} says it was trained on {trained_on}, not on {config.base}")
     for source in (checkpoint.source, *(adapter.source for _, adapter in adapters)):
-        if note := getattr(source, "note", None):
-            warnings.append(str(note))
+        if source.note:
+            warnings.append(source.note)
     if config.compute.dtype == "bfloat16":
         warnings.append("compute.dtype bfloat16 rounds the update before it is added; float32 rounds only the result")
     return warnings

@@ -33,6 +33,10 @@ class Source(Protocol):
     def revision(self) -> str | None:
         """The commit it is pinned to, where there is such a thing."""
 
+    @property
+    def note(self) -> str | None:
+        """What a person should know about how it was reached, for example that it was taken from a cache."""
+
     def names(self) -> list[str]:
         """Every regular file in it, sorted; hidden files and folders are left out."""
 

@@ -12,10 +12,11 @@ through requests before 1.0, through httpx after that, and through httpx2 since.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import huggingface_hub.utils
 from huggingface_hub import HfApi, constants, hf_hub_url, try_to_load_from_cache
@@ -36,6 +37,8 @@ from shardmerge.version import __version__
 
 __all__ = ["HubSource", "open_hub_reader"]
 
+T = TypeVar("T")
+
 _SMALL = 1_000_000  # bytes; a file below that is worth keeping for an offline run
 _CHUNK = 1 << 16  # bytes
 _ATTEMPTS = 3
@@ -46,7 +49,7 @@ _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN"
 _SECRETS = (
     (re.compile(r"bearer\s.*", re.IGNORECASE), "Bearer …"),
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_…"),
-    (re.compile(r"(https?://[^\s'\"?]*)\?[^\s'\"]*"), r"\1"),  # a signed URL is a token
+    (re.compile(r"\?[^\s'\"]*=[^\s'\"]*"), ""),  # a signed URL is a token
     (re.compile(r"://[^/\s@]+@"), "://"),
 )
 
@@ -203,7 +206,7 @@ def _cached_snapshot(repo: str, asked: str) -> Path:
 def _download(repo: str, name: str, revision: str, commit: str) -> Path:
     """The cached copy of a file, downloaded if it must be. A `SourceError` speaks of ``commit``."""
     try:
-        return Path(_API.hf_hub_download(repo, name, revision=revision))
+        return Path(_persistently(partial(_API.hf_hub_download, repo, name, revision=revision)))
     except Exception as error:
         problem = _reason(error)
         if isinstance(error, LocalEntryNotFoundError):
@@ -213,15 +216,21 @@ def _download(repo: str, name: str, revision: str, commit: str) -> Path:
 
 def _read_range(repo: str, commit: str, name: str, offset: int, size: int) -> bytes:
     url = hf_hub_url(repo, name, revision=commit, endpoint=_API.endpoint)
-    attempt = 0
-    while True:
-        attempt += 1
+    try:
+        return _persistently(partial(_get_range, url, offset, size))
+    except Exception as error:
+        raise SourceError(f"{repo}@{commit}/{name}: {_reason(error)}") from None
+
+
+def _persistently(ask: Callable[[], T]) -> T:
+    """What ``ask`` returns, asked again where the connection breaks: the client mends that only in some places."""
+    for _ in range(_ATTEMPTS - 1):
         try:
-            return _get_range(url, offset, size)
+            return ask()
         except Exception as error:
-            answered = _status(error) is not None or isinstance(error, OfflineModeIsEnabled)
-            if answered or attempt == _ATTEMPTS:
-                raise SourceError(f"{repo}@{commit}/{name}: {_reason(error)}") from None
+            if not _is_broken_connection(error):
+                raise
+    return ask()
 
 
 def _get_range(url: str, offset: int, size: int) -> bytes:
@@ -276,13 +285,15 @@ def _status(error: BaseException) -> int | None:
     return status if isinstance(status, int) else None
 
 
+def _is_broken_connection(error: BaseException) -> bool:
+    return _status(error) is None and type(error).__module__.startswith(("httpx", "requests"))
+
+
 def _is_unreachable(error: BaseException) -> bool:
     """Whether the Hub gave no answer, or only that it is down."""
-    status = _status(error)
-    if status is not None:
+    if (status := _status(error)) is not None:
         return status >= 500
-    of_http = type(error).__module__.startswith(("httpx", "requests"))
-    return of_http or isinstance(error, (ConnectionError, TimeoutError))
+    return _is_broken_connection(error) or isinstance(error, (ConnectionError, TimeoutError))
 
 
 def _reason(error: BaseException) -> str:

@@ -17,6 +17,7 @@ class LocalSource:
     """A directory, or a single file seen as a directory that holds just that file (``only``)."""
 
     revision: str | None = None
+    note: str | None = None
 
     def __init__(self, path: str) -> None:
         full = os.path.abspath(os.path.expanduser(path))

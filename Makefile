@@ -1,0 +1,48 @@
+# `make demo` and `make test` set up everything they need in $(VENV); nothing but Python 3.10+ must be there before.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_BASE := $(HOME)/.cache/shardmerge/SmolLM2-135M-Instruct
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format bench clean
+
+help:
+	@echo "make demo      merge an adapter into SmolLM2 and ask base, base + adapter and merged the same questions"
+	@echo "make test      the test suite"
+	@echo "make test-all  the test suite with its slow part"
+	@echo "make lint      ruff and mypy --strict"
+	@echo "make format    let ruff format the code"
+	@echo "make bench     time and memory against a durable copy and PEFT, on a 2.2 GB model"
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python tools/smollm2.py
+	$(BIN)/shardmerge plan configs/demo.yaml --overwrite
+	$(BIN)/shardmerge run configs/demo.yaml --overwrite
+	HF_HUB_OFFLINE=1 $(BIN)/python tools/demo.py --base $(DEMO_BASE) --adapter configs/demo/adapter --merged output/demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks.merge --shape tinyllama --tools shardmerge,import-torch,copy,peft --runs 3 --check
+
+clean:
+	rm -rf $(VENV) output build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,186 @@
+"""Rows → tiles: even, never too few rows, within a buffer; and the memory that they are said to take."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardmerge.planning.tiling import (
+    BUFFERS,
+    MIN_TILE_ROWS,
+    itemsize,
+    needs_work,
+    row_bytes,
+    tile_all,
+    tile_count,
+    tile_rows,
+)
+from shardmerge.spec import FLOAT_DTYPES, MemoryPlan, ShardPlan, TensorInfo, TensorPlan, TensorRef, Update, even_rows
+from tests.builders import refs_of, untimed
+
+SMALLEST, LARGEST = 1 << 16, 1 << 23
+
+
+def tensor_plan(
+    shape: tuple[int, ...], source: str = "F32", out: str = "F32", rank: int = 0, transposed: bool = False
+) -> TensorPlan:
+    """A tensor of a plan; with a rank it has an update, whose factors may be stored transposed."""
+    elements = math.prod(shape)
+    updates: tuple[Update, ...] = ()
+    if rank:
+        a: TensorRef = refs_of({"A": (shape[1], rank) if transposed else (rank, shape[1])})["A"]
+        b: TensorRef = refs_of({"B": (rank, shape[0]) if transposed else (shape[0], rank)})["B"]
+        factors = (("A", a.transposed() if transposed else a), ("B", b.transposed() if transposed else b))
+        updates = (Update(0, "lora", "m", "m.weight", factors, 1.0, rank),)
+    return TensorPlan(
+        refs_of({"m.weight": shape}, source)["m.weight"],
+        TensorInfo(out, shape, (0, elements * itemsize(out))),
+        updates,
+    )
+
+
+DTYPES = st.sampled_from(FLOAT_DTYPES)
+SHAPES = st.tuples(st.integers(1, 5000), st.integers(1, 5000))
+TENSORS = st.builds(tensor_plan, SHAPES, DTYPES, DTYPES, st.integers(0, 300), st.booleans())
+BUFFER_SIZES = st.integers(1, 1 << 24)
+
+
+@untimed
+@given(st.integers(0, 10_000), st.integers(1, 100))
+def test_even_rows(rows: int, tiles: int) -> None:
+    ranges = list(even_rows(rows, tiles))
+    assert len(ranges) == tiles
+    assert [part.start for part in ranges] == [0, *(part.stop for part in ranges[:-1])]
+    assert ranges[-1].stop == rows
+    lengths = [len(part) for part in ranges]
+    assert max(lengths) - min(lengths) <= 1
+    assert lengths == sorted(lengths, reverse=True)
+
+
+@untimed
+@given(TENSORS, BUFFER_SIZES)
+def test_tiles(tensor: TensorPlan, buffer_bytes: int) -> None:
+    tiles = tile_count(tensor, buffer_bytes)
+    lengths = [len(part) for part in even_rows(tensor.rows, tiles)]
+    assert sum(lengths) == tensor.rows
+    assert max(lengths) == tile_rows(tensor, tiles)
+    assert min(lengths) >= min(MIN_TILE_ROWS, tensor.rows)
+    if tensor.updates and tensor.row_elements == 1:
+        assert tiles == 1
+    elif max(lengths) * row_bytes(tensor) > buffer_bytes:
+        # Above the buffer only where a finer split would have tiles of too few rows.
+        assert tiles == max(1, tensor.rows // MIN_TILE_ROWS)
+    if tiles > 1:
+        assert tensor.rows * row_bytes(tensor) > buffer_bytes
+
+
+@untimed
+@given(TENSORS, BUFFER_SIZES, BUFFER_SIZES)
+def test_larger_buffers_never_make_more_tiles(tensor: TensorPlan, one: int, other: int) -> None:
+    assert tile_count(tensor, max(one, other)) <= tile_count(tensor, min(one, other))
+
+
+@pytest.mark.parametrize(
+    ("rows", "tiles"), [(0, 1), (1, 1), (15, 1), (16, 1), (31, 1), (32, 2), (33, 2), (47, 2), (48, 3)], ids=str
+)
+def test_least_rows(rows: int, tiles: int) -> None:
+    assert tile_count(tensor_plan((rows, 1000), rank=4), 1) == tiles
+
+
+def test_a_column_stays_whole() -> None:
+    """A product with one column goes through another kernel, tile by tile, than the whole would."""
+    assert tile_count(tensor_plan((1 << 20, 1), rank=4), SMALLEST) == 1
+    assert tile_count(tensor_plan((1 << 20, 1), out="BF16"), SMALLEST) > 1
+
+
+def test_conversion_goes_by_element() -> None:
+    tensor = tensor_plan((3, 100_000), out="BF16")
+    assert (tensor.rows, tensor.row_elements, row_bytes(tensor)) == (300_000, 1, 4)
+    assert tile_count(tensor, 1 << 20) == 2
+
+
+@pytest.mark.parametrize(
+    ("tensor", "work"),
+    [
+        (tensor_plan((4, 4)), False),
+        (tensor_plan((4, 4), rank=2), True),
+        (tensor_plan((4, 4), out="BF16"), True),
+        (tensor_plan((), out="BF16"), True),
+    ],
+    ids=["bytes", "update", "conversion", "scalar"],
+)
+def test_needs_work(tensor: TensorPlan, work: bool) -> None:
+    assert needs_work(tensor) is work
+    (shard,), _ = tile_all([shard_of([tensor])], "F32", None)
+    assert [bool(tensor.tiles) for tensor in shard.tensors] == [work]
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def shard_of(tensors: list[TensorPlan]) -> ShardPlan:
+    return ShardPlan("model.safetensors", (), tuple(tensors), 0, 0)
+
+
+def factor_bytes(tensor: TensorPlan, tiles: int, compute: str) -> int:
+    """A whole; of B a tile's rows; each as stored and in the compute dtype. Rows that lie apart are read whole."""
+    total = 0
+    for update in tensor.updates:
+        a, b = update.factor("A"), update.factor("B")
+        rows = tile_rows(tensor, tiles) * b.shape[1]
+        total += math.prod(a.shape) * (4 + itemsize(compute)) + rows * itemsize(compute)
+        total += b.nbytes if b.strides else rows * 4
+    return total
+
+
+@untimed
+@given(
+    st.lists(TENSORS, max_size=5),
+    st.sampled_from(["F32", "F64", "BF16"]),
+    st.one_of(st.none(), st.integers(1, 1 << 28)),
+)
+def test_memory_is_that_of_the_tiles(tensors: list[TensorPlan], compute: str, budget: int | None) -> None:
+    shards, memory = tile_all([shard_of(tensors[:2]), shard_of(tensors[2:])], compute, budget)
+    worked = [tensor for shard in shards for tensor in shard.tensors if tensor.tiles]
+    assert [tensor.source for shard in shards for tensor in shard.tensors] == [tensor.source for tensor in tensors]
+    assert len(worked) == sum(map(needs_work, tensors))
+    for tensor in worked:
+        assert tile_rows(tensor, tensor.tiles) * row_bytes(tensor) <= memory.buffer_bytes
+    assert memory.buffers == BUFFERS
+    assert memory.workspace_bytes == max(
+        (
+            tile_rows(tensor, tensor.tiles) * tensor.row_elements * (2 * itemsize(compute) if tensor.updates else 4)
+            for tensor in worked
+        ),
+        default=0,
+    )
+    assert memory.factor_bytes == max((factor_bytes(tensor, tensor.tiles, compute) for tensor in worked), default=0)
+
+
+@untimed
+@given(st.lists(TENSORS, min_size=1, max_size=4), st.integers(1, 1 << 28), st.integers(1, 1 << 28))
+def test_more_memory_allowed_never_means_less_used(tensors: list[TensorPlan], one: int, other: int) -> None:
+    low, high = sorted((one, other))
+    _, least = tile_all([shard_of(tensors)], "F32", 1)
+    small, large = memory_for(tensors, low), memory_for(tensors, high)
+    assert least.total <= small.total <= large.total
+    for memory, budget in ((small, low), (large, high)):
+        assert memory.total <= max(budget, least.total)
+
+
+def memory_for(tensors: list[TensorPlan], budget: int) -> MemoryPlan:
+    return tile_all([shard_of(tensors)], "F32", budget)[1]
+
+
+def test_order_of_the_tensors_does_not_matter() -> None:
+    wide, tall = tensor_plan((16, 400_000), rank=8), tensor_plan((40_000, 64), rank=300)
+    assert memory_for([wide, tall], 1) == memory_for([tall, wide], 1)
+
+
+def test_nothing_to_do_takes_the_largest_buffers_that_fit() -> None:
+    assert memory_for([tensor_plan((4, 4))], 1 << 28).buffer_bytes == LARGEST
+    assert memory_for([tensor_plan((4, 4))], BUFFERS * LARGEST - 1).buffer_bytes == LARGEST // 2
+    assert memory_for([tensor_plan((4, 4))], 1).buffer_bytes == SMALLEST
