@@ -38,7 +38,7 @@ class Bench:
     def task(self, tool: str) -> Task:
         return Task(self.made, self.folder / tool / "output", self.folder / tool / "scratch")
 
-    def run(self, tool: str, command: Command, number: int, keep: bool) -> Run:
+    def run(self, tool: str, command: Command, number: int, keep: bool) -> None:
         self.remove(tool)
         task = self.task(tool)
         task.scratch.mkdir(parents=True)
@@ -51,9 +51,8 @@ class Bench:
         if run.failed:
             print(f"{tool} failed; the end of {log}:\n{_tail(log)}", file=sys.stderr)
         shutil.rmtree(task.scratch)
-        if not keep:
+        if not keep or run.failed:
             self.remove(tool)
-        return run
 
     def remove(self, tool: str) -> None:
         shutil.rmtree(self.folder / tool, ignore_errors=True)
@@ -105,12 +104,21 @@ def main() -> None:
         stdout=subprocess.DEVNULL,
     )
     made = place(shape, options.work.resolve())
-    description = {"shape": f"{shape.name}, base of {made.base_bytes() / 1e9:.2f} GB", **machine.describe(options.work)}
+    description = {
+        "shape": f"{shape.name}, base of {report.human(made.base_bytes())}",
+        **machine.describe(options.work),
+    }
     description["inputs"] = "dropped from the page cache before every run" if options.cold else "read before every run"
     if options.mergekit_python:
         description["mergekit"] = machine.mergekit_version(options.mergekit_python)
     print(json.dumps(description), flush=True)
-    sys.exit(0 if compare(Bench(made, options.work.resolve() / "runs", options.cold), options, description) else 1)
+    bench = Bench(made, options.work.resolve() / "runs", options.cold)
+    try:
+        good = compare(bench, options, description)
+    finally:
+        for tool in options.tools:
+            bench.remove(tool)
+    sys.exit(0 if good else 1)
 
 
 def compare(bench: Bench, options: argparse.Namespace, description: dict[str, str]) -> bool:
@@ -120,10 +128,9 @@ def compare(bench: Bench, options: argparse.Namespace, description: dict[str, st
         for tool in options.tools:
             keep = options.check and number == options.runs and tool in MERGES
             bench.run(tool, tools[tool], number, keep)
-    kept, verdict = report.memory_verdict(bench.runs)
     checks = list(bench.check()) if options.check else []
-    for tool in options.tools:
-        bench.remove(tool)
+    kept, verdict = report.memory_verdict(bench.runs)
+    description["load"] += f", {os.getloadavg()[0]:.2f} when it ended"
     print(f"\n{report.facts(description)}\n\n{report.table(bench.runs, own_peak())}\n\n{verdict}")
     for line, _ in checks:
         print(line)

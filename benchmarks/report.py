@@ -27,7 +27,14 @@ class Run:
         return self.usage.exit_code != 0
 
     def to_json(self) -> dict[str, object]:
-        return {"tool": self.tool, "run": self.number, "failed": self.failed, **dataclasses.asdict(self.usage)}
+        usage = dataclasses.asdict(self.usage)
+        rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in usage.items()}
+        return {"tool": self.tool, "run": self.number, "failed": self.failed, **rounded}
+
+
+def human(count: float) -> str:
+    """Bytes in powers of 1000."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def facts(description: Mapping[str, str]) -> str:
@@ -35,13 +42,30 @@ def facts(description: Mapping[str, str]) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in description.items())
 
 
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its first column to the left and the others to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def median_and_range(seconds: Sequence[float]) -> str:
+    """``"9.31 (9.02–9.80)"``: the median, the least and the most; a single value stands alone."""
+    middle = f"{statistics.median(seconds):.2f}"
+    return f"{middle} ({min(seconds):.2f}–{max(seconds):.2f})" if len(seconds) > 1 else middle
+
+
+def peak_mib(usages: Sequence[Usage], floor: int) -> str:
+    """The largest peak. Where it is the measuring process's own, ``floor``, the truth may be less."""
+    peak = max(usage.peak_bytes for usage in usages)
+    return f"{'≤ ' if peak <= floor else ''}{peak / MIB:.0f}"
+
+
 def table(runs: Sequence[Run], floor: int) -> str:
-    """A Markdown table, a row a tool in the order of their first runs. Peaks at ``floor`` bytes are no more than it."""
+    """Medians, a row a tool, in the order of their first runs."""
     tools = list(dict.fromkeys(run.tool for run in runs))
     yardstick = "copy" if "copy" in tools else tools[0]
-    head = ["tool", "runs", "wall s", f"× {yardstick}", "CPU s", "peak MiB", "read MB", "written MB"]
-    rows = [head, ["---", *["---:"] * (len(head) - 1)], *(_row(tool, yardstick, runs, floor) for tool in tools)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    head = ["tool", "runs", "wall s", f"wall ÷ {yardstick}", "CPU s", "peak MiB", "read MB", "written MB"]
+    return markdown(head, [_row(tool, yardstick, runs, floor) for tool in tools])
 
 
 def _row(tool: str, yardstick: str, runs: Sequence[Run], floor: int) -> list[str]:
@@ -49,14 +73,13 @@ def _row(tool: str, yardstick: str, runs: Sequence[Run], floor: int) -> list[str
     good = [run.usage for run in mine if not run.failed]
     if not good:
         return [tool, f"all {len(mine)} failed", *["–"] * 6]
-    peak = max(usage.peak_bytes for usage in good)
     return [
         tool,
         str(len(mine)) if len(good) == len(mine) else f"{len(good)}, and {len(mine) - len(good)} failed",
-        f"{statistics.median(usage.seconds for usage in good):.2f}",
+        median_and_range([usage.seconds for usage in good]),
         _ratio(tool, yardstick, runs),
         f"{statistics.median(usage.cpu_seconds for usage in good):.2f}",
-        f"{'≤ ' if peak <= floor else ''}{peak / MIB:.0f}",
+        peak_mib(good, floor),
         _megabytes(good, lambda usage: usage.read_bytes),
         _megabytes(good, lambda usage: usage.written_bytes),
     ]

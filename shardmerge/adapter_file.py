@@ -74,7 +74,9 @@ def _weights_name(source: Source) -> str:
     candidates = [name for name in names if name.endswith((".safetensors", *_PICKLES))]
     if len(candidates) == 1:
         return candidates[0]
-    found = ", ".join(candidates) or "none of that kind"
+    # PEFT saves an adapter that is not called "default" into a folder of its name.
+    nested = [name for name in source.names() if name.endswith(_WEIGHTS)]
+    found = ", ".join(candidates or nested) or "none of that kind"
     raise FormatError(
         f"{source.location}: expected {' or '.join(_WEIGHTS)}, or one .safetensors or .pt file; found {found}"
     )

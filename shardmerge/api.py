@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge.config import MergeConfig
-from shardmerge.errors import FormatError
+from shardmerge.errors import FormatError, OutputError, SourceError
 from shardmerge.planning import make_plan
 from shardmerge.report import MergeReport, merged_dtype, peak_memory, record
 from shardmerge.spec import MergePlan, Receipt, ShardPlan
@@ -77,7 +77,7 @@ def _carry_out(plan: MergePlan, progress: Callable[[Progress], None], started: f
     # Everything up to here does without torch, which takes a second to import.
     import torch
 
-    from shardmerge.engine import Engine
+    from shardmerge.engine import Engine, compute_threads
     from shardmerge.executors import SerialExecutor
     from shardmerge.journal import Journal
     from shardmerge.sinks import SafetensorsSink
@@ -100,11 +100,15 @@ def _carry_out(plan: MergePlan, progress: Callable[[Progress], None], started: f
             open_shards = [shard for shard in plan.shards if shard.name not in finished]
             counter.skip(shard for shard in plan.shards if shard.name in finished)
             try:
-                receipts = [*finished.values(), *SerialExecutor().map(merge_shard, open_shards)]
-            except FormatError:
-                # Something in the files themselves; no second run can succeed, so nothing is kept for one.
+                with compute_threads():
+                    receipts = [*finished.values(), *SerialExecutor().map(merge_shard, open_shards)]
+            except FormatError as error:
+                # Something in the files themselves: no second run can succeed, so nothing is kept for one.
                 journal.discard()
-                raise
+                raise type(error)(f"{error}. Nothing is left of it in {plan.output}") from None
+            except (OutputError, SourceError) as error:
+                kept = "What was finished is kept; run the same command again to take it up"
+                raise type(error)(f"{error}. The output is no model yet. {kept}") from None
             report = _report(plan, sink.files(), receipts, len(finished), started)
             sink.commit(record(plan, report, torch.__version__))
             return report

@@ -185,7 +185,6 @@ def _exchange(chat: Chat, history: list[Message], prompt: str, max_new_tokens: i
     finally:
         if heard:  # an answer stopped before its first word leaves nothing that a template could show
             _say("\n")
-        if heard and chat.template is None:
             history += [asked, {"role": "assistant", "content": "".join(heard)}]
 
 

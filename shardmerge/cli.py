@@ -68,7 +68,9 @@ def _config_options(command: Command) -> Command:
     """What `run` and `plan` share."""
     for decorate in (
         _json_option,
-        click.option("--overwrite", is_flag=True, help="Replace a finished merge, or start an unfinished one anew."),
+        click.option(
+            "--overwrite", is_flag=True, help="Replace a finished merge, or an unfinished one of another config."
+        ),
         click.option(
             "-s", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config, by dotted path."
         ),

@@ -7,7 +7,9 @@ tile, in the compute dtype, and are rounded once.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +67,20 @@ def resolve_device(name: str) -> torch.device:
         found = torch.cuda.device_count()
         raise PlanError([f"compute.device is {name}, but torch {torch.__version__} finds {found} CUDA devices here"])
     return device
+
+
+@contextmanager
+def compute_threads() -> Iterator[None]:
+    """Give torch half of the cores: the two threads that read and write need some too.
+
+    On two cores a second thread of torch's pool would only wait, busily, for the first. The bits are the same.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(before, (os.cpu_count() or 2) // 2)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def jobs(shard: ShardPlan, buffer_bytes: int) -> Iterator[Job]:

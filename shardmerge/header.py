@@ -20,6 +20,8 @@ MAX_HEADER_BYTES = 100_000_000
 FIRST_READ = 1 << 16
 LENGTH_BYTES = 8
 _ALIGNMENT = 8
+_KEYS = frozenset({"dtype", "shape", "data_offsets"})
+_TOO_LARGE = 1 << 63
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -84,21 +86,27 @@ def _metadata(value: Any, where: str) -> Metadata:
     return tuple(value.items())
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
+def _are_counts(values: Any) -> bool:
+    # A loop, and no all(): this runs for every number of every header.
+    if type(values) is not list:
+        return False
+    for value in values:  # noqa: SIM110
+        if type(value) is not int or not 0 <= value < _TOO_LARGE:
+            return False
+    return True
 
 
 def _tensor(name: str, entry: Any, where: str) -> TensorInfo:
-    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or not entry.keys() >= _KEYS:
         raise FormatError(f"{where}: the entry of {name!r} must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise FormatError(
             f"{where}: {name!r} has the unknown dtype {dtype!r}; known are {', '.join(sorted(DTYPE_BITS))}"
         )
-    if not isinstance(shape, list) or not all(map(_is_count, shape)):
+    if not _are_counts(shape):
         raise FormatError(f"{where}: {name!r} has the shape {shape!r}, which is no list of sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+    if not _are_counts(offsets) or len(offsets) != 2:
         raise FormatError(f"{where}: {name!r} has the data_offsets {offsets!r}, which are no pair of offsets")
     return TensorInfo(dtype, tuple(shape), (offsets[0], offsets[1]))
 

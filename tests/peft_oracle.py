@@ -235,6 +235,11 @@ def assert_same_bits(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor
 # --- models of a few tensors, without transformers --------------------------------------------------------------------
 
 
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # The safetensors library refuses tensors that share memory.
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+
+
 def write_base(folder: Path, shards: Sequence[Mapping[str, Tensor]], *, index: bool = True, **config: Any) -> Path:
     """A checkpoint of these tensors, a file a mapping; ``config`` goes into config.json."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -243,7 +248,7 @@ def write_base(folder: Path, shards: Sequence[Mapping[str, Tensor]], *, index: b
     if count == 1:
         names = ["model.safetensors"]
     for name, tensors in zip(names, shards, strict=True):
-        save_file(dict(tensors), folder / name, metadata={"format": "pt"})
+        save_file(_apart(tensors), folder / name, metadata={"format": "pt"})
     if count > 1 and index:
         weight_map = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
         total = sum(tensor.nbytes for tensors in shards for tensor in tensors.values())
@@ -258,9 +263,9 @@ def write_adapter(folder: Path, modules: Mapping[str, tuple[Tensor, Tensor]], al
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for module, (a, b) in modules.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = b.contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b
+    save_file(_apart(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
     rank = next(iter(modules.values()))[0].shape[0]
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": sorted(modules), "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -271,7 +276,7 @@ def write_adapter(folder: Path, modules: Mapping[str, tuple[Tensor, Tensor]], al
 def _sixteen_bits(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Every finite number of a 16-bit dtype from the least to the largest, as float64, and the midpoints between."""
     patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
-    numbers = patterns[torch.isfinite(patterns)].double().unique()
+    numbers = torch.tensor(sorted(set(patterns[torch.isfinite(patterns)].tolist())), dtype=torch.float64)
     return numbers, (numbers[:-1] + numbers[1:]) / 2
 
 

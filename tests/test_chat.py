@@ -418,11 +418,11 @@ class InterruptedTerminal(FakeTerminal):
 
     interrupts = 1
 
-    def readline(self, size: int = -1, /) -> str:
+    def readline(self, size: int | None = -1, /) -> str:  # type: ignore[override]  # as io.StringIO's own is
         if self.interrupts:
             self.interrupts -= 1
             raise KeyboardInterrupt
-        return super().readline(size)
+        return super().readline(-1 if size is None else size)
 
 
 def test_ctrl_c_at_the_prompt_drops_the_line(

@@ -260,6 +260,27 @@ def test_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[s
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "code"),
+    [
+        (["plan", "gone.yaml"], "ConfigError", 2),
+        (["run", "config.yaml", "-s", "output.pth=x"], "ConfigError", 2),
+        (["plan", "config.yaml", "-s", "adapters.0.alpha=1"], "PlanError", 3),
+        (["init", "base"], "FormatError", 4),
+        (["inspect", "gone"], "SourceError", 5),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_error_as_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], error: str, code: int
+) -> None:
+    make_place(tmp_path).config_file()
+    monkeypatch.chdir(tmp_path)
+    told = invoke_json(monkeypatch, *arguments, code=code)
+    assert (told["error"], told["exit_code"]) == (error, code)
+    assert len(told["problems"]) == 1
+
+
 def test_usage_and_version_of_the_module(tmp_path: Path) -> None:
     done = run_cli("plan", "--fast", "x", cwd=tmp_path)
     assert done.returncode == 2

@@ -71,6 +71,13 @@ def test_target_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
     assert "x.yaml: cannot be written: No such file" in result.stderr
 
 
+def test_name_of_the_config_cannot_write_into_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_peft(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    invoke(monkeypatch, "init", "adapter", "-o", "x\nbase: evil")
+    assert load_yaml(Path("x\nbase: evil"))["base"] == "path/to/base"
+
+
 def test_to_stdout_and_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = write_peft(tmp_path / "adapter")
     monkeypatch.chdir(tmp_path)

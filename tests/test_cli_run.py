@@ -85,6 +85,23 @@ def test_stopped_while_replacing_a_finished_merge(tmp_path: Path) -> None:
     assert {name: content for name, content in now.items() if not name.startswith(".shardmerge/")} == before
 
 
+def test_stopped_while_planning(tmp_path: Path) -> None:
+    place = make_place(tmp_path)
+    script = (
+        "import os, signal, shardmerge.api\n"
+        "from shardmerge.cli import main\n"
+        "shardmerge.api.make_plan = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "main()"
+    )
+    config = place.config_file()
+    before = snapshot(tmp_path)
+    done = run_python("-c", script, "run", config)
+    assert done.returncode == 130, done.stderr
+    assert "interrupted" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert snapshot(tmp_path) == before
+
+
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 

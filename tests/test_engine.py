@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,6 +36,14 @@ ALL = (*ATTENTION, *MLP, "lm_head")
 DTYPES = ("float32", "bfloat16", "float16")
 #: Shapes of which none is a multiple of 16: 186 x 84, 14 x 186, 333 x 186, 186 x 333, 29 x 186.
 ODD: dict[str, Any] = {"hidden": 186, "intermediate": 333, "heads": 6, "head_dim": 14, "vocab": 29}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _without_fsync() -> Iterator[None]:
+    """Durability is another file's business, and it takes half of the time here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 def check(folder: Path, base: Base, lora: Lora) -> None:
@@ -161,7 +171,7 @@ def _cases(draw: st.DrawFn) -> tuple[Base, Lora]:
     return base, lora
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(_cases())
 def test_random_models_and_adapters_give_the_bits_of_peft(case: tuple[Base, Lora]) -> None:
     with TemporaryDirectory() as folder:
@@ -174,12 +184,12 @@ def test_random_models_and_adapters_give_the_bits_of_peft(case: tuple[Base, Lora
 @pytest.mark.parametrize("compute", ["float32", "float64", "bfloat16"], ids="compute-{}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids="base-{}".format)
 def test_tiles_do_not_show(dtype: str, compute: str, tmp_path: Path) -> None:
-    base = Base(dtype, hidden=333, intermediate=517, heads=3, kv_heads=3, head_dim=62, vocab=29)
-    lora = Lora(33, alpha=7.3, targets=ALL)
+    base = Base(dtype, hidden=231, intermediate=389, heads=3, kv_heads=3, head_dim=62, vocab=29)
+    lora = Lora(17, alpha=7.3, targets=ALL)
     model, adapter = base_folder(base), adapter_folder(base, lora)
     least = least_memory(make_config(tmp_path / "none", model, [adapter], compute=compute))
     tiles, files = [], []
-    for memory in (least, least * 5 // 4, least * 3 // 2, 2 * least, 3 * least, "auto"):
+    for memory in (least, least * 3 // 2, 2 * least, "auto"):
         config = make_config(tmp_path / str(memory), model, [adapter], compute=compute, max_memory=memory)
         plan = shardmerge.plan(config)
         tiles.append(sum(tensor.tiles for shard in plan.shards for tensor in shard.tensors))

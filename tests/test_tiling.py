@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardmerge.planning.tiling import (
+    _BUFFER_SIZES,
     BUFFERS,
     MIN_TILE_ROWS,
     itemsize,
@@ -21,7 +22,7 @@ from shardmerge.planning.tiling import (
 from shardmerge.spec import FLOAT_DTYPES, MemoryPlan, ShardPlan, TensorInfo, TensorPlan, TensorRef, Update, even_rows
 from tests.builders import refs_of, untimed
 
-SMALLEST, LARGEST = 1 << 16, 1 << 23
+SMALLEST, LARGEST = min(_BUFFER_SIZES), max(_BUFFER_SIZES)
 
 
 def tensor_plan(

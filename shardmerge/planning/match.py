@@ -16,6 +16,7 @@ from shardmerge.spec import TensorRef, Update
 
 #: Problems of one kind that are listed one by one; of the rest only the number is said.
 _LISTED = 10
+_HEAD = "lm_head.weight"
 
 
 @dataclass(slots=True)
@@ -75,16 +76,17 @@ def _match_one(
 def _misfits(update: ModuleUpdate, target: str, checkpoint: Checkpoint) -> list[str]:
     if not update.fits or any(0 in ref.shape for _, ref in update.factors):
         return []  # said already
-    problems = FAMILIES[update.family].check(update, checkpoint.weights[target].tensor)
+    family = FAMILIES[update.family]
+    changes = family.changes_weight
+    problems = family.check(update, checkpoint.weights[target].tensor)
     if not math.isfinite(update.scaling):
         problems.append(f"{update.module}: its scaling is {update.scaling}")
-    changes = FAMILIES[update.family].changes_weight
     if changes and stores_transposed(checkpoint.model_type):
         problems.append(
             f"{update.module}: {checkpoint.model_type} models store their layers transposed (Conv1D), which is not "
             "supported yet"
         )
-    if changes and checkpoint.ties_embeddings and target.rpartition(".")[0].rpartition(".")[2] == "lm_head":
+    if changes and target.endswith(_HEAD) and checkpoint.ties_embeddings:
         problems.append(
             f"{update.module}: the base ties its output head to the input embedding (tie_word_embeddings in "
             "config.json), so an update of the head alone would be lost on loading; untying is not supported yet"
@@ -116,7 +118,7 @@ def _leftover(names: Iterable[str], checkpoint: Checkpoint) -> list[str]:
 
 def _unmatched(update: ModuleUpdate, target: str, checkpoint: Checkpoint) -> str:
     factor = update.factors[0][1].name
-    if target.endswith("lm_head.weight") and checkpoint.ties_embeddings:
+    if target.endswith(_HEAD) and checkpoint.ties_embeddings:
         return (
             f"{factor} updates {target}, which the base does not store because it ties it to the input embedding; "
             "untying is not supported yet"

@@ -17,8 +17,9 @@ from shardmerge.spec import DTYPE_BITS, MemoryPlan, ShardPlan, TensorPlan, Tenso
 MIN_TILE_ROWS = 16
 #: Buffers in flight: read, waiting, computed, waiting, written, and one to spare.
 BUFFERS = 6
-AUTO_MEMORY = 64 << 20
-_BUFFER_SIZES = tuple(1 << bits for bits in range(23, 15, -1))
+AUTO_MEMORY = 32 << 20
+#: Larger ones would not be faster: a tile of this size and its float32 work space stay in a core's cache.
+_BUFFER_SIZES = tuple(1 << bits for bits in range(20, 15, -1))
 _PAGE = 4096
 
 
@@ -43,17 +44,13 @@ def tile_all(
         memory = _memory(kinds, size, compute_dtype)
         if memory.total <= budget:
             break
-    tiled = tuple(
-        dataclasses.replace(
-            shard,
-            tensors=tuple(
-                dataclasses.replace(tensor, tiles=tile_count(tensor, size)) if needs_work(tensor) else tensor
-                for tensor in shard.tensors
-            ),
-        )
-        for shard in shards
-    )
-    return tiled, memory
+
+    def tiled(tensor: TensorPlan) -> TensorPlan:
+        if not needs_work(tensor):
+            return tensor
+        return TensorPlan(tensor.source, tensor.out, tensor.updates, tile_count(tensor, size))
+
+    return tuple(dataclasses.replace(shard, tensors=tuple(map(tiled, shard.tensors))) for shard in shards), memory
 
 
 def needs_work(tensor: TensorPlan) -> bool:

@@ -1,0 +1,238 @@
+"""Factors are read when they are asked for, once where they are kept, and of those that go by rows only the rows."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardmerge.adapter_file import open_adapter
+from shardmerge.errors import NonFiniteError
+from shardmerge.factors import LazyFactors
+from shardmerge.pickled import read_pickled
+from shardmerge.sources import LocalReader, LocalSource, Reader
+from shardmerge.spec import RowRange, SourceFile, TensorRef, Update, even_rows
+from tests.peft_oracle import random, write_adapter
+
+OUT, IN, RANK = 70, 23, 4
+A, B = random(RANK, IN, seed=1), random(OUT, RANK, seed=2)
+A2, B2 = random(RANK, IN, seed=3), random(OUT, RANK, seed=4)
+#: A dtype of the file, and how its numbers compare with those that were put into it.
+STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CPU = torch.device("cpu")
+
+
+@dataclass
+class CountingReader:
+    """A reader that notes what it was asked for."""
+
+    inner: Reader
+    reads: list[tuple[int, int]] = field(default_factory=list)
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        self.reads.append((offset, len(view)))
+        self.inner.read_into(offset, view)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+class Opened:
+    """An adapter file of two targets, seen through one `CountingReader`."""
+
+    def __init__(self, path: Path, refs: list[tuple[TensorRef, TensorRef]], dtype: torch.dtype) -> None:
+        status = path.stat()
+        self.reader = CountingReader(LocalReader(SourceFile(str(path), status.st_size, status.st_mtime_ns)))
+        self.uris: list[str] = []
+        self.loader = LazyFactors(self._get, dtype, CPU)
+        self.updates = [
+            Update(number, "lora", f"module{number}", f"module{number}.weight", (("A", a), ("B", b)), 1.0, RANK)
+            for number, (a, b) in enumerate(refs)
+        ]
+
+    def _get(self, uri: str) -> Reader:
+        self.uris.append(uri)
+        return self.reader
+
+    def taken(self) -> list[tuple[int, int]]:
+        reads, self.reader.reads = self.reader.reads, []
+        return reads
+
+
+def open_safetensors(folder: Path, stored: torch.dtype, dtype: torch.dtype = torch.float32) -> Opened:
+    modules = {"module0": (A.to(stored), B.to(stored)), "module1": (A2.to(stored), B2.to(stored))}
+    write_adapter(folder / "adapter", modules)
+    adapter = open_adapter(LocalSource(str(folder / "adapter")))
+    refs = [
+        (
+            adapter.tensors[f"base_model.model.{name}.lora_A.weight"],
+            adapter.tensors[f"base_model.model.{name}.lora_B.weight"],
+        )
+        for name in modules
+    ]
+    return Opened(folder / "adapter" / "adapter_model.safetensors", refs, dtype)
+
+
+def open_pickle(folder: Path, stored: torch.dtype, layout: str) -> Opened:
+    """``transposed``: A (in, r) and B (r, out) as pure PyTorch has them; ``views``: parts of one wider storage."""
+    path = folder / "a.pt"
+    tensors: dict[str, Tensor] = {}
+    for number, (a, b) in enumerate([(A, B), (A2, B2)]):
+        for role, tensor in (("A", a.to(stored)), ("B", b.to(stored))):
+            if layout == "transposed":
+                tensor = tensor.T.contiguous()
+            if layout == "views":
+                wide = torch.full((tensor.shape[0] * 2, tensor.shape[1] * 3), 9.0, dtype=stored)
+                wide[1::2, 2::3] = tensor
+                tensor = wide[1::2, 2::3]
+            tensors[f"module{number}.{role}"] = tensor
+    torch.save(tensors, path)
+    refs = read_pickled(path, str(path))
+    pairs = [(refs[f"module{number}.A"], refs[f"module{number}.B"]) for number in range(2)]
+    if layout == "transposed":
+        pairs = [(a.transposed(), b.transposed()) for a, b in pairs]
+    return Opened(path, pairs, torch.float32)
+
+
+@pytest.fixture(params=STORED.values(), ids=STORED)
+def stored(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    yield request.param
+
+
+# --- dense files ------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
+    opened = open_safetensors(tmp_path, torch.float32)
+    opened.loader.begin_shard()
+    opened.loader.of(opened.updates[0])
+    assert opened.uris == [] and opened.taken() == []
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 4, OUT])
+def test_of_b_only_the_rows_of_a_tile_are_read(tiles: int, stored: torch.dtype, tmp_path: Path) -> None:
+    opened = open_safetensors(tmp_path, stored)
+    update = opened.updates[0]
+    ref, row = update.factor("B"), RANK * stored.itemsize
+    for rows in even_rows(OUT, tiles):
+        found = opened.loader.of(update).rows("B", rows)
+        assert torch.equal(found, B.to(stored).float()[rows.start : rows.stop])
+        assert opened.taken() == [(ref.offset + rows.start * row, len(rows) * row)]
+
+
+def test_a_is_read_once_a_target(stored: torch.dtype, tmp_path: Path) -> None:
+    opened = open_safetensors(tmp_path, stored)
+    for number, wanted in enumerate((A, A2)):
+        update = opened.updates[number]
+        for _ in range(5):
+            assert torch.equal(opened.loader.of(update).whole("A"), wanted.to(stored).float())
+        ref = update.factor("A")
+        assert opened.taken() == [(ref.offset, ref.nbytes)]
+
+
+def test_both_adapters_of_one_target_keep_their_a(tmp_path: Path) -> None:
+    opened = open_safetensors(tmp_path, torch.float32)
+    first, second = opened.updates
+    second = Update(1, "lora", "module0", first.target, second.factors, 1.0, RANK)
+    for _ in range(4):
+        assert torch.equal(opened.loader.of(first).whole("A"), A)
+        assert torch.equal(opened.loader.of(second).whole("A"), A2)
+    assert len(opened.taken()) == 2
+
+
+def test_nothing_is_kept_after_the_target_has_changed(tmp_path: Path) -> None:
+    opened = open_safetensors(tmp_path, torch.float32)
+    first, second = opened.updates
+    kept = weakref.ref(opened.loader.of(first).whole("A"))
+    rows = weakref.ref(opened.loader.of(first).rows("B", RowRange(0, 20)))
+    gc.collect()
+    assert kept() is not None and rows() is None
+    opened.loader.of(second)
+    gc.collect()
+    assert kept() is None
+    opened.taken()
+    opened.loader.of(first).whole("A")
+    assert len(opened.taken()) == 1
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_factors_come_in_the_compute_dtype(compute: torch.dtype, stored: torch.dtype, tmp_path: Path) -> None:
+    opened = open_safetensors(tmp_path, stored, compute)
+    factors = opened.loader.of(opened.updates[0])
+    for found, wanted in ((factors.whole("A"), A), (factors.rows("B", RowRange(3, 60)), B[3:60])):
+        assert found.dtype == compute and found.is_contiguous()
+        assert torch.equal(found, wanted.to(stored).to(compute))
+
+
+# --- files whose rows lie apart ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["transposed", "views"])
+@pytest.mark.parametrize("tiles", [1, 3, OUT])
+def test_a_strided_factor_is_read_once_and_given_by_rows(
+    tiles: int, layout: str, stored: torch.dtype, tmp_path: Path
+) -> None:
+    opened = open_pickle(tmp_path, stored, layout)
+    for number, (a, b) in enumerate([(A, B), (A2, B2)]):
+        update = opened.updates[number]
+        for rows in even_rows(OUT, tiles):
+            factors = opened.loader.of(update)
+            found = factors.rows("B", rows)
+            assert found.is_contiguous() and torch.equal(found, b.to(stored).float()[rows.start : rows.stop])
+            assert torch.equal(factors.whole("A"), a.to(stored).float())
+        expected = {(ref.offset, ref.nbytes) for _, ref in update.factors}
+        reads = opened.taken()
+        assert len(reads) == 2 and set(reads) == expected
+
+
+@pytest.mark.parametrize("layout", ["transposed", "views"])
+def test_of_a_strided_factor_nothing_is_kept_after_the_target_has_changed(layout: str, tmp_path: Path) -> None:
+    opened = open_pickle(tmp_path, torch.float32, layout)
+    first, second = opened.updates
+    opened.loader.of(first).rows("B", RowRange(0, 20))
+    opened.taken()
+    opened.loader.of(second)
+    opened.loader.of(first).rows("B", RowRange(20, 40))
+    assert len(opened.taken()) == 1
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_the_row_of_a_bad_value_counts_from_the_start_of_the_factor(value: float, tmp_path: Path) -> None:
+    b = B.clone()
+    b[47, 3] = value
+    write_adapter(tmp_path / "adapter", {"module0": (A, b)})
+    adapter = open_adapter(LocalSource(str(tmp_path / "adapter")))
+    a_ref, b_ref = (adapter.tensors[f"base_model.model.module0.lora_{role}.weight"] for role in "AB")
+    opened = Opened(tmp_path / "adapter" / "adapter_model.safetensors", [(a_ref, b_ref)], torch.float32)
+    factors = opened.loader.of(opened.updates[0])
+    factors.rows("B", RowRange(0, 47))
+    factors.rows("B", RowRange(48, OUT))
+    with pytest.raises(NonFiniteError, match=rf"lora_B\.weight holds {value} at \[47, 3\]"):
+        factors.rows("B", RowRange(40, 60))
+
+
+def test_an_adapter_is_active_when_some_row_of_b_is_not_zero(tmp_path: Path) -> None:
+    b = torch.zeros(OUT, RANK)
+    b[50, 1] = -1e-30
+    write_adapter(tmp_path / "adapter", {"module0": (A, b)})
+    adapter = open_adapter(LocalSource(str(tmp_path / "adapter")))
+    a_ref, b_ref = (adapter.tensors[f"base_model.model.module0.lora_{role}.weight"] for role in "AB")
+    opened = Opened(tmp_path / "adapter" / "adapter_model.safetensors", [(a_ref, b_ref)], torch.float32)
+    loader, update = opened.loader, opened.updates[0]
+    loader.begin_shard()
+    loader.of(update).whole("A")
+    loader.of(update).rows("B", RowRange(0, 50))
+    assert loader.active == set()
+    loader.of(update).rows("B", RowRange(50, 60))
+    assert loader.active == {0}
+    loader.begin_shard()
+    assert loader.active == set()
