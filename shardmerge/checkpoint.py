@@ -11,7 +11,7 @@ from typing import Any
 
 from shardmerge.errors import FormatError
 from shardmerge.header import MAX_HEADER_BYTES, Metadata, read_header
-from shardmerge.sources import Source
+from shardmerge.sources import LocalSource, Source
 from shardmerge.spec import CheckpointInfo, SourceFile, TensorRef, Weight
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -69,14 +69,17 @@ class Checkpoint:
 
 def open_checkpoint(source: Source) -> Checkpoint:
     """Read the index and every header. Raises `FormatError` or `SourceError`."""
+    directory = _directory(source)
     names = source.names()
+    if names and directory is not source and names[0].endswith(INDEX_SUFFIX):
+        raise FormatError(f"{source.location}: an index alone is no model; give the directory {directory.location}")
     index_name = _find_index(source, names)
     weight_map: Mapping[str, str] = {}
     index_metadata: Mapping[str, Any] = {}
     if index_name:
         index_metadata, weight_map = _read_index(source, index_name)
         files = sorted(set(weight_map.values()))
-        if missing := [file for file in files if file not in set(names)]:
+        if missing := sorted(set(files).difference(names)):
             raise FormatError(
                 f"{source.location}: {index_name} names {len(missing)} shards that are not there: "
                 f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; the download is incomplete"
@@ -87,7 +90,14 @@ def open_checkpoint(source: Source) -> Checkpoint:
     shards = tuple(read_shard(source, name) for name in files)
     weights = _weights(source, shards)
     _check_index(source, index_name, weight_map, weights)
-    return Checkpoint(source, shards, weights, index_name, index_metadata, read_json(source, names, "config.json"))
+    return Checkpoint(
+        source, shards, weights, index_name, index_metadata, read_json(directory, directory.names(), "config.json")
+    )
+
+
+def _directory(source: Source) -> Source:
+    """Where config.json is: beside a base that was named as one file."""
+    return LocalSource(source.root) if isinstance(source, LocalSource) and source.only else source
 
 
 def read_shard(source: Source, name: str) -> Shard:

@@ -169,6 +169,8 @@ def chat(output: str, prompt: str | None, template: str | None, system: str | No
     """Talk to the model in OUTPUT. Needs the extra: pip install 'shardmerge[hf]'."""
     from shardmerge.chat import load, loop, once
 
+    # The loop outlives Ctrl-C, so that it can stop an answer; it must not take a termination for one.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     model = load(output, template)
     if prompt is None:
         loop(model, system=system, max_new_tokens=max_new_tokens)

@@ -7,6 +7,7 @@ Hub's and transformers' meaning), ``5GiB`` is 5·2³⁰.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -14,33 +15,62 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shardmerge.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1_000_000
+#: Problems that are told one by one.
+_LISTED = 30
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _PREFIXES = "KMGT"
+_TOO_LARGE = 1 << 63
+_LONGEST = 1000
+
+
+#: How a wrong value is shown: enough of it to be recognised, whatever it is.
+_brief = reprlib.Repr()
+_brief.maxlevel = 2
+_brief.maxstring = _brief.maxother = 80
 
 
 def parse_size(value: Any) -> int:
     """``"256MB"``, ``"1.5 GiB"`` or a number of bytes → bytes. `ValueError` otherwise."""
+    match = _SIZE.fullmatch(str(value).strip()) if isinstance(value, (str, float)) else None
     if isinstance(value, int) and not isinstance(value, bool):
-        size = value
-    else:
-        match = _SIZE.fullmatch(str(value).strip())
-        if match is None:
-            raise ValueError(f"{value!r} is no size; write for example 256MB, 5GB, 1.5GiB or a number of bytes")
+        size = float(min(value, _TOO_LARGE))
+    elif match is not None:
         number, prefix, binary = match.groups()
         base = 1024 if binary else 1000
-        size = round(float(number) * base ** (_PREFIXES.index(prefix.upper()) + 1 if prefix else 0))
-    if size <= 0:
-        raise ValueError(f"{value!r} is no size: it must be above zero")
-    return size
+        size = float(number) * base ** (_PREFIXES.index(prefix.upper()) + 1 if prefix else 0)
+    else:
+        size = math.nan
+    if not 1 <= size < _TOO_LARGE:
+        raise ValueError(
+            f"{_brief.repr(value)} is no size; write for example 256MB, 5GB, 1.5GiB or a number of bytes, above zero"
+        )
+    return round(size)
 
 
 def _size_or(word: str) -> BeforeValidator:
     return BeforeValidator(lambda value: value if value == word else parse_size(value))
+
+
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
+
+
+#: A number; YAML takes 1e-3 for text, so text that is a number will do.
+_Number = Annotated[float, BeforeValidator(_no_flag)]
+
+
+def _some(value: tuple[Any, ...]) -> tuple[Any, ...]:
+    # Not min_length, which complains about an empty tuple wherever an item is wrong.
+    if not value:
+        raise ValueError("there must be at least one adapter")
+    return value
 
 
 class _Section(BaseModel):
@@ -51,12 +81,12 @@ class AdapterConfig(_Section):
     """One adapter, in the order in which they are applied."""
 
     path: str = Field(min_length=1, description="A directory, a file, or a Hub id (org/name or org/name@revision).")
-    weight: float = Field(default=1.0, description="Multiplies the adapter's own scaling.")
+    weight: _Number = Field(default=1.0, description="Multiplies the adapter's own scaling.")
     format: Literal["auto", "peft", "pure-pytorch"] = Field(default="auto", description="How the adapter is stored.")
-    alpha: float | None = Field(
+    alpha: _Number | None = Field(
         default=None, description="For an adapter that carries no config: its alpha; the scaling is alpha / rank."
     )
-    scaling: float | None = Field(default=None, description="For an adapter that carries no config: its scaling.")
+    scaling: _Number | None = Field(default=None, description="For an adapter that carries no config: its scaling.")
 
     @model_validator(mode="before")
     @classmethod
@@ -99,16 +129,14 @@ class MergeConfig(_Section):
         min_length=1,
         description="A directory, a .safetensors file, a Hub id, or auto: what the adapter was trained on.",
     )
-    adapters: tuple[AdapterConfig, ...] = Field(min_length=1)
+    adapters: Annotated[tuple[AdapterConfig, ...], AfterValidator(_some)]
     output: OutputConfig
     compute: ComputeConfig = Field(default_factory=lambda: ComputeConfig.model_validate({}))
 
     @model_validator(mode="before")
     @classmethod
     def _one_adapter(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("adapters"), (str, dict)):
-            return {**value, "adapters": [value["adapters"]]}
-        return value
+        return _with_list(value) if isinstance(value, dict) else value
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any], where: str = "config") -> MergeConfig:
@@ -116,16 +144,25 @@ class MergeConfig(_Section):
         try:
             return cls.model_validate(dict(value))
         except ValidationError as error:
-            problems = "\n".join(f"  - {_explain(item)}" for item in error.errors())
-            raise ConfigError(f"{where}: the config is wrong; nothing was written:\n{problems}") from None
+            problems = [f"  - {_explain(item)}" for item in error.errors()]
+            if len(problems) > _LISTED:
+                problems[_LISTED:] = [f"  - … and {len(problems) - _LISTED} more"]
+            listed = "\n".join(problems)
+            raise ConfigError(f"{where}: the config is wrong; nothing was written:\n{listed}") from None
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> MergeConfig:
         """Read YAML, put ``key.path=value`` overrides on top, validate."""
-        value = load_yaml(Path(path))
+        value = _with_list(load_yaml(Path(path)))
         for override in overrides:
             _override(value, override)
         return cls.from_dict(value, str(path))
+
+
+def _with_list(value: dict[str, Any]) -> dict[str, Any]:
+    """The only adapter need not stand in a list."""
+    alone = isinstance(value.get("adapters"), (str, dict))
+    return {**value, "adapters": [value["adapters"]]} if alone else value
 
 
 # --- YAML -------------------------------------------------------------------------------------------------------------
@@ -136,15 +173,31 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for number, key in enumerate(keys):
-        if key in keys[:number]:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
-    # Merge keys (<<) are not flattened: nested, they grow without bound, and a config has no use for them.
-    return dict(zip(keys, (loader.construct_object(item, deep=True) for _, item in node.value), strict=True))
+    # Merge keys (<<) are not obeyed: nested, they grow without bound, and a config has no use for them.
+    result: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+            raise _refusal("a key must be a plain word", key_node)
+        key = loader.construct_object(key_node)
+        if key in result:
+            raise _refusal(f"the key {_brief.repr(key)} stands twice", key_node)
+        result[key] = loader.construct_object(value_node, deep=True)
+    return result
+
+
+def _refusal(problem: str, node: yaml.Node) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+
+
+def _parse(text: str | bytes, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        # PyYAML lets what int(), datetime() and the like raise pass through.
+        raise ConfigError(f"{where}: not valid YAML: {str(error)[:_LONGEST]}") from None
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -156,10 +209,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: the config cannot be read: {error.strerror}") from None
     if len(text) > MAX_CONFIG_BYTES:
         raise ConfigError(f"{path}: over {MAX_CONFIG_BYTES} bytes long; this is no config")
-    try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader
-    except (yaml.YAMLError, RecursionError, TypeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    value = _parse(text, str(path))
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: a config is a mapping with the keys {', '.join(MergeConfig.model_fields)}")
     return value
@@ -169,10 +219,7 @@ def _override(value: dict[str, Any], override: str) -> None:
     dotted, separator, text = override.partition("=")
     if not separator or not dotted:
         raise ConfigError(f"-s {override}: write it as key.path=value, for example output.path=/mnt/merged")
-    try:
-        new = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"-s {override}: the value is not valid YAML: {error}") from None
+    new = _parse(text, f"-s {dotted}")
     *folders, last = dotted.split(".")
     place: Any = value
     for step in folders:
@@ -192,7 +239,9 @@ def _step(place: Any, step: str, override: str) -> Any:
             place[index] = {"path": place[index]}
         return place[index]
     if isinstance(place, dict):
-        return place.setdefault(step, {})
+        if place.get(step) is None:
+            place[step] = {}
+        return place[step]
     raise ConfigError(f"-s {override}: nothing can be set below {step!r}")
 
 
@@ -208,7 +257,7 @@ _SECTIONS: Mapping[str, type[_Section]] = {"adapters": AdapterConfig, "output": 
 
 
 def _explain(error: Any) -> str:
-    place = ".".join(str(step) for step in error["loc"]) or "the config"
+    place = ".".join(str(step)[:_LONGEST] for step in error["loc"]) or "the config"
     if error["type"] == "extra_forbidden":
         *parents, key = error["loc"]
         section = _SECTIONS.get(str(parents[0]), MergeConfig) if parents else MergeConfig
@@ -218,5 +267,5 @@ def _explain(error: Any) -> str:
         return f"{place}: there is no such key{hint}; valid are {', '.join(valid)}"
     if error["type"] == "missing":
         return f"{place}: is missing"
-    found = "" if isinstance(error.get("input"), dict) else f" (found {reprlib.repr(error.get('input'))})"
+    found = "" if isinstance(error.get("input"), dict) else f" (found {_brief.repr(error.get('input'))})"
     return f"{place}: {error['msg'].removeprefix('Value error, ')}{found}"

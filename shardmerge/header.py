@@ -7,6 +7,7 @@ safetensors README, and its `Metadata::validate`.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -57,7 +58,10 @@ def read_header(
 def decode(text: bytes, where: str) -> tuple[Metadata, dict[str, TensorInfo]]:
     """Header JSON → metadata and tensors, each entry well formed; `validate` checks how they lie together."""
     try:
-        entries = json.loads(text, object_pairs_hook=_unique_keys)
+        # Decoded here, since json would take UTF-16 as well.
+        entries = json.loads(text.decode(), object_pairs_hook=_unique_keys)
+        if b"\\u" in text:  # half a surrogate pair, which cannot be stored again
+            json.dumps(entries, ensure_ascii=False).encode()
     except _DuplicateKeyError as error:
         raise FormatError(f"{where}: the header names {error.args[0]!r} twice") from None
     except (ValueError, RecursionError) as error:
@@ -102,12 +106,14 @@ def _tensor(name: str, entry: Any, where: str) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise FormatError(
-            f"{where}: {name!r} has the unknown dtype {dtype!r}; known are {', '.join(sorted(DTYPE_BITS))}"
+            f"{where}: {name!r} has the unknown dtype {reprlib.repr(dtype)}; known are {', '.join(sorted(DTYPE_BITS))}"
         )
     if not _are_counts(shape):
-        raise FormatError(f"{where}: {name!r} has the shape {shape!r}, which is no list of sizes")
+        raise FormatError(f"{where}: {name!r} has the shape {reprlib.repr(shape)}, which is no list of sizes")
     if not _are_counts(offsets) or len(offsets) != 2:
-        raise FormatError(f"{where}: {name!r} has the data_offsets {offsets!r}, which are no pair of offsets")
+        raise FormatError(
+            f"{where}: {name!r} has the data_offsets {reprlib.repr(offsets)}, which are no pair of offsets"
+        )
     return TensorInfo(dtype, tuple(shape), (offsets[0], offsets[1]))
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+
+import yaml
 
 from shardmerge.adapter_file import CONFIG_NAME, AdapterFile, open_adapter
 from shardmerge.checkpoint import Checkpoint, open_checkpoint
@@ -149,25 +152,33 @@ def starter_config(location: str, name: str) -> str:
         raise FormatError(f"{location}: this is a checkpoint, not an adapter; init takes an adapter")
     ranks = ", ".join(map(str, found["ranks"])) or "unknown"
     scalings = ", ".join(f"{value:.6g}" for value in found["scalings"] or [])
-    what = f"a {found['family']} adapter, rank {ranks}" + (f", scaling {scalings}" if scalings else "")
+    what = f"a {_one_line(str(found['family']))} adapter, rank {ranks}" + (f", scaling {scalings}" if scalings else "")
     scale = (
         "" if scalings else "\n    alpha: 16              # the adapter carries no config: what was alpha in training?"
     )
     trained_on = found["trained_on"]
+    last = location.rstrip("/").rpartition("/")[2]
     return _STARTER.format(
         what=what,
-        name=name,
+        name=_one_line(name),
         base=_quoted("auto" if trained_on else "path/to/base"),
         base_comment=f"the adapter says it was trained on {json.dumps(trained_on)}; or give a path"
         if trained_on
         else "a directory, a .safetensors file or a Hub id",
         adapter=_quoted(location),
         scale=scale,
-        output=_quoted(location.rstrip("/").rpartition("/")[2].partition("@")[0].removesuffix(".pt") + "-merged"),
+        output=_quoted((last.partition("@")[0] or last).removesuffix(".pt") + "-merged"),
     )
 
 
+def _one_line(text: str) -> str:
+    """What may stand in a comment: an adapter's metadata must not get out of it."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def _quoted(text: str) -> str:
-    """A YAML scalar; JSON's quoting is valid YAML."""
+    """A YAML string, in quotes where YAML would take it for something else (500, true, 2024-01-01)."""
     plain = text and all(character.isalnum() or character in "/._-@" for character in text) and text[0] not in "-@."
-    return text if plain else json.dumps(text, ensure_ascii=False)
+    if plain and yaml.safe_load(text) == text:
+        return text
+    return yaml.safe_dump(text, allow_unicode=True, default_style='"', width=math.inf).strip()

@@ -7,9 +7,11 @@ zip archive, so that factors of a pickle are read lazily by byte range like thos
 from __future__ import annotations
 
 import pickle
+import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from shardmerge.errors import FormatError, SourceError
 from shardmerge.spec import TensorRef
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 #: Bytes of the pickle proper, without the tensors' data: a million entries need less.
 MAX_PICKLE_BYTES = 100_000_000
+_LOCAL_HEADER_BYTES = 30
 _CODES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64"}
 
 
@@ -27,20 +30,22 @@ def read_pickled(path: Path, uri: str) -> dict[str, TensorRef]:
 
     Raises `FormatError` for anything else, `SourceError` if the file cannot be read.
     """
-    _check_archive(path)
+    records = _check_archive(path)
     state = _load(path)
     if not isinstance(state, dict):
         raise FormatError(f"{path}: holds a {type(state).__name__}, expected a dictionary of tensors (a state dict)")
-    return {name: _ref(path, uri, name, value) for name, value in state.items()}
+    return {name: _ref(path, uri, name, value, records) for name, value in state.items()}
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(path: Path) -> dict[int, int]:
+    """The sizes of the archive's entries by the offsets of their data."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
             entries = archive.infolist()
+            records = {_data_offset(file, entry): entry.file_size for entry in entries}
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, NotImplementedError):
+    except (zipfile.BadZipFile, NotImplementedError, struct.error):
         raise FormatError(
             f"{path}: not the zip archive that torch.save writes since PyTorch 1.6, or it was cut. Load it where it "
             "came from and save it again, best as safetensors"
@@ -50,6 +55,14 @@ def _check_archive(path: Path) -> None:
             raise FormatError(f"{path}: {entry.filename} is compressed, which torch.save never does")
         if entry.filename.endswith("/data.pkl") and entry.file_size > MAX_PICKLE_BYTES:
             raise FormatError(f"{path}: its pickle is {entry.file_size} bytes long; the limit is {MAX_PICKLE_BYTES}")
+    return records
+
+
+def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
+    """Where an entry's data begins: after its own header, whose two last fields are the lengths of what follows it."""
+    file.seek(entry.header_offset + _LOCAL_HEADER_BYTES - 4)
+    name, extra = struct.unpack("<HH", file.read(4))
+    return entry.header_offset + _LOCAL_HEADER_BYTES + int(name) + int(extra)
 
 
 def _load(path: Path) -> Any:
@@ -72,7 +85,7 @@ def _load(path: Path) -> Any:
         raise FormatError(f"{path}: cannot be loaded as tensors: {type(error).__name__}: {error}") from None
 
 
-def _ref(path: Path, uri: str, name: Any, value: Any) -> TensorRef:
+def _ref(path: Path, uri: str, name: Any, value: Any, records: Mapping[int, int]) -> TensorRef:
     import torch
 
     if not isinstance(name, str) or not isinstance(value, torch.Tensor):
@@ -82,18 +95,18 @@ def _ref(path: Path, uri: str, name: Any, value: Any) -> TensorRef:
     code = _CODES.get(str(value.dtype))
     if code is None or value.layout != torch.strided:
         raise FormatError(f"{path}: {name!r} is a {value.layout} tensor of {value.dtype}; expected dense floats")
-    return _dense_ref(path, uri, name, value, code)
+    return _dense_ref(path, uri, name, value, code, records)
 
 
-def _dense_ref(path: Path, uri: str, name: str, tensor: Tensor, code: str) -> TensorRef:
+def _dense_ref(path: Path, uri: str, name: str, tensor: Tensor, code: str, records: Mapping[int, int]) -> TensorRef:
     size = tensor.element_size()
     extent = 0
     if tensor.numel():
         extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     begin = tensor.storage_offset() * size
-    storage = tensor.untyped_storage()
-    offset = getattr(storage, "_checkpoint_offset", None)
-    if offset is None or begin + extent * size > storage.nbytes():
+    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    # The pickle says how large a storage is; what counts is how much the file has of it.
+    if offset is None or begin + extent * size > records.get(offset, -1):
         raise FormatError(f"{path}: {name!r} reaches outside its storage")
     return TensorRef(
         name=name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,8 @@ DTYPE_BITS: Mapping[str, int] = {
 
 #: The dtypes that weights are merged in and converted between.
 FLOAT_DTYPES = ("F32", "F16", "BF16")
+#: The dtypes that an adapter's factors are read from.
+FACTOR_DTYPES = (*FLOAT_DTYPES, "F64")
 
 #: How the config and torch call them.
 DTYPE_NAMES: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -52,8 +55,16 @@ def dtype_code(name: str) -> str:
 
 
 def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes that a dense tensor takes; ``ValueError`` where a sub-byte dtype does not fill its last byte."""
-    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    """Bytes that a dense tensor takes.
+
+    ``ValueError`` where a sub-byte dtype does not fill its last byte, or where no file could hold so many elements.
+    """
+    elements = 1
+    for size in shape:  # not math.prod: a hostile shape takes it minutes
+        elements *= size
+        if elements >= 1 << 63:
+            raise ValueError(f"{dtype} of shape {reprlib.repr(list(shape))} has more elements than a file can hold")
+    bits = elements * DTYPE_BITS[dtype]
     if bits % 8:
         raise ValueError(f"{dtype} of shape {list(shape)} does not fill whole bytes")
     return bits // 8
@@ -173,7 +184,7 @@ class TensorPlan:
     @property
     def rows(self) -> int:
         """Rows that tiles are made of. Conversion alone works by element, so there every element is a row."""
-        return self.source.shape[0] if self.updates else math.prod(self.source.shape)
+        return self.source.shape[0] if self.updates and self.source.shape else math.prod(self.source.shape)
 
     @property
     def row_elements(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,16 +67,24 @@ class Opened:
 
 def open_safetensors(folder: Path, stored: torch.dtype, dtype: torch.dtype = torch.float32) -> Opened:
     modules = {"module0": (A.to(stored), B.to(stored)), "module1": (A2.to(stored), B2.to(stored))}
+    path, tensors = adapter_file(folder, modules)
+    return Opened(path, [_pair(tensors, name) for name in modules], dtype)
+
+
+def adapter_file(folder: Path, modules: dict[str, tuple[Tensor, Tensor]]) -> tuple[Path, Mapping[str, TensorRef]]:
     write_adapter(folder / "adapter", modules)
     adapter = open_adapter(LocalSource(str(folder / "adapter")))
-    refs = [
-        (
-            adapter.tensors[f"base_model.model.{name}.lora_A.weight"],
-            adapter.tensors[f"base_model.model.{name}.lora_B.weight"],
-        )
-        for name in modules
-    ]
-    return Opened(folder / "adapter" / "adapter_model.safetensors", refs, dtype)
+    return Path(adapter.file.uri), adapter.tensors
+
+
+def _pair(tensors: Mapping[str, TensorRef], module: str) -> tuple[TensorRef, TensorRef]:
+    prefix = f"base_model.model.{module}.lora_"
+    return tensors[f"{prefix}A.weight"], tensors[f"{prefix}B.weight"]
+
+
+def open_one(folder: Path, b: Tensor) -> Opened:
+    path, tensors = adapter_file(folder, {"module0": (A, b)})
+    return Opened(path, [_pair(tensors, "module0")], torch.float32)
 
 
 def open_pickle(folder: Path, stored: torch.dtype, layout: str) -> Opened:
@@ -100,9 +108,9 @@ def open_pickle(folder: Path, stored: torch.dtype, layout: str) -> Opened:
     return Opened(path, pairs, torch.float32)
 
 
-@pytest.fixture(params=STORED.values(), ids=STORED)
-def stored(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
-    yield request.param
+@pytest.fixture(params=list(STORED))
+def stored(request: pytest.FixtureRequest) -> torch.dtype:
+    return STORED[request.param]
 
 
 # --- dense files ------------------------------------------------------------------------------------------------------
@@ -209,10 +217,7 @@ def test_of_a_strided_factor_nothing_is_kept_after_the_target_has_changed(layout
 def test_the_row_of_a_bad_value_counts_from_the_start_of_the_factor(value: float, tmp_path: Path) -> None:
     b = B.clone()
     b[47, 3] = value
-    write_adapter(tmp_path / "adapter", {"module0": (A, b)})
-    adapter = open_adapter(LocalSource(str(tmp_path / "adapter")))
-    a_ref, b_ref = (adapter.tensors[f"base_model.model.module0.lora_{role}.weight"] for role in "AB")
-    opened = Opened(tmp_path / "adapter" / "adapter_model.safetensors", [(a_ref, b_ref)], torch.float32)
+    opened = open_one(tmp_path, b)
     factors = opened.loader.of(opened.updates[0])
     factors.rows("B", RowRange(0, 47))
     factors.rows("B", RowRange(48, OUT))
@@ -223,10 +228,7 @@ def test_the_row_of_a_bad_value_counts_from_the_start_of_the_factor(value: float
 def test_an_adapter_is_active_when_some_row_of_b_is_not_zero(tmp_path: Path) -> None:
     b = torch.zeros(OUT, RANK)
     b[50, 1] = -1e-30
-    write_adapter(tmp_path / "adapter", {"module0": (A, b)})
-    adapter = open_adapter(LocalSource(str(tmp_path / "adapter")))
-    a_ref, b_ref = (adapter.tensors[f"base_model.model.module0.lora_{role}.weight"] for role in "AB")
-    opened = Opened(tmp_path / "adapter" / "adapter_model.safetensors", [(a_ref, b_ref)], torch.float32)
+    opened = open_one(tmp_path, b)
     loader, update = opened.loader, opened.updates[0]
     loader.begin_shard()
     loader.of(update).whole("A")

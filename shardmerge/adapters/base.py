@@ -40,6 +40,13 @@ class Claims:
     problems: list[str] = field(default_factory=list)
     #: Whether the adapter as a whole was refused, so that listing its tensors one by one would only repeat it.
     refused: bool = False
+    #: Tensors in no update, of which a problem tells already.
+    told: set[str] = field(default_factory=set)
+
+    def half(self, ref: TensorRef, missing: str) -> None:
+        """Say that a factor is there without its other half."""
+        self.problems.append(f"{ref.name} is there without {missing}")
+        self.told.add(ref.name)
 
     def misfit(self, problem: str) -> None:
         """Say that the factors of the newest update do not fit each other; there is no use in matching it further."""
@@ -47,7 +54,7 @@ class Claims:
         self.updates[-1] = dataclasses.replace(self.updates[-1], fits=False)
 
     def leftovers(self, tensors: Mapping[str, TensorRef]) -> list[str]:
-        used = {ref.name for update in self.updates for _, ref in update.factors}
+        used = self.told | {ref.name for update in self.updates for _, ref in update.factors}
         return [name for name in tensors if name not in used]
 
 

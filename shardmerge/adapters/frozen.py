@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.base import Factors, Family, ModuleUpdate
 from shardmerge.errors import FormatError
-from shardmerge.spec import FLOAT_DTYPES, RowRange, TensorRef, Update
+from shardmerge.spec import FACTOR_DTYPES, FLOAT_DTYPES, RowRange, TensorRef, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ class FrozenCopy(Family):
 
     def check(self, update: ModuleUpdate, weight: TensorRef) -> list[str]:
         copy = dict(update.factors)["copy"]
-        if copy.shape != weight.shape or weight.dtype not in FLOAT_DTYPES:
+        if copy.shape != weight.shape or weight.dtype not in FLOAT_DTYPES or copy.dtype not in FACTOR_DTYPES:
             mine, its = (f"{ref.dtype} {list(ref.shape)}" for ref in (copy, weight))
             return [
                 f"{copy.name}: a frozen copy of {weight.name}, but it is {mine} and the base's is {its}; the adapter "

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.base import Factors, Family, ModuleUpdate
-from shardmerge.spec import FLOAT_DTYPES, RowRange, TensorRef, Update
+from shardmerge.spec import FACTOR_DTYPES, FLOAT_DTYPES, RowRange, TensorRef, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,9 @@ class LoraLinear(Family):
     def check(self, update: ModuleUpdate, weight: TensorRef) -> list[str]:
         a, b = (dict(update.factors)[role] for role in ("A", "B"))
         target = f"{weight.name}, {list(weight.shape)}"
+        for factor in (a, b):
+            if factor.dtype not in FACTOR_DTYPES:
+                return [f"{factor.name} is stored as {factor.dtype}; factors are F64, F32, F16 or BF16"]
         if weight.dtype not in FLOAT_DTYPES:
             return [
                 f"{update.module}: its weight {target} is stored as {weight.dtype}; only F32, F16 and BF16 weights can "

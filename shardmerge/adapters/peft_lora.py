@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -139,10 +141,12 @@ def _claim_pair(
     if missing := {"A", "B"} - pair.keys():
         suffix = f".{infix}.weight" if infix else ".weight"
         there = next(iter(pair.values()))
-        claims.problems.append(f"{there.name} is there without {name}.lora_{missing.pop()}{suffix}")
+        claims.half(there, f"{name}.lora_{missing.pop()}{suffix}")
         return
     a, b = pair["A"], pair["B"]
     claims.updates.append(ModuleUpdate(module, "weight", "lora", (("A", a), ("B", b)), scaling, rank))
+    if 0 in a.shape or 0 in b.shape:
+        return  # an empty tensor is told of as such
     if len(a.shape) != 2 or len(b.shape) != 2:
         claims.misfit(
             f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} are no matrices: LoRA on a convolution is not "
@@ -161,9 +165,14 @@ def _claim_pair(
 def _pattern(pattern: Any, module: str, default: Any) -> Any:
     """The value of the first key, in the file's order, that matches the end of the module's name, as PEFT does it."""
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if re.match(_whole_pattern(key), module):
             return value
     return default
+
+
+def _whole_pattern(key: str) -> str:
+    """What PEFT makes of a key of rank_pattern or alpha_pattern."""
+    return rf"(.*\.)?({key})$"
 
 
 def _is_target(module: str, target_modules: Any) -> bool:
@@ -207,18 +216,19 @@ def _initialisation_problems(value: Any) -> list[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared rather than asked isfinite, which fails on a whole number beyond all floats.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 1 << 31
 
 
 def _check_value(key: str, valid: Callable[[Any], bool], expected: str) -> Callable[[Mapping[str, Any]], list[str]]:
     def check(config: Mapping[str, Any]) -> list[str]:
         if key in config and valid(config[key]):
             return []
-        found = repr(config[key]) if key in config else "nothing"
+        found = reprlib.repr(config[key]) if key in config else "nothing"
         return [f"adapter_config.json: {key} must be {expected}, found {found}"]
 
     return check
@@ -228,15 +238,23 @@ def _check_pattern(key: str, valid: Callable[[Any], bool], expected: str) -> Cal
     def check(config: Mapping[str, Any]) -> list[str]:
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict):
-            return [f"adapter_config.json: {key} must map module names to values, found {patterns!r}"]
+            return [f"adapter_config.json: {key} must map module names to values, found {reprlib.repr(patterns)}"]
         problems = []
         for pattern, value in patterns.items():
+            place = f"{key}[{reprlib.repr(pattern)}]"
             if not valid(value):
-                problems.append(f"adapter_config.json: {key}[{pattern!r}] must be {expected}, found {value!r}")
-            problems += _regex_problems(f"{key}[{pattern!r}]", pattern)
+                problems.append(f"adapter_config.json: {place} must be {expected}, found {reprlib.repr(value)}")
+            problems += _regex_problems(place, _whole_pattern(pattern))
         return problems
 
     return check
+
+
+def _check_flag(config: Mapping[str, Any]) -> list[str]:
+    value = config.get("use_rslora")
+    if value is None or isinstance(value, bool):
+        return []
+    return [f"adapter_config.json: use_rslora must be true or false, found {reprlib.repr(value)}"]
 
 
 def _check_targets(config: Mapping[str, Any]) -> list[str]:
@@ -245,19 +263,21 @@ def _check_targets(config: Mapping[str, Any]) -> list[str]:
         return _regex_problems("target_modules", targets) if targets != "all-linear" else []
     if targets is None or (isinstance(targets, list) and all(isinstance(target, str) for target in targets)):
         return []
-    return [f"adapter_config.json: target_modules must be a string or a list of strings, found {targets!r}"]
+    found = reprlib.repr(targets)
+    return [f"adapter_config.json: target_modules must be a string or a list of strings, found {found}"]
 
 
 def _regex_problems(where: str, pattern: str) -> list[str]:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         return [f"adapter_config.json: {where} is no regular expression: {error}"]
     return []
 
 
 _TYPE_CHECKS: tuple[Callable[[Mapping[str, Any]], list[str]], ...] = (
     _check_value("r", _is_rank, "a whole number above zero"),
+    _check_flag,
     _check_value("lora_alpha", _is_number, "a finite number"),
     _check_pattern("rank_pattern", _is_rank, "a whole number above zero"),
     _check_pattern("alpha_pattern", _is_number, "a finite number"),

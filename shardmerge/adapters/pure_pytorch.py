@@ -46,10 +46,12 @@ def _claim_pair(
 ) -> None:
     if missing := {"A", "B"} - pair.keys():
         there = next(iter(pair.values()))
-        claims.problems.append(f"{there.name} is there without {name}.{missing.pop()}")
+        claims.half(there, f"{name}.{missing.pop()}")
         return
     a, b = pair["A"], pair["B"]
     claims.updates.append(ModuleUpdate(module_name(name), "weight", "lora", (("A", a), ("B", b)), 1.0, 0))
+    if 0 in a.shape or 0 in b.shape:
+        return  # an empty tensor is told of as such
     matrices = len(a.shape) == 2 and len(b.shape) == 2
     if not matrices or a.shape[1] != b.shape[0]:
         hint = ""

@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 from shardmerge.adapter_file import AdapterFile, open_adapter
@@ -21,11 +20,21 @@ from shardmerge.config import AdapterConfig, MergeConfig
 from shardmerge.errors import PlanError, ShardmergeError
 from shardmerge.planning import aux_files
 from shardmerge.planning.match import match
-from shardmerge.planning.output_checks import check_place, check_space
+from shardmerge.planning.output_checks import absolute, check_place, check_space
 from shardmerge.planning.tiling import tile_all
 from shardmerge.sinks import lay_out
 from shardmerge.sources import open_source
-from shardmerge.spec import AdapterInfo, MergePlan, ShardPlan, SourceFile, TensorPlan, Update, dtype_code, jsonable
+from shardmerge.spec import (
+    AdapterInfo,
+    AuxFile,
+    MergePlan,
+    ShardPlan,
+    SourceFile,
+    TensorPlan,
+    Update,
+    dtype_code,
+    jsonable,
+)
 
 __all__ = ["make_plan"]
 
@@ -60,7 +69,7 @@ def _make_plan(config: MergeConfig, overwrite: bool) -> MergePlan:
     checkpoint, adapters = _open_all(config)
     dtype = "same" if config.output.dtype == "same" else dtype_code(config.output.dtype)
     compute_dtype = dtype_code(config.compute.dtype)
-    output = Path(config.output.path).expanduser().absolute()
+    output = absolute(config.output.path)
 
     matches = match(checkpoint, adapters)
     problems = list(matches.problems)
@@ -75,9 +84,9 @@ def _make_plan(config: MergeConfig, overwrite: bool) -> MergePlan:
         )
     changed = None if dtype == "same" or not _changes_dtype(shards) else config.output.dtype
     aux = aux_files.collect(checkpoint, adapters, changed)
-    written = sum(shard.nbytes for shard in shards) + sum(file.source.size for file in aux.files)
-    problems += check_place(output, checkpoint, [adapter for _, adapter in adapters], overwrite)
-    problems += check_space(output, written)
+    written = sum(shard.nbytes for shard in shards) + sum(_aux_bytes(file) for file in aux.files)
+    sources = [adapter for _, adapter in adapters]
+    problems += check_place(output, checkpoint, sources, overwrite) or check_space(output, written)
     if problems:
         raise PlanError(problems)
     infos = tuple(_adapter_info(entry, adapter) for entry, adapter in adapters)
@@ -153,6 +162,10 @@ def _with_updates(shards: Sequence[ShardPlan], updates: Mapping[str, list[Update
         return TensorPlan(tensor.source, tensor.out, tuple(of)) if of else tensor
 
     return [dataclasses.replace(shard, tensors=tuple(map(updated, shard.tensors))) for shard in shards]
+
+
+def _aux_bytes(file: AuxFile) -> int:
+    return file.source.size if file.content is None else len(file.content.encode())
 
 
 def _changes_dtype(shards: Sequence[ShardPlan]) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from shardmerge.adapter_file import AdapterFile
 from shardmerge.adapters import FAMILIES, ModuleUpdate, leftover_kind
@@ -16,7 +17,6 @@ from shardmerge.spec import TensorRef, Update
 
 #: Problems of one kind that are listed one by one; of the rest only the number is said.
 _LISTED = 10
-_HEAD = "lm_head.weight"
 
 
 @dataclass(slots=True)
@@ -50,48 +50,56 @@ def _match_one(
     if claims.refused:
         return problems
     problems += _list_some(_empty(adapter.tensors))
-    problems += _list_some(_leftover(claims.leftovers(adapter.tensors), checkpoint))
+    problems += _list_some([partial(_leftover, name, checkpoint) for name in claims.leftovers(adapter.tensors)])
     if not claims.updates:
-        return [*problems, "holds nothing that could be merged"]
-    unmatched: list[str] = []
+        return problems if claims.problems else [*problems, "holds nothing that could be merged"]
+    unmatched: list[Callable[[], str]] = []
     misfits: list[str] = []
-    matched: dict[str, ModuleUpdate] = {}
+    matched: dict[tuple[str, bool], ModuleUpdate] = {}
     for update in claims.updates:
         target = f"{update.module}.{update.parameter}"
+        # A frozen copy goes with the update of the weight that it is a copy of.
+        key = target, FAMILIES[update.family].changes_weight
         if target not in checkpoint.weights:
-            unmatched.append(_unmatched(update, target, checkpoint))
-        elif target in matched:
-            names = " and ".join(of.factors[0][1].name for of in (matched[target], update))
+            unmatched.append(partial(_unmatched, update, target, checkpoint))
+        elif key in matched:
+            names = " and ".join(of.factors[0][1].name for of in (matched[key], update))
             misfits.append(f"{names} both update {target}; a weight is updated once by an adapter")
         else:
-            matched[target] = update
-            misfits += _misfits(update, target, checkpoint)
-            matches.updates[target].append(_update(number, update, target, config.weight))
+            matched[key] = update
+            wrong = _misfits(update, target, config.weight, checkpoint)
+            misfits += wrong
+            if update.fits and not wrong:
+                matches.updates[target].append(_update(number, update, target, config.weight))
     scalings = [update.scaling for update in claims.updates if FAMILIES[update.family].changes_weight]
     if scalings and not any(scaling * config.weight for scaling in scalings):
         matches.warnings.append(f"adapter {config.path}: every scaling is zero, so it changes nothing")
     return problems + _list_some(unmatched) + _list_some(misfits)
 
 
-def _misfits(update: ModuleUpdate, target: str, checkpoint: Checkpoint) -> list[str]:
+def _misfits(update: ModuleUpdate, target: str, weight: float, checkpoint: Checkpoint) -> list[str]:
     if not update.fits or any(0 in ref.shape for _, ref in update.factors):
         return []  # said already
     family = FAMILIES[update.family]
     changes = family.changes_weight
     problems = family.check(update, checkpoint.weights[target].tensor)
-    if not math.isfinite(update.scaling):
-        problems.append(f"{update.module}: its scaling is {update.scaling}")
+    if not math.isfinite(update.scaling * weight):
+        problems.append(f"{update.module}: its scaling of {update.scaling:g} times the weight {weight:g} is no number")
     if changes and stores_transposed(checkpoint.model_type):
         problems.append(
             f"{update.module}: {checkpoint.model_type} models store their layers transposed (Conv1D), which is not "
             "supported yet"
         )
-    if changes and target.endswith(_HEAD) and checkpoint.ties_embeddings:
+    if changes and _is_head(target) and checkpoint.ties_embeddings:
         problems.append(
             f"{update.module}: the base ties its output head to the input embedding (tie_word_embeddings in "
             "config.json), so an update of the head alone would be lost on loading; untying is not supported yet"
         )
     return problems
+
+
+def _is_head(target: str) -> bool:
+    return f".{target}".endswith(".lm_head.weight")
 
 
 def _update(number: int, update: ModuleUpdate, target: str, weight: float) -> Update:
@@ -108,17 +116,14 @@ def _empty(tensors: Mapping[str, TensorRef]) -> list[str]:
     ]
 
 
-def _leftover(names: Iterable[str], checkpoint: Checkpoint) -> list[str]:
-    problems = []
-    for name in names:
-        kind = leftover_kind(name)
-        problems.append(f"{name} belongs to no update{f': {kind}' if kind else _near(name, checkpoint)}")
-    return problems
+def _leftover(name: str, checkpoint: Checkpoint) -> str:
+    kind = leftover_kind(name)
+    return f"{name} belongs to no update{f': {kind}' if kind else _near(name, checkpoint)}"
 
 
 def _unmatched(update: ModuleUpdate, target: str, checkpoint: Checkpoint) -> str:
     factor = update.factors[0][1].name
-    if target.endswith(_HEAD) and checkpoint.ties_embeddings:
+    if _is_head(target) and checkpoint.ties_embeddings:
         return (
             f"{factor} updates {target}, which the base does not store because it ties it to the input embedding; "
             "untying is not supported yet"
@@ -131,9 +136,12 @@ def _near(name: str, checkpoint: Checkpoint) -> str:
     return f" (nearest: {', '.join(found)})" if found else ""
 
 
-def _list_some(problems: Sequence[str]) -> list[str]:
-    """The first problems of a kind; a wrong prefix gives the same one for every layer."""
-    listed = list(problems[:_LISTED])
+def _list_some(problems: Sequence[str | Callable[[], str]]) -> list[str]:
+    """The first problems of a kind; a wrong prefix gives the same one for every layer.
+
+    A problem that takes a search to say is given as a function, so that only those that are listed are searched for.
+    """
+    listed = [problem if isinstance(problem, str) else problem() for problem in problems[:_LISTED]]
     if len(problems) > _LISTED:
         listed.append(f"… and {len(problems) - _LISTED} more like the last")
     return listed

@@ -7,14 +7,32 @@ from pathlib import Path
 
 from shardmerge.adapter_file import AdapterFile
 from shardmerge.checkpoint import Checkpoint
+from shardmerge.errors import PlanError
 from shardmerge.journal import FOLDER, is_unfinished, read_record
 from shardmerge.sources import LocalSource, Source
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
+def absolute(path: str) -> Path:
+    """``output.path`` with ``~`` expanded. `PlanError` where nobody has that home."""
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise PlanError([f"output.path {path} cannot be used: {error}"]) from None
+
+
 def check_place(output: Path, checkpoint: Checkpoint, adapters: list[AdapterFile], overwrite: bool) -> list[str]:
     """Everything that forbids writing to ``output``."""
+    try:
+        return _check_place(output, checkpoint, adapters, overwrite)
+    except (OSError, RuntimeError, ValueError) as error:  # no path at all: too long, below a file, a zero byte
+        return [f"output.path {output} cannot be used: {error}"]
+
+
+def _check_place(output: Path, checkpoint: Checkpoint, adapters: list[AdapterFile], overwrite: bool) -> list[str]:
+    if output.is_symlink() and not output.exists():
+        return [f"output.path {output} is a link that leads nowhere"]
     problems = _overlap(output, "base", checkpoint.source)
     for adapter in adapters:
         problems += _overlap(output, "adapter", adapter.source)

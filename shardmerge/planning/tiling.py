@@ -84,14 +84,15 @@ def tile_rows(tensor: TensorPlan, tiles: int) -> int:
 
 def _memory(kinds: Iterable[TensorPlan], buffer_bytes: int, compute_dtype: str) -> MemoryPlan:
     workspace = factors = 0
+    largest = buffer_bytes
     for tensor in kinds:
         rows = tile_rows(tensor, tile_count(tensor, buffer_bytes))
-        buffer_bytes = max(buffer_bytes, -(-rows * row_bytes(tensor) // _PAGE) * _PAGE)
+        largest = max(largest, -(-rows * row_bytes(tensor) // _PAGE) * _PAGE)
         # A tile in the compute dtype, and the scratch of the same size that updates use.
         tile = rows * tensor.row_elements * itemsize(compute_dtype if tensor.updates else "F32")
         workspace = max(workspace, tile * (2 if tensor.updates else 1))
         factors = max(factors, sum(_factor_bytes(update, rows, compute_dtype) for update in tensor.updates))
-    return MemoryPlan(BUFFERS, buffer_bytes, workspace, factors)
+    return MemoryPlan(BUFFERS, largest, workspace, factors)
 
 
 def _factor_bytes(update: Update, rows: int, compute_dtype: str) -> int:
