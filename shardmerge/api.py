@@ -77,7 +77,7 @@ def _carry_out(plan: MergePlan, progress: Callable[[Progress], None], started: f
     # Everything up to here does without torch, which takes a second to import.
     import torch
 
-    from shardmerge.engine import Engine, compute_threads
+    from shardmerge.engine import Engine
     from shardmerge.executors import SerialExecutor
     from shardmerge.journal import Journal
     from shardmerge.sinks import SafetensorsSink
@@ -100,8 +100,7 @@ def _carry_out(plan: MergePlan, progress: Callable[[Progress], None], started: f
             open_shards = [shard for shard in plan.shards if shard.name not in finished]
             counter.skip(shard for shard in plan.shards if shard.name in finished)
             try:
-                with compute_threads():
-                    receipts = [*finished.values(), *SerialExecutor().map(merge_shard, open_shards)]
+                receipts = [*finished.values(), *SerialExecutor().map(merge_shard, open_shards)]
             except FormatError as error:
                 # Something in the files themselves: no second run can succeed, so nothing is kept for one.
                 journal.discard()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +32,7 @@ from shardmerge.spec import (
     ShardPlan,
     SourceFile,
     TensorPlan,
+    aligned,
     dtype_code,
     even_rows,
 )
@@ -69,18 +69,34 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-@contextmanager
-def compute_threads() -> Iterator[None]:
-    """Give torch half of the cores: the two threads that read and write need some too.
+class ComputeThreads:
+    """How many threads torch computes with, put back by `close`.
 
-    On two cores a second thread of torch's pool would only wait, busily, for the first. The bits are the same.
+    Half of the cores as a rule: the threads that read and write need some too, and on two cores a second thread of
+    torch's pool would only wait, busily, for the first. The bits of a matrix product do not depend on it, but for one
+    of so few rows that each thread would get a handful: there we do as torch does by itself, and as PEFT did.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(before, (os.cpu_count() or 2) // 2)))
+
+    def __init__(self) -> None:
+        self._default = torch.get_num_threads()
+        self._half = max(1, min(self._default, _cores() // 2))
+        self._few_rows = 16 * self._default
+
+    def set_for(self, tensor: TensorPlan) -> None:
+        wanted = self._default if tensor.rows < self._few_rows else self._half
+        if wanted != torch.get_num_threads():
+            torch.set_num_threads(wanted)
+
+    def close(self) -> None:
+        torch.set_num_threads(self._default)
+
+
+def _cores() -> int:
+    """Cores that this process may use, which in a container may be fewer than there are."""
     try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1
 
 
 def jobs(shard: ShardPlan, buffer_bytes: int) -> Iterator[Job]:
@@ -164,11 +180,13 @@ class Engine:
         self.buffers = [Buffer(plan.memory.buffer_bytes) for _ in range(plan.memory.buffers)]
         self._raw = {id(buffer): torch.frombuffer(buffer.memory, dtype=torch.uint8) for buffer in self.buffers}
         self._workspace = torch.empty(plan.memory.workspace_bytes, dtype=torch.uint8, device=self.device)
+        self._threads = ComputeThreads()
         self._base = Readers(plan.base.files)
         self._adapters = Readers(file for adapter in plan.adapters for file in adapter.files)
         self._factors = LazyFactors(self._adapters.get, self.dtype, self.device)
 
     def close(self) -> None:
+        self._threads.close()
         self._base.close()
         self._adapters.close()
 
@@ -198,6 +216,7 @@ class Engine:
 
     def _merge_tile(self, job: Job, tensor: TensorPlan, raw: Tensor) -> None:
         """Decode the tile from its buffer, update it in the workspace, and encode it into the same buffer."""
+        self._threads.set_for(tensor)
         shape = (len(job.rows), tensor.row_elements)
         # Conversion alone goes by way of float32, which holds every value of the three dtypes.
         dtype = self.dtype if tensor.updates else torch.float32
@@ -212,9 +231,8 @@ class Engine:
 
     def _work_tensors(self, shape: tuple[int, int], dtype: torch.dtype, with_scratch: bool) -> tuple[Tensor, Tensor]:
         size = shape[0] * shape[1] * dtype.itemsize
-        parts = [
-            self._workspace[start : start + size].view(dtype).view(shape) for start in (0, size)[: 1 + with_scratch]
-        ]
+        starts = (0, aligned(size)) if with_scratch else (0,)
+        parts = [self._workspace[start : start + size].view(dtype).view(shape) for start in starts]
         return parts[0], parts[-1]
 
     def _check(self, tile: Tensor, tensor: TensorPlan, rows: RowRange, stored: Tensor) -> None:

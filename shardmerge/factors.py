@@ -16,7 +16,7 @@ from shardmerge.adapters import FAMILIES
 from shardmerge.codecs import TORCH_DTYPES
 from shardmerge.errors import NonFiniteError
 from shardmerge.sources import Reader
-from shardmerge.spec import DTYPE_BITS, RowRange, TensorRef, Update
+from shardmerge.spec import ALIGNMENT, DTYPE_BITS, RowRange, TensorRef, Update
 
 
 class LazyFactors:
@@ -69,9 +69,11 @@ class LazyFactors:
         offset, size = ref.offset + rows.start * row, len(rows) * row
         if ref.strides is not None:
             offset, size = ref.offset, ref.nbytes
-        raw = bytearray(size)
-        self._reader(ref.uri).read_into(offset, memoryview(raw))
-        flat = torch.frombuffer(raw, dtype=TORCH_DTYPES[ref.dtype])
+        memory = bytearray(size + ALIGNMENT)
+        start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % ALIGNMENT
+        self._reader(ref.uri).read_into(offset, memoryview(memory)[start : start + size])
+        dtype = TORCH_DTYPES[ref.dtype]
+        flat = torch.frombuffer(memory, dtype=dtype, offset=start, count=size // dtype.itemsize)
         shape = (len(rows), *ref.shape[1:])
         return flat.view(shape) if ref.strides is None else flat.as_strided(shape, ref.strides)
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -90,34 +90,37 @@ class Journal:
             return "process unknown"
 
     def _begin(self) -> None:
-        (self.folder / _HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-        journal = _read_json(self.folder / _JOURNAL)
-        if journal is not None and journal.get("digest") != self.digest:
-            if not self.overwrite:
-                raise ResumeError(
-                    f"{self.output}: holds an unfinished merge of another base, adapter or config; nothing was "
-                    "changed. Run it with what it was begun with, choose another output.path, or start anew with "
-                    "--overwrite"
-                )
-            self._forget(journal)
-            journal = None
-        if journal is None:
+        self._say_who()
+        state = _read_json(self.folder / _JOURNAL)
+        if state is None and not self.overwrite and read_record(self.output) is not None:
+            raise ResumeError(
+                f"{self.output}: a merge was finished here after this one was planned; nothing was changed. Choose "
+                "another output.path, or replace it with --overwrite"
+            )
+        if state is not None and state.get("digest") != self.digest and not self.overwrite:
+            raise ResumeError(
+                f"{self.output}: holds an unfinished merge of another base, adapter or config; nothing was "
+                "changed. Run it with what it was begun with, choose another output.path, or start anew with "
+                "--overwrite"
+            )
+        if state is None or state.get("digest") != self.digest:
             for leftover in (self.stage, self._receipts):
                 _remove_tree(leftover)
-            self._write_state()
+            self._write_state(stale=_stale_files(state or {}))
         durable.make_directory(self.stage)
         durable.make_directory(self._receipts)
 
-    def _forget(self, journal: dict[str, Any]) -> None:
-        """Remove what another merge's commit had already put into the output: half a model."""
-        if journal.get("committing"):
-            for name in _own_names(journal.get("places")):
-                durable.remove(self.output / name)
+    def _say_who(self) -> None:
+        holder = self.folder / _HOLDER
+        try:
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        except OSError as error:
+            raise durable.output_error(holder, "writing", error) from None
 
     def _write_state(
-        self, committing: bool = False, places: Collection[str] = (), replaces: Collection[str] = ()
+        self, *, committing: bool = False, places: Collection[str] = (), stale: Collection[str] = ()
     ) -> None:
-        state = {"digest": self.digest, "committing": committing, "places": [*places], "replaces": [*replaces]}
+        state = {"digest": self.digest, "committing": committing, "places": [*places], "stale": [*stale]}
         durable.write_file(self.folder / _JOURNAL, [json.dumps(state).encode()])
 
     # --- shards -------------------------------------------------------------------------------------------------------
@@ -140,21 +143,20 @@ class Journal:
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
-    def begin_commit(self, new_files: Collection[str]) -> None:
-        """From here on finished shards may be in the output itself.
+    def begin_commit(self, new_files: Sequence[str]) -> None:
+        """From here on finished shards may be in the output itself. ``new_files`` ends with what makes it a model.
 
-        A merge that is being replaced stops being a model first: its index, or its only shard, is removed, then those
-        of its files that the new merge does not write again. What was removed is forgotten before the new files come,
-        since they may have the same names.
+        A merge that is being replaced stops being a model first: its index, or its only shard, is removed before its
+        other files. That they were removed is written down before the new files come, which may have the same names.
         """
         state = _read_json(self.folder / _JOURNAL) or {}
+        stale = _own_names(state.get("stale"))
         if not state.get("committing"):
-            state["replaces"] = _own_names((read_record(self.output) or {}).get("files"))
-            self._write_state(committing=True, places=new_files, replaces=state["replaces"])
-        if replaces := state["replaces"]:
-            *rest, marker = replaces
-            for name in [marker, *(name for name in rest if name not in new_files)]:
-                durable.remove(self.output / name)
+            stale = [*reversed(_own_names((read_record(self.output) or {}).get("files"))), *stale]
+            self._write_state(committing=True, places=new_files, stale=stale)
+        for name in stale:
+            durable.remove(self.output / name)
+        if stale:
             self._write_state(committing=True, places=new_files)
 
     def finish(self) -> None:
@@ -167,6 +169,15 @@ class Journal:
         _remove_tree(self.folder)
         if self._created and not any(self.output.iterdir()):
             self.output.rmdir()
+
+
+def _stale_files(state: dict[str, Any]) -> list[str]:
+    """Files that another merge's commit has put into the output or was about to remove, in the order of removal.
+
+    They stay until this merge commits: they may be all of a model that is still good.
+    """
+    places = _own_names(state.get("places")) if state.get("committing") else []
+    return [*reversed(places), *_own_names(state.get("stale"))]
 
 
 def _own_names(value: Any) -> list[str]:

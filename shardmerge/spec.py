@@ -54,6 +54,15 @@ def dtype_code(name: str) -> str:
     return next(code for code, known in DTYPE_NAMES.items() if known == name)
 
 
+#: Where matrices begin that are multiplied. MKL rounds differently where memory is less aligned than torch's own.
+ALIGNMENT = 64
+
+
+def aligned(size: int) -> int:
+    """Bytes up to the next multiple of `ALIGNMENT`."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
 def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes that a dense tensor takes.
 

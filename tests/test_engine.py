@@ -39,11 +39,17 @@ ODD: dict[str, Any] = {"hidden": 186, "intermediate": 333, "heads": 6, "head_dim
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _without_fsync() -> Iterator[None]:
-    """Durability is another file's business, and it takes half of the time here."""
+def _one_thread_and_no_fsync() -> Iterator[None]:
+    """Threads change the bits of small odd products, PEFT's too; durability takes half of the time here.
+
+    How much threads may change is `test_engine_threads`; durability is `test_sinks` and `test_durable`.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+    torch.set_num_threads(threads)
 
 
 def check(folder: Path, base: Base, lora: Lora) -> None:

@@ -38,14 +38,12 @@ def encode_into(target: Tensor, value: Tensor) -> None:
 def _round_to_odd(value: Tensor) -> Tensor:
     """float64 → float32: exact where it fits, else of its two neighbours the one whose last bit is 1."""
     nearest = value.to(torch.float32)
-    error = value - nearest.double()
-    # Towards the exact value: up where nearest lies below it, down where it lies above; as steps of the bit pattern,
-    # which grows with the magnitude.
+    # One step of the bit pattern, which grows with the magnitude, towards the exact value.
     bits = nearest.view(torch.int32)
-    away = (error > 0) == (nearest > 0)
+    away = value.abs() > nearest.double().abs()
     even = (bits & 1) == 0
     step = torch.where(away, 1, -1).to(torch.int32)
-    inexact = (error != 0) & torch.isfinite(nearest) & even
+    inexact = (value != nearest.double()) & torch.isfinite(nearest) & even
     return torch.where(inexact, bits + step, bits).view(torch.float32)
 
 

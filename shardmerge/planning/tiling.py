@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable
 
 from shardmerge.adapters import FAMILIES
-from shardmerge.spec import DTYPE_BITS, MemoryPlan, ShardPlan, TensorPlan, TensorRef, Update
+from shardmerge.spec import DTYPE_BITS, MemoryPlan, ShardPlan, TensorPlan, TensorRef, Update, aligned
 
 MIN_TILE_ROWS = 16
 #: Buffers in flight: read, waiting, computed, waiting, written, and one to spare.
@@ -90,7 +90,7 @@ def _memory(kinds: Iterable[TensorPlan], buffer_bytes: int, compute_dtype: str) 
         largest = max(largest, -(-rows * row_bytes(tensor) // _PAGE) * _PAGE)
         # A tile in the compute dtype, and the scratch of the same size that updates use.
         tile = rows * tensor.row_elements * itemsize(compute_dtype if tensor.updates else "F32")
-        workspace = max(workspace, tile * (2 if tensor.updates else 1))
+        workspace = max(workspace, aligned(tile) + tile if tensor.updates else tile)
         factors = max(factors, sum(_factor_bytes(update, rows, compute_dtype) for update in tensor.updates))
     return MemoryPlan(BUFFERS, largest, workspace, factors)
 

@@ -1,0 +1,79 @@
+"""How many threads torch has changes nothing, on a machine of any size, where it changes nothing of PEFT's own result.
+
+Of a product of few rows a thread gets one or two, and those go through another kernel. So the engine must not hand
+tiles of 16 rows to dozens of threads; and a weight of fewer rows must get the threads that PEFT's product would have.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import shardmerge
+from tests.peft_oracle import least_memory, make_config, random, stored, write_adapter, write_base
+
+TARGET = "model.layers.0.mlp.down_proj"
+SCALE = 0.7
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def merged(folder: Path, w: Tensor, a: Tensor, b: Tensor, threads: int, memory: str) -> tuple[Tensor, int]:
+    """The merged weight, computed in a process that has so many threads, and the number of its tiles."""
+    base = write_base(folder / f"base-{threads}-{memory}", [{f"{TARGET}.weight": w}])
+    adapter = write_adapter(folder / f"adapter-{threads}-{memory}", {TARGET: (a, b)}, alpha=SCALE * a.shape[0])
+    config = make_config(folder / f"out-{threads}-{memory}", base, [adapter])
+    if memory == "least":
+        config["compute"]["max_memory"] = least_memory(config)
+    plan = shardmerge.plan(config)
+    torch.set_num_threads(threads)
+    shardmerge.merge(plan)
+    assert torch.get_num_threads() == threads
+    return stored(Path(plan.output))[f"{TARGET}.weight"], plan.shards[0].tensors[0].tiles
+
+
+@pytest.mark.parametrize("memory", ["least", "auto"])
+@pytest.mark.parametrize("threads", [1, 2, 3, 4, 8, 12, 16, 32], ids="{}-threads".format)
+def test_of_a_usual_weight_no_number_of_threads_shows(
+    threads: int, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    # 250 rows in tiles of 16 and 17: an odd number of rows leaves some thread with one.
+    w, a, b = random(250, 1024, seed=1, scale=0.02), random(16, 1024, seed=2), random(250, 16, seed=3)
+    torch.set_num_threads(1)
+    expected = w + (b @ a) * (SCALE)
+    found, tiles = merged(tmp_path, w, a, b, threads, memory)
+    assert tiles == (15 if memory == "least" else 1)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("memory", ["least", "auto"])
+@pytest.mark.parametrize("threads", [1, 2], ids="{}-threads".format)
+@pytest.mark.parametrize("rows", [1, 2, 5, 7, 8, 10, 11, 15])
+def test_a_weight_of_few_rows_is_computed_as_torch_computes_it(
+    rows: int, threads: int, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    w, a, b = random(rows, 333, seed=1, scale=0.02), random(16, 333, seed=2), random(rows, 16, seed=3)
+    torch.set_num_threads(threads)
+    expected = w + (b @ a) * (SCALE)
+    found, _ = merged(tmp_path, w, a, b, threads, memory)
+    assert torch.equal(found, expected)
+
+
+def test_torch_gets_its_threads_back_after_an_error(tmp_path: Path) -> None:
+    w, a, b = random(16, 8, seed=1), random(2, 8, seed=2), random(16, 2, seed=3)
+    b[3, 1] = float("nan")
+    with pytest.raises(shardmerge.NonFiniteError):
+        merged(tmp_path, w, a, b, 2, "auto")
+    assert torch.get_num_threads() == 2
