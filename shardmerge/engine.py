@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shardmerge import pipeline
-from shardmerge.adapters import FAMILIES
+from shardmerge.adapters import FAMILIES, work_dtype
 from shardmerge.codecs import TORCH_DTYPES, encode_into, overflow_limit, view_bytes
 from shardmerge.errors import NonFiniteError, PlanError
 from shardmerge.factors import LazyFactors
@@ -38,6 +38,8 @@ from shardmerge.spec import (
 )
 
 _OPEN_READERS = 8
+#: Six would do, by measurement with MKL.
+_ROWS_PER_THREAD = 8
 _NO_ROWS = RowRange(0, 0)
 
 
@@ -73,17 +75,19 @@ class ComputeThreads:
     """How many threads torch computes with, put back by `close`.
 
     Half of the cores as a rule: the threads that read and write need some too, and on two cores a second thread of
-    torch's pool would only wait, busily, for the first. The bits of a matrix product do not depend on it, but for one
-    of so few rows that each thread would get a handful: there we do as torch does by itself, and as PEFT did.
+    torch's pool would only wait, busily, for the first. The bits of a matrix product do not depend on it, unless a
+    thread gets less than a handful of rows, which go through another kernel. So a tile of few rows gets few threads;
+    and a weight of few rows those that torch takes by itself, as it did for PEFT.
     """
 
     def __init__(self) -> None:
         self._default = torch.get_num_threads()
         self._half = max(1, min(self._default, _cores() // 2))
-        self._few_rows = 16 * self._default
 
     def set_for(self, tensor: TensorPlan) -> None:
-        wanted = self._default if tensor.rows < self._few_rows else self._half
+        least = tensor.rows // tensor.tiles // _ROWS_PER_THREAD
+        whole_of_few_rows = tensor.tiles == 1 and least < self._default
+        wanted = self._default if whole_of_few_rows else max(1, min(self._half, least))
         if wanted != torch.get_num_threads():
             torch.set_num_threads(wanted)
 
@@ -176,14 +180,14 @@ class Engine:
     def __init__(self, plan: MergePlan) -> None:
         self.plan = plan
         self.device = resolve_device(plan.compute_device)
-        self.dtype = TORCH_DTYPES[dtype_code(plan.compute_dtype)]
+        self.dtype = dtype_code(plan.compute_dtype)
         self.buffers = [Buffer(plan.memory.buffer_bytes) for _ in range(plan.memory.buffers)]
         self._raw = {id(buffer): torch.frombuffer(buffer.memory, dtype=torch.uint8) for buffer in self.buffers}
         self._workspace = torch.empty(plan.memory.workspace_bytes, dtype=torch.uint8, device=self.device)
         self._threads = ComputeThreads()
         self._base = Readers(plan.base.files)
         self._adapters = Readers(file for adapter in plan.adapters for file in adapter.files)
-        self._factors = LazyFactors(self._adapters.get, self.dtype, self.device)
+        self._factors = LazyFactors(self._adapters.get, self.device)
 
     def close(self) -> None:
         self._threads.close()
@@ -218,13 +222,12 @@ class Engine:
         """Decode the tile from its buffer, update it in the workspace, and encode it into the same buffer."""
         self._threads.set_for(tensor)
         shape = (len(job.rows), tensor.row_elements)
-        # Conversion alone goes by way of float32, which holds every value of the three dtypes.
-        dtype = self.dtype if tensor.updates else torch.float32
+        dtype = TORCH_DTYPES[work_dtype(tensor, self.dtype)]
         stored = view_bytes(raw[: job.read_bytes], tensor.source.dtype, shape)
         tile, scratch = self._work_tensors(shape, dtype, bool(tensor.updates))
         tile.copy_(stored)
         for update in tensor.updates:
-            factors = self._factors.of(update)
+            factors = self._factors.of(update, dtype)
             FAMILIES[update.family].apply(tile, factors, update, job.rows, scratch)
         self._check(tile, tensor, job.rows, stored)
         encode_into(view_bytes(raw[: job.write_bytes], tensor.out.dtype, shape), tile)

@@ -22,9 +22,9 @@ from shardmerge.spec import ALIGNMENT, DTYPE_BITS, RowRange, TensorRef, Update
 class LazyFactors:
     """Reads factors and keeps the whole ones of the current target."""
 
-    def __init__(self, reader: Callable[[str], Reader], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, reader: Callable[[str], Reader], device: torch.device) -> None:
         self._reader = reader
-        self._dtype = dtype
+        self._dtype = torch.float32
         self._device = device
         self._target = ""
         self._kept: dict[TensorRef, Tensor] = {}
@@ -34,11 +34,12 @@ class LazyFactors:
     def begin_shard(self) -> None:
         self.active.clear()
 
-    def of(self, update: Update) -> UpdateFactors:
-        """The factors of one update. A new target drops what was kept for the one before."""
+    def of(self, update: Update, dtype: torch.dtype = torch.float32) -> UpdateFactors:
+        """The factors of one update, in ``dtype``. A new target drops what was kept for the one before."""
         if update.target != self._target:
             self._kept.clear()
             self._target = update.target
+        self._dtype = dtype
         return UpdateFactors(self, update)
 
     def whole(self, ref: TensorRef) -> Tensor:
@@ -61,6 +62,8 @@ class LazyFactors:
             index = wrong.nonzero()[0].tolist()
             value = float(stored[tuple(index)])
             index[0] += first_row
+            if ref.is_transposed:
+                index.reverse()
             raise NonFiniteError(f"{ref.uri}: {ref.name} holds {value} at {index}; the merge was stopped")
         return stored.to(device=self._device, dtype=self._dtype).contiguous()
 

@@ -106,7 +106,8 @@ class TensorRef:
     """Where a stored tensor lies, without its data.
 
     ``offset`` counts from the start of the file. ``strides`` are in elements; ``None`` means dense and row-major, which
-    is all that safetensors has. Pickled views, and factors that are kept transposed, have strides.
+    is all that safetensors has. Pickled views, and factors that are kept transposed, have strides. ``is_transposed``
+    says that ``shape`` is the other way round than in the file.
     """
 
     name: str
@@ -116,12 +117,18 @@ class TensorRef:
     offset: int
     nbytes: int
     strides: tuple[int, ...] | None = None
+    is_transposed: bool = False
 
     def transposed(self) -> TensorRef:
         """The same bytes seen as the transpose of a matrix."""
         rows, columns = self.shape
         row_stride, column_stride = self.strides or (columns, 1)
-        return dataclasses.replace(self, shape=(columns, rows), strides=(column_stride, row_stride))
+        return dataclasses.replace(
+            self,
+            shape=(columns, rows),
+            strides=(column_stride, row_stride),
+            is_transposed=not self.is_transposed,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,11 +46,11 @@ class CountingReader:
 class Opened:
     """An adapter file of two targets, seen through one `CountingReader`."""
 
-    def __init__(self, path: Path, refs: list[tuple[TensorRef, TensorRef]], dtype: torch.dtype) -> None:
+    def __init__(self, path: Path, refs: list[tuple[TensorRef, TensorRef]]) -> None:
         status = path.stat()
         self.reader = CountingReader(LocalReader(SourceFile(str(path), status.st_size, status.st_mtime_ns)))
         self.uris: list[str] = []
-        self.loader = LazyFactors(self._get, dtype, CPU)
+        self.loader = LazyFactors(self._get, CPU)
         self.updates = [
             Update(number, "lora", f"module{number}", f"module{number}.weight", (("A", a), ("B", b)), 1.0, RANK)
             for number, (a, b) in enumerate(refs)
@@ -65,10 +65,10 @@ class Opened:
         return reads
 
 
-def open_safetensors(folder: Path, stored: torch.dtype, dtype: torch.dtype = torch.float32) -> Opened:
+def open_safetensors(folder: Path, stored: torch.dtype) -> Opened:
     modules = {"module0": (A.to(stored), B.to(stored)), "module1": (A2.to(stored), B2.to(stored))}
     path, tensors = adapter_file(folder, modules)
-    return Opened(path, [_pair(tensors, name) for name in modules], dtype)
+    return Opened(path, [_pair(tensors, name) for name in modules])
 
 
 def adapter_file(folder: Path, modules: dict[str, tuple[Tensor, Tensor]]) -> tuple[Path, Mapping[str, TensorRef]]:
@@ -84,7 +84,7 @@ def _pair(tensors: Mapping[str, TensorRef], module: str) -> tuple[TensorRef, Ten
 
 def open_one(folder: Path, b: Tensor) -> Opened:
     path, tensors = adapter_file(folder, {"module0": (A, b)})
-    return Opened(path, [_pair(tensors, "module0")], torch.float32)
+    return Opened(path, [_pair(tensors, "module0")])
 
 
 def open_pickle(folder: Path, stored: torch.dtype, layout: str) -> Opened:
@@ -105,7 +105,7 @@ def open_pickle(folder: Path, stored: torch.dtype, layout: str) -> Opened:
     pairs = [(refs[f"module{number}.A"], refs[f"module{number}.B"]) for number in range(2)]
     if layout == "transposed":
         pairs = [(a.transposed(), b.transposed()) for a, b in pairs]
-    return Opened(path, pairs, torch.float32)
+    return Opened(path, pairs)
 
 
 @pytest.fixture(params=list(STORED))
@@ -171,8 +171,8 @@ def test_nothing_is_kept_after_the_target_has_changed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_factors_come_in_the_compute_dtype(compute: torch.dtype, stored: torch.dtype, tmp_path: Path) -> None:
-    opened = open_safetensors(tmp_path, stored, compute)
-    factors = opened.loader.of(opened.updates[0])
+    opened = open_safetensors(tmp_path, stored)
+    factors = opened.loader.of(opened.updates[0], compute)
     for found, wanted in ((factors.whole("A"), A), (factors.rows("B", RowRange(3, 60)), B[3:60])):
         assert found.dtype == compute and found.is_contiguous()
         assert torch.equal(found, wanted.to(stored).to(compute))

@@ -12,13 +12,32 @@ from shardmerge.adapters import peft_lora, pure_pytorch
 from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate
 from shardmerge.adapters.frozen import FrozenCopy
 from shardmerge.adapters.lora import LoraLinear
-from shardmerge.spec import TensorRef
+from shardmerge.spec import TensorPlan, TensorRef
 
-__all__ = ["FAMILIES", "Claims", "Factors", "Family", "ModuleUpdate", "claim", "detect_format", "leftover_kind"]
+__all__ = [
+    "FAMILIES",
+    "Claims",
+    "Factors",
+    "Family",
+    "ModuleUpdate",
+    "claim",
+    "detect_format",
+    "leftover_kind",
+    "work_dtype",
+]
 
 FAMILIES: Mapping[str, Family] = {family.name: family for family in (LoraLinear(), FrozenCopy())}
 
 leftover_kind = peft_lora.leftover_kind
+
+
+def work_dtype(tensor: TensorPlan, compute_dtype: str) -> str:
+    """What a tensor is worked on in: the compute dtype where an update changes it.
+
+    Where its dtype is only converted, or its values only compared, F32 holds all of what the three float dtypes can.
+    """
+    changes = any(FAMILIES[update.family].changes_weight for update in tensor.updates)
+    return compute_dtype if changes else "F32"
 
 
 def detect_format(tensors: Mapping[str, TensorRef], config: Mapping[str, Any] | None) -> str:

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 
-from shardmerge.adapters import FAMILIES
+from shardmerge.adapters import FAMILIES, work_dtype
 from shardmerge.spec import DTYPE_BITS, MemoryPlan, ShardPlan, TensorPlan, TensorRef, Update, aligned
 
 MIN_TILE_ROWS = 16
@@ -88,10 +88,11 @@ def _memory(kinds: Iterable[TensorPlan], buffer_bytes: int, compute_dtype: str) 
     for tensor in kinds:
         rows = tile_rows(tensor, tile_count(tensor, buffer_bytes))
         largest = max(largest, -(-rows * row_bytes(tensor) // _PAGE) * _PAGE)
-        # A tile in the compute dtype, and the scratch of the same size that updates use.
-        tile = rows * tensor.row_elements * itemsize(compute_dtype if tensor.updates else "F32")
+        # A tile in the dtype of the work, and the scratch of the same size that updates use.
+        dtype = work_dtype(tensor, compute_dtype)
+        tile = rows * tensor.row_elements * itemsize(dtype)
         workspace = max(workspace, aligned(tile) + tile if tensor.updates else tile)
-        factors = max(factors, sum(_factor_bytes(update, rows, compute_dtype) for update in tensor.updates))
+        factors = max(factors, sum(_factor_bytes(update, rows, dtype) for update in tensor.updates))
     return MemoryPlan(BUFFERS, largest, workspace, factors)
 
 
