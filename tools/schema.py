@@ -1,7 +1,4 @@
-"""Write configs/schema.json, which gives editors completion and checking for a config.
-
-    python tools/schema.py
-"""
+"""Write configs/schema.json, which gives editors completion and checking for a config. Run it as ``python tools/schema.py``."""
 
 from __future__ import annotations
 
