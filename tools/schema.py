@@ -1,4 +1,4 @@
-"""Write configs/schema.json, which gives editors completion and checking for a config. Run it as ``python tools/schema.py``."""
+"""Write configs/schema.json, which gives editors completion and checking for a config."""
 
 from __future__ import annotations
 
