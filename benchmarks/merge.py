@@ -78,7 +78,9 @@ def _tail(log: Path) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.merge", description="Compare tools that merge.")
-    parser.add_argument("--shape", choices=[name for name in SHAPES if name != "index-1000"], default="tinyllama")
+    parser.add_argument(
+        "--shape", choices=[name for name in SHAPES if not name.startswith("index-")], default="tinyllama"
+    )
     parser.add_argument("--tools", default="shardmerge,copy,import-torch", help="in the order in which they take turns")
     parser.add_argument("--runs", type=int, default=3, help="rounds; in each every tool runs once")
     parser.add_argument("--cold", action="store_true", help="drop the inputs from the page cache before every run")

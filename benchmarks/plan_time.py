@@ -18,7 +18,7 @@ from benchmarks.measure import ROOT, cool, measure, own_peak, warm
 from benchmarks.report import Run
 from benchmarks.shapes import SHAPES, Made, add_work_option, place
 
-PLANNED = ("tiny", "index-1000")
+PLANNED = ("tiny", "index-1000", "index-1000-wide")
 
 
 def commands(made: dict[str, Made], folder: Path) -> dict[str, list[str]]:

@@ -116,7 +116,8 @@ SHAPES = {
         Shape("tinyllama", layers=22, hidden=2048, ffn=5632, heads=32, kv_heads=4, vocab=32000),
         Shape("llama3-8b", layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, vocab=128256, shards=4),
         # 63 small tensors a shard: what counts is how many headers there are.
-        Shape("index-1000", layers=7000, hidden=16, ffn=16, heads=2, kv_heads=1, vocab=64, shards=1000, rank=16),
+        Shape("index-1000", layers=1000, hidden=16, ffn=16, heads=2, kv_heads=1, vocab=64, shards=1000, rank=16),
+        Shape("index-1000-wide", layers=7000, hidden=16, ffn=16, heads=2, kv_heads=1, vocab=64, shards=1000, rank=16),
     )
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from shardmerge.version import __version__
 
 if TYPE_CHECKING:
     from shardmerge.config import MergeConfig
+    from shardmerge.spec import MergePlan
 
 INTERRUPTED = 130
 _AS_JSON = "shardmerge.as_json"
@@ -86,16 +88,25 @@ def _load(config: Path, overrides: tuple[str, ...]) -> MergeConfig:
     return MergeConfig.from_file(config, overrides)
 
 
+def _plan(config: Path, overrides: tuple[str, ...], *, overwrite: bool) -> MergePlan:
+    from shardmerge.api import plan
+
+    planned = plan(_load(config, overrides), overwrite=overwrite)
+    # A plan lives as long as the process; of a large model it is a million objects, not to be searched for garbage.
+    gc.freeze()
+    return planned
+
+
 @cli.command()
 @_config_options
 @click.option("--quiet", is_flag=True, help="No progress and no table; only errors and notes.")
 def run(config: Path, overrides: tuple[str, ...], overwrite: bool, as_json: bool, quiet: bool) -> None:
     """Merge as CONFIG says. Run it again to take up an interrupted merge."""
-    from shardmerge.api import merge, plan
+    from shardmerge.api import merge
     from shardmerge.progress import show_progress
     from shardmerge.report import human_bytes, size_table
 
-    planned = plan(_load(config, overrides), overwrite=overwrite)
+    planned = _plan(config, overrides, overwrite=overwrite)
     for warning in planned.warnings:
         click.echo(f"note: {warning}", err=True)
     try:
@@ -116,10 +127,9 @@ def run(config: Path, overrides: tuple[str, ...], overwrite: bool, as_json: bool
 @_config_options
 def plan(config: Path, overrides: tuple[str, ...], overwrite: bool, as_json: bool) -> None:
     """Say what `run` would do, and every reason why it would not. Reads headers only."""
-    from shardmerge.api import plan as make
     from shardmerge.report import describe_plan, plan_summary
 
-    planned = make(_load(config, overrides), overwrite=overwrite)
+    planned = _plan(config, overrides, overwrite=overwrite)
     if as_json:
         _print_json(plan_summary(planned))
     else:

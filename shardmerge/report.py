@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,32 +95,28 @@ def _shape(shape: Iterable[int]) -> str:
     return "×".join(map(str, shape))
 
 
-def _scalings(updates: Iterable[Update]) -> str:
-    return ", ".join(f"{scaling:.6g}" for scaling in sorted({update.scaling for update in updates}))
-
-
-def changing_updates(plan: MergePlan) -> list[tuple[TensorPlan, Update]]:
+def changing_updates(plan: MergePlan) -> Iterator[tuple[TensorPlan, Update]]:
     """The updates that alter weights."""
-    return [(tensor, update) for tensor, update in plan.updates() if FAMILIES[update.family].changes_weight]
+    return ((tensor, update) for tensor, update in plan.updates() if FAMILIES[update.family].changes_weight)
 
 
 def target_rows(plan: MergePlan) -> list[dict[str, Any]]:
     """Targets by kind of module: the last part of its name, with shape, rank, scaling, family and adapter."""
-    groups: dict[tuple[Any, ...], list[Update]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for tensor, update in changing_updates(plan):
         kind = update.module.rpartition(".")[2]
-        groups[kind, tensor.source.shape, update.family, update.rank, update.adapter].append(update)
+        groups[kind, tensor.source.shape, update.family, update.rank, update.adapter].append(update.scaling)
     return [
         {
             "module": kind,
-            "count": len(updates),
+            "count": len(scalings),
             "shape": list(shape),
             "family": family,
             "rank": rank,
-            "scaling": sorted({update.scaling for update in updates}),
+            "scaling": sorted(set(scalings)),
             "adapter": adapter,
         }
-        for (kind, shape, family, rank, adapter), updates in groups.items()
+        for (kind, shape, family, rank, adapter), scalings in groups.items()
     ]
 
 
@@ -155,15 +151,16 @@ def _describe_sources(plan: MergePlan) -> str:
 def _describe_targets(plan: MergePlan) -> str:
     several = len(plan.adapters) > 1
     rows = [("targets", "count", "shape", "rank", "scaling", *(("adapter",) if several else ()))]
-    for row in target_rows(plan):
+    found = target_rows(plan)
+    for row in found:
         scaling = ", ".join(f"{value:.6g}" for value in row["scaling"])
         adapter = (str(row["adapter"] + 1),) if several else ()
         rows.append((row["module"], str(row["count"]), _shape(row["shape"]), str(row["rank"]), scaling, *adapter))
-    updates = [update for _, update in changing_updates(plan)]
     text = table(rows, right=(1, 3))
     if len(plan.adapters) > 1:
         text += "\nweights that several adapters update get them in this order, and are rounded once"
-    return f"{text}\nscalings: {_scalings(updates)}"
+    scalings = sorted({value for row in found for value in row["scaling"]})
+    return f"{text}\nscalings: {', '.join(f'{value:.6g}' for value in scalings)}"
 
 
 def _describe_output(plan: MergePlan) -> str:
@@ -208,14 +205,15 @@ def size_table(report: MergeReport) -> str:
 
 def plan_summary(plan: MergePlan) -> dict[str, Any]:
     """The plan as JSON, without a line for every tensor."""
+    targets = target_rows(plan)
     return {
         "base": jsonable(plan.base),
         "adapters": jsonable(plan.adapters),
         "output": plan.output,
         "output_dtype": merged_dtype(plan),
         "compute": {"dtype": plan.compute_dtype, "device": plan.compute_device},
-        "targets": target_rows(plan),
-        "scalings": sorted({update.scaling for _, update in changing_updates(plan)}),
+        "targets": targets,
+        "scalings": sorted({value for row in targets for value in row["scaling"]}),
         "shards": [{"name": shard.name, "bytes": shard.nbytes, "tensors": len(shard.tensors)} for shard in plan.shards],
         "index": plan.index_name,
         "aux": [aux.name for aux in plan.aux],

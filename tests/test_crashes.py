@@ -57,8 +57,8 @@ class Merge:
         return shardmerge.merge(config, overwrite=overwrite)
 
 
-#: 2 shards, as the base has them; the same names with another adapter; one file; 4 shards.
-TWO, TWO_B, ONE, FOUR = Merge("x"), Merge("y"), Merge("x", 10**9), Merge("y", 1)
+#: Two shards, as the base has them; one file; four shards. B is with the other adapter.
+TWO, TWO_B, ONE, ONE_B, FOUR = Merge("x"), Merge("y"), Merge("x", 10**9), Merge("y", 10**9), Merge("y", 1)
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ SCENES = {
     "new-shards": Scene(None, TWO),
     "new-file": Scene(None, ONE),
     "shards-over-shards": Scene(TWO, TWO_B),
+    "file-over-file": Scene(ONE, ONE_B),
     "file-over-shards": Scene(FOUR, ONE),
     "shards-over-file": Scene(ONE, FOUR),
 }
@@ -201,6 +202,7 @@ def _raise(error: BaseException) -> Callable[[], None]:
         ("pwrite", "new-shards"),
         ("rmdir", "new-file"),
         ("rmdir", "shards-over-shards"),
+        ("rmdir", "file-over-file"),
     ],
 )
 def test_a_merge_that_is_cut_at_any_step_is_taken_up(step: str, scene: str, tmp_path: Path) -> None:
@@ -252,19 +254,23 @@ def test_a_disk_that_takes_a_few_bytes_at_a_time_gets_them_all(tmp_path: Path, m
 # --- another merge takes over -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scene", ["new-shards", "file-over-shards", "shards-over-file"])
 @pytest.mark.parametrize("step", ["replace", "unlink"])
-def test_another_merge_may_take_over_what_was_cut_and_nothing_of_it_stays(step: str, tmp_path: Path) -> None:
-    """Four shards were there, one file was merged over them and cut; then two shards are merged over that."""
+def test_another_merge_may_take_over_what_was_cut_and_nothing_of_it_stays(
+    step: str, scene: str, tmp_path: Path
+) -> None:
     folder = build(tmp_path)
     expected = Expected(folder)
-    scene = Scene(FOUR, ONE)
-    for at in range(len(count_steps(folder, scene, (step,)))):
+    before, cut = SCENES[scene].before, SCENES[scene].cut
+    third = ONE_B if scene == "new-shards" else TWO_B
+    for at in range(len(count_steps(folder, SCENES[scene], (step,)))):
         output, where = folder / f"out-{at}", f"{step} {at}"
-        FOUR.run(folder, output)
+        if before:
+            before.run(folder, output)
         with pytest.raises(Cut), Steps((step,), at, _raise(Cut())).watched():
-            ONE.run(folder, output, overwrite=True)
-        TWO_B.run(folder, output, overwrite=True)
-        assert files(output) == expected[TWO_B], f"{where}: {sorted(files(output))}"
+            cut.run(folder, output, overwrite=True)
+        third.run(folder, output, overwrite=True)
+        assert files(output) == expected[third], f"{where}: {sorted(files(output))}"
 
 
 @pytest.mark.parametrize("finished", [ONE, TWO], ids=["file", "shards"])

@@ -139,6 +139,7 @@ _SHAPES = {
     "rows-one-short-of-two-tiles": Base(intermediate=31, hidden=1030),
     "one-hidden-unit": Base(hidden=1, heads=1, kv_heads=1, intermediate=40),
     "tall": Base("float16", hidden=6, intermediate=6000),
+    "rows-wider-than-a-buffer-holds-sixteen-of": Base(hidden=4098, intermediate=50),
     "wide": Base("bfloat16", hidden=6, intermediate=6000, heads=1, kv_heads=1),
 }
 
@@ -177,7 +178,7 @@ def _cases(draw: st.DrawFn) -> tuple[Base, Lora]:
     return base, lora
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(_cases())
 def test_random_models_and_adapters_give_the_bits_of_peft(case: tuple[Base, Lora]) -> None:
     with TemporaryDirectory() as folder:

@@ -224,6 +224,17 @@ def test_an_equal_copy_of_the_weight_changes_nothing(dtype: str, copied: str, tm
     assert weight_bytes(tmp_path / "with") == weight_bytes(tmp_path / "without")
 
 
+def test_copies_of_several_adapters_are_compared_with_the_base_and_not_with_a_sum(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", [{f"{TARGET}.weight": W}])
+    entries = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        entries.append(_pure(tmp_path / name, {"weight": W}))
+    merge_to(tmp_path / "out", base, *entries)
+    delta = random(3, 40, seed=4).T.contiguous() @ A
+    assert_same_bits(stored(tmp_path / "out"), {f"{TARGET}.weight": W + delta + delta})
+
+
 @pytest.mark.parametrize("compute", ["float64", "bfloat16"])
 @each_dtype
 def test_a_tensor_that_is_only_compared_stays_the_same_bytes(dtype: str, compute: str, tmp_path: Path) -> None:

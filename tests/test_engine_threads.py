@@ -28,6 +28,11 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def _on_a_machine_of(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+
+
 def merged(folder: Path, w: Tensor, a: Tensor, b: Tensor, threads: int, memory: str) -> tuple[Tensor, int]:
     """The merged weight, computed in a process that has so many threads, and the number of its tiles."""
     base = write_base(folder / f"base-{threads}-{memory}", [{f"{TARGET}.weight": w}])
