@@ -101,6 +101,8 @@ def _carry_out(plan: MergePlan, progress: Callable[[Progress], None], started: f
             counter.skip(shard for shard in plan.shards if shard.name in finished)
             try:
                 receipts = [*finished.values(), *SerialExecutor().map(merge_shard, open_shards)]
+                report = _report(plan, sink.files(), receipts, len(finished), started)
+                sink.commit(record(plan, report, torch.__version__))
             except FormatError as error:
                 # Something in the files themselves: no second run can succeed, so nothing is kept for one.
                 journal.discard()
@@ -108,8 +110,6 @@ def _carry_out(plan: MergePlan, progress: Callable[[Progress], None], started: f
             except (OutputError, SourceError) as error:
                 kept = "What was finished is kept; run the same command again to take it up"
                 raise type(error)(f"{error}. The output is no model yet. {kept}") from None
-            report = _report(plan, sink.files(), receipts, len(finished), started)
-            sink.commit(record(plan, report, torch.__version__))
             return report
     finally:
         engine.close()

@@ -75,9 +75,9 @@ class ComputeThreads:
     """How many threads torch computes with, put back by `close`.
 
     Half of the cores as a rule: the threads that read and write need some too, and on two cores a second thread of
-    torch's pool would only wait, busily, for the first. The bits of a matrix product do not depend on it, unless a
-    thread gets less than a handful of rows, which go through another kernel. So a tile of few rows gets few threads;
-    and a weight of few rows those that torch takes by itself, as it did for PEFT.
+    torch's pool would only wait, busily, for the first. The bits of a large matrix product do not depend on it, unless
+    a thread gets less than a handful of rows, which go through another kernel: so a tile of few rows gets few threads.
+    Those of a small product may; so a weight of one tile gets the threads that torch takes by itself, as for PEFT.
     """
 
     def __init__(self) -> None:
@@ -85,9 +85,9 @@ class ComputeThreads:
         self._half = max(1, min(self._default, _cores() // 2))
 
     def set_for(self, tensor: TensorPlan) -> None:
-        least = tensor.rows // tensor.tiles // _ROWS_PER_THREAD
-        whole_of_few_rows = tensor.tiles == 1 and least < self._default
-        wanted = self._default if whole_of_few_rows else max(1, min(self._half, least))
+        wanted = self._default
+        if tensor.tiles > 1:
+            wanted = max(1, min(self._half, tensor.rows // tensor.tiles // _ROWS_PER_THREAD))
         if wanted != torch.get_num_threads():
             torch.set_num_threads(wanted)
 
