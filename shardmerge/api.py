@@ -20,7 +20,7 @@ from typing import Any
 from shardmerge.config import MergeConfig
 from shardmerge.errors import FormatError, OutputError, SourceError
 from shardmerge.planning import make_plan
-from shardmerge.report import MergeReport, merged_dtype, peak_memory, record
+from shardmerge.report import MergeReport, changing_updates, merged_dtype, peak_memory, record
 from shardmerge.spec import MergePlan, Receipt, ShardPlan
 
 
@@ -145,7 +145,7 @@ def _report(plan: MergePlan, files: list[str], receipts: list[Receipt], reused: 
     return MergeReport(
         output=plan.output,
         files=tuple(files),
-        targets=sum(1 for shard in plan.shards for tensor in shard.tensors if tensor.updates),
+        targets=len({tensor.source.name for tensor, _ in changing_updates(plan)}),
         adapter_bytes=sum(info.nbytes for info in plan.adapters),
         base_bytes=plan.base.nbytes,
         merged_bytes=sum(shard.nbytes for shard in plan.shards),

@@ -104,13 +104,13 @@ def run(config: Path, overrides: tuple[str, ...], overwrite: bool, as_json: bool
     """Merge as CONFIG says. Run it again to take up an interrupted merge."""
     from shardmerge.api import merge
     from shardmerge.progress import show_progress
-    from shardmerge.report import human_bytes, size_table
+    from shardmerge.report import size_table
 
     planned = _plan(config, overrides, overwrite=overwrite)
     for warning in planned.warnings:
         click.echo(f"note: {warning}", err=True)
     try:
-        with show_progress(human_bytes, quiet=quiet) as progress:
+        with show_progress(quiet=quiet) as progress:
             report = merge(planned, progress=progress)
     except KeyboardInterrupt:
         click.echo("\nshardmerge: interrupted; run the same command again to take it up", err=True)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from shardmerge.report import human_bytes
+
 if TYPE_CHECKING:
     from shardmerge.api import Progress
 
@@ -16,7 +18,7 @@ LINE_SECONDS = 5.0
 
 
 @contextmanager
-def show_progress(human_bytes: Callable[[float], str], *, quiet: bool) -> Iterator[Callable[[Progress], None]]:
+def show_progress(*, quiet: bool) -> Iterator[Callable[[Progress], None]]:
     """A callback for `shardmerge.merge` that shows what it is told until the block is left."""
     if quiet:
         yield lambda _: None
@@ -24,7 +26,7 @@ def show_progress(human_bytes: Callable[[float], str], *, quiet: bool) -> Iterat
         with _bar() as callback:
             yield callback
     else:
-        yield _Lines(human_bytes)
+        yield _Lines()
 
 
 @contextmanager
@@ -46,8 +48,7 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
 class _Lines:
     """A line at the start, then one every few seconds, then one at the end."""
 
-    def __init__(self, human_bytes: Callable[[float], str]) -> None:
-        self._human_bytes = human_bytes
+    def __init__(self) -> None:
         self._started: float | None = None
         self._initial = 0
         self._last = 0.0
@@ -61,8 +62,8 @@ class _Lines:
         self._last = now
         elapsed = now - self._started
         rate = (progress.done - self._initial) / elapsed if elapsed > 0.5 else 0.0
-        left = f", {self._human_bytes(rate)}/s, {(progress.total - progress.done) / rate:.0f} s left" if rate else ""
+        left = f", {human_bytes(rate)}/s, {(progress.total - progress.done) / rate:.0f} s left" if rate else ""
         percent = 100 * progress.done / max(progress.total, 1)
-        done, total = self._human_bytes(progress.done), self._human_bytes(progress.total)
+        done, total = human_bytes(progress.done), human_bytes(progress.total)
         shard = f"shard {progress.shard_number}/{progress.shards}"
         print(f"merging: {percent:3.0f}%, {done} of {total}, {shard}{left}", file=sys.stderr, flush=True)

@@ -18,7 +18,6 @@ import pytest
 import shardmerge
 from shardmerge import Progress
 from shardmerge.progress import LINE_SECONDS, show_progress
-from shardmerge.report import human_bytes
 from tests.builders import ROOT, contents, make_place, run_python, snapshot
 
 #: The command line, in a process that sends itself a signal when a part of the merge is done.
@@ -27,10 +26,12 @@ import contextlib, os, signal, sys
 import shardmerge.progress
 from shardmerge.cli import main
 
+# A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 number, part, config = sys.argv[1:]
 
 @contextlib.contextmanager
-def show_progress(human_bytes, *, quiet):
+def show_progress(*, quiet):
     def callback(progress):
         if progress.done >= float(part) * progress.total:
             os.kill(os.getpid(), int(number))
@@ -154,7 +155,7 @@ class Clock:
 
 def test_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock(monkeypatch)
-    with show_progress(human_bytes, quiet=False) as progress:
+    with show_progress(quiet=False) as progress:
         for step in range(101):
             progress(Progress(step * 1000, 100_000, "x", 1 + step // 51, 2))
             clock.now += LINE_SECONDS / 10
@@ -171,7 +172,7 @@ def test_rate_counts_only_what_this_run_did(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock(monkeypatch)
-    with show_progress(human_bytes, quiet=False) as progress:
+    with show_progress(quiet=False) as progress:
         progress(Progress(90_000, 100_000, "x", 2, 2))
         clock.now += 5
         progress(Progress(95_000, 100_000, "x", 2, 2))
@@ -179,12 +180,12 @@ def test_rate_counts_only_what_this_run_did(
 
 
 def test_no_lines_when_quiet(capsys: pytest.CaptureFixture[str]) -> None:
-    with show_progress(human_bytes, quiet=True) as progress:
+    with show_progress(quiet=True) as progress:
         progress(Progress(0, 1, "x", 1, 1))
     assert capsys.readouterr() == ("", "")
 
 
 def test_empty_model_divides_by_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with show_progress(human_bytes, quiet=False) as progress:
+    with show_progress(quiet=False) as progress:
         progress(Progress(0, 0, "x", 1, 1))
     assert "0 B of 0 B" in capsys.readouterr().err
