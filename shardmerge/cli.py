@@ -158,12 +158,13 @@ def init(adapter: str, target: Path, as_json: bool) -> None:
     """Write a commented config for ADAPTER, from its own metadata. `-o -` prints it."""
     from shardmerge.inspection import starter_config
 
-    text = starter_config(adapter, str(target))
-    if str(target) != "-":
+    printed = str(target) == "-"
+    text = starter_config(adapter, "config.yaml" if printed else str(target))
+    if not printed:
         _write_new(target, text)
     if as_json:
-        _print_json({"config": text, "path": None if str(target) == "-" else str(target)})
-    elif str(target) == "-":
+        _print_json({"config": text, "path": None if printed else str(target)})
+    elif printed:
         click.echo(text, nl=False)
     else:
         click.echo(f"{target}: written; look it over, then: shardmerge plan {target}", err=True)
