@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 from shardmerge.adapters import Claims, claim, detect_format
@@ -12,12 +11,12 @@ from shardmerge.checkpoint import read_json, read_shard
 from shardmerge.config import AdapterConfig
 from shardmerge.errors import FormatError
 from shardmerge.pickled import read_pickled
-from shardmerge.sources import LocalSource, Source
+from shardmerge.sources import Source, directory_of
 from shardmerge.spec import SourceFile, TensorRef
 
 CONFIG_NAME = "adapter_config.json"
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_PICKLES = (".bin", ".pt", ".pth")
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PICKLES = (".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +50,13 @@ class AdapterFile:
 def open_adapter(source: Source) -> AdapterFile:
     """Find the weights and the config, and read the header. Raises `FormatError` or `SourceError`."""
     name = _weights_name(source)
-    source, name = _with_siblings(source, name)
+    if name in WEIGHTS:
+        # Named by itself, it still has its config beside it, where PEFT wrote both.
+        source = directory_of(source)
     names = source.names()
     config = read_json(source, names, CONFIG_NAME) if CONFIG_NAME in names else None
     file = source.stat(name)
-    if name.endswith(_PICKLES):
+    if name.endswith(PICKLES):
         tensors = read_pickled(source.fetch(name), file.uri)
     else:
         tensors = {ref.name: ref for ref in read_shard(source, name).tensors}
@@ -67,23 +68,16 @@ def open_adapter(source: Source) -> AdapterFile:
 
 def _weights_name(source: Source) -> str:
     names = [name for name in source.names() if "/" not in name]
-    for usual in _WEIGHTS:
+    for usual in WEIGHTS:
         if usual in names:
             return usual
     # Trainer checkpoints keep optimizer.pt and friends beside the adapter; only a sole candidate is no guess.
-    candidates = [name for name in names if name.endswith((".safetensors", *_PICKLES))]
+    candidates = [name for name in names if name.endswith((".safetensors", *PICKLES))]
     if len(candidates) == 1:
         return candidates[0]
     # PEFT saves an adapter that is not called "default" into a folder of its name.
-    nested = [name for name in source.names() if name.endswith(_WEIGHTS)]
+    nested = [name for name in source.names() if name.endswith(WEIGHTS)]
     found = ", ".join(candidates or nested) or "none of that kind"
     raise FormatError(
-        f"{source.location}: expected {' or '.join(_WEIGHTS)}, or one .safetensors or .pt file; found {found}"
+        f"{source.location}: expected {' or '.join(WEIGHTS)}, or one .safetensors or .pt file; found {found}"
     )
-
-
-def _with_siblings(source: Source, name: str) -> tuple[Source, str]:
-    """A file that was named by itself still has its config beside it, where PEFT wrote both."""
-    if isinstance(source, LocalSource) and source.only and PurePosixPath(name).name in _WEIGHTS:
-        return LocalSource(source.root), name
-    return source, name

@@ -11,7 +11,7 @@ from typing import Any
 
 from shardmerge.errors import FormatError
 from shardmerge.header import MAX_HEADER_BYTES, Metadata, read_header
-from shardmerge.sources import LocalSource, Source
+from shardmerge.sources import Source, directory_of
 from shardmerge.spec import CheckpointInfo, SourceFile, TensorRef, Weight
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -69,7 +69,7 @@ class Checkpoint:
 
 def open_checkpoint(source: Source) -> Checkpoint:
     """Read the index and every header. Raises `FormatError` or `SourceError`."""
-    directory = _directory(source)
+    directory = directory_of(source)
     names = source.names()
     if names and directory is not source and names[0].endswith(INDEX_SUFFIX):
         raise FormatError(f"{source.location}: an index alone is no model; give the directory {directory.location}")
@@ -93,11 +93,6 @@ def open_checkpoint(source: Source) -> Checkpoint:
     return Checkpoint(
         source, shards, weights, index_name, index_metadata, read_json(directory, directory.names(), "config.json")
     )
-
-
-def _directory(source: Source) -> Source:
-    """Where config.json is: beside a base that was named as one file."""
-    return LocalSource(source.root) if isinstance(source, LocalSource) and source.only else source
 
 
 def read_shard(source: Source, name: str) -> Shard:

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from shardmerge.adapter_file import CONFIG_NAME, AdapterFile, open_adapter
+from shardmerge.adapter_file import CONFIG_NAME, PICKLES, WEIGHTS, AdapterFile, open_adapter
+from shardmerge.adapters import FAMILIES
 from shardmerge.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.config import AdapterConfig
 from shardmerge.errors import FormatError
@@ -18,8 +19,7 @@ from shardmerge.report import human_bytes, table
 from shardmerge.sources import Source, open_source
 from shardmerge.spec import TensorRef
 
-_ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin", CONFIG_NAME)
-_PICKLES = (".pt", ".pth", ".bin")
+_ADAPTER_NAMES = (*WEIGHTS, CONFIG_NAME)
 
 
 def inspect_path(location: str) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def _is_adapter(source: Source) -> bool:
     names = [name for name in source.names() if "/" not in name]
     if any(name in _ADAPTER_NAMES for name in names):
         return True
-    return not any(name.endswith(".safetensors") for name in names) and any(name.endswith(_PICKLES) for name in names)
+    return not any(name.endswith(".safetensors") for name in names) and any(name.endswith(PICKLES) for name in names)
 
 
 def _has_factors(checkpoint: Checkpoint) -> bool:
@@ -61,7 +61,7 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "revision": checkpoint.source.revision,
         "model_type": checkpoint.model_type,
         "architectures": checkpoint.config.get("architectures"),
-        "bytes": sum(shard.file.size for shard in checkpoint.shards),
+        "bytes": checkpoint.info().nbytes,
         "shards": len(checkpoint.shards),
         "index": checkpoint.index_name,
         "tensors": len(tensors),
@@ -75,7 +75,7 @@ def _describe_adapter(adapter: AdapterFile, location: str) -> dict[str, Any]:
     # Without a config the scale is not the adapter's to tell; 1 as scaling lets the rest be read.
     bare = adapter.config is None
     claims = adapter.claims(AdapterConfig(path=location, scaling=1.0 if bare else None))
-    updates = [update for update in claims.updates if update.family != "frozen-copy"]
+    updates = [update for update in claims.updates if FAMILIES[update.family].changes_weight]
     kinds = Counter(update.module.rpartition(".")[2] for update in updates)
     leftovers = [] if claims.refused else claims.leftovers(adapter.tensors)
     return {

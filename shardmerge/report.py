@@ -87,10 +87,6 @@ def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
     return "\n".join(lines)
 
 
-def _indent(text: str) -> str:
-    return "\n".join("  " + line for line in text.splitlines())
-
-
 def _shape(shape: Iterable[int]) -> str:
     return "×".join(map(str, shape))
 

@@ -13,7 +13,7 @@ from shardmerge.adapter_file import AdapterFile
 from shardmerge.checkpoint import Checkpoint
 from shardmerge.config import AdapterConfig
 from shardmerge.journal import RECORD_NAME
-from shardmerge.sources import LocalSource, Source
+from shardmerge.sources import Source, directory_of
 from shardmerge.spec import AuxFile
 
 _WEIGHTS = re.compile(
@@ -67,11 +67,9 @@ def _is_weights(name: str) -> bool:
 
 def _model_directory(checkpoint: Checkpoint) -> Source | None:
     """A base that is one file brings its neighbours only where a config.json says that they belong to a model."""
-    source = checkpoint.source
-    if isinstance(source, LocalSource) and source.only:
-        directory = LocalSource(source.root)
-        return directory if "config.json" in directory.names() else None
-    return source
+    directory = directory_of(checkpoint.source)
+    alone = directory is not checkpoint.source and "config.json" not in directory.names()
+    return None if alone else directory
 
 
 def _leave_other_models(chosen: dict[str, tuple[Source, str]], base: Source, result: AuxFiles) -> None:

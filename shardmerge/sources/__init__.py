@@ -16,7 +16,7 @@ from shardmerge.errors import SourceError
 from shardmerge.sources.local import LocalReader, LocalSource
 from shardmerge.spec import SourceFile
 
-__all__ = ["HUB_SCHEME", "LocalReader", "LocalSource", "Reader", "Source", "open_reader", "open_source"]
+__all__ = ["HUB_SCHEME", "LocalReader", "LocalSource", "Reader", "Source", "directory_of", "open_reader", "open_source"]
 
 HUB_SCHEME = "hub://"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -76,6 +76,11 @@ def open_source(location: str) -> Source:
     raise SourceError(
         f"{location}: no such file or directory (and it is no Hub id, which would be org/name or org/name@revision)"
     )
+
+
+def directory_of(source: Source) -> Source:
+    """The directory around a source that was named as one file; any other source is one itself."""
+    return LocalSource(source.root) if isinstance(source, LocalSource) and source.only else source
 
 
 def open_reader(file: SourceFile) -> Reader:
