@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardmerge.adapters import Claims, claim, detect_format
+from shardmerge.adapters import Claims, Registered, claim, detect_format
 from shardmerge.checkpoint import read_json, read_shard
 from shardmerge.config import AdapterConfig
 from shardmerge.errors import FormatError
@@ -38,13 +38,13 @@ class AdapterFile:
     def format(self, wanted: str = "auto") -> str:
         return detect_format(self.tensors, self.config) if wanted == "auto" else wanted
 
-    def claims(self, config: AdapterConfig) -> Claims:
-        """Its updates and problems, read as ``config`` says."""
+    def claims(self, config: AdapterConfig, registered: Registered = lambda module: ()) -> Claims:
+        """Its updates and problems, read as ``config`` says; ``registered`` as `shardmerge.adapters.claim` takes it."""
         kind = self.format(config.format)
         if self.config is not None and kind == "peft" and (config.alpha is not None or config.scaling is not None):
             problem = f"it has its own {CONFIG_NAME}, so alpha and scaling must not be given; weight scales it"
             return Claims(problems=[problem], refused=True)
-        return claim(kind, self.tensors, self.config, config.alpha, config.scaling)
+        return claim(kind, self.tensors, self.config, config.alpha, config.scaling, registered)
 
 
 def open_adapter(source: Source) -> AdapterFile:

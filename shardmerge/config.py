@@ -131,6 +131,11 @@ class MergeConfig(_Section):
     )
     adapters: Annotated[tuple[AdapterConfig, ...], AfterValidator(_some)]
     output: OutputConfig
+    tied: Literal["untie", "peft"] = Field(
+        default="untie",
+        description="Where the base ties its output head to the input embedding and an adapter updates one of them: untie "
+        "writes both, so that the merged model computes what base and adapter computed; peft does as PEFT's merge does.",
+    )
     compute: ComputeConfig = Field(default_factory=lambda: ComputeConfig.model_validate({}))
 
     @model_validator(mode="before")

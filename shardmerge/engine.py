@@ -18,7 +18,7 @@ from shardmerge import pipeline
 from shardmerge.adapters import FAMILIES, work_dtype
 from shardmerge.codecs import TORCH_DTYPES, encode_into, overflow_limit, view_bytes
 from shardmerge.errors import NonFiniteError, PlanError
-from shardmerge.factors import LazyFactors
+from shardmerge.factors import LazyFactors, UpdateFactors
 from shardmerge.pipeline import Buffer
 from shardmerge.sinks import ShardWriter
 from shardmerge.sources import Reader, open_reader
@@ -32,10 +32,12 @@ from shardmerge.spec import (
     ShardPlan,
     SourceFile,
     TensorPlan,
+    Update,
+    Window,
     aligned,
     dtype_code,
-    even_rows,
 )
+from shardmerge.windows import locate
 
 _OPEN_READERS = 8
 #: Six would do, by measurement with MKL.
@@ -57,6 +59,8 @@ class Job:
     write_bytes: int
     tensor: TensorPlan | None = None
     rows: RowRange = _NO_ROWS
+    #: The update, by its place among the tensor's, that only looks at the tile; nothing is written then.
+    survey: int | None = None
 
 
 def resolve_device(name: str) -> torch.device:
@@ -140,18 +144,22 @@ def _chunks(run: Job, buffer_bytes: int) -> Iterator[Job]:
 
 
 def _tiles(tensor: TensorPlan) -> Iterator[Job]:
+    """All tiles, after a pass over them for every update that must see them all before it changes the first."""
     read_row = tensor.row_elements * DTYPE_BITS[tensor.source.dtype] // 8
     write_row = tensor.row_elements * DTYPE_BITS[tensor.out.dtype] // 8
-    for rows in even_rows(tensor.rows, tensor.tiles):
-        yield Job(
-            uri=tensor.source.uri,
-            read_offset=tensor.source.offset + rows.start * read_row,
-            read_bytes=len(rows) * read_row,
-            write_offset=tensor.out.data_offsets[0] + rows.start * write_row,
-            write_bytes=len(rows) * write_row,
-            tensor=tensor,
-            rows=rows,
-        )
+    surveys = [index for index, update in enumerate(tensor.updates) if FAMILIES[update.family].surveys(update)]
+    for survey in (*surveys, None):
+        for rows in tensor.ranges():
+            yield Job(
+                uri=tensor.source.uri,
+                read_offset=tensor.source.offset + rows.start * read_row,
+                read_bytes=len(rows) * read_row,
+                write_offset=tensor.out.data_offsets[0] + rows.start * write_row,
+                write_bytes=len(rows) * write_row if survey is None else 0,
+                tensor=tensor,
+                rows=rows,
+                survey=survey,
+            )
 
 
 class Readers:
@@ -185,27 +193,30 @@ class Engine:
         self._raw = {id(buffer): torch.frombuffer(buffer.memory, dtype=torch.uint8) for buffer in self.buffers}
         self._workspace = torch.empty(plan.memory.workspace_bytes, dtype=torch.uint8, device=self.device)
         self._threads = ComputeThreads()
-        self._base = Readers(plan.base.files)
-        self._adapters = Readers(file for adapter in plan.adapters for file in adapter.files)
+        adapter_files = [file for adapter in plan.adapters for file in adapter.files]
+        # Two sets, as they are used by two threads. Whole tensors of an adapter may stand in for the base's.
+        self._sources = Readers([*plan.base.files, *adapter_files])
+        self._adapters = Readers(adapter_files)
         self._factors = LazyFactors(self._adapters.get, self.device)
 
     def close(self) -> None:
         self._threads.close()
-        self._base.close()
+        self._sources.close()
         self._adapters.close()
 
     def merge_shard(self, shard: ShardPlan, writer: ShardWriter, advance: Callable[[int], None]) -> Receipt:
         """Write one shard through ``writer``, which is not committed. ``advance`` is told the bytes done."""
 
         def read(job: Job, buffer: Buffer) -> None:
-            self._base.get(job.uri).read_into(job.read_offset, buffer.view[: job.read_bytes])
+            self._sources.get(job.uri).read_into(job.read_offset, buffer.view[: job.read_bytes])
 
         def work(job: Job, buffer: Buffer) -> None:
             if job.tensor is not None:
                 self._merge_tile(job, job.tensor, self._raw[id(buffer)])
 
         def write(job: Job, buffer: Buffer) -> None:
-            writer.write(job.write_offset, buffer.view[: job.write_bytes])
+            if job.write_bytes:
+                writer.write(job.write_offset, buffer.view[: job.write_bytes])
 
         self._factors.begin_shard()
         pipeline.run(
@@ -226,11 +237,31 @@ class Engine:
         stored = view_bytes(raw[: job.read_bytes], tensor.source.dtype, shape)
         tile, scratch = self._work_tensors(shape, dtype, bool(tensor.updates))
         tile.copy_(stored)
-        for update in tensor.updates:
-            factors = self._factors.of(update, dtype)
-            FAMILIES[update.family].apply(tile, factors, update, job.rows, scratch)
+        for index, update in enumerate(tensor.updates):
+            if index == job.survey:
+                self._update(update, tensor, job, tile, scratch, FAMILIES[update.family].survey)
+                return
+            self._update(update, tensor, job, tile, scratch, FAMILIES[update.family].apply)
         self._check(tile, tensor, job.rows, stored)
         encode_into(view_bytes(raw[: job.write_bytes], tensor.out.dtype, shape), tile)
+
+    def _update(
+        self,
+        update: Update,
+        tensor: TensorPlan,
+        job: Job,
+        tile: Tensor,
+        scratch: Tensor,
+        apply: Callable[[Tensor, UpdateFactors, Update, Window, Tensor], None],
+    ) -> None:
+        """Give a family its part of the tile, in the matrix's orientation."""
+        part = locate(tensor, update, job.rows)
+        if part is None:
+            return
+        view = tile[:, part.columns.start : part.columns.stop]
+        view = view.T if part.transposed else view
+        space = scratch.view(-1)[: view.numel()].view(view.shape)
+        apply(view, self._factors.of(update, tile.dtype), update, part.window, space)
 
     def _work_tensors(self, shape: tuple[int, int], dtype: torch.dtype, with_scratch: bool) -> tuple[Tensor, Tensor]:
         size = shape[0] * shape[1] * dtype.itemsize
@@ -259,9 +290,11 @@ class Engine:
 
 def _explain(tensor: TensorPlan, row: int, column: int, value: float, was: float) -> str:
     where = f"{tensor.source.name}, row {row}, column {column}"
-    if not tensor.updates:
-        shape = tensor.source.shape
-        where = f"{tensor.source.name}, element {list(_unravel(row, shape))}"
+    if not tensor.updates or len(tensor.source.shape) > 2:
+        element = _unravel(row * tensor.row_elements + column, tensor.source.shape)
+        where = f"{tensor.source.name}, element {list(element)}"
+    if not math.isfinite(was) and any(update.family == "replacement" for update in tensor.updates):
+        return f"{where}: the adapter's own tensor holds {was} there; the merge was stopped"
     if not math.isfinite(was):
         return f"{where}: the base itself holds {was} there; the merge was stopped"
     if math.isfinite(value):

@@ -16,7 +16,18 @@ from shardmerge.adapters import FAMILIES
 from shardmerge.codecs import TORCH_DTYPES
 from shardmerge.errors import NonFiniteError
 from shardmerge.sources import Reader
-from shardmerge.spec import ALIGNMENT, DTYPE_BITS, RowRange, TensorRef, Update
+from shardmerge.spec import ALIGNMENT, DTYPE_BITS, KEPT_WHOLE_BYTES, RowRange, TensorRef, Update
+
+#: Factors may be numbers of rows and columns, too.
+_DTYPES = {
+    **TORCH_DTYPES,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class LazyFactors:
@@ -28,6 +39,8 @@ class LazyFactors:
         self._device = device
         self._target = ""
         self._kept: dict[TensorRef, Tensor] = {}
+        self._as_stored: dict[TensorRef, Tensor] = {}
+        self._built: dict[tuple[int, str], Tensor] = {}
         #: Adapters, by number, that have had an effect in this shard.
         self.active: set[int] = set()
 
@@ -38,6 +51,8 @@ class LazyFactors:
         """The factors of one update, in ``dtype``. A new target drops what was kept for the one before."""
         if update.target != self._target:
             self._kept.clear()
+            self._as_stored.clear()
+            self._built.clear()
             self._target = update.target
         self._dtype = dtype
         return UpdateFactors(self, update)
@@ -45,23 +60,44 @@ class LazyFactors:
     def whole(self, ref: TensorRef) -> Tensor:
         """A factor in the compute dtype, kept until the target changes."""
         if (kept := self._kept.get(ref)) is None:
-            kept = self._kept[ref] = self._ready(ref, self._read(ref, RowRange(0, ref.shape[0])), 0)
+            kept = self._kept[ref] = self._ready(ref, self._read(ref, RowRange(0, ref.shape[0])))
         return kept
 
     def rows(self, ref: TensorRef, rows: RowRange) -> Tensor:
         """Rows of a factor in the compute dtype. Where they lie apart in the file, the file's bytes are kept whole."""
         if ref.strides is None:
-            return self._ready(ref, self._read(ref, rows), rows.start)
-        if (stored := self._kept.get(ref)) is None:
-            stored = self._kept[ref] = self._read(ref, RowRange(0, ref.shape[0]))
-        return self._ready(ref, stored[rows.start : rows.stop], rows.start)
+            return self._ready(ref, self._read(ref, rows), (rows.start,))
+        return self._ready(ref, self._stored(ref)[rows.start : rows.stop], (rows.start,))
 
-    def _ready(self, ref: TensorRef, stored: Tensor, first_row: int) -> Tensor:
+    def columns(self, ref: TensorRef, columns: RowRange) -> Tensor:
+        """Columns of a matrix in the compute dtype. Of a small one, or one kept transposed, the bytes are kept whole."""
+        first = (0, columns.start)
+        if ref.strides is not None or ref.nbytes <= KEPT_WHOLE_BYTES:
+            return self._ready(ref, self._stored(ref)[:, columns.start : columns.stop], first)
+        if columns == RowRange(0, ref.shape[1]):
+            return self._ready(ref, self._read(ref, RowRange(0, ref.shape[0])), first)
+        return self._ready(ref, self._read_columns(ref, columns), first)
+
+    def built(self, update: Update, name: str, build: Callable[[], Tensor]) -> Tensor:
+        """What ``build`` made, kept until the target changes."""
+        key = (id(update), name)
+        if (kept := self._built.get(key)) is None:
+            kept = self._built[key] = build()
+        return kept
+
+    def _stored(self, ref: TensorRef) -> Tensor:
+        if (stored := self._as_stored.get(ref)) is None:
+            stored = self._as_stored[ref] = self._read(ref, RowRange(0, ref.shape[0]))
+        return stored
+
+    def _ready(self, ref: TensorRef, stored: Tensor, first: tuple[int, ...] = ()) -> Tensor:
+        if not stored.dtype.is_floating_point:
+            return stored.to(device=self._device, dtype=torch.int64).contiguous()
         wrong = ~torch.isfinite(stored)
         if bool(wrong.any()):
             index = wrong.nonzero()[0].tolist()
             value = float(stored[tuple(index)])
-            index[0] += first_row
+            index = [at + (first[axis] if axis < len(first) else 0) for axis, at in enumerate(index)]
             if ref.is_transposed:
                 index.reverse()
             raise NonFiniteError(f"{ref.uri}: {ref.name} holds {value} at {index}; the merge was stopped")
@@ -72,13 +108,31 @@ class LazyFactors:
         offset, size = ref.offset + rows.start * row, len(rows) * row
         if ref.strides is not None:
             offset, size = ref.offset, ref.nbytes
-        memory = bytearray(size + ALIGNMENT)
-        start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % ALIGNMENT
-        self._reader(ref.uri).read_into(offset, memoryview(memory)[start : start + size])
-        dtype = TORCH_DTYPES[ref.dtype]
+        memory, view, start = _memory(size)
+        self._reader(ref.uri).read_into(offset, view)
+        dtype = _DTYPES[ref.dtype]
         flat = torch.frombuffer(memory, dtype=dtype, offset=start, count=size // dtype.itemsize)
         shape = (len(rows), *ref.shape[1:])
         return flat.view(shape) if ref.strides is None else flat.as_strided(shape, ref.strides)
+
+    def _read_columns(self, ref: TensorRef, columns: RowRange) -> Tensor:
+        height, width = ref.shape
+        dtype = _DTYPES[ref.dtype]
+        part = len(columns) * dtype.itemsize
+        memory, view, start = _memory(height * part)
+        reader = self._reader(ref.uri)
+        for row in range(height):
+            offset = ref.offset + (row * width + columns.start) * dtype.itemsize
+            reader.read_into(offset, view[row * part : (row + 1) * part])
+        flat = torch.frombuffer(memory, dtype=dtype, offset=start, count=height * len(columns))
+        return flat.view(height, len(columns))
+
+
+def _memory(size: int) -> tuple[bytearray, memoryview, int]:
+    """``size`` bytes, aligned as MKL likes them: the memory, a view of them, and where in it they begin."""
+    memory = bytearray(size + ALIGNMENT)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % ALIGNMENT
+    return memory, memoryview(memory)[start : start + size], start
 
 
 class UpdateFactors:
@@ -89,10 +143,31 @@ class UpdateFactors:
         self._update = update
 
     def whole(self, role: str) -> Tensor:
-        return self._loader.whole(self._update.factor(role))
+        return self._seen(role, self._loader.whole(self._update.factor(role)))
 
     def rows(self, role: str, rows: RowRange) -> Tensor:
-        factor = self._loader.rows(self._update.factor(role), rows)
-        if role in FAMILIES[self._update.family].zero_means_nothing and bool(factor.any()):
-            self._loader.active.add(self._update.adapter)
+        ref, shuffle = self._update.factor(role), self._update.place.shuffle
+        if shuffle is not None:
+            return self._seen(role, self._loader.whole(ref)[self._shuffled(shuffle, rows)])
+        return self._seen(role, self._loader.rows(ref, rows))
+
+    def columns(self, role: str, columns: RowRange) -> Tensor:
+        return self._seen(role, self._loader.columns(self._update.factor(role), columns))
+
+    def kept(self, name: str, build: Callable[[], Tensor]) -> Tensor:
+        return self._loader.built(self._update, name, build)
+
+    def _shuffled(self, shuffle: tuple[int, int, int], rows: RowRange) -> Tensor:
+        """The matrix's rows that lie, in this order, at stored rows which the window counts as ``rows``."""
+        start = self._update.place.start
+        groups, outer, inner = shuffle
+        stored = torch.arange(rows.start - start, rows.stop - start)
+        group, rest = stored // (outer * inner), stored % (outer * inner)
+        return start + group * outer * inner + rest % inner * outer + rest // inner
+
+    def _seen(self, role: str, factor: Tensor) -> Tensor:
+        active = self._loader.active
+        if self._update.adapter not in active and role in FAMILIES[self._update.family].zero_means_nothing:
+            if bool(factor.any()):
+                active.add(self._update.adapter)
         return factor

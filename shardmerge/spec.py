@@ -45,6 +45,9 @@ FLOAT_DTYPES = ("F32", "F16", "BF16")
 #: The dtypes that an adapter's factors are read from.
 FACTOR_DTYPES = (*FLOAT_DTYPES, "F64")
 
+#: Factors of which only columns are needed are read whole up to this size, rather than row by row in pieces.
+KEPT_WHOLE_BYTES = 1 << 20
+
 #: How the config and torch call them.
 DTYPE_NAMES: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
@@ -167,10 +170,64 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
-    """What one module of one adapter does to one base weight.
+class Place:
+    """Where a part of a module's matrix lies in a stored tensor.
 
-    ``scaling`` is the whole multiplier: the adapter's own scaling times its weight in the config.
+    Rows are those of the matrix in its own orientation, (out, in). Of experts (E, out, in) they are the rows of every
+    expert's matrix, and of experts' biases (E, out) the entries of every expert's vector.
+    """
+
+    #: Name in the checkpoint.
+    tensor: str
+    #: How many of the matrix's rows lie here.
+    rows: int
+    #: The matrix's row of the first of them.
+    start: int = 0
+    #: The stored tensor's row (its column if ``transposed``) at which that row lies.
+    stored_start: int = 0
+    #: The parameter has experts: the tensor stores this expert's matrix only; None: it stores all of them, (E, …).
+    #: The parameter is one expert's matrix: the tensor stores all experts, (E, …), and the matrix is this one of them.
+    expert: int | None = None
+    #: The stored tensor's last two dimensions are swapped against the matrix.
+    transposed: bool = False
+    #: (g, a, b): the stored rows [stored_start, stored_start + rows) seen as (g, a, b) are the matrix's rows seen as
+    #: (g, b, a): ``matrix_rows = stored_rows.view(g, a, b, …).transpose(1, 2).reshape(rows, …)``.
+    shuffle: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of a module as an adapter speaks of it, and where the checkpoint keeps it."""
+
+    #: The in-memory name; the adapter's own where the adapter speaks of a part of a parameter (an expert, a half).
+    name: str
+    #: In matrix orientation: (out, in), (E, out, in), (out, in, k, …), (n,), (V, D).
+    shape: tuple[int, ...]
+    #: Together they cover the matrix exactly once.
+    places: tuple[Place, ...]
+    #: Whether the module in memory keeps it as (in, out); None where the architecture is not known: then places are not
+    #: transposed, and the shape is as stored.
+    is_transposed: bool | None
+    #: Whether the first dimension counts experts: ``shape`` is (E, out, in), or (E, out) for their biases.
+    experts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The part of a module's matrix (of one expert's) that a tile holds."""
+
+    rows: RowRange
+    columns: RowRange
+    expert: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one module of one adapter does to one stored tensor.
+
+    ``scaling`` is the whole multiplier: the adapter's own scaling times its weight in the config. ``shape`` is that of
+    the matrix that the family speaks of: (out, in), (out, in, kernel…), (n,), or with ``experts`` (E, out, in). Where
+    ``transposes``, that is the parameter's transpose. ``settings`` are what else the family needs to know.
     """
 
     adapter: int
@@ -180,31 +237,78 @@ class Update:
     factors: tuple[tuple[str, TensorRef], ...]
     scaling: float
     rank: int
+    shape: tuple[int, ...]
+    place: Place
+    experts: int = 0
+    transposes: bool = False
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix (of each expert's)."""
+        return self.shape[1 if self.experts else 0]
+
+    @property
+    def columns(self) -> int:
+        return math.prod(self.shape[2 if self.experts else 1 :])
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether a tile of stored rows holds columns of the matrix rather than rows."""
+        return self.place.transposed != self.transposes
+
+    @property
+    def in_stack(self) -> bool:
+        """Whether the stored tensor holds several experts."""
+        return (self.experts > 0) == (self.place.expert is None) and (self.experts > 0 or self.place.expert is not None)
 
     def factor(self, role: str) -> TensorRef:
         return next(ref for name, ref in self.factors if name == role)
+
+    def has(self, role: str) -> bool:
+        return any(name == role for name, _ in self.factors)
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        return next((value for key, value in self.settings if key == name), default)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
     """One output tensor: its source, its place in the new shard, its updates in order, its number of row tiles.
 
-    ``tiles == 0`` means that the bytes travel as they are.
+    ``tiles == 0`` means that the bytes travel as they are. ``segments`` are (rows, tiles) of runs of rows that no tile
+    reaches across: experts, and modules that are stored as one tensor. Empty, there is one run.
     """
 
     source: TensorRef
     out: TensorInfo
     updates: tuple[Update, ...] = ()
     tiles: int = 0
+    segments: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def row_dims(self) -> int:
+        """Leading dimensions whose product is the number of rows."""
+        return 2 if any(update.in_stack for update in self.updates) else 1
 
     @property
     def rows(self) -> int:
         """Rows that tiles are made of. Conversion alone works by element, so there every element is a row."""
-        return self.source.shape[0] if self.updates and self.source.shape else math.prod(self.source.shape)
+        if not self.updates or not self.source.shape:
+            return math.prod(self.source.shape)
+        return math.prod(self.source.shape[: self.row_dims])
 
     @property
     def row_elements(self) -> int:
-        return math.prod(self.source.shape[1:]) if self.updates else 1
+        return math.prod(self.source.shape[self.row_dims :]) if self.updates else 1
+
+    def ranges(self) -> Iterator[RowRange]:
+        """The rows of every tile, in order."""
+        start = 0
+        for rows, tiles in self.segments or ((self.rows, self.tiles),):
+            for part in even_rows(rows, tiles):
+                yield RowRange(start + part.start, start + part.stop)
+            start += rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,34 +1,49 @@
 """Adapter families, a file each, and the readers that turn an adapter's keys into their updates.
 
-To add a family: one class with the seam of `Family`, in `FAMILIES`; a reader of its keys, in `claim`.
+To add a method of PEFT: a file with its `PeftMethod` and its `Family` (one class may be both), and a line in `METHODS`.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from shardmerge.adapters import peft_lora, pure_pytorch
-from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate
+from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, check_dtypes
 from shardmerge.adapters.frozen import FrozenCopy
-from shardmerge.adapters.lora import LoraLinear
+from shardmerge.adapters.lora import Dora, Lora, LoraBias, LoraExperts
+from shardmerge.adapters.peft import PeftMethod, Registered
+from shardmerge.adapters.peft_lora import LoraMethod
+from shardmerge.adapters.refused import REFUSED_TYPES
+from shardmerge.adapters.trainable_tokens import TrainableTokensMethod
+from shardmerge.adapters.whole import Overwrite, Replacement, TokenRows
 from shardmerge.spec import TensorPlan, TensorRef
 
 __all__ = [
     "FAMILIES",
+    "METHODS",
+    "REFUSED_TYPES",
     "Claims",
     "Factors",
     "Family",
     "ModuleUpdate",
+    "PeftMethod",
+    "Registered",
+    "check_dtypes",
     "claim",
     "detect_format",
-    "leftover_kind",
     "work_dtype",
 ]
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (LoraLinear(), FrozenCopy())}
+#: What can be done to a weight, by name.
+FAMILIES: Mapping[str, Family] = {
+    family.name: family
+    for family in (Lora(), Dora(), LoraExperts(), LoraBias(), Replacement(), Overwrite(), TokenRows(), FrozenCopy())
+}
 
-leftover_kind = peft_lora.leftover_kind
+#: How PEFT's files are read, by ``peft_type``.
+METHODS: Mapping[str, PeftMethod] = {method.peft_type: method for method in (LoraMethod(), TrainableTokensMethod())}
 
 
 def work_dtype(tensor: TensorPlan, compute_dtype: str) -> str:
@@ -51,16 +66,28 @@ def claim(
     config: Mapping[str, Any] | None,
     alpha: float | None,
     scaling: float | None,
+    registered: Registered = lambda module: (),
 ) -> Claims:
-    """Read an adapter of a format: its updates, and everything that is wrong with it."""
+    """Read an adapter of a format: its updates, and everything that is wrong with it.
+
+    ``registered`` tells in which order a module of the base registers parameters of its own, where that is known.
+    """
     if kind == "pure-pytorch":
         return pure_pytorch.claim(tensors, alpha, scaling)
     if config is None:
         return peft_lora.claim_bare(tensors, alpha, scaling)
     peft_type = config.get("peft_type")
-    if peft_type == "LORA":
-        return peft_lora.claim(tensors, config)
-    what = (
-        "adapter_config.json names no peft_type" if peft_type is None else f"{peft_type} adapters are not supported yet"
-    )
-    return Claims(problems=[f"{what}; this version merges LORA"], refused=True)
+    if isinstance(peft_type, str) and (method := METHODS.get(peft_type)):
+        return method.claim(tensors, config, registered)
+    return Claims(problems=[_no_method(peft_type)], refused=True)
+
+
+def _no_method(peft_type: object) -> str:
+    known = ", ".join(sorted(METHODS))
+    if peft_type is None:
+        return f"adapter_config.json names no peft_type; this version merges {known}"
+    if reason := REFUSED_TYPES.get(str(peft_type)):
+        return f"peft_type {peft_type}: {reason}"
+    near = difflib.get_close_matches(str(peft_type), METHODS, 1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"peft_type {str(peft_type)[:80]!r} is unknown{hint}; this version merges {known}"

@@ -1,18 +1,19 @@
 """The seam of an adapter family, and what reading an adapter's keys yields.
 
-A family is a *row update*, not a delta: ``apply`` changes a tile of rows of W in place. So families that rescale or
-multiply fit as well as those that add. Families do no I/O; their factors come through `Factors`, which reads lazily.
+A family is a *row update*, not a delta: ``apply`` changes a window of a module's matrix in place. So families that
+rescale, multiply or rotate fit as well as those that add. Families do no I/O; their factors come through `Factors`,
+which reads lazily.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from shardmerge.spec import RowRange, TensorRef, Update
+from shardmerge.spec import FACTOR_DTYPES, FLOAT_DTYPES, Parameter, RowRange, TensorRef, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,10 +27,29 @@ class ModuleUpdate:
     parameter: str
     family: str
     factors: tuple[tuple[str, TensorRef], ...]
-    scaling: float
-    rank: int
+    scaling: float = 1.0
+    rank: int = 0
     #: Whether the factors fit each other.
     fits: bool = True
+    #: What else the family needs to know, all of it JSON.
+    settings: tuple[tuple[str, Any], ...] = ()
+    #: Whether the family speaks of the parameter's transpose, as LoRA does on an embedding.
+    transposes: bool = False
+    #: Whether every expert has a matrix of its own in the parameter.
+    experts: bool = False
+    #: Whether nothing is lost if the base has no such tensor.
+    optional: bool = False
+
+    @property
+    def first(self) -> str:
+        """The name of one of its tensors, to speak of it."""
+        return self.factors[0][1].name
+
+    def has(self, role: str) -> bool:
+        return any(name == role for name, _ in self.factors)
+
+    def factor(self, role: str) -> TensorRef:
+        return next(ref for name, ref in self.factors if name == role)
 
 
 @dataclass(slots=True)
@@ -38,9 +58,10 @@ class Claims:
 
     updates: list[ModuleUpdate] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     #: Whether the adapter as a whole was refused, so that listing its tensors one by one would only repeat it.
     refused: bool = False
-    #: Tensors in no update, of which a problem tells already.
+    #: Tensors in no update that are accounted for: a problem tells of them, or they say nothing about the weights.
     told: set[str] = field(default_factory=set)
 
     def half(self, ref: TensorRef, missing: str) -> None:
@@ -65,27 +86,72 @@ class Factors(Protocol):
         """The whole factor; read once per target."""
 
     def rows(self, role: str, rows: RowRange) -> Tensor:
-        """Rows of a factor; only these are in memory."""
+        """Rows of a factor whose first dimension is the matrix's rows; only these are in memory."""
+
+    def columns(self, role: str, columns: RowRange) -> Tensor:
+        """Columns of a factor (r, columns) whose last dimension is the matrix's columns; only these are in memory."""
+
+    def kept(self, name: str, build: Callable[[], Tensor]) -> Tensor:
+        """Something made from factors, built when it is first asked for and kept while the target is worked on."""
 
 
 class Family(ABC):
     """One kind of update. Instances carry no state."""
 
     name: ClassVar[str]
-    #: Factors that are kept whole while a target is worked on; of the others only a tile's rows are.
-    whole_factors: ClassVar[frozenset[str]] = frozenset()
+    #: Factors of which only a tile's rows are in memory, and of which only its columns where W is stored transposed.
+    #: All others are kept whole while a target is worked on.
+    by_rows: ClassVar[frozenset[str]] = frozenset()
+    by_columns: ClassVar[frozenset[str]] = frozenset()
     #: Factors that, all zero, make the whole update nothing.
     zero_means_nothing: ClassVar[frozenset[str]] = frozenset()
     #: Whether W changes at all.
     changes_weight: ClassVar[bool] = True
+    #: Whether a window with all rows and a part of the columns can be updated: what a transposed W needs.
+    by_column_windows: ClassVar[bool] = False
+    #: Whether rows are updated one by one, so that they may be stored in another order.
+    rows_are_independent: ClassVar[bool] = False
+    #: Whether it only adds, so that a weight in the config scales it, and the order among such does not matter.
+    adds: ClassVar[bool] = False
+    #: The smaller comes first on a weight that an adapter updates in several ways.
+    order: ClassVar[int] = 5
+
+    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
+        """Decide whether the update speaks of the parameter's transpose; a string says why that cannot be told."""
+        return update
 
     @abstractmethod
-    def check(self, update: ModuleUpdate, weight: TensorRef) -> list[str]:
-        """What does not fit between the factors and the weight; empty if all does."""
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        """What does not fit between the factors and the parameter, of ``shape`` in matrix orientation."""
 
     @abstractmethod
-    def apply(self, tile: Tensor, factors: Factors, update: Update, rows: RowRange, scratch: Tensor) -> None:
-        """Change ``tile``, rows ``rows`` of W as ``(rows, columns)`` in the compute dtype, in place.
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        """Change ``tile``, the window of the matrix as (rows, columns) in the compute dtype, in place.
 
-        ``scratch`` has the tile's shape and dtype and may be overwritten.
+        ``scratch`` has the tile's shape and dtype, is dense, and may be overwritten. The tile may be a transposed view.
         """
+
+    def surveys(self, update: Update) -> bool:
+        """Whether every tile must be seen once by `survey` before the first is changed."""
+        return False
+
+    def survey(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        """See a tile before any is changed. The tile may be overwritten."""
+        raise NotImplementedError
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        """Bytes of what `Factors.kept` keeps, and of what ``apply`` takes besides ``scratch``."""
+        return 0
+
+
+def check_dtypes(update: ModuleUpdate, weight: TensorRef) -> list[str]:
+    """Whether numbers of these dtypes can be merged."""
+    for _, factor in update.factors:
+        if factor.dtype not in FACTOR_DTYPES and not factor.dtype.startswith(("I", "U")):
+            return [f"{factor.name} is stored as {factor.dtype}; factors are F64, F32, F16 or BF16"]
+    if weight.dtype not in FLOAT_DTYPES:
+        return [
+            f"{update.module}: its weight {weight.name}, {list(weight.shape)} is stored as {weight.dtype}; only F32, F16 "
+            "and BF16 weights can be merged into, so a quantised base must be dequantised first"
+        ]
+    return []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.base import Factors, Family, ModuleUpdate
 from shardmerge.errors import FormatError
-from shardmerge.spec import FACTOR_DTYPES, FLOAT_DTYPES, RowRange, TensorRef, Update
+from shardmerge.spec import Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,25 +21,26 @@ class FrozenCopy(Family):
 
     name: ClassVar[str] = "frozen-copy"
     changes_weight: ClassVar[bool] = False
+    by_rows: ClassVar[frozenset[str]] = frozenset({"copy"})
+    order: ClassVar[int] = 0
 
-    def check(self, update: ModuleUpdate, weight: TensorRef) -> list[str]:
-        copy = dict(update.factors)["copy"]
-        if copy.shape != weight.shape or weight.dtype not in FLOAT_DTYPES or copy.dtype not in FACTOR_DTYPES:
-            mine, its = (f"{ref.dtype} {list(ref.shape)}" for ref in (copy, weight))
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        copy = update.factor("copy")
+        if copy.shape != shape:
             return [
-                f"{copy.name}: a frozen copy of {weight.name}, but it is {mine} and the base's is {its}; the adapter "
-                "was trained on another base"
+                f"{copy.name}: a frozen copy of {update.module}'s {update.parameter}, but it is {list(copy.shape)} and the "
+                f"base's is {list(shape)}; the adapter was trained on another base"
             ]
         return []
 
-    def apply(self, tile: Tensor, factors: Factors, update: Update, rows: RowRange, scratch: Tensor) -> None:
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         import torch
 
-        copy = factors.rows("copy", rows).reshape(tile.shape)
+        copy = factors.rows("copy", window.rows).reshape(tile.shape)
         # A copy in a narrower dtype than the base's can only agree within that dtype's rounding.
         narrow = getattr(torch, {"F16": "float16", "BF16": "bfloat16"}.get(update.factor("copy").dtype, "float64"))
         if not torch.equal(scratch.copy_(tile).to(narrow), copy.to(narrow)):
             raise FormatError(
                 f"{update.factor('copy').name}: the adapter's copy of {update.target} differs from the base's in rows "
-                f"{rows.start} to {rows.stop - 1}: it was trained on another base, or it trained this weight too"
+                f"{window.rows.start} to {window.rows.stop - 1}: it was trained on another base, or it trained this weight too"
             )

@@ -1,7 +1,11 @@
-"""LoRA on Linear layers: W' = W + s · B A.
+"""LoRA: W' = W + s · B A, and DoRA: W' = m / ‖W + s · B A‖ · (W + s · B A), the norm taken of each output's row.
 
-A is (r, in), B is (out, r), W is (out, in); s = α / r, or α / √r with rsLoRA.
-LoRA: Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+W is (out, in), A (r, in), B (out, r), m (out); s = α / r, or α / √r with rsLoRA. On a convolution A is (r, in, k…) and B
+(out, r, 1…), and everything is seen as matrices, kernels flattened. On an embedding, whose W is (V, D), A is (r, V) and B
+(D, r), and B A is Wᵀ's update; m is (D). Of fused experts, W (E, out, in), A is (r·E, in) with experts outermost and B
+(out, r·E) with experts *innermost*.
+LoRA: Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. DoRA: Liu et al. 2024,
+arXiv:2402.09353. Experts: peft/tuners/lora/layer.py, ParamWrapper.
 
 The scale is applied after the product and the sum is made in the compute dtype, so the result is rounded once. That is
 what PEFT's default ``merge_and_unload`` computes, bit for bit. Scaling a factor first, or a fused multiply-add, would
@@ -10,45 +14,204 @@ round differently.
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
 from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.base import Factors, Family, ModuleUpdate
-from shardmerge.spec import FACTOR_DTYPES, FLOAT_DTYPES, RowRange, TensorRef, Update
+from shardmerge.spec import Parameter, RowRange, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class LoraLinear(Family):
-    """W + s · B A, by rows."""
+class Lora(Family):
+    """W + s · B A, by rows or by columns."""
 
     name: ClassVar[str] = "lora"
-    whole_factors: ClassVar[frozenset[str]] = frozenset({"A"})
+    by_rows: ClassVar[frozenset[str]] = frozenset({"B"})
+    by_columns: ClassVar[frozenset[str]] = frozenset({"A"})
     zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"B"})
+    by_column_windows: ClassVar[bool] = True
+    rows_are_independent: ClassVar[bool] = True
+    adds: ClassVar[bool] = True
 
-    def check(self, update: ModuleUpdate, weight: TensorRef) -> list[str]:
-        a, b = (dict(update.factors)[role] for role in ("A", "B"))
-        target = f"{weight.name}, {list(weight.shape)}"
-        for factor in (a, b):
-            if factor.dtype not in FACTOR_DTYPES:
-                return [f"{factor.name} is stored as {factor.dtype}; factors are F64, F32, F16 or BF16"]
-        if weight.dtype not in FLOAT_DTYPES:
+    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
+        """In a model that is not known, shapes tell a Conv1D; of a square one, only the config's flag could."""
+        made = (update.factor("B").shape[0], update.factor("A").shape[-1])
+        if parameter.is_transposed is not None or update.transposes or len(parameter.shape) != 2:
+            return update
+        flagged = dict(update.settings).get("fan_in_fan_out", False)
+        if made[0] == made[1]:
+            return dataclasses.replace(update, transposes=flagged)
+        return dataclasses.replace(update, transposes=made == parameter.shape[::-1])
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        a, b = update.factor("A"), update.factor("B")
+        if len(shape) < 2:
+            return [f"{update.module}: its {update.parameter} {list(shape)} is no matrix, so LoRA cannot update it"]
+        made = (b.shape[0], *a.shape[1:])
+        if made != shape:
+            hint = ""
+            if len(shape) > 2 and made[0] == shape[0] and made[1] != shape[1] and shape[1] and not made[1] % shape[1]:
+                hint = "; a convolution of several groups, which PEFT cannot merge either"
+            return [f"{update.module}: the update is {made} from {a.name} and {b.name}, but the weight is {shape}{hint}"]
+        return []
+
+    def add(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        """Add the window of s · B A."""
+        import torch
+
+        whole = len(window.columns) == update.columns
+        a = factors.whole("A").flatten(1) if whole else factors.columns("A", window.columns)
+        b = factors.rows("B", window.rows).flatten(1)
+        torch.mm(b, a, out=scratch)
+        # Two steps on purpose: add_(alpha=s) would fuse multiply and add, and skip a rounding that PEFT does.
+        tile.add_(scratch.mul_(update.scaling))
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        self.add(tile, factors, update, window, scratch)
+
+
+class Dora(Lora):
+    """LoRA whose rows are then brought to a trained length.
+
+    Where W is stored transposed a tile has a part of every row, so a first pass adds up the squares, in float64: there
+    the last bit can differ from PEFT's float32 norm, which is the less exact of the two.
+    """
+
+    name: ClassVar[str] = "dora"
+    by_rows: ClassVar[frozenset[str]] = frozenset({"B", "magnitude"})
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset()
+    adds: ClassVar[bool] = False
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        magnitude = update.factor("magnitude")
+        problems = super().check(update, shape)
+        if not problems and magnitude.shape != (shape[0],):
+            problems = [f"{magnitude.name} is {list(magnitude.shape)}; expected [{shape[0]}], a length for every output"]
+        return problems
+
+    def surveys(self, update: Update) -> bool:
+        return update.by_columns
+
+    def survey(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        import torch
+
+        self.add(tile, factors, update, window, scratch)
+        squares = factors.kept("squares", lambda: torch.zeros(update.rows, dtype=torch.float64, device=tile.device))
+        part = scratch.copy_(tile).double().square_().sum(dim=1)
+        squares[window.rows.start : window.rows.stop] += part
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        return update.rows * 8 if self.surveys(update) else 0
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        import torch
+
+        self.add(tile, factors, update, window, scratch)
+        if self.surveys(update):
+            squares = factors.kept("squares", lambda: torch.zeros(0))
+            norm = squares[window.rows.start : window.rows.stop].sqrt().to(tile.dtype)
+        elif len(update.shape) == 2:
+            norm = torch.linalg.norm(tile, dim=1)
+        else:
+            norm = tile.view(tile.shape[0], *update.shape[1:]).norm(p=2, dim=tuple(range(1, len(update.shape))))
+        factor = factors.rows("magnitude", window.rows) / norm
+        tile.mul_(factor.view(-1, 1))
+
+
+class LoraExperts(Family):
+    """LoRA on fused experts: every expert e has its own A, rows e·r and following, and its own B, every E-th column."""
+
+    name: ClassVar[str] = "lora-experts"
+    by_columns: ClassVar[frozenset[str]] = frozenset()
+    by_rows: ClassVar[frozenset[str]] = frozenset({"A"})
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"B"})
+    by_column_windows: ClassVar[bool] = True
+    rows_are_independent: ClassVar[bool] = True
+    adds: ClassVar[bool] = True
+
+    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
+        """A parameter of two dimensions is one expert, stored like a Linear layer's. Of three, see `_is_swapped`."""
+        if len(parameter.shape) == 2:
+            return dataclasses.replace(update, family="lora")
+        if len(parameter.shape) != 3:
+            return update
+        swapped = _is_swapped(update, parameter)
+        if isinstance(swapped, str):
+            return swapped
+        return dataclasses.replace(update, transposes=swapped, experts=True)
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        a, b = update.factor("A"), update.factor("B")
+        if len(shape) != 3:
+            return [f"{update.module}: its {update.parameter} {list(shape)} does not hold experts' matrices"]
+        experts, out_features, in_features = shape
+        if a.shape != (update.rank * experts, in_features) or b.shape != (out_features, update.rank * experts):
             return [
-                f"{update.module}: its weight {target} is stored as {weight.dtype}; only F32, F16 and BF16 weights can "
-                "be merged into, so a quantised base must be dequantised first"
-            ]
-        if len(weight.shape) != 2:
-            return [f"{update.module}: its weight {target} is no matrix; only Linear layers are supported yet"]
-        if (b.shape[0], a.shape[1]) != weight.shape:
-            return [
-                f"{update.module}: the update is ({b.shape[0]}, {a.shape[1]}) from {a.name} and {b.name}, "
-                f"but the weight {target} is ({weight.shape[0]}, {weight.shape[1]})"
+                f"{update.module}: {a.name} {list(a.shape)} and {b.name} {list(b.shape)} do not fit {experts} experts of "
+                f"({out_features}, {in_features}) at rank {update.rank}: expected "
+                f"[{update.rank * experts}, {in_features}] and [{out_features}, {update.rank * experts}]"
             ]
         return []
 
-    def apply(self, tile: Tensor, factors: Factors, update: Update, rows: RowRange, scratch: Tensor) -> None:
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         import torch
 
-        torch.mm(factors.rows("B", rows), factors.whole("A"), out=scratch)
-        # Two steps on purpose: add_(alpha=s) would fuse multiply and add, and skip a rounding that PEFT does.
+        rank, first = update.rank, window.expert * update.rank
+        a = factors.rows("A", RowRange(first, first + rank))[:, window.columns.start : window.columns.stop]
+        b = factors.whole("B").view(update.rows, rank, update.experts)[:, :, window.expert]
+        b = b[window.rows.start : window.rows.stop]
+        torch.mm(b.contiguous(), a.contiguous(), out=scratch)
         tile.add_(scratch.mul_(update.scaling))
+
+
+def _is_swapped(update: ModuleUpdate, parameter: Parameter) -> bool | str:
+    """Whether A takes the outputs and B the inputs: PEFT has changed its mind on that twice.
+
+    Up to 0.18.1 A took the parameter's second dimension, whatever it was; in 0.19.0 it took the outputs; since 0.19.1 it
+    takes the inputs. Shapes tell, except where they are square.
+    """
+    _, out_features, in_features = parameter.shape
+    made = (update.factor("B").shape[0], update.factor("A").shape[-1])
+    if out_features != in_features:
+        return made == (in_features, out_features)
+    version = _version(str(dict(update.settings).get("peft_version", "")))
+    if parameter.is_transposed is None or version is None:
+        return (
+            f"{update.module}: its {update.parameter} is square, so shapes cannot tell the inputs from the outputs, and "
+            + ("adapter_config.json has no peft_version" if version is None else "the base's architecture is not known")
+        )
+    if version < (0, 19, 0):
+        return not parameter.is_transposed
+    return version < (0, 19, 1)
+
+
+def _version(text: str) -> tuple[int, int, int] | None:
+    match = re.match(r"(\d{1,4})\.(\d{1,4})\.(\d{1,4})", text)
+    return (int(match[1]), int(match[2]), int(match[3])) if match else None
+
+
+class LoraBias(Family):
+    """b' = b + s · lb: the bias of lora_B, trained with ``lora_bias``."""
+
+    name: ClassVar[str] = "lora-bias"
+    by_rows: ClassVar[frozenset[str]] = frozenset({"bias"})
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"bias"})
+    rows_are_independent: ClassVar[bool] = True
+    adds: ClassVar[bool] = True
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        bias = update.factor("bias")
+        return [] if bias.shape == shape else [f"{bias.name} is {list(bias.shape)}, but the bias is {list(shape)}"]
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        bias = factors.rows("bias", window.rows)
+        tile.add_((bias * update.scaling).view(-1, 1))
+
+
+def scaling_of(alpha: float, rank: int, rslora: bool) -> float:
+    """α / r, or α / √r."""
+    return alpha / (math.sqrt(rank) if rslora else rank)

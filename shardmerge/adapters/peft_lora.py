@@ -1,116 +1,329 @@
-"""PEFT's LoRA files: ``adapter_config.json`` and the keys of ``adapter_model.safetensors`` → updates.
+"""PEFT's LoRA files → updates: plain, DoRA, embeddings, convolutions, fused experts, trained biases and tokens.
 
-Keys are ``base_model.model.<module>.lora_A.weight`` (r, in) and ``….lora_B.weight`` (out, r), at times with the
-adapter's name before ``.weight``. Source: peft/tuners/lora/config.py and layer.py, 0.21.
+Source: peft/tuners/lora/config.py, model.py and layer.py, 0.21.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import reprlib
-import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from shardmerge.adapters.base import Claims, ModuleUpdate
+from shardmerge.adapters.lora import scaling_of
+from shardmerge.adapters.peft import (
+    FLAG,
+    NUMBER,
+    NUMBER_PATTERN,
+    RANK,
+    RANK_PATTERN,
+    STRINGS,
+    MISSING,
+    Check,
+    Config,
+    Context,
+    Module,
+    PeftMethod,
+    pattern_value,
+)
 from shardmerge.naming import module_name
 from shardmerge.spec import TensorRef
 
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<role>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
-
-#: Config keys that do not change what a merge means.
-_INERT = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_config",
-        "megatron_core",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "task_type",
-        "velora_config",
-    }
-)
-#: Config keys that are read below.
-_READ = frozenset(
-    {
-        "alpha_pattern",
-        "bias",
-        "init_lora_weights",
-        "lora_alpha",
-        "r",
-        "rank_pattern",
-        "target_modules",
-        "use_rslora",
-    }
-)
+_CANNOT = "which cannot be merged"
 #: Initialisations after which B A is the whole update. Others move the base, or change what the factors mean.
 _PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal", "loftq", "true", "false")
-#: Features by config key: set to anything but null, false or empty, the adapter is more than LoRA on Linear layers.
-_UNSUPPORTED: Mapping[str, str] = {
-    "use_dora": "DoRA",
-    "lora_bias": "trained biases of lora_B",
-    "modules_to_save": "modules that were trained whole",
-    "trainable_token_indices": "trained token embeddings",
-    "target_parameters": "LoRA on parameters (fused experts)",
-    "layer_replication": "replicated layers: the model has layers that the base does not store",
-    "alora_invocation_tokens": "activated LoRA, which acts on some tokens only and cannot be merged",
-    "use_qalora": "QALoRA, whose A is pooled over groups of the input",
-    "use_bdlora": "block-diagonal LoRA",
-    "arrow_config": "Arrow routing, which chooses an adapter per token and cannot be merged",
-    "kasa_config": "KaSA, which truncates the base's singular values",
-    "monteclora_config": "MonteCLoRA",
-}
-#: What is wrong with tensors that are left over, by the segment that gives them away.
-_LEFTOVER_KINDS: Mapping[str, str] = {
-    ".lora_embedding_": "LoRA on an embedding, not supported yet",
-    ".lora_magnitude_vector": "DoRA, not supported yet",
-    ".token_adapter.": "trained token embeddings, not supported yet",
-    ".modules_to_save.": "a module that was trained whole, not supported yet",
-    ".base_layer.": "a replaced base layer, not supported yet",
-}
+_TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?")
 
 
-def leftover_kind(name: str) -> str:
-    """What a tensor that belongs to no update seems to be; empty where that cannot be said."""
-    if re.search(r"\.lora_B(\.[^.]+)?\.bias$", name):
-        return "a bias of lora_B, not supported yet"
-    return next((kind for segment, kind in _LEFTOVER_KINDS.items() if segment in name), "")
+class LoraMethod(PeftMethod):
+    """``peft_type: LORA``."""
+
+    peft_type: ClassVar[str] = "LORA"
+    title: ClassVar[str] = "LoRA, rsLoRA, DoRA"
+    paper: ClassVar[str] = "arXiv:2106.09685, 2312.03732, 2402.09353"
+    roles: ClassVar[Mapping[str, str]] = {
+        "lora_A.weight": "A?",
+        "lora_B.weight": "B?",
+        "lora_B.bias": "bias?",
+        "lora_embedding_A": "embedding_A?",
+        "lora_embedding_B": "embedding_B?",
+        "lora_magnitude_vector": "magnitude?",
+        "lora_magnitude_vector.weight": "magnitude?",
+    }
+    settings: ClassVar[Mapping[str, Check]] = {
+        "r": RANK,
+        "lora_alpha": NUMBER,
+        "rank_pattern": RANK_PATTERN,
+        "alpha_pattern": NUMBER_PATTERN,
+        "use_rslora": FLAG,
+        "use_dora": FLAG,
+        "lora_bias": FLAG,
+        "target_parameters": STRINGS,
+        "trainable_token_indices": lambda key, value: token_problems(key, value),
+        "init_lora_weights": lambda key, value: initialisation_problems(key, value),
+    }
+    inert: ClassVar[frozenset[str]] = frozenset(
+        {
+            "corda_config",
+            "eva_config",
+            "loftq_config",
+            "lora_dropout",
+            "lora_ga_config",
+            "megatron_config",
+            "megatron_core",
+            "qalora_group_size",
+            "velora_config",
+        }
+    )
+    refused: ClassVar[Mapping[str, str]] = {
+        "layer_replication": "replicated layers: the model has layers that the base does not store; build that base first",
+        "alora_invocation_tokens": f"activated LoRA acts on the tokens after its invocation only, {_CANNOT}; serve it with "
+        "PEFT or vLLM",
+        "arrow_config": f"Arrow routing chooses an adapter per token, {_CANNOT}",
+        "use_qalora": "QALoRA pools the input by groups, so B A is not the update; PEFT cannot merge it either",
+        "use_bdlora": "block-diagonal LoRA (BD-LoRA) is laid out for sharded serving; export it as plain LoRA first",
+        "kasa_config": "KaSA truncates the base's singular values when it is loaded, so B A alone is not the update",
+        "monteclora_config": f"MonteCLoRA draws its weights at random, {_CANNOT} to what it computed in training",
+    }
+
+    def covers(self, module: str, config: Config) -> bool:
+        """A module is a target, or holds parameters that are."""
+        if config.get("target_parameters") and (not config.get("target_modules") or _targeted(module, config)):
+            return bool(_targeted(module, config))
+        return super().covers(module, config)
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        """One of the forms that LoRA takes, told by the factors that are there and the config."""
+        name, factors = module.name, module.factors
+        if "embedding_A" in factors or "embedding_B" in factors:
+            _claim_embedding(claims, module, context.config)
+            return
+        if not _paired(claims, module, "A", "B"):
+            return
+        bare, depth = name, 0
+        while bare.endswith(".base_layer"):
+            bare, depth = bare.removesuffix(".base_layer"), depth + 1
+        if depth or _targeted(bare, context.config):
+            _claim_parameter(claims, module, bare, depth, context)
+        else:
+            _claim_matrix(claims, module, context.config)
+
+    def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
+        claim_tokens(claims, tensors, config.get("trainable_token_indices"))
 
 
-def claim(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Claims:
-    """Check the config, pair the factors, compute each module's scaling."""
-    claims = Claims(problems=_config_problems(config))
-    if claims.problems:
-        claims.refused = True
-        return claims
-    for (name, infix), pair in _pairs(tensors).items():
-        module = module_name(name)
-        rank: int = _pattern(config.get("rank_pattern"), module, config["r"])
-        alpha: float = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        _claim_pair(claims, name, infix, pair, rank, scaling)
-        if not _is_target(module, config.get("target_modules")):
-            claims.problems.append(
-                f"adapter_config.json's target_modules do not cover {module}, for which the adapter has tensors; "
-                "PEFT would ignore them"
-            )
-    return claims
+# --- the forms of LoRA ------------------------------------------------------------------------------------------------
+
+
+def rank_and_scaling(config: Config, key: str) -> tuple[int, float]:
+    """Rank and scaling of a module or parameter, by its name."""
+    rank: int = pattern_value(config.get("rank_pattern"), key, config["r"])
+    alpha: float = pattern_value(config.get("alpha_pattern"), key, config["lora_alpha"])
+    return rank, scaling_of(alpha, rank, bool(config.get("use_rslora")))
+
+
+def _paired(claims: Claims, module: Module, one: str, other: str) -> bool:
+    """Whether both factors are there; says which is not."""
+    names = {role.removesuffix("?"): key for key, role in reversed(list(LoraMethod.roles.items()))}
+    missing = [role for role in (one, other) if role not in module.factors]
+    if missing:
+        claims.half(next(iter(module.factors.values())), module.key(names[missing[0]]))
+        claims.told |= {ref.name for ref in module.factors.values()}
+    return not missing
+
+
+def _claim_matrix(claims: Claims, module: Module, config: Config) -> None:
+    """LoRA on a Linear layer, a Conv1D or a convolution."""
+    rank, scaling = rank_and_scaling(config, module.name)
+    a, b = module.factors["A"], module.factors["B"]
+    settings = (("fan_in_fan_out", True),) if config.get("fan_in_fan_out") else ()
+    update = ModuleUpdate(
+        module.name, "weight", "lora", (("A", a), ("B", b)), scaling, rank, settings=settings
+    )
+    _append(claims, _with_magnitude(claims, module, config, update))
+    if 0 in a.shape or 0 in b.shape:
+        return  # an empty tensor is told of as such
+    if len(a.shape) < 2 or len(b.shape) != len(a.shape) or any(size != 1 for size in b.shape[2:]):
+        claims.misfit(
+            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} are no factors: expected (r, in) and (out, r), or of "
+            "a convolution (r, in, k…) and (out, r, 1…)"
+        )
+    else:
+        _check_ranks(claims, a, b, rank, module.name)
+    _claim_bias(claims, module, config, scaling)
+
+
+def _append(claims: Claims, update: ModuleUpdate) -> None:
+    claims.updates.append(update)
+
+
+def _check_ranks(claims: Claims, a: TensorRef, b: TensorRef, rank: int, name: str) -> None:
+    if a.shape[0] != b.shape[1]:
+        claims.misfit(
+            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} disagree on the rank: expected (r, in) and (out, r)"
+        )
+    elif a.shape[0] != rank:
+        claims.misfit(
+            f"{a.name} has rank {a.shape[0]}, but adapter_config.json says {rank} for {name} (r and rank_pattern)"
+        )
+
+
+def _with_magnitude(claims: Claims, module: Module, config: Config, update: ModuleUpdate) -> ModuleUpdate:
+    """DoRA, where the config says so and the lengths are there."""
+    magnitude, wanted = module.factors.get("magnitude"), bool(config.get("use_dora"))
+    if wanted and magnitude is None:
+        claims.problems.append(
+            f"adapter_config.json says use_dora, but {module.key('lora_magnitude_vector')} is missing"
+        )
+    if magnitude is None:
+        return update
+    if not wanted:
+        claims.told.add(magnitude.name)
+        claims.problems.append(
+            f"{magnitude.name} is a length of DoRA, but adapter_config.json does not say use_dora; PEFT would ignore it"
+        )
+        return update
+    # A convolution's is (1, out, 1…).
+    flat = dataclasses.replace(magnitude, shape=(math.prod(magnitude.shape),)) if magnitude.strides is None else magnitude
+    return dataclasses.replace(update, family="dora", factors=(*update.factors, ("magnitude", flat)))
+
+
+def _claim_bias(claims: Claims, module: Module, config: Config, scaling: float) -> None:
+    bias = module.factors.get("bias")
+    if bias is not None and config.get("lora_bias"):
+        update = ModuleUpdate(module.name, "bias", "lora-bias", (("bias", bias),), scaling)
+        claims.updates.insert(len(claims.updates) - 1, update)
+    elif bias is not None:
+        claims.told.add(bias.name)
+        claims.problems.append(
+            f"{bias.name} is a trained bias of lora_B, but adapter_config.json does not say lora_bias; PEFT would ignore it"
+        )
+    elif config.get("lora_bias"):
+        claims.problems.append(f"adapter_config.json says lora_bias, but {module.key('lora_B.bias')} is missing")
+
+
+def _claim_embedding(claims: Claims, module: Module, config: Config) -> None:
+    """A is (r, V), B is (D, r), and the weight (V, D): B A is the update's transpose."""
+    if not _paired(claims, module, "embedding_A", "embedding_B"):
+        return
+    for role in ("A", "B", "bias"):
+        if role in module.factors:
+            claims.told.add(module.factors[role].name)
+            claims.problems.append(f"{module.factors[role].name} is there beside the factors of an embedding")
+    rank, scaling = rank_and_scaling(config, module.name)
+    a, b = module.factors["embedding_A"], module.factors["embedding_B"]
+    update = ModuleUpdate(
+        module.name, "weight", "lora", (("A", a), ("B", b)), scaling, rank, transposes=True
+    )
+    _append(claims, _with_magnitude(claims, module, config, update))
+    if 0 in a.shape or 0 in b.shape:
+        return
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        claims.misfit(f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (r, V) and (D, r)")
+    else:
+        _check_ranks(claims, a, b, rank, module.name)
+
+
+def _targeted(module: str, config: Config) -> list[str]:
+    """Parameters of a module that ``target_parameters`` names, in the config's order."""
+    found = []
+    for target in config.get("target_parameters") or ():
+        owner, _, parameter = target.rpartition(".")
+        if parameter and (not owner or module == owner or module.endswith(f".{owner}")) and parameter not in found:
+            found.append(parameter)
+    return found
+
+
+def _claim_parameter(claims: Claims, module: Module, bare: str, depth: int, context: Context) -> None:
+    """LoRA on a parameter of a module. Of several, PEFT nests the wrappers, the first registered innermost."""
+    a, b = module.factors["A"], module.factors["B"]
+    targets = _targeted(bare, context.config)
+    if len(targets) > 1:
+        order = [name for name in context.registered(bare) if name in targets]
+        if sorted(order) != sorted(targets):
+            claims.half(a, f"a word on which of {', '.join(targets)} it belongs to: {bare} is of a model that is not known")
+            claims.told.add(b.name)
+            return
+        targets = order
+    if depth >= len(targets):
+        claims.half(a, f"a parameter of {bare} in target_parameters that it could belong to")
+        claims.told.add(b.name)
+        return
+    parameter = targets[len(targets) - 1 - depth]
+    rank, scaling = rank_and_scaling(context.config, f"{bare}.{parameter}")
+    extra = [ref for role, ref in module.factors.items() if role not in ("A", "B")]
+    for ref in extra:
+        claims.told.add(ref.name)
+        claims.problems.append(f"{ref.name}: target_parameters know neither DoRA nor biases")
+    settings = (("peft_version", str(context.config.get("peft_version") or "")),)
+    _append(
+        claims,
+        ModuleUpdate(bare, parameter, "lora-experts", (("A", a), ("B", b)), scaling, rank, settings=settings),
+    )
+    if 0 in a.shape or 0 in b.shape:
+        return
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
+        claims.misfit(
+            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (r·E, in) and (out, r·E) with r = {rank}"
+        )
+
+
+def claim_tokens(claims: Claims, tensors: Mapping[str, TensorRef], indices: Any) -> None:
+    """Rows of trained tokens. ``indices`` is a list for the input embedding, or a list for each module by name."""
+    for name, ref in tensors.items():
+        match = _TOKENS.fullmatch(name)
+        if match is None:
+            continue
+        module = module_name(match["module"])
+        of_module = indices
+        if isinstance(indices, dict):
+            found = [value for key, value in indices.items() if module == key or module.endswith(f".{key}")]
+            of_module = found[0] if len(found) == 1 else None
+        if not of_module:
+            claims.told.add(name)
+            claims.problems.append(f"{name}: the config does not say which tokens of {module} these are")
+        else:
+            settings = (("indices", tuple(of_module)),)
+            claims.updates.append(ModuleUpdate(module, "weight", "token-rows", (("rows", ref),), settings=settings))
+
+
+# --- the config -------------------------------------------------------------------------------------------------------
+
+
+def _indices_problem(where: str, value: Any) -> list[str]:
+    valid = isinstance(value, (list, tuple)) and all(type(index) is int and 0 <= index < 1 << 31 for index in value)
+    if not valid:
+        return [f"{where} must be a list of token numbers, found {reprlib.repr(value)}"]
+    if len(set(value)) < len(value):
+        return [f"{where} names a token twice"]
+    return []
+
+
+def token_problems(key: str, value: Any) -> list[str]:
+    """A check of the setting: a list of token numbers, or a list for each module."""
+    if value is MISSING or value is None:
+        return []
+    if isinstance(value, dict):
+        return [problem for name, item in value.items() for problem in _indices_problem(f"{key}[{name!r}]", item)]
+    return _indices_problem(key, value)
+
+
+def initialisation_problems(key: str, value: Any) -> list[str]:
+    """A check of the setting: some initialisations move the base's weights."""
+    name = str(value).lower()
+    if value is MISSING or value is None or name.startswith(_PLAIN_INITIALISATIONS):
+        return []
+    return [
+        f"{key}: {value!r}: this initialisation changes the base's own weights, so B A alone is not the update. Convert "
+        "the adapter with PEFT first (save_pretrained with path_initial_model_for_weight_conversion), which sets "
+        "init_lora_weights to true"
+    ]
+
+
+# --- factors without a config -----------------------------------------------------------------------------------------
 
 
 def claim_bare(tensors: Mapping[str, TensorRef], alpha: float | None, scaling: float | None) -> Claims:
@@ -119,167 +332,18 @@ def claim_bare(tensors: Mapping[str, TensorRef], alpha: float | None, scaling: f
         problem = "there is no adapter_config.json beside it, so its scale is unknown: give alpha (or scaling)"
         return Claims(problems=[problem], refused=True)
     claims = Claims()
-    for (name, infix), pair in _pairs(tensors).items():
-        rank = (pair["A"].shape[:1] if "A" in pair else ()) or (1,)
-        scale = scaling if scaling is not None else (alpha or 0.0) / max(rank[0], 1)
-        _claim_pair(claims, name, infix, pair, rank[0], scale)
+    method = LoraMethod()
+    for module in method.grouped(tensors)[0]:
+        first = module.factors.get("A") or module.factors.get("embedding_A")
+        rank = max((first.shape[:1] if first else ())[0:1] or (1,))
+        config = {
+            "r": max(rank, 1),
+            "lora_alpha": alpha if alpha is not None else (scaling or 0.0) * max(rank, 1),
+            "use_dora": "magnitude" in module.factors,
+            "lora_bias": "bias" in module.factors,
+        }
+        before = len(claims.updates)
+        method.claim_module(claims, module, Context(config, {}, lambda name: ()))
+        if scaling is not None:
+            claims.updates[before:] = [dataclasses.replace(of, scaling=scaling) for of in claims.updates[before:]]
     return claims
-
-
-def _pairs(tensors: Mapping[str, TensorRef]) -> dict[tuple[str, str], dict[str, TensorRef]]:
-    pairs: dict[tuple[str, str], dict[str, TensorRef]] = {}
-    for name, ref in tensors.items():
-        if match := _FACTOR.fullmatch(name):
-            pairs.setdefault((match["module"], match["adapter"] or ""), {})[match["role"]] = ref
-    return pairs
-
-
-def _claim_pair(
-    claims: Claims, name: str, infix: str, pair: Mapping[str, TensorRef], rank: int, scaling: float
-) -> None:
-    module = module_name(name)
-    if missing := {"A", "B"} - pair.keys():
-        suffix = f".{infix}.weight" if infix else ".weight"
-        there = next(iter(pair.values()))
-        claims.half(there, f"{name}.lora_{missing.pop()}{suffix}")
-        return
-    a, b = pair["A"], pair["B"]
-    claims.updates.append(ModuleUpdate(module, "weight", "lora", (("A", a), ("B", b)), scaling, rank))
-    if 0 in a.shape or 0 in b.shape:
-        return  # an empty tensor is told of as such
-    if len(a.shape) != 2 or len(b.shape) != 2:
-        claims.misfit(
-            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} are no matrices: LoRA on a convolution is not "
-            "supported yet"
-        )
-    elif a.shape[0] != b.shape[1]:
-        claims.misfit(
-            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} disagree on the rank: expected (r, in) and (out, r)"
-        )
-    elif a.shape[0] != rank:
-        claims.misfit(
-            f"{a.name} has rank {a.shape[0]}, but adapter_config.json says {rank} for {module} (r and rank_pattern)"
-        )
-
-
-def _pattern(pattern: Any, module: str, default: Any) -> Any:
-    """The value of the first key, in the file's order, that matches the end of the module's name, as PEFT does it."""
-    for key, value in (pattern or {}).items():
-        if re.match(_whole_pattern(key), module):
-            return value
-    return default
-
-
-def _whole_pattern(key: str) -> str:
-    """What PEFT makes of a key of rank_pattern or alpha_pattern."""
-    return rf"(.*\.)?({key})$"
-
-
-def _is_target(module: str, target_modules: Any) -> bool:
-    if target_modules is None or target_modules == "all-linear":
-        return True
-    if isinstance(target_modules, str):
-        return re.fullmatch(target_modules, module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in target_modules)
-
-
-# --- the config -------------------------------------------------------------------------------------------------------
-
-
-def _config_problems(config: Mapping[str, Any]) -> list[str]:
-    problems = [
-        f"{key}: {what} (not supported yet)" if "cannot be merged" not in what else f"{key}: {what}"
-        for key, what in _UNSUPPORTED.items()
-        if config.get(key)
-    ]
-    if (bias := config.get("bias", "none")) not in ("none", None):
-        problems.append(f"bias: {bias!r}: trained biases (not supported yet)")
-    problems += _initialisation_problems(config.get("init_lora_weights", True))
-    unknown = [key for key, value in config.items() if value and key not in _INERT | _READ | _UNSUPPORTED.keys()]
-    problems += [
-        f"adapter_config.json: the key {key!r} is unknown to this version, and so is what it does to the weights; "
-        "if it does nothing to them, remove it from the file"
-        for key in unknown
-    ]
-    return problems + [problem for check in _TYPE_CHECKS for problem in check(config)]
-
-
-def _initialisation_problems(value: Any) -> list[str]:
-    name = str(value).lower()
-    if name.startswith(_PLAIN_INITIALISATIONS) or value is None:
-        return []
-    return [
-        f"init_lora_weights: {value!r}: this initialisation changes the base's own weights, so B A alone is not the "
-        "update. Convert the adapter with PEFT first (save_pretrained with path_initial_model_for_weight_conversion), "
-        "which sets init_lora_weights to true"
-    ]
-
-
-def _is_number(value: Any) -> bool:
-    # Compared rather than asked isfinite, which fails on a whole number beyond all floats.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and 0 < value < 1 << 31
-
-
-def _check_value(key: str, valid: Callable[[Any], bool], expected: str) -> Callable[[Mapping[str, Any]], list[str]]:
-    def check(config: Mapping[str, Any]) -> list[str]:
-        if key in config and valid(config[key]):
-            return []
-        found = reprlib.repr(config[key]) if key in config else "nothing"
-        return [f"adapter_config.json: {key} must be {expected}, found {found}"]
-
-    return check
-
-
-def _check_pattern(key: str, valid: Callable[[Any], bool], expected: str) -> Callable[[Mapping[str, Any]], list[str]]:
-    def check(config: Mapping[str, Any]) -> list[str]:
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, dict):
-            return [f"adapter_config.json: {key} must map module names to values, found {reprlib.repr(patterns)}"]
-        problems = []
-        for pattern, value in patterns.items():
-            place = f"{key}[{reprlib.repr(pattern)}]"
-            if not valid(value):
-                problems.append(f"adapter_config.json: {place} must be {expected}, found {reprlib.repr(value)}")
-            problems += _regex_problems(place, _whole_pattern(pattern))
-        return problems
-
-    return check
-
-
-def _check_flag(config: Mapping[str, Any]) -> list[str]:
-    value = config.get("use_rslora")
-    if value is None or isinstance(value, bool):
-        return []
-    return [f"adapter_config.json: use_rslora must be true or false, found {reprlib.repr(value)}"]
-
-
-def _check_targets(config: Mapping[str, Any]) -> list[str]:
-    targets = config.get("target_modules")
-    if isinstance(targets, str):
-        return _regex_problems("target_modules", targets) if targets != "all-linear" else []
-    if targets is None or (isinstance(targets, list) and all(isinstance(target, str) for target in targets)):
-        return []
-    found = reprlib.repr(targets)
-    return [f"adapter_config.json: target_modules must be a string or a list of strings, found {found}"]
-
-
-def _regex_problems(where: str, pattern: str) -> list[str]:
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        return [f"adapter_config.json: {where} is no regular expression: {error}"]
-    return []
-
-
-_TYPE_CHECKS: tuple[Callable[[Mapping[str, Any]], list[str]], ...] = (
-    _check_value("r", _is_rank, "a whole number above zero"),
-    _check_flag,
-    _check_value("lora_alpha", _is_number, "a finite number"),
-    _check_pattern("rank_pattern", _is_rank, "a whole number above zero"),
-    _check_pattern("alpha_pattern", _is_number, "a finite number"),
-    _check_targets,
-)

@@ -18,10 +18,13 @@ from shardmerge.adapter_file import AdapterFile, open_adapter
 from shardmerge.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.config import AdapterConfig, MergeConfig
 from shardmerge.errors import PlanError, ShardmergeError
+from shardmerge.names import Names
 from shardmerge.planning import aux_files
 from shardmerge.planning.match import match
 from shardmerge.planning.output_checks import absolute, check_place, check_space
+from shardmerge.planning.tied import resolve_ties
 from shardmerge.planning.tiling import tile_all
+from shardmerge.planning.vocabulary import resized
 from shardmerge.sinks import lay_out
 from shardmerge.sources import open_source
 from shardmerge.spec import (
@@ -31,6 +34,7 @@ from shardmerge.spec import (
     ShardPlan,
     SourceFile,
     TensorPlan,
+    TensorRef,
     Update,
     dtype_code,
     jsonable,
@@ -39,7 +43,7 @@ from shardmerge.spec import (
 __all__ = ["make_plan"]
 
 #: Raised when the same plan comes to mean other bytes, so that unfinished work of an older version is not mixed in.
-_DIGEST_VERSION = 1
+_DIGEST_VERSION = 2
 
 Opened = TypeVar("Opened")
 
@@ -71,10 +75,15 @@ def _make_plan(config: MergeConfig, overwrite: bool) -> MergePlan:
     compute_dtype = dtype_code(config.compute.dtype)
     output = absolute(config.output.path)
 
-    matches = match(checkpoint, adapters)
-    problems = list(matches.problems)
+    names = Names(checkpoint.config, {name: weight.tensor.shape for name, weight in checkpoint.weights.items()})
+    matches = match(checkpoint, names, adapters)
+    untied = resolve_ties(
+        checkpoint, names, matches.updates, [adapter.config or {} for _, adapter in adapters], config.tied
+    )
+    vocabulary, misfits = resized(checkpoint, matches.updates, untied.added)
+    problems = [*matches.problems, *untied.problems, *misfits]
     max_shard_size = None if config.output.max_shard_size == "same" else config.output.max_shard_size
-    layout = lay_out(checkpoint, dtype, max_shard_size)
+    layout = lay_out(checkpoint, dtype, max_shard_size, _replaced(matches.updates), untied.added)
     max_memory = None if config.compute.max_memory == "auto" else config.compute.max_memory
     shards, memory = tile_all(_with_updates(layout.shards, matches.updates), compute_dtype, max_memory)
     if max_memory is not None and memory.total > max_memory and not problems:
@@ -82,8 +91,12 @@ def _make_plan(config: MergeConfig, overwrite: bool) -> MergePlan:
             f"compute.max_memory is {max_memory:,} bytes, but the largest layer needs {memory.total:,} to work on at "
             "least 16 of its rows at a time; give at least that"
         )
-    changed = None if dtype == "same" or not _changes_dtype(shards) else config.output.dtype
-    aux = aux_files.collect(checkpoint, adapters, changed)
+    changes = dict(untied.changes)
+    if dtype != "same" and _changes_dtype(shards):
+        changes["dtype"] = config.output.dtype
+    if vocabulary is not None:
+        changes["vocab_size"] = vocabulary
+    aux = aux_files.collect(checkpoint, adapters, changes)
     written = sum(shard.nbytes for shard in shards) + sum(_aux_bytes(file) for file in aux.files)
     sources = [adapter for _, adapter in adapters]
     problems += check_place(output, checkpoint, sources, overwrite) or check_space(output, written)
@@ -104,7 +117,7 @@ def _make_plan(config: MergeConfig, overwrite: bool) -> MergePlan:
         memory=memory,
         bytes_read=_bytes_read(shards),
         bytes_written=written,
-        warnings=(*matches.warnings, *_warnings(config, checkpoint, adapters), *aux.warnings),
+        warnings=(*untied.notes, *matches.warnings, *_warnings(config, checkpoint, adapters), *aux.warnings),
         overwrite=overwrite,
         config=config.model_dump(mode="json"),
         digest="",
@@ -164,6 +177,16 @@ def _with_updates(shards: Sequence[ShardPlan], updates: Mapping[str, list[Update
     return [dataclasses.replace(shard, tensors=tuple(map(updated, shard.tensors))) for shard in shards]
 
 
+def _replaced(updates: Mapping[str, Sequence[Update]]) -> dict[str, TensorRef]:
+    """Stored tensors for which an adapter has a whole one, as tensors of the base's name."""
+    return {
+        target: dataclasses.replace(update.factor("whole"), name=target)
+        for target, of in updates.items()
+        for update in of
+        if update.family == "replacement"
+    }
+
+
 def _aux_bytes(file: AuxFile) -> int:
     return file.source.size if file.content is None else len(file.content.encode())
 
@@ -174,7 +197,13 @@ def _changes_dtype(shards: Sequence[ShardPlan]) -> bool:
 
 def _bytes_read(shards: Sequence[ShardPlan]) -> int:
     tensors = [tensor for shard in shards for tensor in shard.tensors]
-    factors = (ref.nbytes for tensor in tensors for update in tensor.updates for _, ref in update.factors)
+    factors = (
+        ref.nbytes
+        for tensor in tensors
+        for update in tensor.updates
+        for _, ref in update.factors
+        if update.family != "replacement"  # which is the tensor's source already
+    )
     return sum(tensor.source.nbytes for tensor in tensors) + sum(factors)
 
 
@@ -229,7 +258,11 @@ def _digest(plan: MergePlan) -> str:
         "base": files(plan.base.files),
         "adapters": [[info.format, files(info.files)] for info in plan.adapters],
         "updates": [
-            [tensor.source.name, update.adapter, update.family, update.scaling] for tensor, update in plan.updates()
+            [
+                *[tensor.source.name, update.adapter, update.family, update.module, update.scaling, update.rank],
+                *[update.transposes, jsonable(update.place), jsonable(update.settings)],
+            ]
+            for tensor, update in plan.updates()
         ],
         "output": [[shard.name, shard.nbytes] for shard in plan.shards],
         "aux": [[aux.name, files([aux.source]), aux.content] for aux in plan.aux],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -13,6 +13,7 @@ from shardmerge.adapter_file import AdapterFile
 from shardmerge.checkpoint import Checkpoint
 from shardmerge.config import AdapterConfig
 from shardmerge.journal import RECORD_NAME
+from shardmerge.planning.vocabulary import vocabulary_size
 from shardmerge.sources import Source, directory_of
 from shardmerge.spec import AuxFile
 
@@ -36,11 +37,12 @@ class AuxFiles:
 
 
 def collect(
-    checkpoint: Checkpoint, adapters: Sequence[tuple[AdapterConfig, AdapterFile]], dtype: str | None
+    checkpoint: Checkpoint, adapters: Sequence[tuple[AdapterConfig, AdapterFile]], changes: Mapping[str, Any]
 ) -> AuxFiles:
     """The base's files; the tokenizer and template of the first adapter that has one, in place of the base's.
 
-    ``dtype`` is torch's name of a changed output dtype, which config.json then states; None leaves it as it is.
+    ``changes`` are what config.json must say: ``dtype``, by torch's name, ``vocab_size``, ``tie_word_embeddings``. Without
+    any, its bytes stay as they are.
     """
     result = AuxFiles()
     chosen: dict[str, tuple[Source, str]] = {}
@@ -55,8 +57,8 @@ def collect(
             break
     for name, (source, stored) in sorted(chosen.items()):
         content = None
-        if name == "config.json" and dtype:
-            content = _with_dtype(source.read(stored, 0, 1 << 26), checkpoint.config, dtype)
+        if name == "config.json" and changes:
+            content = _with_changes(source.read(stored, 0, 1 << 26), checkpoint.config, changes)
         result.files.append(AuxFile(name, source.stat(stored), content))
     return result
 
@@ -111,22 +113,33 @@ def _take_tokenizer(
         )
 
 
-def _with_dtype(text: bytes, config: Mapping[str, Any], dtype: str) -> str | None:
-    """config.json with every dtype it states replaced; None where it states none, so that the bytes stay."""
-    changed = _replace_dtype(config, dtype)
+def _with_changes(text: bytes, config: Mapping[str, Any], changes: Mapping[str, Any]) -> str | None:
+    """config.json with the changes made; None where they change nothing, so that the bytes stay."""
+    changed = dict(config)
+    if "dtype" in changes:
+        changed = _replace(changed, _DTYPE_KEYS, lambda value: isinstance(value, str), changes["dtype"])
+    if "vocab_size" in changes:
+        old = vocabulary_size(config)
+        changed = _replace(changed, ("vocab_size",), lambda value: value == old, changes["vocab_size"])
+    if "tie_word_embeddings" in changes:
+        changed = _replace(changed, ("tie_word_embeddings",), lambda value: True, False)
+        # Where the key is missing, the architecture's default holds, which may be the other.
+        changed["tie_word_embeddings"] = changes["tie_word_embeddings"]
+        if isinstance(text_config := changed.get("text_config"), dict):
+            changed["text_config"] = {**text_config, "tie_word_embeddings": changes["tie_word_embeddings"]}
     if changed == config:
         return None
     ending = "\n" if text.endswith(b"\n") else ""
     return json.dumps(changed, indent=2, ensure_ascii=False) + ending
 
 
-def _replace_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The model's own dtype and its sub-models' (``text_config`` and such); a quantisation's dtypes are not touched."""
+def _replace(config: Mapping[str, Any], keys: Sequence[str], wanted: Callable[[Any], bool], new: Any) -> dict[str, Any]:
+    """Keys of the model and of its sub-models (``text_config`` and such); a quantisation's are not touched."""
     replaced = {}
     for key, value in config.items():
-        if key in _DTYPE_KEYS and isinstance(value, str):
-            value = dtype
+        if key in keys and wanted(value):
+            value = new
         elif key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):
-            value = _replace_dtype(value, dtype)
+            value = _replace(value, keys, wanted, new)
         replaced[key] = value
     return replaced

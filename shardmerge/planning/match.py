@@ -1,19 +1,23 @@
-"""Match every adapter tensor to a base weight, or say why not."""
+"""Match every adapter tensor to the stored tensors it updates, or say why not."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from shardmerge.adapter_file import AdapterFile
-from shardmerge.adapters import FAMILIES, ModuleUpdate, leftover_kind
+from shardmerge.adapters import FAMILIES, ModuleUpdate, check_dtypes
 from shardmerge.checkpoint import Checkpoint
 from shardmerge.config import AdapterConfig
-from shardmerge.naming import nearest, stores_transposed
-from shardmerge.spec import TensorRef, Update
+from shardmerge.names import Names
+from shardmerge.naming import nearest
+from shardmerge.planning.tied import tied_parameter
+from shardmerge.planning.vocabulary import may_resize
+from shardmerge.spec import Parameter, Place, TensorRef, Update
 
 #: Problems of one kind that are listed one by one; of the rest only the number is said.
 _LISTED = 10
@@ -21,90 +25,241 @@ _LISTED = 10
 
 @dataclass(slots=True)
 class Matches:
-    """Updates by the name of their target weight, in the order in which they are applied."""
+    """Updates by the name of the stored tensor, in the order in which they are applied."""
 
     updates: defaultdict[str, list[Update]] = field(default_factory=lambda: defaultdict(list))
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
-def match(checkpoint: Checkpoint, adapters: Sequence[tuple[AdapterConfig, AdapterFile]]) -> Matches:
+def match(checkpoint: Checkpoint, names: Names, adapters: Sequence[tuple[AdapterConfig, AdapterFile]]) -> Matches:
     """All updates of all adapters; every tensor of every adapter is in one of them or in a problem."""
     matches = Matches()
     for number, (config, adapter) in enumerate(adapters):
-        where = f"adapter {config.path}"
-        matches.problems += [
-            f"{where}: {problem}" for problem in _match_one(matches, checkpoint, number, config, adapter)
-        ]
-    for updates in matches.updates.values():
+        one = _Matching(checkpoint, names, number, config, adapter, matches)
+        matches.problems += [f"adapter {config.path}: {problem}" for problem in one.run()]
+    for target, updates in matches.updates.items():
         # A frozen copy is compared with the base, so it comes before anything has been added.
-        updates.sort(key=lambda update: FAMILIES[update.family].changes_weight)
+        updates.sort(key=lambda update: (_order(update) > 0, update.adapter, _order(update)))
+        matches.problems += _undone(target, updates, adapters)
     return matches
 
 
-def _match_one(
-    matches: Matches, checkpoint: Checkpoint, number: int, config: AdapterConfig, adapter: AdapterFile
+def _order(update: Update | ModuleUpdate) -> int:
+    return FAMILIES[update.family].order
+
+
+def _undone(
+    target: str, updates: Sequence[Update], adapters: Sequence[tuple[AdapterConfig, AdapterFile]]
 ) -> list[str]:
-    claims = adapter.claims(config)
-    problems = _list_some(claims.problems)
-    if claims.refused:
+    """A whole tensor in place of the base's would undo what an adapter before it did."""
+    for before, update in zip(updates, updates[1:], strict=False):
+        if update.family in ("replacement", "overwrite") and before.adapter != update.adapter and _order(before):
+            paths = [adapters[of.adapter][0].path for of in (before, update)]
+            if _overlap(before.place, update.place):
+                return [
+                    f"adapter {paths[1]} replaces {target} whole, which would undo what adapter {paths[0]} does to it; put "
+                    "it first, if that is what is meant"
+                ]
+    return []
+
+
+class _Matching:
+    """The matching of one adapter."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        names: Names,
+        number: int,
+        config: AdapterConfig,
+        adapter: AdapterFile,
+        matches: Matches,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.names = names
+        self.number = number
+        self.config = config
+        self.adapter = adapter
+        self.matches = matches
+        self.unmatched: list[Callable[[], str]] = []
+        self.misfits: list[str] = []
+        self.taken: dict[tuple[str, int], ModuleUpdate] = {}
+        self.regions: defaultdict[str, list[tuple[Place, ModuleUpdate]]] = defaultdict(list)
+
+    def run(self) -> list[str]:
+        claims = self.adapter.claims(self.config, self.names.registered_parameters)
+        problems = list_some(claims.problems)
+        if claims.refused:
+            return problems
+        problems += list_some(_empty(self.adapter.tensors))
+        problems += list_some([partial(self._leftover, name) for name in claims.leftovers(self.adapter.tensors)])
+        if not claims.updates:
+            return problems if claims.problems else [*problems, "holds nothing that could be merged"]
+        for update in claims.updates:
+            self._match(update)
+        self._find_overlaps()
+        self.matches.warnings += [f"adapter {self.config.path}: {warning}" for warning in claims.warnings]
+        adding = [update for update in claims.updates if FAMILIES[update.family].adds]
+        only = all(FAMILIES[update.family].adds or not _order(update) for update in claims.updates)
+        if only and adding and not any(update.scaling * self.config.weight for update in adding):
+            self.matches.warnings.append(
+                f"adapter {self.config.path}: every scaling is zero, so it changes nothing"
+            )
+        return problems + list_some(self.unmatched) + list_some(self.misfits)
+
+    def _match(self, update: ModuleUpdate) -> None:
+        parameter = self.names.resolve(update.module, update.parameter)
+        if isinstance(parameter, str) and not parameter:
+            parameter = tied_parameter(self.names, update.module, update.parameter) or ""
+        if isinstance(parameter, str):
+            if not (update.optional and not parameter):
+                self.unmatched.append(partial(self._unmatched, update, parameter))
+            return
+        oriented = FAMILIES[update.family].orient(update, parameter)
+        if isinstance(oriented, str):
+            self.misfits.append(oriented)
+            return
+        update = _as_stored(oriented, parameter)
+        if self._is_taken(update, parameter):
+            return
+        wrong = self._misfits(update, parameter)
+        self.misfits += wrong
+        if wrong or not update.fits:
+            return
+        for place in parameter.places:
+            self.regions[place.tensor].append((place, update))
+            self.matches.updates[place.tensor].append(self._update(update, parameter, place))
+
+    def _is_taken(self, update: ModuleUpdate, parameter: Parameter) -> bool:
+        """Whether the adapter has updated this parameter before. A replaced or compared one may be updated, too."""
+        key = parameter.name, min(_order(update), 2)
+        other = self.taken.setdefault(key, update)
+        if other is update:
+            return False
+        names = " and ".join(of.first for of in (other, update))
+        self.misfits.append(f"{names} both update {parameter.name}; a weight is updated once by an adapter")
+        return True
+
+    def _misfits(self, update: ModuleUpdate, parameter: Parameter) -> list[str]:
+        if not update.fits or any(0 in ref.shape for _, ref in update.factors):
+            return []  # said already
+        family = FAMILIES[update.family]
+        stored = [self._stored(place.tensor) for place in parameter.places]
+        problems = [problem for ref in stored for problem in check_dtypes(update, ref)][:1]
+        if update.family == "replacement":
+            problems = []
+        problems += family.check(update, _shape(update, parameter))
+        if not math.isfinite(update.scaling * self.config.weight):
+            problems.append(
+                f"{update.module}: its scaling of {update.scaling:g} times the weight {self.config.weight:g} is no number"
+            )
+        if self.config.weight != 1 and family.changes_weight and not family.adds:
+            problems.append(
+                f"{update.module}: weight {self.config.weight:g} has no meaning for {update.family}, which does not add to "
+                f"the {update.parameter}; remove the weight"
+            )
+        by_columns = any(place.transposed != update.transposes for place in parameter.places)
+        if by_columns and len(parameter.shape) > 1 and not family.by_column_windows:
+            problems.append(
+                f"{update.module}: the base stores its {update.parameter} transposed, which {update.family} cannot update"
+            )
+        if any(place.shuffle for place in parameter.places) and not family.rows_are_independent:
+            problems.append(
+                f"{update.module}: the base stores the rows of its {update.parameter} in another order, which "
+                f"{update.family} cannot update"
+            )
+        if update.family == "replacement" and not problems:
+            problems += may_resize(self.checkpoint, update, stored[0])
         return problems
-    problems += _list_some(_empty(adapter.tensors))
-    problems += _list_some([partial(_leftover, name, checkpoint) for name in claims.leftovers(adapter.tensors)])
-    if not claims.updates:
-        return problems if claims.problems else [*problems, "holds nothing that could be merged"]
-    unmatched: list[Callable[[], str]] = []
-    misfits: list[str] = []
-    matched: dict[tuple[str, bool], ModuleUpdate] = {}
-    for update in claims.updates:
+
+    def _stored(self, name: str) -> TensorRef:
+        """A stored tensor; of a head that is tied and so not stored, the embedding's."""
+        weight = self.checkpoint.weights.get(name) or self.checkpoint.weights[self.names.tied_heads()[name]]
+        return weight.tensor
+
+    def _update(self, update: ModuleUpdate, parameter: Parameter, place: Place) -> Update:
+        shape = _shape(update, parameter)
+        experts = shape[0] if _has_experts(update, parameter) else 0
+        return Update(
+            adapter=self.number,
+            family=update.family,
+            module=update.module,
+            target=place.tensor,
+            factors=update.factors,
+            scaling=update.scaling * self.config.weight,
+            rank=update.rank,
+            shape=shape,
+            place=place,
+            experts=experts,
+            transposes=update.transposes,
+            settings=update.settings,
+        )
+
+    def _find_overlaps(self) -> None:
+        """Two modules by different names may be the same part of one stored tensor."""
+        for target, regions in self.regions.items():
+            if len(regions) < 2:
+                continue
+            changing = [item for item in regions if _order(item[1]) > 1]
+            by_expert: defaultdict[int | None, list[tuple[Place, ModuleUpdate]]] = defaultdict(list)
+            for place, update in changing:
+                by_expert[place.expert].append((place, update))
+            everywhere = by_expert.pop(None, [])
+            for group in by_expert.values() or [[]]:
+                ordered = sorted([*everywhere, *group], key=lambda item: item[0].stored_start)
+                for (one, first), (other, second) in zip(ordered, ordered[1:], strict=False):
+                    if _overlap(one, other):
+                        self.misfits.append(
+                            f"{first.first} and {second.first} both update {target}; a weight is updated once by an adapter"
+                        )
+                        break
+
+    def _leftover(self, name: str) -> str:
+        return f"{name} belongs to no update{self._near(name)}"
+
+    def _unmatched(self, update: ModuleUpdate, why: str) -> str:
+        if why:
+            return f"{update.first}: {why}"
         target = f"{update.module}.{update.parameter}"
-        # A frozen copy goes with the update of the weight that it is a copy of.
-        key = target, FAMILIES[update.family].changes_weight
-        if target not in checkpoint.weights:
-            unmatched.append(partial(_unmatched, update, target, checkpoint))
-        elif key in matched:
-            names = " and ".join(of.factors[0][1].name for of in (matched[key], update))
-            misfits.append(f"{names} both update {target}; a weight is updated once by an adapter")
-        else:
-            matched[key] = update
-            wrong = _misfits(update, target, config.weight, checkpoint)
-            misfits += wrong
-            if update.fits and not wrong:
-                matches.updates[target].append(_update(number, update, target, config.weight))
-    scalings = [update.scaling for update in claims.updates if FAMILIES[update.family].changes_weight]
-    if scalings and not any(scaling * config.weight for scaling in scalings):
-        matches.warnings.append(f"adapter {config.path}: every scaling is zero, so it changes nothing")
-    return problems + _list_some(unmatched) + _list_some(misfits)
+        hint = self._near(target)
+        if update.family == "replacement":
+            hint += (
+                "; if it is a head that was made for training, save the base with that head first, so that its config "
+                "knows it"
+            )
+        return f"{update.first} updates {target}, which is not in the base{hint}"
+
+    def _near(self, name: str) -> str:
+        found = nearest(name, self.checkpoint.weights)
+        return f" (nearest: {', '.join(found)})" if found else ""
 
 
-def _misfits(update: ModuleUpdate, target: str, weight: float, checkpoint: Checkpoint) -> list[str]:
-    if not update.fits or any(0 in ref.shape for _, ref in update.factors):
-        return []  # said already
-    family = FAMILIES[update.family]
-    changes = family.changes_weight
-    problems = family.check(update, checkpoint.weights[target].tensor)
-    if not math.isfinite(update.scaling * weight):
-        problems.append(f"{update.module}: its scaling of {update.scaling:g} times the weight {weight:g} is no number")
-    if changes and stores_transposed(checkpoint.model_type):
-        problems.append(
-            f"{update.module}: {checkpoint.model_type} models store their layers transposed (Conv1D), which is not "
-            "supported yet"
-        )
-    if changes and _is_head(target) and checkpoint.ties_embeddings:
-        problems.append(
-            f"{update.module}: the base ties its output head to the input embedding (tie_word_embeddings in "
-            "config.json), so an update of the head alone would be lost on loading; untying is not supported yet"
-        )
-    return problems
+def _as_stored(update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate:
+    """A whole tensor can only be the source where it is stored as it is; else it is written over the base's."""
+    if update.family != "replacement":
+        return update
+    place, whole = parameter.places[0], update.factor("whole")
+    plain = len(parameter.places) == 1 and whole.strides is None and place == Place(place.tensor, place.rows)
+    return update if plain else dataclasses.replace(update, family="overwrite")
 
 
-def _is_head(target: str) -> bool:
-    return f".{target}".endswith(".lm_head.weight")
+def _has_experts(update: ModuleUpdate, parameter: Parameter) -> bool:
+    return update.experts or parameter.experts
 
 
-def _update(number: int, update: ModuleUpdate, target: str, weight: float) -> Update:
-    scaling = update.scaling * weight
-    return Update(number, update.family, update.module, target, update.factors, scaling, update.rank)
+def _shape(update: ModuleUpdate, parameter: Parameter) -> tuple[int, ...]:
+    """The shape of the matrix that the update speaks of."""
+    shape = parameter.shape
+    if not update.transposes or len(shape) < 2:
+        return shape
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def _overlap(one: Place, other: Place) -> bool:
+    if one.expert is not None and other.expert is not None and one.expert != other.expert:
+        return False
+    return one.stored_start < other.stored_start + other.rows and other.stored_start < one.stored_start + one.rows
 
 
 def _empty(tensors: Mapping[str, TensorRef]) -> list[str]:
@@ -116,27 +271,7 @@ def _empty(tensors: Mapping[str, TensorRef]) -> list[str]:
     ]
 
 
-def _leftover(name: str, checkpoint: Checkpoint) -> str:
-    kind = leftover_kind(name)
-    return f"{name} belongs to no update{f': {kind}' if kind else _near(name, checkpoint)}"
-
-
-def _unmatched(update: ModuleUpdate, target: str, checkpoint: Checkpoint) -> str:
-    factor = update.factors[0][1].name
-    if _is_head(target) and checkpoint.ties_embeddings:
-        return (
-            f"{factor} updates {target}, which the base does not store because it ties it to the input embedding; "
-            "untying is not supported yet"
-        )
-    return f"{factor} updates {target}, which is not in the base{_near(target, checkpoint)}"
-
-
-def _near(name: str, checkpoint: Checkpoint) -> str:
-    found = nearest(name, checkpoint.weights)
-    return f" (nearest: {', '.join(found)})" if found else ""
-
-
-def _list_some(problems: Sequence[str | Callable[[], str]]) -> list[str]:
+def list_some(problems: Sequence[str | Callable[[], str]]) -> list[str]:
     """The first problems of a kind; a wrong prefix gives the same one for every layer.
 
     A problem that takes a search to say is given as a function, so that only those that are listed are searched for.

@@ -8,11 +8,13 @@ where W has one column, since that is a matrix-vector product; such tensors are 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable
 
 from shardmerge.adapters import FAMILIES, work_dtype
-from shardmerge.spec import DTYPE_BITS, MemoryPlan, ShardPlan, TensorPlan, TensorRef, Update, aligned
+from shardmerge.spec import DTYPE_BITS, FLOAT_DTYPES, KEPT_WHOLE_BYTES, MemoryPlan, ShardPlan, TensorPlan, TensorRef, Update, aligned
+from shardmerge.windows import boundaries
 
 MIN_TILE_ROWS = 16
 #: Buffers in flight: read, waiting, computed, waiting, written, and one to spare.
@@ -48,19 +50,27 @@ def tile_all(
     def tiled(tensor: TensorPlan) -> TensorPlan:
         if not needs_work(tensor):
             return tensor
-        return TensorPlan(tensor.source, tensor.out, tensor.updates, tile_count(tensor, size))
+        segments = tile_counts(tensor, size)
+        tiles = sum(count for _, count in segments)
+        return TensorPlan(tensor.source, tensor.out, tensor.updates, tiles, segments if len(segments) > 1 else ())
 
     return tuple(dataclasses.replace(shard, tensors=tuple(map(tiled, shard.tensors))) for shard in shards), memory
 
 
 def needs_work(tensor: TensorPlan) -> bool:
     """Whether a tensor goes through a float, rather than as bytes."""
-    return bool(tensor.updates) or tensor.source.dtype != tensor.out.dtype
+    if tensor.source.dtype != tensor.out.dtype:
+        return True
+    # Numbers that are not floats can only have been replaced.
+    return bool(tensor.updates) and tensor.source.dtype in FLOAT_DTYPES
 
 
 def _kind(tensor: TensorPlan) -> tuple[object, ...]:
-    factors = tuple((ref.dtype, ref.shape, ref.strides) for update in tensor.updates for _, ref in update.factors)
-    return (tensor.source.dtype, tensor.out.dtype, tensor.source.shape, factors)
+    updates = tuple(
+        (update.family, update.place.rows, tuple((ref.dtype, ref.shape, ref.strides) for _, ref in update.factors))
+        for update in tensor.updates
+    )
+    return (tensor.source.dtype, tensor.out.dtype, tensor.source.shape, updates)
 
 
 def row_bytes(tensor: TensorPlan) -> int:
@@ -68,25 +78,32 @@ def row_bytes(tensor: TensorPlan) -> int:
     return tensor.row_elements * max(itemsize(tensor.source.dtype), itemsize(tensor.out.dtype))
 
 
-def tile_count(tensor: TensorPlan, buffer_bytes: int) -> int:
-    """How many even tiles, each within a buffer where the least number of rows allows it."""
-    rows = tensor.rows
-    if tensor.updates and tensor.row_elements == 1:
-        return 1
-    wanted = math.ceil(rows / max(1, buffer_bytes // max(1, row_bytes(tensor))))
+def tile_counts(tensor: TensorPlan, buffer_bytes: int) -> tuple[tuple[int, int], ...]:
+    """(rows, tiles) of every segment: even tiles, each within a buffer where the least number of rows allows it."""
+    if not tensor.updates:
+        return ((tensor.rows, _count(tensor.rows, row_bytes(tensor), buffer_bytes)),)
+    edges = boundaries(tensor)
+    sizes = [stop - start for start, stop in itertools.pairwise(edges)] if tensor.rows else [0]
+    if tensor.row_elements == 1:
+        return tuple((rows, 1) for rows in sizes)
+    return tuple((rows, _count(rows, row_bytes(tensor), buffer_bytes)) for rows in sizes)
+
+
+def _count(rows: int, bytes_per_row: int, buffer_bytes: int) -> int:
+    wanted = math.ceil(rows / max(1, buffer_bytes // max(1, bytes_per_row)))
     return max(1, min(wanted, rows // MIN_TILE_ROWS))
 
 
-def tile_rows(tensor: TensorPlan, tiles: int) -> int:
+def _largest_tile(segments: Iterable[tuple[int, int]]) -> int:
     """Rows of the largest tile."""
-    return math.ceil(tensor.rows / tiles)
+    return max(math.ceil(rows / tiles) for rows, tiles in segments)
 
 
 def _memory(kinds: Iterable[TensorPlan], buffer_bytes: int, compute_dtype: str) -> MemoryPlan:
     workspace = factors = 0
     largest = buffer_bytes
     for tensor in kinds:
-        rows = tile_rows(tensor, tile_count(tensor, buffer_bytes))
+        rows = _largest_tile(tile_counts(tensor, buffer_bytes))
         largest = max(largest, -(-rows * row_bytes(tensor) // _PAGE) * _PAGE)
         # A tile in the dtype of the work, and the scratch of the same size that updates use.
         dtype = work_dtype(tensor, compute_dtype)
@@ -98,8 +115,18 @@ def _memory(kinds: Iterable[TensorPlan], buffer_bytes: int, compute_dtype: str) 
 
 def _factor_bytes(update: Update, rows: int, compute_dtype: str) -> int:
     """A factor is held as stored for a moment and in the compute dtype while it is used."""
-    whole = FAMILIES[update.family].whole_factors
-    return sum(_one_factor(ref, None if role in whole else rows, compute_dtype) for role, ref in update.factors)
+    family = FAMILIES[update.family]
+    partial = family.by_columns if update.by_columns else family.by_rows
+    total = family.kept_bytes(update, itemsize(compute_dtype))
+    for role, ref in update.factors:
+        if role not in partial:
+            total += _one_factor(ref, None, compute_dtype)
+        elif update.by_columns:
+            part = math.prod(ref.shape[:-1]) * rows * (itemsize(compute_dtype) + itemsize(ref.dtype))
+            total += part + (ref.nbytes if ref.nbytes <= KEPT_WHOLE_BYTES or ref.strides is not None else 0)
+        else:
+            total += _one_factor(ref, rows, compute_dtype)
+    return total
 
 
 def _one_factor(ref: TensorRef, rows: int | None, compute_dtype: str) -> int:

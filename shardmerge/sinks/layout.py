@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shardmerge import header
@@ -27,48 +27,71 @@ def output_dtype(stored: str, wanted: str) -> str:
     return wanted if wanted != "same" and stored in FLOAT_DTYPES else stored
 
 
-def lay_out(checkpoint: Checkpoint, dtype: str, max_shard_size: int | None) -> Layout:
-    """Place every tensor of the base. ``dtype`` is a code or ``same``; ``max_shard_size`` None keeps the shards."""
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A tensor of the output: where its data comes from, and the dtype of the base's tensor in whose place it is."""
+
+    source: TensorRef
+    dtype: str
+
+
+def lay_out(
+    checkpoint: Checkpoint,
+    dtype: str,
+    max_shard_size: int | None,
+    replaced: Mapping[str, TensorRef] | None = None,
+    added: Sequence[TensorRef] = (),
+) -> Layout:
+    """Place every tensor of the base, or what is ``replaced`` by name; what is ``added`` comes last.
+
+    ``dtype`` is a code or ``same``; ``max_shard_size`` None keeps the shards.
+    """
+    groups = [
+        [Outgoing((replaced or {}).get(ref.name, ref), ref.dtype) for ref in shard.tensors] for shard in checkpoint.shards
+    ]
+    groups[-1] += [Outgoing(ref, ref.dtype) for ref in added]
     if max_shard_size is None:
-        shards = tuple(_shard(shard.name, shard.metadata, shard.tensors, dtype) for shard in checkpoint.shards)
+        shards = tuple(
+            _shard(shard.name, shard.metadata, group, dtype)
+            for shard, group in zip(checkpoint.shards, groups, strict=True)
+        )
         several = checkpoint.index_name is not None or len(shards) > 1
     else:
-        shards = _reshard(checkpoint, dtype, max_shard_size)
+        shards = _reshard(checkpoint, [tensor for group in groups for tensor in group], dtype, max_shard_size)
         several = len(shards) > 1
     return Layout(shards, (checkpoint.index_name or _stem(checkpoint) + INDEX_SUFFIX) if several else None)
 
 
-def _shard(name: str, metadata: header.Metadata, refs: Sequence[TensorRef], dtype: str) -> ShardPlan:
+def _shard(name: str, metadata: header.Metadata, group: Sequence[Outgoing], dtype: str) -> ShardPlan:
     if dtype != "same":
         # Widths have changed, so the base's order may leave tensors unaligned; the widest first never does.
-        refs = sorted(refs, key=lambda ref: -DTYPE_BITS[output_dtype(ref.dtype, dtype)])
+        group = sorted(group, key=lambda tensor: -DTYPE_BITS[output_dtype(tensor.dtype, dtype)])
     tensors, end = [], 0
-    for ref in refs:
-        code = output_dtype(ref.dtype, dtype)
-        start, end = end, end + tensor_nbytes(code, ref.shape)
-        tensors.append(TensorPlan(ref, TensorInfo(code, ref.shape, (start, end))))
+    for tensor in group:
+        code, shape = output_dtype(tensor.dtype, dtype), tensor.source.shape
+        start, end = end, end + tensor_nbytes(code, shape)
+        tensors.append(TensorPlan(tensor.source, TensorInfo(code, shape, (start, end))))
     head = header.encode(metadata, {tensor.source.name: tensor.out for tensor in tensors})
     return ShardPlan(name, metadata, tuple(tensors), len(head), end)
 
 
-def _reshard(checkpoint: Checkpoint, dtype: str, limit: int) -> tuple[ShardPlan, ...]:
+def _reshard(checkpoint: Checkpoint, tensors: Sequence[Outgoing], dtype: str, limit: int) -> tuple[ShardPlan, ...]:
     """Fill files in the base's order up to ``limit`` bytes of data; a tensor above it has a file of its own."""
-    groups: list[list[TensorRef]] = [[]]
+    groups: list[list[Outgoing]] = [[]]
     filled = 0
-    for shard in checkpoint.shards:
-        for ref in shard.tensors:
-            size = tensor_nbytes(output_dtype(ref.dtype, dtype), ref.shape)
-            if groups[-1] and filled + size > limit:
-                groups.append([])
-                filled = 0
-            groups[-1].append(ref)
-            filled += size
+    for tensor in tensors:
+        size = tensor_nbytes(output_dtype(tensor.dtype, dtype), tensor.source.shape)
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += size
     stem, count = _stem(checkpoint), len(groups)
     names = [f"{stem}-{number:05d}-of-{count:05d}{_SUFFIX}" for number in range(1, count + 1)]
     if count == 1:
         names = [stem + _SUFFIX]
     metadata = checkpoint.shards[0].metadata
-    return tuple(_shard(name, metadata, refs, dtype) for name, refs in zip(names, groups, strict=True))
+    return tuple(_shard(name, metadata, group, dtype) for name, group in zip(names, groups, strict=True))
 
 
 def _stem(checkpoint: Checkpoint) -> str:

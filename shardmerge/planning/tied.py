@@ -1,0 +1,126 @@
+"""An output head that is the input embedding: what an update of one of the two means.
+
+transformers stores such a tensor once, and ties the head to it on loading (``tie_word_embeddings``). In training, an
+adapter on one side does not change the other. ``tied: untie`` keeps that: both tensors are written and the config says
+that they are no longer tied, so the merged model computes what base and adapter computed. ``tied: peft`` does what PEFT's
+merge does: everything is added to the one tensor, and it stays tied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardmerge.checkpoint import Checkpoint
+from shardmerge.names import Names
+from shardmerge.spec import Parameter, TensorRef, Update
+
+_WHOLE = ("replacement", "overwrite")
+
+
+@dataclass(slots=True)
+class Untied:
+    """What comes of the ties: tensors that the base does not store, changes to config.json, and what to say."""
+
+    added: list[TensorRef] = field(default_factory=list)
+    changes: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def tied_parameter(names: Names, module: str, parameter: str) -> Parameter | None:
+    """The parameter of a head that is tied and so not stored: the embedding's, by the head's name."""
+    target = f"{module}.{parameter}"
+    for head, embedding in names.tied_heads().items():
+        if target == head or target.endswith(f".{head}") or head.endswith(f".{target}"):
+            shared = names.resolve(embedding.rpartition(".")[0], embedding.rpartition(".")[2])
+            if isinstance(shared, Parameter):
+                places = tuple(dataclasses.replace(place, tensor=head) for place in shared.places)
+                return dataclasses.replace(shared, name=head, places=places)
+    return None
+
+
+def resolve_ties(
+    checkpoint: Checkpoint,
+    names: Names,
+    updates: defaultdict[str, list[Update]],
+    configs: Sequence[Mapping[str, Any]],
+    mode: str,
+) -> Untied:
+    """Decide about every tied head that an adapter touches; ``updates`` is changed to fit. ``configs`` are the adapters'."""
+    result = Untied()
+    for head, embedding in names.tied_heads().items():
+        if embedding in checkpoint.weights and (updates.get(head) or updates.get(embedding)):
+            _resolve(result, checkpoint, updates, configs, mode, head, embedding)
+    return result
+
+
+def _resolve(
+    result: Untied,
+    checkpoint: Checkpoint,
+    updates: defaultdict[str, list[Update]],
+    configs: Sequence[Mapping[str, Any]],
+    mode: str,
+    head: str,
+    embedding: str,
+) -> None:
+    of_head, of_embedding = updates.get(head, []), updates[embedding]
+    stored = head in checkpoint.weights
+    if _stays_tied(of_head, of_embedding, configs):
+        updates.pop(head, None)
+        if stored:
+            updates[head] = [_on(update, head) for update in of_embedding]
+        return
+    whole = any(update.family in _WHOLE for update in (*of_head, *of_embedding))
+    if mode == "peft" and not whole:
+        updates[embedding] = [*of_embedding, *(_on(update, embedding) for update in of_head)]
+        updates.pop(head, None)
+        if stored:
+            updates[head] = [_on(update, head) for update in updates[embedding]]
+        result.notes.append(
+            f"tied: peft: {embedding} and the output head stay one tensor, and what the adapters do to either is done to "
+            "both, as PEFT's merge does it; the unmerged model computes something else"
+        )
+        return
+    # The head sees trained tokens through the tie, unless it has trained tokens of its own.
+    own = {update.adapter for update in of_head if update.family == "token-rows"}
+    shared = [update for update in of_embedding if update.family == "token-rows" and update.adapter not in own]
+    if shared or of_head:
+        updates[head] = sorted([*of_head, *(_on(update, head) for update in shared)], key=lambda update: update.adapter)
+    if not stored:
+        result.added.append(dataclasses.replace(checkpoint.weights[embedding].tensor, name=head))
+    result.changes["tie_word_embeddings"] = False
+    touched = " and ".join(
+        what for what, of in (("the input embedding", of_embedding), ("the output head", of_head)) if of
+    )
+    result.notes.append(
+        f"the base ties its output head to {embedding}, and the adapter updates {touched}: both are written, {head} as a "
+        "tensor of its own, and config.json says tie_word_embeddings: false, so that the merged model computes what base "
+        "and adapter computed (tied: peft does as PEFT's merge does)"
+    )
+
+
+def _stays_tied(
+    of_head: Sequence[Update], of_embedding: Sequence[Update], configs: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Whether one tensor was trained for both sides."""
+    together = [update for update in of_embedding if _is_shared(update, configs)]
+    if len(together) != len(of_embedding) or not together:
+        return False
+    # Of a whole tensor the head's copy may be there, too, where PEFT saved the one tensor under both names.
+    return all(update.family in _WHOLE and _is_shared(update, configs) for update in of_head)
+
+
+def _is_shared(update: Update, configs: Sequence[Mapping[str, Any]]) -> bool:
+    if update.family == "token-rows":
+        return True
+    config = configs[update.adapter]
+    saved = update.setting("saved", False)
+    return update.family in _WHOLE and (not saved or bool(config.get("ensure_weight_tying")))
+
+
+def _on(update: Update, target: str) -> Update:
+    return dataclasses.replace(update, target=target, place=dataclasses.replace(update.place, tensor=target))

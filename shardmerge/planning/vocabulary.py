@@ -1,0 +1,63 @@
+"""A resized vocabulary: embedding and head with another number of rows, and what config.json says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shardmerge.adapters import ModuleUpdate
+from shardmerge.checkpoint import Checkpoint
+from shardmerge.spec import TensorRef, Update
+
+
+def vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    """What config.json says, of a composite model its text part."""
+    inner = config.get("text_config")
+    for section in (config, inner if isinstance(inner, dict) else {}):
+        if type(size := section.get("vocab_size")) is int:
+            return size
+    return None
+
+
+def may_resize(checkpoint: Checkpoint, update: ModuleUpdate, stored: TensorRef) -> list[str]:
+    """Only the vocabulary may have another number of rows than the base."""
+    whole = update.factor("whole")
+    if whole.shape == stored.shape or stored.shape[0] == vocabulary_size(checkpoint.config):
+        return []
+    return [
+        f"{whole.name} is {list(whole.shape)}, but the base's {stored.name} is {list(stored.shape)}, and that is not its "
+        "vocabulary"
+    ]
+
+
+def resized(
+    checkpoint: Checkpoint, updates: Mapping[str, Sequence[Update]], added: Sequence[TensorRef]
+) -> tuple[int | None, list[str]]:
+    """The new number of rows, if there is one, and what does not fit it."""
+    old = vocabulary_size(checkpoint.config)
+    rows: dict[str, int] = {}
+    for name, weight in checkpoint.weights.items():
+        if old is not None and weight.tensor.shape[:1] == (old,) and len(weight.tensor.shape) == 2:
+            rows[name] = old
+    rows |= {ref.name: ref.shape[0] for ref in added}
+    changed: dict[str, int] = {}
+    for name, of in updates.items():
+        for update in of:
+            if update.family == "replacement" and name in rows:
+                size = update.factor("whole").shape[0]
+                rows[name] = size
+                if size != old:
+                    changed[name] = size
+    if not changed:
+        return None, []
+    sizes = set(changed.values())
+    embeddings = {name: size for name, size in rows.items() if name in changed or _is_embedding(name)}
+    if len(sizes) > 1 or len(set(embeddings.values())) > 1:
+        found = ", ".join(f"{name} has {size}" for name, size in sorted(embeddings.items()))
+        return None, [f"the adapter resizes the vocabulary, but not all of it: {found} rows"]
+    return sizes.pop(), []
+
+
+def _is_embedding(name: str) -> bool:
+    module = name.removesuffix(".weight").rpartition(".")[2]
+    return module in ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared")

@@ -1,0 +1,55 @@
+"""Rows of a stored tensor ↔ the part of a module's matrix that lies in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardmerge.spec import RowRange, TensorPlan, Update, Window
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What of a tile belongs to an update: all its rows, these columns, perhaps seen as the transpose."""
+
+    window: Window
+    columns: RowRange
+    transposed: bool
+
+
+def locate(tensor: TensorPlan, update: Update, rows: RowRange) -> Part | None:
+    """The part of the matrix in stored rows ``rows``; None where there is none.
+
+    Rows must lie within one of the tensor's segments, as those of a tile do.
+    """
+    place, first, expert = update.place, rows.start, update.place.expert or 0
+    if tensor.row_dims == 2:
+        expert, first = divmod(rows.start, tensor.source.shape[1])
+        if place.expert is not None and expert != place.expert:
+            return None
+    stored = RowRange(first, first + len(rows))
+    if place.transposed:
+        matrix_rows = RowRange(place.start, place.start + place.rows)
+        matrix_columns, columns = stored, RowRange(place.stored_start, place.stored_start + place.rows)
+    else:
+        if not place.stored_start <= stored.start < place.stored_start + place.rows:
+            return None
+        shift = place.start - place.stored_start
+        matrix_rows = RowRange(stored.start + shift, stored.stop + shift)
+        matrix_columns = columns = RowRange(0, update.rows if update.transposes else update.columns)
+    if update.transposes:
+        matrix_rows, matrix_columns = matrix_columns, matrix_rows
+    return Part(Window(matrix_rows, matrix_columns, expert), columns, update.by_columns)
+
+
+def boundaries(tensor: TensorPlan) -> list[int]:
+    """Stored rows at which a part of some matrix begins or ends, with 0 and the number of rows."""
+    rows, height = tensor.rows, tensor.rows
+    if tensor.row_dims == 2:
+        height = tensor.source.shape[1]
+    within = {0}
+    for update in tensor.updates:
+        place = update.place
+        if not place.transposed:
+            within |= {place.stored_start, place.stored_start + place.rows}
+    within = {row for row in within if row < height}
+    return [*sorted(start + row for start in range(0, rows, height or 1) for row in within), rows]
