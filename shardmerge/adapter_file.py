@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardmerge.adapters import Claims, Registered, claim, detect_format
+from shardmerge.adapters import AdapterContent, Claims, Registered, claim, detect_format
 from shardmerge.checkpoint import read_json, read_shard
 from shardmerge.config import AdapterConfig
 from shardmerge.errors import FormatError
 from shardmerge.pickled import read_pickled
-from shardmerge.sources import Source, directory_of
-from shardmerge.spec import SourceFile, TensorRef
+from shardmerge.sources import Source, directory_of, open_reader
+from shardmerge.spec import DTYPE_BITS, SourceFile, TensorRef
 
 CONFIG_NAME = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+#: PEFT's names and MLX's.
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
 PICKLES = (".bin", ".pt", ".pth")
+_STRUCT_CODES = {"F16": "e", "F32": "f", "F64": "d", "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,8 @@ class AdapterFile:
     @property
     def trained_on(self) -> str | None:
         """The base that its config names."""
-        value = (self.config or {}).get("base_model_name_or_path")
+        config = self.config or {}
+        value = config.get("base_model_name_or_path", config.get("model"))
         return value if isinstance(value, str) and value else None
 
     def format(self, wanted: str = "auto") -> str:
@@ -41,10 +46,37 @@ class AdapterFile:
     def claims(self, config: AdapterConfig, registered: Registered = lambda module: ()) -> Claims:
         """Its updates and problems, read as ``config`` says; ``registered`` as `shardmerge.adapters.claim` takes it."""
         kind = self.format(config.format)
-        if self.config is not None and kind == "peft" and (config.alpha is not None or config.scaling is not None):
+        scaled = config.alpha is not None or config.scaling is not None
+        if self.config is not None and kind in ("peft", "mlx") and scaled:
             problem = f"it has its own {CONFIG_NAME}, so alpha and scaling must not be given; weight scales it"
             return Claims(problems=[problem], refused=True)
-        return claim(kind, self.tensors, self.config, config.alpha, config.scaling, registered)
+        tensors = self.chosen(config)
+        if not tensors:
+            return Claims(problems=[f"no tensor's name begins with prefix {config.prefix!r}"], refused=True)
+        content = AdapterContent(tensors, self.config, config.alpha, config.scaling, self.read_number)
+        return claim(kind, content, registered)
+
+    def chosen(self, config: AdapterConfig) -> Mapping[str, TensorRef]:
+        """Its tensors, or those that begin with the config's ``prefix``."""
+        prefix = config.prefix
+        return self.tensors if not prefix else {k: ref for k, ref in self.tensors.items() if k.startswith(prefix)}
+
+    def read_number(self, ref: TensorRef) -> float:
+        """The value of a tensor of one number."""
+        reader = open_reader(self.file)
+        try:
+            data = bytearray(DTYPE_BITS[ref.dtype] // 8)
+            reader.read_into(ref.offset, memoryview(data))
+        finally:
+            reader.close()
+        if ref.dtype == "BF16":  # the upper half of a float32
+            data, code = bytearray(b"\0\0") + data, "f"
+        elif (code := _STRUCT_CODES.get(ref.dtype, "")) == "":
+            raise FormatError(f"{ref.uri}: {ref.name} is stored as {ref.dtype}; expected a number")
+        (value,) = struct.unpack(f"<{code}", data)
+        if not math.isfinite(value):
+            raise FormatError(f"{ref.uri}: {ref.name} holds {value}")
+        return float(value)
 
 
 def open_adapter(source: Source) -> AdapterFile:
@@ -79,5 +111,5 @@ def _weights_name(source: Source) -> str:
     nested = [name for name in source.names() if name.endswith(WEIGHTS)]
     found = ", ".join(candidates or nested) or "none of that kind"
     raise FormatError(
-        f"{source.location}: expected {' or '.join(WEIGHTS)}, or one .safetensors or .pt file; found {found}"
+        f"{source.location}: expected {' or '.join(WEIGHTS[:2])}, or one .safetensors or .pt file; found {found}"
     )

@@ -82,7 +82,13 @@ class AdapterConfig(_Section):
 
     path: str = Field(min_length=1, description="A directory, a file, or a Hub id (org/name or org/name@revision).")
     weight: _Number = Field(default=1.0, description="Multiplies the adapter's own scaling.")
-    format: Literal["auto", "peft", "pure-pytorch"] = Field(default="auto", description="How the adapter is stored.")
+    format: Literal["auto", "peft", "pure-pytorch", "kohya", "mlx"] = Field(
+        default="auto", description="How the adapter is stored."
+    )
+    prefix: str | None = Field(
+        default=None,
+        description="Only tensors whose names begin so are merged: of an adapter for several models, those of this base.",
+    )
     alpha: _Number | None = Field(
         default=None, description="For an adapter that carries no config: its alpha; the scaling is alpha / rank."
     )
@@ -133,8 +139,9 @@ class MergeConfig(_Section):
     output: OutputConfig
     tied: Literal["untie", "peft"] = Field(
         default="untie",
-        description="Where the base ties its output head to the input embedding and an adapter updates one of them: untie "
-        "writes both, so that the merged model computes what base and adapter computed; peft does as PEFT's merge does.",
+        description="Where the base ties its output head to the input embedding and an adapter updates one of them: "
+        "untie writes both, so that the merged model computes what base and adapter computed; peft does as PEFT's merge "
+        "does.",
     )
     compute: ComputeConfig = Field(default_factory=lambda: ComputeConfig.model_validate({}))
 

@@ -196,7 +196,8 @@ class Engine:
         adapter_files = [file for adapter in plan.adapters for file in adapter.files]
         # Two sets, as they are used by two threads. Whole tensors of an adapter may stand in for the base's.
         self._sources = Readers([*plan.base.files, *adapter_files])
-        self._adapters = Readers(adapter_files)
+        # Some updates are made from the base's weight, too.
+        self._adapters = Readers([*plan.base.files, *adapter_files])
         self._factors = LazyFactors(self._adapters.get, self.device)
 
     def close(self) -> None:

@@ -44,6 +44,8 @@ DTYPE_BITS: Mapping[str, int] = {
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 #: The dtypes that an adapter's factors are read from.
 FACTOR_DTYPES = (*FLOAT_DTYPES, "F64")
+#: What indices among an adapter's factors are stored as.
+INTEGER_DTYPES = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 
 #: Factors of which only columns are needed are read whole up to this size, rather than row by row in pieces.
 KEPT_WHOLE_BYTES = 1 << 20

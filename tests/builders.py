@@ -18,7 +18,9 @@ from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shardmerge.spec import TensorRef, tensor_nbytes
+from shardmerge.adapters import AdapterContent
+from shardmerge.spec import Place as Place_
+from shardmerge.spec import TensorRef, Update, tensor_nbytes
 
 #: A loaded machine is slow, which is no reason to fail a test.
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -239,6 +241,26 @@ def refs_of(shapes: Mapping[str, Sequence[int]], dtype: str = "F32") -> dict[str
         refs[name] = TensorRef(name, "/nowhere.safetensors", dtype, tuple(shape), offset, nbytes)
         offset += nbytes
     return refs
+
+
+def update_of(
+    target: str, shape: tuple[int, ...], factors: tuple[tuple[str, TensorRef], ...], **changes: Any
+) -> Update:
+    """A LoRA update of a whole stored tensor; any field may be changed."""
+    fields = {"adapter": 0, "family": "lora", "module": target.rpartition(".")[0], "scaling": 1.0, "rank": RANK}
+    place = Place_(target, shape[0])
+    return Update(**{**fields, "target": target, "factors": factors, "shape": shape, "place": place, **changes})
+
+
+def content(
+    tensors: Mapping[str, TensorRef],
+    config: Mapping[str, Any] | None = None,
+    alpha: float | None = None,
+    scaling: float | None = None,
+    numbers: Mapping[str, float] | None = None,
+) -> AdapterContent:
+    """An adapter as its readers see it; ``numbers`` are the values of tensors of one number, by name."""
+    return AdapterContent(tensors, config, alpha, scaling, lambda ref: (numbers or {})[ref.name])
 
 
 def pure_tensors(modules: Iterable[str] = (Q0, V0, DOWN1), rank: int = RANK) -> Tensors:

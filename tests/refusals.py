@@ -154,17 +154,21 @@ REFUSALS: dict[str, Refusal] = {
     "leftover with its nearest": Refusal(
         more({f"{P}{Q0}.weight": torch.ones(2)}), [f"{P}{Q0}.weight belongs to no update (nearest: {Q0_WEIGHT}"]
     ),
-    "leftover DoRA": Refusal(more({f"{P}{Q0}.lora_magnitude_vector.weight": torch.ones(2)}), ["DoRA, not supported"]),
+    "leftover DoRA": Refusal(more({f"{P}{Q0}.lora_magnitude_vector.weight": torch.ones(2)}), ["does not say use_dora"]),
     "leftover embedding": Refusal(
-        more({f"{P}model.embed_tokens.lora_embedding_A": torch.ones(2)}), ["LoRA on an embedding, not supported"]
+        more({f"{P}model.embed_tokens.lora_embedding_A": torch.ones(2)}), ["lora_embedding_A is there without"]
     ),
-    "leftover bias": Refusal(more({f"{P}{Q0}.lora_B.bias": torch.ones(32)}), ["a bias of lora_B, not supported"]),
+    "leftover bias": Refusal(more({f"{P}{Q0}.lora_B.bias": torch.ones(32)}), ["does not say lora_bias"]),
     "leftover saved module": Refusal(
-        more({f"{P}lm_head.modules_to_save.weight": torch.ones(2)}), ["a module that was trained whole, not supported"]
+        more({f"{P}lm_head.modules_to_save.weight": torch.ones(2)}),
+        ["lm_head.modules_to_save.weight is [2]", "[64, 32]"],
     ),
     "prefix is wrong": Refusal(
-        adapter(factors("layers.0.self_attn.q_proj", 32, 32)),
-        [f"{P}layers.0.self_attn.q_proj.lora_A.weight updates layers.0", f"not in the base (nearest: {Q0_WEIGHT}"],
+        adapter(factors("decoder.layers.0.self_attn.q_proj", 32, 32)),
+        [
+            f"{P}decoder.layers.0.self_attn.q_proj.lora_A.weight updates decoder.layers.0",
+            f"not in the base (nearest: {Q0_WEIGHT}",
+        ],
     ),
     "no such layer": Refusal(
         adapter(factors("model.layers.9.self_attn.q_proj", 32, 32)), ["model.layers.9.self_attn.q_proj.weight", "near"]
@@ -186,7 +190,7 @@ REFUSALS: dict[str, Refusal] = {
         adapter(r=8), [f"{P}{Q0}.lora_A.weight has rank 4", "adapter_config.json says 8"]
     ),
     "shape is not the weight's": Refusal(
-        more(factors(V0, 32, 32)), [V0, "the update is (32, 32)", f"{V0}.weight, [16, 32] is (16, 32)"]
+        more(factors(V0, 32, 32)), [V0, "the update is (32, 32)", f"{V0}.weight is (16, 32)"]
     ),
     "shape is the transpose": Refusal(more(factors(V0, 32, 16)), ["the update is (32, 16)", "is (16, 32)"]),
     "target is a vector": Refusal(more(factors("model.norm", 32, 1)), ["model.norm.weight, [32] is no matrix"]),
@@ -195,7 +199,7 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "target is a convolution": Refusal(
         base(stored("c.weight", torch.ones(8, 4, 3)), then=more(factors("c", 8, 4))),
-        ["c.weight, [8, 4, 3] is no matrix"],
+        ["c: the update is (8, 4)", "c.weight is (8, 4, 3)"],
     ),
     "factors are empty": Refusal(
         more({f"{P}{Q0}.lora_A.weight": torch.ones(0), f"{P}{Q0}.lora_B.weight": torch.ones(0)}),
@@ -219,19 +223,20 @@ REFUSALS: dict[str, Refusal] = {
     "scaling times weight overflows": Refusal(
         lambda place: adapter(lora_alpha=1e308)(place) | entry(weight=1e10)(place), [Q0, "scaling", "1e+10"]
     ),
-    # --- what is not merged yet
-    **{
-        f"family {kind}": Refusal(adapter(peft_type=kind), [f"{kind} adapters are not supported yet"])
-        for kind in ("IA3", "LOHA", "ADALORA", "LOKR")
-    },
-    "DoRA": Refusal(adapter(use_dora=True), ["use_dora: DoRA (not supported yet)"]),
-    "modules_to_save": Refusal(
-        adapter(modules_to_save=["lm_head"]), ["modules_to_save: modules that were trained whole"]
+    # --- what cannot be merged
+    "prompt tuning": Refusal(adapter(peft_type="PROMPT_TUNING"), ["peft_type PROMPT_TUNING", "nothing to merge"]),
+    "unknown family": Refusal(adapter(peft_type="LORAX"), ["'LORAX' is unknown (did you mean LORA?)"]),
+    "DoRA without lengths": Refusal(
+        adapter(use_dora=True), ["says use_dora", f"{P}{Q0}.lora_magnitude_vector is missing"]
+    ),
+    "weight of what does not add": Refusal(
+        lambda place: more({f"{P}lm_head.weight": torch.ones(64, 32)})(place) | entry(weight=0.5)(place),
+        ["weight 0.5 has no meaning for replacement"],
     ),
     "PiSSA": Refusal(
         adapter(init_lora_weights="pissa"), ["init_lora_weights: 'pissa'", "Convert the adapter with PEFT"]
     ),
-    "bias": Refusal(adapter(bias="all"), ["bias: 'all': trained biases"]),
+    "bias": Refusal(adapter(bias="most"), ["bias must be none, all or …_only, found 'most'"]),
     "unknown key": Refusal(adapter(use_magic=True), ["'use_magic' is unknown to this version"]),
     "outside target_modules": Refusal(
         adapter(target_modules=["q_proj", "v_proj"]), [f"target_modules do not cover {DOWN1}", "PEFT would ignore"]
@@ -243,24 +248,9 @@ REFUSALS: dict[str, Refusal] = {
         adapter({name: tensor.to(torch.int8) for name, tensor in peft_tensors().items()}),
         [f"{P}{Q0}.lora_A.weight is stored as I8"],
     ),
-    "Conv1D": Refusal(base(model_type="gpt2"), [Q0, "gpt2 models store their layers transposed"]),
-    "Conv1D in one file": Refusal(
-        base(model_type="gpt2", path="model.safetensors"), [Q0, "gpt2 models store their layers transposed"]
-    ),
-    "tied head that is stored": Refusal(
-        base(tie_word_embeddings=True, then=adapter(LM_HEAD, target_modules=None)), ["lm_head", "ties", "untying"]
-    ),
-    "tied head that is not stored": Refusal(
-        base(llama_tensors(tied=True), tie_word_embeddings=True, then=adapter(LM_HEAD, target_modules=None)),
-        ["lm_head.weight, which the base does not store because it ties it", "untying is not supported yet"],
-    ),
-    "head tied by the text model": Refusal(
-        base(
-            tie_word_embeddings=...,
-            text_config={"tie_word_embeddings": True},
-            then=adapter(LM_HEAD, target_modules=None),
-        ),
-        ["ties its output head"],
+    "head that cannot be untied": Refusal(
+        base(llama_tensors(tied=True), tie_word_embeddings=True, then=more(factors("lm_head", 63, 32))),
+        ["lm_head: the update is (63, 32)"],
     ),
     "head that is neither tied nor stored": Refusal(
         base(llama_tensors(tied=True), then=adapter(LM_HEAD, target_modules=None)), ["lm_head.weight, which is not in"]

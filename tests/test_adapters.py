@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from shardmerge.adapters import FAMILIES, Claims, ModuleUpdate, claim, detect_format, leftover_kind
+from shardmerge.adapters import FAMILIES, REFUSED_TYPES, Claims, ModuleUpdate, check_dtypes, claim, detect_format
 from shardmerge.spec import TensorRef
-from tests.builders import ALPHA, Q0, RANK, V0, peft_config, peft_tensors, refs_of
+from tests.builders import ALPHA, Q0, RANK, V0, content, peft_config, peft_tensors, refs_of
 
 P = "base_model.model."
 
@@ -19,7 +19,7 @@ def shapes(*modules: str, infix: str = "", rank: int = RANK) -> dict[str, tuple[
 
 
 def claim_peft(tensors: Mapping[str, TensorRef], **changes: Any) -> Claims:
-    return claim("peft", tensors, peft_config(**changes), None, None)
+    return claim("peft", content(tensors, peft_config(**changes)))
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -80,11 +80,12 @@ def test_halves_of_different_adapters_are_no_pair() -> None:
         ((4, 32), (32, 5), ["disagree on the rank", "[4, 32]", "[32, 5]", "(r, in) and (out, r)"]),
         ((32, 4), (4, 32), ["has rank 32", "adapter_config.json says 4"]),
         ((8, 32), (32, 8), ["has rank 8", "adapter_config.json says 4", Q0]),
-        ((4, 32, 3), (32, 4, 1), ["no matrices", "convolution", "not supported yet"]),
-        ((4,), (32, 4), ["no matrices"]),
-        ((), (), ["no matrices"]),
+        ((4, 32, 3), (32, 4, 2), ["are no factors", "of a convolution (r, in, k…) and (out, r, 1…)"]),
+        ((4, 32, 3), (32, 4), ["are no factors"]),
+        ((4,), (32, 4), ["are no factors"]),
+        ((), (), ["are no factors"]),
     ],
-    ids=["ranks differ", "transposed", "not the config's", "convolution", "vector", "scalars"],
+    ids=["ranks differ", "transposed", "not the config's", "kernel in B", "kernel in A", "vector", "scalars"],
 )
 def test_factors_that_do_not_fit(a: tuple[int, ...], b: tuple[int, ...], parts: list[str]) -> None:
     tensors = refs_of({f"{P}{Q0}.lora_A.weight": a, f"{P}{Q0}.lora_B.weight": b})
@@ -121,36 +122,9 @@ def test_target_modules(targets: object, covered: bool) -> None:
         assert "target_modules do not cover " + Q0 in problem
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        (P + "model.embed_tokens.lora_embedding_A", "LoRA on an embedding"),
-        (Q0 + ".lora_magnitude_vector.weight", "DoRA"),
-        (Q0 + ".lora_B.bias", "a bias of lora_B"),
-        (Q0 + ".lora_B.default.bias", "a bias of lora_B"),
-        ("model.embed_tokens.token_adapter.trainable_tokens_delta", "trained token embeddings"),
-        ("lm_head.modules_to_save.weight", "a module that was trained whole"),
-        (Q0 + ".base_layer.weight", "a replaced base layer"),
-        ("something.else", ""),
-        (Q0 + ".lora_A.weight", ""),
-    ],
-)
-def test_leftover_kind(name: str, kind: str) -> None:
-    assert leftover_kind(name).startswith(kind)
-    assert bool(leftover_kind(name)) == bool(kind)
-
-
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 UNSUPPORTED: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "DoRA": ({"use_dora": True}, ["use_dora", "DoRA", "not supported yet"]),
-    "lora_bias": ({"lora_bias": True}, ["lora_bias", "biases of lora_B", "not supported yet"]),
-    "bias all": ({"bias": "all"}, ["bias: 'all'", "trained biases"]),
-    "bias lora_only": ({"bias": "lora_only"}, ["bias: 'lora_only'", "trained biases"]),
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, ["modules_to_save", "trained whole", "not supported yet"]),
-    "tokens": ({"trainable_token_indices": [1]}, ["trainable_token_indices", "token embeddings"]),
-    "tokens by module": ({"trainable_token_indices": {"embed_tokens": [1]}}, ["trainable_token_indices"]),
-    "parameters": ({"target_parameters": ["experts.down_proj"]}, ["target_parameters", "fused experts"]),
     "replication": ({"layer_replication": [[0, 2], [1, 3]]}, ["layer_replication", "replicated layers"]),
     "aLoRA": ({"alora_invocation_tokens": [1]}, ["alora_invocation_tokens", "cannot be merged"]),
     "QALoRA": ({"use_qalora": True}, ["use_qalora", "QALoRA"]),
@@ -210,9 +184,9 @@ def test_setting_is_refused_by_name(changes: dict[str, Any], parts: list[str]) -
 
 
 def test_every_wrong_setting_is_told() -> None:
-    changes = {"use_dora": True, "lora_bias": True, "bias": "all", "r": 0, "use_magic": 1, "init_lora_weights": "olora"}
+    changes = {"use_qalora": True, "bias": "most", "r": 0, "use_magic": 1, "init_lora_weights": "olora"}
     told = " ".join(claim_peft(refs_of(shapes(Q0)), **changes).problems)
-    for part in ("use_dora", "lora_bias", "bias: 'all'", "r must be", "use_magic", "olora"):
+    for part in ("use_qalora", "bias must", "r must be", "use_magic", "olora"):
         assert part in told
 
 
@@ -234,19 +208,19 @@ def test_setting_that_does_nothing(changes: dict[str, Any]) -> None:
     assert [(update.module, update.scaling) for update in claims.updates] == [(Q0, ALPHA / RANK)]
 
 
-@pytest.mark.parametrize(
-    "kind", ["IA3", "LOHA", "LOKR", "ADALORA", "VERA", "OFT", "BOFT", "PROMPT_TUNING", "PREFIX_TUNING", "XLORA", "POLY"]
-)
-def test_other_family_is_refused_by_name(kind: str) -> None:
-    claims = claim("peft", refs_of(shapes(Q0)), peft_config(peft_type=kind), None, None)
-    assert claims.problems == [f"{kind} adapters are not supported yet; this version merges LORA"]
+@pytest.mark.parametrize("kind", REFUSED_TYPES)
+def test_method_without_a_merge_is_refused_by_name(kind: str) -> None:
+    claims = claim("peft", content(refs_of(shapes(Q0)), peft_config(peft_type=kind)))
+    assert claims.problems == [f"peft_type {kind}: {REFUSED_TYPES[kind]}"]
     assert claims.refused
 
 
-@pytest.mark.parametrize("kind", [None, ...], ids=["null", "missing"])
-def test_config_without_a_family(kind: object) -> None:
-    claims = claim("peft", refs_of(shapes(Q0)), peft_config(peft_type=kind), None, None)
-    assert claims.problems == ["adapter_config.json names no peft_type; this version merges LORA"]
+@pytest.mark.parametrize("kind", [None, ..., "LORAX", 7, ["LORA"]], ids=str)
+def test_config_without_a_method(kind: object) -> None:
+    claims = claim("peft", content(refs_of(shapes(Q0)), peft_config(peft_type=kind)))
+    (problem,) = claims.problems
+    assert "this version merges" in problem and "LORA" in problem
+    assert claims.refused
 
 
 # --- PEFT's keys without a config -------------------------------------------------------------------------------------
@@ -258,13 +232,13 @@ def test_config_without_a_family(kind: object) -> None:
     ids=["alpha", "scaling", "alpha 0", "scaling 0", "negative"],
 )
 def test_bare_factors(alpha: float | None, scaling: float | None, expected: float) -> None:
-    claims = claim("peft", refs_of(shapes(Q0)), None, alpha, scaling)
+    claims = claim("peft", content(refs_of(shapes(Q0)), None, alpha, scaling))
     assert claims.problems == []
     assert [(update.module, update.rank, update.scaling) for update in claims.updates] == [(Q0, RANK, expected)]
 
 
 def test_bare_factors_need_a_scale() -> None:
-    claims = claim("peft", refs_of(shapes(Q0)), None, None, None)
+    claims = claim("peft", content(refs_of(shapes(Q0))))
     assert claims.refused
     assert "no adapter_config.json" in claims.problems[0]
     assert "give alpha (or scaling)" in claims.problems[0]
@@ -273,7 +247,7 @@ def test_bare_factors_need_a_scale() -> None:
 @pytest.mark.parametrize(("a", "b"), [((), ()), ((0, 32), (32, 0)), ((4, 32), (32, 5))], ids=str)
 def test_bare_factors_that_do_not_fit(a: tuple[int, ...], b: tuple[int, ...]) -> None:
     tensors = refs_of({f"{Q0}.lora_A.weight": a, f"{Q0}.lora_B.weight": b})
-    claims = claim("peft", tensors, None, 8.0, None)
+    claims = claim("peft", content(tensors, None, 8.0))
     assert claims.leftovers(tensors) == []
     assert bool(claims.problems) == (0 not in a)
 
@@ -296,40 +270,55 @@ def lora(a: tuple[int, ...], b: tuple[int, ...], dtype: str = "F32") -> ModuleUp
     return ModuleUpdate("module", "weight", "lora", (("A", refs["the.A"]), ("B", refs["the.B"])), 1.0, a[0])
 
 
-def check(update: ModuleUpdate, shape: tuple[int, ...], dtype: str) -> list[str]:
-    return FAMILIES[update.family].check(update, refs_of({"base.weight": shape}, dtype)["base.weight"])
+@pytest.mark.parametrize("shape", [(48, 32), (48, 32, 3), (48, 32, 3, 5)], ids=str)
+def test_fitting_update(shape: tuple[int, ...]) -> None:
+    kernel = shape[2:]
+    assert FAMILIES["lora"].check(lora((4, 32, *kernel), (48, 4, *(1 for _ in kernel))), shape) == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [
+        ((48, 32, 3), ["the update is (48, 32)", "is (48, 32, 3)"]),
+        ((32,), ["no matrix"]),
+        ((), ["no matrix"]),
+        ((48, 33), ["the update is (48, 32) from the.A and the.B", "is (48, 33)"]),
+        ((32, 48), ["the update is (48, 32)", "is (32, 48)"]),
+        ((1, 32), ["the update is (48, 32)", "is (1, 32)"]),
+    ],
+    ids=["convolution", "vector", "scalar", "in", "transposed", "out"],
+)
+def test_update_that_does_not_fit_its_weight(shape: tuple[int, ...], parts: list[str]) -> None:
+    (problem,) = FAMILIES["lora"].check(lora((4, 32), (48, 4)), shape)
+    for part in ("module", *parts):
+        assert part in problem
+
+
+def weight(dtype: str) -> TensorRef:
+    return refs_of({"base.weight": (48, 32)}, dtype)["base.weight"]
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize("factors", ["F64", "F32", "F16", "BF16"])
-def test_fitting_update(dtype: str, factors: str) -> None:
-    assert check(lora((4, 32), (48, 4), factors), (48, 32), dtype) == []
+def test_dtypes_that_merge(dtype: str, factors: str) -> None:
+    assert check_dtypes(lora((4, 32), (48, 4), factors), weight(dtype), frozenset()) == []
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype", "parts"),
-    [
-        ((48, 32), "F8_E4M3", ["stored as F8_E4M3", "dequantised", "base.weight, [48, 32]"]),
-        ((48, 32), "U8", ["stored as U8"]),
-        ((48, 32), "I32", ["stored as I32"]),
-        ((48, 32), "F64", ["stored as F64"]),
-        ((48, 32, 1), "F32", ["no matrix", "[48, 32, 1]", "only Linear"]),
-        ((32,), "F32", ["no matrix"]),
-        ((), "F32", ["no matrix"]),
-        ((48, 33), "F32", ["the update is (48, 32) from the.A and the.B", "is (48, 33)"]),
-        ((32, 48), "F32", ["the update is (48, 32)", "is (32, 48)"]),
-        ((1, 32), "F32", ["the update is (48, 32)", "is (1, 32)"]),
-    ],
-    ids=["fp8", "u8", "i32", "f64", "convolution", "vector", "scalar", "in", "transposed", "out"],
-)
-def test_update_that_does_not_fit_its_weight(shape: tuple[int, ...], dtype: str, parts: list[str]) -> None:
-    (problem,) = check(lora((4, 32), (48, 4)), shape, dtype)
-    for part in ("module", *parts):
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "U8", "I32", "F64"])
+def test_weights_that_do_not_merge(dtype: str) -> None:
+    (problem,) = check_dtypes(lora((4, 32), (48, 4)), weight(dtype), frozenset())
+    for part in ("module", "base.weight, [48, 32]", f"stored as {dtype}", "dequantised"):
         assert part in problem
 
 
 @pytest.mark.parametrize("dtype", ["I8", "F8_E4M3", "BOOL", "I64"])
 def test_factors_that_are_no_floats(dtype: str) -> None:
-    (problem,) = check(lora((4, 32), (48, 4), dtype), (48, 32), "F32")
+    (problem,) = check_dtypes(lora((4, 32), (48, 4), dtype), weight("F32"), frozenset())
     assert dtype in problem
     assert "the.A" in problem
+
+
+def test_factors_that_are_whole_numbers_on_purpose() -> None:
+    update = lora((4, 32), (48, 4), "I32")
+    assert check_dtypes(update, weight("F32"), frozenset({"A", "B"})) == []
+    assert check_dtypes(update, weight("F32"), frozenset({"A"})) != []

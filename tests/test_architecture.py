@@ -17,7 +17,7 @@ PACKAGE = ROOT / "shardmerge"
 #: Rooms by level, a room being a module or a folder. Imports go to a lower level, or stay within a folder.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "spec", "naming", "version"),
-    ("config", "header", "durable", "pickled", "pipeline", "adapters", "codecs", "sources"),
+    ("config", "header", "durable", "pickled", "pipeline", "adapters", "codecs", "sources", "names", "windows"),
     ("checkpoint", "journal"),
     ("adapter_file", "sinks", "factors"),
     ("planning", "report"),

@@ -17,7 +17,8 @@ from shardmerge.errors import NonFiniteError
 from shardmerge.factors import LazyFactors
 from shardmerge.pickled import read_pickled
 from shardmerge.sources import LocalReader, LocalSource, Reader
-from shardmerge.spec import RowRange, SourceFile, TensorRef, Update, even_rows
+from shardmerge.spec import RowRange, SourceFile, TensorRef, even_rows
+from tests.builders import update_of
 from tests.peft_oracle import random, write_adapter
 
 OUT, IN, RANK = 70, 23, 4
@@ -52,7 +53,7 @@ class Opened:
         self.uris: list[str] = []
         self.loader = LazyFactors(self._get, CPU)
         self.updates = [
-            Update(number, "lora", f"module{number}", f"module{number}.weight", (("A", a), ("B", b)), 1.0, RANK)
+            update_of(f"module{number}.weight", (OUT, IN), (("A", a), ("B", b)), adapter=number)
             for number, (a, b) in enumerate(refs)
         ]
 
@@ -147,7 +148,7 @@ def test_a_is_read_once_a_target(stored: torch.dtype, tmp_path: Path) -> None:
 def test_both_adapters_of_one_target_keep_their_a(tmp_path: Path) -> None:
     opened = open_safetensors(tmp_path, torch.float32)
     first, second = opened.updates
-    second = Update(1, "lora", "module0", first.target, second.factors, 1.0, RANK)
+    second = update_of(first.target, (OUT, IN), second.factors, adapter=1)
     for _ in range(4):
         assert torch.equal(opened.loader.of(first).whole("A"), A)
         assert torch.equal(opened.loader.of(second).whole("A"), A2)

@@ -15,7 +15,7 @@ from tests.test_planning import EXIT_CODES
 CHOSEN = (
     "leftover with its nearest",
     "shape is the transpose",
-    "DoRA",
+    "prompt tuning",
     "neither base nor adapter",
     "no base",
     "base is cut",

@@ -16,11 +16,10 @@ from shardmerge.planning.tiling import (
     needs_work,
     row_bytes,
     tile_all,
-    tile_count,
-    tile_rows,
+    tile_counts,
 )
 from shardmerge.spec import FLOAT_DTYPES, MemoryPlan, ShardPlan, TensorInfo, TensorPlan, TensorRef, Update, even_rows
-from tests.builders import refs_of, untimed
+from tests.builders import refs_of, untimed, update_of
 
 SMALLEST, LARGEST = min(_BUFFER_SIZES), max(_BUFFER_SIZES)
 
@@ -35,12 +34,24 @@ def tensor_plan(
         a: TensorRef = refs_of({"A": (shape[1], rank) if transposed else (rank, shape[1])})["A"]
         b: TensorRef = refs_of({"B": (rank, shape[0]) if transposed else (shape[0], rank)})["B"]
         factors = (("A", a.transposed() if transposed else a), ("B", b.transposed() if transposed else b))
-        updates = (Update(0, "lora", "m", "m.weight", factors, 1.0, rank),)
+        updates = (update_of("m.weight", shape, factors, rank=rank),)
     return TensorPlan(
         refs_of({"m.weight": shape}, source)["m.weight"],
         TensorInfo(out, shape, (0, elements * itemsize(out))),
         updates,
     )
+
+
+def tile_count(tensor: TensorPlan, buffer_bytes: int) -> int:
+    """The number of tiles of a tensor of one segment."""
+    ((rows, tiles),) = tile_counts(tensor, buffer_bytes)
+    assert rows == tensor.rows
+    return tiles
+
+
+def tile_rows(tensor: TensorPlan, tiles: int) -> int:
+    """Rows of the largest tile."""
+    return math.ceil(tensor.rows / tiles)
 
 
 DTYPES = st.sampled_from(FLOAT_DTYPES)

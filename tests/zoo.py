@@ -1,8 +1,8 @@
 """Tiny random models of many architectures, adapters on them, and what PEFT makes of the two.
 
-Models are named (`MODELS`), adapters are hashable descriptions (`lora`, `peft`, `by_hand`); both are written by the real
-libraries when they are first asked for and kept until the process ends. Sizes are odd and mostly not square, so that a
-swapped orientation cannot go unnoticed.
+Models are named (`MODELS`), adapters are hashable descriptions (`lora`, `peft`, `by_hand`); both are written by the
+real libraries when they are first asked for and kept until the process ends. Sizes are odd and mostly not square, so
+that a swapped orientation cannot go unnoticed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Model:
 
     ``saved``: as transformers 5 saves them, which is as checkpoints of its earlier versions are. ``memory``: as modules
     are called in memory. ``bare``: without the head model's prefix. ``gamma``: BERT's first names of a LayerNorm.
-    ``new_keys`` of config.json are left out: models of the Hub are older than they.
+    ``new_keys`` of config.json are left out: models of the Hub are older than they. ``shard`` is the size of a file.
     """
 
     kind: str
@@ -48,6 +48,7 @@ class Model:
     inputs: Callable[[], dict[str, Tensor]]
     layout: str = "saved"
     new_keys: tuple[str, ...] = ()
+    shard: int = 10**9
 
 
 def _tokens() -> dict[str, Tensor]:
@@ -64,7 +65,7 @@ def _pixels(*shape: int) -> Tensor:
 
 
 def _sound() -> dict[str, Tensor]:
-    return {"input_features": _pixels(2, 10, 32), "decoder_input_ids": torch.arange(4, 24).reshape(2, 10)}
+    return {"input_features": _pixels(2, 20, 32), "decoder_input_ids": torch.arange(4, 24).reshape(2, 10)}
 
 
 def _image() -> dict[str, Tensor]:
@@ -125,7 +126,8 @@ _VISION = {
     "patch_size": 4,
     "initializer_range": 0.2,
 }
-_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+#: Every expert sees every token: which ones are chosen would hang on the last bit of a router's weight.
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 4}
 _GPT2 = {
     **_SPECIAL,
     "vocab_size": VOCAB,
@@ -212,7 +214,7 @@ MODELS: dict[str, Model] = {
         "WhisperForConditionalGeneration",
         "WhisperConfig",
         {"vocab_size": VOCAB, "d_model": 40, "encoder_ffn_dim": 56, "decoder_ffn_dim": 52, "encoder_layers": 1}
-        | {"decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_mel_bins": 10}
+        | {"decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_mel_bins": 20}
         | {"max_source_positions": 16, "max_target_positions": 32, "decoder_start_token_id": 3, "init_std": 0.2}
         | {**_SPECIAL, "suppress_tokens": None, "begin_suppress_tokens": None},
         _sound,
@@ -232,16 +234,20 @@ MODELS: dict[str, Model] = {
     "resnet": Model(
         "ResNetForImageClassification",
         "ResNetConfig",
-        {"embedding_size": 8, "hidden_sizes": [12, 20], "depths": [1, 1], "layer_type": "bottleneck", "num_labels": 3},
+        # Bottlenecks are a quarter as wide; convolutions of fewer than 16 channels take kernels of their own.
+        {"embedding_size": 16, "hidden_sizes": [72, 80], "depths": [1, 1], "layer_type": "bottleneck", "num_labels": 3},
         _large_image,
     ),
-    "mixtral": _text("MixtralForCausalLM", "MixtralConfig", **_DECODER, **_EXPERTS),
+    "mixtral": dataclasses.replace(
+        _text("MixtralForCausalLM", "MixtralConfig", **_DECODER, **_EXPERTS),
+        shard=50_000,  # several files, between the experts of a layer too
+    ),
     "qwen3-moe": _text(
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",
         **_DECODER,
         num_experts=4,
-        num_experts_per_tok=2,
+        num_experts_per_tok=4,
         moe_intermediate_size=28,
         mlp_only_layers=[0],
     ),
@@ -256,19 +262,18 @@ MODELS: dict[str, Model] = {
         v_head_dim=10,
         n_routed_experts=4,
         n_shared_experts=1,
-        num_experts_per_tok=2,
+        num_experts_per_tok=4,
         moe_intermediate_size=28,
         first_k_dense_replace=1,
         n_group=2,
-        topk_group=1,
+        topk_group=2,
     ),
     "gpt-oss": _text("GptOssForCausalLM", "GptOssConfig", **_DECODER, **_EXPERTS),
     "llama4": _text(
         "Llama4ForCausalLM",
         "Llama4TextConfig",
         **_DECODER,
-        num_local_experts=4,
-        num_experts_per_tok=1,
+        **_EXPERTS,
         intermediate_size_mlp=44,
         moe_layers=[1],
     ),
@@ -320,9 +325,9 @@ def load(folder: Path, dtype: str = "auto") -> Any:
     return model
 
 
-def write(model: Any, folder: Path, layout: str) -> Path:
+def write(model: Any, folder: Path, layout: str, shard: int = 10**9) -> Path:
     """Store a model with the names of a layout."""
-    model.save_pretrained(folder, save_original_format=layout != "memory")
+    model.save_pretrained(folder, save_original_format=layout != "memory", max_shard_size=shard)
     if layout in ("bare", "gamma"):
         file = folder / _ONE_FILE
         save_file({_on_disk_name(name, layout): tensor for name, tensor in load_file(file).items()}, file)
@@ -347,11 +352,15 @@ def base_folder(name: str, dtype: str = F32) -> Path:
             for parameter in model.parameters():
                 if parameter.ndim == 1:  # norms of ones and biases of zeros would hide mistakes
                     parameter += 0.1 * torch.randn_like(parameter)
-    folder = write(model.to(getattr(torch, dtype)), new_folder(f"base-{name}-{dtype}"), of.layout)
-    file = folder / "config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps({key: value for key, value in config.items() if key not in of.new_keys}))
+    folder = write(model.to(getattr(torch, dtype)), new_folder(f"base-{name}-{dtype}"), of.layout, of.shard)
+    _edit_json(folder / "config.json", dict.fromkeys(of.new_keys, ...))
     return folder
+
+
+def _edit_json(file: Path, changes: Mapping[str, Any]) -> None:
+    """Change keys of a JSON object; a change to ``...`` leaves the key out."""
+    value = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: item for key, item in value.items() if item is not ...}))
 
 
 @torch.inference_mode()
@@ -376,13 +385,14 @@ def base_answer(name: str, dtype: str = F32) -> Tensor:
 class Adapter:
     """``config`` is PEFT's class and ``settings`` go to it; `Frozen` stands for a list or dict there.
 
-    ``more_tokens`` are added to the vocabulary before training. Without a ``config`` the adapter is written by hand: see
-    `by_hand`.
+    ``more_tokens`` are added to the vocabulary before training; ``on_disk`` is put into adapter_config.json after
+    saving. Without a ``config`` the adapter is written by hand: see `by_hand`.
     """
 
     config: str
     settings: tuple[tuple[str, Any], ...]
     more_tokens: int = 0
+    on_disk: tuple[tuple[str, Any], ...] = ()
     stored: str = ""
 
 
@@ -403,9 +413,10 @@ def _freeze(value: Any) -> Any:
 def peft(config: str, *targets: str, **settings: Any) -> Adapter:
     """An adapter of any family of PEFT's, by the name of its config's class."""
     more_tokens = settings.pop("more_tokens", 0)
+    on_disk = tuple(settings.pop("on_disk", {}).items())
     if targets:
         settings["target_modules"] = targets[0] if targets == ("all-linear",) else list(targets)
-    return Adapter(config, tuple((key, _freeze(value)) for key, value in settings.items()), more_tokens)
+    return Adapter(config, tuple((key, _freeze(value)) for key, value in settings.items()), more_tokens, on_disk)
 
 
 def lora(*targets: str, **settings: Any) -> Adapter:
@@ -438,6 +449,7 @@ def adapter_folder(model: str, adapter: Adapter, dtype: str = F32) -> Path:
                     parameter *= 1 + 0.1 * torch.randn_like(parameter)
                     parameter += 0.1 * torch.randn_like(parameter)
         model_to_train.save_pretrained(folder)
+    _edit_json(folder / "adapter_config.json", dict(adapter.on_disk))
     return folder
 
 
@@ -493,7 +505,7 @@ def _wrapped(model: str, adapter: Adapter, dtype: str, load_as: str, *, untied: 
 def merged_by_peft(
     model: str, adapter: Adapter, dtype: str = F32, load_as: str = "auto", *, untied: bool = False
 ) -> Path:
-    """What PEFT's default merge stores. Loaded as float64, the base makes it exact; the adapter is float32 as always."""
+    """What PEFT's default merge stores. With a base loaded as float64 it is exact."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         merged = _wrapped(model, adapter, dtype, load_as, untied=untied).merge_and_unload()
@@ -533,6 +545,6 @@ def exact_sum(model: str, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str
 def exact_answer(model: str, adapter: Adapter) -> Tensor:
     """What a model of the weights of `exact_sum` computes."""
     folder = new_folder(f"exact-{model}")
-    shutil.copytree(base_folder(model), folder, dirs_exist_ok=True)
+    shutil.copy(base_folder(model) / "config.json", folder)
     save_file({name: weight.float() for name, weight in exact_sum(model, adapter)[0].items()}, folder / _ONE_FILE)
     return answer(load(folder), MODELS[model].inputs())

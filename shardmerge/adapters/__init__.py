@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from shardmerge.adapters import peft_lora, pure_pytorch
+from shardmerge.adapters import kohya, mlx, peft_lora, pure_pytorch
 from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, check_dtypes
 from shardmerge.adapters.frozen import FrozenCopy
 from shardmerge.adapters.lora import Dora, Lora, LoraBias, LoraExperts
@@ -24,6 +25,7 @@ __all__ = [
     "FAMILIES",
     "METHODS",
     "REFUSED_TYPES",
+    "AdapterContent",
     "Claims",
     "Factors",
     "Family",
@@ -56,26 +58,40 @@ def work_dtype(tensor: TensorPlan, compute_dtype: str) -> str:
 
 
 def detect_format(tensors: Mapping[str, TensorRef], config: Mapping[str, Any] | None) -> str:
-    """``peft`` or ``pure-pytorch``, from the config's presence and the names."""
-    return "pure-pytorch" if config is None and pure_pytorch.looks_like(tensors) else "peft"
+    """``peft``, ``pure-pytorch``, ``kohya`` or ``mlx``, from the config and the names."""
+    if config is not None:
+        return "mlx" if mlx.is_config(config) else "peft"
+    if pure_pytorch.looks_like(tensors):
+        return "pure-pytorch"
+    return "kohya" if kohya.looks_like(tensors) else "peft"
 
 
-def claim(
-    kind: str,
-    tensors: Mapping[str, TensorRef],
-    config: Mapping[str, Any] | None,
-    alpha: float | None,
-    scaling: float | None,
-    registered: Registered = lambda module: (),
-) -> Claims:
+@dataclass(frozen=True, slots=True)
+class AdapterContent:
+    """What an adapter's files hold, and what our config says of its scale."""
+
+    tensors: Mapping[str, TensorRef]
+    config: Mapping[str, Any] | None
+    alpha: float | None
+    scaling: float | None
+    #: Reads a tensor of one number.
+    read_number: kohya.ReadNumber
+
+
+def claim(format_: str, content: AdapterContent, registered: Registered = lambda module: ()) -> Claims:
     """Read an adapter of a format: its updates, and everything that is wrong with it.
 
     ``registered`` tells in which order a module of the base registers parameters of its own, where that is known.
     """
-    if kind == "pure-pytorch":
+    tensors, config, alpha, scaling = content.tensors, content.config, content.alpha, content.scaling
+    if format_ == "pure-pytorch":
         return pure_pytorch.claim(tensors, alpha, scaling)
+    if format_ == "kohya":
+        return kohya.claim(tensors, content.read_number, alpha, scaling)
     if config is None:
         return peft_lora.claim_bare(tensors, alpha, scaling)
+    if format_ == "mlx":
+        return mlx.claim(tensors, config)
     peft_type = config.get("peft_type")
     if isinstance(peft_type, str) and (method := METHODS.get(peft_type)):
         return method.claim(tensors, config, registered)

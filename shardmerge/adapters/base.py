@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from shardmerge.spec import FACTOR_DTYPES, FLOAT_DTYPES, Parameter, RowRange, TensorRef, Update, Window
+from shardmerge.spec import FACTOR_DTYPES, FLOAT_DTYPES, INTEGER_DTYPES, Parameter, RowRange, TensorRef, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +39,10 @@ class ModuleUpdate:
     experts: bool = False
     #: Whether nothing is lost if the base has no such tensor.
     optional: bool = False
+    #: Whether dots of the module's name are written as underscores.
+    flattened: bool = False
+    #: Role → parameter of the same module, whose values in the base, before anything changed them, are a factor, too.
+    of_base: tuple[tuple[str, str], ...] = ()
 
     @property
     def first(self) -> str:
@@ -50,6 +54,13 @@ class ModuleUpdate:
 
     def factor(self, role: str) -> TensorRef:
         return next(ref for name, ref in self.factors if name == role)
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        return next((value for key, value in self.settings if key == name), default)
+
+    def changed(self, **changes: Any) -> ModuleUpdate:
+        """The same with other fields."""
+        return dataclasses.replace(self, **changes)
 
 
 @dataclass(slots=True)
@@ -103,6 +114,10 @@ class Family(ABC):
     #: All others are kept whole while a target is worked on.
     by_rows: ClassVar[frozenset[str]] = frozenset()
     by_columns: ClassVar[frozenset[str]] = frozenset()
+    #: Factors that ``apply`` reads a few rows at a time; `kept_bytes` tells of the most that is in memory.
+    streamed: ClassVar[frozenset[str]] = frozenset()
+    #: Factors that may be whole numbers: indices, say.
+    whole_numbers: ClassVar[frozenset[str]] = frozenset()
     #: Factors that, all zero, make the whole update nothing.
     zero_means_nothing: ClassVar[frozenset[str]] = frozenset()
     #: Whether W changes at all.
@@ -139,15 +154,24 @@ class Family(ABC):
         """See a tile before any is changed. The tile may be overwritten."""
         raise NotImplementedError
 
+    def row_unit(self, update: Update | ModuleUpdate) -> int:
+        """How many rows make a group that is updated together; a tile of rows holds whole groups."""
+        return 1
+
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         """Bytes of what `Factors.kept` keeps, and of what ``apply`` takes besides ``scratch``."""
         return 0
 
 
-def check_dtypes(update: ModuleUpdate, weight: TensorRef) -> list[str]:
-    """Whether numbers of these dtypes can be merged."""
-    for _, factor in update.factors:
-        if factor.dtype not in FACTOR_DTYPES and not factor.dtype.startswith(("I", "U")):
+def misshaped(ref: TensorRef, expected: tuple[int, ...], meaning: str) -> list[str]:
+    """Whether a factor has the shape that it must have."""
+    return [] if ref.shape == expected else [f"{ref.name} is {list(ref.shape)}; expected {list(expected)}, {meaning}"]
+
+
+def check_dtypes(update: ModuleUpdate, weight: TensorRef, whole_numbers: frozenset[str]) -> list[str]:
+    """Whether numbers of these dtypes can be merged. ``whole_numbers`` are roles whose factors may be whole numbers."""
+    for role, factor in update.factors:
+        if factor.dtype not in FACTOR_DTYPES and not (role in whole_numbers and factor.dtype in INTEGER_DTYPES):
             return [f"{factor.name} is stored as {factor.dtype}; factors are F64, F32, F16 or BF16"]
     if weight.dtype not in FLOAT_DTYPES:
         return [

@@ -28,7 +28,7 @@ class FrozenCopy(Family):
         copy = update.factor("copy")
         if copy.shape != shape:
             return [
-                f"{copy.name}: a frozen copy of {update.module}'s {update.parameter}, but it is {list(copy.shape)} and the "
+                f"{copy.name}: a frozen copy of {update.module}.{update.parameter}, but it is {list(copy.shape)} and the "
                 f"base's is {list(shape)}; the adapter was trained on another base"
             ]
         return []

@@ -38,8 +38,13 @@ class Lora(Family):
     adds: ClassVar[bool] = True
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        """In a model that is not known, shapes tell a Conv1D; of a square one, only the config's flag could."""
+        """In a model that is not known, shapes tell a Conv1D; of a square one, only the config's flag could.
+
+        MLX does not say whether a module is an embedding; those are never square.
+        """
         made = (update.factor("B").shape[0], update.factor("A").shape[-1])
+        if dict(update.settings).get("either_way") and made[0] != made[1]:
+            return dataclasses.replace(update, transposes=made == parameter.shape[::-1])
         if parameter.is_transposed is not None or update.transposes or len(parameter.shape) != 2:
             return update
         flagged = dict(update.settings).get("fan_in_fan_out", False)
@@ -50,13 +55,16 @@ class Lora(Family):
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         a, b = update.factor("A"), update.factor("B")
         if len(shape) < 2:
-            return [f"{update.module}: its {update.parameter} {list(shape)} is no matrix, so LoRA cannot update it"]
+            return [f"{update.module}.{update.parameter}, {list(shape)} is no matrix, so LoRA cannot update it"]
         made = (b.shape[0], *a.shape[1:])
-        if made != shape:
+        if _without_ones(made) != _without_ones(shape):
             hint = ""
             if len(shape) > 2 and made[0] == shape[0] and made[1] != shape[1] and shape[1] and not made[1] % shape[1]:
                 hint = "; a convolution of several groups, which PEFT cannot merge either"
-            return [f"{update.module}: the update is {made} from {a.name} and {b.name}, but the weight is {shape}{hint}"]
+            return [
+                f"{update.module}: the update is {made} from {a.name} and {b.name}, but the weight "
+                f"{update.module}.{update.parameter} is {shape}{hint}"
+            ]
         return []
 
     def add(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
@@ -72,6 +80,13 @@ class Lora(Family):
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         self.add(tile, factors, update, window, scratch)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A convolution of one point is a Linear layer, and at times its LoRA is stored as one."""
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
 
 
 class Dora(Lora):
@@ -90,7 +105,9 @@ class Dora(Lora):
         magnitude = update.factor("magnitude")
         problems = super().check(update, shape)
         if not problems and magnitude.shape != (shape[0],):
-            problems = [f"{magnitude.name} is {list(magnitude.shape)}; expected [{shape[0]}], a length for every output"]
+            problems = [
+                f"{magnitude.name} is {list(magnitude.shape)}; expected [{shape[0]}], a length for every output"
+            ]
         return problems
 
     def surveys(self, update: Update) -> bool:

@@ -105,7 +105,8 @@ class PeftMethod(ABC):
         return []
 
     def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
-        """Claim tensors whose keys are of another form."""
+        """Claim tensors whose keys are of another form: those that were saved whole."""
+        claim_wholes(claims, tensors, config)
 
     def covers(self, module: str, config: Config) -> bool:
         """Whether the config says that the module is one of the adapter's."""
@@ -132,7 +133,6 @@ class PeftMethod(ABC):
         if modules:
             claims.told |= {ref.name for ref in shared.values()}
         self.claim_rest(claims, tensors, config)
-        claim_wholes(claims, tensors, config)
         return claims
 
     def grouped(self, tensors: Mapping[str, TensorRef]) -> tuple[list[Module], dict[str, TensorRef]]:
@@ -195,7 +195,9 @@ def _key_pattern(roles: tuple[tuple[str, str], ...]) -> tuple[re.Pattern[str], l
     parts, names = [], []
     for index, (key, role) in enumerate(roles):
         factor, dot, end = key.partition(".")
-        parts.append(rf"(?P<role{index}>{re.escape(factor)}(?:\.(?P<adapter{index}>[^.]+))?{re.escape(dot + end)})")
+        parts.append(
+            rf"(?P<role{index}>{re.escape(factor)}(?:\.(?P<adapter{index}>(?!weight$|bias$)[^.]+))?{re.escape(dot + end)})"
+        )
         names.append(role.removesuffix("?"))
     return re.compile(rf"(?P<module>.+)\.(?:{'|'.join(parts)})"), names
 

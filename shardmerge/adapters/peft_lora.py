@@ -16,12 +16,12 @@ from shardmerge.adapters.base import Claims, ModuleUpdate
 from shardmerge.adapters.lora import scaling_of
 from shardmerge.adapters.peft import (
     FLAG,
+    MISSING,
     NUMBER,
     NUMBER_PATTERN,
     RANK,
     RANK_PATTERN,
     STRINGS,
-    MISSING,
     Check,
     Config,
     Context,
@@ -113,6 +113,7 @@ class LoraMethod(PeftMethod):
 
     def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
         claim_tokens(claims, tensors, config.get("trainable_token_indices"))
+        super().claim_rest(claims, tensors, config)
 
 
 # --- the forms of LoRA ------------------------------------------------------------------------------------------------
@@ -140,9 +141,7 @@ def _claim_matrix(claims: Claims, module: Module, config: Config) -> None:
     rank, scaling = rank_and_scaling(config, module.name)
     a, b = module.factors["A"], module.factors["B"]
     settings = (("fan_in_fan_out", True),) if config.get("fan_in_fan_out") else ()
-    update = ModuleUpdate(
-        module.name, "weight", "lora", (("A", a), ("B", b)), scaling, rank, settings=settings
-    )
+    update = ModuleUpdate(module.name, "weight", "lora", (("A", a), ("B", b)), scaling, rank, settings=settings)
     _append(claims, _with_magnitude(claims, module, config, update))
     if 0 in a.shape or 0 in b.shape:
         return  # an empty tensor is told of as such
@@ -187,7 +186,9 @@ def _with_magnitude(claims: Claims, module: Module, config: Config, update: Modu
         )
         return update
     # A convolution's is (1, out, 1…).
-    flat = dataclasses.replace(magnitude, shape=(math.prod(magnitude.shape),)) if magnitude.strides is None else magnitude
+    flat = (
+        dataclasses.replace(magnitude, shape=(math.prod(magnitude.shape),)) if magnitude.strides is None else magnitude
+    )
     return dataclasses.replace(update, family="dora", factors=(*update.factors, ("magnitude", flat)))
 
 
@@ -215,9 +216,7 @@ def _claim_embedding(claims: Claims, module: Module, config: Config) -> None:
             claims.problems.append(f"{module.factors[role].name} is there beside the factors of an embedding")
     rank, scaling = rank_and_scaling(config, module.name)
     a, b = module.factors["embedding_A"], module.factors["embedding_B"]
-    update = ModuleUpdate(
-        module.name, "weight", "lora", (("A", a), ("B", b)), scaling, rank, transposes=True
-    )
+    update = ModuleUpdate(module.name, "weight", "lora", (("A", a), ("B", b)), scaling, rank, transposes=True)
     _append(claims, _with_magnitude(claims, module, config, update))
     if 0 in a.shape or 0 in b.shape:
         return
@@ -244,7 +243,9 @@ def _claim_parameter(claims: Claims, module: Module, bare: str, depth: int, cont
     if len(targets) > 1:
         order = [name for name in context.registered(bare) if name in targets]
         if sorted(order) != sorted(targets):
-            claims.half(a, f"a word on which of {', '.join(targets)} it belongs to: {bare} is of a model that is not known")
+            claims.half(
+                a, f"a word on which of {', '.join(targets)} it belongs to: {bare} is of a model that is not known"
+            )
             claims.told.add(b.name)
             return
         targets = order

@@ -31,3 +31,4 @@ class TrainableTokensMethod(PeftMethod):
 
     def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
         claim_tokens(claims, tensors, config.get("token_indices"))
+        super().claim_rest(claims, tensors, config)

@@ -6,7 +6,6 @@ What a ``Place`` cannot say is refused, with the reason, and never approximated.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -168,13 +167,6 @@ def shuffle(view: View, groups: int, a: int, b: int, axis: int) -> View:
         else:
             raise RefusalError("its rows are reordered twice")
     return View(view.shape, tuple(pieces), view.stacked)
-
-
-def flatten(view: View) -> View:
-    """(rows, a, b, …) → (rows, a·b·…): the same bytes."""
-    if view.stacked:
-        raise RefusalError("experts are flattened")
-    return View((view.shape[0], math.prod(view.shape[1:])), view.pieces)
 
 
 def places(view: View) -> tuple[Place, ...]:

@@ -2,42 +2,294 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
-from shardmerge.names.places import Parameter, Place
+from shardmerge.names import conversions, pieces
+from shardmerge.names import table as tables
+from shardmerge.names.index import Index, number_in
+from shardmerge.names.pieces import RefusalError, View
+from shardmerge.names.places import Parameter
+from shardmerge.names.rules import Rules, compose
 
 #: Prefixes of base models that are tried where the architecture is not known.
 _COMMON_PREFIXES = ("model", "transformer")
+#: The rules that every model has, for names of old checkpoints.
+_LEGACY = "legacy"
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 class Names:
-    """The names of one checkpoint."""
+    """The names of one checkpoint.
+
+    ``config`` is its config.json, which nobody has checked; ``shapes`` has the shape of every stored tensor.
+    """
 
     def __init__(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._config = config
         self._shapes = shapes
-        self.known = False
+        self._architecture = tables.find(config)
+        self._views: dict[str, list[View] | RefusalError] = {}
+
+    @property
+    def known(self) -> bool:
+        """Whether the architecture is in the table."""
+        return self._architecture is not None
+
+    # --- what the table says of this model ---
+
+    @cached_property
+    def _parts(self) -> list[tables.Part]:
+        return list(tables.parts(self._architecture, self._config)) if self._architecture else []
+
+    @cached_property
+    def _rules(self) -> Rules:
+        known = tables.table().rules
+        modules = [(part.path, part.architecture.name, part.architecture.model_type) for part in self._parts]
+        prefix = self._architecture.base_prefix if self._architecture else ""
+        return Rules([*compose(known, modules, prefix), *known[_LEGACY]])
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        """No rules but those for the LayerNorms of old checkpoints."""
+        return len(self._rules.rules) == len(tables.table().rules[_LEGACY])
+
+    @cached_property
+    def _index(self) -> Index:
+        return Index(Rules(self._rules.rules), self._shapes)
+
+    @cached_property
+    def _prefixes(self) -> tuple[str, ...]:
+        if self._architecture is None:
+            return _COMMON_PREFIXES
+        return (self._architecture.base_prefix,) if self._architecture.base_prefix else ()
+
+    @cached_property
+    def _experts(self) -> dict[str, tuple[tuple[str, ...], bool]]:
+        """Modules of experts, numbers as # → their parameters, and whether these are (E, in, out) in memory."""
+        found: dict[str, tuple[tuple[str, ...], bool]] = {}
+        for part in self._parts:
+            for module, names in part.architecture.experts.items():
+                path = ".".join(filter(None, (part.path, module)))
+                found[path] = names, part.architecture.transposed_experts
+        return found
+
+    # --- resolving ---
 
     def resolve(self, module: str, parameter: str = "weight") -> Parameter | str:
-        """The parameter's places; else why there are none, "" where nothing of that name is in the base."""
+        """The parameter's places; else why there are none, "" where nothing of that name is in the base.
+
+        Names in memory go first, then names on disk, then both with the base model's prefix added or removed. Where a
+        name means different places, it is refused.
+        """
         name = f"{module}.{parameter}" if module else parameter
-        candidates = [name]
-        for prefix in _COMMON_PREFIXES:
-            candidates.append(f"{prefix}.{name}")
-            if name.startswith(prefix + "."):
-                candidates.append(name.removeprefix(prefix + "."))
-        for candidate in candidates:
-            if candidate in self._shapes:
-                shape = self._shapes[candidate]
-                experts = len(shape) == 3 and parameter != "weight"
-                rows = shape[experts] if shape else 1
-                return Parameter(candidate, shape, (Place(candidate, rows),), None, experts)
+        if self._is_plain and name in self._shapes:
+            return self._parameter(name, name, self._as_stored(name))
+        try:
+            for candidates in ((name,), tuple(self._with_other_prefix(name))):
+                readings = [reading for candidate in candidates for reading in self._readings(candidate)]
+                if readings:
+                    return _agreed(name, readings)
+        except RefusalError as error:
+            return f"{name}: {error}"
         return ""
 
+    def _with_other_prefix(self, name: str) -> Iterator[str]:
+        for prefix in self._prefixes:
+            if name.startswith(prefix + "."):
+                yield name.removeprefix(prefix + ".")
+            yield f"{prefix}.{name}"
+
+    def _readings(self, name: str) -> Iterator[Parameter]:
+        """What a name can mean: a name in memory; a name on disk that stands; a name on disk by what it becomes."""
+        image = self._rules.forward(name)
+        stands = name in self._shapes and name != image.name and name not in image.targets
+        if not stands or name in self._index.targets or name in self._index.renamed:
+            in_memory = self._view(name)
+            if in_memory is not None:
+                yield self._parameter(name, name, in_memory)
+        if stands:
+            # A checkpoint may well store names in memory that the rules do not fit.
+            alias = name if image.rule or self._is_special(name) else image.name
+            yield self._parameter(name, alias, self._as_stored(name, alias))
+        if name in self._shapes or name == image.name or name in image.targets:
+            return
+        views = [self._view(target) for target in image.targets or (image.name,)]
+        if any(view is None for view in views):
+            return
+        if image.rule is None:
+            yield self._parameter(image.name, image.name, views[0])  # type: ignore[arg-type]
+            return
+        number = number_in(image)
+        member = None if number is None or number < 0 else number
+        view = conversions.revert(image.rule, views, image.source, member, self._config)  # type: ignore[arg-type]
+        yield self._parameter(name, name, view)
+
+    def _view(self, name: str) -> View | None:
+        """The tensor of that name in memory, if the checkpoint has it."""
+        index = self._index
+        if name in index.targets:
+            first, i = index.targets[name]
+            views = self._converted(first)
+            if isinstance(views, RefusalError):
+                raise views
+            return views[i]
+        sources = index.renamed.get(name, [])
+        if len(sources) > 1:
+            raise RefusalError(f"it could be any of {', '.join(sorted(sources))}")
+        if sources:
+            return self._as_stored(sources[0], name)
+        return self._as_stored(name) if name in self._shapes else None
+
+    def _converted(self, first: str) -> list[View] | RefusalError:
+        if first not in self._views:
+            try:
+                self._views[first] = self._convert(first)
+            except RefusalError as error:
+                self._views[first] = error
+        return self._views[first]
+
+    def _convert(self, first: str) -> list[View]:
+        group = self._index.groups[first]
+        if group.unclear:
+            raise RefusalError("it is not clear how its stored parts belong together")
+        sources: list[list[View]] = []
+        for i, names in enumerate(group.sources):
+            numbers = sorted(names)
+            if not numbers:
+                raise RefusalError(f"the base stores it in parts, and lacks {group.rule.sources[i]}")
+            if numbers != [-1] and numbers != list(range(len(numbers))):
+                raise RefusalError(f"of its experts on disk some are missing (there are {_some(numbers)})")
+            stored = [names[number] for number in numbers]
+            shapes = [self._shapes[name] for name in stored]
+            sources.append(
+                [
+                    pieces.stored(name, shape, conversions.is_stack(group.rule, len(shape)))
+                    for name, shape in zip(stored, shapes, strict=True)
+                ]
+            )
+        return conversions.convert(group.rule, sources, self._config)
+
+    def _as_stored(self, name: str, in_memory: str | None = None) -> View:
+        shape = self._shapes[name]
+        return pieces.stored(name, shape, self._is_stack(in_memory or name, shape))
+
+    def _is_stack(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a parameter's first dimension counts experts."""
+        if len(shape) not in (2, 3):
+            return False
+        module, _, parameter = name.rpartition(".")
+        found = self._experts_of(module)
+        if found:
+            # A bias of experts, (E, n), stands beside matrices (E, out, in); a router's matrix stands alone.
+            return parameter in found[0]
+        return len(shape) == 3 and shape[0] > 1 and parameter != "weight"
+
+    def _experts_of(self, module: str) -> tuple[tuple[str, ...], bool] | None:
+        for candidate in (module, *self._with_other_prefix(module)):
+            found = self._experts.get(_NUMBER.sub("#", candidate))
+            if found:
+                return found
+        return None
+
+    def _keeps_transposed(self, name: str, view: View) -> bool:
+        module, _, parameter = name.rpartition(".")
+        if view.stacked:
+            found = self._experts_of(module)
+            return len(view.shape) == 3 and found is not None and found[1] and parameter in found[0]
+        return parameter == "weight" and len(view.shape) == 2 and self._is_conv1d(module)
+
+    def _is_special(self, name: str) -> bool:
+        """Whether the table says of that name in memory that it is more than a matrix (out, in)."""
+        module = name.rpartition(".")[0]
+        return self._experts_of(module) is not None or self._is_conv1d(module)
+
+    def _is_conv1d(self, module: str) -> bool:
+        last = module.rpartition(".")[2]
+        for part in self._parts:
+            if last in part.architecture.conv1d:
+                inside = (part.path, part.path.removeprefix(f"{self._prefixes[0]}.") if self._prefixes else "")
+                if any(not path or module.startswith(f"{path}.") for path in inside):
+                    return True
+                # A checkpoint without the base model's prefix: the part is the base model itself.
+                if self._prefixes and part.path == self._prefixes[0]:
+                    return True
+        return False
+
+    def _parameter(self, name: str, in_memory: str, view: View) -> Parameter:
+        """The parameter in matrix orientation."""
+        if not self.known:
+            return Parameter(name, view.shape, pieces.places(view), None, view.stacked)
+        transposed = self._keeps_transposed(in_memory, view)
+        if transposed:
+            view = pieces.transpose(view, view.row_axis, view.row_axis + 1)
+        return Parameter(name, view.shape, pieces.places(view), transposed, view.stacked)
+
+    # --- tied weights and the order of parameters ---
+
     def tied_heads(self) -> Mapping[str, str]:
-        """Names of output heads that are tied to an input embedding → the embedding's stored name."""
-        return {}
+        """Names of weights that are tied to an input embedding → the embedding's stored name.
+
+        A weight that is not stored has the name that it would have beside the embedding, in this checkpoint's style.
+        Where the embedding itself is not stored there is nothing to be said.
+        """
+        found: dict[str, str] = {}
+        for part in self._parts:
+            if not part.architecture.tied or not tables.ties(part):
+                continue
+            for head, embedding in part.architecture.tied.items():
+                prefix = f"{part.path}." if part.path else ""
+                stored = self._stored_whole(prefix + embedding)
+                if stored:
+                    style = self._style(prefix + embedding, stored)
+                    found[self._stored_whole(prefix + head) or style(prefix + head)] = stored
+        return {head: embedding for head, embedding in sorted(found.items()) if head != embedding}
+
+    def _stored_whole(self, name: str) -> str | None:
+        """The stored tensor that is all of a parameter."""
+        module, _, parameter = name.rpartition(".")
+        found = self.resolve(module, parameter)
+        return found.places[0].tensor if isinstance(found, Parameter) and len(found.places) == 1 else None
+
+    def _style(self, name: str, stored: str) -> Callable[[str], str]:
+        """What this checkpoint does to names in memory, by the example of one."""
+        rules = self._rules
+        renamings: tuple[Callable[[str], str], ...] = (
+            lambda name: name,
+            lambda name: rules.backward(name, with_prefixes=False),
+            lambda name: rules.backward(name, with_prefixes=True),
+        )
+        for rename in renamings:
+            if rename(name) == stored:
+                return rename
+        for prefix in self._prefixes:
+            for rename in renamings:
+                if rename(name).removeprefix(f"{prefix}.") == stored:
+                    return lambda name, rename=rename, prefix=prefix: rename(name).removeprefix(f"{prefix}.")  # type: ignore[misc]
+        return renamings[0]
 
     def registered_parameters(self, module: str) -> tuple[str, ...]:
-        """The parameters of an experts module in order of registration."""
-        return ()
+        """Of a module with parameters (E, out, in) of its own, all of two and more dimensions as they are registered.
+
+        PEFT nests the wrappers of ``target_parameters`` in that order. () where the module is not in the table.
+        """
+        renamed = self._rules.forward(f"{module}.gate_up_proj").name.rpartition(".")[0]
+        found = self._experts_of(module) or self._experts_of(renamed)
+        return found[0] if found else ()
+
+
+def _agreed(name: str, readings: list[Parameter]) -> Parameter | str:
+    """The one parameter that all readings of a name mean, or a refusal."""
+    first = readings[0]
+    if all((other.shape, other.places) == (first.shape, first.places) for other in readings):
+        return first
+    meant = sorted({", ".join(sorted({place.tensor for place in reading.places})) for reading in readings})
+    if len(meant) == 1:
+        return f"{name} could be read in two ways, of different parts of {meant[0]}"
+    return f"{name} is ambiguous: it could be {' or '.join(meant)}"
+
+
+def _some(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-#: A name of a pattern's end needs a boundary: `weight` is not the start of `weight_scale_inv`.
+#: A pattern ends at the end of a name: `weight` is not the start of `weight_scale_inv`.
 _ENDS_IN_WORD = re.compile(r"[a-zA-Z0-9]$")
 _REFERENCE = re.compile(r"\\(\d+)")
 
@@ -43,7 +43,8 @@ class Rule:
         branches = []
         for i, source in sorted(enumerate(self.sources), key=lambda item: -len(item[1])):
             branch = source.replace("*.", r".*\.")
-            branches.append(f"(?P<g{i}>{branch}{r'(?!\w)' if _ENDS_IN_WORD.search(branch) else ''})")
+            boundary = r"(?!\w)" if _ENDS_IN_WORD.search(branch) else ""
+            branches.append(f"(?P<g{i}>{branch}{boundary})")
         return re.compile("|".join(branches))
 
     def reversed(self) -> Rule | None:
@@ -71,7 +72,7 @@ class Rule:
                 prefix = scope
             else:
                 return None
-        match = self.pattern.search(name, len(prefix)) if not prefix else self.pattern.search(name[len(prefix) :])
+        match = self.pattern.search(name[len(prefix) :])
         return (prefix, match) if match else None
 
     def replacement(self, match: re.Match[str]) -> tuple[int, str]:

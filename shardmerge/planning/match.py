@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -30,6 +30,8 @@ class Matches:
     updates: defaultdict[str, list[Update]] = field(default_factory=lambda: defaultdict(list))
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    #: Tensors of the base that are factors, too: the stored tensor, the adapter's number, a name to speak of.
+    read: list[tuple[str, int, str]] = field(default_factory=list)
 
 
 def match(checkpoint: Checkpoint, names: Names, adapters: Sequence[tuple[AdapterConfig, AdapterFile]]) -> Matches:
@@ -42,6 +44,7 @@ def match(checkpoint: Checkpoint, names: Names, adapters: Sequence[tuple[Adapter
         # A frozen copy is compared with the base, so it comes before anything has been added.
         updates.sort(key=lambda update: (_order(update) > 0, update.adapter, _order(update)))
         matches.problems += _undone(target, updates, adapters)
+    matches.problems += _read_too_late(matches, adapters)
     return matches
 
 
@@ -49,9 +52,7 @@ def _order(update: Update | ModuleUpdate) -> int:
     return FAMILIES[update.family].order
 
 
-def _undone(
-    target: str, updates: Sequence[Update], adapters: Sequence[tuple[AdapterConfig, AdapterFile]]
-) -> list[str]:
+def _undone(target: str, updates: Sequence[Update], adapters: Sequence[tuple[AdapterConfig, AdapterFile]]) -> list[str]:
     """A whole tensor in place of the base's would undo what an adapter before it did."""
     for before, update in zip(updates, updates[1:], strict=False):
         if update.family in ("replacement", "overwrite") and before.adapter != update.adapter and _order(before):
@@ -62,6 +63,19 @@ def _undone(
                     "it first, if that is what is meant"
                 ]
     return []
+
+
+def _read_too_late(matches: Matches, adapters: Sequence[tuple[AdapterConfig, AdapterFile]]) -> list[str]:
+    """An update that is made from the base's own weight would not see what an adapter before it did to it."""
+    problems = []
+    for target, number, name in matches.read:
+        before = [update.adapter for update in matches.updates.get(target, ()) if _order(update)]
+        if before and min(before) < number:
+            problems.append(
+                f"adapter {adapters[number][0].path}: {name} needs {target} as it is in the base, which adapter "
+                f"{adapters[min(before)][0].path} changes before; put it first, or merge one after the other"
+            )
+    return list_some(problems)
 
 
 class _Matching:
@@ -85,6 +99,7 @@ class _Matching:
         self.unmatched: list[Callable[[], str]] = []
         self.misfits: list[str] = []
         self.taken: dict[tuple[str, int], ModuleUpdate] = {}
+        self.flat: defaultdict[str, list[str]] = defaultdict(list)
         self.regions: defaultdict[str, list[tuple[Place, ModuleUpdate]]] = defaultdict(list)
 
     def run(self) -> list[str]:
@@ -92,8 +107,9 @@ class _Matching:
         problems = list_some(claims.problems)
         if claims.refused:
             return problems
-        problems += list_some(_empty(self.adapter.tensors))
-        problems += list_some([partial(self._leftover, name) for name in claims.leftovers(self.adapter.tensors)])
+        tensors = self.adapter.chosen(self.config)
+        problems += list_some(_empty(tensors))
+        problems += list_some([partial(self._leftover, name) for name in claims.leftovers(tensors)])
         if not claims.updates:
             return problems if claims.problems else [*problems, "holds nothing that could be merged"]
         for update in claims.updates:
@@ -103,12 +119,18 @@ class _Matching:
         adding = [update for update in claims.updates if FAMILIES[update.family].adds]
         only = all(FAMILIES[update.family].adds or not _order(update) for update in claims.updates)
         if only and adding and not any(update.scaling * self.config.weight for update in adding):
-            self.matches.warnings.append(
-                f"adapter {self.config.path}: every scaling is zero, so it changes nothing"
-            )
+            self.matches.warnings.append(f"adapter {self.config.path}: every scaling is zero, so it changes nothing")
         return problems + list_some(self.unmatched) + list_some(self.misfits)
 
     def _match(self, update: ModuleUpdate) -> None:
+        if update.flattened:
+            found = self._unflattened(update.module)
+            if isinstance(found, str):
+                update = update.changed(module=found)
+            elif found:
+                names = ", ".join(found[:3])
+                self.unmatched.append(partial(self._unmatched, update, f"{update.module} may be any of {names}"))
+                return
         parameter = self.names.resolve(update.module, update.parameter)
         if isinstance(parameter, str) and not parameter:
             parameter = tied_parameter(self.names, update.module, update.parameter) or ""
@@ -120,7 +142,11 @@ class _Matching:
         if isinstance(oriented, str):
             self.misfits.append(oriented)
             return
-        update = _as_stored(oriented, parameter)
+        completed = self._with_base(_as_stored(oriented, parameter))
+        if isinstance(completed, str):
+            self.misfits.append(completed)
+            return
+        update = completed
         if self._is_taken(update, parameter):
             return
         wrong = self._misfits(update, parameter)
@@ -130,6 +156,52 @@ class _Matching:
         for place in parameter.places:
             self.regions[place.tensor].append((place, update))
             self.matches.updates[place.tensor].append(self._update(update, parameter, place))
+
+    def _unflattened(self, name: str) -> str | list[str]:
+        """The one module of the base whose name, or its end, is this with dots for some underscores; or all there are."""
+        if not self.flat:
+            for stored in self.checkpoint.weights:
+                module = stored.removesuffix(".weight")
+                if module != stored:
+                    self.flat[module.replace(".", "_")].append(module)
+        if found := self.flat.get(name, []):
+            return found[0] if len(found) == 1 else found
+        suffixes = [
+            module
+            for flat, modules in self.flat.items()
+            if flat.endswith(f"_{name}")
+            for module in modules
+            if module[len(module) - len(name) - 1] == "."
+        ]
+        return suffixes[0] if len(suffixes) == 1 else suffixes
+
+    def _with_base(self, update: ModuleUpdate) -> ModuleUpdate | str:
+        """The update with the base's own tensors that it needs among its factors; a string says why it cannot have them."""
+        for role, name in update.of_base:
+            parameter = self.names.resolve(update.module, name)
+            ref = None if isinstance(parameter, str) else self._as_factor(parameter)
+            if ref is None:
+                return (
+                    f"{update.first} needs {update.module}.{name} as it is in the base, which does not store it as one "
+                    "matrix by itself"
+                )
+            self.matches.read.append((parameter.places[0].tensor, self.number, update.first))
+            update = update.changed(factors=(*update.factors, (role, ref)))
+        return update
+
+    def _as_factor(self, parameter: Parameter) -> TensorRef | None:
+        """A parameter of the base as a factor, in the matrix's orientation; None where it is more than rows of a tensor."""
+        place, stored = parameter.places[0], self._stored(parameter.places[0].tensor)
+        if len(parameter.places) > 1 or place.expert is not None or place.shuffle or parameter.experts:
+            return None
+        if place.transposed:
+            return stored.transposed() if stored.shape == parameter.shape[::-1] else None
+        if stored.shape[1:] != parameter.shape[1:] or not stored.shape[0]:
+            return None
+        row = stored.nbytes // stored.shape[0]
+        return dataclasses.replace(
+            stored, shape=parameter.shape, offset=stored.offset + place.stored_start * row, nbytes=place.rows * row
+        )
 
     def _is_taken(self, update: ModuleUpdate, parameter: Parameter) -> bool:
         """Whether the adapter has updated this parameter before. A replaced or compared one may be updated, too."""
@@ -146,7 +218,7 @@ class _Matching:
             return []  # said already
         family = FAMILIES[update.family]
         stored = [self._stored(place.tensor) for place in parameter.places]
-        problems = [problem for ref in stored for problem in check_dtypes(update, ref)][:1]
+        problems = [problem for ref in stored for problem in check_dtypes(update, ref, family.whole_numbers)][:1]
         if update.family == "replacement":
             problems = []
         problems += family.check(update, _shape(update, parameter))
@@ -169,6 +241,14 @@ class _Matching:
                 f"{update.module}: the base stores the rows of its {update.parameter} in another order, which "
                 f"{update.family} cannot update"
             )
+        unit = family.row_unit(update) if not problems else 1
+        for place in parameter.places:
+            if place.transposed == update.transposes and (place.start % unit or place.rows % unit):
+                problems.append(
+                    f"{update.module}: {update.family} updates {unit} rows together, but {place.tensor} stores rows "
+                    f"{place.start} to {place.start + place.rows - 1} of its {update.parameter} by themselves"
+                )
+                break
         if update.family == "replacement" and not problems:
             problems += may_resize(self.checkpoint, update, stored[0])
         return problems

@@ -13,8 +13,19 @@ import math
 from collections.abc import Iterable
 
 from shardmerge.adapters import FAMILIES, work_dtype
-from shardmerge.spec import DTYPE_BITS, FLOAT_DTYPES, KEPT_WHOLE_BYTES, MemoryPlan, ShardPlan, TensorPlan, TensorRef, Update, aligned
-from shardmerge.windows import boundaries
+from shardmerge.spec import (
+    DTYPE_BITS,
+    FLOAT_DTYPES,
+    KEPT_WHOLE_BYTES,
+    MemoryPlan,
+    RowRange,
+    ShardPlan,
+    TensorPlan,
+    TensorRef,
+    Update,
+    aligned,
+)
+from shardmerge.windows import boundaries, locate
 
 MIN_TILE_ROWS = 16
 #: Buffers in flight: read, waiting, computed, waiting, written, and one to spare.
@@ -82,16 +93,37 @@ def tile_counts(tensor: TensorPlan, buffer_bytes: int) -> tuple[tuple[int, int],
     """(rows, tiles) of every segment: even tiles, each within a buffer where the least number of rows allows it."""
     if not tensor.updates:
         return ((tensor.rows, _count(tensor.rows, row_bytes(tensor), buffer_bytes)),)
-    edges = boundaries(tensor)
-    sizes = [stop - start for start, stop in itertools.pairwise(edges)] if tensor.rows else [0]
+    runs = list(itertools.pairwise(boundaries(tensor))) if tensor.rows else [(0, 0)]
     if tensor.row_elements == 1:
-        return tuple((rows, 1) for rows in sizes)
-    return tuple((rows, _count(rows, row_bytes(tensor), buffer_bytes)) for rows in sizes)
+        return tuple((stop - start, 1) for start, stop in runs)
+    return tuple(
+        segment
+        for start, stop in runs
+        for segment in _segments(stop - start, _unit(tensor, start), row_bytes(tensor), buffer_bytes)
+    )
 
 
-def _count(rows: int, bytes_per_row: int, buffer_bytes: int) -> int:
-    wanted = math.ceil(rows / max(1, buffer_bytes // max(1, bytes_per_row)))
-    return max(1, min(wanted, rows // MIN_TILE_ROWS))
+def _count(rows: int, bytes_per_row: int, buffer_bytes: int, unit: int = 1) -> int:
+    wanted = math.ceil(rows / unit / max(1, buffer_bytes // max(1, bytes_per_row) // unit))
+    return max(1, min(wanted, rows // MIN_TILE_ROWS, rows // unit))
+
+
+def _unit(tensor: TensorPlan, row: int) -> int:
+    """The rows that must stay together in the run that begins at ``row``."""
+    here = RowRange(row, row + 1)
+    updates = [update for update in tensor.updates if not update.by_columns and locate(tensor, update, here)]
+    return math.lcm(*(FAMILIES[update.family].row_unit(update) for update in updates))
+
+
+def _segments(rows: int, unit: int, bytes_per_row: int, buffer_bytes: int) -> list[tuple[int, int]]:
+    """A run of rows as segments whose tiles hold whole units: those with a unit more than the others come first."""
+    if unit == 1 or not rows:
+        return [(rows, _count(rows, bytes_per_row, buffer_bytes))]
+    unit = rows if rows % unit else unit
+    tiles = _count(rows, bytes_per_row, buffer_bytes, unit)
+    units, longer = divmod(rows // unit, tiles)
+    parts = (((units + 1) * unit * longer, longer), (units * unit * (tiles - longer), tiles - longer))
+    return [part for part in parts if part[1]]
 
 
 def _largest_tile(segments: Iterable[tuple[int, int]]) -> int:
@@ -119,6 +151,8 @@ def _factor_bytes(update: Update, rows: int, compute_dtype: str) -> int:
     partial = family.by_columns if update.by_columns else family.by_rows
     total = family.kept_bytes(update, itemsize(compute_dtype))
     for role, ref in update.factors:
+        if role in family.streamed:
+            continue
         if role not in partial:
             total += _one_factor(ref, None, compute_dtype)
         elif update.by_columns:

@@ -47,7 +47,8 @@ def lay_out(
     ``dtype`` is a code or ``same``; ``max_shard_size`` None keeps the shards.
     """
     groups = [
-        [Outgoing((replaced or {}).get(ref.name, ref), ref.dtype) for ref in shard.tensors] for shard in checkpoint.shards
+        [Outgoing((replaced or {}).get(ref.name, ref), ref.dtype) for ref in shard.tensors]
+        for shard in checkpoint.shards
     ]
     groups[-1] += [Outgoing(ref, ref.dtype) for ref in added]
     if max_shard_size is None:

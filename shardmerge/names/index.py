@@ -1,0 +1,158 @@
+"""What a checkpoint's names become in memory, for all of them at once.
+
+Layers have the same names but for their numbers, so every name is taken apart into a template and its numbers, and the
+rules see one name per template: 63,000 names of a mixture of experts are some fifty templates.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from shardmerge.names.rules import Image, Rule, Rules
+
+_NUMBER = re.compile(r"(?<![A-Za-z0-9])(\d+)(?![A-Za-z0-9])")
+_DIGITS = re.compile(r"\d+")
+#: Stands for a number that no rule speaks of.
+_STAND_IN = 900_000_000
+_STAND_INS = re.compile(r"9000\d{5}")
+
+
+@dataclass
+class Group:
+    """Stored tensors that a conversion takes together."""
+
+    rule: Rule
+    #: Names in memory, one per target.
+    targets: tuple[str, ...]
+    #: Per source of the rule: number of the expert (or −1) → stored name.
+    sources: list[dict[int, str]]
+    #: More numbers in a name than the conversion can have meant.
+    unclear: bool = False
+
+
+@dataclass
+class _Template:
+    """What becomes of all names that differ only in numbers that no rule speaks of."""
+
+    rule: Rule | None
+    source: int
+    number: Callable[[list[str]], int] | None
+    #: Of the name in memory, and of every target.
+    formats: list[Callable[[list[str]], str]]
+
+
+@dataclass
+class Index:
+    """Names in memory → where they come from."""
+
+    rules: Rules
+    names: Iterable[str]
+    renamed: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    groups: dict[str, Group] = field(default_factory=dict)
+    #: Name in memory → its conversion's first target, and which target it is.
+    targets: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        spoken = self._spoken_of
+        # Group renamings count only if their first source occurs; so the templates are gone through twice.
+        templates: dict[tuple[str, ...], list[tuple[list[str], str]]] = {}
+        for name in self.names:
+            parts = _NUMBER.split(name)
+            numbers = parts[1::2]
+            if spoken is None:
+                key: tuple[str, ...] = (name,)
+            else:
+                key = ("#".join(parts[::2]), *[number if number in spoken else "" for number in numbers])
+            templates.setdefault(key, []).append((numbers, name))
+        keep = spoken if spoken is not None else None
+        if any(rule.is_group for rule in self.rules.rules):
+            self.rules.active, self.rules.seen = set(), set()
+            for members in templates.values():
+                self.rules.forward(_stand_in(members[0][1], keep))
+            self.rules.active = set(self.rules.seen)
+        for members in templates.values():
+            self._add(_template(self.rules, _stand_in(members[0][1], keep)), members)
+
+    @cached_property
+    def _spoken_of(self) -> frozenset[str] | None:
+        """Numbers that some pattern names, which therefore are not alike; None: none are alike."""
+        numbers: set[str] = set()
+        for rule in self.rules.rules:
+            if rule.offset:
+                return None
+            for source in rule.sources:
+                plain = source.replace(r"\d", "")
+                numbers |= set(_DIGITS.findall(plain))
+                if re.search(r"\[[^\]]*\d", plain):
+                    numbers |= set("0123456789")
+        return frozenset(numbers)
+
+    def _add(self, template: _Template, members: list[tuple[list[str], str]]) -> None:
+        write = template.formats[0]
+        if template.rule is None:
+            for numbers, name in members:
+                self.renamed[write(numbers)].append(name)
+            return
+        for numbers, name in members:
+            first = write(numbers)
+            group = self.groups.get(first)
+            if group is None:
+                targets = tuple(target(numbers) for target in template.formats[1:])
+                group = Group(template.rule, targets, [{} for _ in template.rule.sources])
+                self.groups[first] = group
+                for i, target in enumerate(targets):
+                    self.targets.setdefault(target, (first, i))
+            number = template.number(numbers) if template.number else None
+            if number is None or group.rule != template.rule or number in group.sources[template.source]:
+                group.unclear = True
+            else:
+                group.sources[template.source][number] = name
+
+
+def _stand_in(name: str, keep: frozenset[str] | None) -> str:
+    """The name with a stand-in for every number that no rule speaks of."""
+    if keep is None:
+        return name
+    parts = _NUMBER.split(name)
+    for i in range(1, len(parts), 2):
+        if parts[i] not in keep:
+            parts[i] = str(_STAND_IN + i // 2)
+    return "".join(parts)
+
+
+def _template(rules: Rules, name: str) -> _Template:
+    image = rules.forward(name)
+    names = [image.name, *image.targets]
+    return _Template(image.rule, image.source, _number_of(image), [_format(name) for name in names])
+
+
+def number_in(image: Image) -> int | None:
+    """The number of the expert in a name that a conversion took; −1: it has none; None: it is not clear."""
+    if image.rule is None or "*" not in image.rule.sources[image.source]:
+        return -1
+    found = _NUMBER.findall(image.replaced)
+    return None if len(found) > 1 else int(found[0]) if found else -1
+
+
+def _number_of(image: Image) -> Callable[[list[str]], int] | None:
+    number = number_in(image)
+    if number is None:
+        return None
+    value, position = number, number - _STAND_IN
+    return (lambda numbers: int(numbers[position])) if position >= 0 else (lambda numbers: value)
+
+
+def _format(name: str) -> Callable[[list[str]], str]:
+    """From a name's numbers to the name in memory."""
+    positions = [int(text) - _STAND_IN for text in _STAND_INS.findall(name)]
+    if not positions:
+        return lambda numbers: name
+    pattern = _STAND_INS.sub("%s", name.replace("%", "%%"))
+    if len(positions) == 1:
+        only = positions[0]
+        return lambda numbers: pattern % numbers[only]
+    return lambda numbers: pattern % tuple([numbers[position] for position in positions])

@@ -1,0 +1,398 @@
+"""Bake ``shardmerge/data/names.json``: what the installed transformers does to names when it loads a checkpoint.
+
+``python -m tools.bake_names`` writes the file, ``--check`` says whether it is out of date. Every model class is built
+on the meta device from its default config and asked; nothing is downloaded, and no text of transformers is copied but
+the patterns of its conversion rules.
+
+The file's keys:
+
+- ``transformers``: the version that was asked.
+- ``rules``: by class or model type, the renamings and conversions of a checkpoint's names, in order; a string stands
+  for the rules of that key. A renaming is [from, to] or [from, to, [from, to]], the last pair leading back; others are
+  {"from", "to", "ops", "group", "offset", "prefix", "back"}, see ``shardmerge.names.rules.Rule``.
+- ``types``: by model type, ``roles`` (role → class) and ``tie``: the default of tie_word_embeddings, or how it follows
+  from the config, see ``shardmerge.names.table.ties``.
+- ``architectures``: by class, ``type``, ``prefix`` (base_model_prefix), ``parts`` ([path, class, key of its config]),
+  ``conv1d``, ``experts`` and ``transposed``, ``tied``, see ``shardmerge.names.table.Architecture``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import re
+import sys
+import types
+import typing
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+TARGET = Path(__file__).resolve().parent.parent / "shardmerge" / "data" / "names.json"
+
+#: What the default config of a class lacks to be built. By config class.
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "AutoformerConfig": {"prediction_length": 4},
+    "BeitConfig": {"out_indices": [3, 5, 7, 11]},
+    "InformerConfig": {"prediction_length": 4},
+    "ReformerConfig": {"is_decoder": True},
+    "TimeSeriesTransformerConfig": {"prediction_length": 4},
+    "ViltConfig": {"num_images": 2},
+    "Wav2Vec2BertConfig": {"vocab_size": 32},
+    "Wav2Vec2ConformerConfig": {"vocab_size": 32},
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the file is out of date")
+    options = parser.parse_args()
+    text, failures = bake()
+    for name, reason in sorted(failures.items()):
+        print(f"not built: {name}: {reason}", file=sys.stderr)
+    if options.check:
+        current = TARGET.read_text() if TARGET.exists() else ""
+        print("up to date" if current == text else f"{TARGET} is out of date: run python -m tools.bake_names")
+        return int(current != text)
+    TARGET.write_text(text)
+    print(f"{TARGET}: {len(text.encode()):,} bytes")
+    return 0
+
+
+def bake() -> tuple[str, dict[str, str]]:
+    """The file's text, and the classes that could not be built with the reasons."""
+    quiet()
+    found = classes()
+    architectures: dict[str, Any] = {}
+    failures: dict[str, str] = {}
+    for name, cls in sorted(found.items()):
+        if name.endswith("PreTrainedModel"):
+            continue
+        try:
+            model = build(cls)
+        except BuildError as error:
+            failures[name] = str(error)
+            architectures.setdefault(name, {"type": _config_class(cls).model_type, "prefix": cls.base_model_prefix})
+            continue
+        _describe(model, architectures)
+    data = {
+        "transformers": transformers.__version__,
+        "rules": rules(),
+        "types": model_types(found, architectures),
+        "architectures": {name: _without_empty(entry) for name, entry in architectures.items()},
+    }
+    return _pretty(data), failures
+
+
+def _pretty(data: dict[str, Any]) -> str:
+    """JSON with a line per entry: to be read and compared by people."""
+    sections = []
+    for key, value in data.items():
+        if isinstance(value, dict):
+            lines = [f"  {json.dumps(name)}: {json.dumps(value[name])}" for name in sorted(value)]
+            sections.append(f"{json.dumps(key)}: {{\n" + ",\n".join(lines) + "\n }")
+        else:
+            sections.append(f"{json.dumps(key)}: {json.dumps(value)}")
+    return "{\n " + ",\n ".join(sections) + "\n}\n"
+
+
+def _without_empty(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if value not in ("", [], {}, False)}
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+class BuildError(Exception):
+    """A class could not be built from its default config."""
+
+
+def quiet() -> None:
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+
+
+def classes() -> dict[str, type[PreTrainedModel]]:
+    """Every model class of the installed transformers, by name."""
+    found: dict[str, type[PreTrainedModel]] = {}
+    root = Path(transformers.__file__).parent / "models"
+    for path in sorted(root.glob("*/modeling_*.py")):
+        with suppress(ImportError):
+            module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
+            for name, cls in vars(module).items():
+                if inspect.isclass(cls) and issubclass(cls, PreTrainedModel) and cls.__module__ == module.__name__:
+                    config = _config_class(cls)
+                    if config is not None and getattr(config, "model_type", None) is not None:
+                        found[name] = cls
+    return found
+
+
+def _config_class(cls: type[PreTrainedModel]) -> Any:
+    """The config class; of several the first."""
+    config = cls.config_class
+    return typing.get_args(config)[0] if isinstance(config, types.UnionType) else config
+
+
+def build(cls: type[PreTrainedModel], **changes: Any) -> PreTrainedModel:
+    """A model of the class on the meta device, of its default config."""
+    config_class = _config_class(cls)
+    attempts: list[Callable[[], Any]] = [
+        lambda: config_class(**changes),
+        lambda: config_class(**_CONFIGS.get(config_class.__name__, {}), **changes),
+    ]
+    error: Exception | None = None
+    for attempt in attempts:
+        try:
+            with torch.device("meta"), no_init_weights():
+                return cls(attempt())
+        except Exception as failure:  # whatever a modeling file raises
+            error = failure
+    raise BuildError(" ".join(str(error).split())[:160] or type(error).__name__)
+
+
+# --- architectures ----------------------------------------------------------------------------------------------------
+
+
+def _describe(model: PreTrainedModel, architectures: dict[str, Any]) -> None:
+    """Add what is to be known of a model's class and of its parts' classes."""
+    cls = type(model)
+    entry = architectures.setdefault(cls.__name__, {"type": model.config.model_type, "prefix": cls.base_model_prefix})
+    children = list(_children(model))
+    if "parts" not in entry:
+        entry["parts"] = [[path, type(part).__name__, _config_key(model.config, part.config)] for path, part in children]
+    conv1d: set[str] = set(entry.get("conv1d", ()))
+    experts: dict[str, list[str]] = entry.setdefault("experts", {})
+    for path, module in _own_modules(model, {path for path, _ in children}):
+        if isinstance(module, Conv1D):
+            conv1d.add(path.rpartition(".")[2])
+        elif _has_experts(module):
+            experts[_template(path)] = [name for name, param in module.named_parameters(recurse=False) if param.ndim > 1]
+            entry["transposed"] = entry.get("transposed", False) or bool(getattr(module, "is_transposed", False))
+    entry["conv1d"] = sorted(conv1d)
+    entry["experts"] = dict(sorted(experts.items()))
+    entry["tied"] = _tied(model)
+    for _, part in children:
+        _describe(part, architectures)
+
+
+def _children(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
+    """The nearest models below, in order of registration."""
+    paths: list[str] = []
+    for path, module in model.named_modules():
+        if path and isinstance(module, PreTrainedModel) and not any(path.startswith(f"{above}.") for above in paths):
+            paths.append(path)
+            yield path, module
+
+
+def _own_modules(model: PreTrainedModel, children: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in model.named_modules():
+        if path not in children and not any(path.startswith(f"{child}.") for child in children):
+            yield path, module
+
+
+def _config_key(config: Any, part: Any) -> str | None:
+    """Where in a model's config its part's config lies: "" the same one, None unknown."""
+    if part is config:
+        return ""
+    own = [(key, value) for key, value in vars(config).items() if isinstance(value, transformers.PretrainedConfig)]
+    for key, value in own:
+        if value is part:
+            return key
+    for key, value in own:
+        if below := _config_key(value, part):
+            return f"{key}.{below}"
+    same_type = [key for key, value in own if type(value) is type(part)]
+    return same_type[0] if len(same_type) == 1 else None
+
+
+def _has_experts(module: nn.Module) -> bool:
+    """Whether it has parameters (E, out, in) of its own."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return False
+    return any(param.ndim == 3 and param.shape[0] > 1 for param in module.parameters(recurse=False))
+
+
+def _template(path: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "#", path)
+
+
+def _tied(model: PreTrainedModel) -> dict[str, str]:
+    """The class's own tied weights whose source is an embedding: tied weight → embedding."""
+    if not getattr(model, "_tied_weights_keys", None):
+        return {}
+    before = getattr(model.config, "tie_word_embeddings", None)
+    try:
+        model.config.tie_word_embeddings = True
+        pairs = model.get_expanded_tied_weights_keys(all_submodels=False)
+    except Exception:  # patterns that do not fit the default config
+        return {}
+    finally:
+        if before is not None:
+            model.config.tie_word_embeddings = before
+    embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    return {
+        target: source
+        for target, source in sorted(pairs.items())
+        if target.endswith("weight") and _is_embedding(source, embeddings)
+    }
+
+
+def _is_embedding(name: str, embeddings: set[str]) -> bool:
+    return name.rpartition(".")[0] in embeddings
+
+
+# --- model types ------------------------------------------------------------------------------------------------------
+
+#: Role → the mappings of transformers' auto classes, the first that has the type wins.
+_ROLES: dict[str, tuple[str, ...]] = {
+    "model": ("MODEL_MAPPING_NAMES",),
+    "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",),
+    "backbone": ("MODEL_FOR_BACKBONE_MAPPING_NAMES",),
+    "head": (
+        "MODEL_FOR_PRETRAINING_MAPPING_NAMES",
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+        "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+        "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+        "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+        "MODEL_MAPPING_NAMES",
+    ),
+}
+
+
+def model_types(found: dict[str, type[PreTrainedModel]], architectures: dict[str, Any]) -> dict[str, Any]:
+    """What is known of every model type."""
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    entries: dict[str, Any] = {}
+    for role, mappings in _ROLES.items():
+        for mapping in mappings:
+            for model_type, name in getattr(auto, mapping).items():
+                name = name if isinstance(name, str) else name[0]
+                if name in architectures:
+                    entries.setdefault(model_type, {}).setdefault("roles", {}).setdefault(role, name)
+    configs = {_config_class(cls).model_type: _config_class(cls) for cls in found.values()}
+    for name, cls in found.items():
+        if architectures.get(name, {}).get("tied"):
+            config = _config_class(cls)
+            configs[config.model_type] = config
+    for model_type, config in sorted(configs.items()):
+        tie = _tie(config)
+        if tie:
+            entries.setdefault(model_type, {})["tie"] = tie
+    return entries
+
+
+def _tie(config_class: Any) -> Any:
+    """The default of tie_word_embeddings; "always"; or {"with": key of a part, "type", "cases"}."""
+
+    def value(data: dict[str, Any]) -> bool:
+        with suppress(Exception):
+            return bool(getattr(config_class.from_dict(json.loads(json.dumps(data))), "tie_word_embeddings", False))
+        return False
+
+    tops: tuple[dict[str, Any], ...] = ({}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False})
+    for key, part in sorted((getattr(config_class, "sub_configs", None) or {}).items()):
+        cases = [value({**top, key: {"tie_word_embeddings": tie}}) for top in tops for tie in (True, False)]
+        if cases[::2] != cases[1::2]:
+            default = getattr(_default(config_class), key, None)
+            model_type = getattr(default, "model_type", None) or getattr(part, "model_type", "")
+            return {"with": key, "type": model_type, "cases": "".join("FT"[case] for case in cases)}
+    absent, true, false = map(value, tops)
+    return "always" if (absent, true, false) == (True, True, True) else absent
+
+
+def _default(config_class: Any) -> Any:
+    with suppress(Exception):
+        return config_class()
+    return None
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+#: Split cuts by the sizes of the targets, which a config gives: by targets, the config's keys in proportion.
+_SPLITS = {
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): (
+        "num_attention_heads",
+        "num_key_value_heads",
+        "num_key_value_heads",
+    )
+}
+
+
+def rules() -> dict[str, Any]:
+    """transformers' rules by class or model type, equal ones once."""
+    baked: dict[str, Any] = {}
+    keys: dict[str, str] = {}
+    for key, transforms in sorted(_build_checkpoint_conversion_mapping().items()):
+        entries = [_rule(transform) for transform in transforms]
+        text = json.dumps(entries)
+        baked[key] = keys.setdefault(text, key) if text in keys else entries
+        keys.setdefault(text, key)
+    return baked
+
+
+def _rule(transform: Any) -> Any:
+    kind = type(transform).__name__
+    entry: dict[str, Any] = {"from": _short(transform.source_patterns), "to": _short(transform.target_patterns)}
+    for target in transform.target_patterns:
+        assert kind == "GroupWeightRename" or not re.search(r"\\[2-9]", target), target
+    if kind == "WeightConverter":
+        return {**entry, "ops": [_operation(operation, transform) for operation in transform.operations]}
+    back = transform.reverse_transform()
+    entry["back"] = [_short(back.source_patterns), _short(back.target_patterns)]
+    if kind == "GroupWeightRename":
+        return {**entry, "group": True}
+    if kind == "PrefixChange":
+        return {**entry, "prefix": True}
+    if kind.endswith("IndexOffsetWeightRename"):
+        return {**entry, "offset": transform.offset}
+    assert kind == "WeightRenaming", kind
+    plain = [entry["from"], entry["to"]]
+    return plain if entry["back"] == plain[::-1] else [*plain, entry["back"]]
+
+
+def _short(patterns: list[str]) -> str | list[str]:
+    return patterns[0] if len(patterns) == 1 else list(patterns)
+
+
+def _operation(operation: Any, transform: Any) -> list[Any]:
+    kind = type(operation).__name__
+    if kind == "MergeModulelist" and operation.dim == 0:
+        return ["merge"]
+    if kind in ("Concatenate", "Chunk"):
+        return [{"Concatenate": "concat", "Chunk": "chunk"}[kind], operation.dim]
+    if kind == "Split":
+        return ["split", operation.dim, *_SPLITS[tuple(transform.target_patterns)]]
+    if kind == "Interleave":
+        return ["interleave", operation.dim, operation.inverse]
+    if kind == "Transpose":
+        return ["transpose", operation.dim0, operation.dim1, _hidden_axis(transform) if operation.check_dims else None]
+    if kind == "PermuteForRope" and not operation.inverse:
+        names = operation.permute_layer_names
+        chosen = names and [any(name in target for name in names) for target in transform.target_patterns]
+        return ["rope", operation.subconfig_key, chosen]
+    if kind == "ErnieFuseAndSplitTextVisionExperts" and (operation.stack_dim, operation.concat_dim) == (0, 1):
+        return ["ernie"]
+    raise NotImplementedError(f"{kind}: teach shardmerge.names.conversions what it does")
+
+
+def _hidden_axis(transform: Any) -> int:
+    """Which dimension of the parameter in memory, (E, out, in), is of hidden_size."""
+    return 1 if transform.target_patterns[0].endswith("down_proj") else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
