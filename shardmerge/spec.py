@@ -59,6 +59,8 @@ def dtype_code(name: str) -> str:
     return next(code for code, known in DTYPE_NAMES.items() if known == name)
 
 
+#: A matrix product of fewer rows than some goes through another kernel, and rounds differently.
+MIN_TILE_ROWS = 16
 #: Where matrices begin that are multiplied. MKL rounds differently where memory is less aligned than torch's own.
 ALIGNMENT = 64
 

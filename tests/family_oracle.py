@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import shardmerge
-from tests.peft_oracle import assert_same_bits, merge_to, stored
+from tests.peft_oracle import assert_same_bits, least_memory, make_config, merge_to, stored
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,6 +43,36 @@ class Net(nn.Module):
         seen = torch.tanh(self.conv1(hidden.transpose(1, 2)))  # (batch, 18, length)
         seen = self.conv2(seen.view(len(seen), 2, 9, -1)).flatten(1, 2)  # (batch, 54, length)
         return torch.as_tensor(self.head(seen.transpose(1, 2)))
+
+
+class Tall(nn.Module):
+    """Two matrices and a convolution that are worked on in several tiles where memory is little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(37, 96)
+        self.tall = nn.Linear(96, 768)
+        self.wide = nn.Linear(768, 96)
+        self.conv = nn.Conv2d(4, 240, 3, padding=1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.wide(torch.tanh(self.tall(self.embed(tokens))))  # (batch, length, 96)
+        return torch.as_tensor(self.conv(hidden.transpose(1, 2).reshape(len(hidden), 4, 24, -1)))
+
+
+class Swapped(nn.Module):
+    """GPT-2's Conv1D, whose W is (in, out); large enough for several tiles."""
+
+    def __init__(self) -> None:
+        from transformers.pytorch_utils import Conv1D
+
+        super().__init__()
+        self.embed = nn.Embedding(37, 96)
+        self.wide = Conv1D(768, 96)
+        self.narrow = Conv1D(96, 768)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.as_tensor(self.narrow(torch.tanh(self.wide(self.embed(tokens)))))
 
 
 TOKENS = torch.arange(2 * 7).view(2, 7) % 37
@@ -165,6 +195,24 @@ def assert_same_outputs(case: Case, ours: Mapping[str, Tensor], tolerance: float
         size = wanted.abs().max()
         assert (merged(TOKENS) - wanted).abs().max() <= tolerance * size
         assert (case.net.float()(TOKENS) - wanted).abs().max() > 20 * tolerance * size
+
+
+def assert_tiles_agree(case: Case, output: Path, whole: Mapping[str, Tensor], at_least: int = 2) -> None:
+    """In as little memory as the plan takes, some tensor has several tiles, and the bits are the same."""
+    config = make_config(output, case.base, [case.adapter])
+    config["compute"]["max_memory"] = least_memory(config)
+    plan = shardmerge.plan(config)
+    assert max(tensor.tiles for tensor, _ in plan.updates()) >= at_least, "every tensor is one tile"
+    shardmerge.merge(config)
+    assert_same_bits(stored(output), whole)
+
+
+def change_tensors(case: Case, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Rewrite the adapter's file."""
+    file = case.adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
 
 
 def refusal(case: Case, **changes: Any) -> str:

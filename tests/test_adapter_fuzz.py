@@ -197,7 +197,7 @@ def test_specimen_is_accepted(name: str) -> None:
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: str(damage.__name__))
 @pytest.mark.parametrize("name", SPECIMENS)
-@settings(untimed, max_examples=8)
+@settings(untimed, max_examples=6)
 @given(random=st.randoms(use_true_random=False))
 def test_damage_is_refused(name: str, damage: Callable[[Tensors, Random], Tensors | None], random: Random) -> None:
     tensors = damage(specimen_tensors(name), random)

@@ -110,6 +110,8 @@ EXPERT_MODELS = (
     row("mixtral-v5", "names of v4", by_hand(r"proj|experts|gate", of="mixtral")),
     row("mixtral-v5", "both parameters", lora("q_proj", target_parameters=EXPERTS), slow=True),
     row("mixtral-v5", "down", lora("q_proj", target_parameters=EXPERTS[1:]), F16, rounds="twice"),
+    row("qwen2-moe", "both parameters", lora("q_proj", target_parameters=EXPERTS)),
+    row("qwen2-moe", "names of v4", by_hand(OLD_LAYERS), oracle="direct", why="PEFT loses the experts"),
     row("qwen3-moe", "all linear", EVERY),
     row("qwen3-moe", "names of v4", by_hand(r"layers.*(_proj|gate)\."), oracle="direct", why="PEFT loses dense layers"),
     row("deepseek-v3", "all linear", EVERY),
@@ -189,12 +191,19 @@ TIED = (
     row("llama-tied", "saved, tying ensured", lora(modules_to_save=["lm_head"], ensure_weight_tying=True)),
     row("llama-tied", "tokens", lora("q_proj", trainable_token_indices=TOKENS)),
     row("llama-tied", "tokens of the head", lora(trainable_token_indices={"lm_head": TOKENS}), oracle="untied"),
+    row(
+        "llama-tied",
+        "other tokens of the head",
+        lora("q_proj", trainable_token_indices={"embed_tokens": [5, 3], "lm_head": [5, 7]}),
+        oracle="untied",
+        slow=True,
+    ),
     row("llama-tied", "TRAINABLE_TOKENS", peft("TrainableTokensConfig", token_indices=TOKENS)),
     row("gpt2-bare", "embedding", lora("wte"), oracle="untied"),
     row("gemma3-mm", "head", lora("lm_head"), oracle="untied", slow=True),
     row("opt", "head", lora("lm_head"), oracle="untied", slow=True),
     row("whisper", "head", lora("proj_out"), oracle="untied"),
-    row("t5", "head", lora("lm_head"), oracle="untied"),
+    row("t5", "head", lora("lm_head"), tied="peft", why="T5 scales its output by whether it says that it is tied"),
 )
 
 VOCABULARY = (
@@ -209,8 +218,8 @@ VOCABULARY = (
 
 OLD_NAMES = (
     row("qwen2.5-vl", "old names", by_hand(OLD_LAYERS), oracle="direct", why="PEFT loses all of it"),
-    row("llava", "old names", by_hand(OLD_LAYERS), oracle="direct", why="PEFT loses the vision tower"),
-    row("gemma3-mm", "old names", by_hand(OLD_LAYERS), oracle="direct", why="PEFT loses the vision tower", slow=True),
+    row("llava", "old names", by_hand(OLD_LAYERS)),
+    row("gemma3-mm", "old names", by_hand("language_model.*proj"), slow=True),
     row("vit", "old names", by_hand("query|value|dense"), oracle="direct", why="PEFT refuses them"),
     row("nomic-bert", "fused names", by_hand("Wqkv|fc|out_proj"), oracle="direct", why="PEFT refuses them"),
     row("llama", "no prefix", by_hand(OLD_LAYERS, strip="model."), oracle="direct", why="PEFT loses all of it"),

@@ -39,6 +39,7 @@ class Model:
 
     ``saved``: as transformers 5 saves them, which is as checkpoints of its earlier versions are. ``memory``: as modules
     are called in memory. ``bare``: without the head model's prefix. ``gamma``: BERT's first names of a LayerNorm.
+    ``towered``: with the ``vision_model`` within a vision tower that multimodal models of the Hub have.
     ``new_keys`` of config.json are left out: models of the Hub are older than they. ``shard`` is the size of a file.
     """
 
@@ -242,6 +243,16 @@ MODELS: dict[str, Model] = {
         _text("MixtralForCausalLM", "MixtralConfig", **_DECODER, **_EXPERTS),
         shard=50_000,  # several files, between the experts of a layer too
     ),
+    "qwen2-moe": _text(
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        **_SQUARE,
+        num_experts=4,
+        num_experts_per_tok=4,
+        moe_intermediate_size=28,
+        shared_expert_intermediate_size=36,
+        mlp_only_layers=[0],
+    ),
     "qwen3-moe": _text(
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",
@@ -278,7 +289,7 @@ MODELS: dict[str, Model] = {
         moe_layers=[1],
     ),
     "qwen2.5-vl": Model("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", _QWEN_VL, _qwen_vl),
-    "llava": Model("LlavaForConditionalGeneration", "LlavaConfig", _LLAVA, _llava),
+    "llava": Model("LlavaForConditionalGeneration", "LlavaConfig", _LLAVA, _llava, layout="towered"),
     "gemma3-mm": Model(
         "Gemma3ForConditionalGeneration",
         "Gemma3Config",
@@ -328,7 +339,7 @@ def load(folder: Path, dtype: str = "auto") -> Any:
 def write(model: Any, folder: Path, layout: str, shard: int = 10**9) -> Path:
     """Store a model with the names of a layout."""
     model.save_pretrained(folder, save_original_format=layout != "memory", max_shard_size=shard)
-    if layout in ("bare", "gamma"):
+    if layout in ("bare", "gamma", "towered"):
         file = folder / _ONE_FILE
         save_file({_on_disk_name(name, layout): tensor for name, tensor in load_file(file).items()}, file)
     return folder
@@ -337,6 +348,8 @@ def write(model: Any, folder: Path, layout: str, shard: int = 10**9) -> Path:
 def _on_disk_name(name: str, layout: str) -> str:
     if layout == "bare":
         return name.removeprefix("transformer.")
+    if layout == "towered":
+        return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
     return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
 
 

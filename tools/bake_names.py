@@ -22,13 +22,14 @@ import argparse
 import importlib
 import inspect
 import json
+import operator
 import re
 import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,106 @@ from transformers.pytorch_utils import Conv1D
 
 TARGET = Path(__file__).resolve().parent.parent / "shardmerge" / "data" / "names.json"
 
-#: What the default config of a class lacks to be built. By config class.
-_CONFIGS: dict[str, dict[str, Any]] = {
+_RESNET = {"model_type": "resnet", "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+_DETR = {"use_timm_backbone": False, "backbone": None, "backbone_config": _RESNET}
+_ROPES = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
+_SMALL_CONV = [3, 1, 1]
+_PPOCR_BLOCK = {
+    "reduce_channel": [1, 1, 0],
+    "return_channel": [1, 1, 0],
+    **{
+        f"{kind}_{ratio}": _SMALL_CONV
+        for kind in ("vertical_long_to_small_conv", "horizontal_small_to_long_conv", "symmetric_conv_long")
+        for ratio in ("longratio", "midratio", "shortratio")
+    },
+}
+#: What the default config of a class lacks to be built, by config class or class: arguments, and attributes that are
+#: set afterwards (dotted: those of a part's config).
+_ARGUMENTS: dict[str, dict[str, Any]] = {
     "AutoformerConfig": {"prediction_length": 4},
+    "AyaVisionConfig": {"vision_config": {"model_type": "siglip_vision_model"}},
     "BeitConfig": {"out_indices": [3, 5, 7, 11]},
+    "ChameleonConfig": {"vocabulary_map": {"<image>": 8711}},
+    "CohereCompassConfig": {"text_config": {"rope_parameters": _ROPES}},
+    "CohereCompassTextConfig": {"rope_parameters": _ROPES},
+    "ConditionalDetrConfig": _DETR,
+    "ConvNextConfig": {"hidden_sizes": [96, 192, 384, 768]},
+    "ConvNextV2Config": {"hidden_sizes": [96, 192, 384, 768]},
+    "DabDetrConfig": _DETR,
+    "DeformableDetrConfig": _DETR,
+    "DetrConfig": _DETR,
+    "DiffusionGemmaConfig": {"text_config": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64}},
+    "DiffusionGemmaTextConfig": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64},
+    "Dots1Config": {"n_shared_experts": 2, "n_routed_experts": 8, "num_experts_per_tok": 2},
+    "Emu3Config": {"vocabulary_map": {"<image>": 8711}},
+    "EsmConfig": {"vocab_size": 33},
+    "FocalNetConfig": {"hidden_sizes": [192, 384, 768, 768]},
+    "Gemma4AssistantConfig": {
+        "text_config": {
+            "model_type": "gemma4_text",
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+        }
+    },
+    "Gemma4UnifiedAssistantConfig": {
+        "text_config": {"model_type": "gemma4_unified_text", "num_kv_shared_layers": 1},
+    },
+    "HieraConfig": {"decoder_hidden_size": 512, "decoder_depth": 1, "decoder_num_heads": 8},
     "InformerConfig": {"prediction_length": 4},
+    "Lfm2MoeConfig": {"layer_types": ["conv"] * 31 + ["full_attention"]},
+    "NemotronConfig": {"num_key_value_heads": 8},
+    "OmDetTurboConfig": {**_DETR, "backbone_config": {"model_type": "swin", "out_indices": [1, 2, 3]}},
+    "PPOCRV5ServerDetConfig": {"intraclass_block_config": _PPOCR_BLOCK, "kernel_list": [3, 2, 2]},
+    "PPOCRV6MediumDetConfig": {"intraclass_block_config": _PPOCR_BLOCK, "kernel_list": [3, 2, 2]},
     "ReformerConfig": {"is_decoder": True},
+    "Sapiens2Config": {
+        "head_config": {
+            "upsample_out_channels": [64, 64],
+            "upsample_kernel_sizes": [4, 4],
+            "conv_out_channels": [64, 64],
+            "conv_kernel_sizes": [1, 1],
+            "scale_conv_out_channels": [64, 64],
+            "scale_conv_kernel_sizes": [1, 1],
+            "scale_final_hidden_sizes": [32, 16],
+        }
+    },
+    "TableTransformerConfig": _DETR,
     "TimeSeriesTransformerConfig": {"prediction_length": 4},
     "ViltConfig": {"num_images": 2},
+    "VitMatteConfig": {"fusion_hidden_sizes": [256, 128, 64, 32]},
     "Wav2Vec2BertConfig": {"vocab_size": 32},
     "Wav2Vec2ConformerConfig": {"vocab_size": 32},
+}
+_ATTRIBUTES: dict[str, dict[str, Any]] = {
+    "BridgeTowerConfig": {"contrastive_hidden_size": 512, "logit_scale_init_value": 2.6592},
+    "DbrxConfig": {"attn_config.rope_theta": 10000.0},
+    "DeepseekOcr2Config": {"text_config.mlp_layer_types": ["dense"] + ["sparse"] * 63},
+    "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense"] + ["sparse"] * 63},
+    "Gemma4AssistantConfig": {"text_config.num_kv_shared_layers": 1},
+    "Granite4VisionConfig": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [0], "downsample_rate": "1/2"},
+    "HunYuanDenseV1Config": {"head_dim": 128},
+    "HunYuanMoEV1Config": {"head_dim": 128},
+    "HunYuanVLConfig": {"text_config.head_dim": 128},
+    "HunYuanVLTextConfig": {"head_dim": 128},
+    "MinistralConfig": {"head_dim": 128},
+    "MoonshineStreamingConfig": {"num_key_value_heads": 8},
+    "MoshiConfig": {"audio_vocab_size": 2048},
+    "PerceiverConfig": {"num_cross_attention_heads": 1, "num_self_attention_heads": 1},
+    "PerceptionLMConfig": {"vision_config.model_args": {"embed_dim": 64}},
+    "Qwen3OmniMoeConfig": {
+        "talker_config.spatial_merge_size": 2,
+        "talker_config.text_config.shared_expert_intermediate_size": 64,
+    },
+    "Qwen3OmniMoeTalkerConfig": {"spatial_merge_size": 2, "text_config.shared_expert_intermediate_size": 64},
+    "Qwen3OmniMoeTalkerTextConfig": {"shared_expert_intermediate_size": 64},
+    "Qwen4ExpConfig": {f"text_config.indexer_{key}": 8 for key in ("n_heads", "kv_heads", "head_dim")}
+    | {"text_config.indexer_budget": 64, "text_config.indexer_compress_ratio": 4},
+    "Qwen4ExpTextConfig": {f"indexer_{key}": 8 for key in ("n_heads", "kv_heads", "head_dim")}
+    | {"indexer_budget": 64, "indexer_compress_ratio": 4},
+    "T5GemmaEncoderModel": {"is_encoder_decoder": False},
+    "T5Gemma2EncoderConfig": {"text_config.dropout_rate": 0.0},
+    "T5Gemma2TextConfig": {"dropout_rate": 0.0},
+    "T5Gemma2DecoderConfig": {"dropout_rate": 0.0},
 }
 
 
@@ -146,20 +237,57 @@ def _config_class(cls: type[PreTrainedModel]) -> Any:
 
 
 def build(cls: type[PreTrainedModel], **changes: Any) -> PreTrainedModel:
-    """A model of the class on the meta device, of its default config."""
+    """A model of the class on the meta device, of its default config with the given changes."""
     config_class = _config_class(cls)
-    attempts: list[Callable[[], Any]] = [
-        lambda: config_class(**changes),
-        lambda: config_class(**_CONFIGS.get(config_class.__name__, {}), **changes),
-    ]
     error: Exception | None = None
-    for attempt in attempts:
+    for completed in (False, True):
         try:
-            with torch.device("meta"), no_init_weights():
-                return cls(attempt())
+            arguments = _ARGUMENTS.get(config_class.__name__, {}) if completed else {}
+            with _without_libraries() if completed else nullcontext(), torch.device("meta"), no_init_weights():
+                config = config_class(**{**arguments, **changes})
+                if completed:
+                    _complete(config, _ATTRIBUTES.get(config_class.__name__, {}))
+                    _complete(config, _ATTRIBUTES.get(cls.__name__, {}))
+                return cls(config)
         except Exception as failure:  # whatever a modeling file raises
             error = failure
     raise BuildError(" ".join(str(error).split())[:160] or type(error).__name__)
+
+
+def _complete(config: Any, attributes: dict[str, Any]) -> None:
+    for path, value in attributes.items():
+        owner, _, attribute = path.rpartition(".")
+        setattr(operator.attrgetter(owner)(config) if owner else config, attribute, value)
+
+
+class _Timm(nn.Module):
+    """Stands for any model of timm, of which we need to know nothing but that it is there."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.num_features = self.head_hidden_size = 4
+
+
+@contextmanager
+def _without_libraries() -> Iterator[None]:
+    """Classes can be built though a library is missing that they need to compute (timm, scipy, PIL, natten)."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("transformers.")]
+    asked = [(module, module.requires_backends) for module in modules if "requires_backends" in vars(module)]
+    wrapper = importlib.import_module("transformers.models.timm_wrapper.modeling_timm_wrapper")
+    before = vars(wrapper).get("timm")
+    try:
+        for module, _ in asked:
+            module.requires_backends = lambda *_: None
+        wrapper.timm = types.SimpleNamespace(create_model=_Timm)
+        yield
+    finally:
+        for module, check in asked:
+            module.requires_backends = check
+        if before is None:
+            del wrapper.timm
+        else:
+            wrapper.timm = before
 
 
 # --- architectures ----------------------------------------------------------------------------------------------------

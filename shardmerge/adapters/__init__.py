@@ -13,7 +13,12 @@ from typing import Any
 from shardmerge.adapters import kohya, mlx, peft_lora, pure_pytorch
 from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, check_dtypes
 from shardmerge.adapters.frozen import FrozenCopy
+from shardmerge.adapters.hira import Hira
+from shardmerge.adapters.hra import Hra
+from shardmerge.adapters.ia3 import Ia3
+from shardmerge.adapters.ln_tuning import LnTuning
 from shardmerge.adapters.lora import Dora, Lora, LoraBias, LoraExperts
+from shardmerge.adapters.oft import Oft
 from shardmerge.adapters.peft import PeftMethod, Registered
 from shardmerge.adapters.peft_lora import LoraMethod
 from shardmerge.adapters.refused import REFUSED_TYPES
@@ -41,11 +46,35 @@ __all__ = [
 #: What can be done to a weight, by name.
 FAMILIES: Mapping[str, Family] = {
     family.name: family
-    for family in (Lora(), Dora(), LoraExperts(), LoraBias(), Replacement(), Overwrite(), TokenRows(), FrozenCopy())
+    for family in (
+        Lora(),
+        Dora(),
+        LoraExperts(),
+        LoraBias(),
+        Replacement(),
+        Overwrite(),
+        TokenRows(),
+        FrozenCopy(),
+        Ia3(),
+        Hira(),
+        Hra(),
+        Oft(),
+    )
 }
 
 #: How PEFT's files are read, by ``peft_type``.
-METHODS: Mapping[str, PeftMethod] = {method.peft_type: method for method in (LoraMethod(), TrainableTokensMethod())}
+METHODS: Mapping[str, PeftMethod] = {
+    method.peft_type: method
+    for method in (
+        LoraMethod(),
+        TrainableTokensMethod(),
+        Ia3(),
+        LnTuning(),
+        Hira(),
+        Hra(),
+        Oft(),
+    )
+}
 
 
 def work_dtype(tensor: TensorPlan, compute_dtype: str) -> str:

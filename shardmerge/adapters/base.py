@@ -8,6 +8,7 @@ which reads lazily.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -163,9 +164,48 @@ class Family(ABC):
         return 0
 
 
+def oriented(update: ModuleUpdate, parameter: Parameter, made: tuple[int, ...]) -> ModuleUpdate:
+    """The update of a matrix ``made``, (out, in), put the way round that the parameter is in memory.
+
+    In a model that is not known, shapes tell a Conv1D, which has (in, out); of a square one only the config's flag can.
+    """
+    if parameter.is_transposed is not None or update.transposes or len(parameter.shape) != 2:
+        return update
+    flagged = bool(update.setting("fan_in_fan_out", False))
+    return update.changed(transposes=flagged if made[0] == made[-1] else made == parameter.shape[::-1])
+
+
 def misshaped(ref: TensorRef, expected: tuple[int, ...], meaning: str) -> list[str]:
     """Whether a factor has the shape that it must have."""
     return [] if ref.shape == expected else [f"{ref.name} is {list(ref.shape)}; expected {list(expected)}, {meaning}"]
+
+
+def as_vector(ref: TensorRef) -> TensorRef:
+    """The same numbers as one dimension; all dimensions but one are 1."""
+    size = math.prod(ref.shape)
+    strides = None if ref.strides is None else (ref.strides[ref.shape.index(size)],)
+    return dataclasses.replace(ref, shape=(size,), strides=strides, is_transposed=False)
+
+
+def is_vector(ref: TensorRef) -> bool:
+    return sum(size != 1 for size in ref.shape) <= 1 and len(ref.shape) > 0
+
+
+def oriented(update: ModuleUpdate, parameter: Parameter, rows: int | None, columns: int | None) -> ModuleUpdate:
+    """The update, seen to speak of the transpose if only that has so many ``rows`` and ``columns``; None is not known.
+
+    In a model that is known nothing is left to see. In another a Conv1D is told by its shape, and where it is square by
+    the setting ``fan_in_fan_out``.
+    """
+    if parameter.is_transposed is not None or update.transposes or len(parameter.shape) != 2:
+        return update
+
+    def fits(shape: tuple[int, ...]) -> bool:
+        return rows in (None, shape[0]) and columns in (None, shape[1])
+
+    plain, turned = fits(parameter.shape), fits(parameter.shape[::-1])
+    transposes = bool(update.setting("fan_in_fan_out")) if plain and turned else turned
+    return update.changed(transposes=transposes)
 
 
 def check_dtypes(update: ModuleUpdate, weight: TensorRef, whole_numbers: frozenset[str]) -> list[str]:

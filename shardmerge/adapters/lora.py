@@ -19,8 +19,8 @@ import math
 import re
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.base import Factors, Family, ModuleUpdate
-from shardmerge.spec import Parameter, RowRange, Update, Window
+from shardmerge.adapters.base import Factors, Family, ModuleUpdate, oriented
+from shardmerge.spec import MIN_TILE_ROWS, Parameter, RowRange, Update, Window, even_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,19 +38,14 @@ class Lora(Family):
     adds: ClassVar[bool] = True
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        """In a model that is not known, shapes tell a Conv1D; of a square one, only the config's flag could.
+        """See `oriented`.
 
         MLX does not say whether a module is an embedding; those are never square.
         """
         made = (update.factor("B").shape[0], update.factor("A").shape[-1])
         if dict(update.settings).get("either_way") and made[0] != made[1]:
             return dataclasses.replace(update, transposes=made == parameter.shape[::-1])
-        if parameter.is_transposed is not None or update.transposes or len(parameter.shape) != 2:
-            return update
-        flagged = dict(update.settings).get("fan_in_fan_out", False)
-        if made[0] == made[1]:
-            return dataclasses.replace(update, transposes=flagged)
-        return dataclasses.replace(update, transposes=made == parameter.shape[::-1])
+        return oriented(update, parameter, made)
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         a, b = update.factor("A"), update.factor("B")
@@ -67,14 +62,18 @@ class Lora(Family):
             ]
         return []
 
-    def add(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        """Add the window of s · B A."""
+    def product(self, factors: Factors, update: Update, window: Window, out: Tensor) -> None:
+        """The window of B A, into ``out``."""
         import torch
 
         whole = len(window.columns) == update.columns
         a = factors.whole("A").flatten(1) if whole else factors.columns("A", window.columns)
         b = factors.rows("B", window.rows).flatten(1)
-        torch.mm(b, a, out=scratch)
+        torch.mm(b, a, out=out)
+
+    def add(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        """Add the window of s · B A."""
+        self.product(factors, update, window, scratch)
         # Two steps on purpose: add_(alpha=s) would fuse multiply and add, and skip a rounding that PEFT does.
         tile.add_(scratch.mul_(update.scaling))
 
@@ -227,6 +226,12 @@ class LoraBias(Family):
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         bias = factors.rows("bias", window.rows)
         tile.add_((bias * update.scaling).view(-1, 1))
+
+
+def add_product(out: Tensor, b: Tensor, a: Tensor) -> None:
+    """Add B A to ``out``, some rows at a time: at most twice `MIN_TILE_ROWS`."""
+    for rows in even_rows(len(out), max(1, len(out) // MIN_TILE_ROWS)):
+        out[rows.start : rows.stop] += b[rows.start : rows.stop] @ a
 
 
 def scaling_of(alpha: float, rank: int, rslora: bool) -> float:

@@ -44,7 +44,8 @@ _INERT = frozenset(
 #: Settings that are read here, for every method.
 _COMMON = frozenset({"bias", "modules_to_save", "target_modules", "fan_in_fan_out"})
 _WHOLE = re.compile(r"(?P<module>.+)\.(?P<parameter>[A-Za-z_]\w*)")
-_SAVED_INFIX = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.)")
+_SAVED = re.compile(r"\.modules_to_save(\.(?!weight$|bias$)[^.]+)?(?=\.)")
+_WRAPPED = re.compile(r"(\.token_adapter)?\.base_layer(?=\.)")
 #: Modules that PEFT saves whole by itself when the vocabulary was resized or they were targeted.
 _EMBEDDINGS = frozenset(
     {"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared", "word_embedding"}
@@ -108,9 +109,9 @@ class PeftMethod(ABC):
         """Claim tensors whose keys are of another form: those that were saved whole."""
         claim_wholes(claims, tensors, config)
 
-    def covers(self, module: str, config: Config) -> bool:
+    def covers(self, module: str, context: Context) -> bool:
         """Whether the config says that the module is one of the adapter's."""
-        return is_target(module, config)
+        return is_target(module, context.config)
 
     def claim(
         self, tensors: Mapping[str, TensorRef], config: Config, registered: Registered = lambda module: ()
@@ -125,7 +126,7 @@ class PeftMethod(ABC):
         for module in modules:
             if self._complete(claims, module):
                 self.claim_module(claims, module, context)
-            if not self.covers(module.name.removesuffix(".base_layer"), config):
+            if not self.covers(module.name, context):
                 claims.problems.append(
                     f"adapter_config.json's target_modules do not cover {module.name}, for which the adapter has "
                     "tensors; PEFT would ignore them"
@@ -206,21 +207,35 @@ def _key_pattern(roles: tuple[tuple[str, str], ...]) -> tuple[re.Pattern[str], l
 
 
 def claim_wholes(claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
-    """Whole tensors in place of the base's: ``modules_to_save``, trained biases, embeddings, wrapped base layers."""
+    """Whole tensors in place of the base's: ``modules_to_save``, trained biases, embeddings, wrapped base layers.
+
+    Where the vocabulary was resized, PEFT writes all that a trained embedding's wrapper holds, beside the tensor itself:
+    the copy under ``modules_to_save`` and the untrained original. It reads neither, and so neither is read here.
+    """
     for name in claims.leftovers(tensors):
-        plain = _SAVED_INFIX.sub("", name)
-        match = _WHOLE.fullmatch(plain.replace(".base_layer.", "."))
+        if ".original_module." in name and _SAVED.sub("", name.replace(".original_module.", ".")) in tensors:
+            claims.told.add(name)
+            continue
+        plain = _SAVED.sub("", name)
+        if plain != name and plain in tensors:
+            claims.told.add(name)
+            continue
+        match = _WHOLE.fullmatch(_WRAPPED.sub("", plain))
         if match is None:
             continue
         module, parameter = module_name(match["module"]), match["parameter"]
-        of_base_layer = ".base_layer." in plain
         saved = plain != name or _is_saved(module, config)
         bias = parameter == "bias" and config.get("bias") not in (None, "none")
-        embedding = parameter == "weight" and module.rpartition(".")[2] in _EMBEDDINGS
-        if saved or bias or embedding or of_base_layer:
+        embedding = parameter == "weight" and is_embedding(module)
+        if saved or bias or embedding or _WRAPPED.search(plain):
             settings = (("saved", True),) if saved else ()
             factors = (("whole", tensors[name]),)
             claims.updates.append(ModuleUpdate(module, parameter, "replacement", factors, settings=settings))
+
+
+def is_embedding(module: str) -> bool:
+    """Whether a module is called as input embeddings and output heads are."""
+    return module.rpartition(".")[2] in _EMBEDDINGS
 
 
 def _is_saved(module: str, config: Config) -> bool:
@@ -321,7 +336,7 @@ def pattern_of(valid: Callable[[Any], bool], expected: str) -> Check:
             place = f"{key}[{reprlib.repr(pattern)}]"
             if not valid(item):
                 problems.append(f"{place} must be {expected}, found {reprlib.repr(item)}")
-            problems += _regex_problems(place, _whole_pattern(pattern))
+            problems += regex_problems(place, _whole_pattern(pattern))
         return problems
 
     return check
@@ -334,13 +349,13 @@ NUMBER_PATTERN = pattern_of(is_number, "a finite number")
 def _check_targets(config: Config) -> list[str]:
     targets = config.get("target_modules")
     if isinstance(targets, str):
-        return _regex_problems("target_modules", targets) if targets != "all-linear" else []
+        return regex_problems("target_modules", targets) if targets != "all-linear" else []
     if targets is None or _is_strings(targets):
         return []
     return [f"target_modules must be a string or a list of strings, found {reprlib.repr(targets)}"]
 
 
-def _regex_problems(where: str, pattern: str) -> list[str]:
+def regex_problems(where: str, pattern: str) -> list[str]:
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:

@@ -27,6 +27,7 @@ from shardmerge.adapters.peft import (
     Context,
     Module,
     PeftMethod,
+    is_embedding,
     pattern_value,
 )
 from shardmerge.naming import module_name
@@ -89,11 +90,15 @@ class LoraMethod(PeftMethod):
         "monteclora_config": f"MonteCLoRA draws its weights at random, {_CANNOT} to what it computed in training",
     }
 
-    def covers(self, module: str, config: Config) -> bool:
-        """A module is a target, or holds parameters that are."""
-        if config.get("target_parameters") and (not config.get("target_modules") or _targeted(module, config)):
-            return bool(_targeted(module, config))
-        return super().covers(module, config)
+    def covers(self, module: str, context: Context) -> bool:
+        """A module is a target, or holds parameters that are, or is an output head that was tied to one."""
+        bare = _bare(module)[0]
+        if _targeted(bare, context):
+            return True
+        if context.config.get("ensure_weight_tying") and is_embedding(bare):
+            return True
+        only_parameters = context.config.get("target_parameters") and not context.config.get("target_modules")
+        return not only_parameters and super().covers(bare, context)
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         """One of the forms that LoRA takes, told by the factors that are there and the config."""
@@ -103,10 +108,8 @@ class LoraMethod(PeftMethod):
             return
         if not _paired(claims, module, "A", "B"):
             return
-        bare, depth = name, 0
-        while bare.endswith(".base_layer"):
-            bare, depth = bare.removesuffix(".base_layer"), depth + 1
-        if depth or _targeted(bare, context.config):
+        bare, depth = _bare(name)
+        if depth or _targeted(bare, context):
             _claim_parameter(claims, module, bare, depth, context)
         else:
             _claim_matrix(claims, module, context.config)
@@ -226,29 +229,38 @@ def _claim_embedding(claims: Claims, module: Module, config: Config) -> None:
         _check_ranks(claims, a, b, rank, module.name)
 
 
-def _targeted(module: str, config: Config) -> list[str]:
-    """Parameters of a module that ``target_parameters`` names, in the config's order."""
+def _bare(module: str) -> tuple[str, int]:
+    """A module's name without the wrappers of its parameters, and how many there were."""
+    depth = 0
+    while module.endswith(".base_layer"):
+        module, depth = module.removesuffix(".base_layer"), depth + 1
+    return module, depth
+
+
+def _targeted(module: str, context: Context) -> list[str]:
+    """Parameters of a module that ``target_parameters`` names, in the order of registration or else the config's."""
+    known = context.registered(module)
     found = []
-    for target in config.get("target_parameters") or ():
+    for target in context.config.get("target_parameters") or ():
         owner, _, parameter = target.rpartition(".")
-        if parameter and (not owner or module == owner or module.endswith(f".{owner}")) and parameter not in found:
+        # A parameter by its bare name is of every module that has one of that name.
+        named = module == owner or module.endswith(f".{owner}") if owner else parameter in known
+        if named and parameter not in found:
             found.append(parameter)
-    return found
+    return [name for name in known if name in found] if known else found
 
 
 def _claim_parameter(claims: Claims, module: Module, bare: str, depth: int, context: Context) -> None:
     """LoRA on a parameter of a module. Of several, PEFT nests the wrappers, the first registered innermost."""
     a, b = module.factors["A"], module.factors["B"]
-    targets = _targeted(bare, context.config)
-    if len(targets) > 1:
-        order = [name for name in context.registered(bare) if name in targets]
-        if sorted(order) != sorted(targets):
-            claims.half(
-                a, f"a word on which of {', '.join(targets)} it belongs to: {bare} is of a model that is not known"
-            )
-            claims.told.add(b.name)
-            return
-        targets = order
+    targets = _targeted(bare, context)
+    if len(targets) > 1 and not context.registered(bare):
+        claims.told |= {ref.name for ref in module.factors.values()}
+        claims.problems.append(
+            f"{a.name} belongs to one of {', '.join(targets)} of {bare}, but which cannot be told: the base is of an "
+            "architecture that is not known"
+        )
+        return
     if depth >= len(targets):
         claims.half(a, f"a parameter of {bare} in target_parameters that it could belong to")
         claims.told.add(b.name)

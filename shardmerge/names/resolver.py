@@ -116,16 +116,23 @@ class Names:
             yield self._parameter(name, alias, self._as_stored(name, alias))
         if name in self._shapes or name == image.name or name in image.targets:
             return
-        views = [self._view(target) for target in image.targets or (image.name,)]
-        if any(view is None for view in views):
+        targets = image.targets or (image.name,)
+        found = [self._view_with_any_prefix(target) for target in targets]
+        views = [view for view in found if view is not None]
+        if len(views) < len(targets):
             return
         if image.rule is None:
-            yield self._parameter(image.name, image.name, views[0])  # type: ignore[arg-type]
+            yield self._parameter(image.name, image.name, views[0])
             return
         number = number_in(image)
         member = None if number is None or number < 0 else number
-        view = conversions.revert(image.rule, views, image.source, member, self._config)  # type: ignore[arg-type]
+        view = conversions.revert(image.rule, views, image.source, member, self._config)
         yield self._parameter(name, name, view)
+
+    def _view_with_any_prefix(self, name: str) -> View | None:
+        """As transformers does when a renamed name is not one of the model's."""
+        names = (name, *self._with_other_prefix(name))
+        return next((view for candidate in names if (view := self._view(candidate)) is not None), None)
 
     def _view(self, name: str) -> View | None:
         """The tensor of that name in memory, if the checkpoint has it."""

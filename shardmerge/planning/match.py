@@ -99,6 +99,7 @@ class _Matching:
         self.unmatched: list[Callable[[], str]] = []
         self.misfits: list[str] = []
         self.taken: dict[tuple[str, int], ModuleUpdate] = {}
+        self.resized: dict[str, Parameter] = {}
         self.flat: defaultdict[str, list[str]] = defaultdict(list)
         self.regions: defaultdict[str, list[tuple[Place, ModuleUpdate]]] = defaultdict(list)
 
@@ -112,7 +113,8 @@ class _Matching:
         problems += list_some([partial(self._leftover, name) for name in claims.leftovers(tensors)])
         if not claims.updates:
             return problems if claims.problems else [*problems, "holds nothing that could be merged"]
-        for update in claims.updates:
+        # What replaces comes first: a resized embedding may then be updated.
+        for update in sorted(claims.updates, key=_order):
             self._match(update)
         self._find_overlaps()
         self.matches.warnings += [f"adapter {self.config.path}: {warning}" for warning in claims.warnings]
@@ -138,6 +140,7 @@ class _Matching:
             if not (update.optional and not parameter):
                 self.unmatched.append(partial(self._unmatched, update, parameter))
             return
+        parameter = self.resized.get(parameter.name, parameter)
         oriented = FAMILIES[update.family].orient(update, parameter)
         if isinstance(oriented, str):
             self.misfits.append(oriented)
@@ -153,6 +156,14 @@ class _Matching:
         self.misfits += wrong
         if wrong or not update.fits:
             return
+        if update.family == "replacement" and update.factor("whole").shape != parameter.shape:
+            rows = update.factor("whole").shape[0]
+            parameter = dataclasses.replace(
+                parameter,
+                shape=(rows, *parameter.shape[1:]),
+                places=(dataclasses.replace(parameter.places[0], rows=rows),),
+            )
+            self.resized[parameter.name] = parameter
         for place in parameter.places:
             self.regions[place.tensor].append((place, update))
             self.matches.updates[place.tensor].append(self._update(update, parameter, place))
@@ -180,7 +191,7 @@ class _Matching:
         for role, name in update.of_base:
             parameter = self.names.resolve(update.module, name)
             ref = None if isinstance(parameter, str) else self._as_factor(parameter)
-            if ref is None:
+            if isinstance(parameter, str) or ref is None:
                 return (
                     f"{update.first} needs {update.module}.{name} as it is in the base, which does not store it as one "
                     "matrix by itself"

@@ -18,6 +18,8 @@ from shardmerge.checkpoint import Checkpoint
 from shardmerge.names import Names
 from shardmerge.spec import Parameter, TensorRef, Update
 
+#: Models that scale their output by whether they say they are tied, or are tied whatever they say (transformers 5).
+_NEVER_UNTIED = frozenset({"longt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5"})
 _WHOLE = ("replacement", "overwrite")
 
 
@@ -74,9 +76,17 @@ def _resolve(
         if stored:
             updates[head] = [_on(update, head) for update in of_embedding]
         return
-    whole = any(update.family in _WHOLE for update in (*of_head, *of_embedding))
-    if mode == "peft" and not whole:
-        updates[embedding] = [*of_embedding, *(_on(update, embedding) for update in of_head)]
+    if mode == "untie" and checkpoint.model_type in _NEVER_UNTIED:
+        result.problems.append(
+            f"an adapter updates {embedding} or the output head that is tied to it, and {checkpoint.model_type} models "
+            "cannot be untied: they scale their output, or not, by whether they are tied; tied: peft does as PEFT's merge "
+            "does"
+        )
+        return
+    apart = any(update.family in _WHOLE and update.setting("saved") for update in (*of_head, *of_embedding))
+    if mode == "peft" and not apart:
+        rest = [update for update in of_head if update.family not in _WHOLE or not of_embedding]
+        updates[embedding] = [*of_embedding, *(_on(update, embedding) for update in rest)]
         updates.pop(head, None)
         if stored:
             updates[head] = [_on(update, head) for update in updates[embedding]]
@@ -110,8 +120,15 @@ def _stays_tied(
     together = [update for update in of_embedding if _is_shared(update, configs)]
     if len(together) != len(of_embedding) or not together:
         return False
-    # Of a whole tensor the head's copy may be there, too, where PEFT saved the one tensor under both names.
-    return all(update.family in _WHOLE and _is_shared(update, configs) for update in of_head)
+    # The head's copy may be there, too, where PEFT saved the one tensor under both names.
+    return all(_is_copy(update, configs) for update in of_head)
+
+
+def _is_copy(update: Update, configs: Sequence[Mapping[str, Any]]) -> bool:
+    if update.family == "token-rows":
+        # In this method the head has no tokens of its own where it is tied.
+        return configs[update.adapter].get("peft_type") == "TRAINABLE_TOKENS"
+    return update.family in _WHOLE and _is_shared(update, configs)
 
 
 def _is_shared(update: Update, configs: Sequence[Mapping[str, Any]]) -> bool:

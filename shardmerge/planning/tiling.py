@@ -17,6 +17,7 @@ from shardmerge.spec import (
     DTYPE_BITS,
     FLOAT_DTYPES,
     KEPT_WHOLE_BYTES,
+    MIN_TILE_ROWS,
     MemoryPlan,
     RowRange,
     ShardPlan,
@@ -27,7 +28,6 @@ from shardmerge.spec import (
 )
 from shardmerge.windows import boundaries, locate
 
-MIN_TILE_ROWS = 16
 #: Buffers in flight: read, waiting, computed, waiting, written, and one to spare.
 BUFFERS = 6
 AUTO_MEMORY = 32 << 20

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardmerge.adapters import ModuleUpdate
+from shardmerge.adapters.peft import is_embedding
 from shardmerge.checkpoint import Checkpoint
 from shardmerge.spec import TensorRef, Update
 
@@ -51,13 +52,8 @@ def resized(
     if not changed:
         return None, []
     sizes = set(changed.values())
-    embeddings = {name: size for name, size in rows.items() if name in changed or _is_embedding(name)}
+    embeddings = {name: size for name, size in rows.items() if name in changed or is_embedding(name.removesuffix(".weight"))}
     if len(sizes) > 1 or len(set(embeddings.values())) > 1:
         found = ", ".join(f"{name} has {size}" for name, size in sorted(embeddings.items()))
         return None, [f"the adapter resizes the vocabulary, but not all of it: {found} rows"]
     return sizes.pop(), []
-
-
-def _is_embedding(name: str) -> bool:
-    module = name.removesuffix(".weight").rpartition(".")[2]
-    return module in ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared")

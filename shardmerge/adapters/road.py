@@ -1,0 +1,93 @@
+"""RoAd: W' = R W and b' = R b, R a rotation and scaling of pairs of outputs.
+
+W is (out, in), b (out). Outputs come in groups of g, the config's ``group_size``; in a group output i and its partner
+i + g/2 make a pair: y'ᵢ = c₁ᵢ yᵢ − c₂ᵢ y_{i+g/2}, y'_{i+g/2} = c₁_{i+g/2} y_{i+g/2} + c₂_{i+g/2} yᵢ, with c₁ = α cos θ and
+c₂ = α sin θ. θ and α are (out/2), one for each pair (``road_1``), (out), one for each output (``road_2``), or (2·out), where
+of every 2·g numbers the first g belong to c₁ and the others to c₂ (``road_4``).
+Liu et al. 2024, arXiv:2409.00119. Source: peft/tuners/road/layer.py, 0.21.
+
+A group needs all its rows, so tiles hold whole groups. PEFT merges with R rounded to the base's dtype, and multiplies by
+all of R, (out, out): in float32 the bits are the same (see `shardmerge.adapters.blocks`), on 16-bit bases ours are nearer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.adapters.blocks import rotate_rows, widened
+from shardmerge.adapters.peft import Check, Context, Module, PeftMethod, checked, is_rank
+from shardmerge.spec import Update, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: How many halves of an output's number of angles there are.
+_VARIANTS = {"road_1": 1, "road_2": 2, "road_4": 4}
+
+
+class Road(Family, PeftMethod):
+    """``peft_type: ROAD``, and what it does to a matrix and to a bias."""
+
+    name: ClassVar[str] = "road"
+    peft_type: ClassVar[str] = "ROAD"
+    title: ClassVar[str] = "RoAd"
+    paper: ClassVar[str] = "arXiv:2409.00119"
+    roles: ClassVar[Mapping[str, str]] = {"road_theta": "theta", "road_alpha": "alpha"}
+    settings: ClassVar[Mapping[str, Check]] = {
+        "variant": checked(
+            lambda value: isinstance(value, str) and value in _VARIANTS, f"one of {', '.join(_VARIANTS)}", required=True
+        ),
+        "group_size": checked(lambda value: is_rank(value) and value % 2 == 0, "an even number above zero", required=True),
+    }
+    inert: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        settings = (("variant", context.config["variant"]), ("group", context.config["group_size"]))
+        factors = tuple(module.factors.items())
+        claims.updates.append(ModuleUpdate(module.name, "weight", self.name, factors, settings=settings))
+        # The bias is rotated where there is one.
+        bias = ModuleUpdate(module.name, "bias", self.name, factors, settings=settings, optional=True)
+        claims.updates.append(bias)
+
+    def row_unit(self, update: Update | ModuleUpdate) -> int:
+        return int(update.setting("group"))
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        group, variant = update.setting("group"), update.setting("variant")
+        if len(shape) > 2:
+            return [f"{update.module}.{update.parameter} is {list(shape)}; RoAd rotates the outputs of Linear layers"]
+        if shape[0] % group:
+            return [f"{update.module} has {shape[0]} outputs, which groups of {group} do not divide (group_size)"]
+        size, meaning = shape[0] // 2 * _VARIANTS[variant], f"as {variant} has it for {shape[0]} outputs"
+        return [problem for role in ("theta", "alpha") for problem in misshaped(update.factor(role), (size,), meaning)]
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        group = update.setting("group")
+        blocks = factors.kept("blocks", lambda: _rotations(factors, update))
+        blocks = blocks[window.rows.start // group : window.rows.stop // group]
+        rotate_rows(tile, widened(blocks, len(blocks)), scratch)
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        # The blocks; those of a tile, put together; and the angles on the way.
+        return update.rows * (update.setting("group") + max(64, update.setting("group")) + 8) * itemsize
+
+
+def _rotations(factors: Factors, update: Update) -> Tensor:
+    """R's blocks, (out/g, g, g)."""
+    group, half = update.setting("group"), update.setting("group") // 2
+    theta, alpha = factors.whole("theta"), factors.whole("alpha")
+    if update.setting("variant") == "road_4":
+        theta, alpha = theta.view(-1, 2, group), alpha.view(-1, 2, group)
+        own = alpha[:, 0] * theta[:, 0].cos()
+        partner = alpha[:, 1] * theta[:, 1].sin()
+    else:
+        if update.setting("variant") == "road_1":
+            theta, alpha = (of.view(-1, 1, half).expand(-1, 2, -1).reshape(-1) for of in (theta, alpha))
+        own, partner = ((alpha * of).view(-1, group) for of in (theta.cos(), theta.sin()))
+    blocks = own.new_zeros(len(own), group, group)
+    blocks.diagonal(dim1=1, dim2=2).copy_(own)
+    blocks.diagonal(half, dim1=1, dim2=2).copy_(-partner[:, :half])
+    blocks.diagonal(-half, dim1=1, dim2=2).copy_(partner[:, half:])
+    return blocks
