@@ -40,6 +40,13 @@ class AdapterFile:
         value = config.get("base_model_name_or_path", config.get("model"))
         return value if isinstance(value, str) and value else None
 
+    @property
+    def family(self) -> str:
+        """The method that made it, by PEFT's name where it has one."""
+        config = self.config or {}
+        kind = config.get("peft_type", config.get("fine_tune_type", "LORA"))
+        return str(kind)
+
     def format(self, wanted: str = "auto") -> str:
         return detect_format(self.tensors, self.config) if wanted == "auto" else wanted
 
@@ -53,7 +60,9 @@ class AdapterFile:
         tensors = self.chosen(config)
         if not tensors:
             return Claims(problems=[f"no tensor's name begins with prefix {config.prefix!r}"], refused=True)
-        content = AdapterContent(tensors, self.config, config.alpha, config.scaling, self.read_number)
+        content = AdapterContent(
+            tensors, self.config, config.alpha, config.scaling, config.expert_layout, self.read_number
+        )
         return claim(kind, content, registered)
 
     def chosen(self, config: AdapterConfig) -> Mapping[str, TensorRef]:

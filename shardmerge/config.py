@@ -85,6 +85,11 @@ class AdapterConfig(_Section):
     format: Literal["auto", "peft", "pure-pytorch", "kohya", "mlx"] = Field(
         default="auto", description="How the adapter is stored."
     )
+    expert_layout: Literal["peft", "unsloth"] = Field(
+        default="peft",
+        description="How lora_B of fused experts is laid out: rank by rank as PEFT does it, or expert by expert as "
+        "unsloth's trainer does. The shapes are the same, so nothing in the file tells.",
+    )
     prefix: str | None = Field(
         default=None,
         description="Only tensors whose names begin so are merged: of an adapter for several models, those of this base.",
@@ -140,8 +145,8 @@ class MergeConfig(_Section):
     tied: Literal["untie", "peft"] = Field(
         default="untie",
         description="Where the base ties its output head to the input embedding and an adapter updates one of them: "
-        "untie writes both, so that the merged model computes what base and adapter computed; peft does as PEFT's merge "
-        "does.",
+        "untie writes both, so that the merged model computes what base and adapter computed; peft does as PEFT's "
+        "merge does.",
     )
     compute: ComputeConfig = Field(default_factory=lambda: ComputeConfig.model_validate({}))
 

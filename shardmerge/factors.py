@@ -70,7 +70,7 @@ class LazyFactors:
         return self._ready(ref, self._stored(ref)[rows.start : rows.stop], (rows.start,))
 
     def columns(self, ref: TensorRef, columns: RowRange) -> Tensor:
-        """Columns of a matrix in the compute dtype. Of a small one, or one kept transposed, the bytes are kept whole."""
+        """Columns of a matrix in the compute dtype. Of a small one, or one kept transposed, all bytes are kept."""
         first = (0, columns.start)
         if ref.strides is not None or ref.nbytes <= KEPT_WHOLE_BYTES:
             return self._ready(ref, self._stored(ref)[:, columns.start : columns.stop], first)
@@ -160,14 +160,14 @@ class UpdateFactors:
     def _shuffled(self, shuffle: tuple[int, int, int], rows: RowRange) -> Tensor:
         """The matrix's rows that lie, in this order, at stored rows which the window counts as ``rows``."""
         start = self._update.place.start
-        groups, outer, inner = shuffle
+        _, outer, inner = shuffle
         stored = torch.arange(rows.start - start, rows.stop - start)
         group, rest = stored // (outer * inner), stored % (outer * inner)
         return start + group * outer * inner + rest % inner * outer + rest // inner
 
     def _seen(self, role: str, factor: Tensor) -> Tensor:
-        active = self._loader.active
-        if self._update.adapter not in active and role in FAMILIES[self._update.family].zero_means_nothing:
-            if bool(factor.any()):
-                active.add(self._update.adapter)
+        active, adapter = self._loader.active, self._update.adapter
+        tells = role in FAMILIES[self._update.family].zero_means_nothing
+        if adapter not in active and tells and bool(factor.any()):
+            active.add(adapter)
         return factor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 
 from shardmerge.adapter_file import CONFIG_NAME, PICKLES, WEIGHTS, AdapterFile, open_adapter
-from shardmerge.adapters import FAMILIES
+from shardmerge.adapters import FAMILIES, METHODS, ModuleUpdate
 from shardmerge.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.config import AdapterConfig
 from shardmerge.errors import FormatError
@@ -20,6 +21,9 @@ from shardmerge.sources import Source, open_source
 from shardmerge.spec import TensorRef
 
 _ADAPTER_NAMES = (*WEIGHTS, CONFIG_NAME)
+
+
+_SHOWN_LAST = ("bytes", "dtypes", "updates", "targets", "settings", "problems")
 
 
 def inspect_path(location: str) -> dict[str, Any]:
@@ -41,7 +45,8 @@ def _is_adapter(source: Source) -> bool:
 
 
 def _has_factors(checkpoint: Checkpoint) -> bool:
-    return any(".lora_A." in name or name.endswith((".A", ".lora_A")) for name in checkpoint.weights)
+    ends = (".A", ".lora_A", ".lora_down.weight", ".lora.down.weight", ".lora_a")
+    return any(".lora_A." in name or name.endswith(ends) for name in checkpoint.weights)
 
 
 def _dtypes(tensors: Mapping[str, TensorRef]) -> dict[str, dict[str, int]]:
@@ -73,24 +78,25 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 def _describe_adapter(adapter: AdapterFile, location: str) -> dict[str, Any]:
     config = adapter.config or {}
     # Without a config the scale is not the adapter's to tell; 1 as scaling lets the rest be read.
-    bare = adapter.config is None
-    claims = adapter.claims(AdapterConfig(path=location, scaling=1.0 if bare else None))
+    needs_scale = adapter.config is None and adapter.format() != "kohya"
+    claims = adapter.claims(AdapterConfig(path=location, scaling=1.0 if needs_scale else None))
     updates = [update for update in claims.updates if FAMILIES[update.family].changes_weight]
-    kinds = Counter(update.module.rpartition(".")[2] for update in updates)
+    kinds = Counter(_kind(update) for update in updates)
+    adding = [update for update in updates if FAMILIES[update.family].adds]
     leftovers = [] if claims.refused else claims.leftovers(adapter.tensors)
     return {
         "kind": "adapter",
         "location": adapter.source.location,
         "revision": adapter.source.revision,
         "format": adapter.format(),
-        "family": config.get("peft_type", "LORA"),
+        "family": adapter.family,
+        "updates": dict(Counter(update.family for update in updates)),
         "bytes": adapter.file.size,
         "tensors": len(adapter.tensors),
         "dtypes": _dtypes(adapter.tensors),
-        "ranks": sorted({update.rank for update in updates}),
-        "alpha": config.get("lora_alpha"),
-        "rslora": bool(config.get("use_rslora")),
-        "scalings": None if bare else sorted({update.scaling for update in updates}),
+        "ranks": sorted({update.rank for update in updates if update.rank}),
+        "settings": _settings(config),
+        "scalings": None if needs_scale else sorted({update.scaling for update in adding}),
         "targets": dict(sorted(kinds.items())),
         "trained_on": adapter.trained_on,
         "peft_version": config.get("peft_version"),
@@ -98,15 +104,33 @@ def _describe_adapter(adapter: AdapterFile, location: str) -> dict[str, Any]:
     }
 
 
+def _kind(update: ModuleUpdate) -> str:
+    """The last part of a module's name, and the parameter where it is not the weight."""
+    last = update.module.rpartition(".")[2]
+    return last if update.parameter == "weight" else f"{last}.{update.parameter}"
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What its method reads of an adapter's config, where it says something."""
+    method = METHODS.get(str(config.get("peft_type")))
+    if method is None:
+        return {}
+    read = [*method.settings, "bias", "modules_to_save", "fan_in_fan_out"]
+    return {key: config[key] for key in read if config.get(key) not in (None, False, "none", [], {})}
+
+
 def describe(found: Mapping[str, Any]) -> str:
     """What `inspect_path` found, as a person reads it."""
-    shown = {key: value for key, value in found.items() if key not in ("bytes", "dtypes", "targets", "problems")}
+    shown = {key: value for key, value in found.items() if key not in _SHOWN_LAST}
     rows = [(key.replace("_", " "), _value(value)) for key, value in shown.items() if value not in (None, [])]
     rows.append(("size", human_bytes(found["bytes"])))
     for dtype, sizes in found["dtypes"].items():
         rows.append((dtype, f"{sizes['tensors']} tensors, {human_bytes(sizes['bytes'])}"))
-    if found.get("targets"):
-        rows.append(("targets", ", ".join(f"{kind} ×{count}" for kind, count in found["targets"].items())))
+    for key in ("updates", "targets"):
+        if found.get(key):
+            rows.append((key, ", ".join(f"{kind} ×{count}" for kind, count in found[key].items())))
+    for key, value in found.get("settings", {}).items():
+        rows.append((f"  {key}", _value(value)))
     text = table(rows)
     if found["kind"] == "adapter" and found["scalings"] is None:
         text += "\nit carries no config: a merge must be given its alpha or scaling"
@@ -118,7 +142,7 @@ def _value(value: Any) -> str:
         return ", ".join(map(_value, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else reprlib.repr(value) if isinstance(value, dict) else str(value)
 
 
 # --- a config to begin with -------------------------------------------------------------------------------------------

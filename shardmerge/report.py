@@ -97,22 +97,26 @@ def changing_updates(plan: MergePlan) -> Iterator[tuple[TensorPlan, Update]]:
 
 
 def target_rows(plan: MergePlan) -> list[dict[str, Any]]:
-    """Targets by kind of module: the last part of its name, with shape, rank, scaling, family and adapter."""
-    groups: dict[tuple[Any, ...], list[float]] = defaultdict(list)
-    for tensor, update in changing_updates(plan):
-        kind = update.module.rpartition(".")[2]
-        groups[kind, tensor.source.shape, update.family, update.rank, update.adapter].append(update.scaling)
+    """Targets by kind of module: the last part of its name, with shape, rank, scaling, family and adapter.
+
+    ``scaling`` is empty where the family does not add, and ``rank`` 0 where it has none.
+    """
+    groups: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
+    for _, update in changing_updates(plan):
+        kind = update.module.rpartition(".")[2] + ("" if update.parameter == "weight" else f".{update.parameter}")
+        # A module of experts may be stored as many tensors.
+        groups[kind, update.shape, update.family, update.rank, update.adapter][update.module] = update.scaling
     return [
         {
             "module": kind,
-            "count": len(scalings),
+            "count": len(modules),
             "shape": list(shape),
             "family": family,
             "rank": rank,
-            "scaling": sorted(set(scalings)),
+            "scaling": sorted(set(modules.values())) if FAMILIES[family].adds else [],
             "adapter": adapter,
         }
-        for (kind, shape, family, rank, adapter), scalings in groups.items()
+        for (kind, shape, family, rank, adapter), modules in groups.items()
     ]
 
 
@@ -146,17 +150,20 @@ def _describe_sources(plan: MergePlan) -> str:
 
 def _describe_targets(plan: MergePlan) -> str:
     several = len(plan.adapters) > 1
-    rows = [("targets", "count", "shape", "rank", "scaling", *(("adapter",) if several else ()))]
+    rows = [("targets", "count", "shape", "update", "rank", "scaling", *(("adapter",) if several else ()))]
     found = target_rows(plan)
     for row in found:
         scaling = ", ".join(f"{value:.6g}" for value in row["scaling"])
         adapter = (str(row["adapter"] + 1),) if several else ()
-        rows.append((row["module"], str(row["count"]), _shape(row["shape"]), str(row["rank"]), scaling, *adapter))
-    text = table(rows, right=(1, 3))
-    if len(plan.adapters) > 1:
+        rank = str(row["rank"] or "")
+        rows.append((row["module"], str(row["count"]), _shape(row["shape"]), row["family"], rank, scaling, *adapter))
+    text = table(rows, right=(1, 4))
+    if several:
         text += "\nweights that several adapters update get them in this order, and are rounded once"
+    if several and (bound := sorted({row["family"] for row in found if not FAMILIES[row["family"]].adds})):
+        text += f"\nthe order matters: {', '.join(bound)} changes what the adapters before it have made of a weight"
     scalings = sorted({value for row in found for value in row["scaling"]})
-    return f"{text}\nscalings: {', '.join(f'{value:.6g}' for value in scalings)}"
+    return f"{text}\nscalings: {', '.join(f'{value:.6g}' for value in scalings)}" if scalings else text
 
 
 def _describe_output(plan: MergePlan) -> str:
@@ -234,7 +241,13 @@ def record(plan: MergePlan, report: MergeReport, torch_version: str) -> dict[str
         "adapters": jsonable(plan.adapters),
         "targets": {
             tensor.source.name: [
-                {"adapter": update.adapter, "family": update.family, "rank": update.rank, "scaling": update.scaling}
+                {
+                    "adapter": update.adapter,
+                    "module": f"{update.module}.{update.parameter}",
+                    "family": update.family,
+                    "rank": update.rank,
+                    "scaling": update.scaling,
+                }
                 for update in tensor.updates
             ]
             for shard in plan.shards

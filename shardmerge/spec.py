@@ -243,6 +243,7 @@ class Update:
     rank: int
     shape: tuple[int, ...]
     place: Place
+    parameter: str = "weight"
     experts: int = 0
     transposes: bool = False
     settings: tuple[tuple[str, Any], ...] = ()

@@ -1,7 +1,7 @@
 """Adapters of any family on a small network, and what PEFT makes of them: the oracle of the families' tests.
 
-The network is no transformers model, so it is quickly made, and has one layer of every kind that families know. Sizes are
-odd on purpose: a swapped orientation does not fit.
+The network is no transformers model, so it is quickly made, and has one layer of every kind that families know. Sizes
+are odd on purpose: a swapped orientation does not fit.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def refusal(case: Case, **changes: Any) -> str:
     file = case.adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     try:
-        shardmerge.plan({"base": str(case.base), "adapters": [str(case.adapter)], "output": {"path": str(case.base) + "-x"}})
+        shardmerge.plan(make_config(case.base.with_name("merged"), case.base, [case.adapter]))
     except shardmerge.ShardmergeError as error:
         return str(error)
     raise AssertionError("the plan accepts it")

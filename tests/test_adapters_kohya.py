@@ -28,7 +28,9 @@ def tensors_of(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return {name: random_tensor(shape, seed) for seed, (name, shape) in enumerate(shapes.items())}
 
 
-def factors(key: str, shape: tuple[int, ...], rank: int, alpha: float | None, *, old: bool = False) -> dict[str, Tensor]:
+def factors(
+    key: str, shape: tuple[int, ...], rank: int, alpha: float | None, *, old: bool = False
+) -> dict[str, Tensor]:
     """down and up of a weight, and alpha where there is one."""
     ends = (".lora.down.weight", ".lora.up.weight") if old else (".lora_down.weight", ".lora_up.weight")
     found = {
@@ -90,7 +92,9 @@ def test_a_name_that_may_be_several_is_refused(tmp_path: Path) -> None:
 
 def test_a_name_that_is_nowhere_is_refused(tmp_path: Path) -> None:
     config = make(tmp_path, factors("lora_unet_up_blocks_0_proj_in", (24, 20), 4, None))
-    with pytest.raises(PlanError, match=r"lora_unet_up_blocks_0_proj_in\.lora_down\.weight updates up_blocks_0_proj_in"):
+    with pytest.raises(
+        PlanError, match=r"lora_unet_up_blocks_0_proj_in\.lora_down\.weight updates up_blocks_0_proj_in"
+    ):
         shardmerge.plan(config)
 
 

@@ -92,7 +92,11 @@ def test_full_fine_tune(tmp_path: Path) -> None:
         (pair(Q0), {"lora_parameters": [1]}, "lora_parameters.scale must be a finite number"),
         (pair(Q0), {"fine_tune_type": "other"}, "fine_tune_type must be lora, dora or full"),
         ({**pair(Q0), "strange": torch.ones(2)}, {}, "strange belongs to no update"),
-        ({"model.layers.0.ghost.lora_a": torch.ones(3, 2), "model.layers.0.ghost.lora_b": torch.ones(2, 3)}, {}, "ghost"),
+        (
+            {"model.layers.0.ghost.lora_a": torch.ones(3, 2), "model.layers.0.ghost.lora_b": torch.ones(2, 3)},
+            {},
+            "ghost",
+        ),
     ],
     ids=["half", "ranks", "length", "no length", "no scale", "no mapping", "type", "leftover", "nowhere"],
 )

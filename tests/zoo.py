@@ -13,10 +13,12 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -514,12 +516,20 @@ def _wrapped(model: str, adapter: Adapter, dtype: str, load_as: str, *, untied: 
     return wrapped
 
 
+def _c3a_in_float64() -> AbstractContextManager[Any]:
+    """PEFT makes C3A's circulant blocks in float32 even of a float64 base."""
+    from peft.tuners.c3a import layer
+
+    of = layer.get_circulant_fast
+    return mock.patch.object(layer, "get_circulant_fast", lambda kernel: of(kernel.double()))
+
+
 @cache
 def merged_by_peft(
     model: str, adapter: Adapter, dtype: str = F32, load_as: str = "auto", *, untied: bool = False
 ) -> Path:
     """What PEFT's default merge stores. With a base loaded as float64 it is exact."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _c3a_in_float64() if load_as == F64 else nullcontext():
         warnings.simplefilter("ignore")
         merged = _wrapped(model, adapter, dtype, load_as, untied=untied).merge_and_unload()
         return write(merged, new_folder(f"peft-{model}"), MODELS[model].layout)

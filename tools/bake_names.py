@@ -145,6 +145,18 @@ _ATTRIBUTES: dict[str, dict[str, Any]] = {
     "T5Gemma2DecoderConfig": {"dropout_rate": 0.0},
 }
 
+#: Configs with which some classes have parts that their default lacks, to be asked as well.
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "GPT2Config": {"add_cross_attention": True},
+    "Gemma4TextConfig": {
+        "enable_moe_block": True,
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 64,
+    },
+    "HunYuanMoEV1Config": {"num_experts": 8, "moe_topk": 2},
+}
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -178,6 +190,8 @@ def bake() -> tuple[str, dict[str, str]]:
             architectures.setdefault(name, {"type": _config_class(cls).model_type, "prefix": cls.base_model_prefix})
             continue
         _describe(model, architectures)
+        if variant := _VARIANTS.get(_config_class(cls).__name__):
+            _describe(build(cls, **variant), architectures)
     data = {
         "transformers": transformers.__version__,
         "rules": rules(),
@@ -306,7 +320,8 @@ def _describe(model: PreTrainedModel, architectures: dict[str, Any]) -> None:
         if isinstance(module, Conv1D):
             conv1d.add(path.rpartition(".")[2])
         elif _has_experts(module):
-            experts[_template(path)] = [name for name, param in module.named_parameters(recurse=False) if param.ndim > 1]
+            params = module.named_parameters(recurse=False)
+            experts[_template(path)] = [name for name, param in params if param.ndim > 1]
             entry["transposed"] = entry.get("transposed", False) or bool(getattr(module, "is_transposed", False))
     entry["conv1d"] = sorted(conv1d)
     entry["experts"] = dict(sorted(experts.items()))
@@ -326,6 +341,9 @@ def _children(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
 
 def _own_modules(model: PreTrainedModel, children: set[str]) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
+        # What weight norm makes of a convolution's weight are vectors of three dimensions, not experts.
+        if "parametrizations" in path:
+            continue
         if path not in children and not any(path.startswith(f"{child}.") for child in children):
             yield path, module
 

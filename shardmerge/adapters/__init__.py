@@ -12,17 +12,27 @@ from typing import Any
 
 from shardmerge.adapters import kohya, mlx, peft_lora, pure_pytorch
 from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, check_dtypes
+from shardmerge.adapters.beft import Beft
+from shardmerge.adapters.boft import Boft
+from shardmerge.adapters.c3a import C3a
+from shardmerge.adapters.fourierft import FourierFt
 from shardmerge.adapters.frozen import FrozenCopy
+from shardmerge.adapters.glora import Glora, GloraBias
+from shardmerge.adapters.gralora import Gralora
 from shardmerge.adapters.hira import Hira
 from shardmerge.adapters.hra import Hra
 from shardmerge.adapters.ia3 import Ia3
 from shardmerge.adapters.ln_tuning import LnTuning
-from shardmerge.adapters.lora import Dora, Lora, LoraBias, LoraExperts
+from shardmerge.adapters.loha import Loha, LohaTucker
+from shardmerge.adapters.lokr import Lokr
+from shardmerge.adapters.lora import Dora, Lora, LoraBias, LoraBlocks, LoraExperts
 from shardmerge.adapters.oft import Oft
-from shardmerge.adapters.peft import PeftMethod, Registered
+from shardmerge.adapters.peft import Context, PeftMethod, Registered
 from shardmerge.adapters.peft_lora import LoraMethod
 from shardmerge.adapters.refused import REFUSED_TYPES
+from shardmerge.adapters.road import Road
 from shardmerge.adapters.trainable_tokens import TrainableTokensMethod
+from shardmerge.adapters.waveft import WaveFt
 from shardmerge.adapters.whole import Overwrite, Replacement, TokenRows
 from shardmerge.spec import TensorPlan, TensorRef
 
@@ -50,15 +60,28 @@ FAMILIES: Mapping[str, Family] = {
         Lora(),
         Dora(),
         LoraExperts(),
+        LoraBlocks(),
         LoraBias(),
         Replacement(),
         Overwrite(),
         TokenRows(),
         FrozenCopy(),
         Ia3(),
+        Loha(),
+        LohaTucker(),
+        Lokr(),
         Hira(),
         Hra(),
         Oft(),
+        Boft(),
+        Road(),
+        C3a(),
+        Gralora(),
+        Glora(),
+        GloraBias(),
+        Beft(),
+        FourierFt(),
+        WaveFt(),
     )
 }
 
@@ -69,10 +92,20 @@ METHODS: Mapping[str, PeftMethod] = {
         LoraMethod(),
         TrainableTokensMethod(),
         Ia3(),
+        Loha(),
+        Lokr(),
         LnTuning(),
         Hira(),
         Hra(),
         Oft(),
+        Boft(),
+        Road(),
+        C3a(),
+        Gralora(),
+        Glora(),
+        Beft(),
+        FourierFt(),
+        WaveFt(),
     )
 }
 
@@ -103,6 +136,8 @@ class AdapterContent:
     config: Mapping[str, Any] | None
     alpha: float | None
     scaling: float | None
+    #: How B of fused experts is laid out: ``peft`` or ``unsloth``.
+    expert_layout: str
     #: Reads a tensor of one number.
     read_number: kohya.ReadNumber
 
@@ -123,7 +158,7 @@ def claim(format_: str, content: AdapterContent, registered: Registered = lambda
         return mlx.claim(tensors, config)
     peft_type = config.get("peft_type")
     if isinstance(peft_type, str) and (method := METHODS.get(peft_type)):
-        return method.claim(tensors, config, registered)
+        return method.claim(tensors, Context(config, registered=registered, expert_layout=content.expert_layout))
     return Claims(problems=[_no_method(peft_type)], refused=True)
 
 

@@ -10,11 +10,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from shardmerge.spec import FACTOR_DTYPES, FLOAT_DTYPES, INTEGER_DTYPES, Parameter, RowRange, TensorRef, Update, Window
+from shardmerge.spec import (
+    FACTOR_DTYPES,
+    FLOAT_DTYPES,
+    INTEGER_DTYPES,
+    Parameter,
+    RowRange,
+    TensorRef,
+    Update,
+    Window,
+    even_rows,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,20 +174,26 @@ class Family(ABC):
         return 0
 
 
-def oriented(update: ModuleUpdate, parameter: Parameter, made: tuple[int, ...]) -> ModuleUpdate:
-    """The update of a matrix ``made``, (out, in), put the way round that the parameter is in memory.
-
-    In a model that is not known, shapes tell a Conv1D, which has (in, out); of a square one only the config's flag can.
-    """
-    if parameter.is_transposed is not None or update.transposes or len(parameter.shape) != 2:
-        return update
-    flagged = bool(update.setting("fan_in_fan_out", False))
-    return update.changed(transposes=flagged if made[0] == made[-1] else made == parameter.shape[::-1])
-
-
 def misshaped(ref: TensorRef, expected: tuple[int, ...], meaning: str) -> list[str]:
     """Whether a factor has the shape that it must have."""
     return [] if ref.shape == expected else [f"{ref.name} is {list(ref.shape)}; expected {list(expected)}, {meaning}"]
+
+
+#: Rows that are multiplied together, so that the bits are those of the whole; see `shardmerge.planning.tiling`.
+_SLAB_ROWS = 16
+_SLAB_ELEMENTS = 1 << 14
+
+
+def slabs(rows: RowRange, columns: int) -> Iterator[RowRange]:
+    """Rows in even parts, for what needs memory beside ``scratch``: a few rows of it at a time."""
+    least = max(_SLAB_ROWS, _SLAB_ELEMENTS // max(1, columns))
+    for part in even_rows(len(rows), max(1, len(rows) // least)):
+        yield RowRange(rows.start + part.start, rows.start + part.stop)
+
+
+def slab_elements(columns: int) -> int:
+    """The most elements that a slab has."""
+    return 2 * max(_SLAB_ROWS * columns, _SLAB_ELEMENTS)
 
 
 def as_vector(ref: TensorRef) -> TensorRef:
@@ -215,7 +231,7 @@ def check_dtypes(update: ModuleUpdate, weight: TensorRef, whole_numbers: frozens
             return [f"{factor.name} is stored as {factor.dtype}; factors are F64, F32, F16 or BF16"]
     if weight.dtype not in FLOAT_DTYPES:
         return [
-            f"{update.module}: its weight {weight.name}, {list(weight.shape)} is stored as {weight.dtype}; only F32, F16 "
-            "and BF16 weights can be merged into, so a quantised base must be dequantised first"
+            f"{update.module}: its weight {weight.name}, {list(weight.shape)} is stored as {weight.dtype}; only F32, "
+            "F16 and BF16 weights can be merged into, so a quantised base must be dequantised first"
         ]
     return []

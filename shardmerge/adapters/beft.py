@@ -1,7 +1,8 @@
 """BEFT: b' = b + v, a trained addition to the bias; the weight stays.
 
-b is (out), v (1, out) in the file. A layer without a bias has no place for it: PEFT cannot merge that either.
-Source: peft/tuners/beft/layer.py, 0.21. The bits are those of PEFT's merge, for every dtype of the base.
+b is (out), v (1, out) in the file. A layer without a bias has no place for it: PEFT cannot merge that either. Zhu et
+al. 2025, arXiv:2509.15974. Source: peft/tuners/beft/layer.py, 0.21. The bits are those of PEFT's merge, for every
+dtype of the base.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Beft(LoraBias, PeftMethod):
     name: ClassVar[str] = "beft"
     peft_type: ClassVar[str] = "BEFT"
     title: ClassVar[str] = "BEFT"
+    paper: ClassVar[str] = "arXiv:2509.15974"
     roles: ClassVar[Mapping[str, str]] = {"beft_bias": "bias"}
     inert: ClassVar[frozenset[str]] = frozenset({"init_weights"})
 

@@ -1,9 +1,9 @@
 """Rotations in blocks along W's columns, R = diag(R₁, …, R_n), each (b, b): what OFT, BOFT and PSOFT have in common.
 
-PEFT multiplies by the whole of R, (in, in), nearly all of which is zeros. Block by block the sums have the same terms in
-the same order without the zeros, so the bits are the same, except where a block is so large, or so placed, that the
-matrix product of the whole is cut within it (MKL cuts at a few hundred columns). Small blocks would go through another
-kernel, which rounds otherwise; so they are put together to blocks of some width.
+PEFT multiplies by the whole of R, (in, in), nearly all of which is zeros. Block by block the sums have the same terms
+in the same order without the zeros, so the bits are the same, except where a block is so large, or so placed, that
+the matrix product of the whole is cut within it (MKL cuts at a few hundred columns). Small blocks would go through
+another kernel, which rounds otherwise; so they are put together to blocks of some width.
 """
 
 from __future__ import annotations

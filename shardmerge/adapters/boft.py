@@ -1,13 +1,13 @@
 """BOFT: W' = s ∘ (W Rᵀ), R a product of m sparse rotations, R = F_{m−1} ⋯ F₁ F₀, F_i = P_i diag(R_{i1}, …, R_in) P_iᵀ.
 
-W is (out, in), of a convolution with square kernels its flattening (out, in·k·k); in = n·b. The factor is (m, n, b, b): of
-each (b, b) its skew-symmetric part S = (X − Xᵀ) / 2 is taken, and Cayley's (I + S)⁻¹ (I − S) is the rotation. s is (out, 1), or
-(1, out) on a convolution, and scales the outputs without the bias. P_i permutes the inputs as the butterflies of the fast
-Fourier transform do: within b·2ⁱ inputs, seen as rows of b/2, the even rows go before the odd.
-Liu et al. 2023, arXiv:2311.06243. Source: peft/tuners/boft/layer.py, 0.21.
+W is (out, in), of a convolution with square kernels its flattening (out, in·k·k); in = n·b. The factor is (m, n, b,
+b): of each (b, b) its skew-symmetric part S = (X − Xᵀ) / 2 is taken, and Cayley's (I + S)⁻¹ (I − S) is the rotation.
+s is (out, 1), or (1, out) on a convolution, and scales the outputs without the bias. P_i permutes the inputs as the
+butterflies of the fast Fourier transform do: within b·2ⁱ inputs, seen as rows of b/2, the even rows go before the
+odd. Liu et al. 2023, arXiv:2311.06243. Source: peft/tuners/boft/layer.py, 0.21.
 
-Without CUDA PEFT knows m = 1 only, where P is the identity; for larger m it multiplies the F_i first, we rotate W by one
-after the other, so the last bits may differ. Else on bits, see `shardmerge.adapters.blocks`.
+Without CUDA PEFT knows m = 1 only, where P is the identity; for larger m it multiplies the F_i first, we rotate W by
+one after the other, so the last bits may differ. Else on bits, see `shardmerge.adapters.blocks`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """C3A: W' = W + C / in, C made of circulant blocks: C[m·b + i, n·b + j] = K[m, n, (j − i) mod b].
 
-W is (out, in), the kernel K (out/b, in/b, b), b the block size. Chen et al. 2024, arXiv:2407.19342.
-Source: peft/tuners/c3a/layer.py and utils.py, 0.21.
+W is (out, in), the kernel K (out/b, in/b, b), b the block size. Chen et al. 2024, arXiv:2407.19342. Source:
+peft/tuners/c3a/layer.py and utils.py, 0.21.
 
-PEFT sends an identity matrix through Fourier transforms to find C, which costs it the last bits of every element, also of
-those that are zero. Here K's numbers are put where they belong, so C is exact.
+PEFT sends an identity matrix through Fourier transforms to find C, which costs it the last bits of every element,
+also of those that are zero. Here K's numbers are put where they belong, so C is exact.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ class FrozenCopy(Family):
         copy = update.factor("copy")
         if copy.shape != shape:
             return [
-                f"{copy.name}: a frozen copy of {update.module}.{update.parameter}, but it is {list(copy.shape)} and the "
-                f"base's is {list(shape)}; the adapter was trained on another base"
+                f"{copy.name}: a frozen copy of {update.module}.{update.parameter}, but it is {list(copy.shape)} and "
+                f"the base's is {list(shape)}; the adapter was trained on another base"
             ]
         return []
 

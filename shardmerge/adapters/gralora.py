@@ -1,8 +1,9 @@
 """GraLoRA: W' = W + s · (Δ + B_g A_g), Δ a LoRA of its own in each of k × k blocks; s = α / (r + h).
 
-W is (out, in). A is (k, in/k, r) and B (k, r, out/k): a column of blocks shares an A, a row of blocks a B, and block (j, n),
-outputs j and inputs n, takes r/k of the r: Δ_jn = (A[n][:, j-th r/k] · B[j][n-th r/k, :])ᵀ. With ``hybrid_r`` h there is a LoRA
-of the whole, A_g (h, in) and B_g (out, h). Jung et al. 2025, arXiv:2505.20355. Source: peft/tuners/gralora/layer.py, 0.21.
+W is (out, in). A is (k, in/k, r) and B (k, r, out/k): a column of blocks shares an A, a row of blocks a B, and block
+(j, n), outputs j and inputs n, takes r/k of the r: Δ_jn = (A[n][:, j-th r/k] · B[j][n-th r/k, :])ᵀ. With ``hybrid_r``
+h there is a LoRA of the whole, A_g (h, in) and B_g (out, h). Jung et al. 2025, arXiv:2505.20355. Source:
+peft/tuners/gralora/layer.py, 0.21.
 
 The bits are those of PEFT's merge, for every dtype of the base.
 """
@@ -43,9 +44,8 @@ class Gralora(Family, PeftMethod):
 
     def check_config(self, config: Config) -> list[str]:
         rank, many = config.get("r"), config.get("gralora_k")
-        if is_rank(rank) and is_rank(many) and rank % many:
-            return [f"adapter_config.json: gralora_k, {many}, must divide r, {rank}"]
-        return []
+        wrong = is_rank(rank) and is_rank(many) and rank % many  # type: ignore[operator]
+        return [f"adapter_config.json: gralora_k, {many}, must divide r, {rank}"] if wrong else []
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         config, hybrid = context.config, context.config.get("hybrid_r") or 0
@@ -72,13 +72,15 @@ class Gralora(Family, PeftMethod):
         )
         a, b = module.factors["A"], module.factors["B"]
         if len(a.shape) != 3 or len(b.shape) != 3:
-            claims.misfit(f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (k, in/k, r) and (k, r, out/k)")
+            claims.misfit(
+                f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (k, in/k, r) and (k, r, out/k)"
+            )
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         a, b = update.factor("A"), update.factor("B")
         if not update.fits:
             return update
-        return oriented(update, parameter, (b.shape[0] * b.shape[2], a.shape[0] * a.shape[1]))
+        return oriented(update, parameter, b.shape[0] * b.shape[2], a.shape[0] * a.shape[1])
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         many, rank, hybrid = update.setting("blocks"), update.rank, update.setting("hybrid")
@@ -116,7 +118,7 @@ class Gralora(Family, PeftMethod):
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         # A block's product, of a tile's rows or of all of them; and a few rows of the whole's.
-        many = update.setting("blocks")
+        many: int = update.setting("blocks")
         return (2 * MIN_TILE_ROWS * update.columns + update.rows * update.columns // many**2) * itemsize
 
 

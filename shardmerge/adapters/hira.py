@@ -1,11 +1,11 @@
 """HiRA: W' = W + W ∘ (B A), the product with W taken element by element.
 
-W is (out, in), A (r, in), B (out, r); there is no scale. On a convolution A is (r, in, k…) and B (out, r, 1…), kernels
-flattened. On an embedding, whose W is (V, D), A is (r, V), B (D, r), and B A speaks of Wᵀ.
-Huang et al., ICLR 2025, openreview TwJrTz9cRS (no arXiv id). Source: peft/tuners/hira/layer.py, 0.21.
+W is (out, in), A (r, in), B (out, r); there is no scale. On a convolution A is (r, in, k…) and B (out, r, 1…),
+kernels flattened. On an embedding, whose W is (V, D), A is (r, V), B (D, r), and B A speaks of Wᵀ. Huang et al., ICLR
+2025, openreview TwJrTz9cRS (no arXiv id). Source: peft/tuners/hira/layer.py, 0.21.
 
-In float32 the bits are those of PEFT's merge. On a bf16 or fp16 base PEFT rounds B A, then the product, then the sum; we
-round once.
+In float32 the bits are those of PEFT's merge. On a bf16 or fp16 base PEFT rounds B A, then the product, then the sum;
+we round once.
 """
 
 from __future__ import annotations

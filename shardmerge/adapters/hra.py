@@ -1,11 +1,11 @@
 """HRA: W' = W H, H a product of r Householder reflections: H = (I − 2 u₁u₁ᵀ) ⋯ (I − 2 u_r u_rᵀ).
 
-W is (out, in), of a convolution with square kernels its flattening (out, in·k·k); U, whose columns are brought to length
-one, is (in, r). With ``apply_GS`` the columns are first made orthogonal one after the other (Gram and Schmidt), and
-H = I − 2 U Uᵀ. Yuan et al. 2024, arXiv:2405.17484. Source: peft/tuners/hra/layer.py, 0.21.
+W is (out, in), of a convolution with square kernels its flattening (out, in·k·k); U, whose columns are brought to
+length one, is (in, r). With ``apply_GS`` the columns are first made orthogonal one after the other (Gram and
+Schmidt), and H = I − 2 U Uᵀ. Yuan et al. 2024, arXiv:2405.17484. Source: peft/tuners/hra/layer.py, 0.21.
 
-H is built whole, (in, in), as PEFT builds it: reflecting W's rows one vector after the other would need less memory, but
-round otherwise. So the bits are PEFT's for every dtype of the base.
+H is built whole, (in, in), as PEFT builds it: reflecting W's rows one vector after the other would need less memory,
+but round otherwise. So the bits are PEFT's for every dtype of the base.
 """
 
 from __future__ import annotations

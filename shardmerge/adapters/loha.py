@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, misshaped, slab_elements, slabs
 from shardmerge.adapters.peft import (
     FLAG,
     NUMBER,
@@ -30,7 +30,7 @@ from shardmerge.adapters.peft import (
     PeftMethod,
     pattern_value,
 )
-from shardmerge.spec import RowRange, Update, Window, slabs
+from shardmerge.spec import RowRange, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,20 +102,20 @@ class Loha(Family, PeftMethod):
         ]
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
-        for part in slabs(window.rows):
+        for part in slabs(window.rows, update.columns):
             out = scratch[part.start - window.rows.start : part.stop - window.rows.start]
-            torch.mm(*self.pair("1", factors, part), out=out)
-            out.mul_(torch.mm(*self.pair("2", factors, part)))
+            self.multiply("1", factors, part, out)
+            out.mul_(self.multiply("2", factors, part))
         tile.add_(scratch.mul_(update.scaling))
 
-    def pair(self, which: str, factors: Factors, rows: RowRange) -> tuple[Tensor, Tensor]:
-        """Two matrices whose product is the rows of the first or the second of the products."""
-        return factors.rows(f"w{which}_a", rows), factors.whole(f"w{which}_b")
+    def multiply(self, which: str, factors: Factors, rows: RowRange, out: Tensor | None = None) -> Tensor:
+        """Rows of the first or the second of the products."""
+        import torch
+
+        return torch.mm(factors.rows(f"w{which}_a", rows), factors.whole(f"w{which}_b"), out=out)
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        return MOST_ROWS * update.columns * itemsize
+        return slab_elements(update.columns) * itemsize
 
 
 class LohaTucker(Loha):
@@ -142,15 +142,18 @@ class LohaTucker(Loha):
             for problem in misshaped(ref, expected[kind], f"{meanings[kind]} of {update.module} {list(shape)}")
         ]
 
-    def pair(self, which: str, factors: Factors, rows: RowRange) -> tuple[Tensor, Tensor]:
+    def multiply(self, which: str, factors: Factors, rows: RowRange, out: Tensor | None = None) -> Tensor:
         import torch
 
         def build() -> Tensor:
-            core = torch.einsum("u v k l, v i -> u i k l", factors.whole(f"t{which}"), factors.whole(f"w{which}_b"))
-            return core.flatten(1)
+            # In this order of dimensions, and multiplied from this side, the bits are those of PEFT's one einsum.
+            core, inputs = factors.whole(f"t{which}"), factors.whole(f"w{which}_b")
+            return torch.einsum("u v k l, v i -> i k l u", core, inputs).reshape(-1, len(core))
 
-        return factors.whole(f"w{which}_a")[:, rows.start : rows.stop].T, factors.kept(f"core{which}", build)
+        core = factors.kept(f"core{which}", build)
+        product = torch.mm(core, factors.whole(f"w{which}_a")[:, rows.start : rows.stop]).T
+        return product if out is None else out.copy_(product)
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        # Both cores, and what the making of one takes.
-        return super().kept_bytes(update, itemsize) + 4 * update.rank * update.columns * itemsize
+        # Both cores and what the making of one takes, and a slab of either product.
+        return (4 * update.rank * update.columns + 2 * slab_elements(update.columns)) * itemsize

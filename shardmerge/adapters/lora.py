@@ -1,9 +1,9 @@
 """LoRA: W' = W + s · B A, and DoRA: W' = m / ‖W + s · B A‖ · (W + s · B A), the norm taken of each output's row.
 
-W is (out, in), A (r, in), B (out, r), m (out); s = α / r, or α / √r with rsLoRA. On a convolution A is (r, in, k…) and B
-(out, r, 1…), and everything is seen as matrices, kernels flattened. On an embedding, whose W is (V, D), A is (r, V) and B
-(D, r), and B A is Wᵀ's update; m is (D). Of fused experts, W (E, out, in), A is (r·E, in) with experts outermost and B
-(out, r·E) with experts *innermost*.
+W is (out, in), A (r, in), B (out, r), m (out); s = α / r, or α / √r with rsLoRA. On a convolution A is (r, in, k…) and
+B (out, r, 1…), and everything is seen as matrices, kernels flattened. On an embedding, whose W is (V, D), A is (r, V)
+and B (D, r), and B A is Wᵀ's update; m is (D). Of fused experts, W (E, out, in), A is (r·E, in) with experts outermost
+and B (out, r·E) with experts *innermost*.
 LoRA: Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. DoRA: Liu et al. 2024,
 arXiv:2402.09353. Experts: peft/tuners/lora/layer.py, ParamWrapper.
 
@@ -45,7 +45,7 @@ class Lora(Family):
         made = (update.factor("B").shape[0], update.factor("A").shape[-1])
         if dict(update.settings).get("either_way") and made[0] != made[1]:
             return dataclasses.replace(update, transposes=made == parameter.shape[::-1])
-        return oriented(update, parameter, made)
+        return oriented(update, parameter, *made)
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         a, b = update.factor("A"), update.factor("B")
@@ -53,12 +53,9 @@ class Lora(Family):
             return [f"{update.module}.{update.parameter}, {list(shape)} is no matrix, so LoRA cannot update it"]
         made = (b.shape[0], *a.shape[1:])
         if _without_ones(made) != _without_ones(shape):
-            hint = ""
-            if len(shape) > 2 and made[0] == shape[0] and made[1] != shape[1] and shape[1] and not made[1] % shape[1]:
-                hint = "; a convolution of several groups, which PEFT cannot merge either"
             return [
                 f"{update.module}: the update is {made} from {a.name} and {b.name}, but the weight "
-                f"{update.module}.{update.parameter} is {shape}{hint}"
+                f"{update.module}.{update.parameter} is {shape}"
             ]
         return []
 
@@ -66,10 +63,17 @@ class Lora(Family):
         """The window of B A, into ``out``."""
         import torch
 
-        whole = len(window.columns) == update.columns
-        a = factors.whole("A").flatten(1) if whole else factors.columns("A", window.columns)
-        b = factors.rows("B", window.rows).flatten(1)
-        torch.mm(b, a, out=out)
+        torch.mm(self.b(factors, update, window.rows), self.a(factors, update, window.columns), out=out)
+
+    def a(self, factors: Factors, update: Update, columns: RowRange) -> Tensor:
+        """Columns of A, (r, columns)."""
+        if len(columns) == update.columns:
+            return factors.whole("A").flatten(1)
+        return factors.columns("A", columns)
+
+    def b(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
+        """Rows of B, (rows, r)."""
+        return factors.rows("B", rows).flatten(1)
 
     def add(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         """Add the window of s · B A."""
@@ -138,6 +142,52 @@ class Dora(Lora):
         tile.mul_(factor.view(-1, 1))
 
 
+class LoraBlocks(Lora):
+    """BD-LoRA: one factor is block-diagonal, and only its blocks are stored, one below the other.
+
+    A, of n blocks, is stored as (r, in / n), its i-th r / n rows being those of columns i · in / n and following; B as
+    (out, r / n), its i-th out / n rows being those of columns i · r / n and following.
+    Source: peft/tuners/lora/variants.py, BdLoraLinearVariant.
+    """
+
+    name: ClassVar[str] = "lora-blocks"
+    by_columns: ClassVar[frozenset[str]] = frozenset()
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        blocks, diagonal = dict(update.settings)["blocks"], dict(update.settings)["diagonal"]
+        stored = update.factor(diagonal)
+        whole = (stored.shape[0], stored.shape[1] * blocks)
+        if whole[0] % blocks:
+            return [f"{stored.name} is {list(stored.shape)}, whose rows are no {blocks} blocks"]
+        unfolded = tuple((role, dataclasses.replace(ref, shape=whole) if role == diagonal else ref) for role, ref in update.factors)
+        return super().check(dataclasses.replace(update, factors=unfolded), shape)
+
+    def a(self, factors: Factors, update: Update, columns: RowRange) -> Tensor:
+        whole = factors.whole("A")
+        if update.setting("diagonal") == "A":
+            whole = factors.kept("A", lambda: _unfolded(whole, 0, len(whole), update.setting("blocks")))
+        return whole[:, columns.start : columns.stop]
+
+    def b(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
+        part = factors.rows("B", rows)
+        if update.setting("diagonal") == "B":
+            return _unfolded(part, rows.start, update.rows, update.setting("blocks"))
+        return part
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        return update.rank * update.columns * itemsize if update.setting("diagonal") == "A" else 0
+
+
+def _unfolded(part: Tensor, first: int, rows: int, blocks: int) -> Tensor:
+    """Rows of a block-diagonal matrix from the same rows of its blocks, which lie one below the other."""
+    width = part.shape[1]
+    whole = part.new_zeros(part.shape[0], blocks, width)
+    for block in range(blocks):
+        start, stop = (max(0, edge * rows // blocks - first) for edge in (block, block + 1))
+        whole[start:stop, block] = part[start:stop]
+    return whole.view(part.shape[0], blocks * width)
+
+
 class LoraExperts(Family):
     """LoRA on fused experts: every expert e has its own A, rows e·r and following, and its own B, every E-th column."""
 
@@ -167,8 +217,8 @@ class LoraExperts(Family):
         experts, out_features, in_features = shape
         if a.shape != (update.rank * experts, in_features) or b.shape != (out_features, update.rank * experts):
             return [
-                f"{update.module}: {a.name} {list(a.shape)} and {b.name} {list(b.shape)} do not fit {experts} experts of "
-                f"({out_features}, {in_features}) at rank {update.rank}: expected "
+                f"{update.module}: {a.name} {list(a.shape)} and {b.name} {list(b.shape)} do not fit {experts} experts "
+                f"of ({out_features}, {in_features}) at rank {update.rank}: expected "
                 f"[{update.rank * experts}, {in_features}] and [{out_features}, {update.rank * experts}]"
             ]
         return []
@@ -178,7 +228,11 @@ class LoraExperts(Family):
 
         rank, first = update.rank, window.expert * update.rank
         a = factors.rows("A", RowRange(first, first + rank))[:, window.columns.start : window.columns.stop]
-        b = factors.whole("B").view(update.rows, rank, update.experts)[:, :, window.expert]
+        b = factors.whole("B")
+        if update.setting("layout") == "unsloth":  # (out, E, r)
+            b = b.view(update.rows, update.experts, rank)[:, window.expert]
+        else:
+            b = b.view(update.rows, rank, update.experts)[:, :, window.expert]
         b = b[window.rows.start : window.rows.stop]
         torch.mm(b.contiguous(), a.contiguous(), out=scratch)
         tile.add_(scratch.mul_(update.scaling))
@@ -187,8 +241,8 @@ class LoraExperts(Family):
 def _is_swapped(update: ModuleUpdate, parameter: Parameter) -> bool | str:
     """Whether A takes the outputs and B the inputs: PEFT has changed its mind on that twice.
 
-    Up to 0.18.1 A took the parameter's second dimension, whatever it was; in 0.19.0 it took the outputs; since 0.19.1 it
-    takes the inputs. Shapes tell, except where they are square.
+    Up to 0.18.1 A took the parameter's second dimension, whatever it was; in 0.19.0 it took the outputs; since 0.19.1
+    it takes the inputs. Shapes tell, except where they are square.
     """
     _, out_features, in_features = parameter.shape
     made = (update.factor("B").shape[0], update.factor("A").shape[-1])
@@ -197,7 +251,8 @@ def _is_swapped(update: ModuleUpdate, parameter: Parameter) -> bool | str:
     version = _version(str(dict(update.settings).get("peft_version", "")))
     if parameter.is_transposed is None or version is None:
         return (
-            f"{update.module}: its {update.parameter} is square, so shapes cannot tell the inputs from the outputs, and "
+            f"{update.module}: its {update.parameter} is square, so shapes cannot tell the inputs from the outputs, "
+            "and "
             + ("adapter_config.json has no peft_version" if version is None else "the base's architecture is not known")
         )
     if version < (0, 19, 0):

@@ -1,13 +1,13 @@
 """OFT: W' = W Rᵀ, R = diag(R₁, …, R_n) rotations of blocks of b inputs; of an embedding, whose W is (V, D), W' = W R.
 
-W is (out, in), in = n·b. Each R_i is made of a skew-symmetric matrix Q_i, (b, b), of which the file has the b (b − 1) / 2
-numbers above the diagonal: the factor is (n, b (b − 1) / 2), or (1, b (b − 1) / 2) with ``block_share``. R_i is Cayley's
-(I + Q)⁻¹ (I − Q), or with ``use_cayley_neumann`` the first terms of its series, I + 2Q + 2Q² + … + Qᵐ. With ``coft`` a Q that is longer
-than ε / √n is first brought to that length.
-Qiu et al. 2023, arXiv:2306.07280. Source: peft/tuners/oft/layer.py, 0.21.
+W is (out, in), in = n·b. Each R_i is made of a skew-symmetric matrix Q_i, (b, b), of which the file has the b (b − 1)
+/ 2 numbers above the diagonal: the factor is (n, b (b − 1) / 2), or (1, b (b − 1) / 2) with ``block_share``. R_i is
+Cayley's (I + Q)⁻¹ (I − Q), or with ``use_cayley_neumann`` the first terms of its series, I + 2Q + 2Q² + … + Qᵐ. With
+``coft`` a Q that is longer than ε / √n is first brought to that length. Qiu et al. 2023, arXiv:2306.07280. Source:
+peft/tuners/oft/layer.py, 0.21.
 
-On a convolution of more than one point PEFT's forward sums patches that overlap, so that what an adapter computes there
-differs from its merge and from every other weight; such are refused. On bits, see `shardmerge.adapters.blocks`.
+On a convolution of more than one point PEFT's forward sums patches that overlap, so that what an adapter computes
+there differs from its merge and from every other weight; such are refused. On bits, see `shardmerge.adapters.blocks`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Oft(Family, PeftMethod):
     inert: ClassVar[frozenset[str]] = frozenset({"init_weights", "module_dropout"})
 
     def check_config(self, config: Config) -> list[str]:
-        blocks, size = config.get("r") or 0, config.get("oft_block_size")
+        blocks, size = config.get("r") or 0, config.get("oft_block_size") or 0
         if is_count(blocks) and is_count(size) and (blocks > 0) == (size > 0):
             return [f"adapter_config.json: one of r and oft_block_size is above zero, found {blocks} and {size}"]
         return []

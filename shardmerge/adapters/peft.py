@@ -8,6 +8,7 @@ Source: peft/utils/save_and_load.py and peft/tuners/tuners_utils.py, 0.21.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import reprlib
 import sys
@@ -74,9 +75,11 @@ class Context:
 
     config: Config
     #: Tensors that all modules share, by role.
-    shared: Mapping[str, TensorRef]
+    shared: Mapping[str, TensorRef] = field(default_factory=dict)
     #: Tells in which order a module registers parameters of its own; empty where nobody knows.
-    registered: Registered
+    registered: Registered = lambda module: ()
+    #: How B of fused experts is laid out: ``peft`` or ``unsloth``.
+    expert_layout: str = "peft"
 
 
 class PeftMethod(ABC):
@@ -113,16 +116,15 @@ class PeftMethod(ABC):
         """Whether the config says that the module is one of the adapter's."""
         return is_target(module, context.config)
 
-    def claim(
-        self, tensors: Mapping[str, TensorRef], config: Config, registered: Registered = lambda module: ()
-    ) -> Claims:
+    def claim(self, tensors: Mapping[str, TensorRef], context: Context) -> Claims:
         """Check the config, group the factors by module, and have each module claimed."""
+        config = context.config
         claims = Claims(problems=[*self._config_problems(config), *self.check_config(config)])
         if claims.problems:
             claims.refused = True
             return claims
         modules, shared = self.grouped(tensors)
-        context = Context(config, shared, registered)
+        context = dataclasses.replace(context, shared=shared)
         for module in modules:
             if self._complete(claims, module):
                 self.claim_module(claims, module, context)
@@ -146,7 +148,9 @@ class PeftMethod(ABC):
                 index = next(index for index in range(len(names)) if match[f"role{index}"] is not None)
                 infix = match[f"adapter{index}"] or ""
                 prefix = match["module"]
-                module = modules.setdefault((prefix, infix), Module(module_name(prefix), prefix, infix))
+                # A wrapped layer within a wrapped one, as of nn.MultiheadAttention, has the wrapper in its name.
+                plain = module_name(prefix).replace(".base_layer.", ".")
+                module = modules.setdefault((prefix, infix), Module(plain, prefix, infix))
                 module.factors[names[index]] = ref
             elif role := self._shared_role(name):
                 shared[role] = ref

@@ -28,6 +28,7 @@ from shardmerge.adapters.peft import (
     Module,
     PeftMethod,
     is_embedding,
+    is_rank,
     pattern_value,
 )
 from shardmerge.naming import module_name
@@ -35,7 +36,7 @@ from shardmerge.spec import TensorRef
 
 _CANNOT = "which cannot be merged"
 #: Initialisations after which B A is the whole update. Others move the base, or change what the factors mean.
-_PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal", "loftq", "true", "false")
+_PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal", "loftq", "mica", "true", "false")
 _TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?")
 
 
@@ -60,6 +61,7 @@ class LoraMethod(PeftMethod):
         "rank_pattern": RANK_PATTERN,
         "alpha_pattern": NUMBER_PATTERN,
         "use_rslora": FLAG,
+        "use_bdlora": lambda key, value: _blocks_problems(key, value),
         "use_dora": FLAG,
         "lora_bias": FLAG,
         "target_parameters": STRINGS,
@@ -75,19 +77,19 @@ class LoraMethod(PeftMethod):
             "lora_ga_config",
             "megatron_config",
             "megatron_core",
+            "monteclora_config",
             "qalora_group_size",
             "velora_config",
         }
     )
     refused: ClassVar[Mapping[str, str]] = {
-        "layer_replication": "replicated layers: the model has layers that the base does not store; build that base first",
-        "alora_invocation_tokens": f"activated LoRA acts on the tokens after its invocation only, {_CANNOT}; serve it with "
-        "PEFT or vLLM",
+        "layer_replication": "replicated layers: the model has layers that the base does not store; build that base "
+        "first",
+        "alora_invocation_tokens": f"activated LoRA acts on the tokens after its invocation only, {_CANNOT}; serve it "
+        "with PEFT or vLLM",
         "arrow_config": f"Arrow routing chooses an adapter per token, {_CANNOT}",
         "use_qalora": "QALoRA pools the input by groups, so B A is not the update; PEFT cannot merge it either",
-        "use_bdlora": "block-diagonal LoRA (BD-LoRA) is laid out for sharded serving; export it as plain LoRA first",
         "kasa_config": "KaSA truncates the base's singular values when it is loaded, so B A alone is not the update",
-        "monteclora_config": f"MonteCLoRA draws its weights at random, {_CANNOT} to what it computed in training",
     }
 
     def covers(self, module: str, context: Context) -> bool:
@@ -116,6 +118,9 @@ class LoraMethod(PeftMethod):
 
     def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
         claim_tokens(claims, tensors, config.get("trainable_token_indices"))
+        if config.get("monteclora_config"):
+            # What drew the perturbations of training; PEFT's merge leaves it out, and so does its forward pass then.
+            claims.told |= {name for name in tensors if ".lora_monteclora_sampler." in name}
         super().claim_rest(claims, tensors, config)
 
 
@@ -145,27 +150,62 @@ def _claim_matrix(claims: Claims, module: Module, config: Config) -> None:
     a, b = module.factors["A"], module.factors["B"]
     settings = (("fan_in_fan_out", True),) if config.get("fan_in_fan_out") else ()
     update = ModuleUpdate(module.name, "weight", "lora", (("A", a), ("B", b)), scaling, rank, settings=settings)
-    _append(claims, _with_magnitude(claims, module, config, update))
+    if isinstance(config.get("use_bdlora"), dict):
+        _claim_blocks(claims, module, config["use_bdlora"], update)
+        return
+    claims.updates.append(_with_magnitude(claims, module, config, update))
     if 0 in a.shape or 0 in b.shape:
         return  # an empty tensor is told of as such
     if len(a.shape) < 2 or len(b.shape) != len(a.shape) or any(size != 1 for size in b.shape[2:]):
         claims.misfit(
-            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} are no factors: expected (r, in) and (out, r), or of "
-            "a convolution (r, in, k…) and (out, r, 1…)"
+            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} are no factors: expected (r, in) and (out, r), or "
+            "of a convolution (r, in, k…) and (out, r, 1…)"
         )
     else:
         _check_ranks(claims, a, b, rank, module.name)
     _claim_bias(claims, module, config, scaling)
 
 
-def _append(claims: Claims, update: ModuleUpdate) -> None:
+def _claim_blocks(claims: Claims, module: Module, blocks: Mapping[str, Any], update: ModuleUpdate) -> None:
+    """BD-LoRA: which factor is block-diagonal goes by the module's own name."""
+    last = module.name.rpartition(".")[2]
+    diagonal = [
+        role
+        for role, key in (("A", "target_modules_bd_a"), ("B", "target_modules_bd_b"))
+        if any(pattern in last for pattern in blocks.get(key) or ())
+    ]
     claims.updates.append(update)
+    if extra := [ref for role, ref in module.factors.items() if role not in ("A", "B")]:
+        claims.told |= {ref.name for ref in extra}
+        claims.problems.append(f"{extra[0].name}: BD-LoRA knows neither DoRA nor biases")
+    if len(diagonal) == 2:
+        claims.misfit(f"{module.name}: use_bdlora says that both its factors are block-diagonal")
+    elif len(update.factor("A").shape) != 2 or len(update.factor("B").shape) != 2:
+        claims.misfit(f"{update.first} is no matrix: BD-LoRA is of Linear layers")
+    elif diagonal:
+        settings = (("blocks", blocks.get("nblocks", 1)), ("diagonal", diagonal[0]))
+        claims.updates[-1] = update.changed(family="lora-blocks", settings=settings)
+
+
+def _blocks_problems(key: str, value: Any) -> list[str]:
+    if value is MISSING or value in (None, False):
+        return []
+    if not isinstance(value, dict) or not is_rank(value.get("nblocks", 1)):
+        return [f"{key} must hold nblocks, a whole number above zero, found {reprlib.repr(value)}"]
+    patterns = (value.get("target_modules_bd_a"), value.get("target_modules_bd_b"))
+    if not all(of is None or (isinstance(of, list) and all(isinstance(item, str) for item in of)) for of in patterns):
+        return [f"{key}: target_modules_bd_a and target_modules_bd_b must be lists of strings"]
+    return []
 
 
 def _check_ranks(claims: Claims, a: TensorRef, b: TensorRef, rank: int, name: str) -> None:
     if a.shape[0] != b.shape[1]:
+        hint = ""
+        if len(b.shape) > 2 and b.shape[1] and not a.shape[0] % b.shape[1]:
+            hint = "; they may be of a convolution of several groups, which PEFT cannot merge either"
         claims.misfit(
             f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} disagree on the rank: expected (r, in) and (out, r)"
+            + hint
         )
     elif a.shape[0] != rank:
         claims.misfit(
@@ -203,7 +243,8 @@ def _claim_bias(claims: Claims, module: Module, config: Config, scaling: float) 
     elif bias is not None:
         claims.told.add(bias.name)
         claims.problems.append(
-            f"{bias.name} is a trained bias of lora_B, but adapter_config.json does not say lora_bias; PEFT would ignore it"
+            f"{bias.name} is a trained bias of lora_B, but adapter_config.json does not say lora_bias; PEFT would "
+            "ignore it"
         )
     elif config.get("lora_bias"):
         claims.problems.append(f"adapter_config.json says lora_bias, but {module.key('lora_B.bias')} is missing")
@@ -220,7 +261,7 @@ def _claim_embedding(claims: Claims, module: Module, config: Config) -> None:
     rank, scaling = rank_and_scaling(config, module.name)
     a, b = module.factors["embedding_A"], module.factors["embedding_B"]
     update = ModuleUpdate(module.name, "weight", "lora", (("A", a), ("B", b)), scaling, rank, transposes=True)
-    _append(claims, _with_magnitude(claims, module, config, update))
+    claims.updates.append(_with_magnitude(claims, module, config, update))
     if 0 in a.shape or 0 in b.shape:
         return
     if len(a.shape) != 2 or len(b.shape) != 2:
@@ -271,9 +312,8 @@ def _claim_parameter(claims: Claims, module: Module, bare: str, depth: int, cont
     for ref in extra:
         claims.told.add(ref.name)
         claims.problems.append(f"{ref.name}: target_parameters know neither DoRA nor biases")
-    settings = (("peft_version", str(context.config.get("peft_version") or "")),)
-    _append(
-        claims,
+    settings = (("peft_version", str(context.config.get("peft_version") or "")), ("layout", context.expert_layout))
+    claims.updates.append(
         ModuleUpdate(bare, parameter, "lora-experts", (("A", a), ("B", b)), scaling, rank, settings=settings),
     )
     if 0 in a.shape or 0 in b.shape:
@@ -330,9 +370,9 @@ def initialisation_problems(key: str, value: Any) -> list[str]:
     if value is MISSING or value is None or name.startswith(_PLAIN_INITIALISATIONS):
         return []
     return [
-        f"{key}: {value!r}: this initialisation changes the base's own weights, so B A alone is not the update. Convert "
-        "the adapter with PEFT first (save_pretrained with path_initial_model_for_weight_conversion), which sets "
-        "init_lora_weights to true"
+        f"{key}: {value!r}: this initialisation changes the base's own weights, so B A alone is not the update. "
+        "Convert the adapter with PEFT first (save_pretrained with path_initial_model_for_weight_conversion), which "
+        "sets init_lora_weights to true"
     ]
 
 
@@ -356,7 +396,7 @@ def claim_bare(tensors: Mapping[str, TensorRef], alpha: float | None, scaling: f
             "lora_bias": "bias" in module.factors,
         }
         before = len(claims.updates)
-        method.claim_module(claims, module, Context(config, {}, lambda name: ()))
+        method.claim_module(claims, module, Context(config))
         if scaling is not None:
             claims.updates[before:] = [dataclasses.replace(of, scaling=scaling) for of in claims.updates[before:]]
     return claims

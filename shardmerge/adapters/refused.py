@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _PROMPT = (
-    "it trains virtual tokens or what attention sees of them, not weights, so there is nothing to merge; keep the adapter "
-    "beside the base and load both with PEFT"
+    "it trains virtual tokens or what attention sees of them, not weights, so there is nothing to merge; keep the "
+    "adapter beside the base and load both with PEFT"
 )
 
 #: ``peft_type`` → the reason.

@@ -1,13 +1,14 @@
 """RoAd: W' = R W and b' = R b, R a rotation and scaling of pairs of outputs.
 
 W is (out, in), b (out). Outputs come in groups of g, the config's ``group_size``; in a group output i and its partner
-i + g/2 make a pair: y'ᵢ = c₁ᵢ yᵢ − c₂ᵢ y_{i+g/2}, y'_{i+g/2} = c₁_{i+g/2} y_{i+g/2} + c₂_{i+g/2} yᵢ, with c₁ = α cos θ and
-c₂ = α sin θ. θ and α are (out/2), one for each pair (``road_1``), (out), one for each output (``road_2``), or (2·out), where
-of every 2·g numbers the first g belong to c₁ and the others to c₂ (``road_4``).
-Liu et al. 2024, arXiv:2409.00119. Source: peft/tuners/road/layer.py, 0.21.
+i + g/2 make a pair: y'ᵢ = c₁ᵢ yᵢ − c₂ᵢ y_{i+g/2}, y'_{i+g/2} = c₁_{i+g/2} y_{i+g/2} + c₂_{i+g/2} yᵢ, with c₁ = α cos
+θ and c₂ = α sin θ. θ and α are (out/2), one for each pair (``road_1``), (out), one for each output (``road_2``), or
+(2·out), where of every 2·g numbers the first g belong to c₁ and the others to c₂ (``road_4``). Liu et al. 2024,
+arXiv:2409.00119. Source: peft/tuners/road/layer.py, 0.21.
 
-A group needs all its rows, so tiles hold whole groups. PEFT merges with R rounded to the base's dtype, and multiplies by
-all of R, (out, out): in float32 the bits are the same (see `shardmerge.adapters.blocks`), on 16-bit bases ours are nearer.
+A group needs all its rows, so tiles hold whole groups. PEFT merges with R rounded to the base's dtype, and multiplies
+by all of R, (out, out): in float32 the bits are the same (see `shardmerge.adapters.blocks`), on 16-bit bases ours are
+nearer.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class Road(Family, PeftMethod):
         "variant": checked(
             lambda value: isinstance(value, str) and value in _VARIANTS, f"one of {', '.join(_VARIANTS)}", required=True
         ),
-        "group_size": checked(lambda value: is_rank(value) and value % 2 == 0, "an even number above zero", required=True),
+        "group_size": checked(
+            lambda value: is_rank(value) and value % 2 == 0, "an even number above zero", required=True
+        ),
     }
     inert: ClassVar[frozenset[str]] = frozenset({"init_weights"})
 

@@ -1,7 +1,7 @@
 """Updates that replace: a whole tensor (``modules_to_save``, trained biases, resized embeddings), or rows of one.
 
-W' = V for a replaced tensor; its shape may differ from the base's in the first dimension, as a resized vocabulary's does.
-W'[index[k]] = V[k] for trained tokens, V (n, D); which rows stands only in the config.
+W' = V for a replaced tensor; its shape may differ from the base's in the first dimension, as a resized vocabulary's
+does. W'[index[k]] = V[k] for trained tokens, V (n, D); which rows stands only in the config.
 Trainable tokens: peft/tuners/trainable_tokens/layer.py.
 """
 

@@ -190,8 +190,8 @@ class Names:
         module, _, parameter = name.rpartition(".")
         found = self._experts_of(module)
         if found:
-            # A bias of experts, (E, n), stands beside matrices (E, out, in); a router's matrix stands alone.
-            return parameter in found[0]
+            # Of the matrices beside experts' (E, out, in) only their biases, (E, n), have a row per expert.
+            return parameter in found[0] and (len(shape) == 3 or "bias" in parameter)
         return len(shape) == 3 and shape[0] > 1 and parameter != "weight"
 
     def _experts_of(self, module: str) -> tuple[tuple[str, ...], bool] | None:

@@ -214,7 +214,7 @@ def _adapter_info(entry: AdapterConfig, adapter: AdapterFile) -> AdapterInfo:
         location=adapter.source.location,
         revision=adapter.source.revision,
         format=kind,
-        family=str((adapter.config or {}).get("peft_type", "LORA")),
+        family=adapter.family,
         weight=entry.weight,
         nbytes=adapter.file.size,
         tensors=len(adapter.tensors),

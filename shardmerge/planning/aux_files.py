@@ -41,8 +41,8 @@ def collect(
 ) -> AuxFiles:
     """The base's files; the tokenizer and template of the first adapter that has one, in place of the base's.
 
-    ``changes`` are what config.json must say: ``dtype``, by torch's name, ``vocab_size``, ``tie_word_embeddings``. Without
-    any, its bytes stay as they are.
+    ``changes`` are what config.json must say: ``dtype``, by torch's name, ``vocab_size``, ``tie_word_embeddings``.
+    Without any, its bytes stay as they are.
     """
     result = AuxFiles()
     chosen: dict[str, tuple[Source, str]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -54,13 +55,13 @@ def _order(update: Update | ModuleUpdate) -> int:
 
 def _undone(target: str, updates: Sequence[Update], adapters: Sequence[tuple[AdapterConfig, AdapterFile]]) -> list[str]:
     """A whole tensor in place of the base's would undo what an adapter before it did."""
-    for before, update in zip(updates, updates[1:], strict=False):
+    for before, update in itertools.pairwise(updates):
         if update.family in ("replacement", "overwrite") and before.adapter != update.adapter and _order(before):
             paths = [adapters[of.adapter][0].path for of in (before, update)]
             if _overlap(before.place, update.place):
                 return [
-                    f"adapter {paths[1]} replaces {target} whole, which would undo what adapter {paths[0]} does to it; put "
-                    "it first, if that is what is meant"
+                    f"adapter {paths[1]} replaces {target} whole, which would undo what adapter {paths[0]} does to it; "
+                    "put it first, if that is what is meant"
                 ]
     return []
 
@@ -134,7 +135,11 @@ class _Matching:
                 self.unmatched.append(partial(self._unmatched, update, f"{update.module} may be any of {names}"))
                 return
         parameter = self.names.resolve(update.module, update.parameter)
-        if isinstance(parameter, str) and not parameter:
+        if parameter == "" and update.parameter == "weight":
+            # nn.MultiheadAttention keeps q, k and v as one parameter of its own.
+            parameter = self.names.resolve(update.module, "in_proj_weight")
+            update = update if parameter == "" else update.changed(parameter="in_proj_weight")
+        if parameter == "":
             parameter = tied_parameter(self.names, update.module, update.parameter) or ""
         if isinstance(parameter, str):
             if not (update.optional and not parameter):
@@ -235,17 +240,19 @@ class _Matching:
         problems += family.check(update, _shape(update, parameter))
         if not math.isfinite(update.scaling * self.config.weight):
             problems.append(
-                f"{update.module}: its scaling of {update.scaling:g} times the weight {self.config.weight:g} is no number"
+                f"{update.module}: its scaling of {update.scaling:g} times the weight {self.config.weight:g} is no "
+                "number"
             )
         if self.config.weight != 1 and family.changes_weight and not family.adds:
             problems.append(
-                f"{update.module}: weight {self.config.weight:g} has no meaning for {update.family}, which does not add to "
-                f"the {update.parameter}; remove the weight"
+                f"{update.module}: weight {self.config.weight:g} has no meaning for {update.family}, which does not add "
+                f"to the {update.parameter}; remove the weight"
             )
         by_columns = any(place.transposed != update.transposes for place in parameter.places)
         if by_columns and len(parameter.shape) > 1 and not family.by_column_windows:
             problems.append(
-                f"{update.module}: the base stores its {update.parameter} transposed, which {update.family} cannot update"
+                f"{update.module}: the base stores its {update.parameter} transposed, which {update.family} cannot "
+                "update"
             )
         if any(place.shuffle for place in parameter.places) and not family.rows_are_independent:
             problems.append(
@@ -282,6 +289,7 @@ class _Matching:
             rank=update.rank,
             shape=shape,
             place=place,
+            parameter=update.parameter,
             experts=experts,
             transposes=update.transposes,
             settings=update.settings,
@@ -299,10 +307,11 @@ class _Matching:
             everywhere = by_expert.pop(None, [])
             for group in by_expert.values() or [[]]:
                 ordered = sorted([*everywhere, *group], key=lambda item: item[0].stored_start)
-                for (one, first), (other, second) in zip(ordered, ordered[1:], strict=False):
+                for (one, first), (other, second) in itertools.pairwise(ordered):
                     if _overlap(one, other):
                         self.misfits.append(
-                            f"{first.first} and {second.first} both update {target}; a weight is updated once by an adapter"
+                            f"{first.first} and {second.first} both update {target}; a weight is updated once by an "
+                            "adapter"
                         )
                         break
 

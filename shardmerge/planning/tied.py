@@ -2,8 +2,8 @@
 
 transformers stores such a tensor once, and ties the head to it on loading (``tie_word_embeddings``). In training, an
 adapter on one side does not change the other. ``tied: untie`` keeps that: both tensors are written and the config says
-that they are no longer tied, so the merged model computes what base and adapter computed. ``tied: peft`` does what PEFT's
-merge does: everything is added to the one tensor, and it stays tied.
+that they are no longer tied, so the merged model computes what base and adapter computed. ``tied: peft`` does what
+PEFT's merge does: everything is added to the one tensor, and it stays tied.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ def resolve_ties(
     configs: Sequence[Mapping[str, Any]],
     mode: str,
 ) -> Untied:
-    """Decide about every tied head that an adapter touches; ``updates`` is changed to fit. ``configs`` are the adapters'."""
+    """Decide about every tied head that an adapter touches; ``updates`` is changed to fit.
+
+    ``configs`` are the adapters', in their order.
+    """
     result = Untied()
     for head, embedding in names.tied_heads().items():
         if embedding in checkpoint.weights and (updates.get(head) or updates.get(embedding)):
@@ -79,8 +82,8 @@ def _resolve(
     if mode == "untie" and checkpoint.model_type in _NEVER_UNTIED:
         result.problems.append(
             f"an adapter updates {embedding} or the output head that is tied to it, and {checkpoint.model_type} models "
-            "cannot be untied: they scale their output, or not, by whether they are tied; tied: peft does as PEFT's merge "
-            "does"
+            "cannot be untied: they scale their output, or not, by whether they are tied; tied: peft does as PEFT's "
+            "merge does"
         )
         return
     apart = any(update.family in _WHOLE and update.setting("saved") for update in (*of_head, *of_embedding))
@@ -91,8 +94,8 @@ def _resolve(
         if stored:
             updates[head] = [_on(update, head) for update in updates[embedding]]
         result.notes.append(
-            f"tied: peft: {embedding} and the output head stay one tensor, and what the adapters do to either is done to "
-            "both, as PEFT's merge does it; the unmerged model computes something else"
+            f"tied: peft: {embedding} and the output head stay one tensor, and what the adapters do to either is done "
+            "to both, as PEFT's merge does it; the unmerged model computes something else"
         )
         return
     # The head sees trained tokens through the tie, unless it has trained tokens of its own.
@@ -107,9 +110,9 @@ def _resolve(
         what for what, of in (("the input embedding", of_embedding), ("the output head", of_head)) if of
     )
     result.notes.append(
-        f"the base ties its output head to {embedding}, and the adapter updates {touched}: both are written, {head} as a "
-        "tensor of its own, and config.json says tie_word_embeddings: false, so that the merged model computes what base "
-        "and adapter computed (tied: peft does as PEFT's merge does)"
+        f"the base ties its output head to {embedding}, and the adapter updates {touched}: both are written, {head} as "
+        "a tensor of its own, and config.json says tie_word_embeddings: false, so that the merged model computes what "
+        "base and adapter computed (tied: peft does as PEFT's merge does)"
     )
 
 

@@ -26,8 +26,8 @@ def may_resize(checkpoint: Checkpoint, update: ModuleUpdate, stored: TensorRef) 
     if whole.shape == stored.shape or stored.shape[0] == vocabulary_size(checkpoint.config):
         return []
     return [
-        f"{whole.name} is {list(whole.shape)}, but the base's {stored.name} is {list(stored.shape)}, and that is not its "
-        "vocabulary"
+        f"{whole.name} is {list(whole.shape)}, but the base's {stored.name} is {list(stored.shape)}, and that is not "
+        "its vocabulary"
     ]
 
 
@@ -52,7 +52,9 @@ def resized(
     if not changed:
         return None, []
     sizes = set(changed.values())
-    embeddings = {name: size for name, size in rows.items() if name in changed or is_embedding(name.removesuffix(".weight"))}
+    embeddings = {
+        name: size for name, size in rows.items() if name in changed or is_embedding(name.removesuffix(".weight"))
+    }
     if len(sizes) > 1 or len(set(embeddings.values())) > 1:
         found = ", ".join(f"{name} has {size}" for name, size in sorted(embeddings.items()))
         return None, [f"the adapter resizes the vocabulary, but not all of it: {found} rows"]

@@ -47,7 +47,9 @@ def lay_out(
     ``dtype`` is a code or ``same``; ``max_shard_size`` None keeps the shards.
     """
     replaced = replaced or {}
-    groups = [[Outgoing(replaced.get(ref.name, ref), ref.dtype) for ref in shard.tensors] for shard in checkpoint.shards]
+    groups = [
+        [Outgoing(replaced.get(ref.name, ref), ref.dtype) for ref in shard.tensors] for shard in checkpoint.shards
+    ]
     groups[-1] += [Outgoing(replaced.get(ref.name, ref), ref.dtype) for ref in added]
     if max_shard_size is None:
         shards = tuple(
