@@ -128,7 +128,7 @@ class PeftMethod(ABC):
         for module in modules:
             if self._complete(claims, module):
                 self.claim_module(claims, module, context)
-            if not self.covers(module.name, context):
+            if not self.covers(module_name(module.prefix.partition(".base_layer.")[0]), context):
                 claims.problems.append(
                     f"adapter_config.json's target_modules do not cover {module.name}, for which the adapter has "
                     "tensors; PEFT would ignore them"
