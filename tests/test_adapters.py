@@ -128,10 +128,8 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "replication": ({"layer_replication": [[0, 2], [1, 3]]}, ["layer_replication", "replicated layers"]),
     "aLoRA": ({"alora_invocation_tokens": [1]}, ["alora_invocation_tokens", "cannot be merged"]),
     "QALoRA": ({"use_qalora": True}, ["use_qalora", "QALoRA"]),
-    "BdLoRA": ({"use_bdlora": True}, ["use_bdlora", "block-diagonal"]),
     "Arrow": ({"arrow_config": {"top_k": 2}}, ["arrow_config", "Arrow", "cannot be merged"]),
     "KaSA": ({"kasa_config": {"beta": 1}}, ["kasa_config", "KaSA"]),
-    "MonteCLoRA": ({"monteclora_config": {"n": 1}}, ["monteclora_config", "MonteCLoRA"]),
     **{
         f"initialisation {name}": ({"init_lora_weights": name}, [f"init_lora_weights: {name!r}", "Convert", "PEFT"])
         for name in ("pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "PiSSA", 7)

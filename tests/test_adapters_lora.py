@@ -176,15 +176,23 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_multihead_attention(tmp_path: Path, dtype: str) -> None:
-    """torch's own attention keeps q, k and v as one parameter, and PEFT wraps its out_proj within the wrapper."""
+    """torch's own attention keeps q, k and v as one parameter, and PEFT wraps its out_proj within the wrapper.
+
+    PEFT adds that one's update twice, in its forward pass as in its merge, and rounds three times in 16 bits.
+    """
     from peft import LoraConfig
 
     config = LoraConfig(r=5, lora_alpha=13, target_modules=["attention"])
     case = write_case(tmp_path, config, dtype=dtype, make=Attention)
-    ours = assert_equals_peft(case, tmp_path / "out")
-    before = case.net.state_dict()
-    for name in ("attention.in_proj_weight", "attention.out_proj.weight"):
-        assert not torch.equal(ours[name], before[name]), name
+    if dtype != "float32":
+        assert_no_worse_than_peft(case, tmp_path / "out")
+        return
+    ours, theirs = merged_by_us(case, tmp_path / "out"), merged_by_peft(case)
+    assert_same_outputs(case, ours)
+    # Two sums of Δ and one of 2 Δ both leave about half a unit in the last place, float32's being 6e-8.
+    errors = relative_errors(case, ours, theirs, exact_weights(case))
+    assert max(errors.pop("attention.out_proj.weight")) < 1e-7
+    assert_same_bits({name: ours[name] for name in errors}, {name: theirs[name] for name in errors})
 
 
 # --- block-diagonal ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardmerge.adapters import kohya, mlx, peft_lora, pure_pytorch
+from shardmerge.adapters.adalora import AdaLora
 from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, check_dtypes
 from shardmerge.adapters.beft import Beft
 from shardmerge.adapters.boft import Boft
@@ -70,6 +71,7 @@ FAMILIES: Mapping[str, Family] = {
         Loha(),
         LohaTucker(),
         Lokr(),
+        AdaLora(),
         Hira(),
         Hra(),
         Oft(),
@@ -94,6 +96,7 @@ METHODS: Mapping[str, PeftMethod] = {
         Ia3(),
         Loha(),
         Lokr(),
+        AdaLora(),
         LnTuning(),
         Hira(),
         Hra(),

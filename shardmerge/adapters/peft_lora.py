@@ -147,6 +147,9 @@ def _paired(claims: Claims, module: Module, one: str, other: str) -> bool:
 def _claim_matrix(claims: Claims, module: Module, config: Config) -> None:
     """LoRA on a Linear layer, a Conv1D or a convolution."""
     rank, scaling = rank_and_scaling(config, module.name)
+    if ".base_layer." in module.prefix:
+        # The out_proj of nn.MultiheadAttention: PEFT adds its update twice, when it merges and when it runs.
+        scaling *= 2
     a, b = module.factors["A"], module.factors["B"]
     settings = (("fan_in_fan_out", True),) if config.get("fan_in_fan_out") else ()
     update = ModuleUpdate(module.name, "weight", "lora", (("A", a), ("B", b)), scaling, rank, settings=settings)

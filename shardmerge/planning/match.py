@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -110,7 +110,7 @@ class _Matching:
         if claims.refused:
             return problems
         tensors = self.adapter.chosen(self.config)
-        problems += list_some(_empty(tensors))
+        problems += list_some(_empty(tensors, claims.told))
         problems += list_some([partial(self._leftover, name) for name in claims.leftovers(tensors)])
         if not claims.updates:
             return problems if claims.problems else [*problems, "holds nothing that could be merged"]
@@ -362,12 +362,12 @@ def _overlap(one: Place, other: Place) -> bool:
     return one.stored_start < other.stored_start + other.rows and other.stored_start < one.stored_start + one.rows
 
 
-def _empty(tensors: Mapping[str, TensorRef]) -> list[str]:
+def _empty(tensors: Mapping[str, TensorRef], told: Set[str]) -> list[str]:
     return [
         f"{ref.name} is empty, {list(ref.shape)}: it was saved under ZeRO-3 without gathering its parts; save it again "
         "from a gathered state dict"
         for ref in tensors.values()
-        if 0 in ref.shape
+        if 0 in ref.shape and ref.name not in told
     ]
 
 
