@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardmerge.adapters import AdapterContent, Claims, Registered, claim, detect_format
+from shardmerge.adapters import AdapterContent, Claims, Registered, Stored, claim, detect_format
 from shardmerge.checkpoint import read_json, read_shard
 from shardmerge.config import AdapterConfig
 from shardmerge.errors import FormatError
@@ -50,8 +50,13 @@ class AdapterFile:
     def format(self, wanted: str = "auto") -> str:
         return detect_format(self.tensors, self.config) if wanted == "auto" else wanted
 
-    def claims(self, config: AdapterConfig, registered: Registered = lambda module: ()) -> Claims:
-        """Its updates and problems, read as ``config`` says; ``registered`` as `shardmerge.adapters.claim` takes it."""
+    def claims(
+        self,
+        config: AdapterConfig,
+        registered: Registered = lambda module: (),
+        stored: Stored = lambda module: None,
+    ) -> Claims:
+        """Its updates and problems, as ``config`` says; ``registered`` and ``stored`` as `shardmerge.adapters.claim` has them."""
         kind = self.format(config.format)
         scaled = config.alpha is not None or config.scaling is not None
         if self.config is not None and kind in ("peft", "mlx") and scaled:
@@ -63,7 +68,7 @@ class AdapterFile:
         content = AdapterContent(
             tensors, self.config, config.alpha, config.scaling, config.expert_layout, self.read_number
         )
-        return claim(kind, content, registered)
+        return claim(kind, content, registered, stored)
 
     def chosen(self, config: AdapterConfig) -> Mapping[str, TensorRef]:
         """Its tensors, or those that begin with the config's ``prefix``."""

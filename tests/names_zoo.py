@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import revert_weight_conversion
 
 from shardmerge.names import Names, Parameter
 
@@ -64,13 +62,34 @@ def _two_layers(names: Mapping[str, Any]) -> list[str]:
     return [name for name in names if name not in numbered or numbered[name][1] in kept[numbered[name][0]]]
 
 
-def on_disk(model: Any, state: State, with_prefixes: bool = False) -> State:
-    """What transformers would store; ``with_prefixes`` as a model that was loaded from a checkpoint with prefixes."""
-    if with_prefixes:
-        model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
-    elif hasattr(model, "_weight_conversions"):
+def on_disk(model: Any, state: State) -> State:
+    """What transformers would store of a model that was not loaded from anywhere."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if hasattr(model, "_weight_conversions"):
         del model._weight_conversions
     return dict(revert_weight_conversion(model, dict(state)))
+
+
+def with_prefixes(model: Any, state: State) -> State | None:
+    """What it would store if it had been loaded from a checkpoint that has the prefixes that its rules remove.
+
+    None where there are none, or where transformers itself does not find back what it then stores.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import revert_weight_conversion
+
+    rules = get_model_conversion_mapping(model, add_legacy=False)
+    if not any(isinstance(rule, PrefixChange) for rule in rules):
+        return None
+    model._weight_conversions = rules
+    stored = dict(revert_weight_conversion(model, dict(state)))
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    meta = dict(model.state_dict())
+    back = {rename_source_key(name, renamings, converters, model.base_model_prefix, meta)[0] for name in stored}
+    return stored if back <= meta.keys() else None
 
 
 def config_of(model: Any) -> dict[str, Any]:
@@ -125,9 +144,7 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
 
     def summary(self) -> Counter[str]:
-        return Counter(
-            right=self.right, refused=len(self.refused), missing=len(self.missing), wrong=len(self.wrong)
-        )
+        return Counter(right=self.right, refused=len(self.refused), missing=len(self.missing), wrong=len(self.wrong))
 
 
 def check(names: Names, stored: State, spoken: State) -> Outcome:
@@ -155,15 +172,20 @@ def _is_right(found: Parameter, stored: State, tensor: torch.Tensor) -> bool:
 def combinations(model: Any) -> Iterator[tuple[str, Outcome]]:
     """Both ways to store a model × both ways to speak of it."""
     memory = weights(model)
-    disk = on_disk(model, memory)
-    prefixed = on_disk(model, memory, with_prefixes=True)
-    config = config_of(model)
-    stores = {"disk": disk, "memory": memory}
-    if prefixed.keys() != disk.keys():
+    stores = {"disk": on_disk(model, memory), "memory": memory}
+    if prefixed := with_prefixes(model, memory):
         stores["prefixed"] = prefixed
+    config = config_of(model)
     for store, stored in stores.items():
         names = Names(config, {name: tuple(tensor.shape) for name, tensor in stored.items()})
         for speech, said in stores.items():
             # A name that is the same on disk and in memory means what it means in memory.
             spoken = {name: memory.get(name, tensor) for name, tensor in said.items()}
             yield f"{speech} in {store}", check(names, stored, spoken)
+
+
+def tied(model: Any) -> dict[str, str]:
+    """Names in memory of the weights that transformers ties to an embedding → the embedding's."""
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
+    pairs = getattr(model, "all_tied_weights_keys", {})  # some base classes are never finished
+    return {head: source for head, source in pairs.items() if source in embeddings and head.endswith("weight")}

@@ -108,6 +108,8 @@ def test_override_and_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "format": "auto",
         "alpha": None,
         "scaling": None,
+        "expert_layout": "peft",
+        "prefix": None,
     }
     first = contents(other)
     refused = invoke(monkeypatch, "run", config, "-s", f"output.path={other}", code=3)
@@ -198,7 +200,8 @@ def test_inspect_a_peft_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     told = invoke_json(monkeypatch, "inspect", adapter)
     assert told["kind"] == "adapter"
     assert (told["format"], told["family"], told["trained_on"]) == ("peft", "LORA", "org/base")
-    assert (told["ranks"], told["alpha"], told["rslora"]) == ([2, 4], 8, True)
+    settings = {"r": 4, "lora_alpha": 8, "rank_pattern": {"v_proj": 2}, "use_rslora": True, "init_lora_weights": True}
+    assert (told["ranks"], told["settings"], told["updates"]) == ([2, 4], settings, {"lora": 2})
     assert told["scalings"] == [4.0, 8 / 2**0.5]
     assert told["targets"] == {"q_proj": 1, "v_proj": 1}
     assert told["problems"] == ["strange belongs to no update"]
@@ -225,9 +228,10 @@ def test_inspect_an_adapter_without_a_config(tmp_path: Path, monkeypatch: pytest
 
 
 def test_inspect_another_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = invoke_json(monkeypatch, "inspect", write_peft(tmp_path, config=peft_config(peft_type="LOHA")))
-    assert told["family"] == "LOHA"
-    assert told["problems"] == ["LOHA adapters are not supported yet; this version merges LORA"]
+    told = invoke_json(monkeypatch, "inspect", write_peft(tmp_path, config=peft_config(peft_type="PREFIX_TUNING")))
+    assert told["family"] == "PREFIX_TUNING"
+    (problem,) = told["problems"]
+    assert "peft_type PREFIX_TUNING: " in problem and "load both with PEFT" in problem
 
 
 # --- codes ------------------------------------------------------------------------------------------------------------

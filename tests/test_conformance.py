@@ -15,6 +15,7 @@ Rows of which a neighbour proves most are ``slow``.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +28,7 @@ from torch import Tensor
 
 import shardmerge
 from tests import zoo
+from tests.builders import run_python
 from tests.peft_oracle import _new_folder as new_folder
 from tests.peft_oracle import assert_same_bits, bits, make_config, stored
 from tests.zoo import BF16, F16, F32, F64, Adapter, by_hand, lora, peft
@@ -279,6 +281,27 @@ def merged(row: Row) -> Path:
     config = make_config(output, base, [adapter])
     shardmerge.merge(config if row.tied == "untie" else {**config, "tied": row.tied})
     return output
+
+
+def test_plans_import_no_torch() -> None:
+    """All rows are planned in one process that has never heard of torch."""
+    configs = []
+    for row in TABLE:
+        if not row.slow:
+            base, adapter = zoo.base_folder(row.model, row.dtype), zoo.adapter_folder(row.model, row.adapter, row.dtype)
+            configs.append({**make_config(new_folder("merged") / "out", base, [adapter]), "tied": row.tied})
+    program = new_folder("program") / "plan_all.py"
+    program.write_text(
+        "import json, sys\n"
+        "import shardmerge\n"
+        "for config in json.load(open(sys.argv[1])):\n"
+        "    shardmerge.plan(config)\n"
+        "    loaded = {'torch', 'transformers', 'peft', 'numpy'} & sys.modules.keys()\n"
+        "    assert not loaded, (config, loaded)\n"
+    )
+    (program.parent / "configs.json").write_text(json.dumps(configs))
+    result = run_python(program, program.parent / "configs.json")
+    assert result.returncode == 0, result.stderr
 
 
 @each_row

@@ -28,17 +28,23 @@ from shardmerge.adapters.loha import Loha, LohaTucker
 from shardmerge.adapters.lokr import Lokr
 from shardmerge.adapters.lora import Dora, Lora, LoraBias, LoraBlocks, LoraExperts
 from shardmerge.adapters.oft import Oft
-from shardmerge.adapters.peft import Context, PeftMethod, Registered
+from shardmerge.adapters.peft import Context, PeftMethod, Registered, Stored
 from shardmerge.adapters.peft_lora import LoraMethod
+from shardmerge.adapters.pvera import Pvera
 from shardmerge.adapters.refused import REFUSED_TYPES
 from shardmerge.adapters.road import Road
+from shardmerge.adapters.supertuning import SuperTuning
+from shardmerge.adapters.tinylora import TinyLora
 from shardmerge.adapters.trainable_tokens import TrainableTokensMethod
+from shardmerge.adapters.unilora import UniLora
 from shardmerge.adapters.waveft import WaveFt
+from shardmerge.adapters.vera import Vera, VeraSeeded
 from shardmerge.adapters.whole import Overwrite, Replacement, TokenRows
 from shardmerge.spec import TensorPlan, TensorRef
 
 __all__ = [
     "FAMILIES",
+    "FORMATS",
     "METHODS",
     "REFUSED_TYPES",
     "AdapterContent",
@@ -48,6 +54,7 @@ __all__ = [
     "ModuleUpdate",
     "PeftMethod",
     "Registered",
+    "Stored",
     "check_dtypes",
     "claim",
     "detect_format",
@@ -72,6 +79,8 @@ FAMILIES: Mapping[str, Family] = {
         LohaTucker(),
         Lokr(),
         AdaLora(),
+        Vera(),
+        VeraSeeded(),
         Hira(),
         Hra(),
         Oft(),
@@ -84,7 +93,20 @@ FAMILIES: Mapping[str, Family] = {
         Beft(),
         FourierFt(),
         WaveFt(),
+        Pvera(),
+        UniLora(),
+        TinyLora(),
+        SuperTuning(),
     )
+}
+
+#: How adapters are stored: ``format`` in the config, and what it is.
+FORMATS: Mapping[str, str] = {
+    "peft": "PEFT's `adapter_config.json` with `adapter_model.safetensors` or `.bin`, any method of the table below; or "
+    "its LoRA keys alone, with `alpha` or `scaling` in our config",
+    "pure-pytorch": "the `.pt` of a training loop that computes `x @ A @ B * scale`: `….A` (in, r), `….B` (r, out)",
+    "kohya": "LoRA of image trainers: `lora_down`, `lora_up` and `alpha` by module, names with dots or underscores",
+    "mlx": "`adapters.safetensors` of mlx-lm: LoRA, DoRA, or whole tensors",
 }
 
 #: How PEFT's files are read, by ``peft_type``.
@@ -97,6 +119,7 @@ METHODS: Mapping[str, PeftMethod] = {
         Loha(),
         Lokr(),
         AdaLora(),
+        Vera(),
         LnTuning(),
         Hira(),
         Hra(),
@@ -109,6 +132,10 @@ METHODS: Mapping[str, PeftMethod] = {
         Beft(),
         FourierFt(),
         WaveFt(),
+        Pvera(),
+        UniLora(),
+        TinyLora(),
+        SuperTuning(),
     )
 }
 
@@ -145,10 +172,16 @@ class AdapterContent:
     read_number: kohya.ReadNumber
 
 
-def claim(format_: str, content: AdapterContent, registered: Registered = lambda module: ()) -> Claims:
+def claim(
+    format_: str,
+    content: AdapterContent,
+    registered: Registered = lambda module: (),
+    stored: Stored = lambda module: None,
+) -> Claims:
     """Read an adapter of a format: its updates, and everything that is wrong with it.
 
-    ``registered`` tells in which order a module of the base registers parameters of its own, where that is known.
+    ``registered`` tells in which order a module of the base registers parameters of its own, where that is known;
+    ``stored`` tells the shape and the dtype of a module's weight in the base.
     """
     tensors, config, alpha, scaling = content.tensors, content.config, content.alpha, content.scaling
     if format_ == "pure-pytorch":
@@ -161,7 +194,7 @@ def claim(format_: str, content: AdapterContent, registered: Registered = lambda
         return mlx.claim(tensors, config)
     peft_type = config.get("peft_type")
     if isinstance(peft_type, str) and (method := METHODS.get(peft_type)):
-        return method.claim(tensors, Context(config, registered=registered, expert_layout=content.expert_layout))
+        return method.claim(tensors, Context(config, registered=registered, stored=stored, expert_layout=content.expert_layout))
     return Claims(problems=[_no_method(peft_type)], refused=True)
 
 

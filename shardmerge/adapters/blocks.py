@@ -80,7 +80,25 @@ def cayley(skew: Tensor) -> Tensor:
     # There is no solver for 16-bit floats.
     wide = skew.to(torch.promote_types(skew.dtype, torch.float32))
     identity = torch.eye(skew.shape[-1], dtype=wide.dtype, device=skew.device).expand_as(wide)
-    return torch.linalg.solve(identity + wide, identity - wide, left=False).to(skew.dtype)
+    rotation: Tensor = torch.linalg.solve(identity + wide, identity - wide, left=False)
+    return rotation.to(skew.dtype)
+
+
+def neumann(skew: Tensor, terms: int) -> Tensor:
+    """The first terms of (I + S)(I − S)⁻¹ = I + 2S + 2S² + …, the last of them once only; of 3 terms, those of 4."""
+    import torch
+
+    rotation = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand_as(skew).clone()
+    if terms > 1:
+        rotation.add_(skew, alpha=2.0)
+    if terms > 2:
+        power = skew @ skew
+        rotation.add_(power, alpha=2.0)
+        for _ in range(3, terms - 1):
+            power = power @ skew
+            rotation.add_(power, alpha=2.0)
+        rotation.add_(power @ skew)
+    return rotation
 
 
 def block_bytes(count: int, repeated: int, size: int, itemsize: int) -> int:

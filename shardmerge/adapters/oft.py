@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, misshaped
-from shardmerge.adapters.blocks import block_bytes, cayley, rotate, rotate_back, widened
+from shardmerge.adapters.blocks import block_bytes, cayley, neumann, rotate, rotate_back, widened
 from shardmerge.adapters.peft import (
     COUNT,
     FLAG,
@@ -166,16 +166,5 @@ def _rotations(numbers: Tensor, update: Update) -> Tensor:
         matrix = torch.where(lengths <= most, matrix, most * (matrix / lengths))
         numbers = matrix[:, rows, columns].to(numbers.dtype)
     matrix = skew(numbers)
-    if terms == 0:
-        return widened(cayley(matrix), update.columns // size)
-    rotation = torch.eye(size, dtype=matrix.dtype, device=matrix.device).repeat(len(matrix), 1, 1)
-    if terms > 1:
-        rotation.add_(matrix, alpha=2.0)
-    if terms > 2:
-        power = torch.bmm(matrix, matrix)
-        rotation.add_(power, alpha=2.0)
-        for _ in range(3, terms - 1):
-            power = torch.bmm(power, matrix)
-            rotation.add_(power, alpha=2.0)
-        rotation.add_(torch.bmm(power, matrix))
-    return widened(rotation, update.columns // size)
+    rotations = neumann(matrix, terms) if terms else cayley(matrix)
+    return widened(rotations, update.columns // size)

@@ -24,6 +24,7 @@ from shardmerge.spec import TensorRef
 Config = Mapping[str, Any]
 Check = Callable[[str, Any], list[str]]
 Registered = Callable[[str], tuple[str, ...]]
+Stored = Callable[[str], tuple[tuple[int, ...], str] | None]
 
 #: Settings that no method's merge depends on.
 _INERT = frozenset(
@@ -78,6 +79,8 @@ class Context:
     shared: Mapping[str, TensorRef] = field(default_factory=dict)
     #: Tells in which order a module registers parameters of its own; empty where nobody knows.
     registered: Registered = lambda module: ()
+    #: Tells the shape (as `Parameter` has it) and the dtype of a module's weight in the base; None where there is none.
+    stored: Stored = lambda module: None
     #: How B of fused experts is laid out: ``peft`` or ``unsloth``.
     expert_layout: str = "peft"
 
@@ -89,6 +92,8 @@ class PeftMethod(ABC):
     #: What it is called, and where it is described; for the table of what is supported.
     title: ClassVar[str]
     paper: ClassVar[str] = ""
+    #: What else a user must know, for the table of what is supported.
+    note: ClassVar[str] = ""
     #: The end of a key (without the adapter's name) → the factor's role. An optional role ends in ``?``.
     roles: ClassVar[Mapping[str, str]]
     #: Keys of tensors that all modules share → role, without ``base_model.``.

@@ -74,7 +74,8 @@ class Road(Family, PeftMethod):
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         # The blocks; those of a tile, put together; and the angles on the way.
-        return update.rows * (update.setting("group") + max(64, update.setting("group")) + 8) * itemsize
+        group: int = update.setting("group")
+        return update.rows * (group + max(64, group) + 8) * itemsize
 
 
 def _rotations(factors: Factors, update: Update) -> Tensor:

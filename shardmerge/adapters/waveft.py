@@ -1,10 +1,11 @@
 """WaveFT: W' = W + s · D⁻¹(S), D⁻¹ one step of an inverse wavelet transform in two dimensions of a sparse spectrum S.
 
 W is (out, in). S is zero but where the file's n numbers stand, at places that the config's seed has chosen, as for
-FourierFT (see `shardmerge.adapters.fourierft`). Of a wavelet of L taps S has L − 2 rows and columns more than W, and one
-more where that is odd; its quarters are the averages and the three kinds of details. The transform is a transposed
-convolution of stride 2 with the outer products of the wavelet's two filters; its middle is the delta. Without
-``use_idwt`` S itself is. Bilican et al. 2025, arXiv:2505.12532. Source: peft/tuners/waveft/layer.py and waverec2d.py, 0.21.
+FourierFT (see `shardmerge.adapters.fourierft`). Of a wavelet of L taps S has L − 2 rows and columns more than W, and
+one more where that is odd; its quarters are the averages and the three kinds of details. The transform is a
+transposed convolution of stride 2 with the outer products of the wavelet's two filters; its middle is the delta.
+Without ``use_idwt`` S itself is. Bilican et al. 2025, arXiv:2505.12532. Source: peft/tuners/waveft/layer.py and
+waverec2d.py, 0.21.
 
 The whole delta is made when a weight's first tile is worked on, and kept until its last. The bits are those of PEFT's
 merge, for every dtype of the base.
@@ -93,7 +94,6 @@ def _delta(spectrum: Tensor, update: Update) -> Tensor:
     # Rows are averages, then details; so are columns.
     quarters = dense.view(2, height // 2, 2, width // 2).transpose(1, 2).reshape(1, 4, height // 2, width // 2)
     del dense
-    filters = torch.stack([row.outer(column) for row, column in ((low, low), (low, high), (high, low), (high, high))])
-    order = [0, 2, 1, 3]  # as PEFT has it: details of the upper right quarter are high along rows
-    delta = torch.nn.functional.conv_transpose2d(quarters, filters[order].unsqueeze(1), stride=2)[0, 0]
+    filters = torch.stack([row.outer(column) for row, column in ((low, low), (high, low), (low, high), (high, high))])
+    delta = torch.nn.functional.conv_transpose2d(quarters, filters.unsqueeze(1), stride=2)[0, 0]
     return delta[more : more + update.rows, more : more + update.columns].to(spectrum.dtype).contiguous()

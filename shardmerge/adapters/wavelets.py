@@ -1,4 +1,5 @@
-"""The filters of the wavelets that WaveFT may use: Daubechies (db), their nearly symmetric kin (sym) and coiflets (coif).
+"""The filters of the wavelets that WaveFT may use: Daubechies (db), their nearly symmetric kin (sym) and coiflets
+(coif).
 
 The numbers are the low-pass filters of reconstruction, of length one, to the nine digits that fix a float32. They are
 Daubechies's ("Ten Lectures on Wavelets", 1992), in the order and with the signs of PyWavelets.

@@ -15,8 +15,8 @@ _State = list[list[View]]
 
 def is_stack(rule: Rule, ndim: int) -> bool:
     """Whether a stored tensor of that many dimensions, a source of the rule, is (E, …): the rule works inside of it."""
-    operation = rule.operations[0]
-    return ndim == 3 and operation[0] != "merge" and operation[0] != "ernie" and int(operation[1] or 0) >= 1
+    name, *arguments = rule.operations[0]
+    return ndim == 3 and name in ("concat", "chunk", "interleave", "transpose") and arguments[0] >= 1
 
 
 def convert(rule: Rule, sources: Sequence[Sequence[View]], config: Mapping[str, Any]) -> list[View]:

@@ -49,6 +49,10 @@ class View:
         return self.shape[self.row_axis] if self.shape else 1
 
 
+def _is_row_axis(view: View, axis: int) -> bool:
+    return bool(view.shape) and axis % len(view.shape) == view.row_axis
+
+
 def stored(name: str, shape: tuple[int, ...], stacked: bool) -> View:
     """A stored tensor as it stands."""
     axis = int(stacked)
@@ -57,6 +61,8 @@ def stored(name: str, shape: tuple[int, ...], stacked: bool) -> View:
 
 def stack(views: Sequence[View]) -> View:
     """(rows, …) of E experts → (E, rows, …)."""
+    if not views:
+        raise RefusalError("it has no experts")
     if any(view.shape != views[0].shape for view in views):
         raise RefusalError("its experts differ in shape")
     if any(view.stacked for view in views):
@@ -102,7 +108,7 @@ def concatenate(views: Sequence[View], axis: int) -> View:
     others = {(view.shape[:rows], view.shape[rows + 1 :], view.stacked) for view in views}
     if len(others) > 1:
         raise RefusalError("its parts do not fit together")
-    if axis % len(first.shape) != rows:
+    if not _is_row_axis(first, axis):
         raise RefusalError("its parts are joined along a dimension other than its rows")
     pieces: list[Piece] = []
     start = 0
@@ -115,7 +121,7 @@ def concatenate(views: Sequence[View], axis: int) -> View:
 def split(view: View, sizes: Sequence[int], axis: int) -> list[View]:
     """Cut a tensor along its rows into parts of the given sizes."""
     rows = view.row_axis
-    if axis % len(view.shape) != rows:
+    if not _is_row_axis(view, axis):
         raise RefusalError("it is cut along a dimension other than its rows")
     if sum(sizes) != view.rows:
         raise RefusalError(f"its {view.rows} rows cannot be cut into its parts")
@@ -151,9 +157,9 @@ def _cut(piece: Piece, low: int, high: int) -> Piece | None:
 
 def shuffle(view: View, groups: int, a: int, b: int, axis: int) -> View:
     """Reorder rows: the tensor's rows seen as (groups, a, b) become the result's seen as (groups, b, a)."""
-    if axis % len(view.shape) != view.row_axis:
+    if not _is_row_axis(view, axis):
         raise RefusalError("it is reordered along a dimension other than its rows")
-    if groups <= 0 or groups * a * b != view.rows:
+    if min(groups, a, b) <= 0 or groups * a * b != view.rows:
         raise RefusalError(f"its {view.rows} rows cannot be reordered in {groups} groups of {a} × {b}")
     pieces = []
     for piece in view.pieces:

@@ -105,7 +105,7 @@ class _Matching:
         self.regions: defaultdict[str, list[tuple[Place, ModuleUpdate]]] = defaultdict(list)
 
     def run(self) -> list[str]:
-        claims = self.adapter.claims(self.config, self.names.registered_parameters)
+        claims = self.adapter.claims(self.config, self.names.registered_parameters, self._weight_of)
         problems = list_some(claims.problems)
         if claims.refused:
             return problems
@@ -270,6 +270,10 @@ class _Matching:
         if update.family == "replacement" and not problems:
             problems += may_resize(self.checkpoint, update, stored[0])
         return problems
+
+    def _weight_of(self, module: str) -> tuple[tuple[int, ...], str] | None:
+        parameter = self.names.resolve(module, "weight")
+        return None if isinstance(parameter, str) else (parameter.shape, self._stored(parameter.places[0].tensor).dtype)
 
     def _stored(self, name: str) -> TensorRef:
         """A stored tensor; of a head that is tied and so not stored, the embedding's."""

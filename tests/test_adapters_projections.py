@@ -1,0 +1,111 @@
+"""VeRA and RandLoRA against PEFT: projections in the file or from the seed, bits, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tests.family_oracle import (
+    DTYPES,
+    LINEARS,
+    Swapped,
+    Tall,
+    assert_equals_peft,
+    assert_same_outputs,
+    assert_tiles_agree,
+    change_tensors,
+    refusal,
+    write_case,
+)
+
+
+def vera(*targets: str, **settings: Any) -> Any:
+    from peft import VeraConfig
+
+    return VeraConfig(target_modules=list(targets), **{"r": 6, "projection_prng_key": 5, **settings})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("saved", [True, False])
+def test_vera(tmp_path: Path, dtype: str, saved: bool) -> None:
+    case = write_case(tmp_path, vera(*LINEARS, save_projection=saved), dtype=dtype)
+    assert ("base_model.vera_A" in load_file(case.adapter / "adapter_model.safetensors")) == saved
+    ours = assert_equals_peft(case, tmp_path / "out")
+    if dtype == "float32":
+        assert_same_outputs(case, ours)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize(("make", "targets"), [(Tall, ("tall", "wide")), (Swapped, ("wide", "narrow"))])
+def test_tiles_of_vera(tmp_path: Path, make: type[nn.Module], targets: tuple[str, ...], saved: bool) -> None:
+    case = write_case(tmp_path, vera(*targets, save_projection=saved), make=make)
+    ours = assert_equals_peft(case, tmp_path / "out")
+    assert_same_outputs(case, ours)
+    assert_tiles_agree(case, tmp_path / "tiled", ours)
+
+
+def test_biases_and_modules_to_save(tmp_path: Path) -> None:
+    case = write_case(tmp_path, vera("wide", "narrow", bias="all", modules_to_save=["head"]), dtype="bfloat16")
+    ours = assert_equals_peft(case, tmp_path / "out")
+    assert not torch.equal(ours["wide.bias"], case.net.state_dict()["wide.bias"])
+
+
+P = "base_model.model."
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "parts"),
+    [
+        (f"{P}wide.vera_lambda_d", None, ["is there without", "vera_lambda_d"]),
+        (f"{P}wide.vera_lambda_d", (5,), ["vera_lambda_d [5]", "r = 6"]),
+        (f"{P}wide.vera_lambda_b", (55,), ["vera_lambda_b is [55]; expected [56]"]),
+        (f"{P}wide.vera_lambda_b", (56, 1), ["vera_lambda_b [56, 1]"]),
+        ("base_model.vera_A", None, ["base_model.vera_A is missing", "save_projection"]),
+        ("base_model.vera_A", (6, 23), ["vera_A is [6, 23]", "at least 24 columns"]),
+        ("base_model.vera_A", (7, 24), ["vera_A is [7, 24]", "expected 6 rows"]),
+        ("base_model.vera_B", (55, 6), ["vera_B is [55, 6]", "at least 56 rows"]),
+        ("base_model.vera_C", (55, 6), ["vera_C belongs to no update"]),
+    ],
+)
+def test_refused_tensors_of_vera(tmp_path: Path, name: str, shape: tuple[int, ...] | None, parts: list[str]) -> None:
+    case = write_case(tmp_path, vera("wide"))
+    _change(case, name, shape)
+    text = refusal(case)
+    for part in parts:
+        assert part in text
+
+
+def _change(case: Any, name: str, shape: tuple[int, ...] | None) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        if shape is None:
+            del tensors[name]
+        else:
+            tensors[name] = torch.ones(shape)
+
+    change_tensors(case, change)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"r": 5}, "r = 5"),
+        ({"r": True}, "r must be a whole number above zero"),
+        ({"save_projection": "no"}, "save_projection must be true or false"),
+        ({"projection_prng_key": 1.5}, "projection_prng_key must be a whole number"),
+        ({"projection_prng_key": 1 << 64}, "projection_prng_key must be a whole number"),
+    ],
+)
+def test_refused_settings_of_vera(tmp_path: Path, changes: dict[str, Any], part: str) -> None:
+    assert part in refusal(write_case(tmp_path, vera("wide")), **changes)
+
+
+def test_a_seeded_adapter_on_a_module_that_the_base_lacks(tmp_path: Path) -> None:
+    case = write_case(tmp_path, vera("wide", save_projection=False))
+    _change(case, f"{P}other.vera_lambda_b", (9,))
+    _change(case, f"{P}other.vera_lambda_d", (6,))
+    assert "other.weight, which is not in the base" in refusal(case, target_modules=["wide", "other"])

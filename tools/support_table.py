@@ -1,0 +1,36 @@
+"""Write the README's table of what is merged, from the registry, so that it cannot say more than the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from shardmerge.adapters import FORMATS, METHODS, REFUSED_TYPES
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+_BEGIN, _END = "<!-- support table: tools/support_table.py -->", "<!-- end of the table -->"
+
+
+def table_text() -> str:
+    """Formats, methods by their title, and what is refused by name."""
+    lines = ["| format | what it is |", "|---|---|"]
+    lines += [f"| `{name}` | {what} |" for name, what in FORMATS.items()]
+    lines += ["", "| method of PEFT | `peft_type` | described in | |", "|---|---|---|---|"]
+    for method in sorted(METHODS.values(), key=lambda method: (method.peft_type != "LORA", method.title.lower())):
+        lines.append(f"| {method.title} | `{method.peft_type}` | {method.paper or '-'} | {method.note} |")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in REFUSED_TYPES.items():
+        reasons.setdefault(reason, []).append(f"`{name}`")
+    lines += ["", "Refused by name, with the reason:", ""]
+    lines += [f"- {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return "\n".join(lines)
+
+
+def updated(readme: str) -> str:
+    """The README with the table of now in it."""
+    between = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
+    return between.sub(lambda _: f"{_BEGIN}\n\n{table_text()}\n\n{_END}", readme)
+
+
+if __name__ == "__main__":
+    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
