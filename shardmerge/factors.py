@@ -41,6 +41,7 @@ class LazyFactors:
         self._kept: dict[TensorRef, Tensor] = {}
         self._as_stored: dict[TensorRef, Tensor] = {}
         self._built: dict[tuple[int, str], Tensor] = {}
+        self._threads = torch.get_num_threads()
         #: Adapters, by number, that have had an effect in this shard.
         self.active: set[int] = set()
 
@@ -79,10 +80,18 @@ class LazyFactors:
         return self._ready(ref, self._read_columns(ref, columns), first)
 
     def built(self, update: Update, name: str, build: Callable[[], Tensor]) -> Tensor:
-        """What ``build`` made, kept until the target changes."""
+        """What ``build`` made, kept until the target changes.
+
+        It is built with the threads that torch takes by itself, as PEFT's is: the bits of a decomposition depend on it.
+        """
         key = (id(update), name)
         if (kept := self._built.get(key)) is None:
-            kept = self._built[key] = build()
+            threads = torch.get_num_threads()
+            torch.set_num_threads(self._threads)
+            try:
+                kept = self._built[key] = build()
+            finally:
+                torch.set_num_threads(threads)
         return kept
 
     def _stored(self, ref: TensorRef) -> Tensor:

@@ -12,10 +12,11 @@ from typing import Any
 import yaml
 
 from shardmerge.adapter_file import CONFIG_NAME, PICKLES, WEIGHTS, AdapterFile, open_adapter
-from shardmerge.adapters import FAMILIES, METHODS, ModuleUpdate
+from shardmerge.adapters import FAMILIES, METHODS, ModuleUpdate, Registered
 from shardmerge.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.config import AdapterConfig
 from shardmerge.errors import FormatError
+from shardmerge.naming import module_name
 from shardmerge.report import human_bytes, table
 from shardmerge.sources import Source, open_source
 from shardmerge.spec import TensorRef
@@ -79,7 +80,7 @@ def _describe_adapter(adapter: AdapterFile, location: str) -> dict[str, Any]:
     config = adapter.config or {}
     # Without a config the scale is not the adapter's to tell; 1 as scaling lets the rest be read.
     needs_scale = adapter.config is None and adapter.format() != "kohya"
-    claims = adapter.claims(AdapterConfig(path=location, scaling=1.0 if needs_scale else None))
+    claims = adapter.claims(AdapterConfig(path=location, scaling=1.0 if needs_scale else None), _registered(adapter))
     updates = [update for update in claims.updates if FAMILIES[update.family].changes_weight]
     kinds = Counter(_kind(update) for update in updates)
     adding = [update for update in updates if FAMILIES[update.family].adds]
@@ -102,6 +103,15 @@ def _describe_adapter(adapter: AdapterFile, location: str) -> dict[str, Any]:
         "peft_version": config.get("peft_version"),
         "problems": [*claims.problems, *(f"{name} belongs to no update" for name in leftovers)],
     }
+
+
+def _registered(adapter: AdapterFile) -> Registered:
+    """Without a base, the order of a module's parameters is not known; for a description, the config's will do."""
+    wrapped = {name.partition(".base_layer.")[0] for name in adapter.tensors if ".base_layer.lora_" in name}
+    targets = (adapter.config or {}).get("target_parameters")
+    names = tuple(str(target).rpartition(".")[2] for target in targets) if isinstance(targets, list) else ()
+    modules = {module_name(name) for name in wrapped}
+    return lambda module: names if module in modules else ()
 
 
 def _kind(update: ModuleUpdate) -> str:

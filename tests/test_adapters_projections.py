@@ -16,6 +16,7 @@ from tests.family_oracle import (
     Swapped,
     Tall,
     assert_equals_peft,
+    assert_no_worse_than_peft,
     assert_same_outputs,
     assert_tiles_agree,
     change_tensors,
@@ -53,6 +54,41 @@ def test_biases_and_modules_to_save(tmp_path: Path) -> None:
     case = write_case(tmp_path, vera("wide", "narrow", bias="all", modules_to_save=["head"]), dtype="bfloat16")
     ours = assert_equals_peft(case, tmp_path / "out")
     assert not torch.equal(ours["wide.bias"], case.net.state_dict()["wide.bias"])
+
+
+# --- RandLoRA ---------------------------------------------------------------------------------------------------------
+
+
+def randlora(*targets: str, **settings: Any) -> Any:
+    from peft import RandLoraConfig
+
+    return RandLoraConfig(
+        target_modules=list(targets), **{"r": 5, "randlora_alpha": 12, "projection_prng_key": 5, **settings}
+    )
+
+
+BASES = [{}, {"sparse": True}, {"very_sparse": True, "sparse": True}]
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("bases", BASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_randlora(tmp_path: Path, dtype: str, bases: dict[str, Any], saved: bool) -> None:
+    case = write_case(tmp_path, randlora(*LINEARS, save_projection=saved, **bases), dtype=dtype)
+    if dtype == "float32":
+        assert_same_outputs(case, assert_equals_peft(case, tmp_path / "out"))
+    else:
+        # PEFT rounds the update and then the sum.
+        assert_no_worse_than_peft(case, tmp_path / "out")
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize(("make", "targets"), [(Tall, ("tall", "wide")), (Swapped, ("wide", "narrow"))])
+def test_tiles_of_randlora(tmp_path: Path, make: type[nn.Module], targets: tuple[str, ...], saved: bool) -> None:
+    case = write_case(tmp_path, randlora(*targets, save_projection=saved, r=32), make=make)
+    ours = assert_equals_peft(case, tmp_path / "out")
+    assert_same_outputs(case, ours)
+    assert_tiles_agree(case, tmp_path / "tiled", ours)
 
 
 P = "base_model.model."

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 import shardmerge
+from shardmerge.inspection import inspect_path
 from tests import zoo
 from tests.builders import run_python
 from tests.peft_oracle import _new_folder as new_folder
@@ -302,6 +303,16 @@ def test_plans_import_no_torch() -> None:
     (program.parent / "configs.json").write_text(json.dumps(configs))
     result = run_python(program, program.parent / "configs.json")
     assert result.returncode == 0, result.stderr
+
+
+def test_inspect_has_no_complaint() -> None:
+    """What an adapter is can be told without its base."""
+    for row in TABLE:
+        if row.slow or row.adapter.stored:
+            continue
+        found = inspect_path(str(zoo.adapter_folder(row.model, row.adapter, row.dtype)))
+        assert found["problems"] == [], (row, found["problems"])
+        assert found["updates"] and found["targets"] and found["peft_version"], row
 
 
 @each_row

@@ -445,8 +445,10 @@ def _tie(config_class: Any) -> Any:
     """The default of tie_word_embeddings; "always"; or {"with": key of a part, "type", "cases"}."""
 
     def value(data: dict[str, Any]) -> bool:
-        with suppress(Exception):
-            return bool(getattr(config_class.from_dict(json.loads(json.dumps(data))), "tie_word_embeddings", False))
+        for needed in ({}, _ARGUMENTS.get(config_class.__name__, {})):
+            with suppress(Exception):
+                config = config_class.from_dict(json.loads(json.dumps({**needed, **data})))
+                return bool(getattr(config, "tie_word_embeddings", False))
         return False
 
     tops: tuple[dict[str, Any], ...] = ({}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False})

@@ -16,7 +16,9 @@ from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, chec
 from shardmerge.adapters.beft import Beft
 from shardmerge.adapters.boft import Boft
 from shardmerge.adapters.c3a import C3a
+from shardmerge.adapters.deft import Deft
 from shardmerge.adapters.fourierft import FourierFt
+from shardmerge.adapters.frod import Frod
 from shardmerge.adapters.frozen import FrozenCopy
 from shardmerge.adapters.glora import Glora, GloraBias
 from shardmerge.adapters.gralora import Gralora
@@ -28,9 +30,13 @@ from shardmerge.adapters.loha import Loha, LohaTucker
 from shardmerge.adapters.lokr import Lokr
 from shardmerge.adapters.lora import Dora, Lora, LoraBias, LoraBlocks, LoraExperts
 from shardmerge.adapters.oft import Oft
+from shardmerge.adapters.osf import Osf
+from shardmerge.adapters.peanut import Peanut
 from shardmerge.adapters.peft import Context, PeftMethod, Registered, Stored
 from shardmerge.adapters.peft_lora import LoraMethod
+from shardmerge.adapters.psoft import Psoft
 from shardmerge.adapters.pvera import Pvera
+from shardmerge.adapters.randlora import RandLora, RandLoraSeeded
 from shardmerge.adapters.refused import REFUSED_TYPES
 from shardmerge.adapters.road import Road
 from shardmerge.adapters.supertuning import SuperTuning
@@ -81,6 +87,8 @@ FAMILIES: Mapping[str, Family] = {
         AdaLora(),
         Vera(),
         VeraSeeded(),
+        RandLora(),
+        RandLoraSeeded(),
         Hira(),
         Hra(),
         Oft(),
@@ -97,6 +105,11 @@ FAMILIES: Mapping[str, Family] = {
         UniLora(),
         TinyLora(),
         SuperTuning(),
+        Deft(),
+        Peanut(),
+        Osf(),
+        Psoft(),
+        Frod(),
     )
 }
 
@@ -120,6 +133,7 @@ METHODS: Mapping[str, PeftMethod] = {
         Lokr(),
         AdaLora(),
         Vera(),
+        RandLora(),
         LnTuning(),
         Hira(),
         Hra(),
@@ -136,6 +150,11 @@ METHODS: Mapping[str, PeftMethod] = {
         UniLora(),
         TinyLora(),
         SuperTuning(),
+        Deft(),
+        Peanut(),
+        Osf(),
+        Psoft(),
+        Frod(),
     )
 }
 
@@ -181,7 +200,7 @@ def claim(
     """Read an adapter of a format: its updates, and everything that is wrong with it.
 
     ``registered`` tells in which order a module of the base registers parameters of its own, where that is known;
-    ``stored`` tells the shape and the dtype of a module's weight in the base.
+    ``stored`` tells of a module's weight in the base, and its dtype.
     """
     tensors, config, alpha, scaling = content.tensors, content.config, content.alpha, content.scaling
     if format_ == "pure-pytorch":

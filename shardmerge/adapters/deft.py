@@ -1,11 +1,11 @@
 """DEFT: W' = W + Q (s · R − P⁺ᵀ W): what W does in a subspace of the outputs is taken out, and R put in its place.
 
-W is (out, in), P (out, r), R (r, in). With ``decomposition_method: relu`` Q is P and P⁺ is P without its negative numbers;
-with ``qr`` both are the orthonormal Q of P's QR decomposition. s = α / r, or 1 without α. With ``para`` there is no R.
-Source: peft/tuners/deft/layer.py, 0.21.
+W is (out, in), P (out, r), R (r, in). With ``decomposition_method: relu`` Q is P and P⁺ is P without its negative
+numbers; with ``qr`` both are the orthonormal Q of P's QR decomposition. s = α / r, or 1 without α. With ``para``
+there is no R. Source: peft/tuners/deft/layer.py, 0.21.
 
-P⁺ᵀ W needs all rows, so a first pass adds it up, in float64: the bits can differ from PEFT's float32 sum, which is the less
-exact of the two. On a 16-bit base PEFT also rounds the update before it adds it.
+P⁺ᵀ W needs all rows, so a first pass adds it up, in float64: the bits can differ from PEFT's float32 sum, which is
+the less exact of the two. On a 16-bit base PEFT also rounds the update before it adds it.
 """
 
 from __future__ import annotations
@@ -98,6 +98,6 @@ class Deft(Surveyed, PeftMethod):
 
     def made(self, seen: Tensor, factors: Factors, update: Update, columns: RowRange) -> Tensor:
         if not update.has("R"):
-            return seen.neg()
+            return seen.neg().to(factors.whole("P").dtype)
         alpha, rest = update.setting("alpha"), factors.whole("R")[:, columns.start : columns.stop]
-        return rest * (alpha / self.inner(update) if alpha else 1.0) - seen
+        return rest * (alpha / self.inner(update) if alpha else 1.0) - seen.to(rest.dtype)

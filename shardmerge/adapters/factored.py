@@ -9,7 +9,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.base import Factors, Family
-from shardmerge.spec import RowRange, Update, Window
+from shardmerge.spec import MIN_TILE_ROWS, RowRange, Update, Window, even_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ class Surveyed(Factored):
 
     @abstractmethod
     def made(self, seen: Tensor, factors: Factors, update: Update, columns: RowRange) -> Tensor:
-        """These columns of R, of the same columns of V W, in the dtype of the merge."""
+        """These columns of R, in the dtype of the factors, of the same columns of V W, which are float64."""
 
     def surveys(self, update: Update) -> bool:
         return not update.by_columns
@@ -76,12 +76,10 @@ class Surveyed(Factored):
             seen += view[:, part.start : part.stop].double() @ tile[part.start : part.stop].double()
 
     def right(self, factors: Factors, update: Update) -> Tensor:
-        seen = factors.kept("seen", self._unseen)
-        whole = RowRange(0, update.columns)
-        return self.made(seen.to(factors.dtype), factors, update, whole)
+        import torch
 
-    def _unseen(self) -> Tensor:
-        raise AssertionError("the first pass was left out")
+        seen = factors.kept("seen", lambda: torch.zeros(0))  # there since the first pass
+        return self.made(seen, factors, update, RowRange(0, update.columns))
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         import torch
@@ -91,7 +89,7 @@ class Surveyed(Factored):
             return
         seen = torch.zeros(self.inner(update), tile.shape[1], dtype=torch.float64, device=tile.device)
         self._look(seen, tile, factors, update, window.rows)
-        right = self.made(seen.to(tile.dtype), factors, update, window.columns)
+        right = self.made(seen, factors, update, window.columns)
         torch.mm(self.left(factors, update, window.rows), right, out=scratch)
         tile.add_(scratch.mul_(update.scaling) if update.scaling != 1 else scratch)
 

@@ -19,12 +19,12 @@ from typing import Any, ClassVar
 
 from shardmerge.adapters.base import Claims, ModuleUpdate
 from shardmerge.naming import module_name
-from shardmerge.spec import TensorRef
+from shardmerge.spec import Parameter, TensorRef
 
 Config = Mapping[str, Any]
 Check = Callable[[str, Any], list[str]]
 Registered = Callable[[str], tuple[str, ...]]
-Stored = Callable[[str], tuple[tuple[int, ...], str] | None]
+Stored = Callable[[str], tuple[Parameter, str] | None]
 
 #: Settings that no method's merge depends on.
 _INERT = frozenset(
@@ -79,7 +79,7 @@ class Context:
     shared: Mapping[str, TensorRef] = field(default_factory=dict)
     #: Tells in which order a module registers parameters of its own; empty where nobody knows.
     registered: Registered = lambda module: ()
-    #: Tells the shape (as `Parameter` has it) and the dtype of a module's weight in the base; None where there is none.
+    #: Tells of a module's weight in the base, and its dtype; None where there is none.
     stored: Stored = lambda module: None
     #: How B of fused experts is laid out: ``peft`` or ``unsloth``.
     expert_layout: str = "peft"
@@ -149,7 +149,9 @@ class PeftMethod(ABC):
         modules: dict[tuple[str, str], Module] = {}
         shared: dict[str, TensorRef] = {}
         for name, ref in tensors.items():
-            if match := pattern.fullmatch(name):
+            if role := self._shared_role(name):
+                shared[role] = ref
+            elif match := pattern.fullmatch(name):
                 index = next(index for index in range(len(names)) if match[f"role{index}"] is not None)
                 infix = match[f"adapter{index}"] or ""
                 prefix = match["module"]
@@ -157,8 +159,6 @@ class PeftMethod(ABC):
                 plain = module_name(prefix).replace(".base_layer.", ".")
                 module = modules.setdefault((prefix, infix), Module(plain, prefix, infix))
                 module.factors[names[index]] = ref
-            elif role := self._shared_role(name):
-                shared[role] = ref
         return list(modules.values()), shared
 
     def _shared_role(self, name: str) -> str | None:

@@ -12,11 +12,11 @@ The sizes in* and out*, and with them all numbers, depend on the whole set of mo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, as_vector, is_vector, misshaped, oriented
-from shardmerge.adapters.peft import FLAG, RANK, Check, Config, Context, Module, PeftMethod, checked
+from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, misshaped, oriented
+from shardmerge.adapters.peft import FLAG, RANK, Check, Context, Module, PeftMethod, checked
 from shardmerge.spec import DTYPE_NAMES, Parameter, RowRange, TensorRef, Update, Window
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Vera(Family, PeftMethod):
 
     def claim(self, tensors: Mapping[str, TensorRef], context: Context) -> Claims:
         claims = super().claim(tensors, context)
-        return sized(claims, VeraSeeded.name, lambda update: update.factor("lambda_b").shape[0], context)
+        return sized(claims, VeraSeeded(), context)
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         found, rank = module.factors, context.config["r"]
@@ -60,7 +60,7 @@ class Vera(Family, PeftMethod):
             ("seed", context.config.get("projection_prng_key") or 0),
             ("fan_in_fan_out", bool(context.config.get("fan_in_fan_out"))),
         )
-        projections = shared_projections(claims, context, "vera_A", "vera_B")
+        projections = shared_projections(claims, module, context, "vera_A", "vera_B")
         if projections is None:
             return
         factors = (*found.items(), *projections.items())
@@ -160,10 +160,13 @@ def rounded(numbers: Tensor, update: Update) -> Tensor:
     return numbers
 
 
-def shared_projections(claims: Claims, context: Context, *names: str) -> dict[str, TensorRef] | None:
-    """A and B as the file has them; none where they are drawn from a seed; None if one is missing, which is told once."""
-    roles = dict(zip(("A", "B"), names, strict=True))
-    found = {role: context.shared[role] for role in roles if role in context.shared}
+def shared_projections(claims: Claims, module: Module, context: Context, *names: str) -> dict[str, TensorRef] | None:
+    """A and B as the file has them, the module's own copies or those of all modules; none where they are drawn from a seed.
+
+    None says that one is missing, which is told once.
+    """
+    roles, there = dict(zip(("A", "B"), names, strict=True)), {**context.shared, **module.factors}
+    found = {role: there[role] for role in roles if role in there}
     wanted = context.config.get("save_projection") is not False
     if len(found) == len(roles) or not (wanted or found):
         return found
@@ -172,34 +175,27 @@ def shared_projections(claims: Claims, context: Context, *names: str) -> dict[st
     problem = f"{missing} is missing, but {why}"
     if problem not in claims.problems:
         claims.problems.append(problem)
-    claims.told |= {ref.name for ref in found.values()}
+    claims.told |= {ref.name for ref in there.values()}
     return None
 
 
-def sized(claims: Claims, family: str, rows: Any, context: Context) -> Claims:
-    """Updates of a family with the largest (out, in) of all of them among their settings, and their weights' dtypes."""
-    seeded = [update for update in claims.updates if update.family == family and update.fits]
-    shapes, dtypes = [], dict[str, None]()
-    for update in seeded:
-        stored = context.stored(update.module)
-        if stored is None or len(stored[0]) != 2:
-            continue  # it is no matrix of the base, which the match says
-        shape, dtype = stored
-        shapes.append(shape if shape[0] == rows(update) else shape[::-1])
-        if dtype in DTYPE_NAMES and dtype != "F32":
-            dtypes[dtype] = None
-    sizes = largest(shapes)
+def sized(claims: Claims, family: Family, context: Context) -> Claims:
+    """A family's updates with the largest out and in of all of them among their settings, and their weights' dtypes."""
+    rows, columns = 0, 0
+    dtypes: dict[str, None] = {}
+    for update in claims.updates:
+        stored = context.stored(update.module) if update.family == family.name and update.fits else None
+        if stored is None or len(stored[0].shape) != 2:
+            continue  # where it is no matrix of the base, the match says so
+        oriented_update = family.orient(update, stored[0])
+        turned = isinstance(oriented_update, ModuleUpdate) and oriented_update.transposes
+        shape = stored[0].shape[::-1] if turned else stored[0].shape
+        rows, columns = max(rows, shape[0]), max(columns, shape[1])
+        if stored[1] in DTYPE_NAMES and stored[1] != "F32":
+            dtypes[stored[1]] = None
+    known = (("sizes", (rows, columns)), ("dtypes", tuple(dtypes)))
     claims.updates = [
-        update.changed(settings=(*update.settings, ("sizes", sizes), ("dtypes", tuple(dtypes))))
-        if update in seeded
-        else update
+        update.changed(settings=(*update.settings, *known)) if update.family == family.name else update
         for update in claims.updates
     ]
     return claims
-
-
-def largest(shapes: Iterable[tuple[int, ...]]) -> tuple[int, int]:
-    rows = columns = 0
-    for shape in shapes:
-        rows, columns = max(rows, shape[0]), max(columns, shape[1])
-    return rows, columns

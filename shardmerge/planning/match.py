@@ -18,7 +18,7 @@ from shardmerge.names import Names
 from shardmerge.naming import nearest
 from shardmerge.planning.tied import tied_parameter
 from shardmerge.planning.vocabulary import may_resize
-from shardmerge.spec import Parameter, Place, TensorRef, Update
+from shardmerge.spec import FACTOR_DTYPES, FLOAT_DTYPES, Parameter, Place, TensorRef, Update
 
 #: Problems of one kind that are listed one by one; of the rest only the number is said.
 _LISTED = 10
@@ -236,7 +236,7 @@ class _Matching:
         stored = [self._stored(place.tensor) for place in parameter.places]
         problems = [problem for ref in stored for problem in check_dtypes(update, ref, family.whole_numbers)][:1]
         if update.family == "replacement":
-            problems = []
+            problems = _dtype_of_whole(update, stored[0])
         problems += family.check(update, _shape(update, parameter))
         if not math.isfinite(update.scaling * self.config.weight):
             problems.append(
@@ -271,9 +271,9 @@ class _Matching:
             problems += may_resize(self.checkpoint, update, stored[0])
         return problems
 
-    def _weight_of(self, module: str) -> tuple[tuple[int, ...], str] | None:
+    def _weight_of(self, module: str) -> tuple[Parameter, str] | None:
         parameter = self.names.resolve(module, "weight")
-        return None if isinstance(parameter, str) else (parameter.shape, self._stored(parameter.places[0].tensor).dtype)
+        return None if isinstance(parameter, str) else (parameter, self._stored(parameter.places[0].tensor).dtype)
 
     def _stored(self, name: str) -> TensorRef:
         """A stored tensor; of a head that is tied and so not stored, the embedding's."""
@@ -346,6 +346,15 @@ def _as_stored(update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate:
     place, whole = parameter.places[0], update.factor("whole")
     plain = len(parameter.places) == 1 and whole.strides is None and place == Place(place.tensor, place.rows)
     return update if plain else dataclasses.replace(update, family="overwrite")
+
+
+def _dtype_of_whole(update: ModuleUpdate, stored: TensorRef) -> list[str]:
+    """Floats replace floats, whatever their width; other numbers only their own kind."""
+    whole = update.factor("whole")
+    floats = whole.dtype in FACTOR_DTYPES and stored.dtype in FLOAT_DTYPES
+    if floats or whole.dtype == stored.dtype:
+        return []
+    return [f"{whole.name} is stored as {whole.dtype}, but the base's {stored.name} as {stored.dtype}"]
 
 
 def _has_experts(update: ModuleUpdate, parameter: Parameter) -> bool:

@@ -57,9 +57,16 @@ def resolve_ties(
     ``configs`` are the adapters', in their order.
     """
     result = Untied()
-    for head, embedding in names.tied_heads().items():
-        if embedding in checkpoint.weights and (updates.get(head) or updates.get(embedding)):
+    ties = {head: embedding for head, embedding in names.tied_heads().items() if embedding in checkpoint.weights}
+    for head, embedding in ties.items():
+        if updates.get(head) or updates.get(embedding):
             _resolve(result, checkpoint, updates, configs, mode, head, embedding)
+    if result.changes:
+        # The config unties all there is, so all must be there.
+        there = {ref.name for ref in result.added}
+        for head, embedding in ties.items():
+            if head not in checkpoint.weights and head not in there:
+                result.added.append(dataclasses.replace(checkpoint.weights[embedding].tensor, name=head))
     return result
 
 
