@@ -77,8 +77,13 @@ def with_prefixes(model: Any, state: State) -> State | None:
     None where there are none, or where transformers itself does not find back what it then stores.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
-    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.core_model_loading import (
+        PrefixChange,
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+        revert_weight_conversion,
+    )
 
     rules = get_model_conversion_mapping(model, add_legacy=False)
     if not any(isinstance(rule, PrefixChange) for rule in rules):

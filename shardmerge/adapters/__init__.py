@@ -29,6 +29,7 @@ from shardmerge.adapters.ln_tuning import LnTuning
 from shardmerge.adapters.loha import Loha, LohaTucker
 from shardmerge.adapters.lokr import Lokr
 from shardmerge.adapters.lora import Dora, Lora, LoraBias, LoraBlocks, LoraExperts
+from shardmerge.adapters.miss import Miss, MissBat
 from shardmerge.adapters.oft import Oft
 from shardmerge.adapters.osf import Osf
 from shardmerge.adapters.peanut import Peanut
@@ -44,6 +45,7 @@ from shardmerge.adapters.tinylora import TinyLora
 from shardmerge.adapters.trainable_tokens import TrainableTokensMethod
 from shardmerge.adapters.unilora import UniLora
 from shardmerge.adapters.waveft import WaveFt
+from shardmerge.adapters.vblora import VbLora
 from shardmerge.adapters.vera import Vera, VeraSeeded
 from shardmerge.adapters.whole import Overwrite, Replacement, TokenRows
 from shardmerge.spec import TensorPlan, TensorRef
@@ -89,6 +91,9 @@ FAMILIES: Mapping[str, Family] = {
         VeraSeeded(),
         RandLora(),
         RandLoraSeeded(),
+        VbLora(),
+        Miss(),
+        MissBat(),
         Hira(),
         Hra(),
         Oft(),
@@ -134,6 +139,8 @@ METHODS: Mapping[str, PeftMethod] = {
         AdaLora(),
         Vera(),
         RandLora(),
+        VbLora(),
+        Miss(),
         LnTuning(),
         Hira(),
         Hra(),

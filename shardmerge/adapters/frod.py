@@ -5,9 +5,10 @@ W is (out, in). V (in, in) is in the file, one for all modules of a category, as
 to length one, rounded to W's dtype. Source: peft/tuners/frod/layer.py and model.py, 0.21. AAAI 2026, doi
 10.1609/aaai.v40i31.39813.
 
-The lengths need all rows of W, so a first pass adds up their squares, in float64, in which PEFT computes U, too: in
-float32 the bits are those of PEFT's merge but for rare last ones. On a 16-bit base PEFT rounds every product; we
-round once.
+The lengths need all rows of W, so a first pass adds up their squares, in float64, in which PEFT computes U, too. In
+float32 the bits are those of PEFT's merge where tiles do not divide W. Where it has fewer outputs than inputs some
+columns of U are no more than the noise of rounding, brought to length one; there the last bits may depend on the
+tiles. On a 16-bit base PEFT rounds every product; we round once.
 """
 
 from __future__ import annotations
@@ -130,17 +131,20 @@ def _in_basis(rows: Tensor, factors: Factors) -> Tensor:
     """These rows of W V⁻ᵀ, in float64."""
     import torch
 
-    def decomposed() -> Tensor:
-        lu, pivots, failed = torch.linalg.lu_factor_ex(factors.whole("V").double())
-        if int(failed):  # then PEFT takes the pseudo-inverse
-            return torch.linalg.pinv(factors.whole("V").double(), rtol=1e-6)
-        return torch.cat((lu, pivots.unsqueeze(0).double()))
-
-    basis = factors.kept("basis", decomposed)
+    basis = factors.kept("basis", lambda: _decomposed(factors.whole("V").double()))
     if basis.shape[0] == basis.shape[1]:
         return rows.double() @ basis.t()
-    lu, pivots = basis[:-1], basis[-1].int()
-    return torch.linalg.lu_solve(lu, pivots, rows.double().t()).t().contiguous()
+    solved: Tensor = torch.linalg.lu_solve(basis[:-1], basis[-1].int(), rows.double().t())
+    return solved.t().contiguous()
+
+
+def _decomposed(basis: Tensor) -> Tensor:
+    """V's LU decomposition, the pivots as its last row; or V⁻¹, if V has none, where PEFT takes the pseudo-inverse."""
+    import torch
+
+    lu, pivots, failed = torch.linalg.lu_factor_ex(basis)
+    inverse: Tensor = torch.linalg.pinv(basis, rtol=1e-6) if int(failed) else torch.cat((lu, pivots.double()[None]))
+    return inverse
 
 
 def _middle(factors: Factors, update: Update) -> Tensor:

@@ -6,7 +6,7 @@ The file has U, S and V of the same shapes; k is the config's ``effective_rank``
 half of m by default). Nayak et al. 2025, arXiv:2504.07097. Source: peft/tuners/osf/layer.py and utils.py, 0.21.
 
 All of W is decomposed, which takes a multiple of its memory. The product does not depend on the signs that singular
-vectors happen to have. In float32 the bits are those of PEFT's merge; on a 16-bit base PEFT also rounds the products.
+vectors happen to have. The bits are those of PEFT's merge, for every dtype of the base.
 """
 
 from __future__ import annotations

@@ -287,9 +287,12 @@ def _bare(module: str) -> tuple[str, int]:
 
 def _targeted(module: str, context: Context) -> list[str]:
     """Parameters of a module that ``target_parameters`` names, in the order of registration or else the config's."""
+    targets = context.config.get("target_parameters")
+    if not targets:
+        return []
     known = context.registered(module)
     found = []
-    for target in context.config.get("target_parameters") or ():
+    for target in targets:
         owner, _, parameter = target.rpartition(".")
         # A parameter by its bare name is of every module that has one of that name.
         named = module == owner or module.endswith(f".{owner}") if owner else parameter in known

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+_BESIDE = "keep the adapter beside the base and load both with PEFT"
 _PROMPT = (
-    "it trains virtual tokens or what attention sees of them, not weights, so there is nothing to merge; keep the "
-    "adapter beside the base and load both with PEFT"
+    "it trains virtual tokens or what attention sees of them, not weights, so there is nothing to merge; " + _BESIDE
 )
 
 #: ``peft_type`` → the reason.
@@ -17,9 +17,14 @@ REFUSED_TYPES: Mapping[str, str] = {
     "PREFIX_TUNING": _PROMPT,
     "CPT": _PROMPT,
     "CARTRIDGE": _PROMPT,
-    "ADAPTION_PROMPT": "it adds gated attention over trained prompts to layers; there is no weight that this is equal to",
+    "ADAPTION_PROMPT": "it adds gated attention over trained prompts to layers, so no weight is equal to it; "
+    f"{_BESIDE}",
     "XLORA": "it mixes several LoRA adapters by a classifier that looks at every token; merge one of them, or a fixed mix",
-    "POLY": "it mixes skills by task when it runs; no single weight is equal to it",
-    "SHADOW": "it runs a second, small model beside the base; no weight is equal to it",
-    "LILY": "it routes every input among shared matrices; no single weight is equal to it",
+    "POLY": "it mixes skills by the task that every input names when it runs, so no one weight is equal to it for all tasks; "
+    f"{_BESIDE}",
+    "SHADOW": "it runs a second, smaller model beside the base, which changes what goes from layer to layer, so no weight is "
+    f"equal to it; {_BESIDE}",
+    "LILY": f"a router mixes shared matrices anew for every input, so no weight is equal to it; {_BESIDE}",
+    "ADAMSS": "which rows each of its subspaces has is not in its files; PEFT finds them again by k-means on the base's "
+    "singular vectors when it loads the adapter, so merge it with PEFT",
 }

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, ClassVar
 from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, misshaped
 from shardmerge.adapters.blocks import rotate_rows, widened
 from shardmerge.adapters.peft import Check, Context, Module, PeftMethod, checked, is_rank
-from shardmerge.spec import Update, Window
+from shardmerge.spec import RowRange, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: Rows that are rotated at once, if a group has no more.
+_ROWS = 256
 #: How many halves of an output's number of angles there are.
 _VARIANTS = {"road_1": 1, "road_2": 2, "road_4": 4}
 
@@ -67,29 +69,32 @@ class Road(Family, PeftMethod):
         return [problem for role in ("theta", "alpha") for problem in misshaped(update.factor(role), (size,), meaning)]
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        group = update.setting("group")
-        blocks = factors.kept("blocks", lambda: _rotations(factors, update))
-        blocks = blocks[window.rows.start // group : window.rows.stop // group]
-        rotate_rows(tile, widened(blocks, len(blocks)), scratch)
+        group, first = update.setting("group"), window.rows.start // update.setting("group")
+        count, step = len(tile) // group, max(1, _ROWS // group)
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            blocks = widened(_rotations(factors, update, RowRange(first + start, first + stop)), stop - start)
+            rows = slice(start * group, stop * group)
+            rotate_rows(tile[rows], blocks, scratch[rows])
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        # The blocks; those of a tile, put together; and the angles on the way.
+        # The blocks of some rows, as they are and put together, and the angles on the way.
         group: int = update.setting("group")
-        return update.rows * (group + max(64, group) + 8) * itemsize
+        return max(_ROWS, group) * (group + max(64, group) + 8) * itemsize
 
 
-def _rotations(factors: Factors, update: Update) -> Tensor:
-    """R's blocks, (out/g, g, g)."""
+def _rotations(factors: Factors, update: Update, groups: RowRange) -> Tensor:
+    """R's blocks for these groups, (groups, g, g)."""
     group, half = update.setting("group"), update.setting("group") // 2
-    theta, alpha = factors.whole("theta"), factors.whole("alpha")
+    count = update.rows // group
+    theta, alpha = (factors.whole(role).view(count, -1)[groups.start : groups.stop] for role in ("theta", "alpha"))
     if update.setting("variant") == "road_4":
-        theta, alpha = theta.view(-1, 2, group), alpha.view(-1, 2, group)
-        own = alpha[:, 0] * theta[:, 0].cos()
-        partner = alpha[:, 1] * theta[:, 1].sin()
+        own = alpha[:, :group] * theta[:, :group].cos()
+        partner = alpha[:, group:] * theta[:, group:].sin()
     else:
         if update.setting("variant") == "road_1":
-            theta, alpha = (of.view(-1, 1, half).expand(-1, 2, -1).reshape(-1) for of in (theta, alpha))
-        own, partner = ((alpha * of).view(-1, group) for of in (theta.cos(), theta.sin()))
+            theta, alpha = (of.repeat(1, 2) for of in (theta, alpha))
+        own, partner = alpha * theta.cos(), alpha * theta.sin()
     blocks = own.new_zeros(len(own), group, group)
     blocks.diagonal(dim1=1, dim2=2).copy_(own)
     blocks.diagonal(half, dim1=1, dim2=2).copy_(-partner[:, :half])

@@ -6,8 +6,8 @@ group a module is of follows from its place among all targets in the order of th
 was drawn from the config's ``projection_seed`` plus that place, so P itself tells it. Morris et al. 2026,
 arXiv:2602.04118. Source: peft/tuners/tinylora/layer.py and model.py, 0.21.
 
-Without ``save_projection`` P is not in the file, and such adapters are refused. In float32 the bits are those of
-PEFT's merge. On a 16-bit base PEFT rounds R, and then the update before it adds it; we round once.
+Without ``save_projection`` P is not in the file, and such adapters are refused. The bits are those of PEFT's merge,
+for every dtype of the base.
 """
 
 from __future__ import annotations

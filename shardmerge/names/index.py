@@ -16,9 +16,11 @@ from shardmerge.names.rules import Image, Rule, Rules
 
 _NUMBER = re.compile(r"(?<![A-Za-z0-9])(\d+)(?![A-Za-z0-9])")
 _DIGITS = re.compile(r"\d+")
-#: Stands for a number that no rule speaks of.
+#: Stands for a number that no rule speaks of, the first in a name; the others count on from it.
 _STAND_IN = 900_000_000
 _STAND_INS = re.compile(r"9000\d{5}")
+#: Names with that in them are taken one by one.
+_LIKE_A_STAND_IN = "9000"
 
 
 @dataclass
@@ -58,24 +60,27 @@ class Index:
 
     def __post_init__(self) -> None:
         spoken = self._spoken_of
-        # Group renamings count only if their first source occurs; so the templates are gone through twice.
         templates: dict[tuple[str, ...], list[tuple[list[str], str]]] = {}
         for name in self.names:
+            if spoken is None or _LIKE_A_STAND_IN in name:
+                templates[("", name)] = [([], name)]
+                continue
             parts = _NUMBER.split(name)
             numbers = parts[1::2]
-            if spoken is None:
-                key: tuple[str, ...] = (name,)
-            else:
-                key = ("#".join(parts[::2]), *[number if number in spoken else "" for number in numbers])
+            key = ("#".join(parts[::2]), *[number if number in spoken else "" for number in numbers])
             templates.setdefault(key, []).append((numbers, name))
-        keep = spoken if spoken is not None else None
+        examples = [
+            (_stand_in(members[0][1], spoken or frozenset()) if members[0][0] else members[0][1], members)
+            for members in templates.values()
+        ]
+        # Group renamings count only if their first source occurs, so all names are looked at twice.
         if any(rule.is_group for rule in self.rules.rules):
             self.rules.active, self.rules.seen = set(), set()
-            for members in templates.values():
-                self.rules.forward(_stand_in(members[0][1], keep))
+            for example, _ in examples:
+                self.rules.forward(example)
             self.rules.active = set(self.rules.seen)
-        for members in templates.values():
-            self._add(_template(self.rules, _stand_in(members[0][1], keep)), members)
+        for example, members in examples:
+            self._add(_template(self.rules, example, has_stand_ins=bool(members[0][0])), members)
 
     @cached_property
     def _spoken_of(self) -> frozenset[str] | None:
@@ -113,21 +118,20 @@ class Index:
                 group.sources[template.source][number] = name
 
 
-def _stand_in(name: str, keep: frozenset[str] | None) -> str:
+def _stand_in(name: str, spoken: frozenset[str]) -> str:
     """The name with a stand-in for every number that no rule speaks of."""
-    if keep is None:
-        return name
     parts = _NUMBER.split(name)
     for i in range(1, len(parts), 2):
-        if parts[i] not in keep:
+        if parts[i] not in spoken:
             parts[i] = str(_STAND_IN + i // 2)
     return "".join(parts)
 
 
-def _template(rules: Rules, name: str) -> _Template:
+def _template(rules: Rules, name: str, *, has_stand_ins: bool) -> _Template:
     image = rules.forward(name)
     names = [image.name, *image.targets]
-    return _Template(image.rule, image.source, _number_of(image), [_format(name) for name in names])
+    formats = [_format(name) if has_stand_ins else _constant(name) for name in names]
+    return _Template(image.rule, image.source, _number_of(image, has_stand_ins), formats)
 
 
 def number_in(image: Image) -> int | None:
@@ -138,19 +142,23 @@ def number_in(image: Image) -> int | None:
     return None if len(found) > 1 else int(found[0]) if found else -1
 
 
-def _number_of(image: Image) -> Callable[[list[str]], int] | None:
+def _number_of(image: Image, has_stand_ins: bool) -> Callable[[list[str]], int] | None:
     number = number_in(image)
     if number is None:
         return None
     value, position = number, number - _STAND_IN
-    return (lambda numbers: int(numbers[position])) if position >= 0 else (lambda numbers: value)
+    return (lambda numbers: int(numbers[position])) if has_stand_ins and position >= 0 else (lambda numbers: value)
+
+
+def _constant(name: str) -> Callable[[list[str]], str]:
+    return lambda numbers: name
 
 
 def _format(name: str) -> Callable[[list[str]], str]:
     """From a name's numbers to the name in memory."""
     positions = [int(text) - _STAND_IN for text in _STAND_INS.findall(name)]
     if not positions:
-        return lambda numbers: name
+        return _constant(name)
     pattern = _STAND_INS.sub("%s", name.replace("%", "%%"))
     if len(positions) == 1:
         only = positions[0]

@@ -262,7 +262,7 @@ class Names:
 
     def _style(self, name: str, stored: str) -> Callable[[str], str]:
         """What this checkpoint does to names in memory, by the example of one."""
-        rules = self._rules
+        rules = Rules(self._rules.rules[: -len(tables.table().rules[_LEGACY])])
         renamings: tuple[Callable[[str], str], ...] = (
             lambda name: name,
             lambda name: rules.backward(name, with_prefixes=False),

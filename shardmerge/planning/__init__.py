@@ -31,6 +31,7 @@ from shardmerge.spec import (
     AdapterInfo,
     AuxFile,
     MergePlan,
+    Place,
     ShardPlan,
     SourceFile,
     TensorPlan,
@@ -253,6 +254,9 @@ def _digest(plan: MergePlan) -> str:
     def files(of: Sequence[SourceFile]) -> list[Any]:
         return [[file.uri, file.size, file.mtime_ns] for file in of]
 
+    def where(place: Place) -> list[Any]:
+        return [place.rows, place.start, place.stored_start, place.expert, place.transposed, place.shuffle]
+
     essence = {
         "version": _DIGEST_VERSION,
         "base": files(plan.base.files),
@@ -260,7 +264,7 @@ def _digest(plan: MergePlan) -> str:
         "updates": [
             [
                 *[tensor.source.name, update.adapter, update.family, update.module, update.scaling, update.rank],
-                *[update.transposes, jsonable(update.place), jsonable(update.settings)],
+                *[update.transposes, *where(update.place), update.settings],
             ]
             for tensor, update in plan.updates()
         ],

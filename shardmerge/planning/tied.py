@@ -131,6 +131,8 @@ def _stays_tied(
     if len(together) != len(of_embedding) or not together:
         return False
     # The head's copy may be there, too, where PEFT saved the one tensor under both names.
+    if any(update.factors[0][1].shape != together[0].factors[0][1].shape for update in of_head):
+        return False
     return all(_is_copy(update, configs) for update in of_head)
 
 
