@@ -56,7 +56,7 @@ class AdapterFile:
         registered: Registered = lambda module: (),
         stored: Stored = lambda module: None,
     ) -> Claims:
-        """Its updates and problems, as ``config`` says; ``registered`` and ``stored`` as `shardmerge.adapters.claim` has them."""
+        """Its updates and problems, as ``config`` says; the others are as `shardmerge.adapters.claim` takes them."""
         kind = self.format(config.format)
         scaled = config.alpha is not None or config.scaling is not None
         if self.config is not None and kind in ("peft", "mlx") and scaled:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shardmerge.adapters import FAMILIES
 from shardmerge.config import MergeConfig
 from shardmerge.errors import FormatError, OutputError, SourceError
 from shardmerge.planning import make_plan
@@ -140,6 +141,7 @@ class _Counter:
 
 def _report(plan: MergePlan, files: list[str], receipts: list[Receipt], reused: int, started: float) -> MergeReport:
     active = {number for receipt in receipts for number in receipt.active_adapters}
+    active |= {of.adapter for _, of in changing_updates(plan) if not FAMILIES[of.family].zero_means_nothing}
     idle = [info.location for number, info in enumerate(plan.adapters) if number not in active]
     warnings = [f"adapter {location} changes nothing: every lora_B is zero, as before training" for location in idle]
     return MergeReport(

@@ -102,9 +102,9 @@ class LazyFactors:
     def _ready(self, ref: TensorRef, stored: Tensor, first: tuple[int, ...] = ()) -> Tensor:
         if not stored.dtype.is_floating_point:
             return stored.to(device=self._device, dtype=torch.int64).contiguous()
-        wrong = ~torch.isfinite(stored)
-        if bool(wrong.any()):
-            index = wrong.nonzero()[0].tolist()
+        # Asked of the least and the largest, as a mask of them all would take memory.
+        if stored.numel() and not all(math.isfinite(float(bound)) for bound in torch.aminmax(stored)):
+            index = (~torch.isfinite(stored)).nonzero()[0].tolist()
             value = float(stored[tuple(index)])
             index = [at + (first[axis] if axis < len(first) else 0) for axis, at in enumerate(index)]
             if ref.is_transposed:

@@ -177,7 +177,7 @@ def exact_weights(case: Case) -> dict[str, Tensor]:
 
 def assert_no_worse_than_peft(
     case: Case, output: Path, *, exact: Callable[[Case], Mapping[str, Tensor]] = exact_weights, **options: Any
-) -> None:
+) -> dict[str, Tensor]:
     """Our error against float64 is no larger than PEFT's, tensor by tensor, and what does not change keeps its bits."""
     ours, theirs = merged_by_us(case, output, **options), merged_by_peft(case)
     errors = relative_errors(case, ours, theirs, exact(case))
@@ -186,6 +186,7 @@ def assert_no_worse_than_peft(
         assert mine <= its, f"{name}: our error is {mine:.3g} of Δ, PEFT's {its:.3g}"
     unchanged = {name: tensor for name, tensor in case.net.state_dict().items() if name not in errors}
     assert_same_bits({name: ours[name] for name in unchanged}, unchanged)
+    return ours
 
 
 def assert_same_outputs(case: Case, ours: Mapping[str, Tensor], tolerance: float = 1e-4) -> None:

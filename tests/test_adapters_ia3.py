@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from tests.family_oracle import (
     DTYPES,
-    TOKENS,
     Swapped,
     Tall,
     assert_equals_peft,
@@ -102,14 +101,12 @@ def test_square_conv1d_is_told_by_the_config(tmp_path: Path, forward: tuple[str,
     assert_same_outputs(case, assert_equals_peft(case, tmp_path / "out"))
 
 
-def test_feedforward_modules_may_be_an_expression_or_missing(tmp_path: Path) -> None:
+def test_feedforward_modules_may_be_an_expression(tmp_path: Path) -> None:
     from peft import IA3Config
 
     settings = IA3Config(target_modules=r"wide|narrow", feedforward_modules=r"nar.*")
     case = write_case(tmp_path / "one", settings)
     ours = assert_equals_peft(case, tmp_path / "out")
-    for tensor in TOKENS, ours["narrow.bias"]:
-        assert tensor.numel()
     assert torch.equal(ours["narrow.bias"], case.net.state_dict()["narrow.bias"])
     assert not torch.equal(ours["wide.bias"], case.net.state_dict()["wide.bias"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.family_oracle import (
-    DTYPES,
     Net,
     Tall,
     assert_equals_peft,
@@ -36,11 +36,11 @@ class Grouped(Net):
         self.large = nn.Conv2d(24, 100, (2, 3))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return super().forward(tokens) + self._others(tokens)
+        return torch.as_tensor(super().forward(tokens) + self._others(tokens))
 
     def _others(self, tokens: Tensor) -> Tensor:
         hidden = self.grouped(self.norm(self.embed(tokens)).transpose(1, 2)).unsqueeze(2)  # (batch, 24, 1, length)
-        return self.large(hidden.expand(-1, -1, 3, -1)).mean() + self.point(hidden[:, :6]).mean()
+        return torch.as_tensor(self.large(hidden.expand(-1, -1, 3, -1)).mean() + self.point(hidden[:, :6]).mean())
 
 
 def loha(*targets: str, **settings: Any) -> Any:
@@ -55,7 +55,7 @@ def lokr(*targets: str, **settings: Any) -> Any:
     return LoKrConfig(target_modules=list(targets), **{"r": 3, "alpha": 7, "init_weights": False, **settings})
 
 
-WAYS = {
+WAYS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "loha": (loha, {}),
     "loha-effective": (loha, {"use_effective_conv2d": True}),
     "loha-patterns": (loha, {"rank_pattern": {"conv.": 2, "wide": 7}, "alpha_pattern": {"^square": 3}}),
@@ -71,8 +71,13 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", WAYS)
+NARROW = ("loha", "loha-effective", "lokr", "lokr-both-effective", "lokr-whole")
+
+
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [*((way, "float32") for way in WAYS), *((way, dtype) for way in NARROW for dtype in ("bfloat16", "float16"))],
+)
 def test_bits_are_pefts(tmp_path: Path, way: str, dtype: str) -> None:
     make, settings = WAYS[way]
     case = write_case(tmp_path, make(*LAYERS, **settings), make=Grouped, dtype=dtype)
@@ -87,7 +92,7 @@ def test_the_ways_are_all_there(tmp_path: Path) -> None:
     for way in ("loha", "loha-effective", "lokr-effective", "lokr-both", "lokr-whole"):
         make, settings = WAYS[way]
         case = write_case(tmp_path / way, make(*LAYERS, **settings), make=Grouped)
-        for name, tensor in load_file(case.adapter / "adapter_model.safetensors").items():
+        for name in load_file(case.adapter / "adapter_model.safetensors"):
             kind = {"conv1": 1, "conv2": 2, "large": 2}.get(name.split(".")[2], 0)
             seen.add((name.rpartition(".")[2], kind))
     assert {("hada_w1_a", kind) for kind in range(3)} <= seen
@@ -96,7 +101,9 @@ def test_the_ways_are_all_there(tmp_path: Path) -> None:
     assert {("lokr_w1_a", 0), ("lokr_w1_a", 2), ("lokr_w2_a", 0), ("lokr_w2_a", 1), ("lokr_w2_a", 2)} <= seen
 
 
-@pytest.mark.parametrize("way", ["loha", "loha-effective", "lokr", "lokr-effective", "lokr-both", "lokr-whole", "lokr-one"])
+@pytest.mark.parametrize(
+    "way", ["loha", "loha-effective", "lokr", "lokr-effective", "lokr-both", "lokr-whole", "lokr-one"]
+)
 def test_tiles(tmp_path: Path, way: str) -> None:
     make, settings = WAYS[way]
     case = write_case(tmp_path, make("tall", "wide", "conv", **settings), make=Tall)
@@ -177,7 +184,7 @@ TUCKER = {"use_effective_conv2d": True, "r": 1}
         (loha("wide"), _put("wide.hada_w2_b", 4, 25), ["wide.hada_w2_b is [4, 25]; expected [4, 24]"]),
         (loha("wide"), _put("wide.hada_t1", 4, 4, 1, 1), ["wide.hada_t1 is there without", "hada_t2"]),
         (loha("wide"), _put("wide.hada_t3", 4, 4), ["wide.hada_t3 belongs to no update"]),
-        (loha("conv2", **TUCKER), _put("conv2.hada_t1", 1, 1, 3, 4), ["hada_t1 is [1, 1, 3, 4]; expected [1, 1, 3, 5]"]),
+        (loha("conv2", **TUCKER), _put("conv2.hada_t1", 1, 1, 3, 4), ["t1 is [1, 1, 3, 4]; expected [1, 1, 3, 5]"]),
         (loha("conv1", **TUCKER), _put("conv1.hada_w1_a", 18, 1), ["hada_w1_a is [18, 1]; expected [1, 18]"]),
         (lokr("wide"), _drop("wide.lokr_w1"), ["is there without base_model.model.wide.lokr_w1"]),
         (lokr("wide", r=1), _drop("wide.lokr_w2_b"), ["lokr_w2_a is there without", "wide.lokr_w2_b"]),
@@ -187,7 +194,7 @@ TUCKER = {"use_effective_conv2d": True, "r": 1}
         (lokr("wide"), _put("wide.lokr_w1", 7), ["lokr_w1 is [7]; expected 2 dimensions"]),
         (lokr("wide", r=1), _put("wide.lokr_w2_b", 2, 6), ["has rank 2, but adapter_config.json says 1 for wide"]),
         (lokr("conv1", r=40), _put("conv1.lokr_w2", 6, 18, 1), ["lokr_w2 is [6, 18, 1]; expected [6, 18, 3]"]),
-        (lokr("conv2", **TUCKER), _put("conv2.lokr_t2", 1, 1, 5, 3), ["lokr_t2 is [1, 1, 5, 3]; expected [1, 1, 3, 5]"]),
+        (lokr("conv2", **TUCKER), _put("conv2.lokr_t2", 1, 1, 5, 3), ["t2 is [1, 1, 5, 3]; expected [1, 1, 3, 5]"]),
     ],
 )
 def test_refused_tensors(tmp_path: Path, config: Any, change: Any, parts: list[str]) -> None:

@@ -18,7 +18,6 @@ from tests.family_oracle import (
     assert_same_outputs,
     assert_tiles_agree,
     change_tensors,
-    merged_by_us,
     refusal,
     write_case,
 )
@@ -144,4 +143,3 @@ def test_a_tensor_of_no_update_is_refused(tmp_path: Path) -> None:
 
     change_tensors(case, change)
     assert "miss_blocks belongs to no update" in refusal(case)
-    assert merged_by_us is not None

@@ -20,6 +20,7 @@ from tests.family_oracle import (
     assert_same_outputs,
     assert_tiles_agree,
     change_tensors,
+    merged_by_us,
     refusal,
     write_case,
 )
@@ -138,6 +139,43 @@ def _change(case: Any, name: str, shape: tuple[int, ...] | None) -> None:
 )
 def test_refused_settings_of_vera(tmp_path: Path, changes: dict[str, Any], part: str) -> None:
     assert part in refusal(write_case(tmp_path, vera("wide")), **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "parts"),
+    [
+        (f"{P}wide.randlora_gamma", None, ["is there without", "randlora_gamma"]),
+        (f"{P}wide.randlora_lambda", (5, 4), ["randlora_lambda is [5, 4]; expected [5, 5]"]),
+        (f"{P}wide.randlora_gamma", (5, 56), ["randlora_gamma is [5, 56]; expected [5, 24]"]),
+        (f"{P}wide.randlora_A", (5, 1, 23), ["randlora_A is [5, 1, 23]; expected [5, 1, 24] or wider"]),
+        (f"{P}wide.randlora_B", (56, 4, 5), ["randlora_B is [56, 4, 5]; expected [56, 5, 5] or larger"]),
+        (f"{P}wide.randlora_C", (1,), ["randlora_C belongs to no update"]),
+    ],
+)
+def test_refused_tensors_of_randlora(
+    tmp_path: Path, name: str, shape: tuple[int, ...] | None, parts: list[str]
+) -> None:
+    case = write_case(tmp_path, randlora("wide"))
+    _change(case, name, shape)
+    text = refusal(case)
+    for part in parts:
+        assert part in text
+
+
+def test_bases_may_be_there_once_for_all_modules(tmp_path: Path) -> None:
+    case = write_case(tmp_path, randlora("wide", "narrow"))
+    ours = assert_equals_peft(case, tmp_path / "out")
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if "." in name.removeprefix("base_model.") and name[-2:] in ("_A", "_B")]:
+            del tensors[name]
+
+    change_tensors(case, change)
+    assert "base_model.randlora_A" in load_file(case.adapter / "adapter_model.safetensors")
+    again = merged_by_us(case, tmp_path / "again")
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
+    _change(case, "base_model.randlora_A", None)
+    assert "base_model.randlora_A is missing, but save_projection" in refusal(case)
 
 
 def test_a_seeded_adapter_on_a_module_that_the_base_lacks(tmp_path: Path) -> None:

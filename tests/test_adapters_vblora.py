@@ -19,6 +19,7 @@ from tests.family_oracle import (
     assert_same_outputs,
     assert_tiles_agree,
     change_tensors,
+    merged_by_peft,
     merged_by_us,
     refusal,
     write_case,
@@ -88,6 +89,7 @@ def _change(name: str, tensor: Tensor | None) -> Any:
 def test_weights_that_are_more_than_one_leave_nothing_for_the_last(tmp_path: Path) -> None:
     case = write_case(tmp_path, config("wide", save_only_topk_weights=True))
     change_tensors(case, _change(f"{P}A_topk_weights", torch.full((3, 3, 1), 1.0 + 1e-6)))
+    assert torch.isnan(merged_by_peft(case)["wide.weight"]).any()
     merged = merged_by_us(case, tmp_path / "out")
     assert all(torch.isfinite(tensor).all() for tensor in merged.values())
     one = {name: tensor.double() for name, tensor in load_file(case.adapter / "adapter_model.safetensors").items()}
@@ -117,7 +119,7 @@ def test_an_index_beyond_the_bank_stops_the_merge(tmp_path: Path, value: int) ->
         (False, "base_model.vblora_vector_bank", None, ["vblora_vector_bank is missing"]),
         (False, "base_model.vblora_vector_bank", torch.ones(19, 8), ["is [19, 8]; expected [20, 8]"]),
         (False, f"{P}A", torch.ones(3, 4, 20), [f"{P}A is [3, 4, 20]; expected [3, 3, 20]"]),
-        (False, f"{P}A", torch.ones(3), [f"{P}A is [3]; expected [3, 3, 20]"]),
+        (False, f"{P}A", torch.ones(3), [f"{P}A is [3]; expected three dimensions"]),
         (False, f"{P}B", torch.ones(7, 4, 20), [f"{P}B is [7, 4, 20]; expected [7, 3, 20]"]),
         (True, f"{P}B_topk_weights", torch.ones(7, 3, 2), ["topk_weights is [7, 3, 2]; expected [7, 3, 1]"]),
         (True, f"{P}A_topk_indices", torch.ones(3, 3, 1, dtype=torch.uint8), ["is [3, 3, 1]; expected [3, 3, 2]"]),

@@ -400,6 +400,14 @@ def test_a_config_of_wrong_types_is_no_bug(base: dict[str, Any]) -> None:
     names.tied_heads()
 
 
+def test_names_that_look_like_our_own_marks_do_not_change_what_others_mean() -> None:
+    odd: Shapes = {
+        f"model.layers.{mark}.mlp.experts.{mark}.up_proj.weight": (6, 4) for mark in ("#", "900000000", "x900000001")
+    }
+    found = resolved(config("Qwen3MoeForCausalLM"), {**odd, **per_expert()}, MLP, "gate_up_proj")
+    assert found.places == resolved(config("Qwen3MoeForCausalLM"), per_expert(), MLP, "gate_up_proj").places
+
+
 @pytest.mark.parametrize("name", ["w13_dn.weight", "experts.w13_weight", "w2_md.weight"])
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3,), (0, 0), (3, 3), (0, 0, 0), (1, 3, 3), (2, 2, 2, 2)])
 def test_shapes_that_do_not_fit_a_conversion_are_refused(name: str, shape: tuple[int, ...]) -> None:

@@ -17,6 +17,7 @@ from shardmerge.adapters.beft import Beft
 from shardmerge.adapters.boft import Boft
 from shardmerge.adapters.c3a import C3a
 from shardmerge.adapters.deft import Deft
+from shardmerge.adapters.delora import Delora
 from shardmerge.adapters.fourierft import FourierFt
 from shardmerge.adapters.frod import Frod
 from shardmerge.adapters.frozen import FrozenCopy
@@ -40,13 +41,14 @@ from shardmerge.adapters.pvera import Pvera
 from shardmerge.adapters.randlora import RandLora, RandLoraSeeded
 from shardmerge.adapters.refused import REFUSED_TYPES
 from shardmerge.adapters.road import Road
+from shardmerge.adapters.shira import Shira
 from shardmerge.adapters.supertuning import SuperTuning
 from shardmerge.adapters.tinylora import TinyLora
 from shardmerge.adapters.trainable_tokens import TrainableTokensMethod
 from shardmerge.adapters.unilora import UniLora
-from shardmerge.adapters.waveft import WaveFt
 from shardmerge.adapters.vblora import VbLora
 from shardmerge.adapters.vera import Vera, VeraSeeded
+from shardmerge.adapters.waveft import WaveFt
 from shardmerge.adapters.whole import Overwrite, Replacement, TokenRows
 from shardmerge.spec import TensorPlan, TensorRef
 
@@ -94,6 +96,8 @@ FAMILIES: Mapping[str, Family] = {
         VbLora(),
         Miss(),
         MissBat(),
+        Shira(),
+        Delora(),
         Hira(),
         Hra(),
         Oft(),
@@ -141,6 +145,8 @@ METHODS: Mapping[str, PeftMethod] = {
         RandLora(),
         VbLora(),
         Miss(),
+        Shira(),
+        Delora(),
         LnTuning(),
         Hira(),
         Hra(),
@@ -220,7 +226,8 @@ def claim(
         return mlx.claim(tensors, config)
     peft_type = config.get("peft_type")
     if isinstance(peft_type, str) and (method := METHODS.get(peft_type)):
-        return method.claim(tensors, Context(config, registered=registered, stored=stored, expert_layout=content.expert_layout))
+        context = Context(config, registered=registered, stored=stored, expert_layout=content.expert_layout)
+        return method.claim(tensors, context)
     return Claims(problems=[_no_method(peft_type)], refused=True)
 
 

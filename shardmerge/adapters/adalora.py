@@ -1,8 +1,9 @@
 """AdaLoRA: W' = W + α / (r₀ + 1e-5) · B (A ∘ E), a singular value for every rank, of which training drops some.
 
-W is (out, in), or of a convolution (out, in, k…), kernels flattened; A (r, in · k…), E (r, 1), B (out, r). A module begins
-with rank r₀ (``init_r``) and is saved with the rank r that is left, which ``rank_pattern`` tells; the scale stays that of
-r₀. One whose rank went to zero is saved with empty factors and changes nothing. An α that is not above zero counts as r.
+W is (out, in), or of a convolution (out, in, k…), kernels flattened; A (r, in · k…), E (r, 1), B (out, r). A module
+begins with rank r₀ (``init_r``) and is saved with the rank r that is left, which ``rank_pattern`` tells; the scale
+stays that of r₀. One whose rank went to zero is saved with empty factors and changes nothing. An α that is not above
+zero counts as r.
 Zhang et al. 2023, arXiv:2303.10512. Source: peft/tuners/adalora/layer.py and model.py, 0.21.
 
 On a bf16 or fp16 base PEFT makes the factors of pruned modules anew in the base's dtype, and rounds them and what it
@@ -80,24 +81,22 @@ class AdaLora(Family, PeftMethod):
             return
         alpha = config["lora_alpha"]
         settings = (("init_r", started), ("fan_in_fan_out", bool(config.get("fan_in_fan_out"))))
-        claims.updates.append(
-            ModuleUpdate(
-                module.name, "weight", self.name, tuple(found.items()), alpha if alpha > 0 else rank, rank, settings=settings
-            )
-        )
+        factors, scaling = tuple(found.items()), alpha if alpha > 0 else rank
+        claims.updates.append(ModuleUpdate(module.name, "weight", self.name, factors, scaling, rank, settings=settings))
         if any(0 in ref.shape for ref in found.values()):
             return  # an empty tensor is told of as such
         if kept is not None and len(kept) != started:
             claims.misfit(
-                f"adapter_config.json: rank_pattern tells of {len(kept)} ranks of {module.name}, but init_r is {started}"
+                f"adapter_config.json: rank_pattern tells of {len(kept)} ranks of {module.name}, but init_r is "
+                f"{started}"
             )
             return
         a, b, e = (found[role] for role in "ABE")
         source = "init_r" if kept is None else "what rank_pattern keeps"
         if len(a.shape) != 2 or a.shape[0] != rank or len(b.shape) != 2 or b.shape[1] != rank or e.shape != (rank, 1):
             claims.misfit(
-                f"{a.name} {list(a.shape)}, {b.name} {list(b.shape)} and {e.name} {list(e.shape)}: expected (r, in), (out, r) "
-                f"and (r, 1) with r = {rank}, {source} of {module.name} in adapter_config.json"
+                f"{a.name} {list(a.shape)}, {b.name} {list(b.shape)} and {e.name} {list(e.shape)}: expected (r, in), "
+                f"(out, r) and (r, 1) with r = {rank}, {source} of {module.name} in adapter_config.json"
             )
 
     def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:

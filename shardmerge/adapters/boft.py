@@ -47,7 +47,8 @@ class Boft(Family, PeftMethod):
         size, count = config.get("boft_block_size") or 0, config.get("boft_block_num") or 0
         if is_count(size) and is_count(count) and (size > 0) == (count > 0):
             return [
-                f"adapter_config.json: one of boft_block_size and boft_block_num is above zero, found {size} and {count}"
+                f"adapter_config.json: one of boft_block_size and boft_block_num is above zero, found {size} and "
+                f"{count}"
             ]
         return []
 
@@ -67,8 +68,8 @@ class Boft(Family, PeftMethod):
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         if len(shape) not in (2, 4) or shape[2:3] != shape[3:4]:
             return [
-                f"{update.module}.{update.parameter} is {list(shape)}; BOFT updates Linear layers and convolutions of two "
-                "dimensions with square kernels"
+                f"{update.module}.{update.parameter} is {list(shape)}; BOFT updates Linear layers and "
+                "convolutions of two dimensions with square kernels"
             ]
         columns, many = math.prod(shape[1:]), update.setting("butterflies")
         # Clipped, as a hostile count takes a power long; more butterflies than columns fit no shape.
@@ -77,8 +78,8 @@ class Boft(Family, PeftMethod):
         if not size or columns % size or (many > 1 and (columns % (size * reach) or size % 2)):
             return [
                 f"{update.module}: blocks of {size}, {update.setting('count') or columns // max(size, 1)} of them and "
-                f"{many} butterfly factors (boft_block_size, boft_block_num and boft_n_butterfly_factor) do not divide its "
-                f"{columns} inputs"
+                f"{many} butterfly factors (boft_block_size, boft_block_num and boft_n_butterfly_factor) do not "
+                f"divide its {columns} inputs"
             ]
         meaning = f"(butterfly factors, blocks, b, b) for the {columns} inputs of {update.module}"
         return [
@@ -87,18 +88,15 @@ class Boft(Family, PeftMethod):
         ]
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        many, count, size, _ = update.factor("blocks").shape
+        many, _, size, _ = update.factor("blocks").shape
         blocks = factors.kept("blocks", lambda: _rotations(factors.whole("blocks")))
-        if many == 1:
-            rotate(tile, blocks, scratch)
-        for index in range(many if many > 1 else 0):
-            shape = (len(tile), -1, 1 << index, 2, size // 2)
-            permuted = tile.view(shape).transpose(2, 3)
-            permuted = scratch.view(permuted.shape).copy_(permuted).view(tile.shape)
-            tile.copy_(permuted)
-            rotate(tile, blocks[index * count : (index + 1) * count], scratch)
-            back = scratch.copy_(tile).view(len(tile), -1, 2, 1 << index, size // 2).transpose(2, 3)
-            tile.view(shape).copy_(back)
+        for index, part in enumerate(blocks.chunk(many)):
+            even, odd = (len(tile), -1, 1 << index, 2, size // 2), (len(tile), -1, 2, 1 << index, size // 2)
+            if index:
+                tile.copy_(scratch.view(even).copy_(tile.view(odd).transpose(2, 3)).view(tile.shape))
+            rotate(tile, part, scratch)
+            if index:
+                tile.copy_(scratch.view(odd).copy_(tile.view(even).transpose(2, 3)).view(tile.shape))
         tile.mul_(factors.rows("scale", window.rows).view(-1, 1))
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
@@ -107,8 +105,7 @@ class Boft(Family, PeftMethod):
 
 
 def _rotations(blocks: Tensor) -> Tensor:
-    """All blocks' rotations, (m·n, b, b); if there is one butterfly only, some put together."""
-    many, count, size, _ = blocks.shape
+    """The rotations of all butterflies, (m·n, b, b), some within each put together."""
+    _, count, size, _ = blocks.shape
     rotations = blocks.view(-1, size, size)
-    rotations = cayley(0.5 * (rotations - rotations.transpose(1, 2)))
-    return widened(rotations, count) if many == 1 else rotations
+    return widened(cayley(0.5 * (rotations - rotations.transpose(1, 2))), count)

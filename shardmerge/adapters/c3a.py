@@ -43,8 +43,8 @@ class C3a(Family, PeftMethod):
         size = update.setting("size")
         if len(shape) != 2 or any(of % size for of in shape):
             return [
-                f"{update.module}.{update.parameter} is {list(shape)}, which blocks of {size} do not divide (block_size and "
-                "block_size_pattern)"
+                f"{update.module}.{update.parameter} is {list(shape)}, which blocks of {size} do not divide "
+                "(block_size and block_size_pattern)"
             ]
         expected = (shape[0] // size, shape[1] // size, size)
         return misshaped(update.factor("kernel"), expected, f"a kernel for every block of {size} × {size}")

@@ -4,8 +4,8 @@ W is (out, in), P (out, r), R (r, in). With ``decomposition_method: relu`` Q is 
 numbers; with ``qr`` both are the orthonormal Q of P's QR decomposition. s = α / r, or 1 without α. With ``para``
 there is no R. Source: peft/tuners/deft/layer.py, 0.21.
 
-P⁺ᵀ W needs all rows, so a first pass adds it up, in float64: the bits can differ from PEFT's float32 sum, which is
-the less exact of the two. On a 16-bit base PEFT also rounds the update before it adds it.
+P⁺ᵀ W needs all rows, so a first pass adds it up; that and the rest is computed in float64, and rounded once. PEFT
+sums in float32, and on a 16-bit base rounds the update before it adds it, so bits can differ.
 """
 
 from __future__ import annotations
@@ -89,15 +89,18 @@ class Deft(Surveyed, PeftMethod):
         import torch
 
         def basis() -> Tensor:
-            p = factors.whole("P")
-            q: Tensor = torch.linalg.qr(p.to(torch.promote_types(p.dtype, torch.float32)))[0]
-            return q.to(p.dtype)
+            q: Tensor = torch.linalg.qr(factors.whole("P").double())[0]
+            return q
 
         left = factors.kept("Q", basis) if update.setting("orthogonal") else factors.whole("P")
         return left[rows.start : rows.stop]
 
     def made(self, seen: Tensor, factors: Factors, update: Update, columns: RowRange) -> Tensor:
         if not update.has("R"):
-            return seen.neg().to(factors.whole("P").dtype)
+            return seen.neg()
         alpha, rest = update.setting("alpha"), factors.whole("R")[:, columns.start : columns.stop]
-        return rest * (alpha / self.inner(update) if alpha else 1.0) - seen.to(rest.dtype)
+        return rest.double() * (alpha / self.inner(update) if alpha else 1.0) - seen
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        # Q, P in float64 and its reflections.
+        return super().kept_bytes(update, itemsize) + 3 * 8 * update.rows * self.inner(update)

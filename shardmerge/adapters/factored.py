@@ -6,13 +6,18 @@ What PVeRA, Uni-LoRA, TinyLoRA, DEFT, PEANuT and PSOFT have in common. As LoRA's
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.base import Factors, Family
-from shardmerge.spec import MIN_TILE_ROWS, RowRange, Update, Window, even_rows
+from shardmerge.spec import RowRange, Update, Window, even_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+#: Rows of L that are made at once; a part has up to twice as many.
+PART_ROWS = 64
 
 
 class Factored(Family):
@@ -38,18 +43,26 @@ class Factored(Family):
         right = factors.kept("right", lambda: self.right(factors, update))
         if len(window.columns) < update.columns:
             right = right[:, window.columns.start : window.columns.stop].contiguous()
-        torch.mm(self.left(factors, update, window.rows), right, out=scratch)
+        for part, rows in parts_of(window.rows):
+            torch.mm(self.left(factors, update, rows), right, out=scratch[part])
         tile.add_(scratch.mul_(update.scaling) if update.scaling != 1 else scratch)
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        # R, and what it is made of on the way or its columns; L of all rows at most, made in two steps.
-        return self.inner(update) * (3 * update.columns + 2 * update.rows) * itemsize
+        # R, what it is made of on the way, and a part of its columns; some rows of L, made in two steps.
+        return self.inner(update) * (3 * update.columns + 3 * 2 * PART_ROWS) * itemsize
+
+
+def parts_of(rows: RowRange) -> Iterator[tuple[slice, RowRange]]:
+    """Some rows after the other: where they are in a tile of ``rows``, and in the matrix."""
+    for part in even_rows(len(rows), max(1, len(rows) // PART_ROWS)):
+        yield slice(part.start, part.stop), RowRange(rows.start + part.start, rows.start + part.stop)
 
 
 class Surveyed(Factored):
     """W' = W + s · L f(V W), where V (k, out) looks at whole columns of W: R is made of what it sees.
 
-    Where tiles are rows, a first pass adds up V W in float64. Where W is stored transposed, tiles have whole columns.
+    Where tiles are rows, a first pass adds up V W. Where W is stored transposed, tiles have whole columns. All of it is
+    computed in float64 and rounded once.
     """
 
     @abstractmethod
@@ -58,7 +71,7 @@ class Surveyed(Factored):
 
     @abstractmethod
     def made(self, seen: Tensor, factors: Factors, update: Update, columns: RowRange) -> Tensor:
-        """These columns of R, in the dtype of the factors, of the same columns of V W, which are float64."""
+        """These columns of R, in float64, of the same columns of V W, which are float64, too."""
 
     def surveys(self, update: Update) -> bool:
         return not update.by_columns
@@ -71,9 +84,8 @@ class Surveyed(Factored):
         self._look(seen, tile, factors, update, window.rows)
 
     def _look(self, seen: Tensor, tile: Tensor, factors: Factors, update: Update, rows: RowRange) -> None:
-        view = self.view(factors, update, rows)
-        for part in even_rows(len(tile), max(1, len(tile) // MIN_TILE_ROWS)):
-            seen += view[:, part.start : part.stop].double() @ tile[part.start : part.stop].double()
+        for part, these in parts_of(rows):
+            seen += self.view(factors, update, these).double() @ tile[part].double()
 
     def right(self, factors: Factors, update: Update) -> Tensor:
         import torch
@@ -84,15 +96,17 @@ class Surveyed(Factored):
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         import torch
 
-        if not update.by_columns:
-            super().apply(tile, factors, update, window, scratch)
-            return
-        seen = torch.zeros(self.inner(update), tile.shape[1], dtype=torch.float64, device=tile.device)
-        self._look(seen, tile, factors, update, window.rows)
-        right = self.made(seen, factors, update, window.columns)
-        torch.mm(self.left(factors, update, window.rows), right, out=scratch)
-        tile.add_(scratch.mul_(update.scaling) if update.scaling != 1 else scratch)
+        if update.by_columns:
+            seen = torch.zeros(self.inner(update), tile.shape[1], dtype=torch.float64, device=tile.device)
+            self._look(seen, tile, factors, update, window.rows)
+            right = self.made(seen, factors, update, window.columns)
+        else:
+            right = factors.kept("right", lambda: self.right(factors, update))
+        for part, rows in parts_of(window.rows):
+            product = self.left(factors, update, rows).double() @ right
+            tile[part] = product.mul_(update.scaling).add_(tile[part])
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        slab = 2 * MIN_TILE_ROWS * update.columns * 8
-        return super().kept_bytes(update, itemsize) + 2 * self.inner(update) * update.columns * 8 + slab
+        # V W and R; some rows of the tile and of the product; some columns of V, and rows of L.
+        columns, inner = update.columns, self.inner(update)
+        return 8 * (4 * inner * columns + 2 * PART_ROWS * (2 * columns + 4 * inner))

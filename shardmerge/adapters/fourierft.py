@@ -98,7 +98,8 @@ def spectrum_problems(update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]
     if len(spectrum.shape) != 1 or count not in (None, spectrum.shape[0]):
         expected = "(n)" if count is None else f"[{count}]"
         return [
-            f"{spectrum.name} is {list(spectrum.shape)}; expected {expected}, as n_frequency in adapter_config.json says"
+            f"{spectrum.name} is {list(spectrum.shape)}; expected {expected}, as n_frequency in "
+            "adapter_config.json says"
         ]
     if spectrum.shape[0] > shape[0] * shape[1]:
         return [

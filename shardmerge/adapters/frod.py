@@ -81,7 +81,9 @@ class Frod(Family, PeftMethod):
             *misshaped(update.factor("V"), (shape[1], shape[1]), f"(in, in) of {update.module}"),
             *misshaped(update.factor("diagonal"), (shape[1],), f"a number for every input of {update.module}"),
             *misshaped(update.factor("values"), count, "one dimension"),
-            *misshaped(update.factor("places"), (2, *count), f"a row and a column for each of {update.module}'s numbers"),
+            *misshaped(
+                update.factor("places"), (2, *count), f"(2, n) for the numbers of {update.factor('values').name}"
+            ),
         ]
 
     def surveys(self, update: Update) -> bool:
@@ -109,8 +111,8 @@ class Frod(Family, PeftMethod):
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         # V decomposed, in float64, and what that takes; S + diag(λ); and a few rows on their way.
-        columns = update.columns
-        return columns * columns * (3 * 8 + itemsize) + 2 * MIN_TILE_ROWS * columns * (4 * 8 + 4 * itemsize) + 16 * columns
+        columns, rows = update.columns, 2 * MIN_TILE_ROWS
+        return columns * (columns * (3 * 8 + itemsize) + rows * 4 * (8 + itemsize) + 16)
 
 
 def category_of(module: str) -> str:

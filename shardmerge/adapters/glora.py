@@ -70,7 +70,8 @@ class Glora(Family, PeftMethod):
             return
         if extra := [ref for role, ref in there.items() if role not in wanted]:
             claims.problems.append(
-                f"{extra[0].name} does not fit adapter_config.json, by which {module.name} has {', '.join(sorted(wanted))}"
+                f"{extra[0].name} does not fit adapter_config.json, by which {module.name} has "
+                f"{', '.join(sorted(wanted))}"
             )
             claims.told |= {ref.name for ref in there.values()}
             return
@@ -82,7 +83,9 @@ class Glora(Family, PeftMethod):
             update = ModuleUpdate(module.name, parameter, family, factors, rank=config["r"], settings=settings)
             if parameter == "bias":
                 # Zeros are there whether or not the layer has a bias.
-                update = update.changed(of_base=(("W", "weight"),), optional=not has_bias)
+                update = update.changed(optional=not has_bias)
+            if any(role[0] == "C" for role, _ in factors):
+                update = update.changed(of_base=(("W", "weight"),))
             claims.updates.append(update)
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
@@ -101,11 +104,11 @@ class Glora(Family, PeftMethod):
             torch.mm(factors.rows("A.Xd", window.rows), factors.whole("A.Xu"), out=scratch)
             scratch.mul_(tile)
         else:
-            torch.mul(tile, _value(factors, update, "A", window.rows), out=scratch)
+            torch.mul(tile, _value(factors, update, "A", tile, window.rows), out=scratch)
         if update.has("B.Xd"):
             add_product(scratch, factors.rows("B.Xd", window.rows), factors.whole("B.Xu"))
         else:
-            scratch.add_(_value(factors, update, "B", window.rows))
+            scratch.add_(_value(factors, update, "B", tile, window.rows))
         tile.add_(scratch)
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
@@ -119,29 +122,34 @@ class GloraBias(Family):
     streamed: ClassVar[frozenset[str]] = frozenset({"W"})
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        columns = update.factor("W").shape[1]
         problems = []
         for letter in "DE":
             of_each = update.setting(letter) == "vector"
             problems += _misshaped(update, letter, shape[0], 1, {"X": shape if of_each else (1,), "zeros": shape})
-        return problems + _misshaped(update, "C", columns, 1, {"X": (columns, 1), "zeros": (columns, 1)})
+        if update.has("W"):
+            columns = update.factor("W").shape[1]
+            problems += _misshaped(update, "C", columns, 1, {"X": (columns, 1), "zeros": (columns, 1)})
+        return problems
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         import torch
 
-        torch.mul(tile, _value(factors, update, "D", window.rows).reshape(-1, 1), out=scratch)
-        scratch.add_(_value(factors, update, "E", window.rows).reshape(-1, 1))
-        if update.has("C.Xd"):
-            column = factors.kept("C", lambda: factors.whole("C.Xd") @ factors.whole("C.Xu"))
-        else:
-            column = _value(factors, update, "C", None)
-        for start in range(window.rows.start, window.rows.stop, _ROWS):
-            stop = min(start + _ROWS, window.rows.stop)
-            product = torch.matmul(factors.rows("W", RowRange(start, stop)), column)
-            scratch[start - window.rows.start : stop - window.rows.start] += product
+        torch.mul(tile, _value(factors, update, "D", tile, window.rows).reshape(-1, 1), out=scratch)
+        scratch.add_(_value(factors, update, "E", tile, window.rows).reshape(-1, 1))
+        if update.has("W"):
+            if update.has("C.Xd"):
+                column = factors.kept("C", lambda: factors.whole("C.Xd") @ factors.whole("C.Xu"))
+            else:
+                column = _value(factors, update, "C", tile, None)
+            for start in range(window.rows.start, window.rows.stop, _ROWS):
+                stop = min(start + _ROWS, window.rows.stop)
+                product = torch.matmul(factors.rows("W", RowRange(start, stop)), column)
+                scratch[start - window.rows.start : stop - window.rows.start] += product
         tile.add_(scratch)
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
+        if not update.has("W"):
+            return 0
         weight = update.factor("W")
         columns = weight.shape[1]
         # Of a W that is stored transposed the bytes are kept whole.
@@ -149,14 +157,12 @@ class GloraBias(Family):
         return stored + (_ROWS + 1) * columns * itemsize
 
 
-def _value(factors: Factors, update: Update, letter: str, rows: RowRange | None) -> Tensor:
-    """A factor that is no product: numbers of these rows (of all, of a factor that does not go by rows), or one number."""
-    import torch
-
+def _value(factors: Factors, update: Update, letter: str, tile: Tensor, rows: RowRange | None) -> Tensor:
+    """A factor that is no product: numbers of these rows (of all, where it does not go by rows), or one number."""
     if update.has(f"{letter}.X"):
         value = factors.whole(f"{letter}.X")
     elif not update.has(f"{letter}.zeros"):
-        return torch.zeros(1)
+        return tile.new_zeros(1)
     elif letter in "AB" and rows is not None:
         return factors.rows(f"{letter}.zeros", rows)
     else:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, misshaped, oriented
+from shardmerge.adapters.factored import PART_ROWS, parts_of
 from shardmerge.adapters.lora import add_product
 from shardmerge.adapters.peft import COUNT, NUMBER, RANK, Check, Config, Context, Module, PeftMethod, is_rank
 from shardmerge.spec import MIN_TILE_ROWS, Parameter, RowRange, Update, Window
@@ -57,7 +58,8 @@ class Gralora(Family, PeftMethod):
                 return
             if not hybrid and role in module.factors:
                 claims.problems.append(
-                    f"{module.factors[role].name} is there, but adapter_config.json says no hybrid_r; PEFT would ignore it"
+                    f"{module.factors[role].name} is there, but adapter_config.json says no hybrid_r; PEFT would "
+                    "ignore it"
                 )
                 claims.told |= {ref.name for ref in module.factors.values()}
                 return
@@ -86,7 +88,8 @@ class Gralora(Family, PeftMethod):
         many, rank, hybrid = update.setting("blocks"), update.rank, update.setting("hybrid")
         if len(shape) != 2 or any(size % many for size in shape):
             return [
-                f"{update.module}.{update.parameter} is {list(shape)}, which gralora_k, {many}, does not divide into blocks"
+                f"{update.module}.{update.parameter} is {list(shape)}, which gralora_k, {many}, does not divide "
+                "into blocks"
             ]
         problems = [
             *misshaped(update.factor("A"), (many, shape[1] // many, rank), "(k, in/k, r)"),
@@ -98,6 +101,15 @@ class Gralora(Family, PeftMethod):
         return problems
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        for part, rows in parts_of(window.rows):
+            self._add_blocks(scratch[part], factors, update, Window(rows, window.columns))
+        if update.setting("hybrid"):
+            general = factors.whole("general_A")[:, window.columns.start : window.columns.stop]
+            add_product(scratch, factors.rows("general_B", window.rows), general)
+        tile.add_(scratch.mul_(update.scaling))
+
+    def _add_blocks(self, out: Tensor, factors: Factors, update: Update, window: Window) -> None:
+        """The window of Δ, into ``out``."""
         a, b = factors.whole("A"), factors.whole("B")
         part = update.rank // len(a)
         for j, rows in _in_blocks(window.rows, b.shape[2]):
@@ -110,16 +122,11 @@ class Gralora(Family, PeftMethod):
                 )
                 block = block[columns.start - wide.start : columns.stop - wide.start]
                 block = block[:, rows.start - up.start : rows.stop - up.start].t()
-                scratch[down + rows.start : down + rows.stop, right + columns.start : right + columns.stop] = block
-        if update.setting("hybrid"):
-            general = factors.whole("general_A")[:, window.columns.start : window.columns.stop]
-            add_product(scratch, factors.rows("general_B", window.rows), general)
-        tile.add_(scratch.mul_(update.scaling))
+                out[down + rows.start : down + rows.stop, right + columns.start : right + columns.stop] = block
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        # A block's product, of a tile's rows or of all of them; and a few rows of the whole's.
-        many: int = update.setting("blocks")
-        return (2 * MIN_TILE_ROWS * update.columns + update.rows * update.columns // many**2) * itemsize
+        # Some rows of a block, and of the whole's product.
+        return 2 * 2 * PART_ROWS * update.columns * itemsize
 
 
 def _in_blocks(span: RowRange, size: int) -> Iterator[tuple[int, RowRange]]:

@@ -67,8 +67,8 @@ class Hira(Lora, PeftMethod):
             return  # an empty tensor is told of as such
         if len(a.shape) < 2 or len(b.shape) != len(a.shape) or any(size != 1 for size in b.shape[2:]):
             claims.misfit(
-                f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} are no factors: expected (r, in) and (out, r), or "
-                "of a convolution (r, in, k…) and (out, r, 1…)"
+                f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} are no factors: expected (r, in) and "
+                "(out, r), or of a convolution (r, in, k…) and (out, r, 1…)"
             )
         elif a.shape[0] != b.shape[1] or a.shape[0] not in (rank, context.config["r"]):
             claims.misfit(

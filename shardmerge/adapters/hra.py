@@ -47,8 +47,8 @@ class Hra(Family, PeftMethod):
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         if len(shape) not in (2, 4) or shape[2:3] != shape[3:4]:
             return [
-                f"{update.module}.{update.parameter} is {list(shape)}; HRA updates Linear layers and convolutions of two "
-                "dimensions with square kernels"
+                f"{update.module}.{update.parameter} is {list(shape)}; HRA updates Linear layers and convolutions "
+                "of two dimensions with square kernels"
             ]
         meaning = f"a vector for each of the {update.rank} reflections that the config's r names, as columns"
         return misshaped(update.factor("U"), (math.prod(shape[1:]), update.rank), meaning)

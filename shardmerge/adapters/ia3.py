@@ -1,8 +1,10 @@
-"""(IA)³: W' = l ∘ W and b' = l ∘ b, l a number for every output; on a feedforward module W' = W ∘ l, l one for every input.
+"""(IA)³: W' = l ∘ W and b' = l ∘ b, l a number for every output; on a feedforward module W' = W ∘ l, l for every input.
 
-W is (out, in). l is (out, 1), or of a feedforward module (1, in); on a convolution, whose W is (out, in / groups, k…), it is
-(1, out, 1…) or (1, in, 1…). Which modules are feedforward is in the config; their biases stay as they are.
+W is (out, in). l is (out, 1), or of a feedforward module (1, in); on a convolution, whose W is
+(out, in / groups, k…), it is (1, out, 1…) or (1, in, 1…). Which modules are feedforward is in the config; their
+biases stay as they are.
 Liu et al. 2022, arXiv:2205.05638. Source: peft/tuners/ia3/layer.py and model.py, 0.21.
+The bits are those of PEFT's merge.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ class Ia3(Family, PeftMethod):
         axis = 1 if forward or dims > 2 else 0
         if dims not in (2, 4, 5) or not is_vector(ref) or ref.shape[axis] != math.prod(ref.shape):
             claims.misfit(
-                f"{ref.name} is {list(ref.shape)}; expected (out, 1), of a feedforward module (1, in), of a convolution "
-                f"(1, out, 1…) or (1, in, 1…); feedforward_modules in adapter_config.json say that {module.name} is "
+                f"{ref.name} is {list(ref.shape)}; expected (out, 1), of a feedforward module (1, in), of a convolution"
+                f" (1, out, 1…) or (1, in, 1…); feedforward_modules in adapter_config.json say that {module.name} is "
                 f"{'' if forward else 'not '}feedforward"
             )
             return
@@ -77,7 +79,8 @@ class Ia3(Family, PeftMethod):
         ref = update.factor("l")
         if update.parameter == "weight" and len(shape) != update.setting("dims"):
             return [
-                f"{ref.name} has {update.setting('dims')} dimensions, but {update.module}.{update.parameter} is {list(shape)}"
+                f"{ref.name} has {update.setting('dims')} dimensions, but {update.module}.{update.parameter} is "
+                f"{list(shape)}"
             ]
         if not update.setting("feedforward"):
             return misshaped(ref, (shape[0],), f"a number for every output of {update.module}")

@@ -1,13 +1,13 @@
 """LoHa: W' = W + s · (w1a w1b) ∘ (w2a w2b), two products of low rank multiplied element by element; s = α / r.
 
-W is (out, in), or of a convolution (out, in / groups, k…), kernels flattened; w1a, w2a (out, r), w1b, w2b (r, in · k…). A
-convolution of more than one point may (``use_effective_conv2d``) be decomposed by Tucker instead: then w1a, w2a are
-(r, out), w1b, w2b (r, in), and t1, t2 (r, r, k…), of one dimension (r, r, k, 1); either product becomes
-P[o, i, k…] = Σ_u Σ_v w_a[u, o] w_b[v, i] t[u, v, k…].
+W is (out, in), or of a convolution (out, in / groups, k…), kernels flattened; w1a, w2a are (out, r), w1b, w2b
+(r, in · k…). A convolution of more than one point may (``use_effective_conv2d``) be decomposed by Tucker instead:
+then w1a, w2a are (r, out), w1b, w2b (r, in), and t1, t2 (r, r, k…), of one dimension (r, r, k, 1); either product
+becomes P[o, i, k…] = Σ_u Σ_v w_a[u, o] w_b[v, i] t[u, v, k…].
 Hyeon-Woo et al. 2021, arXiv:2108.06098; Yeh et al. 2023, arXiv:2309.14859. Source: peft/tuners/loha/layer.py, 0.21.
 
-Where opt_einsum is installed, torch may add up Tucker's sums in another order than it does for us, and then the last bits
-of a convolution differ from PEFT's.
+The bits are those of PEFT's merge, with one exception: where opt_einsum is installed, torch may add up Tucker's sums
+in another order for PEFT than it does for us.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """LoKr: W' = W + s · w1 ⊗ w2, Kronecker's product; s = α / r.
 
-W is (out, in), or of a convolution (out, in / groups, k…), kernels flattened; out = a · b and in = c · d. w1 is (a, c), w2
-(b, d · k…): row o, column (i, k…) of the product is w1[o div b, i div d] · w2[o mod b, (i mod d, k…)]. Either factor may be
-whole or itself a product, w1 = w1_a w1_b (``decompose_both``), w2 = w2_a w2_b, of inner dimension r; and that of a
-convolution may (``use_effective_conv2d``) be Tucker's, w2[o, i, k…] = Σ_u Σ_v w2_a[u, o] w2_b[v, i] t2[u, v, k…].
+W is (out, in), or of a convolution (out, in / groups, k…), kernels flattened; out = a · b and in = c · d. w1 is
+(a, c), w2 (b, d · k…): row o, column (i, k…) of the product is w1[o div b, i div d] · w2[o mod b, (i mod d, k…)].
+Either factor may be whole or itself a product, w1 = w1_a w1_b (``decompose_both``), w2 = w2_a w2_b, of inner
+dimension r; and that of a convolution may (``use_effective_conv2d``) be Tucker's, w2[o, i, k…] = Σ_u Σ_v w2_a[u, o]
+w2_b[v, i] t2[u, v, k…].
 Yeh et al. 2023, arXiv:2309.14859. Source: peft/tuners/lokr/layer.py, 0.21.
 
-On a convolution of one dimension whose w2 is whole, (b, d, k), PEFT multiplies a matrix with a tensor of three dimensions,
-in its forward as in its merge: there row o, column (i, k) is w1[o mod a, i mod c] · w2[o div a, i div c, k], and so it is
-here.
+On a convolution of one dimension whose w2 is whole, (b, d, k), PEFT multiplies a matrix with a tensor of three
+dimensions, in its forward as in its merge: there row o is made of w1[o mod a] and w2[o div a], and its columns of
+(d, c, k), not (c, d, k); and so it is here. The bits are those of PEFT's merge.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Lokr(Family, PeftMethod):
         for whole in ("w1", "w2"):
             parts = [role for role in (f"{whole}_a", f"{whole}_b", "t2"[: 2 * (whole == "w2")]) if role in found]
             if whole in found and parts:
-                claims.problems.append(f"{found[whole].name} is there beside {found[parts[0]].name}, of which one must be")
+                claims.problems.append(f"{found[whole].name} is there beside {found[parts[0]].name}; one must be")
             elif whole not in found and (missing := sorted({f"{whole}_a", f"{whole}_b"} - found.keys())):
                 role = missing[0] if len(missing) == 1 else whole
                 claims.half(found[parts[0]] if parts else first, module.key(f"lokr_{role}"))
@@ -87,7 +88,8 @@ class Lokr(Family, PeftMethod):
             return misshaped(ref, (*ref.shape[:2], *kernel), f"with the kernel of {update.module} {list(shape)}")
         if update.has("t2"):
             ref = update.factor("t2")
-            return misshaped(ref, (*ref.shape[:2], *(*kernel, 1, 1)[:2]), f"with the kernel of {update.module} {list(shape)}")
+            wanted = (*ref.shape[:2], *(*kernel, 1, 1)[:2])
+            return misshaped(ref, wanted, f"with the kernel of {update.module} {list(shape)}")
         return problems if rest % math.prod(kernel) else []
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:

@@ -1,8 +1,8 @@
 """MiSS: W'[o, j] = W[o, j] + M[j mod r, o], the same few rows of numbers again and again along the inputs.
 
-W is (out, in), M (r, out). ``init_weights`` is more than its name says. With ``mini`` M is (r, m), m = ``mini_r``, a divisor
-of out, and M[j mod r, o mod m] is added. With ``bat`` M is (out / r, r, r), r divides in and out, and of every r × r block
-of W, numbered (p, q), W'[p, q] = W[p, q] + W[p, q] M[p] + M[p].
+W is (out, in), M (r, out). ``init_weights`` is more than its name says. With ``mini`` M is (r, m), m = ``mini_r``, a
+divisor of out, and M[j mod r, o mod m] is added. With ``bat`` M is (out / r, r, r), r divides in and out, and of
+every r × r block of W, numbered (p, q), W'[p, q] = W[p, q] + W[p, q] M[p] + M[p].
 Kang et al. 2024, arXiv:2409.15371. Source: peft/tuners/miss/layer.py, 0.21. The bits are those of PEFT's merge.
 """
 
@@ -43,9 +43,7 @@ class Miss(Family, PeftMethod):
         settings = (("mini_r", (config.get("mini_r") or 1) if way == "mini" else 0),)
         family = MissBat.name if way == "bat" else self.name
         factors = tuple(module.factors.items())
-        claims.updates.append(
-            ModuleUpdate(module.name, "weight", family, factors, rank=config["r"], settings=settings)
-        )
+        claims.updates.append(ModuleUpdate(module.name, "weight", family, factors, rank=config["r"], settings=settings))
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         if len(shape) != 2:
@@ -53,7 +51,9 @@ class Miss(Family, PeftMethod):
         width, rank, where = update.setting("mini_r") or shape[0], update.rank, f"{update.module} {list(shape)}"
         if rank > shape[1] or shape[0] % width:
             return [f"r is {rank} and mini_r {update.setting('mini_r')}, which do not fit {where}"]
-        return misshaped(update.factor("M"), (rank, width), f"by r, mini_r and init_weights in adapter_config.json, for {where}")
+        return misshaped(
+            update.factor("M"), (rank, width), f"by r, mini_r and init_weights in adapter_config.json, for {where}"
+        )
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         import torch
@@ -80,7 +80,9 @@ class MissBat(Miss):
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         if len(shape) != 2 or shape[0] % update.rank or shape[1] % update.rank:
-            return [f"{update.module}.{update.parameter} is {list(shape)}, which blocks of r = {update.rank} do not divide"]
+            return [
+                f"{update.module}.{update.parameter} is {list(shape)}, which blocks of r = {update.rank} do not divide"
+            ]
         size = (shape[0] // update.rank, update.rank, update.rank)
         return misshaped(update.factor("M"), size, f"a block for every r = {update.rank} outputs of {update.module}")
 

@@ -57,7 +57,8 @@ class Oft(Family, PeftMethod):
         "r": COUNT,
         "oft_block_size": checked(
             is_count,
-            "a whole number (adapters of PEFT before 0.14 have none; they mean other rotations, and must be trained again)",
+            "a whole number (adapters of PEFT before 0.14 have none; they mean other rotations, and must be "
+            "trained again)",
             required=True,
         ),
         "coft": FLAG,
@@ -107,16 +108,16 @@ class Oft(Family, PeftMethod):
             return [f"{update.module}.{update.parameter} is {list(shape)}; OFT rotates the inputs of matrices"]
         if math.prod(shape[2:]) != 1:
             return [
-                f"{update.module}.{update.parameter} is {list(shape)}: on a convolution of more than one point PEFT's OFT "
-                "sums patches that overlap, and no weight is equal to that; keep the adapter beside the base"
+                f"{update.module}.{update.parameter} is {list(shape)}: on a convolution of more than one point "
+                "PEFT's OFT sums patches that overlap, and no weight is equal to that; keep the adapter beside the base"
             ]
         columns = math.prod(shape[1:])
         size = update.setting("size")
         size = nearest_divisor(columns, size) if size else columns // nearest_divisor(columns, update.setting("blocks"))
         rows = 1 if update.setting("shared") else columns // size
         meaning = (
-            f"as block size {size} of the {columns} inputs of {update.module} makes it (r, oft_block_size and block_share in "
-            "adapter_config.json)"
+            f"as block size {size} of the {columns} inputs of {update.module} makes it (r, oft_block_size and "
+            "block_share in adapter_config.json)"
         )
         return misshaped(factor, (rows, size * (size - 1) // 2), meaning)
 

@@ -33,8 +33,10 @@ def _check_patterns(key: str, value: Any) -> list[str]:
         return []
     if not isinstance(value, dict):
         return [f"{key} must map regular expressions to ranks, found {reprlib.repr(value)}"]
-    problems = [f"{key}[{name!r}] must be a rank, found {reprlib.repr(of)}" for name, of in value.items() if not _is_rank(of)]
-    for name in value:
+    problems = []
+    for name, of in value.items():
+        if not _is_rank(of):
+            problems.append(f"{key}[{name!r}] must be a rank, found {reprlib.repr(of)}")
         try:
             re.compile(name)
         except (re.error, OverflowError, RecursionError) as error:
@@ -81,7 +83,7 @@ class Osf(Family, PeftMethod):
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         before = factors.kept("before", lambda: _smaller(factors.whole("W"), update))
         now = factors.rows("U", window.rows) * factors.whole("S").unsqueeze(0)
-        scaled, right = before[: update.rows][window.rows.start : window.rows.stop], before[update.rows :].t().contiguous()
+        scaled, right = before[window.rows.start : window.rows.stop], before[update.rows :].t().contiguous()
         for rows in even_rows(len(tile), max(1, len(tile) // MIN_TILE_ROWS)):
             part = slice(rows.start, rows.stop)
             tile[part] += now[part] @ factors.whole("V") - scaled[part] @ right

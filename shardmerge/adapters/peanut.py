@@ -4,8 +4,8 @@ W is (out, in), A (r, out), B (out, r). With σ the activation and ``depth`` d, 
 for d encoders E, and then y ← σ(D_i y) + h_{d−i} for d decoders D, i = 1 … d, all of them (r, r). Zhong et al. 2024,
 arXiv:2410.01870. Source: peft/tuners/peanut/layer.py, 0.21.
 
-A W needs all rows, so a first pass adds it up, in float64, and f is computed in float64: the bits can differ from
-PEFT's float32, which is the less exact of the two. On a 16-bit base PEFT also rounds the update before it adds it.
+A W needs all rows, so a first pass adds it up; that and the rest is computed in float64, and rounded once. PEFT
+computes in float32, and on a 16-bit base rounds the update before it adds it, so bits can differ.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Peanut(Surveyed, PeftMethod):
             hidden = activate(factors.whole(f"encoder{index}").double() @ hidden)
         for index in range(depth):
             hidden = activate(factors.whole(f"decoder{index}").double() @ hidden) + before.pop()
-        return hidden.to(factors.whole("A").dtype)
+        return hidden
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         # What the encoders made, for the decoders.

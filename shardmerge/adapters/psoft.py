@@ -85,8 +85,9 @@ class Psoft(Factored, PeftMethod):
             ("seed", config.get("random_seed") or 0),
             ("scaling", config["psoft_alpha"] / config["r"]),
         )
-        update = ModuleUpdate(module.name, "weight", self.name, tuple(there.items()), config["psoft_alpha"] / config["r"])
-        update = update.changed(rank=config["r"], settings=settings, of_base=(("W", "weight"),))
+        scaling, factors = config["psoft_alpha"] / config["r"], tuple(there.items())
+        update = ModuleUpdate(module.name, "weight", self.name, factors, scaling, config["r"], settings=settings)
+        update = update.changed(of_base=(("W", "weight"),))
         claims.updates.append(update)
         if config["psoft_alpha"] <= 0:
             claims.misfit(f"adapter_config.json: psoft_alpha must be above zero, found {config['psoft_alpha']}")
@@ -95,8 +96,8 @@ class Psoft(Factored, PeftMethod):
         rank = update.rank
         if len(shape) != 2 or rank > min(shape):
             return [
-                f"{update.module}.{update.parameter} is {list(shape)}; PSOFT updates Linear layers of at least r, {rank}, "
-                "inputs and outputs"
+                f"{update.module}.{update.parameter} is {list(shape)}; PSOFT updates Linear layers of at least r, "
+                f"{rank}, inputs and outputs"
             ]
         expected = (rank * (rank - 1) // 2,) if update.setting("orthogonal") else (rank, rank)
         problems = misshaped(update.factor("R"), expected, f"as r {rank} and psoft_orth have it")

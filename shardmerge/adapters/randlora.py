@@ -1,18 +1,19 @@
-"""RandLoRA: W' = W + s · B' A', of full rank: many random bases that all modules share, scaled by trained numbers; s = α / r.
+"""RandLoRA: W' = W + α / r · B' A', of full rank: many random bases that all modules share, scaled by trained numbers.
 
-W is (out, in), m the smaller of the two and M the larger, n = ⌈m / r⌉. λ (r, n) and γ (n, m) are trained. A (r, 1, m*) and
-B (M*, n*, r) are random, of the largest sizes that any module needs; a module takes A[:, :, :m] and B[:M, :n]. With
-A'[u · n + j] = λ[u, j] A[u] ∘ γ[j], (r · n, m), and B' = B[:M, :n] flattened to (M, n · r), the update is B' A' where
-out ≥ in, else its transpose. (Rows of A' count ranks first, columns of B' bases first; so it is in PEFT's forward, too.)
+W is (out, in), m the smaller of the two and M the larger, n = ⌈m / r⌉. λ (r, n) and γ (n, m) are trained. A
+(r, 1, m*) and B (M*, n*, r) are random, of the largest sizes that any module needs; a module takes A[:, :, :m] and
+B[:M, :n]. With A'[u · n + j] = λ[u, j] A[u] ∘ γ[j], (r · n, m), and B' = B[:M, :n] flattened to (M, n · r), the
+update is B' A' where out ≥ in, else its transpose. (Rows of A' count ranks first, columns of B' bases first; so it is
+in PEFT's forward, too.)
 Albert et al. 2025, arXiv:2502.00987. Source: peft/tuners/randlora/layer.py and model.py, 0.21.
 
-The file has A and B as ``base_model.randlora_A`` and ``randlora_B``, or with ``save_projection`` false not at all. Then they
-are drawn again from the seed, as PEFT does on a machine that has bf16: even numbers in bf16, or with ``sparse`` and
-``very_sparse`` -1, 0 and 1 in float32, A first, each divided by its standard deviation, and rounded to the dtypes of the
-modules' weights. Such a B, as large as a weight, is in memory whole; from a file, a few rows of it.
+The file has A and B as ``base_model.randlora_A`` and ``randlora_B``, or with ``save_projection`` false not at all.
+Then they are drawn again from the seed, as PEFT does on a machine that has bf16: even numbers in bf16, or with
+``sparse`` and ``very_sparse`` -1, 0 and 1 in float32, A first, each divided by its standard deviation, and rounded to
+the dtypes of the modules' weights. Such a B, as large as a weight, is in memory whole; from a file, a few rows of it.
 
-In float32 the bits are those of PEFT's merge, except that the deviation of sparse bases may differ in its last bit with the
-number of threads. On a bf16 or fp16 base PEFT rounds the update and then the sum; we round once.
+In float32 the bits are those of PEFT's merge, except that the deviation of sparse bases may differ in its last bit
+with the number of threads. On a bf16 or fp16 base PEFT rounds the update and then the sum; we round once.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ class RandLora(Family, PeftMethod):
         rank, family = config["r"], self.name if projections else RandLoraSeeded.name
         factors = ({**module.factors, **projections}).items()
         scaling = config["randlora_alpha"] / rank
-        claims.updates.append(ModuleUpdate(module.name, "weight", family, tuple(factors), scaling, rank, settings=settings))
+        claims.updates.append(
+            ModuleUpdate(module.name, "weight", family, tuple(factors), scaling, rank, settings=settings)
+        )
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         # No factor tells the outputs from the inputs.
@@ -162,9 +165,10 @@ class RandLoraSeeded(RandLora):
         return rounded(drawn.float(), update).to(factors.whole("lambda"))
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        large, small = max(update.setting("sizes")), min(update.setting("sizes"))
+        sizes: tuple[int, int] = update.setting("sizes")
+        large, small = max(sizes), min(sizes)
         row = math.ceil(small / update.rank) * update.rank
-        # Of sparse ones there are, for a moment, the numbers drawn, two masks and what they make.
+        # Of sparse ones there are, for a moment, the numbers drawn, a mask, and what they make.
         number = 12 if update.setting("sparse") else 2
         smaller = update.rank * small * (itemsize + 12)
         return large * row * number + smaller + _working_bytes(update, itemsize, row) + 3 * 4 * _BASIS_ROWS * row
@@ -195,7 +199,8 @@ def _draw(update: Update, *, with_large: bool) -> Tensor:
         numbers = torch.rand((rank, 1, small), generator=generator)
         if with_large:
             numbers = torch.rand((large, bases, rank), generator=generator)
-        signs = (numbers > 1 - 1 / (2 * sparsity)).float() - (numbers < 1 / (2 * sparsity)).float()
+        signs = (numbers > 1 - 1 / (2 * sparsity)).float()
+        signs.masked_fill_(numbers < 1 / (2 * sparsity), -1)
         return signs.div_(signs.std())
 
     def even(*shape: int) -> Tensor:

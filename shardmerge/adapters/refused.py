@@ -19,12 +19,13 @@ REFUSED_TYPES: Mapping[str, str] = {
     "CARTRIDGE": _PROMPT,
     "ADAPTION_PROMPT": "it adds gated attention over trained prompts to layers, so no weight is equal to it; "
     f"{_BESIDE}",
-    "XLORA": "it mixes several LoRA adapters by a classifier that looks at every token; merge one of them, or a fixed mix",
-    "POLY": "it mixes skills by the task that every input names when it runs, so no one weight is equal to it for all tasks; "
-    f"{_BESIDE}",
-    "SHADOW": "it runs a second, smaller model beside the base, which changes what goes from layer to layer, so no weight is "
-    f"equal to it; {_BESIDE}",
+    "XLORA": "it mixes several LoRA adapters by a classifier that looks at every token; merge one of them, or a "
+    "fixed mix",
+    "POLY": "it mixes skills by the task that every input names when it runs, so no one weight is equal to it "
+    f"for all tasks; {_BESIDE}",
+    "SHADOW": "it runs a second, smaller model beside the base, which changes what goes from layer to layer, so "
+    f"no weight is equal to it; {_BESIDE}",
     "LILY": f"a router mixes shared matrices anew for every input, so no weight is equal to it; {_BESIDE}",
-    "ADAMSS": "which rows each of its subspaces has is not in its files; PEFT finds them again by k-means on the base's "
-    "singular vectors when it loads the adapter, so merge it with PEFT",
+    "ADAMSS": "which rows each of its subspaces has is not in its files; PEFT finds them again by k-means on the "
+    "base's singular vectors when it loads the adapter, so merge it with PEFT",
 }

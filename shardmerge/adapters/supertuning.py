@@ -58,8 +58,8 @@ class SuperTuning(Family, PeftMethod):
         if any((role in there) != (rank is not None) for role in ("A", "B")):
             says = f"r {rank}" if rank else "no r"
             claims.problems.append(
-                f"{module.name} has {', '.join(sorted(there))}, but adapter_config.json says {says}: both of lora_A and "
-                "lora_B are there with r, and neither without"
+                f"{module.name} has {', '.join(sorted(there))}, but adapter_config.json says {says}: both of "
+                "lora_A and lora_B are there with r, and neither without"
             )
             claims.told |= {ref.name for ref in there.values()}
             return
@@ -75,7 +75,8 @@ class SuperTuning(Family, PeftMethod):
             return [f"{update.module}.{update.parameter} is {list(shape)}; Super-Tuning updates Linear layers"]
         count = int(shape[0] * shape[1] * (1 - update.setting("sparsity")))
         meaning = f"as sparsity {update.setting('sparsity')} of {shape[0]} × {shape[1]} elements makes it"
-        problems = [problem for role in ("values", "indices") for problem in misshaped(update.factor(role), (count,), meaning)]
+        problems = misshaped(update.factor("values"), (count,), meaning)
+        problems += misshaped(update.factor("indices"), (count,), meaning)
         if update.rank:
             problems += misshaped(update.factor("A"), (update.rank, shape[1]), "(r, in)")
             problems += misshaped(update.factor("B"), (shape[0], update.rank), "(out, r)")
@@ -105,5 +106,6 @@ def _order(factors: Factors, update: Update) -> Tensor:
     indices = factors.whole("indices")
     if bool((indices < 0).any()) or bool((indices >= update.rows * update.columns).any()):
         ref = update.factor("indices")
-        raise FormatError(f"{ref.uri}: {ref.name} holds a place beyond the {update.rows} × {update.columns} of its weight")
+        size = f"{update.rows} × {update.columns}"
+        raise FormatError(f"{ref.uri}: {ref.name} holds a place beyond the {size} of its weight")
     return indices.argsort(stable=True)

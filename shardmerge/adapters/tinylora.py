@@ -85,10 +85,9 @@ class TinyLora(Factored, PeftMethod):
             claims.updates = [update.changed(fits=False) for update in claims.updates]
         else:
             shared = tuple((role, vectors[role]) for role in wanted)
+            counts = (("modules", count), ("groups", groups))
             claims.updates = [
-                update.changed(
-                    factors=(*update.factors, *shared), settings=(*update.settings, ("modules", count), ("groups", groups))
-                )
+                update.changed(factors=(*update.factors, *shared), settings=(*update.settings, *counts))
                 for update in claims.updates
             ]
         super().claim_rest(claims, tensors, config)
@@ -147,6 +146,6 @@ def _group(projections: Tensor, update: Update) -> int:
             return int(min(index // max(1, modules // groups), groups - 1))
     ref = update.factor("P")
     raise FormatError(
-        f"{ref.uri}: {ref.name} was not drawn from projection_seed {update.setting('seed')} for any of {modules} modules, so "
-        "which of the shared vectors is this module's cannot be told"
+        f"{ref.uri}: {ref.name} was not drawn from projection_seed {update.setting('seed')} for any of {modules} "
+        "modules, so which of the shared vectors is this module's cannot be told"
     )

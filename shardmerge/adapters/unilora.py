@@ -51,8 +51,8 @@ class UniLora(Factored, PeftMethod):
         if config.get("save_indices"):
             return []
         return [
-            "adapter_config.json: save_indices is not true, so which number of the shared vector goes where is not in the "
-            "file; load it with PEFT, set save_indices in the adapter's config, and save it again"
+            "adapter_config.json: save_indices is not true, so which number of the shared vector goes where is "
+            "not in the file; load it with PEFT, set save_indices in the adapter's config, and save it again"
         ]
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:

@@ -1,13 +1,14 @@
 """VB-LoRA: W' = W + B A, where A and B are put together from the vectors of a bank that all modules share.
 
-W is (out, in), the bank (h, b): h vectors of length b, which divides in and out. Logits (r, in / b, h) make A: of the h
-logits of every piece the k largest count, their softmax weighs their vectors, and the sum is the piece, so that A is
-(r, in). Logits (out / b, r, h) make the columns of B, (out, r), in the same way.
+W is (out, in), the bank (h, b): h vectors of length b, which divides in and out. Logits (r, in / b, h) make A: of the
+h logits of every piece the k largest count, their softmax weighs their vectors, and the sum is the piece, so that A
+is (r, in). Logits (out / b, r, h) make the columns of B, (out, r), in the same way.
 Li et al. 2024, arXiv:2405.15179. Source: peft/tuners/vblora/layer.py and model.py, 0.21.
+The bits are those of PEFT's merge.
 
-With ``save_only_topk_weights`` the file has, in place of logits, the numbers of the k vectors and the first k - 1 weights;
-the last is what they lack to one. Where rounding makes them more than one it is zero here; PEFT takes a negative number's
-logarithm, and what it makes of the weight is NaN.
+With ``save_only_topk_weights`` the file has, in place of logits, the numbers of the k vectors and the first k - 1
+weights; the last is what they lack to one. Where rounding makes them more than one it is zero here; PEFT takes a
+negative number's logarithm, and what it makes of the weight is NaN.
 """
 
 from __future__ import annotations
@@ -77,14 +78,16 @@ class VbLora(Family, PeftMethod):
         size = (config["num_vectors"], config["vector_length"])
         if problems := misshaped(bank, size, "num_vectors and vector_length in adapter_config.json"):
             claims.misfit(problems[0])
+        elif wrong := [ref for role, ref in factors[1:] if len(ref.shape) != 3]:
+            claims.misfit(f"{wrong[0].name} is {list(wrong[0].shape)}; expected three dimensions")
         elif most > size[0]:
             claims.misfit(f"adapter_config.json: topk is {most}, but num_vectors is {size[0]}")
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        length = update.factor("bank").shape[-1]
+        length = update.factor("bank").shape[1]
         kind = _LOGITS if update.has("logits_A") else _INDICES
         a, b = (update.factor(role).shape for role in kind)
-        return oriented(update, parameter, b[0] * length, a[1] * length if len(a) > 1 else None)
+        return oriented(update, parameter, b[0] * length, a[1] * length)
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         count, length = update.factor("bank").shape
@@ -115,10 +118,11 @@ class VbLora(Family, PeftMethod):
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         count, length = update.factor("bank").shape
+        most: int = update.setting("topk")
         sizes = [update.rank * size for size in (update.rows, update.columns)]
         # Of the larger, its k vectors, weighed, and summed up; and before, the logits twice.
-        making = max(sizes) * (2 * update.setting("topk") + 2) + 3 * max(sizes) // length * count
-        return (sum(sizes) + making) * itemsize + 2 * 8 * max(sizes) // length * update.setting("topk")
+        making = max(sizes) * (2 * most + 2) + 3 * max(sizes) // length * count
+        return (sum(sizes) + making) * itemsize + 2 * 8 * max(sizes) // length * most
 
 
 def _incomplete(module: Module, only_top: bool, has_bank: bool) -> str:
@@ -131,11 +135,11 @@ def _incomplete(module: Module, only_top: bool, has_bank: bool) -> str:
         return "base_model.vblora_vector_bank is missing, of whose vectors all modules are made"
     if wanted is not _LOGITS and not only_top:
         return (
-            f"{first} is of an adapter that saves only weights of the topk vectors, but adapter_config.json does not say "
-            "save_only_topk_weights; PEFT would ignore it"
+            f"{first} is of an adapter that saves only weights of the topk vectors, but adapter_config.json does not "
+            "say save_only_topk_weights; PEFT would ignore it"
         )
     if extra := found.keys() - set(wanted):
-        return f"{found[min(extra)].name} is there beside {found[min(found.keys() - extra)].name}, of which one must be"
+        return f"{found[min(extra)].name} is there beside {found[min(found.keys() - extra)].name}; one must be"
     if missing := [role for role in wanted if role not in found]:
         return f"{first} is there without {module.key(keys[missing[0]])}"
     return ""

@@ -1,10 +1,12 @@
 """VeRA: W' = W + (λb ∘ B) (λd ∘ A), A and B random and the same for all modules, λb and λd trained.
 
-W is (out, in), λb (out), λd (r). A is (r, in*) and B (out*, r), of the largest sizes that any module has; of them a module
-takes A[:, :in] and B[:out]. The file has them as ``base_model.vera_A`` and ``vera_B``, or with ``save_projection`` false not
-at all. Then they are drawn again from the seed, as PEFT does: in float32 on the CPU, A first, each number evenly from ±√6 / √n,
-n being in* for A and r for B; and then rounded to the dtypes of the modules' weights, as they were in training.
+W is (out, in), λb (out), λd (r). A is (r, in*) and B (out*, r), of the largest sizes that any module has; of them a
+module takes A[:, :in] and B[:out]. The file has them as ``base_model.vera_A`` and ``vera_B``, or with
+``save_projection`` false not at all. Then they are drawn again from the seed, as PEFT does: in float32 on the CPU, A
+first, each number evenly from ±√6 / √n, n being in* for A and r for B; and then rounded to the dtypes of the modules'
+weights, as they were in training.
 Kopiczko et al. 2023, arXiv:2310.11454. Source: peft/tuners/vera/layer.py and model.py, 0.21.
+The bits are those of PEFT's merge.
 
 The sizes in* and out*, and with them all numbers, depend on the whole set of modules: it is taken from the file.
 """
@@ -136,7 +138,8 @@ class VeraSeeded(Vera):
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         # In the dtype of the work, in float32, and once more while they are rounded.
-        return super().kept_bytes(update, itemsize) + update.rank * sum(update.setting("sizes")) * (itemsize + 8)
+        numbers: int = update.rank * sum(update.setting("sizes"))
+        return super().kept_bytes(update, itemsize) + numbers * (itemsize + 8)
 
 
 def _draw(update: Update) -> Tensor:
@@ -161,7 +164,7 @@ def rounded(numbers: Tensor, update: Update) -> Tensor:
 
 
 def shared_projections(claims: Claims, module: Module, context: Context, *names: str) -> dict[str, TensorRef] | None:
-    """A and B as the file has them, the module's own copies or those of all modules; none where they are drawn from a seed.
+    """A and B as the file has them, the module's own copies or those of all modules; empty where a seed makes them.
 
     None says that one is missing, which is told once.
     """

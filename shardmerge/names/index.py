@@ -19,8 +19,8 @@ _DIGITS = re.compile(r"\d+")
 #: Stands for a number that no rule speaks of, the first in a name; the others count on from it.
 _STAND_IN = 900_000_000
 _STAND_INS = re.compile(r"9000\d{5}")
-#: Names with that in them are taken one by one.
-_LIKE_A_STAND_IN = "9000"
+#: Names with that in them could be taken for a template's, so they are looked at by themselves.
+_CONFUSING = re.compile("#|9000")
 
 
 @dataclass
@@ -60,27 +60,30 @@ class Index:
 
     def __post_init__(self) -> None:
         spoken = self._spoken_of
-        templates: dict[tuple[str, ...], list[tuple[list[str], str]]] = {}
+        templates: dict[str, list[tuple[list[str], str]]] = {}
+        alone: list[str] = []
         for name in self.names:
-            if spoken is None or _LIKE_A_STAND_IN in name:
-                templates[("", name)] = [([], name)]
+            if spoken is None or _CONFUSING.search(name):
+                alone.append(name)
                 continue
-            parts = _NUMBER.split(name)
-            numbers = parts[1::2]
-            key = ("#".join(parts[::2]), *[number if number in spoken else "" for number in numbers])
-            templates.setdefault(key, []).append((numbers, name))
-        examples = [
-            (_stand_in(members[0][1], spoken or frozenset()) if members[0][0] else members[0][1], members)
-            for members in templates.values()
-        ]
+            segments = name.split(".")
+            key = ".".join(["#" if segment.isdecimal() and segment not in spoken else segment for segment in segments])
+            numbers = [segment for segment in segments if segment.isdecimal()]
+            members = templates.get(key)
+            if members is None:
+                members = templates[key] = []
+            members.append((numbers, name))
+        examples: list[tuple[str, bool, list[tuple[list[str], str]]]] = [(name, False, [([], name)]) for name in alone]
+        for members in templates.values():
+            examples.append((_stand_in(members[0][1], spoken or frozenset()), True, members))
         # Group renamings count only if their first source occurs, so all names are looked at twice.
         if any(rule.is_group for rule in self.rules.rules):
             self.rules.active, self.rules.seen = set(), set()
-            for example, _ in examples:
+            for example, _, _ in examples:
                 self.rules.forward(example)
             self.rules.active = set(self.rules.seen)
-        for example, members in examples:
-            self._add(_template(self.rules, example, has_stand_ins=bool(members[0][0])), members)
+        for example, has_stand_ins, members in examples:
+            self._add(_template(self.rules, example, has_stand_ins=has_stand_ins), members)
 
     @cached_property
     def _spoken_of(self) -> frozenset[str] | None:
@@ -112,7 +115,7 @@ class Index:
                 for i, target in enumerate(targets):
                     self.targets.setdefault(target, (first, i))
             number = template.number(numbers) if template.number else None
-            if number is None or group.rule != template.rule or number in group.sources[template.source]:
+            if number is None or group.rule is not template.rule or number in group.sources[template.source]:
                 group.unclear = True
             else:
                 group.sources[template.source][number] = name
@@ -120,11 +123,12 @@ class Index:
 
 def _stand_in(name: str, spoken: frozenset[str]) -> str:
     """The name with a stand-in for every number that no rule speaks of."""
-    parts = _NUMBER.split(name)
-    for i in range(1, len(parts), 2):
-        if parts[i] not in spoken:
-            parts[i] = str(_STAND_IN + i // 2)
-    return "".join(parts)
+    segments = name.split(".")
+    decimals = [i for i, segment in enumerate(segments) if segment.isdecimal()]
+    for position, i in enumerate(decimals):
+        if segments[i] not in spoken:
+            segments[i] = str(_STAND_IN + position)
+    return ".".join(segments)
 
 
 def _template(rules: Rules, name: str, *, has_stand_ins: bool) -> _Template:

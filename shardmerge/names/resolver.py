@@ -116,6 +116,8 @@ class Names:
             yield self._parameter(name, alias, self._as_stored(name, alias))
         if name in self._shapes or name == image.name or name in image.targets:
             return
+        if any(other in self._shapes for other in self._with_other_prefix(name)):
+            return  # it stands but for the prefix, and the next round finds it
         targets = image.targets or (image.name,)
         found = [self._view_with_any_prefix(target) for target in targets]
         views = [view for view in found if view is not None]

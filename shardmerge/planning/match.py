@@ -146,7 +146,7 @@ class _Matching:
                 self.unmatched.append(partial(self._unmatched, update, parameter))
             return
         parameter = self.resized.get(parameter.name, parameter)
-        oriented = FAMILIES[update.family].orient(update, parameter)
+        oriented = update if _is_told(update) else FAMILIES[update.family].orient(update, parameter)
         if isinstance(oriented, str):
             self.misfits.append(oriented)
             return
@@ -159,7 +159,7 @@ class _Matching:
             return
         wrong = self._misfits(update, parameter)
         self.misfits += wrong
-        if wrong or not update.fits:
+        if wrong or _is_told(update):
             return
         if update.family == "replacement" and update.factor("whole").shape != parameter.shape:
             rows = update.factor("whole").shape[0]
@@ -174,7 +174,8 @@ class _Matching:
             self.matches.updates[place.tensor].append(self._update(update, parameter, place))
 
     def _unflattened(self, name: str) -> str | list[str]:
-        """The one module of the base whose name, or its end, is this with dots for some underscores; or all there are."""
+        """The one module of the base whose name, or its end, is this with dots for some underscores; or all "
+        "there are."""
         if not self.flat:
             for stored in self.checkpoint.weights:
                 module = stored.removesuffix(".weight")
@@ -192,7 +193,8 @@ class _Matching:
         return suffixes[0] if len(suffixes) == 1 else suffixes
 
     def _with_base(self, update: ModuleUpdate) -> ModuleUpdate | str:
-        """The update with the base's own tensors that it needs among its factors; a string says why it cannot have them."""
+        """The update with the base's own tensors that it needs among its factors; a string says why it cannot "
+        "have them."""
         for role, name in update.of_base:
             parameter = self.names.resolve(update.module, name)
             ref = None if isinstance(parameter, str) else self._as_factor(parameter)
@@ -206,7 +208,8 @@ class _Matching:
         return update
 
     def _as_factor(self, parameter: Parameter) -> TensorRef | None:
-        """A parameter of the base as a factor, in the matrix's orientation; None where it is more than rows of a tensor."""
+        """A parameter of the base as a factor, in the matrix's orientation; None where it is more than rows of "
+        "a tensor."""
         place, stored = parameter.places[0], self._stored(parameter.places[0].tensor)
         if len(parameter.places) > 1 or place.expert is not None or place.shuffle or parameter.experts:
             return None
@@ -230,8 +233,8 @@ class _Matching:
         return True
 
     def _misfits(self, update: ModuleUpdate, parameter: Parameter) -> list[str]:
-        if not update.fits or any(0 in ref.shape for _, ref in update.factors):
-            return []  # said already
+        if _is_told(update):
+            return []
         family = FAMILIES[update.family]
         stored = [self._stored(place.tensor) for place in parameter.places]
         problems = [problem for ref in stored for problem in check_dtypes(update, ref, family.whole_numbers)][:1]
@@ -245,8 +248,8 @@ class _Matching:
             )
         if self.config.weight != 1 and family.changes_weight and not family.adds:
             problems.append(
-                f"{update.module}: weight {self.config.weight:g} has no meaning for {update.family}, which does not add "
-                f"to the {update.parameter}; remove the weight"
+                f"{update.module}: weight {self.config.weight:g} has no meaning for {update.family}, which does "
+                f"not add to the {update.parameter}; remove the weight"
             )
         by_columns = any(place.transposed != update.transposes for place in parameter.places)
         if by_columns and len(parameter.shape) > 1 and not family.by_column_windows:
@@ -337,6 +340,11 @@ class _Matching:
     def _near(self, name: str) -> str:
         found = nearest(name, self.checkpoint.weights)
         return f" (nearest: {', '.join(found)})" if found else ""
+
+
+def _is_told(update: ModuleUpdate) -> bool:
+    """Whether it was said already that the factors do not fit each other or are empty; their shapes may be anything."""
+    return not update.fits or any(0 in ref.shape for _, ref in update.factors)
 
 
 def _as_stored(update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate:

@@ -16,6 +16,7 @@ from shardmerge.adapters import FAMILIES, work_dtype
 from shardmerge.spec import (
     DTYPE_BITS,
     FLOAT_DTYPES,
+    INTEGER_DTYPES,
     KEPT_WHOLE_BYTES,
     MIN_TILE_ROWS,
     MemoryPlan,
@@ -169,4 +170,5 @@ def _one_factor(ref: TensorRef, rows: int | None, compute_dtype: str) -> int:
         elements = elements // max(1, ref.shape[0]) * rows
     # Rows of a factor that is stored transposed lie apart, so it is read whole.
     stored = elements * itemsize(ref.dtype) if ref.strides is None else ref.nbytes
-    return elements * itemsize(compute_dtype) + stored
+    # Whole numbers are worked with as torch has its indices.
+    return elements * itemsize("I64" if ref.dtype in INTEGER_DTYPES else compute_dtype) + stored
