@@ -403,6 +403,25 @@ def test_place_beyond_the_weight_stops_the_merge(row: Row, role: str, wrong: int
 # --- one by one -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("group", [2, 32, 96])
+def test_tiles_hold_whole_groups_of_road(group: int, tmp_path: Path) -> None:
+    case = row_of("Road", variant="road_4", group_size=group).case(tmp_path)
+    config = make_config(tmp_path / "out", case.base, [case.adapter])
+    config["compute"]["max_memory"] = least_memory(config)
+    tensors = {tensor.source.name: tensor for tensor, _ in shardmerge.plan(config).updates()}
+    ranges = list(tensors["tall.weight"].ranges())
+    assert len(ranges) > 1
+    assert all(of.start % group == of.stop % group == 0 for of in ranges)
+    assert (ranges[0].start, ranges[-1].stop) == (0, 768)
+
+
+@pytest.mark.parametrize("peft_type", ["ADAMSS", "LILY", "POLY", "SHADOW", "XLORA"])
+def test_methods_without_a_merge_are_refused_with_the_way_out(peft_type: str, tmp_path: Path) -> None:
+    said = refusal(row_of("Beft").case(tmp_path), peft_type=peft_type)
+    assert f"peft_type {peft_type}: " in said
+    assert any(way in said for way in ("load both with PEFT", "merge it with PEFT", "merge one of them"))
+
+
 def test_oft_on_a_convolution_of_more_than_one_point(tmp_path: Path) -> None:
     """PEFT's forward of an untrained adapter, which ought to do nothing, already differs from the base's."""
     case = write_case(tmp_path, peft.OFTConfig(oft_block_size=6, target_modules=["conv"]), make=Square, scale=0)

@@ -102,5 +102,5 @@ class Deft(Surveyed, PeftMethod):
         return rest.double() * (alpha / self.inner(update) if alpha else 1.0) - seen
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        # Q, P in float64 and its reflections.
-        return super().kept_bytes(update, itemsize) + 3 * 8 * update.rows * self.inner(update)
+        # Q, and P in float64 on its way to it.
+        return super().kept_bytes(update, itemsize) + 5 * 8 * update.rows * self.inner(update)

@@ -107,6 +107,6 @@ class Surveyed(Factored):
             tile[part] = product.mul_(update.scaling).add_(tile[part])
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        # V W and R; some rows of the tile and of the product; some columns of V, and rows of L.
+        # V W and R; some rows of the tile and of the product, twice; some columns of V, and rows of L.
         columns, inner = update.columns, self.inner(update)
-        return 8 * (4 * inner * columns + 2 * PART_ROWS * (2 * columns + 4 * inner))
+        return 8 * (4 * inner * columns + 2 * PART_ROWS * (3 * columns + 4 * inner))

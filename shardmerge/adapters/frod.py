@@ -18,9 +18,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.adapters.factored import PART_ROWS, parts_of
 from shardmerge.adapters.peft import Check, Context, Module, PeftMethod
 from shardmerge.errors import FormatError
-from shardmerge.spec import MIN_TILE_ROWS, RowRange, Update, Window, even_rows
+from shardmerge.spec import Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,8 +94,8 @@ class Frod(Family, PeftMethod):
         import torch
 
         squares = factors.kept("squares", lambda: torch.zeros(update.columns, dtype=torch.float64, device=tile.device))
-        for rows in _slabs(tile):
-            squares += _in_basis(tile[rows.start : rows.stop], factors).square_().sum(dim=0)
+        for part, _ in parts_of(window.rows):
+            squares += _in_basis(tile[part], factors).square_().sum(dim=0)
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         import torch
@@ -102,17 +103,17 @@ class Frod(Family, PeftMethod):
         lengths = factors.kept("squares", lambda: torch.zeros(0)).sqrt()
         middle = factors.kept("middle", lambda: _middle(factors, update))
         stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(update.factor("W").dtype, torch.float32)
-        for rows in _slabs(tile):
-            part = tile[rows.start : rows.stop]
+        for rows, _ in parts_of(window.rows):
+            part = tile[rows]
             directions = _in_basis(part, factors).div_(lengths)
             directions[:, lengths <= _SHORT] = 0
             new = directions.float().to(stored).to(tile.dtype) @ middle @ factors.whole("V").t()
             part.add_(new.sub_(part))  # two steps, as PEFT takes them
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        # V decomposed, in float64, and what that takes; S + diag(λ); and a few rows on their way.
-        columns, rows = update.columns, 2 * MIN_TILE_ROWS
-        return columns * (columns * (3 * 8 + itemsize) + rows * 4 * (8 + itemsize) + 16)
+        # V in float64, decomposed, and as the solver wants it; S + diag(λ) and its summands; some rows on their way.
+        columns, rows = update.columns, 2 * PART_ROWS
+        return columns * (columns * (5 * 8 + 3 * itemsize) + rows * 4 * (8 + itemsize) + 16)
 
 
 def category_of(module: str) -> str:
@@ -123,10 +124,6 @@ def category_of(module: str) -> str:
     if parts[-3:] == ["attention", "output", "dense"]:
         return "attention_output"
     return f"{parts[-2]}_{parts[-1]}"
-
-
-def _slabs(tile: Tensor) -> list[RowRange]:
-    return list(even_rows(len(tile), max(1, len(tile) // MIN_TILE_ROWS)))
 
 
 def _in_basis(rows: Tensor, factors: Factors) -> Tensor:
