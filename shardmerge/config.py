@@ -92,7 +92,8 @@ class AdapterConfig(_Section):
     )
     prefix: str | None = Field(
         default=None,
-        description="Only tensors whose names begin so are merged: of an adapter for several models, those of this base.",
+        description="Only tensors whose names begin so are merged: of an adapter for several models, those for this "
+        "base.",
     )
     alpha: _Number | None = Field(
         default=None, description="For an adapter that carries no config: its alpha; the scaling is alpha / rank."

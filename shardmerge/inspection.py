@@ -152,7 +152,9 @@ def _value(value: Any) -> str:
         return ", ".join(map(_value, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.6g}" if isinstance(value, float) else reprlib.repr(value) if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return reprlib.repr(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 # --- a config to begin with -------------------------------------------------------------------------------------------

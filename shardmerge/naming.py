@@ -38,12 +38,3 @@ def nearest(name: str, known: Collection[str]) -> list[str]:
             return sorted(same_end, key=lambda candidate: (abs(len(candidate) - len(name)), candidate))[:_SUGGESTIONS]
     candidates = [candidate for candidate in known if candidate.rpartition(".")[2] == segments[-1]] or list(known)
     return difflib.get_close_matches(name, candidates[:_CANDIDATES], _SUGGESTIONS, cutoff=0.5)
-
-
-#: Models whose layers are transformers' Conv1D, whose weight is (in, out).
-_CONV1D_MODEL_TYPES = frozenset({"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
-
-
-def stores_transposed(model_type: str | None) -> bool:
-    """Whether a model's layers store W as (in, out). Shapes cannot tell where a layer is square."""
-    return model_type in _CONV1D_MODEL_TYPES

@@ -242,7 +242,8 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.randn(4, *down) * 0.1)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        up, down = self.up_proj, self.down_proj
+        up: Tensor = self.up_proj
+        down: Tensor = self.down_proj
         if not self.is_transposed:
             up, down = up.transpose(1, 2), down.transpose(1, 2)
         return torch.einsum("bli,eio,eoj->blj", hidden, up, down)
@@ -388,4 +389,3 @@ def test_outputs_of_the_network_depend_on_every_layer() -> None:
             parameter.add_(0.5 * torch.rand_like(parameter))
             assert not torch.allclose(net(TOKENS), before), name
             parameter.copy_(kept)
-

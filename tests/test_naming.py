@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shardmerge.naming import module_name, nearest, stores_transposed
+from shardmerge.naming import module_name, nearest
 from tests.builders import Q0, llama_tensors
 
 KNOWN = list(llama_tensors())
@@ -56,8 +56,3 @@ def test_same_end_comes_before_the_same_spelling() -> None:
 def test_nothing_is_near() -> None:
     assert nearest("zzzz.qqqq", ["model.norm.weight"]) == []
     assert nearest("x", []) == []
-
-
-@pytest.mark.parametrize(("kind", "transposed"), [("gpt2", True), ("imagegpt", True), ("llama", False), (None, False)])
-def test_stores_transposed(kind: str | None, transposed: bool) -> None:
-    assert stores_transposed(kind) is transposed

@@ -11,14 +11,23 @@ from hypothesis import strategies as st
 from shardmerge.planning.tiling import (
     _BUFFER_SIZES,
     BUFFERS,
-    MIN_TILE_ROWS,
     itemsize,
     needs_work,
     row_bytes,
     tile_all,
     tile_counts,
 )
-from shardmerge.spec import FLOAT_DTYPES, MemoryPlan, ShardPlan, TensorInfo, TensorPlan, TensorRef, Update, even_rows
+from shardmerge.spec import (
+    FLOAT_DTYPES,
+    MIN_TILE_ROWS,
+    MemoryPlan,
+    ShardPlan,
+    TensorInfo,
+    TensorPlan,
+    TensorRef,
+    Update,
+    even_rows,
+)
 from tests.builders import refs_of, untimed, update_of
 
 SMALLEST, LARGEST = min(_BUFFER_SIZES), max(_BUFFER_SIZES)

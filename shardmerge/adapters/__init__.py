@@ -124,8 +124,8 @@ FAMILIES: Mapping[str, Family] = {
 
 #: How adapters are stored: ``format`` in the config, and what it is.
 FORMATS: Mapping[str, str] = {
-    "peft": "PEFT's `adapter_config.json` with `adapter_model.safetensors` or `.bin`, any method of the table below; or "
-    "its LoRA keys alone, with `alpha` or `scaling` in our config",
+    "peft": "PEFT's `adapter_config.json` with `adapter_model.safetensors` or `.bin`, any method of the table below; "
+    "or its LoRA keys alone, with `alpha` or `scaling` in our config",
     "pure-pytorch": "the `.pt` of a training loop that computes `x @ A @ B * scale`: `….A` (in, r), `….B` (r, out)",
     "kohya": "LoRA of image trainers: `lora_down`, `lora_up` and `alpha` by module, names with dots or underscores",
     "mlx": "`adapters.safetensors` of mlx-lm: LoRA, DoRA, or whole tensors",

@@ -42,5 +42,6 @@ class FrozenCopy(Family):
         if not torch.equal(scratch.copy_(tile).to(narrow), copy.to(narrow)):
             raise FormatError(
                 f"{update.factor('copy').name}: the adapter's copy of {update.target} differs from the base's in rows "
-                f"{window.rows.start} to {window.rows.stop - 1}: it was trained on another base, or it trained this weight too"
+                f"{window.rows.start} to {window.rows.stop - 1}: it was trained on another base, or it trained this "
+                "weight too"
             )

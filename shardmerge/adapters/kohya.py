@@ -1,9 +1,9 @@
 """LoRA as image trainers write it (kohya's scripts, older diffusers): W' = W + α / r · up · down.
 
-down is (r, in) or, of a convolution, (r, in, k…); up is (out, r) or (out, r, 1…). α is a number in the file; where it is
-missing, the scaling is 1. Keys are ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``, with the module's
-dots written as underscores, so only the base's own names can tell where they were; or with dots, as diffusers wrote them:
-``unet.down_blocks.0.attentions.0.proj_in.lora.down.weight``.
+down is (r, in) or, of a convolution, (r, in, k…); up is (out, r) or (out, r, 1…). α is a number in the file; where it
+is missing, the scaling is 1. Keys are ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``, with the
+module's dots written as underscores, so only the base's own names can tell where they were; or with dots, as diffusers
+wrote them: ``unet.down_blocks.0.attentions.0.proj_in.lora.down.weight``.
 Source: kohya-ss/sd-scripts, networks/lora.py; diffusers, loaders/lora_conversion_utils.py.
 """
 
@@ -29,7 +29,7 @@ ReadNumber = Callable[[TensorRef], float]
 
 def looks_like(names: Mapping[str, TensorRef]) -> bool:
     """Whether a file of these tensors is such an adapter."""
-    return any((match := _KEY.fullmatch(name)) and not name.endswith(".alpha") for name in names)
+    return any(_KEY.fullmatch(name) and not name.endswith(".alpha") for name in names)
 
 
 def claim(tensors: Mapping[str, TensorRef], read: ReadNumber, alpha: float | None, scaling: float | None) -> Claims:
@@ -82,8 +82,8 @@ def _claim_pair(
     kernels = up.shape[2:]
     if len(down.shape) < 2 or len(up.shape) < 2 or up.shape[1] != down.shape[0] or any(size != 1 for size in kernels):
         claims.misfit(
-            f"{down.name} {list(down.shape)} and {up.name} {list(up.shape)}: expected (r, in) and (out, r) of one rank, or "
-            "of a convolution (r, in, k…) and (out, r, 1…)"
+            f"{down.name} {list(down.shape)} and {up.name} {list(up.shape)}: expected (r, in) and (out, r) of one rank, "
+            "or of a convolution (r, in, k…) and (out, r, 1…)"
         )
         return
     claims.updates[-1] = update.changed(rank=down.shape[0])

@@ -159,7 +159,9 @@ class LoraBlocks(Lora):
         whole = (stored.shape[0], stored.shape[1] * blocks)
         if whole[0] % blocks:
             return [f"{stored.name} is {list(stored.shape)}, whose rows are no {blocks} blocks"]
-        unfolded = tuple((role, dataclasses.replace(ref, shape=whole) if role == diagonal else ref) for role, ref in update.factors)
+        unfolded = tuple(
+            (role, dataclasses.replace(ref, shape=whole) if role == diagonal else ref) for role, ref in update.factors
+        )
         return super().check(dataclasses.replace(update, factors=unfolded), shape)
 
     def a(self, factors: Factors, update: Update, columns: RowRange) -> Tensor:

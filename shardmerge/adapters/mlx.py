@@ -73,8 +73,8 @@ def _claim_pair(claims: Claims, module: str, found: Mapping[str, TensorRef], sca
         return
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0]:
         claims.misfit(
-            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (in, r) and (r, out) of one rank; MLX's own "
-            "layout of experts is not that of any checkpoint"
+            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (in, r) and (r, out) of one rank; MLX's "
+            "own layout of experts is not that of any checkpoint"
         )
         return
     factors = (("A", a.transposed()), ("B", b.transposed()))

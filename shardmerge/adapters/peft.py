@@ -206,7 +206,8 @@ def _key_pattern(roles: tuple[tuple[str, str], ...]) -> tuple[re.Pattern[str], l
     for index, (key, role) in enumerate(roles):
         factor, dot, end = key.partition(".")
         parts.append(
-            rf"(?P<role{index}>{re.escape(factor)}(?:\.(?P<adapter{index}>(?!weight$|bias$)[^.]+))?{re.escape(dot + end)})"
+            rf"(?P<role{index}>{re.escape(factor)}(?:\.(?P<adapter{index}>(?!weight$|bias$)[^.]+))?"
+            rf"{re.escape(dot + end)})"
         )
         names.append(role.removesuffix("?"))
     return re.compile(rf"(?P<module>.+)\.(?:{'|'.join(parts)})"), names
@@ -218,8 +219,8 @@ def _key_pattern(roles: tuple[tuple[str, str], ...]) -> tuple[re.Pattern[str], l
 def claim_wholes(claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
     """Whole tensors in place of the base's: ``modules_to_save``, trained biases, embeddings, wrapped base layers.
 
-    Where the vocabulary was resized, PEFT writes all that a trained embedding's wrapper holds, beside the tensor itself:
-    the copy under ``modules_to_save`` and the untrained original. It reads neither, and so neither is read here.
+    Where the vocabulary was resized, PEFT writes all that a trained embedding's wrapper holds, beside the tensor
+    itself: the copy under ``modules_to_save`` and the untrained original. It reads neither, and so neither is read here.
     """
     for name in claims.leftovers(tensors):
         if ".original_module." in name and _SAVED.sub("", name.replace(".original_module.", ".")) in tensors:

@@ -46,8 +46,8 @@ class LoraMethod(PeftMethod):
     peft_type: ClassVar[str] = "LORA"
     title: ClassVar[str] = "LoRA, rsLoRA, DoRA"
     note: ClassVar[str] = (
-        "Linear, Conv1D, convolutions, embeddings, `nn.MultiheadAttention`, fused experts (`target_parameters`); BD-LoRA, "
-        "MiCA, MonteCLoRA; `lora_bias`, trained biases and tokens, `modules_to_save`"
+        "Linear, Conv1D, convolutions, embeddings, `nn.MultiheadAttention`, fused experts (`target_parameters`); "
+        "BD-LoRA, MiCA, MonteCLoRA; `lora_bias`, trained biases and tokens, `modules_to_save`"
     )
     paper: ClassVar[str] = "arXiv:2106.09685, 2312.03732, 2402.09353"
     roles: ClassVar[Mapping[str, str]] = {
