@@ -82,8 +82,8 @@ def _claim_pair(
     kernels = up.shape[2:]
     if len(down.shape) < 2 or len(up.shape) < 2 or up.shape[1] != down.shape[0] or any(size != 1 for size in kernels):
         claims.misfit(
-            f"{down.name} {list(down.shape)} and {up.name} {list(up.shape)}: expected (r, in) and (out, r) of one rank, "
-            "or of a convolution (r, in, k…) and (out, r, 1…)"
+            f"{down.name} {list(down.shape)} and {up.name} {list(up.shape)}: expected (r, in) and (out, r) of one "
+            "rank, or of a convolution (r, in, k…) and (out, r, 1…)"
         )
         return
     claims.updates[-1] = update.changed(rank=down.shape[0])
