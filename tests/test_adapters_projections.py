@@ -103,9 +103,9 @@ P = "base_model.model."
         (f"{P}wide.vera_lambda_b", (55,), ["vera_lambda_b is [55]; expected [56]"]),
         (f"{P}wide.vera_lambda_b", (56, 1), ["vera_lambda_b [56, 1]"]),
         ("base_model.vera_A", None, ["base_model.vera_A is missing", "save_projection"]),
-        ("base_model.vera_A", (6, 23), ["vera_A is [6, 23]", "at least 24 columns"]),
-        ("base_model.vera_A", (7, 24), ["vera_A is [7, 24]", "expected 6 rows"]),
-        ("base_model.vera_B", (55, 6), ["vera_B is [55, 6]", "at least 56 rows"]),
+        ("base_model.vera_A", (6, 23), ["vera_A is [6, 23]", "expected [6, 24]"]),
+        ("base_model.vera_A", (7, 24), ["vera_A is [7, 24]", "expected [6, 24]"]),
+        ("base_model.vera_B", (55, 6), ["vera_B is [55, 6]", "expected [56, 6]"]),
         ("base_model.vera_C", (55, 6), ["vera_C belongs to no update"]),
     ],
 )

@@ -226,7 +226,7 @@ def test_the_record_says_what_was_merged(config: dict[str, Any], output: Path, t
     assert record["config"]["base"] == str(tmp_path / "base")
     assert record["shards"] == {path.name: path.stat().st_size for path in output.glob("*.safetensors")}
     update = {"adapter": 0, "family": "lora", "rank": 2, "scaling": 1.5}
-    assert record["targets"] == {f"{target}.weight": [update] for target in TARGETS}
+    assert record["targets"] == {f"{name}.weight": [{**update, "module": f"{name}.weight"}] for name in TARGETS}
     assert [info["location"] for info in record["adapters"]] == config["adapters"]
     fingerprints = {file["uri"]: file["size"] for file in record["base"]["files"]}
     assert fingerprints == {str(path): path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors")}

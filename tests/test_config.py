@@ -110,7 +110,18 @@ def test_defaults(tmp_path: Path) -> None:
     assert config == MergeConfig.from_dict(DATA)
     assert config.model_dump() == {
         "base": "models/tiny",
-        "adapters": ({"path": "sft", "weight": 1.0, "format": "auto", "alpha": None, "scaling": None},),
+        "adapters": (
+            {
+                "path": "sft",
+                "weight": 1.0,
+                "format": "auto",
+                "expert_layout": "peft",
+                "prefix": None,
+                "alpha": None,
+                "scaling": None,
+            },
+        ),
+        "tied": "untie",
         "output": {"path": "merged", "dtype": "same", "max_shard_size": "same"},
         "compute": {"device": "auto", "dtype": "float32", "max_memory": "auto"},
     }
@@ -153,11 +164,11 @@ def test_devices(device: str) -> None:
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"bse": "x"}, ["bse: there is no such key", "did you mean base?", "base, adapters, output, compute"]),
-        ({"zzzzz": 1}, ["zzzzz: there is no such key; valid are base, adapters, output, compute"]),
+        ({"bse": "x"}, ["bse: there is no such key", "did you mean base?", "base, adapters, output, tied, compute"]),
+        ({"zzzzz": 1}, ["zzzzz: there is no such key; valid are base, adapters, output, tied, compute"]),
         (
             {"adapters": [{"path": "a", "wieght": 1}]},
-            ["adapters.0.wieght", "mean weight?", "path, weight, format, alpha, scaling"],
+            ["adapters.0.wieght", "mean weight?", "path, weight, format, expert_layout, prefix, alpha, scaling"],
         ),
         ({"adapters": ["a", {"path": "b", "rank": 1}]}, ["adapters.1.rank: there is no such key; valid are path"]),
         (

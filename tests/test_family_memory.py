@@ -1,7 +1,7 @@
 """Memory does not grow with the weight: the peak of a merge, whatever the method, above that of importing torch.
 
 The weight, (16384, 2048) in bfloat16, takes 67 MB, and its update in float32 twice that: who makes it whole exceeds the
-bound. FourierFT and WaveFT do, and say so in the plan.
+bound. A few do, and say so in the plan.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from tests.peft_oracle import make_config
 OUT, IN = 16384, 2048
 #: What a merge may take above the interpreter with torch in it.
 BOUND = 128 << 20
-WHOLE = ("FOURIERFT", "WAVEFT")
+#: Every number of their update depends on all of the weight or of a spectrum as large.
+WHOLE = ("FOURIERFT", "FROD", "OSF", "PSOFT", "WAVEFT")
 
 #: A config of every method, for a layer of this size.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -49,6 +50,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "HIRA": ("HiraConfig", {"r": 16}),
     "GRALORA": ("GraloraConfig", {"r": 16}),
     "GLORA": ("GloraConfig", {"r": 4}),
+    "PVERA": ("PveraConfig", {"r": 64}),
+    "UNILORA": ("UniLoraConfig", {"r": 4, "theta_d_length": 256, "save_indices": True}),
+    "TINYLORA": ("TinyLoraConfig", {"r": 2}),
+    "DEFT": ("DeftConfig", {"r": 16}),
+    "PEANUT": ("PeanutConfig", {"r": 16}),
 }
 FAST = ("LORA", "LORA, DoRA", "IA3")
 
@@ -91,7 +97,7 @@ def test_every_method_that_goes_by_rows_is_here() -> None:
 
 
 #: Methods that a row of their own would add nothing to.
-OTHERS: tuple[str, ...] = ()
+OTHERS = ("SUPERTUNING",)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")

@@ -45,6 +45,7 @@ class FourierFt(Family, PeftMethod):
     peft_type: ClassVar[str] = "FOURIERFT"
     title: ClassVar[str] = "FourierFT"
     paper: ClassVar[str] = "arXiv:2405.03003"
+    note: ClassVar[str] = "makes a weight's whole update at once, in memory that grows with the weight"
     roles: ClassVar[Mapping[str, str]] = {"fourierft_spectrum": "spectrum"}
     settings: ClassVar[Mapping[str, Check]] = {
         "n_frequency": RANK,

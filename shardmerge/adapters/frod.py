@@ -40,6 +40,7 @@ class Frod(Family, PeftMethod):
     peft_type: ClassVar[str] = "FROD"
     title: ClassVar[str] = "FRoD"
     paper: ClassVar[str] = "AAAI 2026, doi 10.1609/aaai.v40i31.39813"
+    note: ClassVar[str] = "makes a weight's whole update at once, in memory that grows with the weight"
     roles: ClassVar[Mapping[str, str]] = {"frod_lambda_l": "diagonal", "frod_lambda_s_values": "values"}
     settings: ClassVar[Mapping[str, Check]] = {}
     inert: ClassVar[frozenset[str]] = frozenset(

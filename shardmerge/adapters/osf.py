@@ -52,6 +52,7 @@ class Osf(Family, PeftMethod):
     peft_type: ClassVar[str] = "OSF"
     title: ClassVar[str] = "OSF"
     paper: ClassVar[str] = "arXiv:2504.07097"
+    note: ClassVar[str] = "makes a weight's whole update at once, in memory that grows with the weight"
     roles: ClassVar[Mapping[str, str]] = {
         "osf_svd_params.U_low": "U",
         "osf_svd_params.S_low": "S",

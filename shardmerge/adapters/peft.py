@@ -139,7 +139,7 @@ class PeftMethod(ABC):
                     "tensors; PEFT would ignore them"
                 )
         if modules:
-            claims.told |= {ref.name for ref in shared.values()}
+            claims.told |= {ref.name for ref in shared.values() if 0 not in ref.shape}
         self.claim_rest(claims, tensors, config)
         return claims
 

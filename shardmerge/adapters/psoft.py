@@ -42,6 +42,7 @@ class Psoft(Factored, PeftMethod):
     peft_type: ClassVar[str] = "PSOFT"
     title: ClassVar[str] = "PSOFT"
     paper: ClassVar[str] = "arXiv:2505.11235"
+    note: ClassVar[str] = "makes a weight's whole update at once, in memory that grows with the weight"
     roles: ClassVar[Mapping[str, str]] = {
         "psoft_R.weight": "R",
         "psoft_R.vector_a": "a?",

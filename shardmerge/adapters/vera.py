@@ -54,7 +54,7 @@ class Vera(Family, PeftMethod):
 
     def claim(self, tensors: Mapping[str, TensorRef], context: Context) -> Claims:
         claims = super().claim(tensors, context)
-        return sized(claims, VeraSeeded(), context)
+        return sized(sized(claims, VeraSeeded(), context), self, context)
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         found, rank = module.factors, context.config["r"]
@@ -86,12 +86,11 @@ class Vera(Family, PeftMethod):
         problems = misshaped(update.factor("lambda_b"), (shape[0],), f"a number for every output of {update.module}")
         if problems or not update.has("A"):
             return problems
-        a, b = update.factor("A"), update.factor("B")
-        if len(a.shape) != 2 or a.shape[0] != update.rank or a.shape[1] < shape[1]:
-            problems.append(f"{a.name} is {list(a.shape)}; expected {update.rank} rows of at least {shape[1]} columns")
-        if len(b.shape) != 2 or b.shape[1] != update.rank or b.shape[0] < shape[0]:
-            problems.append(f"{b.name} is {list(b.shape)}; expected at least {shape[0]} rows of {update.rank} columns")
-        return [f"{problem}, for {update.module} {list(shape)}" for problem in problems]
+        rows, columns = dict(update.settings).get("sizes") or shape
+        what = "as large as the largest module"
+        problems += misshaped(update.factor("A"), (update.rank, columns), what)
+        problems += misshaped(update.factor("B"), (rows, update.rank), what)
+        return problems
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         import torch

@@ -38,6 +38,7 @@ class WaveFt(Family, PeftMethod):
     peft_type: ClassVar[str] = "WAVEFT"
     title: ClassVar[str] = "WaveFT"
     paper: ClassVar[str] = "arXiv:2505.12532"
+    note: ClassVar[str] = "makes a weight's whole update at once, in memory that grows with the weight"
     roles: ClassVar[Mapping[str, str]] = {"waveft_spectrum": "spectrum"}
     settings: ClassVar[Mapping[str, Check]] = {
         "n_frequency": RANK,
