@@ -220,7 +220,7 @@ def claim_wholes(claims: Claims, tensors: Mapping[str, TensorRef], config: Confi
     """Whole tensors in place of the base's: ``modules_to_save``, trained biases, embeddings, wrapped base layers.
 
     Where the vocabulary was resized, PEFT writes all that a trained embedding's wrapper holds, beside the tensor
-    itself: the copy under ``modules_to_save`` and the untrained original. It reads neither, and so neither is read here.
+    itself: the copy under ``modules_to_save`` and the untrained original. It reads neither, and nor do we.
     """
     for name in claims.leftovers(tensors):
         if ".original_module." in name and _SAVED.sub("", name.replace(".original_module.", ".")) in tensors:
