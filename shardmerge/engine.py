@@ -23,9 +23,11 @@ from shardmerge.pipeline import Buffer
 from shardmerge.sinks import ShardWriter
 from shardmerge.sources import Reader, open_reader
 from shardmerge.spec import (
+    BUFFER_SLACK,
     DTYPE_BITS,
     DTYPE_NAMES,
     FLOAT_DTYPES,
+    PAGE,
     MergePlan,
     Receipt,
     RowRange,
@@ -42,14 +44,13 @@ from shardmerge.windows import locate
 _OPEN_READERS = 8
 #: Six would do, by measurement with MKL.
 _ROWS_PER_THREAD = 8
-_NO_ROWS = RowRange(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """Bytes of one buffer: what is read from where, and what is written to where.
 
-    ``tensor`` is None for a run of bytes that travels as it is.
+    ``tensor`` is None for a run of bytes that travels as it is; else ``tiles`` are the rows that are worked on at a time.
     """
 
     uri: str
@@ -58,7 +59,7 @@ class Job:
     write_offset: int
     write_bytes: int
     tensor: TensorPlan | None = None
-    rows: RowRange = _NO_ROWS
+    tiles: tuple[RowRange, ...] = ()
     #: The update, by its place among the tensor's, that only looks at the tile; nothing is written then.
     survey: int | None = None
 
@@ -115,7 +116,7 @@ def jobs(shard: ShardPlan, buffer_bytes: int) -> Iterator[Job]:
             if run:
                 yield from _chunks(run, buffer_bytes)
                 run = None
-            yield from _tiles(tensor)
+            yield from _blocks(tensor, buffer_bytes)
         elif tensor.source.nbytes:
             run, finished = _extend(run, tensor)
             if finished:
@@ -143,23 +144,65 @@ def _chunks(run: Job, buffer_bytes: int) -> Iterator[Job]:
         yield Job(run.uri, run.read_offset + start, size, run.write_offset + start, size)
 
 
-def _tiles(tensor: TensorPlan) -> Iterator[Job]:
-    """All tiles, after a pass over them for every update that must see them all before it changes the first."""
+def _blocks(tensor: TensorPlan, buffer_bytes: int) -> Iterator[Job]:
+    """All tiles, as many to a job as a buffer holds; before that, for every update that must see them all before it
+    changes the first, a pass over them."""
     read_row = tensor.row_elements * DTYPE_BITS[tensor.source.dtype] // 8
     write_row = tensor.row_elements * DTYPE_BITS[tensor.out.dtype] // 8
+    most_rows = buffer_bytes // max(1, read_row, write_row)
     surveys = [index for index, update in enumerate(tensor.updates) if FAMILIES[update.family].surveys(update)]
     for survey in (*surveys, None):
-        for rows in tensor.ranges():
+        for tiles in _grouped(tensor.ranges(), most_rows):
+            start, rows = tiles[0].start, tiles[-1].stop - tiles[0].start
             yield Job(
                 uri=tensor.source.uri,
-                read_offset=tensor.source.offset + rows.start * read_row,
-                read_bytes=len(rows) * read_row,
-                write_offset=tensor.out.data_offsets[0] + rows.start * write_row,
-                write_bytes=len(rows) * write_row if survey is None else 0,
+                read_offset=tensor.source.offset + start * read_row,
+                read_bytes=rows * read_row,
+                write_offset=tensor.out.data_offsets[0] + start * write_row,
+                write_bytes=rows * write_row if survey is None else 0,
                 tensor=tensor,
-                rows=rows,
+                tiles=tiles,
                 survey=survey,
             )
+
+
+def _grouped(tiles: Iterable[RowRange], most_rows: int) -> Iterator[tuple[RowRange, ...]]:
+    """Tiles that follow each other, in groups of up to ``most_rows`` rows."""
+    group: list[RowRange] = []
+    for tile in tiles:
+        if group and tile.stop - group[0].start > most_rows:
+            yield tuple(group)
+            group = []
+        group.append(tile)
+    if group:
+        yield tuple(group)
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Where in a buffer a job's bytes are read to, worked to, and written from.
+
+    Direct I/O wants bytes at the same place within a page as in the file. What is worked out is put before what is yet to
+    be worked on, never over it.
+    """
+
+    read: int
+    work: int
+    write: int
+
+
+def positions(job: Job, data_start: int) -> Positions:
+    """The places of a job in a buffer; ``data_start`` is where the output file's data begins."""
+    write = (data_start + job.write_offset) % PAGE
+    work, item = write, 1
+    if job.tensor is not None:
+        item = DTYPE_BITS[job.tensor.source.dtype] // 8
+        work = -(-write // 8) * 8  # a float's place is a multiple of its size
+    least = work + max(0, job.write_bytes - job.read_bytes)
+    read = job.read_offset % PAGE
+    if read % item:
+        return Positions(aligned(least), work, write)
+    return Positions(read + -(-(least - read) // PAGE) * PAGE if least > read else read, work, write)
 
 
 class Readers:
@@ -189,7 +232,7 @@ class Engine:
         self.plan = plan
         self.device = resolve_device(plan.compute_device)
         self.dtype = dtype_code(plan.compute_dtype)
-        self.buffers = [Buffer(plan.memory.buffer_bytes) for _ in range(plan.memory.buffers)]
+        self.buffers = [Buffer(plan.memory.buffer_bytes + BUFFER_SLACK) for _ in range(plan.memory.buffers)]
         self._raw = {id(buffer): torch.frombuffer(buffer.memory, dtype=torch.uint8) for buffer in self.buffers}
         self._workspace = torch.empty(plan.memory.workspace_bytes, dtype=torch.uint8, device=self.device)
         self._threads = ComputeThreads()
@@ -208,16 +251,24 @@ class Engine:
     def merge_shard(self, shard: ShardPlan, writer: ShardWriter, advance: Callable[[int], None]) -> Receipt:
         """Write one shard through ``writer``, which is not committed. ``advance`` is told the bytes done."""
 
+        start = shard.header_bytes
+
         def read(job: Job, buffer: Buffer) -> None:
-            self._sources.get(job.uri).read_into(job.read_offset, buffer.view[: job.read_bytes])
+            source = self._sources.get(job.uri)
+            source.read_block(buffer.view, positions(job, start).read, job.read_offset, job.read_bytes)
 
         def work(job: Job, buffer: Buffer) -> None:
+            at = positions(job, start)
+            done = at.read
             if job.tensor is not None:
-                self._merge_tile(job, job.tensor, self._raw[id(buffer)])
+                self._merge_tiles(job, job.tensor, self._raw[id(buffer)], at)
+                done = at.work
+            if done != at.write and job.write_bytes:
+                buffer.view[at.write : at.write + job.write_bytes] = buffer.view[done : done + job.write_bytes]
 
         def write(job: Job, buffer: Buffer) -> None:
             if job.write_bytes:
-                writer.write(job.write_offset, buffer.view[: job.write_bytes])
+                writer.write_block(buffer.view, positions(job, start).write, job.write_offset, job.write_bytes)
 
         self._factors.begin_shard()
         pipeline.run(
@@ -230,33 +281,46 @@ class Engine:
         )
         return Receipt(shard.name, self.plan.digest, shard.nbytes, tuple(sorted(self._factors.active)))
 
-    def _merge_tile(self, job: Job, tensor: TensorPlan, raw: Tensor) -> None:
-        """Decode the tile from its buffer, update it in the workspace, and encode it into the same buffer."""
+    def _merge_tiles(self, job: Job, tensor: TensorPlan, raw: Tensor, at: Positions) -> None:
+        """Decode each tile from its buffer, update it in the workspace, and encode it into the same buffer."""
         self._threads.set_for(tensor)
-        shape = (len(job.rows), tensor.row_elements)
+        read_row = tensor.row_elements * DTYPE_BITS[tensor.source.dtype] // 8
+        write_row = tensor.row_elements * DTYPE_BITS[tensor.out.dtype] // 8
+        read, write = at.read, at.work
+        for rows in job.tiles:
+            stored = raw[read : read + len(rows) * read_row]
+            target = raw[write : write + len(rows) * write_row] if job.survey is None else None
+            self._merge_tile(job, tensor, rows, stored, target)
+            read, write = read + len(rows) * read_row, write + len(rows) * write_row
+
+    def _merge_tile(
+        self, job: Job, tensor: TensorPlan, rows: RowRange, source: Tensor, target: Tensor | None
+    ) -> None:
+        shape = (len(rows), tensor.row_elements)
         dtype = TORCH_DTYPES[work_dtype(tensor, self.dtype)]
-        stored = view_bytes(raw[: job.read_bytes], tensor.source.dtype, shape)
+        stored = view_bytes(source, tensor.source.dtype, shape)
         tile, scratch = self._work_tensors(shape, dtype, bool(tensor.updates))
         tile.copy_(stored)
         for index, update in enumerate(tensor.updates):
             if index == job.survey:
-                self._update(update, tensor, job, tile, scratch, FAMILIES[update.family].survey)
+                self._update(update, tensor, rows, tile, scratch, FAMILIES[update.family].survey)
                 return
-            self._update(update, tensor, job, tile, scratch, FAMILIES[update.family].apply)
-        self._check(tile, tensor, job.rows, stored)
-        encode_into(view_bytes(raw[: job.write_bytes], tensor.out.dtype, shape), tile)
+            self._update(update, tensor, rows, tile, scratch, FAMILIES[update.family].apply)
+        self._check(tile, tensor, rows, stored)
+        if target is not None:
+            encode_into(view_bytes(target, tensor.out.dtype, shape), tile)
 
     def _update(
         self,
         update: Update,
         tensor: TensorPlan,
-        job: Job,
+        rows: RowRange,
         tile: Tensor,
         scratch: Tensor,
         apply: Callable[[Tensor, UpdateFactors, Update, Window, Tensor], None],
     ) -> None:
         """Give a family its part of the tile, in the matrix's orientation."""
-        part = locate(tensor, update, job.rows)
+        part = locate(tensor, update, rows)
         if part is None:
             return
         view = tile[:, part.columns.start : part.columns.stop]

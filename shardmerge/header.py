@@ -20,7 +20,7 @@ MAX_HEADER_BYTES = 100_000_000
 #: Header bytes that one read usually brings whole.
 FIRST_READ = 1 << 16
 LENGTH_BYTES = 8
-_ALIGNMENT = 8
+ALIGNMENT = 8
 _KEYS = frozenset({"dtype", "shape", "data_offsets"})
 _TOO_LARGE = 1 << 63
 
@@ -147,11 +147,14 @@ def validate(tensors: Mapping[str, TensorInfo], data_bytes: int, where: str) -> 
     return ordered
 
 
-def encode(metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> bytes:
-    """Length, JSON and padding: all that comes before the data, which then starts at a multiple of 8."""
+def encode(metadata: Metadata, tensors: Mapping[str, TensorInfo], length: int = 0) -> bytes:
+    """Length, JSON and padding: all that comes before the data, which then starts at a multiple of 8.
+
+    ``length`` is what it must at least be: the format allows any number of spaces at its end.
+    """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for name, info in tensors.items():
         entries[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(len(text) + LENGTH_BYTES) % _ALIGNMENT)
+    text += b" " * max(length - len(text) - LENGTH_BYTES, -(len(text) + LENGTH_BYTES) % ALIGNMENT)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text

@@ -61,6 +61,11 @@ def dtype_code(name: str) -> str:
 
 #: A matrix product of fewer rows than some goes through another kernel, and rounds differently.
 MIN_TILE_ROWS = 16
+#: What direct I/O is aligned to, in the file and in memory.
+PAGE = 4096
+#: What a buffer has beyond its bytes: the pages that a block begins and ends in, and room to keep input and output apart.
+BUFFER_SLACK = 4 * PAGE
+
 #: Where matrices begin that are multiplied. MKL rounds differently where memory is less aligned than torch's own.
 ALIGNMENT = 64
 
@@ -351,7 +356,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        return self.buffers * self.buffer_bytes + self.workspace_bytes + self.factor_bytes
+        return self.buffers * (self.buffer_bytes + BUFFER_SLACK) + self.workspace_bytes + self.factor_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,9 +31,10 @@ from shardmerge.windows import boundaries, locate
 
 #: Buffers in flight: read, waiting, computed, waiting, written, and one to spare.
 BUFFERS = 6
-AUTO_MEMORY = 32 << 20
-#: Larger ones would not be faster: a tile of this size and its float32 work space stay in a core's cache.
-_BUFFER_SIZES = tuple(1 << bits for bits in range(20, 15, -1))
+AUTO_MEMORY = 48 << 20
+#: Bytes of a buffer, and of a tile of it. Larger buffers would not be faster, nor larger tiles: a tile of this size and its
+#: float32 work space stay in a core's cache.
+_SIZES = ((4 << 20, 1 << 20), (2 << 20, 1 << 20), *((1 << bits, 1 << bits) for bits in range(20, 15, -1)))
 _PAGE = 4096
 
 
@@ -54,8 +55,8 @@ def tile_all(
     # Layers repeat: what counts is one tensor of each kind.
     kinds = list({_kind(tensor): tensor for tensor in worked}.values())
     budget = AUTO_MEMORY if max_memory is None else max_memory
-    for size in _BUFFER_SIZES:
-        memory = _memory(kinds, size, compute_dtype)
+    for buffer_bytes, size in _SIZES:
+        memory = _memory(kinds, buffer_bytes, size, compute_dtype)
         if memory.total <= budget:
             break
 
@@ -132,11 +133,11 @@ def _largest_tile(segments: Iterable[tuple[int, int]]) -> int:
     return max(math.ceil(rows / tiles) for rows, tiles in segments)
 
 
-def _memory(kinds: Iterable[TensorPlan], buffer_bytes: int, compute_dtype: str) -> MemoryPlan:
+def _memory(kinds: Iterable[TensorPlan], buffer_bytes: int, tile_bytes: int, compute_dtype: str) -> MemoryPlan:
     workspace = factors = 0
     largest = buffer_bytes
     for tensor in kinds:
-        rows = _largest_tile(tile_counts(tensor, buffer_bytes))
+        rows = _largest_tile(tile_counts(tensor, tile_bytes))
         largest = max(largest, -(-rows * row_bytes(tensor) // _PAGE) * _PAGE)
         # A tile in the dtype of the work, and the scratch of the same size that updates use.
         dtype = work_dtype(tensor, compute_dtype)

@@ -7,7 +7,9 @@ model last: the index, or the only shard. Until then ``from_pretrained`` finds n
 
 from __future__ import annotations
 
+import errno
 import json
+import mmap
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,45 +18,97 @@ from typing import Any
 
 from shardmerge import durable, header
 from shardmerge.journal import RECORD_NAME, Journal
-from shardmerge.sources import open_reader
-from shardmerge.spec import AuxFile, MergePlan, ShardPlan, SourceFile
+from shardmerge.sources import open_direct, open_reader
+from shardmerge.spec import PAGE, AuxFile, MergePlan, ShardPlan, SourceFile
 
 _COPY_BYTES = 1 << 20
 
 
 class ShardWriter:
-    """One output file in the making. Leaving the ``with`` block without `commit` removes it."""
+    """One output file in the making, from its first byte to its last. Leaving the ``with`` block without `commit`
+    removes it.
+
+    Where the file system can, blocks go past the page cache, in whole pages: the bytes of the last, unfinished page wait
+    in memory for the next block. Else they are written as they come.
+    """
 
     def __init__(self, path: Path, shard: ShardPlan) -> None:
         self.path = path
         self.data_start = shard.header_bytes
         self._temporary = path.with_name(path.name + durable.TEMPORARY_SUFFIX)
-        self._fd = -1
-        head = header.encode(shard.metadata, {tensor.source.name: tensor.out for tensor in shard.tensors})
+        self._fd = self._direct = -1
+        self._done = 0
+        self._page = bytearray(PAGE)
+        head = header.encode(shard.metadata, {tensor.source.name: tensor.out for tensor in shard.tensors}, shard.header_bytes)
         try:
             # 0o666 so that the mode follows the umask.
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             self._fd = os.open(self._temporary, flags, 0o666)
-            self._write_at(0, memoryview(head))
+            self._direct = open_direct(str(self._temporary), os.O_WRONLY)
+            if self._direct >= 0:
+                os.posix_fallocate(self._fd, 0, shard.nbytes)
+            with mmap.mmap(-1, -(-len(head) // PAGE) * PAGE) as memory, memoryview(memory) as view:
+                view[: len(head)] = head
+                self._append(view, 0, len(head))
         except OSError as error:
             self._discard()
             raise durable.output_error(path, "writing", error) from None
 
-    def write(self, offset: int, view: memoryview) -> None:
-        """Put bytes at ``offset`` of the data section."""
+    def write_block(self, memory: memoryview, position: int, offset: int, size: int) -> None:
+        """Put the next ``size`` bytes, from ``position`` of page-aligned ``memory``, at ``offset`` of the data section.
+
+        ``position`` and the place in the file must be the same within a page. Bytes before it in its page may be
+        overwritten.
+        """
+        if self.data_start + offset != self._done:
+            raise AssertionError(f"{self.path}: byte {offset} of the data comes at the place of {self._done}")
         try:
-            self._write_at(self.data_start + offset, view)
+            self._append(memory, position, size)
         except OSError as error:
-            raise durable.output_error(self.path, f"writing {len(view)} bytes", error) from None
+            raise durable.output_error(self.path, f"writing {size} bytes", error) from None
+
+    def _append(self, memory: memoryview, position: int, size: int) -> None:
+        start, before = self._done, self._done % PAGE
+        self._done += size
+        if self._direct < 0:
+            self._write_at(start, memory[position : position + size])
+            return
+        first = position - before
+        memory[first:position] = self._page[:before]
+        pages = (before + size) // PAGE * PAGE
+        try:
+            self._write_direct(start - before, memory[first : first + pages])
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._close_direct()  # this file system promises what it cannot do
+            self._write_at(start - before, memory[first : position + size])
+            return
+        rest = before + size - pages
+        self._page[:rest] = memory[first + pages : position + size]
+
+    def _write_direct(self, offset: int, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            done += os.pwrite(self._direct, view[done:], offset + done)
 
     def _write_at(self, offset: int, view: memoryview) -> None:
         done = 0
         while done < len(view):
             done += os.pwrite(self._fd, view[done:], offset + done)
 
+    def _close_direct(self) -> None:
+        if self._direct >= 0:
+            os.close(self._direct)
+            self._direct = -1
+
     def commit(self) -> None:
         """Make the bytes durable, then the name."""
         try:
+            if self._direct >= 0:
+                rest = self._done % PAGE
+                self._write_at(self._done - rest, memoryview(self._page)[:rest])
+                self._close_direct()
             os.fsync(self._fd)
             os.close(self._fd)
             self._fd = -1
@@ -63,6 +117,7 @@ class ShardWriter:
         durable.rename(self._temporary, self.path)
 
     def _discard(self) -> None:
+        self._close_direct()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -14,9 +14,10 @@ from typing import Protocol
 
 from shardmerge.errors import SourceError
 from shardmerge.sources.local import LocalReader, LocalSource
+from shardmerge.sources.residency import open_direct
 from shardmerge.spec import SourceFile
 
-__all__ = ["HUB_SCHEME", "LocalReader", "LocalSource", "Reader", "Source", "directory_of", "open_reader", "open_source"]
+__all__ = ["HUB_SCHEME", "LocalReader", "LocalSource", "Reader", "Source", "directory_of", "open_direct", "open_reader", "open_source"]
 
 HUB_SCHEME = "hub://"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -55,6 +56,13 @@ class Reader(Protocol):
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes from ``offset`` on. `SourceError` if the file ends before."""
+
+    def read_block(self, memory: memoryview, position: int, offset: int, size: int) -> None:
+        """Put ``size`` bytes from ``offset`` at ``position`` of page-aligned ``memory``, perhaps past the page cache.
+
+        The rest of the pages that they lie in may be overwritten. Only where ``position`` and ``offset`` are the same
+        within a page can that be had.
+        """
 
     def close(self) -> None:
         """Give the file back. Calling it twice does no harm."""

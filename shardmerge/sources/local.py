@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from shardmerge.errors import SourceError
-from shardmerge.spec import SourceFile
+from shardmerge.sources.residency import Residency, open_direct
+from shardmerge.spec import PAGE, SourceFile
 
 
 def _problem(path: str, error: OSError) -> SourceError:
@@ -76,6 +77,8 @@ class LocalReader:
     def __init__(self, file: SourceFile, path: str | None = None) -> None:
         self.path = path or file.uri
         self._fd = -1
+        self._direct: int | None = None
+        self._residency: Residency | None = None
         try:
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             status = os.fstat(self._fd)
@@ -103,7 +106,34 @@ class LocalReader:
                 )
             done += count
 
+    def read_block(self, memory: memoryview, position: int, offset: int, size: int) -> None:
+        """See `Reader.read_block`. Bytes that are in the page cache come from there; others do not go there."""
+        before = offset % PAGE
+        if self._direct is None:
+            self._direct = open_direct(self.path, os.O_RDONLY)
+            self._residency = Residency(self._fd, os.fstat(self._fd).st_size) if self._direct >= 0 else None
+        if self._direct < 0 or position % PAGE != before or (self._residency and self._residency.has(offset, size)):
+            self.read_into(offset, memory[position : position + size])
+            return
+        pages = memory[position - before : position - before + -(-(before + size) // PAGE) * PAGE]
+        done = 0
+        while done < before + size:
+            try:
+                count = os.preadv(self._direct, [pages[done:]], offset - before + done)
+            except OSError:
+                count = 0
+            done += count
+            if count == 0 or count % PAGE:
+                break  # the file's end, or what this file system cannot do
+        if done < before + size:
+            done = max(done, before)
+            self.read_into(offset - before + done, pages[done : before + size])
+
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._residency is not None:
+            self._residency.close()
+            self._residency = None
+        for fd in (self._fd, self._direct):
+            if fd is not None and fd >= 0:
+                os.close(fd)
+        self._fd = self._direct = -1

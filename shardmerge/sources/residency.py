@@ -1,0 +1,60 @@
+"""Which bytes of a file are in the page cache. Reading those from there is faster; the others had better not go there."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+
+from shardmerge.spec import PAGE
+
+
+class Residency:
+    """Asks the kernel (mincore) about a file, through a mapping that is never touched, so takes no memory.
+
+    Where it cannot be asked, nothing is said to be in the cache. Of files of other users the kernel says that all of it
+    is; that costs some speed.
+    """
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._size = size
+        self._address = 0
+        self._libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" and size else None
+        if self._libc is not None:
+            self._libc.mmap.restype = ctypes.c_void_p
+            self._libc.mmap.argtypes = (
+                *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int),
+                ctypes.c_long,
+            )
+            self._libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+            self._libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+            address = self._libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+            self._address = 0 if address in (None, ctypes.c_void_p(-1).value) else int(address)
+
+    def has(self, offset: int, size: int) -> bool:
+        """Whether all pages of a range are in the cache."""
+        if not self._address or self._libc is None or mmap.PAGESIZE != PAGE:
+            return False
+        start = offset - offset % PAGE
+        length = min(offset + size, self._size) - start
+        pages = ctypes.create_string_buffer(-(-length // PAGE))
+        if length <= 0 or self._libc.mincore(self._address + start, length, pages):
+            return False
+        return all(page & 1 for page in pages.raw[: -(-length // PAGE)])
+
+    def close(self) -> None:
+        if self._address and self._libc is not None:
+            self._libc.munmap(self._address, self._size)
+            self._address = 0
+
+
+def open_direct(path: str, flags: int) -> int:
+    """A descriptor whose reads and writes go past the page cache, or -1 where the file system has no such thing."""
+    direct = getattr(os, "O_DIRECT", 0)
+    if not direct:
+        return -1
+    try:
+        return os.open(path, flags | direct | os.O_CLOEXEC)
+    except OSError:
+        return -1
