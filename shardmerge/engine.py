@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -38,12 +39,11 @@ from shardmerge.spec import (
     Window,
     aligned,
     dtype_code,
+    even_rows,
 )
 from shardmerge.windows import locate
 
 _OPEN_READERS = 8
-#: Six would do, by measurement with MKL.
-_ROWS_PER_THREAD = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,26 +77,39 @@ def resolve_device(name: str) -> torch.device:
 
 
 class ComputeThreads:
-    """How many threads torch computes with, put back by `close`.
+    """Who computes, put back by `close`.
 
-    Half of the cores as a rule: the threads that read and write need some too, and on two cores a second thread of
-    torch's pool would only wait, busily, for the first. The bits of a large matrix product do not depend on it, unless
-    a thread gets less than a handful of rows, which go through another kernel: so a tile of few rows gets few threads.
-    Those of a small product may; so a weight of one tile gets the threads that torch takes by itself, as for PEFT.
+    The tiles of a weight are shared out among a few threads of ours, in each of which torch computes with one thread: so
+    nothing is waited for within a product, and torch's pool does not fight with the threads that read and write. The bits
+    of a large product do not depend on the number of threads. Those of a small one may; so a weight of one tile gets the
+    threads that torch takes by itself, as for PEFT.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int) -> None:
         self._default = torch.get_num_threads()
-        self._half = max(1, min(self._default, _cores() // 2))
+        self.workers = max(1, min(workers, _cores()))
+        self._pool = ThreadPoolExecutor(
+            self.workers, "shardmerge-compute", initializer=torch.set_num_threads, initargs=(1,)
+        )
+
+    def run(self, tasks: Sequence[Callable[[int], None]]) -> None:
+        """Run tasks side by side, each told its number among those that run; the first error is raised when all ended."""
+        if len(tasks) == 1:
+            tasks[0](0)
+            return
+        running = [self._pool.submit(task, number) for number, task in enumerate(tasks)]
+        wait(running)
+        for future in running:
+            future.result()
 
     def set_for(self, tensor: TensorPlan) -> None:
-        wanted = self._default
-        if tensor.tiles > 1:
-            wanted = max(1, min(self._half, tensor.rows // tensor.tiles // _ROWS_PER_THREAD))
+        """How many threads torch has in the caller's thread."""
+        wanted = self._default if tensor.tiles == 1 else 1
         if wanted != torch.get_num_threads():
             torch.set_num_threads(wanted)
 
     def close(self) -> None:
+        self._pool.shutdown()
         torch.set_num_threads(self._default)
 
 
@@ -234,8 +247,11 @@ class Engine:
         self.dtype = dtype_code(plan.compute_dtype)
         self.buffers = [Buffer(plan.memory.buffer_bytes + BUFFER_SLACK) for _ in range(plan.memory.buffers)]
         self._raw = {id(buffer): torch.frombuffer(buffer.memory, dtype=torch.uint8) for buffer in self.buffers}
-        self._workspace = torch.empty(plan.memory.workspace_bytes, dtype=torch.uint8, device=self.device)
-        self._threads = ComputeThreads()
+        self._threads = ComputeThreads(plan.memory.workers if self.device.type == "cpu" else 1)
+        self._workspaces = [
+            torch.empty(plan.memory.workspace_bytes, dtype=torch.uint8, device=self.device)
+            for _ in range(self._threads.workers)
+        ]
         adapter_files = [file for adapter in plan.adapters for file in adapter.files]
         # Two sets, as they are used by two threads. Whole tensors of an adapter may stand in for the base's.
         self._sources = Readers([*plan.base.files, *adapter_files])
@@ -286,29 +302,42 @@ class Engine:
         self._threads.set_for(tensor)
         read_row = tensor.row_elements * DTYPE_BITS[tensor.source.dtype] // 8
         write_row = tensor.row_elements * DTYPE_BITS[tensor.out.dtype] // 8
-        read, write = at.read, at.work
-        for rows in job.tiles:
-            stored = raw[read : read + len(rows) * read_row]
-            target = raw[write : write + len(rows) * write_row] if job.survey is None else None
-            self._merge_tile(job, tensor, rows, stored, target)
-            read, write = read + len(rows) * read_row, write + len(rows) * write_row
+        first = job.tiles[0].start
+
+        def merge(tiles: Sequence[RowRange]) -> Callable[[int], None]:
+            def task(worker: int) -> None:
+                for rows in tiles:
+                    read = at.read + (rows.start - first) * read_row
+                    write = at.work + (rows.start - first) * write_row
+                    stored = raw[read : read + len(rows) * read_row]
+                    target = raw[write : write + len(rows) * write_row]
+                    self._merge_tile(job, tensor, rows, stored, target, self._workspaces[worker])
+
+            return task
+
+        # Where output takes the very place of input, tiles are apart. A survey adds up, and so goes in order.
+        apart = at.read == at.work and read_row == write_row and job.survey is None
+        count = min(len(job.tiles), self._threads.workers) if apart else 1
+        parts = even_rows(len(job.tiles), count)
+        self._threads.run([merge(job.tiles[part.start : part.stop]) for part in parts])
 
     def _merge_tile(
-        self, job: Job, tensor: TensorPlan, rows: RowRange, source: Tensor, target: Tensor | None
+        self, job: Job, tensor: TensorPlan, rows: RowRange, source: Tensor, target: Tensor, workspace: Tensor
     ) -> None:
         shape = (len(rows), tensor.row_elements)
         dtype = TORCH_DTYPES[work_dtype(tensor, self.dtype)]
         stored = view_bytes(source, tensor.source.dtype, shape)
-        tile, scratch = self._work_tensors(shape, dtype, bool(tensor.updates))
+        tile, scratch = _work_tensors(workspace, shape, dtype, bool(tensor.updates))
         tile.copy_(stored)
         for index, update in enumerate(tensor.updates):
             if index == job.survey:
                 self._update(update, tensor, rows, tile, scratch, FAMILIES[update.family].survey)
                 return
             self._update(update, tensor, rows, tile, scratch, FAMILIES[update.family].apply)
-        self._check(tile, tensor, rows, stored)
-        if target is not None:
-            encode_into(view_bytes(target, tensor.out.dtype, shape), tile)
+        out = view_bytes(target, tensor.out.dtype, shape)
+        encode_into(out, tile)
+        if not _is_finite(out):
+            self._check(tile, tensor, rows)
 
     def _update(
         self,
@@ -328,29 +357,42 @@ class Engine:
         space = scratch.view(-1)[: view.numel()].view(view.shape)
         apply(view, self._factors.of(update, tile.dtype), update, part.window, space)
 
-    def _work_tensors(self, shape: tuple[int, int], dtype: torch.dtype, with_scratch: bool) -> tuple[Tensor, Tensor]:
-        size = shape[0] * shape[1] * dtype.itemsize
-        starts = (0, aligned(size)) if with_scratch else (0,)
-        parts = [self._workspace[start : start + size].view(dtype).view(shape) for start in starts]
-        return parts[0], parts[-1]
-
-    def _check(self, tile: Tensor, tensor: TensorPlan, rows: RowRange, stored: Tensor) -> None:
-        """Stop at a value that is not finite, or that the output dtype would round to infinity."""
-        if tile.numel() == 0:
-            return
-        low, high = (float(bound) for bound in torch.aminmax(tile))
-        limit = overflow_limit(tensor.out.dtype)
-        if -limit < low and high < limit:  # false for NaN, which aminmax passes on
-            return
-        wrong = ~(tile.abs() < limit)
+    def _check(self, tile: Tensor, tensor: TensorPlan, rows: RowRange) -> None:
+        """Stop at a value that is not finite, or that the output dtype rounds to infinity."""
+        wrong = ~(tile.abs() < overflow_limit(tensor.out.dtype))
         if not tensor.updates:
             # An infinity that the base holds on purpose (a mask, say) stays one; only a number must not become one.
             wrong &= torch.isfinite(tile)
-            if not bool(wrong.any()):
-                return
+        if not bool(wrong.any()):
+            return
         row, column = (int(index) for index in wrong.nonzero()[0])
-        value, was = float(tile[row, column]), float(stored[row, column])
+        value, was = float(tile[row, column]), self._stored(tensor, rows.start + row, column)
         raise NonFiniteError(_explain(tensor, rows.start + row, column, value, was))
+
+
+    def _stored(self, tensor: TensorPlan, row: int, column: int) -> float:
+        """A number of the source, read again: by now the buffer holds the result."""
+        size = DTYPE_BITS[tensor.source.dtype] // 8
+        data = bytearray(size)
+        with self._factors.lock:
+            reader = self._adapters.get(tensor.source.uri)
+            reader.read_into(tensor.source.offset + (row * tensor.row_elements + column) * size, memoryview(data))
+        return float(torch.frombuffer(data, dtype=TORCH_DTYPES[tensor.source.dtype])[0])
+
+
+def _work_tensors(
+    workspace: Tensor, shape: tuple[int, int], dtype: torch.dtype, with_scratch: bool
+) -> tuple[Tensor, Tensor]:
+    size = shape[0] * shape[1] * dtype.itemsize
+    starts = (0, aligned(size)) if with_scratch else (0,)
+    parts = [workspace[start : start + size].view(dtype).view(shape) for start in starts]
+    return parts[0], parts[-1]
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether every value is sure to be finite. A sum is the cheapest pass there is, and not finite if a part of it is
+    not; of very large numbers it may be infinite by itself, so False says only that one must look."""
+    return math.isfinite(float(values.sum(dtype=torch.float32)))
 
 
 def _explain(tensor: TensorPlan, row: int, column: int, value: float, was: float) -> str:

@@ -7,6 +7,7 @@ those that go by rows only the rows of one tile.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 
 import torch
@@ -42,6 +43,8 @@ class LazyFactors:
         self._as_stored: dict[TensorRef, Tensor] = {}
         self._built: dict[tuple[int, str], Tensor] = {}
         self._threads = torch.get_num_threads()
+        #: Held while something is read or built; several threads ask.
+        self.lock = threading.RLock()
         #: Adapters, by number, that have had an effect in this shard.
         self.active: set[int] = set()
 
@@ -50,6 +53,10 @@ class LazyFactors:
 
     def of(self, update: Update, dtype: torch.dtype = torch.float32) -> UpdateFactors:
         """The factors of one update, in ``dtype``. A new target drops what was kept for the one before."""
+        with self.lock:
+            return self._of(update, dtype)
+
+    def _of(self, update: Update, dtype: torch.dtype) -> UpdateFactors:
         if update.target != self._target:
             self._kept.clear()
             self._as_stored.clear()
@@ -152,19 +159,23 @@ class UpdateFactors:
         self._update = update
 
     def whole(self, role: str) -> Tensor:
-        return self._seen(role, self._loader.whole(self._update.factor(role)))
+        with self._loader.lock:
+            return self._seen(role, self._loader.whole(self._update.factor(role)))
 
     def rows(self, role: str, rows: RowRange) -> Tensor:
         ref, shuffle = self._update.factor(role), self._update.place.shuffle
-        if shuffle is not None:
-            return self._seen(role, self._loader.whole(ref)[self._shuffled(shuffle, rows)])
-        return self._seen(role, self._loader.rows(ref, rows))
+        with self._loader.lock:
+            if shuffle is not None:
+                return self._seen(role, self._loader.whole(ref)[self._shuffled(shuffle, rows)])
+            return self._seen(role, self._loader.rows(ref, rows))
 
     def columns(self, role: str, columns: RowRange) -> Tensor:
-        return self._seen(role, self._loader.columns(self._update.factor(role), columns))
+        with self._loader.lock:
+            return self._seen(role, self._loader.columns(self._update.factor(role), columns))
 
     def kept(self, name: str, build: Callable[[], Tensor]) -> Tensor:
-        return self._loader.built(self._update, name, build)
+        with self._loader.lock:
+            return self._loader.built(self._update, name, build)
 
     def _shuffled(self, shuffle: tuple[int, int, int], rows: RowRange) -> Tensor:
         """The matrix's rows that lie, in this order, at stored rows which the window counts as ``rows``."""

@@ -351,12 +351,15 @@ class MemoryPlan:
 
     buffers: int
     buffer_bytes: int
+    #: Threads that compute, each with a workspace and rows of factors of its own.
+    workers: int
     workspace_bytes: int
     factor_bytes: int
 
     @property
     def total(self) -> int:
-        return self.buffers * (self.buffer_bytes + BUFFER_SLACK) + self.workspace_bytes + self.factor_bytes
+        buffers = self.buffers * (self.buffer_bytes + BUFFER_SLACK)
+        return buffers + self.workers * self.workspace_bytes + self.factor_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,8 @@ from shardmerge.windows import boundaries, locate
 
 #: Buffers in flight: read, waiting, computed, waiting, written, and one to spare.
 BUFFERS = 6
+#: Threads that compute: two keep up with any disk there is, and are what the smallest machines have.
+WORKERS = 2
 AUTO_MEMORY = 48 << 20
 #: Bytes of a buffer, and of a tile of it. Larger buffers would not be faster, nor larger tiles: a tile of this size and its
 #: float32 work space stay in a core's cache.
@@ -144,7 +146,7 @@ def _memory(kinds: Iterable[TensorPlan], buffer_bytes: int, tile_bytes: int, com
         tile = rows * tensor.row_elements * itemsize(dtype)
         workspace = max(workspace, aligned(tile) + tile if tensor.updates else tile)
         factors = max(factors, sum(_factor_bytes(update, rows, dtype) for update in tensor.updates))
-    return MemoryPlan(BUFFERS, largest, workspace, factors)
+    return MemoryPlan(BUFFERS, largest, WORKERS, workspace, factors)
 
 
 def _factor_bytes(update: Update, rows: int, compute_dtype: str) -> int:
@@ -159,9 +161,9 @@ def _factor_bytes(update: Update, rows: int, compute_dtype: str) -> int:
             total += _one_factor(ref, None, compute_dtype)
         elif update.by_columns:
             part = math.prod(ref.shape[:-1]) * rows * (itemsize(compute_dtype) + itemsize(ref.dtype))
-            total += part + (ref.nbytes if ref.nbytes <= KEPT_WHOLE_BYTES or ref.strides is not None else 0)
+            total += WORKERS * part + (ref.nbytes if ref.nbytes <= KEPT_WHOLE_BYTES or ref.strides is not None else 0)
         else:
-            total += _one_factor(ref, rows, compute_dtype)
+            total += WORKERS * _one_factor(ref, rows, compute_dtype)
     return total
 
 
