@@ -299,7 +299,7 @@ def test_a_shard_that_is_not_committed_is_removed(sharded: Path, adapter: Path, 
     target = tmp_path / "stage" / shard.name
     target.parent.mkdir()
     with ShardWriter(target, shard) as writer:
-        writer.write(0, memoryview(b"abc"))
+        writer.write_block(memoryview(bytearray(2 * PAGE)), shard.header_bytes % PAGE, 0, 3)
         assert [path.name for path in target.parent.iterdir()] == [shard.name + durable.TEMPORARY_SUFFIX]
     assert list(target.parent.iterdir()) == []
 

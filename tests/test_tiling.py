@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardmerge.planning.tiling import (
-    _BUFFER_SIZES,
+    _SIZES,
     BUFFERS,
+    WORKERS,
     itemsize,
     needs_work,
     row_bytes,
@@ -30,7 +31,7 @@ from shardmerge.spec import (
 )
 from tests.builders import refs_of, untimed, update_of
 
-SMALLEST, LARGEST = min(_BUFFER_SIZES), max(_BUFFER_SIZES)
+SMALLEST, LARGEST = _SIZES[-1][0], _SIZES[0][0]
 
 
 def tensor_plan(
@@ -152,8 +153,8 @@ def factor_bytes(tensor: TensorPlan, tiles: int, compute: str) -> int:
     for update in tensor.updates:
         a, b = update.factor("A"), update.factor("B")
         rows = tile_rows(tensor, tiles) * b.shape[1]
-        total += math.prod(a.shape) * (4 + itemsize(compute)) + rows * itemsize(compute)
-        total += b.nbytes if b.strides else rows * 4
+        total += math.prod(a.shape) * (4 + itemsize(compute)) + WORKERS * rows * itemsize(compute)
+        total += WORKERS * (b.nbytes if b.strides else rows * 4)
     return total
 
 
