@@ -50,7 +50,8 @@ _OPEN_READERS = 8
 class Job:
     """Bytes of one buffer: what is read from where, and what is written to where.
 
-    ``tensor`` is None for a run of bytes that travels as it is; else ``tiles`` are the rows that are worked on at a time.
+    ``tensor`` is None for a run of bytes that travels as it is; else ``tiles`` are the rows that are worked on at a
+    time.
     """
 
     uri: str
@@ -79,10 +80,10 @@ def resolve_device(name: str) -> torch.device:
 class ComputeThreads:
     """Who computes, put back by `close`.
 
-    The tiles of a weight are shared out among a few threads of ours, in each of which torch computes with one thread: so
-    nothing is waited for within a product, and torch's pool does not fight with the threads that read and write. The bits
-    of a large product do not depend on the number of threads. Those of a small one may; so a weight of one tile gets the
-    threads that torch takes by itself, as for PEFT.
+    The tiles of a weight are shared out among a few threads of ours, in each of which torch computes with one thread:
+    so nothing is waited for within a product, and torch's pool does not fight with the threads that read and write. The
+    bits of a large product do not depend on the number of threads. Those of a small one may; so a weight of one tile
+    gets the threads that torch takes by itself, as for PEFT.
     """
 
     def __init__(self, workers: int) -> None:
@@ -93,7 +94,7 @@ class ComputeThreads:
         )
 
     def run(self, tasks: Sequence[Callable[[int], None]]) -> None:
-        """Run tasks side by side, each told its number among those that run; the first error is raised when all ended."""
+        """Run tasks side by side, each told its number; the first error is raised when all have ended."""
         if len(tasks) == 1:
             tasks[0](0)
             return
@@ -158,8 +159,10 @@ def _chunks(run: Job, buffer_bytes: int) -> Iterator[Job]:
 
 
 def _blocks(tensor: TensorPlan, buffer_bytes: int) -> Iterator[Job]:
-    """All tiles, as many to a job as a buffer holds; before that, for every update that must see them all before it
-    changes the first, a pass over them."""
+    """All tiles, as many to a job as a buffer holds.
+
+    Before that comes a pass over them for every update that must see them all before it changes the first.
+    """
     read_row = tensor.row_elements * DTYPE_BITS[tensor.source.dtype] // 8
     write_row = tensor.row_elements * DTYPE_BITS[tensor.out.dtype] // 8
     most_rows = buffer_bytes // max(1, read_row, write_row)
@@ -195,8 +198,8 @@ def _grouped(tiles: Iterable[RowRange], most_rows: int) -> Iterator[tuple[RowRan
 class Positions:
     """Where in a buffer a job's bytes are read to, worked to, and written from.
 
-    Direct I/O wants bytes at the same place within a page as in the file. What is worked out is put before what is yet to
-    be worked on, never over it.
+    Direct I/O wants bytes at the same place within a page as in the file. What is worked out is put before what is yet
+    to be worked on, never over it.
     """
 
     read: int
@@ -368,7 +371,6 @@ class Engine:
         row, column = (int(index) for index in wrong.nonzero()[0])
         value, was = float(tile[row, column]), self._stored(tensor, rows.start + row, column)
         raise NonFiniteError(_explain(tensor, rows.start + row, column, value, was))
-
 
     def _stored(self, tensor: TensorPlan, row: int, column: int) -> float:
         """A number of the source, read again: by now the buffer holds the result."""

@@ -63,7 +63,7 @@ def dtype_code(name: str) -> str:
 MIN_TILE_ROWS = 16
 #: What direct I/O is aligned to, in the file and in memory.
 PAGE = 4096
-#: What a buffer has beyond its bytes: the pages that a block begins and ends in, and room to keep input and output apart.
+#: What a buffer has beyond its bytes: the pages that a block begins and ends in, and room between input and output.
 BUFFER_SLACK = 4 * PAGE
 
 #: Where matrices begin that are multiplied. MKL rounds differently where memory is less aligned than torch's own.

@@ -40,6 +40,9 @@ class CountingReader:
         self.reads.append((offset, len(view)))
         self.inner.read_into(offset, view)
 
+    def read_block(self, memory: memoryview, position: int, offset: int, size: int) -> None:
+        self.inner.read_block(memory, position, offset, size)
+
     def close(self) -> None:
         self.inner.close()
 

@@ -19,6 +19,7 @@ from torch import Tensor
 import shardmerge
 from shardmerge import OutputError, durable
 from shardmerge.sinks import ShardWriter
+from shardmerge.spec import PAGE
 from tests.peft_oracle import assert_same_bits, make_config, merge_to, random, stored, write_adapter, write_base
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -34,8 +34,8 @@ BUFFERS = 6
 #: Threads that compute: two keep up with any disk there is, and are what the smallest machines have.
 WORKERS = 2
 AUTO_MEMORY = 48 << 20
-#: Bytes of a buffer, and of a tile of it. Larger buffers would not be faster, nor larger tiles: a tile of this size and its
-#: float32 work space stay in a core's cache.
+#: Bytes of a buffer, and of a tile of it. Larger buffers would not be faster, nor larger tiles: a tile of this size and
+#: its float32 work space stay in a core's cache.
 _SIZES = ((4 << 20, 1 << 20), (2 << 20, 1 << 20), *((1 << bits, 1 << bits) for bits in range(20, 15, -1)))
 _PAGE = 4096
 

@@ -25,11 +25,11 @@ _COPY_BYTES = 1 << 20
 
 
 class ShardWriter:
-    """One output file in the making, from its first byte to its last. Leaving the ``with`` block without `commit`
-    removes it.
+    """One output file in the making, from its first byte to its last.
 
-    Where the file system can, blocks go past the page cache, in whole pages: the bytes of the last, unfinished page wait
-    in memory for the next block. Else they are written as they come.
+    Leaving the ``with`` block without `commit` removes it. Where the file system can, blocks go past the page cache, in
+    whole pages: the bytes of the last, unfinished page wait in memory for the next block. Else they are written as they
+    come.
     """
 
     def __init__(self, path: Path, shard: ShardPlan) -> None:
@@ -39,7 +39,9 @@ class ShardWriter:
         self._fd = self._direct = -1
         self._done = 0
         self._page = bytearray(PAGE)
-        head = header.encode(shard.metadata, {tensor.source.name: tensor.out for tensor in shard.tensors}, shard.header_bytes)
+        head = header.encode(
+            shard.metadata, {tensor.source.name: tensor.out for tensor in shard.tensors}, shard.header_bytes
+        )
         try:
             # 0o666 so that the mode follows the umask.
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC

@@ -17,7 +17,17 @@ from shardmerge.sources.local import LocalReader, LocalSource
 from shardmerge.sources.residency import open_direct
 from shardmerge.spec import SourceFile
 
-__all__ = ["HUB_SCHEME", "LocalReader", "LocalSource", "Reader", "Source", "directory_of", "open_direct", "open_reader", "open_source"]
+__all__ = [
+    "HUB_SCHEME",
+    "LocalReader",
+    "LocalSource",
+    "Reader",
+    "Source",
+    "directory_of",
+    "open_direct",
+    "open_reader",
+    "open_source",
+]
 
 HUB_SCHEME = "hub://"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")

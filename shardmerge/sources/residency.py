@@ -1,4 +1,4 @@
-"""Which bytes of a file are in the page cache. Reading those from there is faster; the others had better not go there."""
+"""Which bytes of a file are in the page cache: those are read from there, and the others past it."""
 
 from __future__ import annotations
 
