@@ -392,9 +392,12 @@ def _work_tensors(
 
 
 def _is_finite(values: Tensor) -> bool:
-    """Whether every value is sure to be finite. A sum is the cheapest pass there is, and not finite if a part of it is
-    not; of very large numbers it may be infinite by itself, so False says only that one must look."""
-    return math.isfinite(float(values.sum(dtype=torch.float32)))
+    """Whether every value is sure to be finite.
+
+    A sum is the cheapest pass there is, and not finite if a part of it is not. Of large numbers it may be infinite by
+    itself, so False says only that one must look.
+    """
+    return math.isfinite(float(values.sum()))
 
 
 def _explain(tensor: TensorPlan, row: int, column: int, value: float, was: float) -> str:

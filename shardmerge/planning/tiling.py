@@ -36,7 +36,7 @@ WORKERS = 2
 AUTO_MEMORY = 48 << 20
 #: Bytes of a buffer, and of a tile of it. Larger buffers would not be faster, nor larger tiles: a tile of this size and
 #: its float32 work space stay in a core's cache.
-_SIZES = ((4 << 20, 1 << 20), (2 << 20, 1 << 20), *((1 << bits, 1 << bits) for bits in range(20, 15, -1)))
+_SIZES = (*((1 << bits, 1 << 19) for bits in (22, 21, 20)), *((1 << bits, 1 << bits) for bits in range(19, 15, -1)))
 _PAGE = 4096
 
 
