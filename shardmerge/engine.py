@@ -41,7 +41,7 @@ from shardmerge.spec import (
     dtype_code,
     even_rows,
 )
-from shardmerge.windows import locate
+from shardmerge.windows import by_expert, locate
 
 _OPEN_READERS = 8
 
@@ -261,6 +261,7 @@ class Engine:
         # Some updates are made from the base's weight, too.
         self._adapters = Readers([*plan.base.files, *adapter_files])
         self._factors = LazyFactors(self._adapters.get, self.device)
+        self._experts: tuple[TensorPlan | None, list[tuple[Update, ...]]] = (None, [])
 
     def close(self) -> None:
         self._threads.close()
@@ -332,15 +333,28 @@ class Engine:
         stored = view_bytes(source, tensor.source.dtype, shape)
         tile, scratch = _work_tensors(workspace, shape, dtype, bool(tensor.updates))
         tile.copy_(stored)
-        for index, update in enumerate(tensor.updates):
-            if index == job.survey:
+        surveyed = None if job.survey is None else tensor.updates[job.survey]
+        for update in self._reaching(tensor, rows):
+            if update is surveyed:
                 self._update(update, tensor, rows, tile, scratch, FAMILIES[update.family].survey)
                 return
             self._update(update, tensor, rows, tile, scratch, FAMILIES[update.family].apply)
+        if surveyed is not None:
+            return  # it has nothing in this tile
         out = view_bytes(target, tensor.out.dtype, shape)
         encode_into(out, tile)
         if not _is_finite(out):
             self._check(tile, tensor, rows)
+
+    def _reaching(self, tensor: TensorPlan, rows: RowRange) -> tuple[Update, ...]:
+        """The updates that may reach rows of a tensor."""
+        if tensor.row_dims == 1:
+            return tensor.updates
+        known, updates = self._experts
+        if known is not tensor:
+            updates = by_expert(tensor)
+            self._experts = (tensor, updates)
+        return updates[rows.start // tensor.source.shape[1]]
 
     def _update(
         self,

@@ -41,6 +41,17 @@ def locate(tensor: TensorPlan, update: Update, rows: RowRange) -> Part | None:
     return Part(Window(matrix_rows, matrix_columns, expert), columns, update.by_columns)
 
 
+def by_expert(tensor: TensorPlan) -> list[tuple[Update, ...]]:
+    """For every expert of a tensor that stores several, the updates that reach it, in their order.
+
+    An adapter may have one for every expert; who asked each of them of every tile would ask the square of their number.
+    """
+    return [
+        tuple(update for update in tensor.updates if update.place.expert in (None, expert))
+        for expert in range(tensor.source.shape[0])
+    ]
+
+
 def boundaries(tensor: TensorPlan) -> list[int]:
     """Stored rows at which a part of some matrix begins or ends, with 0 and the number of rows."""
     rows, height = tensor.rows, tensor.rows
