@@ -115,8 +115,8 @@ def _count(rows: int, bytes_per_row: int, buffer_bytes: int, unit: int = 1) -> i
 def _unit(tensor: TensorPlan, row: int) -> int:
     """The rows that must stay together in the run that begins at ``row``."""
     here = RowRange(row, row + 1)
-    updates = [update for update in tensor.updates if not update.by_columns and locate(tensor, update, here)]
-    return math.lcm(*(FAMILIES[update.family].row_unit(update) for update in updates))
+    units = ((update, FAMILIES[update.family].row_unit(update)) for update in tensor.updates if not update.by_columns)
+    return math.lcm(*(unit for update, unit in units if unit > 1 and locate(tensor, update, here)))
 
 
 def _segments(rows: int, unit: int, bytes_per_row: int, buffer_bytes: int) -> list[tuple[int, int]]:
