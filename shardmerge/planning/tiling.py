@@ -54,18 +54,21 @@ def tile_all(
     """
     shards = tuple(shards)
     worked = [tensor for shard in shards for tensor in shard.tensors if needs_work(tensor)]
-    # Layers repeat: what counts is one tensor of each kind.
-    kinds = list({_kind(tensor): tensor for tensor in worked}.values())
+    # Layers repeat: one tensor of each kind stands for all.
+    kind_of = {id(tensor): _kind(tensor) for tensor in worked}
+    kinds = {kind_of[id(tensor)]: tensor for tensor in worked}
     budget = AUTO_MEMORY if max_memory is None else max_memory
     for buffer_bytes, size in _SIZES:
-        memory = _memory(kinds, buffer_bytes, size, compute_dtype)
+        memory = _memory(kinds.values(), buffer_bytes, size, compute_dtype)
         if memory.total <= budget:
             break
 
+    cut = {kind: tile_counts(tensor, size) for kind, tensor in kinds.items()}
+
     def tiled(tensor: TensorPlan) -> TensorPlan:
-        if not needs_work(tensor):
+        if (kind := kind_of.get(id(tensor))) is None:
             return tensor
-        segments = tile_counts(tensor, size)
+        segments = cut[kind]
         tiles = sum(count for _, count in segments)
         return TensorPlan(tensor.source, tensor.out, tensor.updates, tiles, segments if len(segments) > 1 else ())
 
@@ -81,11 +84,16 @@ def needs_work(tensor: TensorPlan) -> bool:
 
 
 def _kind(tensor: TensorPlan) -> tuple[object, ...]:
-    updates = tuple(
-        (update.family, update.place.rows, tuple((ref.dtype, ref.shape, ref.strides) for _, ref in update.factors))
-        for update in tensor.updates
-    )
-    return (tensor.source.dtype, tensor.out.dtype, tensor.source.shape, updates)
+    """What tiles and memory depend on."""
+    return (tensor.source.dtype, tensor.out.dtype, tensor.source.shape, tuple(map(_kind_of_update, tensor.updates)))
+
+
+def _kind_of_update(update: Update) -> tuple[object, ...]:
+    place, family = update.place, FAMILIES[update.family]
+    where = (place.rows, place.start, place.stored_start, place.expert, place.transposed, update.transposes)
+    factors = tuple((ref.dtype, ref.shape, ref.strides) for _, ref in update.factors)
+    needs = (family.row_unit(update), family.kept_bytes(update, 1))
+    return (update.family, update.shape, where, factors, needs)
 
 
 def row_bytes(tensor: TensorPlan) -> int:
