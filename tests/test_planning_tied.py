@@ -246,3 +246,11 @@ def test_what_cannot_be_resized(tmp_path: Path, tensors: dict[str, Tensor], base
     with pytest.raises(PlanError) as raised:
         shardmerge.plan(place.config())
     assert part in str(raised.value)
+
+
+def test_a_weight_scales_what_was_learned_and_not_the_copy_of_the_base(tmp_path: Path) -> None:
+    """PEFT writes a targeted embedding's own weight, too, which is no part of what the adapter learned."""
+    copy = {f"{P}model.embed_tokens.base_layer.weight": BASE.clone()}
+    place = make(tmp_path, {**embedding(), **copy})
+    found, _, _ = merged(place, adapters=[{"path": str(place.adapter), "weight": 0.5}])
+    assert torch.allclose(found[EMBED], BASE + 0.5 * delta(embedding()), rtol=0, atol=1e-6)

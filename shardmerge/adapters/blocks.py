@@ -24,8 +24,7 @@ def together(count: int, size: int) -> int:
 
 
 def widened(blocks: Tensor, count: int) -> Tensor:
-    """``count`` blocks (n, b, b) as fewer and wider ones; of one block that is repeated, as one that is to be "
-    "repeated."""
+    """``count`` blocks (n, b, b) as fewer and wider ones; a block that is repeated becomes one that is, too."""
     size, many = blocks.shape[1], together(count, blocks.shape[1])
     if many == 1:
         return blocks

@@ -237,8 +237,9 @@ def claim_wholes(claims: Claims, tensors: Mapping[str, TensorRef], config: Confi
         saved = plain != name or _is_saved(module, config)
         bias = parameter == "bias" and config.get("bias") not in (None, "none")
         embedding = parameter == "weight" and is_embedding(module)
-        if saved or bias or embedding or _WRAPPED.search(plain):
-            settings = (("saved", True),) if saved else ()
+        wrapped = _WRAPPED.search(plain) is not None
+        if saved or bias or embedding or wrapped:
+            settings = (("saved", saved), ("copy", wrapped and not (saved or bias)))
             factors = (("whole", tensors[name]),)
             claims.updates.append(ModuleUpdate(module, parameter, "replacement", factors, settings=settings))
 

@@ -174,8 +174,7 @@ class _Matching:
             self.matches.updates[place.tensor].append(self._update(update, parameter, place))
 
     def _unflattened(self, name: str) -> str | list[str]:
-        """The one module of the base whose name, or its end, is this with dots for some underscores; or all "
-        "there are."""
+        """The one module of the base whose name, or its end, is this with dots for some underscores; or all."""
         if not self.flat:
             for stored in self.checkpoint.weights:
                 module = stored.removesuffix(".weight")
@@ -193,8 +192,7 @@ class _Matching:
         return suffixes[0] if len(suffixes) == 1 else suffixes
 
     def _with_base(self, update: ModuleUpdate) -> ModuleUpdate | str:
-        """The update with the base's own tensors that it needs among its factors; a string says why it cannot "
-        "have them."""
+        """The update with the base's own tensors that it needs among its factors; a string says why not."""
         for role, name in update.of_base:
             parameter = self.names.resolve(update.module, name)
             ref = None if isinstance(parameter, str) else self._as_factor(parameter)
@@ -208,8 +206,7 @@ class _Matching:
         return update
 
     def _as_factor(self, parameter: Parameter) -> TensorRef | None:
-        """A parameter of the base as a factor, in the matrix's orientation; None where it is more than rows of "
-        "a tensor."""
+        """A parameter of the base as a factor, in the matrix's orientation; None if it is not rows of one tensor."""
         place, stored = parameter.places[0], self._stored(parameter.places[0].tensor)
         if len(parameter.places) > 1 or place.expert is not None or place.shuffle or parameter.experts:
             return None
@@ -246,7 +243,9 @@ class _Matching:
                 f"{update.module}: its scaling of {update.scaling:g} times the weight {self.config.weight:g} is no "
                 "number"
             )
-        if self.config.weight != 1 and family.changes_weight and not family.adds:
+        # A copy of what the adapter was trained on is no part of what it learned.
+        is_copy = update.setting("copy", False)
+        if self.config.weight != 1 and family.changes_weight and not family.adds and not is_copy:
             problems.append(
                 f"{update.module}: weight {self.config.weight:g} has no meaning for {update.family}, which does "
                 f"not add to the {update.parameter}; remove the weight"
