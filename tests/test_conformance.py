@@ -16,6 +16,7 @@ Rows of which a neighbour proves most are ``slow``.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +25,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import shardmerge
@@ -305,6 +307,28 @@ def test_plans_import_no_torch() -> None:
     (program.parent / "configs.json").write_text(json.dumps(configs))
     result = run_python(program, program.parent / "configs.json")
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [row for row in TABLE if not row.slow and not row.adapter.more_tokens], ids=str)
+def test_pickled_views_give_the_same_bytes(row: Row) -> None:
+    """An adapter_model.bin whose tensors are all views with strides of their own."""
+    folder, source = new_folder("pickled"), zoo.adapter_folder(row.model, row.adapter, row.dtype)
+    shutil.copy(source / "adapter_config.json", folder)
+    views = {name: _as_view(tensor) for name, tensor in load_file(source / "adapter_model.safetensors").items()}
+    torch.save(views, folder / "adapter_model.bin")
+    output = new_folder("merged") / "out"
+    config = make_config(output, zoo.base_folder(row.model, row.dtype), [folder])
+    shardmerge.merge({**config, "tied": row.tied})
+    assert_same_bits(stored(output), stored(merged(row)))
+
+
+def _as_view(tensor: Tensor) -> Tensor:
+    if tensor.ndim > 1:
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    wide = tensor.new_zeros(2 * tensor.numel())
+    wide[::2] = tensor.reshape(-1)
+    return wide[::2].view(tensor.shape)
 
 
 def test_inspect_has_no_complaint() -> None:

@@ -45,7 +45,11 @@ class Overwrite(Replacement):
         whole = update.factor("whole")
         if whole.shape == shape:
             return []
-        return [f"{whole.name} is {list(whole.shape)}, but {update.module}'s {update.parameter} is {list(shape)}"]
+        hint = "; it is pickled as a view, which can replace but not resize: save it with .contiguous()"
+        return [
+            f"{whole.name} is {list(whole.shape)}, but {update.module}'s {update.parameter} is {list(shape)}"
+            + (hint if whole.strides is not None else "")
+        ]
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         if update.experts:

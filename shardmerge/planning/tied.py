@@ -113,13 +113,11 @@ def _resolve(
     if not stored:
         result.added.append(dataclasses.replace(checkpoint.weights[embedding].tensor, name=head))
     result.changes["tie_word_embeddings"] = False
-    touched = " and ".join(
-        what for what, of in (("the input embedding", of_embedding), ("the output head", of_head)) if of
-    )
+    touched = " and ".join(name for name, of in ((embedding, of_embedding), (head, of_head)) if of)
     result.notes.append(
-        f"the base ties its output head to {embedding}, and the adapter updates {touched}: both are written, {head} as "
-        "a tensor of its own, and config.json says tie_word_embeddings: false, so that the merged model computes what "
-        "base and adapter computed (tied: peft does as PEFT's merge does)"
+        f"the base ties {head} to {embedding}, and an adapter updates {touched}: both are written, each as a tensor of "
+        "its own, and config.json says tie_word_embeddings: false, so that the merged model computes what base and "
+        "adapter computed (tied: peft does as PEFT's merge does)"
     )
 
 
