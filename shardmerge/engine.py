@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -92,6 +93,11 @@ class ComputeThreads:
         self._pool = ThreadPoolExecutor(
             self.workers, "shardmerge-compute", initializer=torch.set_num_threads, initargs=(1,)
         )
+        # All are started now: a thread that tells torch of its one tells MKL for all threads, and must not do so later.
+        together = threading.Barrier(self.workers)
+        wait([self._pool.submit(together.wait) for _ in range(self.workers)])
+        torch.set_num_threads(self._default)
+        self._set = self._default
 
     def run(self, tasks: Sequence[Callable[[int], None]]) -> None:
         """Run tasks side by side, each told its number; the first error is raised when all have ended."""
@@ -106,8 +112,9 @@ class ComputeThreads:
     def set_for(self, tensor: TensorPlan) -> None:
         """How many threads torch has in the caller's thread."""
         wanted = self._default if tensor.tiles == 1 else 1
-        if wanted != torch.get_num_threads():
+        if wanted != self._set:
             torch.set_num_threads(wanted)
+            self._set = wanted
 
     def close(self) -> None:
         self._pool.shutdown()

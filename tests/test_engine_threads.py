@@ -81,6 +81,27 @@ def test_a_weight_of_one_tile_is_computed_as_torch_computes_it(
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("threads", [2, 4, 8], ids="{}-threads".format)
+def test_a_small_weight_after_a_large_one(threads: int, tmp_path: Path) -> None:
+    """The workers compute the large one with one thread each; the small one must have torch's own number again."""
+    shapes = {"a.large": (640, 512), "b.small": (7, 333), "c.large": (640, 512), "d.small": (10, 333)}
+    weights, adapters, expected = {}, {}, {}
+    for seed, (module, (rows, columns)) in enumerate(shapes.items()):
+        w, a, b = (
+            random(*shape, seed=10 * seed + number)
+            for number, shape in enumerate([(rows, columns), (16, columns), (rows, 16)])
+        )
+        weights[f"{module}.weight"], adapters[module] = w, (a, b)
+        torch.set_num_threads(threads if "small" in module else 1)
+        expected[f"{module}.weight"] = w + (b @ a) * SCALE
+    base = write_base(tmp_path / "base", [weights])
+    adapter = write_adapter(tmp_path / "adapter", adapters, alpha=SCALE * 16)
+    torch.set_num_threads(threads)
+    shardmerge.merge(make_config(tmp_path / "out", base, [adapter]))
+    found = stored(tmp_path / "out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_torch_gets_its_threads_back_after_an_error(tmp_path: Path) -> None:
     w, a, b = random(16, 8, seed=1), random(2, 8, seed=2), random(16, 2, seed=3)
     b[3, 1] = float("nan")

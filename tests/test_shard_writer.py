@@ -106,6 +106,15 @@ def test_a_full_disk_is_told_and_nothing_stays(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_system_that_cannot_reserve_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, offset: int, size: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    data, shard = Random(5).randbytes(3 * PAGE + 9), shard_of(3 * PAGE + 9)
+    assert write(tmp_path / "s", shard, data, [PAGE]) == expected(shard, data)
+
+
 def test_space_is_taken_up_front(tmp_path: Path) -> None:
     shard = shard_of(100 * PAGE)
     with ShardWriter(tmp_path / "s", shard):

@@ -48,13 +48,21 @@ class ShardWriter:
             self._fd = os.open(self._temporary, flags, 0o666)
             self._direct = open_direct(str(self._temporary), os.O_WRONLY)
             if self._direct >= 0:
-                os.posix_fallocate(self._fd, 0, shard.nbytes)
+                self._reserve(shard.nbytes)
             with mmap.mmap(-1, -(-len(head) // PAGE) * PAGE) as memory, memoryview(memory) as view:
                 view[: len(head)] = head
                 self._append(view, 0, len(head))
         except OSError as error:
             self._discard()
             raise durable.output_error(path, "writing", error) from None
+
+    def _reserve(self, size: int) -> None:
+        """Take the space up front, where the file system knows how: a full disk shows before the work is done."""
+        try:
+            os.posix_fallocate(self._fd, 0, size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
 
     def write_block(self, memory: memoryview, position: int, offset: int, size: int) -> None:
         """Put the next ``size`` bytes, from ``position`` of page-aligned ``memory``, at ``offset`` of the data section.
