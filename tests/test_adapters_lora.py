@@ -364,6 +364,15 @@ def test_tokens_that_do_not_fit_are_refused(tmp_path: Path, indices: Any, part: 
     assert part in refusal(case, trainable_token_indices=indices)
 
 
+def test_parameters_are_targeted_by_a_list(tmp_path: Path) -> None:
+    """PEFT refuses a string; taken for a list, it would be one of letters, none of which names a parameter."""
+    case = write(tmp_path, target_modules=["wide"])
+    told = refusal(case, target_parameters="wide.weight")
+    assert "target_parameters must be a list of strings, found 'wide.weight'" in told
+    with pytest.raises(TypeError, match="must be a list"):
+        merged_by_peft(case)
+
+
 def test_a_convolution_of_groups_is_refused(tmp_path: Path) -> None:
     """PEFT makes A for all inputs, and fails on the merge."""
     from peft import LoraConfig

@@ -14,7 +14,19 @@ from torch import Tensor
 import shardmerge
 from shardmerge import PlanError
 from shardmerge.adapters import claim, detect_format
-from tests.builders import Q0, VOCAB, content, llama_tensors, random_tensor, read_tensors, refs_of, shape_of, write_base
+from tests.builders import (
+    Q0,
+    VOCAB,
+    Place,
+    content,
+    llama_tensors,
+    random_tensor,
+    read_tensors,
+    refs_of,
+    shape_of,
+    write_base,
+    write_json,
+)
 
 EMBED = "model.embed_tokens"
 SCALE = 20.0
@@ -79,6 +91,19 @@ def test_full_fine_tune(tmp_path: Path) -> None:
     merged = read_tensors(tmp_path / "merged")
     for name, tensor in {**llama_tensors(), **tensors}.items():
         assert torch.equal(merged[name], tensor), name
+
+
+def test_full_fine_tune_of_gpt2(tmp_path: Path) -> None:
+    """MLX keeps as (out, in) what GPT-2 has as (in, out), and PEFT as the module has it."""
+    module = "transformer.h.0.attn.c_proj"
+    place = Place(tmp_path)
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    write_base(place.base, {f"{module}.weight": random_tensor((32, 32), 1)}, shards=1, config=config)
+    place.adapter.mkdir()
+    write_json(place.adapter / "adapter_config.json", {"fine_tune_type": "full"})
+    save_file({f"{module}.weight": random_tensor((32, 32), 2)}, place.adapter / "adapters.safetensors")
+    shardmerge.merge(place.config())
+    assert torch.equal(read_tensors(place.output)[f"{module}.weight"], random_tensor((32, 32), 2).T)
 
 
 @pytest.mark.parametrize(

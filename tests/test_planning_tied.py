@@ -12,6 +12,9 @@ from torch import Tensor
 
 import shardmerge
 from shardmerge import PlanError
+from shardmerge.names import Names
+from shardmerge.planning.tied import tied_parameter
+from tests import zoo
 from tests.builders import (
     HIDDEN,
     Q0,
@@ -27,6 +30,8 @@ from tests.builders import (
     write_base,
     write_peft,
 )
+from tests.peft_oracle import merge_to, stored
+from tests.zoo import lora
 
 P = "base_model.model."
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -143,13 +148,80 @@ def test_trained_tokens_are_seen_by_both_sides(tmp_path: Path) -> None:
     assert torch.equal(found[EMBED][[3, 60]], random_tensor((2, HIDDEN), 7))
 
 
-def test_the_head_sees_trained_tokens_when_it_is_untied(tmp_path: Path) -> None:
-    """LoRA on the head, and tokens of the embedding: in the unmerged model the head sees those tokens."""
+@pytest.mark.parametrize("tied", ["untie", "peft"])
+def test_the_head_sees_trained_tokens_when_it_is_untied(tmp_path: Path, tied: str) -> None:
+    """LoRA on the head, and tokens of the embedding: in the unmerged model LoRA adds to what the head sees of them."""
     place = make(tmp_path, {**tokens("model.embed_tokens"), **head()}, trainable_token_indices=[3, 60])
-    found, told, _ = merged(place)
-    wanted = BASE + delta(head())
+    found, told, _ = merged(place, tied=tied)
+    wanted = BASE.clone()
     wanted[[3, 60]] = random_tensor((2, HIDDEN), 7)
-    assert torch.allclose(found[HEAD], wanted, rtol=0, atol=1e-6) and told["tie_word_embeddings"] is False
+    name = HEAD if tied == "untie" else EMBED
+    assert torch.allclose(found[name], wanted + delta(head()), rtol=0, atol=1e-6)
+    assert told["tie_word_embeddings"] is (tied == "peft")
+
+
+@pytest.mark.parametrize("model", ["llama-tied", "bart"])
+def test_tokens_and_lora_on_the_head_compute_what_peft_computes(tmp_path: Path, model: str) -> None:
+    """BART has an encoder's and a decoder's embedding, too: untied with the head, they must not lose the tokens."""
+    adapter = lora("lm_head", trainable_token_indices=[5, 3, 50])
+    merge_to(tmp_path / "out", zoo.base_folder(model), zoo.adapter_folder(model, adapter))
+    ours = zoo.answer(zoo.load(tmp_path / "out"), zoo.MODELS[model].inputs())
+    assert torch.allclose(ours, zoo.adapter_answer(model, adapter), rtol=0, atol=2e-5)
+
+
+# --- one tensor for both sides ----------------------------------------------------------------------------------------
+
+
+def test_what_was_saved_for_both_sides_is_what_the_next_adapter_finds(tmp_path: Path) -> None:
+    """Tying was ensured by the first adapter; the second has LoRA on the head."""
+    place = make(tmp_path, saved("model.embed_tokens"), modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    second = write_peft(tmp_path / "second", head(), config=peft_config(target_modules=None))
+    found, _, _ = merged(place, adapters=[str(place.adapter), str(second)])
+    assert torch.equal(found[EMBED], random_tensor((VOCAB, HIDDEN), 5))
+    assert torch.allclose(found[HEAD], random_tensor((VOCAB, HIDDEN), 5) + delta(head()), rtol=0, atol=1e-6)
+    with pytest.raises(PlanError, match="would undo"):
+        shardmerge.plan(place.config(adapters=[str(second), str(place.adapter)]))
+
+
+@pytest.mark.parametrize("tied", ["untie", "peft"])
+def test_copies_of_the_base_that_two_adapters_bring_are_no_updates_of_the_other_side(tmp_path: Path, tied: str) -> None:
+    place = make(tmp_path, {**embedding(), f"{P}model.embed_tokens.base_layer.weight": BASE.clone()})
+    tensors = {**head(), f"{P}lm_head.base_layer.weight": BASE.clone()}
+    second = write_peft(tmp_path / "second", tensors, config=peft_config(target_modules=None))
+    found, _, _ = merged(place, adapters=[str(place.adapter), str(second)], tied=tied)
+    both = {EMBED: BASE + delta(embedding()), HEAD: BASE + delta(head())}
+    if tied == "peft":
+        both = {EMBED: BASE + delta(embedding()) + delta(head())}
+    assert {name for name in (EMBED, HEAD) if name in found} == both.keys()
+    for name, wanted in both.items():
+        assert torch.allclose(found[name], wanted, rtol=0, atol=1e-6)
+
+
+def test_a_copy_that_is_there_for_the_head_alone_is_of_the_one_tensor(tmp_path: Path) -> None:
+    copy = random_tensor((VOCAB, HIDDEN), 6)
+    tensors = {**tokens("model.embed_tokens"), **head(), f"{P}lm_head.base_layer.weight": copy}
+    found, _, _ = merged(make(tmp_path, tensors, trainable_token_indices=[3, 60]), tied="peft")
+    wanted = copy.clone()
+    wanted[[3, 60]] = random_tensor((2, HIDDEN), 7)
+    assert torch.allclose(found[EMBED], wanted + delta(head()), rtol=0, atol=1e-6) and HEAD not in found
+
+
+def test_a_stored_head_has_its_own_copy(tmp_path: Path) -> None:
+    tensors = {**saved("model.embed_tokens", MORE), **saved("lm_head", MORE, 6)}
+    place = make(tmp_path, {**peft_tensors((Q0,)), **tensors})
+    write_base(place.base, llama_tensors(), config=model_config(tie_word_embeddings=True, vocab_size=VOCAB))
+    found, told, _ = merged(place)
+    assert torch.equal(found[EMBED], random_tensor((MORE, HIDDEN), 5)) and told["vocab_size"] == MORE
+    assert torch.equal(found[HEAD], random_tensor((MORE, HIDDEN), 6))
+
+
+def test_a_head_of_a_part_has_its_parts_embedding() -> None:
+    """SeamlessM4T has two heads, and the name of one is the end of the other's."""
+    shapes = {"shared.weight": (9, 4), "t2u_model.model.decoder.embed_tokens.weight": (7, 4)}
+    names = Names({"model_type": "seamless_m4t", "architectures": ["SeamlessM4TModel"]}, shapes)
+    for module, rows in (("lm_head", 9), ("t2u_model.lm_head", 7)):
+        found = tied_parameter(names, module, "weight")
+        assert found is not None and (found.name, found.shape) == (f"{module}.weight", (rows, 4))
 
 
 def test_tokens_of_the_head_alone(tmp_path: Path) -> None:
@@ -199,9 +271,101 @@ def test_a_model_that_cannot_be_untied(tmp_path: Path, kind: str) -> None:
     assert HEAD not in merged(place, tied="peft")[0]
 
 
+@pytest.mark.parametrize("kind", ["T5", "MT5", "UMT5"])
+def test_a_head_that_is_apart_though_transformers_5_would_tie_it(tmp_path: Path, kind: str) -> None:
+    """As of T5 1.1. With transformers 4 PEFT saved the two apart where the vocabulary had been resized."""
+    head = {f"{P}lm_head.weight": random_tensor((MORE, HIDDEN), 9)}
+    place = make(tmp_path, {f"{P}shared.weight": random_tensor((MORE, HIDDEN), 8), **head})
+    for file in place.base.glob("*.safetensors*"):
+        file.unlink()
+    config = {"model_type": kind.lower(), "architectures": [f"{kind}ForConditionalGeneration"], "vocab_size": VOCAB}
+    tensors = {"shared.weight": BASE, HEAD: random_tensor((VOCAB, HIDDEN), 7)}
+    write_base(place.base, tensors, shards=1, config={**config, "tie_word_embeddings": False})
+    found, told, _ = merged(place)
+    assert torch.equal(found["shared.weight"], random_tensor((MORE, HIDDEN), 8))
+    assert torch.equal(found[HEAD], random_tensor((MORE, HIDDEN), 9))
+    assert (told["vocab_size"], told["tie_word_embeddings"]) == (MORE, False)
+
+
 # --- a resized vocabulary ---------------------------------------------------------------------------------------------
 
 MORE = VOCAB + 3
+
+#: What embeddings and heads are called that PEFT saves where they were resized. Of code that comes with a model:
+#: output and tok_embeddings (InternLM2), output_layer (ChatGLM).
+CALLED = [
+    *("embed_in", "embed_tokens", "shared", "tok_embeddings", "tokens_embed", "word_embedding", "word_embeddings"),
+    *("wte", "decoder", "embed_out", "generator_lm_head", "lm_head", "lm_loss", "output", "output_layer"),
+    *("output_projection", "proj_out", "vocab_projector"),
+]
+
+
+@pytest.mark.parametrize("called", CALLED)
+def test_whatever_the_embedding_is_called(tmp_path: Path, called: str) -> None:
+    place = Place(tmp_path)
+    module = f"transformer.{called}"
+    base = {
+        f"{module}.weight": BASE,
+        f"{module}.bias": random_tensor((VOCAB,), 1),
+        "transformer.q.weight": torch.ones(4, 4),
+    }
+    write_base(place.base, base, shards=1, config={"model_type": "of-its-own-code", "vocab_size": VOCAB})
+    q = {f"{P}transformer.q.lora_A.weight": torch.ones(RANK, 4), f"{P}transformer.q.lora_B.weight": torch.ones(4, RANK)}
+    more = {f"{module}.weight": random_tensor((MORE, HIDDEN), 8), f"{module}.bias": random_tensor((MORE,), 9)}
+    tensors = {**q, **{P + name: tensor for name, tensor in more.items()}}
+    write_peft(place.adapter, tensors, config=peft_config(target_modules=["q"]))
+    found, told, _ = merged(place)
+    assert all(torch.equal(found[name], tensor) for name, tensor in more.items())
+    assert told["vocab_size"] == MORE
+
+
+@pytest.mark.parametrize("targets", [("lm_head",), ("embed_tokens",), ("lm_head", "embed_tokens")], ids="+".join)
+def test_resized_where_one_side_is_targeted(tmp_path: Path, targets: tuple[str, ...]) -> None:
+    """PEFT saves the one tensor for the targeted side alone."""
+    adapter = lora(*targets, more_tokens=4)
+    folder = zoo.adapter_folder("llama-tied", adapter)
+    merge_to(tmp_path / "out", zoo.base_folder("llama-tied"), folder)
+    tensors, found = stored(folder), stored(tmp_path / "out")
+    copy = next(tensor for name, tensor in tensors.items() if name.endswith("base_layer.weight"))
+    for module, weight in (("lm_head", found[HEAD]), ("embed_tokens", found[EMBED])):
+        wanted = copy
+        if module in targets:
+            a, b = (tensor for name, tensor in sorted(tensors.items()) if f"{module}.lora" in name)
+            change = 2.6 * (b @ a)
+            wanted = copy + (change if change.shape == copy.shape else change.T)
+        assert torch.allclose(weight, wanted, rtol=0, atol=1e-5), module
+    ours = zoo.answer(zoo.load(tmp_path / "out"), zoo.MODELS["llama-tied"].inputs())
+    assert torch.allclose(ours, zoo.adapter_answer("llama-tied", adapter), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "bias"), [("bart", "final_logits_bias"), ("roberta", "lm_head.bias")], ids=["bart", "roberta"]
+)
+def test_a_bias_of_the_output_that_peft_does_not_save(tmp_path: Path, model: str, bias: str) -> None:
+    """transformers makes it longer with the rest, but the adapter does not have it: a model of both would not load."""
+    adapter = lora("all-linear", more_tokens=4)
+    with pytest.raises(PlanError, match=f"but not all of it: .*{bias} has 61"):
+        merge_to(tmp_path / "out", zoo.base_folder(model), zoo.adapter_folder(model, adapter))
+
+
+@pytest.mark.parametrize(
+    ("name", "entries", "accepted"),
+    [
+        ("cls.predictions.bias", VOCAB, False),
+        ("lm_head.bias", VOCAB, False),
+        ("entity_predictions.bias", VOCAB - 7, True),
+        ("model.layers.0.mlp.bias", VOCAB, True),
+    ],
+)
+def test_which_biases_are_of_the_vocabulary(tmp_path: Path, name: str, entries: int, accepted: bool) -> None:
+    place = make(tmp_path, {**peft_tensors((Q0,)), **saved("model.embed_tokens", MORE)})
+    base = {**llama_tensors(tied=True), name: torch.ones(entries)}
+    write_base(place.base, base, config=model_config(tie_word_embeddings=True, vocab_size=VOCAB))
+    if accepted:
+        assert merged(place)[1]["vocab_size"] == MORE
+    else:
+        with pytest.raises(PlanError, match=f"but not all of it: {name} has {entries}"):
+            shardmerge.plan(place.config())
 
 
 def test_resized(tmp_path: Path) -> None:

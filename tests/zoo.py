@@ -43,6 +43,7 @@ class Model:
     are called in memory. ``bare``: without the head model's prefix. ``gamma``: BERT's first names of a LayerNorm.
     ``towered``: with the ``vision_model`` within a vision tower that multimodal models of the Hub have.
     ``new_keys`` of config.json are left out: models of the Hub are older than they. ``shard`` is the size of a file.
+    ``apart``: the output head is a weight of its own though transformers would tie it, and config.json says so.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Model:
     layout: str = "saved"
     new_keys: tuple[str, ...] = ()
     shard: int = 10**9
+    apart: bool = False
 
 
 def _tokens() -> dict[str, Tensor]:
@@ -168,6 +170,30 @@ _QWEN_VL = {
     "vision_end_token_id": 57,
 }
 _BERT = {**_ENCODER, "num_labels": 3}
+_T5 = {
+    "vocab_size": VOCAB,
+    "d_model": 40,
+    "d_kv": 12,
+    "d_ff": 56,
+    "num_layers": 1,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
+_BART = {
+    **_SPECIAL,
+    "vocab_size": VOCAB,
+    "d_model": 40,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 56,
+    "decoder_ffn_dim": 52,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "decoder_start_token_id": 3,
+    "forced_eos_token_id": None,
+    "init_std": 0.2,
+}
 
 
 def _text(kind: str, config: str, **settings: Any) -> Model:
@@ -208,11 +234,50 @@ MODELS: dict[str, Model] = {
     "t5": Model(
         "T5ForConditionalGeneration",
         "T5Config",
-        {"vocab_size": VOCAB, "d_model": 40, "d_kv": 12, "d_ff": 56, "num_layers": 1, "num_heads": 4}
-        | {"decoder_start_token_id": 0},
+        _T5,
         _sequence_to_sequence,
         new_keys=("scale_decoder_outputs",),
     ),
+    "t5-1.1": Model(
+        "T5ForConditionalGeneration",
+        "T5Config",
+        _T5,
+        _sequence_to_sequence,
+        new_keys=("scale_decoder_outputs",),
+        apart=True,
+    ),
+    "mt5": Model("MT5ForConditionalGeneration", "MT5Config", _T5, _sequence_to_sequence, apart=True),
+    "bart": Model("BartForConditionalGeneration", "BartConfig", _BART, _sequence_to_sequence),
+    "gptj": _text("GPTJForCausalLM", "GPTJConfig", **_GPT2, rotary_dim=4),
+    "openai-gpt": _text(
+        "OpenAIGPTLMHeadModel", "OpenAIGPTConfig", **{key: value for key, value in _GPT2.items() if key != "n_inner"}
+    ),
+    "xlnet": _text(
+        "XLNetLMHeadModel",
+        "XLNetConfig",
+        vocab_size=VOCAB,
+        d_model=40,
+        n_layer=1,
+        n_head=4,
+        d_inner=56,
+        initializer_range=0.2,
+    ),
+    "modernbert": _text("ModernBertForMaskedLM", "ModernBertConfig", **_ENCODER, cls_token_id=3, sep_token_id=4),
+    "roberta": _text("RobertaForMaskedLM", "RobertaConfig", **_ENCODER, tie_word_embeddings=False),
+    "electra": _text("ElectraForMaskedLM", "ElectraConfig", **_ENCODER, embedding_size=40),
+    "distilbert": _text(
+        "DistilBertForMaskedLM",
+        "DistilBertConfig",
+        **_SPECIAL,
+        vocab_size=VOCAB,
+        dim=40,
+        n_layers=1,
+        n_heads=4,
+        hidden_dim=56,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    ),
+    "biogpt": _text("BioGptForCausalLM", "BioGptConfig", **_ENCODER),
     "whisper": Model(
         "WhisperForConditionalGeneration",
         "WhisperConfig",
@@ -367,8 +432,12 @@ def base_folder(name: str, dtype: str = F32) -> Path:
             for parameter in model.parameters():
                 if parameter.ndim == 1:  # norms of ones and biases of zeros would hide mistakes
                     parameter += 0.1 * torch.randn_like(parameter)
+            if of.apart:
+                head = model.get_output_embeddings()
+                head.weight = torch.nn.Parameter(0.2 * torch.randn_like(head.weight))
     folder = write(model.to(getattr(torch, dtype)), new_folder(f"base-{name}-{dtype}"), of.layout, of.shard)
-    _edit_json(folder / "config.json", dict.fromkeys(of.new_keys, ...))
+    untied = {"tie_word_embeddings": False} if of.apart else {}
+    _edit_json(folder / "config.json", {**dict.fromkeys(of.new_keys, ...), **untied})
     return folder
 
 

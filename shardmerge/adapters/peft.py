@@ -50,7 +50,11 @@ _SAVED = re.compile(r"\.modules_to_save(\.(?!weight$|bias$)[^.]+)?(?=\.)")
 _WRAPPED = re.compile(r"(\.token_adapter)?\.base_layer(?=\.)")
 #: Modules that PEFT saves whole by itself when the vocabulary was resized or they were targeted.
 _EMBEDDINGS = frozenset(
-    {"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared", "word_embedding"}
+    {
+        *("embed_in", "embed_tokens", "shared", "tok_embeddings", "tokens_embed", "word_embedding", "word_embeddings"),
+        *("wte", "decoder", "embed_out", "generator_lm_head", "lm_head", "lm_loss", "output", "output_layer"),
+        *("output_projection", "proj_out", "vocab_projector"),
+    }
 )
 
 
@@ -193,7 +197,7 @@ class PeftMethod(ABC):
             yield from check(key, config.get(key, MISSING))
         yield from _check_targets(config)
         saved = config.get("modules_to_save")
-        if saved is not None and not _is_strings(saved):
+        if saved is not None and not is_strings(saved):
             yield f"modules_to_save must be a list of strings, found {reprlib.repr(saved)}"
         bias = config.get("bias")
         if bias is not None and not (isinstance(bias, str) and (bias in ("none", "all") or bias.endswith("_only"))):
@@ -236,10 +240,10 @@ def claim_wholes(claims: Claims, tensors: Mapping[str, TensorRef], config: Confi
         module, parameter = module_name(match["module"]), match["parameter"]
         saved = plain != name or _is_saved(module, config)
         bias = parameter == "bias" and config.get("bias") not in (None, "none")
-        embedding = parameter == "weight" and is_embedding(module)
+        embedding = parameter in ("weight", "bias") and is_embedding(module)
         wrapped = _WRAPPED.search(plain) is not None
         if saved or bias or embedding or wrapped:
-            settings = (("saved", saved), ("copy", wrapped and not (saved or bias)))
+            settings = (("saved", saved), ("copy", wrapped and not (saved or bias)), ("as_in_memory", True))
             factors = (("whole", tensors[name]),)
             claims.updates.append(ModuleUpdate(module, parameter, "replacement", factors, settings=settings))
 
@@ -254,7 +258,7 @@ def _is_saved(module: str, config: Config) -> bool:
     saved = config.get("modules_to_save") or ()
     segments = module.split(".")
     paths = [".".join(segments[: count + 1]) for count in range(len(segments))]
-    return any(path == target or path.endswith(f".{target}") for target in saved for path in paths)
+    return any(path.endswith(tuple(saved)) for path in paths)
 
 
 # --- names in the config ----------------------------------------------------------------------------------------------
@@ -320,7 +324,7 @@ def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 31
 
 
-def _is_strings(value: Any) -> bool:
+def is_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
@@ -330,7 +334,7 @@ NUMBER = checked(is_number, "a finite number", required=True)
 OPTIONAL_NUMBER = checked(is_number, "a finite number")
 FLAG = checked(lambda value: isinstance(value, bool), "true or false")
 TEXT = checked(lambda value: isinstance(value, str), "a string")
-STRINGS = checked(lambda value: isinstance(value, str) or _is_strings(value), "a string or a list of strings")
+STRINGS = checked(lambda value: isinstance(value, str) or is_strings(value), "a string or a list of strings")
 ANYTHING = checked(lambda value: True, "anything")
 
 
@@ -361,7 +365,7 @@ def _check_targets(config: Config) -> list[str]:
     targets = config.get("target_modules")
     if isinstance(targets, str):
         return regex_problems("target_modules", targets) if targets != "all-linear" else []
-    if targets is None or _is_strings(targets):
+    if targets is None or is_strings(targets):
         return []
     return [f"target_modules must be a string or a list of strings, found {reprlib.repr(targets)}"]
 

@@ -21,14 +21,15 @@ from shardmerge.adapters.peft import (
     NUMBER_PATTERN,
     RANK,
     RANK_PATTERN,
-    STRINGS,
     Check,
     Config,
     Context,
     Module,
     PeftMethod,
+    checked,
     is_embedding,
     is_rank,
+    is_strings,
     pattern_value,
 )
 from shardmerge.naming import module_name
@@ -68,7 +69,7 @@ class LoraMethod(PeftMethod):
         "use_bdlora": lambda key, value: _blocks_problems(key, value),
         "use_dora": FLAG,
         "lora_bias": FLAG,
-        "target_parameters": STRINGS,
+        "target_parameters": checked(is_strings, "a list of strings"),
         "trainable_token_indices": lambda key, value: token_problems(key, value),
         "init_lora_weights": lambda key, value: initialisation_problems(key, value),
     }

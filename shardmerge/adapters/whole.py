@@ -1,7 +1,8 @@
 """Updates that replace: a whole tensor (``modules_to_save``, trained biases, resized embeddings), or rows of one.
 
 W' = V for a replaced tensor; its shape may differ from the base's in the first dimension, as a resized vocabulary's
-does. W'[index[k]] = V[k] for trained tokens, V (n, D); which rows stands only in the config.
+does. PEFT saves V as the module keeps it, a Conv1D's (in, out). W'[index[k]] = V[k] for trained tokens, V (n, D); which
+rows stands only in the config.
 Trainable tokens: peft/tuners/trainable_tokens/layer.py.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.base import Factors, Family, ModuleUpdate
-from shardmerge.spec import Update, Window
+from shardmerge.spec import Parameter, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +24,10 @@ class Replacement(Family):
     by_rows: ClassVar[frozenset[str]] = frozenset({"whole"})
     by_column_windows: ClassVar[bool] = True
     order: ClassVar[int] = 1
+
+    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
+        in_memory = bool(parameter.is_transposed) and update.setting("as_in_memory", False)
+        return update.changed(transposes=in_memory)
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         whole = update.factor("whole")
@@ -64,7 +69,8 @@ class TokenRows(Family):
     """Rows of an embedding (or of the output head) replaced."""
 
     name: ClassVar[str] = "token-rows"
-    order: ClassVar[int] = 9
+    #: Where PEFT puts LoRA on a head that is tied, the tokens are in the layer that LoRA wraps.
+    order: ClassVar[int] = 2
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         rows, indices = update.factor("rows"), dict(update.settings)["indices"]

@@ -41,10 +41,9 @@ def match(checkpoint: Checkpoint, names: Names, adapters: Sequence[tuple[Adapter
     for number, (config, adapter) in enumerate(adapters):
         one = _Matching(checkpoint, names, number, config, adapter, matches)
         matches.problems += [f"adapter {config.path}: {problem}" for problem in one.run()]
-    for target, updates in matches.updates.items():
+    for updates in matches.updates.values():
         # A frozen copy is compared with the base, so it comes before anything has been added.
         updates.sort(key=lambda update: (_order(update) > 0, update.adapter, _order(update)))
-        matches.problems += _undone(target, updates, adapters)
     matches.problems += _read_too_late(matches, adapters)
     return matches
 
@@ -53,17 +52,23 @@ def _order(update: Update | ModuleUpdate) -> int:
     return FAMILIES[update.family].order
 
 
-def _undone(target: str, updates: Sequence[Update], adapters: Sequence[tuple[AdapterConfig, AdapterFile]]) -> list[str]:
+def undone(updates: Mapping[str, Sequence[Update]], adapters: Sequence[AdapterConfig]) -> list[str]:
     """A whole tensor in place of the base's would undo what an adapter before it did."""
-    for before, update in itertools.pairwise(updates):
-        if update.family in ("replacement", "overwrite") and before.adapter != update.adapter and _order(before):
-            paths = [adapters[of.adapter][0].path for of in (before, update)]
-            if _overlap(before.place, update.place):
-                return [
-                    f"adapter {paths[1]} replaces {target} whole, which would undo what adapter {paths[0]} does to it; "
-                    "put it first, if that is what is meant"
-                ]
-    return []
+    problems = []
+    for target, of_target in updates.items():
+        wholes = [update for update in of_target if update.family in ("replacement", "overwrite")]
+        lost = (
+            (before, update)
+            for update in wholes
+            for before in of_target
+            if before.adapter < update.adapter and _order(before) and _overlap(before.place, update.place)
+        )
+        for before, update in itertools.islice(lost, 1):
+            problems.append(
+                f"adapter {adapters[update.adapter].path} replaces {target} whole, which would undo what adapter "
+                f"{adapters[before.adapter].path} does to it; put it first, if that is what is meant"
+            )
+    return list_some(problems)
 
 
 def _read_too_late(matches: Matches, adapters: Sequence[tuple[AdapterConfig, AdapterFile]]) -> list[str]:
@@ -150,7 +155,7 @@ class _Matching:
         if isinstance(oriented, str):
             self.misfits.append(oriented)
             return
-        completed = self._with_base(_as_stored(oriented, parameter))
+        completed = self._with_base(self._as_stored(oriented, parameter))
         if isinstance(completed, str):
             self.misfits.append(completed)
             return
@@ -161,7 +166,7 @@ class _Matching:
         self.misfits += wrong
         if wrong or _is_told(update):
             return
-        if update.family == "replacement" and update.factor("whole").shape != parameter.shape:
+        if update.family == "replacement" and update.factor("whole").shape != _shape(update, parameter):
             rows = update.factor("whole").shape[0]
             parameter = dataclasses.replace(
                 parameter,
@@ -204,6 +209,15 @@ class _Matching:
             self.matches.read.append((parameter.places[0].tensor, self.number, update.first))
             update = update.changed(factors=(*update.factors, (role, ref)))
         return update
+
+    def _as_stored(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate:
+        """A whole tensor can only be the source where it is stored as it is; else it is written over the base's."""
+        if update.family != "replacement":
+            return update
+        place, whole = parameter.places[0], update.factor("whole")
+        plain = len(parameter.places) == 1 and place == Place(place.tensor, place.rows, transposed=update.transposes)
+        all_of_it = math.prod(self._stored(place.tensor).shape) == math.prod(parameter.shape)
+        return update if plain and all_of_it and whole.strides is None else update.changed(family="overwrite")
 
     def _as_factor(self, parameter: Parameter) -> TensorRef | None:
         """A parameter of the base as a factor, in the matrix's orientation; None if it is not rows of one tensor."""
@@ -306,20 +320,26 @@ class _Matching:
         for target, regions in self.regions.items():
             if len(regions) < 2:
                 continue
-            changing = [item for item in regions if _order(item[1]) > 1]
-            by_expert: defaultdict[int | None, list[tuple[Place, ModuleUpdate]]] = defaultdict(list)
-            for place, update in changing:
-                by_expert[place.expert].append((place, update))
-            everywhere = by_expert.pop(None, [])
-            for group in by_expert.values() or [[]]:
-                ordered = sorted([*everywhere, *group], key=lambda item: item[0].stored_start)
-                for (one, first), (other, second) in itertools.pairwise(ordered):
-                    if _overlap(one, other):
-                        self.misfits.append(
-                            f"{first.first} and {second.first} both update {target}; a weight is updated once by an "
-                            "adapter"
-                        )
-                        break
+            # A replaced tensor may be updated, too, but not replaced by two.
+            kinds: defaultdict[int, list[tuple[Place, ModuleUpdate]]] = defaultdict(list)
+            for place, update in regions:
+                kinds[min(_order(update), 2)].append((place, update))
+            for kind in (1, 2):
+                self._find_overlaps_of(target, kinds[kind])
+
+    def _find_overlaps_of(self, target: str, regions: Sequence[tuple[Place, ModuleUpdate]]) -> None:
+        by_expert: defaultdict[int | None, list[tuple[Place, ModuleUpdate]]] = defaultdict(list)
+        for place, update in regions:
+            by_expert[place.expert].append((place, update))
+        everywhere = by_expert.pop(None, [])
+        for group in by_expert.values() or [[]]:
+            ordered = sorted([*everywhere, *group], key=lambda item: item[0].stored_start)
+            for (one, first), (other, second) in itertools.pairwise(ordered):
+                if _overlap(one, other):
+                    self.misfits.append(
+                        f"{first.first} and {second.first} both update {target}; a weight is updated once by an adapter"
+                    )
+                    break
 
     def _leftover(self, name: str) -> str:
         return f"{name} belongs to no update{self._near(name)}"
@@ -344,15 +364,6 @@ class _Matching:
 def _is_told(update: ModuleUpdate) -> bool:
     """Whether it was said already that the factors do not fit each other or are empty; their shapes may be anything."""
     return not update.fits or any(0 in ref.shape for _, ref in update.factors)
-
-
-def _as_stored(update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate:
-    """A whole tensor can only be the source where it is stored as it is; else it is written over the base's."""
-    if update.family != "replacement":
-        return update
-    place, whole = parameter.places[0], update.factor("whole")
-    plain = len(parameter.places) == 1 and whole.strides is None and place == Place(place.tensor, place.rows)
-    return update if plain else dataclasses.replace(update, family="overwrite")
 
 
 def _dtype_of_whole(update: ModuleUpdate, stored: TensorRef) -> list[str]:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardmerge.adapters import FAMILIES
 from shardmerge.checkpoint import Checkpoint
 from shardmerge.names import Names
 from shardmerge.spec import Parameter, TensorRef, Update
@@ -35,14 +36,17 @@ class Untied:
 
 def tied_parameter(names: Names, module: str, parameter: str) -> Parameter | None:
     """The parameter of a head that is tied and so not stored: the embedding's, by the head's name."""
-    target = f"{module}.{parameter}"
-    for head, embedding in names.tied_heads().items():
-        if target == head or target.endswith(f".{head}") or head.endswith(f".{target}"):
-            shared = names.resolve(embedding.rpartition(".")[0], embedding.rpartition(".")[2])
-            if isinstance(shared, Parameter):
-                places = tuple(dataclasses.replace(place, tensor=head) for place in shared.places)
-                return dataclasses.replace(shared, name=head, places=places)
-    return None
+    target, heads = f"{module}.{parameter}", names.tied_heads()
+    alike = [head for head in heads if target.endswith(f".{head}") or head.endswith(f".{target}")]
+    head = target if target in heads else alike[0] if len(alike) == 1 else None
+    if head is None:
+        return None
+    embedding = heads[head]
+    shared = names.resolve(embedding.rpartition(".")[0], embedding.rpartition(".")[2])
+    if not isinstance(shared, Parameter):
+        return None
+    places = tuple(dataclasses.replace(place, tensor=head) for place in shared.places)
+    return dataclasses.replace(shared, name=head, places=places)
 
 
 def resolve_ties(
@@ -62,11 +66,13 @@ def resolve_ties(
         if updates.get(head) or updates.get(embedding):
             _resolve(result, checkpoint, updates, configs, mode, head, embedding)
     if result.changes:
-        # The config unties all there is, so all must be there.
+        # The config unties all there is, so all must be there, with what was trained for both sides.
         there = {ref.name for ref in result.added}
         for head, embedding in ties.items():
             if head not in checkpoint.weights and head not in there:
                 result.added.append(dataclasses.replace(checkpoint.weights[embedding].tensor, name=head))
+                if shared := [update for update in updates.get(embedding, ()) if _is_shared(update, configs)]:
+                    updates[head] = [_on(update, head) for update in shared]
     return result
 
 
@@ -81,12 +87,26 @@ def _resolve(
 ) -> None:
     of_head, of_embedding = updates.get(head, []), updates[embedding]
     stored = head in checkpoint.weights
+    cannot_untie = checkpoint.model_type in _NEVER_UNTIED
+    says_untied = checkpoint.config.get("tie_word_embeddings") is False and _is_output(head)
+    # The head sees trained tokens through the tie, unless it has trained tokens of its own. Either side sees a weight
+    # that PEFT saved for the other: it says what the one tensor was in training.
+    for_head = [update for update in of_embedding if _is_seen(update, of_head, configs)]
+    for_embedding = [
+        update for update in of_head if update.family in _WHOLE and _is_seen(update, of_embedding, configs)
+    ]
+    if stored and says_untied and (cannot_untie or checkpoint.model_type == "mt5"):
+        # As of T5 1.1: transformers 5 does not heed the setting, but finds by their values that the two are apart. PEFT
+        # only asks whether they ought to be tied, and so has the head see trained tokens.
+        if tokens := [_on(update, head) for update in for_head if update.family == "token-rows"]:
+            updates[head] = _in_order([*of_head, *tokens])
+        return
     if _stays_tied(of_head, of_embedding, configs):
         updates.pop(head, None)
         if stored:
-            updates[head] = [_on(update, head) for update in of_embedding]
+            updates[head] = _in_order([*of_head, *(_on(update, head) for update in for_head)])
         return
-    if mode == "untie" and checkpoint.model_type in _NEVER_UNTIED:
+    if mode == "untie" and cannot_untie:
         result.problems.append(
             f"an adapter updates {embedding} or the output head that is tied to it, and {checkpoint.model_type} models "
             "cannot be untied: they scale their output, or not, by whether they are tied; tied: peft does as PEFT's "
@@ -95,8 +115,8 @@ def _resolve(
         return
     apart = any(update.family in _WHOLE and update.setting("saved") for update in (*of_head, *of_embedding))
     if mode == "peft" and not apart:
-        rest = [update for update in of_head if update.family not in _WHOLE or not of_embedding]
-        updates[embedding] = [*of_embedding, *(_on(update, embedding) for update in rest)]
+        rest = [*(update for update in of_head if update.family not in _WHOLE), *for_embedding]
+        updates[embedding] = _in_order([*of_embedding, *(_on(update, embedding) for update in rest)])
         updates.pop(head, None)
         if stored:
             updates[head] = [_on(update, head) for update in updates[embedding]]
@@ -105,11 +125,10 @@ def _resolve(
             "to both, as PEFT's merge does it; the unmerged model computes something else"
         )
         return
-    # The head sees trained tokens through the tie, unless it has trained tokens of its own.
-    own = {update.adapter for update in of_head if update.family == "token-rows"}
-    shared = [update for update in of_embedding if update.family == "token-rows" and update.adapter not in own]
-    if shared or of_head:
-        updates[head] = sorted([*of_head, *(_on(update, head) for update in shared)], key=lambda update: update.adapter)
+    if for_head or of_head:
+        updates[head] = _in_order([*of_head, *(_on(update, head) for update in for_head)])
+    if for_embedding:
+        updates[embedding] = _in_order([*of_embedding, *(_on(update, embedding) for update in for_embedding)])
     if not stored:
         result.added.append(dataclasses.replace(checkpoint.weights[embedding].tensor, name=head))
     result.changes["tie_word_embeddings"] = False
@@ -147,6 +166,27 @@ def _is_shared(update: Update, configs: Sequence[Mapping[str, Any]]) -> bool:
     config = configs[update.adapter]
     saved = update.setting("saved", False)
     return update.family in _WHOLE and (not saved or bool(config.get("ensure_weight_tying")))
+
+
+def _is_output(name: str) -> bool:
+    return name.removesuffix(".weight").rpartition(".")[2] == "lm_head"
+
+
+def _is_seen(update: Update, others: Sequence[Update], configs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether an update reaches the other side of the tie, whose own updates are ``others``."""
+    if not _is_shared(update, configs):
+        return False
+    if update.setting("copy", False) and any(other.adapter != update.adapter for other in others):
+        return False  # what the base was when the adapter was trained says nothing of what others did to it
+    whole = update.family in _WHOLE
+    return not any(
+        other.adapter == update.adapter and (other.family in _WHOLE if whole else other.family == update.family)
+        for other in others
+    )
+
+
+def _in_order(updates: Sequence[Update]) -> list[Update]:
+    return sorted(updates, key=lambda update: (update.adapter, FAMILIES[update.family].order))
 
 
 def _on(update: Update, target: str) -> Update:

@@ -10,6 +10,9 @@ from shardmerge.adapters.peft import is_embedding
 from shardmerge.checkpoint import Checkpoint
 from shardmerge.spec import TensorRef, Update
 
+#: Biases of outputs that are no part of the head's own module.
+_BIASES = ("final_logits_bias", "predictions.bias")
+
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
     """What config.json says, of a composite model its text part."""
@@ -55,7 +58,22 @@ def resized(
     embeddings = {
         name: size for name, size in rows.items() if name in changed or is_embedding(name.removesuffix(".weight"))
     }
+    embeddings |= _biases(checkpoint, updates, changed, old)
     if len(sizes) > 1 or len(set(embeddings.values())) > 1:
         found = ", ".join(f"{name} has {size}" for name, size in sorted(embeddings.items()))
         return None, [f"the adapter resizes the vocabulary, but not all of it: {found} rows"]
     return sizes.pop(), []
+
+
+def _biases(
+    checkpoint: Checkpoint, updates: Mapping[str, Sequence[Update]], changed: Mapping[str, int], old: int | None
+) -> dict[str, int]:
+    """Biases of resized outputs → their number of entries, as it will be."""
+    found: dict[str, int] = {}
+    for name, weight in checkpoint.weights.items():
+        module, _, parameter = name.rpartition(".")
+        of_head = parameter == "bias" and (is_embedding(module) or f"{module}.weight" in changed)
+        if (of_head or name.endswith(_BIASES)) and weight.tensor.shape[-1:] == (old,):
+            wholes = [update.factor("whole") for update in updates.get(name, ()) if update.family == "replacement"]
+            found[name] = (wholes or [weight.tensor])[-1].shape[-1:][0]
+    return found
