@@ -22,7 +22,7 @@ def describe(work: Path) -> dict[str, str]:
         "memory": f"{int(_field('/proc/meminfo', 'MemTotal').split()[0]) / 2**20:.1f} GiB",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "filesystem": _filesystem(work),
-        "load": f"{os.getloadavg()[0]:.2f} when it began",
+        "load": f"{os.getloadavg()[0]:.2f} when it began; niceness {os.getpriority(os.PRIO_PROCESS, 0)}",
         "versions": ", ".join([f"Python {platform.python_version()}", _shardmerge(), *map(_version, PACKAGES)]),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }

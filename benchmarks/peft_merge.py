@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
-    base, adapter, output = sys.argv[1:]
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    base, adapter, output, dtype, device = sys.argv[1:]
+    place = {} if device == "cpu" else {"device_map": device}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype), **place)
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     merged.save_pretrained(output)
 

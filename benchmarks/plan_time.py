@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 
 from benchmarks import machine, report
+from benchmarks.making import Made, add_work_option, place
 from benchmarks.measure import ROOT, cool, measure, own_peak, warm
-from benchmarks.report import Run
-from benchmarks.shapes import SHAPES, Made, add_work_option, place
+from benchmarks.runs import Run
+from benchmarks.shapes import SHAPES
 
 PLANNED = ("tiny", "index-1000", "index-1000-wide")
 
@@ -39,7 +40,8 @@ def size(name: str) -> str:
     return f"{shape.shards} shards, {sum(1 for _ in shape.base_tensors())} tensors, {targets} targets"
 
 
-def table(runs: list[Run]) -> str:
+def table(runs: list[Run], floor: int) -> str:
+    """Medians. A peak of ``floor`` bytes, the measuring process's own, may be less in truth."""
     head = ["command", "wall s", "CPU s", "peak MiB"]
     rows = []
     for name in dict.fromkeys(run.tool for run in runs):
@@ -50,7 +52,7 @@ def table(runs: list[Run]) -> str:
             continue
         cpu = f"{statistics.median(usage.cpu_seconds for usage in usages):.2f}"
         wall = report.median_and_range([usage.seconds for usage in usages])
-        rows.append([name, wall, cpu, report.peak_mib(usages, own_peak())])
+        rows.append([name, wall, cpu, report.peak_mib(usages, floor)])
     return report.markdown(head, rows)
 
 
@@ -62,7 +64,7 @@ def main() -> None:
     options = parser.parse_args()
     work = options.work.resolve()
     for name in PLANNED:
-        make = [sys.executable, "-m", "benchmarks.shapes", name, "--work", str(work)]
+        make = [sys.executable, "-m", "benchmarks.making", name, "--work", str(work)]
         subprocess.run(make, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     made = {name: place(SHAPES[name], work) for name in PLANNED}
     description = {**{name: size(name) for name in PLANNED}, **machine.describe(work)}
@@ -76,7 +78,7 @@ def main() -> None:
             runs.append(Run(name, number, measure(command, folder / "plan.log")))
             print(json.dumps(runs[-1].to_json()), flush=True)
     description["load"] += f", {os.getloadavg()[0]:.2f} when it ended"
-    print(f"\n{report.facts(description)}\n\n{table(runs)}")
+    print(f"\n{report.facts(description)}\n\n{table(runs, own_peak())}")
     sys.exit(any(run.failed for run in runs))
 
 

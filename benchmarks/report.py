@@ -1,40 +1,22 @@
-"""Runs → a table of medians, and the verdict on memory."""
+"""Runs → Markdown: the facts, and a table of medians and of ratios within a round."""
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from benchmarks.measure import Usage
+from benchmarks.runs import Group, cpu_seconds, median, ratio, seconds
 
 MIB = 1 << 20
-#: What `shardmerge run` may take above ``import torch``.
-MEMORY_BOUND = 128 * MIB
+GB = 1e9
+NONE = "–"
 
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One run of one tool. Runs with the same number were made one after the other."""
-
-    tool: str
-    number: int
-    usage: Usage
-
-    @property
-    def failed(self) -> bool:
-        return self.usage.exit_code != 0
-
-    def to_json(self) -> dict[str, object]:
-        usage = dataclasses.asdict(self.usage)
-        rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in usage.items()}
-        return {"tool": self.tool, "run": self.number, "failed": self.failed, **rounded}
-
-
-def human(count: float) -> str:
-    """Bytes in powers of 1000."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+HEAD = (
+    *("tool", "runs", "wall s", "÷ copy", "÷ (copy + import torch)", "÷ PEFT"),
+    *("CPU s", "CPU s/GB", "peak MiB", "read MB", "written MB"),
+)
+_KILLED = (-9, 137)
 
 
 def facts(description: Mapping[str, str]) -> str:
@@ -48,10 +30,10 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def median_and_range(seconds: Sequence[float]) -> str:
+def median_and_range(values: Sequence[float]) -> str:
     """``"9.31 (9.02–9.80)"``: the median, the least and the most; a single value stands alone."""
-    middle = f"{statistics.median(seconds):.2f}"
-    return f"{middle} ({min(seconds):.2f}–{max(seconds):.2f})" if len(seconds) > 1 else middle
+    middle = f"{statistics.median(values):.2f}"
+    return f"{middle} ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 else middle
 
 
 def peak_mib(usages: Sequence[Usage], floor: int) -> str:
@@ -60,58 +42,42 @@ def peak_mib(usages: Sequence[Usage], floor: int) -> str:
     return f"{'≤ ' if peak <= floor else ''}{peak / MIB:.0f}"
 
 
-def table(runs: Sequence[Run], floor: int) -> str:
-    """Medians, a row a tool, in the order of their first runs."""
-    tools = list(dict.fromkeys(run.tool for run in runs))
-    yardstick = "copy" if "copy" in tools else tools[0]
-    head = ["tool", "runs", "wall s", f"wall ÷ {yardstick}", "CPU s", "peak MiB", "read MB", "written MB"]
-    return markdown(head, [_row(tool, yardstick, runs, floor) for tool in tools])
+def table(group: Group, floor: int) -> str:
+    """A row a tool, in the order of their first runs."""
+    return markdown(HEAD, [_row(tool, group, floor) for tool in group.tools()])
 
 
-def _row(tool: str, yardstick: str, runs: Sequence[Run], floor: int) -> list[str]:
-    mine = [run for run in runs if run.tool == tool]
-    good = [run.usage for run in mine if not run.failed]
+def _row(tool: str, group: Group, floor: int) -> list[str]:
+    count = sum(run.tool == tool for run in group.runs)
+    good = group.good(tool)
     if not good:
-        return [tool, f"all {len(mine)} failed", *["–"] * 6]
+        return [tool, f"all {count} {_failed(tool, group)}", *[NONE] * (len(HEAD) - 2)]
     return [
         tool,
-        str(len(mine)) if len(good) == len(mine) else f"{len(good)}, and {len(mine) - len(good)} failed",
+        str(count) if len(good) == count else f"{len(good)}, and {count - len(good)} {_failed(tool, group)}",
         median_and_range([usage.seconds for usage in good]),
-        _ratio(tool, yardstick, runs),
-        f"{statistics.median(usage.cpu_seconds for usage in good):.2f}",
+        _number(ratio(group, tool, ["copy"], seconds)),
+        _number(ratio(group, tool, ["copy", "import-torch"], seconds)),
+        _number(ratio(group, tool, ["peft"], seconds)),
+        f"{median(good, cpu_seconds):.2f}",
+        f"{median(good, cpu_seconds) / (group.setting.base_bytes / GB):.2f}",
         peak_mib(good, floor),
         _megabytes(good, lambda usage: usage.read_bytes),
         _megabytes(good, lambda usage: usage.written_bytes),
     ]
 
 
-def _ratio(tool: str, yardstick: str, runs: Sequence[Run]) -> str:
-    """The median over the rounds of a tool's time by the yardstick's in the same round."""
-    seconds = {(run.tool, run.number): run.usage.seconds for run in runs if not run.failed}
-    ratios = [
-        value / seconds[yardstick, number]
-        for (name, number), value in seconds.items()
-        if name == tool and (yardstick, number) in seconds
-    ]
-    return f"{statistics.median(ratios):.2f}" if ratios else "–"
+def _failed(tool: str, group: Group) -> str:
+    """The kernel ends what does not fit its memory cgroup."""
+    codes = [run.usage.exit_code for run in group.runs if run.tool == tool and run.failed]
+    killed = group.setting.memory_limit is not None and all(code in _KILLED for code in codes)
+    return "killed at the limit" if killed else "failed"
+
+
+def _number(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}"
 
 
 def _megabytes(usages: Sequence[Usage], field: Callable[[Usage], int | None]) -> str:
     values = [value for usage in usages if (value := field(usage)) is not None]
-    return f"{statistics.median(values) / 1e6:.0f}" if values else "–"
-
-
-def memory_verdict(runs: Sequence[Run]) -> tuple[bool, str]:
-    """Whether shardmerge keeps its bound, the worst run against the best: its largest peak, torch's smallest."""
-    peaks = {
-        tool: [run.usage.peak_bytes for run in runs if run.tool == tool and not run.failed]
-        for tool in ("shardmerge", "import-torch")
-    }
-    if not all(peaks.values()):
-        return True, "memory: no verdict, since that takes runs of both shardmerge and import-torch"
-    most, least = max(peaks["shardmerge"]), min(peaks["import-torch"])
-    kept = most - least <= MEMORY_BOUND
-    return kept, (
-        f"memory: {'kept' if kept else 'MISSED'}: shardmerge {most / MIB:.1f} MiB − import torch {least / MIB:.1f} MiB "
-        f"= {(most - least) / MIB:.1f} MiB, of {MEMORY_BOUND / MIB:.0f} MiB allowed"
-    )
+    return f"{statistics.median(values) / 1e6:.0f}" if values else NONE

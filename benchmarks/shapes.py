@@ -1,32 +1,15 @@
-"""Checkpoints and adapters of real shapes, written as streams: made anywhere, without the model in memory.
-
-Weights are bf16 with a standard deviation of 0.02, taken from one block of random values at random places; norms are
-ones. Both folders load with transformers and PEFT. A finished shape is used again.
-
-    python -m benchmarks.shapes tinyllama
-"""
+"""What is merged: checkpoints and adapters of real shapes, as names and sizes. `benchmarks.making` writes them."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import math
-import random
-import shutil
-import tempfile
-from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
 
-MARKER = "complete.json"
-STD = 0.02
+DEFAULT_RANK = 16
 ALPHA = 32
-_BLOCK_VALUES = 1 << 20
-_CHUNK_BYTES = 1 << 19
-_BF16_BYTES = 2
+BF16_BYTES = 2
 
 #: A tensor's name and shape.
 Tensor = tuple[str, tuple[int, ...]]
@@ -44,10 +27,23 @@ class Shape:
     kv_heads: int
     vocab: int
     shards: int = 1
-    rank: int = 16
+    rank: int = DEFAULT_RANK
+
+    def with_rank(self, rank: int) -> Shape:
+        return dataclasses.replace(self, rank=rank)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is there to try things with: too small to fill buffers, so what it takes says little."""
+        return self.name.startswith(("tiny-", "index-")) or self.name == "tiny"
+
+    @property
+    def rounds_once(self) -> bool:
+        """Whether PEFT rounds the merged values once, as shardmerge does, so that bits are the same."""
+        return True
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """The linear layers of one layer, each as (out, in)."""
+        """The linear layers of one layer that have an adapter, each as (out, in)."""
         kv = self.hidden // self.heads * self.kv_heads
         return {
             "self_attn.q_proj": (self.hidden, self.hidden),
@@ -59,14 +55,15 @@ class Shape:
             "mlp.down_proj": (self.hidden, self.ffn),
         }
 
+    def others(self) -> dict[str, tuple[int, ...]]:
+        """The other weights of one layer."""
+        return {"input_layernorm": (self.hidden,), "post_attention_layernorm": (self.hidden,)}
+
     def base_tensors(self) -> Iterator[Tensor]:
         yield "model.embed_tokens.weight", (self.vocab, self.hidden)
         for layer in range(self.layers):
-            prefix = f"model.layers.{layer}."
-            for module, shape in self.linears().items():
-                yield f"{prefix}{module}.weight", shape
-            yield f"{prefix}input_layernorm.weight", (self.hidden,)
-            yield f"{prefix}post_attention_layernorm.weight", (self.hidden,)
+            for module, shape in {**self.linears(), **self.others()}.items():
+                yield f"model.layers.{layer}.{module}.weight", shape
         yield "model.norm.weight", (self.hidden,)
         yield "lm_head.weight", (self.vocab, self.hidden)
 
@@ -108,155 +105,97 @@ class Shape:
             "target_modules": sorted(module.rpartition(".")[2] for module in self.linears()),
         }
 
+    def base_bytes(self) -> int:
+        """Bytes of the base's tensors."""
+        return total_bytes(self.base_tensors())
+
+    def adapter_bytes(self) -> int:
+        return total_bytes(self.adapter_tensors())
+
+
+@dataclass(frozen=True, slots=True)
+class MoeShape(Shape):
+    """A Qwen3-MoE, its experts stored one by one; the adapter is on attention and on all experts (``ffn`` wide)."""
+
+    experts: int = 128
+    chosen: int = 8
+    head_dim: int = 128
+
+    @property
+    def rounds_once(self) -> bool:
+        return False  # of experts PEFT rounds the update, then the sum
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        inner, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "self_attn.q_proj": (inner, self.hidden),
+            "self_attn.k_proj": (kv, self.hidden),
+            "self_attn.v_proj": (kv, self.hidden),
+            "self_attn.o_proj": (self.hidden, inner),
+        }
+
+    def others(self) -> dict[str, tuple[int, ...]]:
+        # Not super(): of a class with slots it does not know the one that the decorator has made.
+        norms = {**Shape.others(self), **dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), (self.head_dim,))}
+        wide, narrow = (self.ffn, self.hidden), (self.hidden, self.ffn)
+        kinds = {"gate_proj": wide, "up_proj": wide, "down_proj": narrow}
+        stored = {f"mlp.experts.{n}.{kind}": shape for n in range(self.experts) for kind, shape in kinds.items()}
+        return {**norms, "mlp.gate": (self.experts, self.hidden), **stored}
+
+    def adapter_tensors(self) -> Iterator[Tensor]:
+        yield from Shape.adapter_tensors(self)
+        ranks = self.experts * self.rank
+        for layer in range(self.layers):
+            prefix = f"base_model.model.model.layers.{layer}.mlp.experts"
+            # PEFT puts one wrapper around the other: the inner one is gate_up_proj's, the outer one down_proj's.
+            yield f"{prefix}.base_layer.lora_A.weight", (ranks, self.hidden)
+            yield f"{prefix}.base_layer.lora_B.weight", (2 * self.ffn, ranks)
+            yield f"{prefix}.lora_A.weight", (ranks, self.ffn)
+            yield f"{prefix}.lora_B.weight", (self.hidden, ranks)
+
+    def config(self) -> dict[str, object]:
+        return {
+            **Shape.config(self),
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "head_dim": self.head_dim,
+            "moe_intermediate_size": self.ffn,
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.chosen,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+
+    def adapter_config(self) -> dict[str, object]:
+        parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        return {**Shape.adapter_config(self), "target_parameters": parameters}
+
+
+def nbytes(shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * BF16_BYTES
+
+
+def total_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(nbytes(shape) for _, shape in tensors)
+
 
 SHAPES = {
     shape.name: shape
     for shape in (
         Shape("tiny", layers=2, hidden=256, ffn=512, heads=4, kv_heads=2, vocab=1000, shards=2),
+        MoeShape("tiny-moe", 2, hidden=128, ffn=96, heads=4, kv_heads=2, vocab=1000, experts=8, chosen=2, head_dim=64),
         Shape("tinyllama", layers=22, hidden=2048, ffn=5632, heads=32, kv_heads=4, vocab=32000),
+        # Two layers of Qwen3-30B-A3B.
+        MoeShape("qwen3-moe", layers=2, hidden=2048, ffn=768, heads=32, kv_heads=4, vocab=151936),
+        # One layer of Llama-3.1-405B. Of its 128,256 tokens a few are enough: they are copied as they are.
+        Shape("llama3-405b", layers=1, hidden=16384, ffn=53248, heads=128, kv_heads=8, vocab=4096),
         Shape("llama3-8b", layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, vocab=128256, shards=4),
         # 63 small tensors a shard: what counts is how many headers there are.
-        Shape("index-1000", layers=1000, hidden=16, ffn=16, heads=2, kv_heads=1, vocab=64, shards=1000, rank=16),
-        Shape("index-1000-wide", layers=7000, hidden=16, ffn=16, heads=2, kv_heads=1, vocab=64, shards=1000, rank=16),
+        Shape("index-1000", layers=1000, hidden=16, ffn=16, heads=2, kv_heads=1, vocab=64, shards=1000),
+        Shape("index-1000-wide", layers=7000, hidden=16, ffn=16, heads=2, kv_heads=1, vocab=64, shards=1000),
     )
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """Where a shape lies."""
-
-    base: Path
-    adapter: Path
-
-    def files(self) -> list[Path]:
-        return sorted(path for folder in (self.base, self.adapter) for path in folder.iterdir())
-
-    def base_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.base.iterdir())
-
-
-def default_work() -> Path:
-    return Path(tempfile.gettempdir()) / "shardmerge-bench"
-
-
-def place(shape: Shape, work: Path) -> Made:
-    """Where `ensure` puts a shape."""
-    return Made(work / shape.name / "base", work / shape.name / "adapter")
-
-
-def ensure(shape: Shape, work: Path) -> Made:
-    """Make a shape under ``work``, unless it is there already."""
-    made = place(shape, work)
-    folder = made.base.parent
-    stamp = json.dumps(dataclasses.asdict(shape))
-    marker = folder / MARKER
-    if marker.is_file() and marker.read_text() == stamp:
-        return made
-    if folder.exists():
-        shutil.rmtree(folder)
-    made.base.mkdir(parents=True)
-    made.adapter.mkdir()
-    values = Values(shape.name)
-    _write_base(shape, made.base, values)
-    _write_file(made.adapter / "adapter_model.safetensors", list(shape.adapter_tensors()), values)
-    _write_json(made.adapter / "adapter_config.json", shape.adapter_config())
-    marker.write_text(stamp)
-    return made
-
-
-class Values:
-    """Random bf16 values, cheap: every chunk is a piece of one block."""
-
-    def __init__(self, seed: str) -> None:
-        self._random = random.Random(seed)
-        floats = array("f", (self._random.gauss(0.0, STD) for _ in range(_BLOCK_VALUES))).tobytes()
-        block = bytearray(_BLOCK_VALUES * _BF16_BYTES)
-        # The upper two bytes of a little-endian float32 are a bf16.
-        block[0::2], block[1::2] = floats[2::4], floats[3::4]
-        self._block = memoryview(bytes(block))
-        self._ones = b"\x80\x3f" * (_CHUNK_BYTES // _BF16_BYTES)
-
-    def chunks(self, tensor: Tensor) -> Iterator[bytes | memoryview]:
-        name, shape = tensor
-        left = _nbytes(shape)
-        while left:
-            size = min(left, _CHUNK_BYTES)
-            start = self._random.randrange(0, len(self._block) - size + 1, _BF16_BYTES)
-            yield self._ones[:size] if name.endswith("norm.weight") else self._block[start : start + size]
-            left -= size
-
-
-def _nbytes(shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * _BF16_BYTES
-
-
-def _write_base(shape: Shape, folder: Path, values: Values) -> None:
-    shards = _split(list(shape.base_tensors()), shape.shards)
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for name, tensors in zip(names, shards, strict=True):
-        _write_file(folder / name, tensors, values)
-    if len(shards) > 1:
-        weight_map = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor, _ in tensors}
-        total = sum(_nbytes(shape) for tensors in shards for _, shape in tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
-    _write_json(folder / "config.json", shape.config())
-
-
-def _split(tensors: list[Tensor], count: int) -> list[list[Tensor]]:
-    """Shards of about the same size, in the order of the tensors."""
-    total = sum(_nbytes(shape) for _, shape in tensors)
-    shards: list[list[Tensor]] = [[] for _ in range(count)]
-    start = 0
-    for tensor in tensors:
-        shards[start * count // total].append(tensor)
-        start += _nbytes(tensor[1])
-    return shards
-
-
-def _write_file(path: Path, tensors: list[Tensor], values: Values) -> None:
-    """One safetensors file, its tensors sorted by name as the library sorts them."""
-    tensors = sorted(tensors)
-    with open(path, "wb") as file:
-        file.write(_header(tensors))
-        _write_all(file, (chunk for tensor in tensors for chunk in values.chunks(tensor)))
-
-
-def _write_all(file: BinaryIO, chunks: Iterable[bytes | memoryview]) -> None:
-    for chunk in chunks:
-        file.write(chunk)
-
-
-def _header(tensors: list[Tensor]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in tensors:
-        start, end = end, end + _nbytes(shape)
-        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _write_json(path: Path, value: dict[str, object]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def add_work_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--work", type=Path, default=default_work(), help="folder for bases, adapters and outputs")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Make a base and an adapter of a real shape.")
-    parser.add_argument("shape", choices=SHAPES)
-    add_work_option(parser)
-    options = parser.parse_args()
-    made = ensure(SHAPES[options.shape], options.work)
-    print(f"{made.base}\n{made.adapter}")
-
-
-if __name__ == "__main__":
-    main()
+#: What can be merged by all tools.
+MERGED = [name for name in SHAPES if not name.startswith("index-")]
+#: What ``--shape all`` stands for, from small to large.
+REAL = [name for name in MERGED if not SHAPES[name].is_small]

@@ -8,22 +8,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.shapes import Made
+from benchmarks.making import Made
+from benchmarks.runs import Setting
 
 Command = Callable[["Task"], list[str]]
 
 #: Tools whose output is a merged checkpoint.
 MERGES = ("shardmerge", "peft", "mergekit")
+#: Those that hold the whole model in memory.
+WHOLE = ("peft", "mergekit")
 ORACLE = "peft"
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What to merge, and where to. ``scratch`` is removed after the run, like the output."""
+    """What to merge, how, and where to. ``scratch`` is removed after the run, like the output."""
 
     made: Made
+    setting: Setting
     output: Path
     scratch: Path
+
+    @property
+    def dtype(self) -> str:
+        """The output's, by name: the bases are all bf16."""
+        return "bfloat16" if self.setting.dtype == "same" else self.setting.dtype
 
 
 def shardmerge(task: Task) -> list[str]:
@@ -31,7 +40,8 @@ def shardmerge(task: Task) -> list[str]:
     value = {
         "base": str(task.made.base),
         "adapters": [str(task.made.adapter)],
-        "output": {"path": str(task.output)},
+        "output": {"path": str(task.output), "dtype": task.setting.dtype},
+        "compute": {"device": task.setting.device, "dtype": task.setting.compute_dtype},
     }
     config.write_text(json.dumps(value))  # JSON is YAML
     return [sys.executable, "-m", "shardmerge", "run", str(config)]
@@ -42,12 +52,17 @@ def copy(task: Task) -> list[str]:
 
 
 def import_torch(task: Task) -> list[str]:
-    return [sys.executable, "-c", "import torch"]
+    """With the CUDA context where there is a GPU: that, too, is a start-up that no merge avoids."""
+    start = "import torch"
+    if task.setting.device != "cpu":
+        start += f"; torch.zeros(1, device={task.setting.device!r})"
+    return [sys.executable, "-c", start]
 
 
 def peft(task: Task) -> list[str]:
     folders = [str(folder) for folder in (task.made.base, task.made.adapter, task.output)]
-    return _then_sync([sys.executable, "-m", "benchmarks.peft_merge", *folders], task.output)
+    run = [sys.executable, "-m", "benchmarks.peft_merge", *folders, task.dtype, task.setting.device]
+    return _then_sync(run, task.output)
 
 
 def mergekit(python: str) -> Command:
@@ -56,18 +71,29 @@ def mergekit(python: str) -> Command:
     def command(task: Task) -> list[str]:
         config = task.scratch / "mergekit.yaml"
         model = {"model": str(task.made.base), "lora": str(task.made.adapter)}
-        config.write_text(
-            json.dumps({"merge_method": "passthrough", "models": [{"model": model}], "dtype": "bfloat16"})
-        )
+        value = {"merge_method": "passthrough", "models": [{"model": model}], "dtype": task.dtype}
+        config.write_text(json.dumps(value))
         cache = str(task.scratch / "lora-cache")
-        options = ["--lora-merge-cache", cache, "--lora-merge-dtype", "bfloat16", "--no-copy-tokenizer", "--quiet"]
+        options = ["--lora-merge-cache", cache, "--lora-merge-dtype", task.dtype, "--no-copy-tokenizer", "--quiet"]
+        if task.setting.device != "cpu":
+            options.append("--cuda")
         run = [python, "-m", "mergekit.scripts.run_yaml", str(config), str(task.output), *options]
         return _then_sync(run, task.output)
 
     return command
 
 
+def direct_read(task: Task) -> list[str]:
+    files = [str(path) for path in task.made.base.glob("*.safetensors")]
+    return [sys.executable, "-m", "benchmarks.direct", "read", *sorted(files)]
+
+
+def direct_write(task: Task) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.direct", "write", str(task.output / "block"), str(task.made.base_bytes())]
+
+
 def all_tools(mergekit_python: str | None) -> dict[str, Command]:
+    """By name, in the order in which they take turns unless told otherwise."""
     tools: dict[str, Command] = {
         "shardmerge": shardmerge,
         "copy": copy,
@@ -76,7 +102,7 @@ def all_tools(mergekit_python: str | None) -> dict[str, Command]:
     }
     if mergekit_python:
         tools["mergekit"] = mergekit(mergekit_python)
-    return tools
+    return {**tools, "direct-read": direct_read, "direct-write": direct_write}
 
 
 def _then_sync(command: list[str], output: Path) -> list[str]:
