@@ -7,6 +7,7 @@ those that go by rows only the rows of one tile.
 from __future__ import annotations
 
 import math
+import mmap
 import threading
 from collections.abc import Callable
 
@@ -45,11 +46,8 @@ class LazyFactors:
         self._threads = torch.get_num_threads()
         #: Held while something is read or built; several threads ask.
         self.lock = threading.RLock()
-        #: Adapters, by number, that have had an effect in this shard.
+        #: Adapters, by number, that have had an effect since this was last cleared.
         self.active: set[int] = set()
-
-    def begin_shard(self) -> None:
-        self.active.clear()
 
     def of(self, update: Update, dtype: torch.dtype = torch.float32) -> UpdateFactors:
         """The factors of one update, in ``dtype``. A new target drops what was kept for the one before."""
@@ -72,7 +70,13 @@ class LazyFactors:
         return kept
 
     def rows(self, ref: TensorRef, rows: RowRange) -> Tensor:
-        """Rows of a factor in the compute dtype. Where they lie apart in the file, the file's bytes are kept whole."""
+        """Rows of a factor in the compute dtype. A small factor is kept whole.
+
+        Where rows lie apart in the file, the file's bytes are kept.
+        """
+        if ref.nbytes <= KEPT_WHOLE_BYTES:
+            part = self.whole(ref)[rows.start : rows.stop]
+            return part if part.data_ptr() % ALIGNMENT == 0 else part.clone()
         if ref.strides is None:
             return self._ready(ref, self._read(ref, rows), (rows.start,))
         return self._ready(ref, self._stored(ref)[rows.start : rows.stop], (rows.start,))
@@ -144,8 +148,14 @@ class LazyFactors:
         return flat.view(height, len(columns))
 
 
-def _memory(size: int) -> tuple[bytearray, memoryview, int]:
-    """``size`` bytes, aligned as MKL likes them: the memory, a view of them, and where in it they begin."""
+def _memory(size: int) -> tuple[bytearray | mmap.mmap, memoryview, int]:
+    """``size`` bytes, aligned as MKL likes them: the memory, a view of them, and where in it they begin.
+
+    Much memory is asked of the system, to which it goes back at once: malloc would keep it, in pieces.
+    """
+    if size > KEPT_WHOLE_BYTES:
+        pages = mmap.mmap(-1, size)
+        return pages, memoryview(pages), 0
     memory = bytearray(size + ALIGNMENT)
     start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % ALIGNMENT
     return memory, memoryview(memory)[start : start + size], start

@@ -53,8 +53,8 @@ def by_expert(tensor: TensorPlan) -> list[tuple[Update, ...]]:
 
 
 def boundaries(tensor: TensorPlan) -> list[int]:
-    """Stored rows at which a part of some matrix begins or ends, with 0 and the number of rows."""
-    rows, height = tensor.rows, tensor.rows
+    """Stored rows at which a part of some matrix begins or ends, with the first and the end of the output's."""
+    rows = height = tensor.all_rows
     if tensor.row_dims == 2:
         height = tensor.source.shape[1]
     within = {0}
@@ -63,4 +63,6 @@ def boundaries(tensor: TensorPlan) -> list[int]:
         if not place.transposed:
             within |= {place.stored_start, place.stored_start + place.rows}
     within = {row for row in within if row < height}
-    return [*sorted(start + row for start in range(0, rows, height or 1) for row in within), rows]
+    first, last = tensor.first_row, tensor.first_row + tensor.rows
+    inner = {start + row for start in range(0, rows, height or 1) for row in within}
+    return [first, *sorted(row for row in inner if first < row < last), last]

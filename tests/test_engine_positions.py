@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardmerge.engine import Job, positions
+from shardmerge.jobs import Job, positions
 from shardmerge.spec import BUFFER_SLACK, DTYPE_BITS, PAGE, TensorInfo, TensorPlan, even_rows
 from tests.builders import refs_of, untimed
 from tests.peft_oracle import (

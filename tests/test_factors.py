@@ -17,7 +17,7 @@ from shardmerge.errors import NonFiniteError
 from shardmerge.factors import LazyFactors
 from shardmerge.pickled import read_pickled
 from shardmerge.sources import LocalReader, LocalSource, Reader
-from shardmerge.spec import RowRange, SourceFile, TensorRef, even_rows
+from shardmerge.spec import ALIGNMENT, RowRange, SourceFile, TensorRef, even_rows
 from tests.builders import update_of
 from tests.peft_oracle import random, write_adapter
 
@@ -42,6 +42,9 @@ class CountingReader:
 
     def read_block(self, memory: memoryview, position: int, offset: int, size: int) -> None:
         self.inner.read_block(memory, position, offset, size)
+
+    def check(self) -> None:
+        self.inner.check()
 
     def close(self) -> None:
         self.inner.close()
@@ -112,6 +115,12 @@ def open_pickle(folder: Path, stored: torch.dtype, layout: str) -> Opened:
     return Opened(path, pairs)
 
 
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors count as large ones, of which only what is needed is read."""
+    monkeypatch.setattr("shardmerge.factors.KEPT_WHOLE_BYTES", 0)
+
+
 @pytest.fixture(params=list(STORED))
 def stored(request: pytest.FixtureRequest) -> torch.dtype:
     return STORED[request.param]
@@ -122,11 +131,12 @@ def stored(request: pytest.FixtureRequest) -> torch.dtype:
 
 def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
     opened = open_safetensors(tmp_path, torch.float32)
-    opened.loader.begin_shard()
+    opened.loader.active.clear()
     opened.loader.of(opened.updates[0])
     assert opened.uris == [] and opened.taken() == []
 
 
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("tiles", [1, 3, 4, OUT])
 def test_of_b_only_the_rows_of_a_tile_are_read(tiles: int, stored: torch.dtype, tmp_path: Path) -> None:
     opened = open_safetensors(tmp_path, stored)
@@ -136,6 +146,18 @@ def test_of_b_only_the_rows_of_a_tile_are_read(tiles: int, stored: torch.dtype, 
         found = opened.loader.of(update).rows("B", rows)
         assert torch.equal(found, B.to(stored).float()[rows.start : rows.stop])
         assert opened.taken() == [(ref.offset + rows.start * row, len(rows) * row)]
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 4, OUT])
+def test_a_small_b_is_read_once(tiles: int, stored: torch.dtype, tmp_path: Path) -> None:
+    opened = open_safetensors(tmp_path, stored)
+    update = opened.updates[0]
+    for rows in even_rows(OUT, tiles):
+        found = opened.loader.of(update).rows("B", rows)
+        assert torch.equal(found, B.to(stored).float()[rows.start : rows.stop])
+        assert found.data_ptr() % ALIGNMENT == 0
+    ref = update.factor("B")
+    assert opened.taken() == [(ref.offset, ref.nbytes)]
 
 
 def test_a_is_read_once_a_target(stored: torch.dtype, tmp_path: Path) -> None:
@@ -217,6 +239,7 @@ def test_of_a_strided_factor_nothing_is_kept_after_the_target_has_changed(layout
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 def test_the_row_of_a_bad_value_counts_from_the_start_of_the_factor(value: float, tmp_path: Path) -> None:
     b = B.clone()
@@ -234,11 +257,11 @@ def test_an_adapter_is_active_when_some_row_of_b_is_not_zero(tmp_path: Path) -> 
     b[50, 1] = -1e-30
     opened = open_one(tmp_path, b)
     loader, update = opened.loader, opened.updates[0]
-    loader.begin_shard()
+    loader.active.clear()
     loader.of(update).whole("A")
     loader.of(update).rows("B", RowRange(0, 50))
     assert loader.active == set()
     loader.of(update).rows("B", RowRange(50, 60))
     assert loader.active == {0}
-    loader.begin_shard()
+    loader.active.clear()
     assert loader.active == set()

@@ -20,6 +20,8 @@ from shardmerge.planning.tiling import (
 )
 from shardmerge.spec import (
     FLOAT_DTYPES,
+    KEPT_WHOLE_BYTES,
+    LIBRARY_BYTES,
     MIN_TILE_ROWS,
     MemoryPlan,
     ShardPlan,
@@ -31,7 +33,7 @@ from shardmerge.spec import (
 )
 from tests.builders import refs_of, untimed, update_of
 
-SMALLEST, LARGEST = _SIZES[-1][0], _SIZES[0][0]
+SMALLEST, LARGEST, TILE = _SIZES[-1][0], _SIZES[0][0], _SIZES[0][1]
 
 
 def tensor_plan(
@@ -144,16 +146,23 @@ def test_needs_work(tensor: TensorPlan, work: bool) -> None:
 
 
 def shard_of(tensors: list[TensorPlan]) -> ShardPlan:
-    return ShardPlan("model.safetensors", (), tuple(tensors), 0, 0)
+    return ShardPlan("model.safetensors", (), tuple(tensors), 0, sum(tensor.out.nbytes for tensor in tensors))
 
 
 def factor_bytes(tensor: TensorPlan, tiles: int, compute: str) -> int:
-    """A whole; of B a tile's rows; each as stored and in the compute dtype. Rows that lie apart are read whole."""
+    """A whole; of B a tile's rows, or all where it is small; each as stored and in the compute dtype.
+
+    Rows that lie apart are read whole.
+    """
     total = 0
     for update in tensor.updates:
         a, b = update.factor("A"), update.factor("B")
         rows = tile_rows(tensor, tiles) * b.shape[1]
-        total += math.prod(a.shape) * (4 + itemsize(compute)) + WORKERS * rows * itemsize(compute)
+        total += math.prod(a.shape) * (4 + itemsize(compute))
+        if b.nbytes <= KEPT_WHOLE_BYTES:
+            total += math.prod(b.shape) * (4 + itemsize(compute))
+            continue
+        total += WORKERS * rows * itemsize(compute)
         total += WORKERS * (b.nbytes if b.strides else rows * 4)
     return total
 
@@ -173,10 +182,10 @@ def test_memory_is_that_of_the_tiles(tensors: list[TensorPlan], compute: str, bu
         assert tile_rows(tensor, tensor.tiles) * row_bytes(tensor) <= memory.buffer_bytes
     assert memory.buffers == BUFFERS
     tiles = [(tensor, tile_rows(tensor, tensor.tiles) * tensor.row_elements) for tensor in worked]
-    # An update needs the tile and, at the next multiple of 64 bytes, scratch of its size.
+    # The tile and, at the next multiple of 64 bytes, scratch of its size.
+    items = [itemsize(compute) if tensor.updates else 4 for tensor, _ in tiles]
     workspaces = [
-        -(-count * itemsize(compute) // 64) * 64 + count * itemsize(compute) if tensor.updates else count * 4
-        for tensor, count in tiles
+        -(-count * item // 64) * 64 + count * item for (_, count), item in zip(tiles, items, strict=True)
     ]
     assert memory.workspace_bytes == max(workspaces, default=0)
     assert memory.factor_bytes == max((factor_bytes(tensor, tensor.tiles, compute) for tensor in worked), default=0)
@@ -203,6 +212,13 @@ def test_order_of_the_tensors_does_not_matter() -> None:
 
 
 def test_nothing_to_do_takes_the_largest_buffers_that_fit() -> None:
-    assert memory_for([tensor_plan((4, 4))], 1 << 28).buffer_bytes == LARGEST
-    assert memory_for([tensor_plan((4, 4))], BUFFERS * LARGEST - 1).buffer_bytes == LARGEST // 2
-    assert memory_for([tensor_plan((4, 4))], 1).buffer_bytes == SMALLEST
+    large = [tensor_plan((10_000, 10_000))]
+    assert memory_for(large, 1 << 28).buffer_bytes == LARGEST
+    assert memory_for(large, LIBRARY_BYTES + BUFFERS * LARGEST - 1).buffer_bytes == LARGEST // 2
+    assert memory_for(large, 1).buffer_bytes == SMALLEST
+
+
+def test_a_small_model_takes_small_buffers() -> None:
+    """Memory that would never be filled is not asked for; tiles stay as they are."""
+    assert memory_for([tensor_plan((4, 4))], 1 << 28).buffer_bytes == TILE
+    assert memory_for([tensor_plan((1000, 4000))], 1 << 28).buffer_bytes == 2 * TILE

@@ -26,6 +26,7 @@ from shardmerge.spec import (
     TensorRef,
     Update,
     aligned,
+    row_nbytes,
 )
 from shardmerge.windows import boundaries, locate
 
@@ -58,7 +59,10 @@ def tile_all(
     kind_of = {id(tensor): _kind(tensor) for tensor in worked}
     kinds = {kind_of[id(tensor)]: tensor for tensor in worked}
     budget = AUTO_MEMORY if max_memory is None else max_memory
+    enough = sum(shard.data_bytes for shard in shards) // (2 * BUFFERS)
     for buffer_bytes, size in _SIZES:
+        if buffer_bytes > max(enough, size):
+            continue  # a model that hardly fills the buffers needs only small ones
         memory = _memory(kinds.values(), buffer_bytes, size, compute_dtype)
         if memory.total <= budget:
             break
@@ -70,14 +74,15 @@ def tile_all(
             return tensor
         segments = cut[kind]
         tiles = sum(count for _, count in segments)
-        return TensorPlan(tensor.source, tensor.out, tensor.updates, tiles, segments if len(segments) > 1 else ())
+        return dataclasses.replace(tensor, tiles=tiles, segments=segments if len(segments) > 1 else ())
 
     return tuple(dataclasses.replace(shard, tensors=tuple(map(tiled, shard.tensors))) for shard in shards), memory
 
 
 def needs_work(tensor: TensorPlan) -> bool:
     """Whether a tensor goes through a float, rather than as bytes."""
-    if tensor.source.dtype != tensor.out.dtype:
+    finish = tensor.finish
+    if tensor.source.dtype != tensor.out.dtype or (finish and (finish.shuffle or finish.addend)):
         return True
     # Numbers that are not floats can only have been replaced.
     return bool(tensor.updates) and tensor.source.dtype in FLOAT_DTYPES
@@ -85,7 +90,8 @@ def needs_work(tensor: TensorPlan) -> bool:
 
 def _kind(tensor: TensorPlan) -> tuple[object, ...]:
     """What tiles and memory depend on."""
-    return (tensor.source.dtype, tensor.out.dtype, tensor.source.shape, tuple(map(_kind_of_update, tensor.updates)))
+    updates = tuple(map(_kind_of_update, tensor.updates))
+    return (tensor.source.dtype, tensor.out.dtype, tensor.source.shape, tensor.finish, tensor.part, updates)
 
 
 def _kind_of_update(update: Update) -> tuple[object, ...]:
@@ -98,15 +104,15 @@ def _kind_of_update(update: Update) -> tuple[object, ...]:
 
 def row_bytes(tensor: TensorPlan) -> int:
     """Bytes of buffer that a row takes: it is read into it, and encoded into it again."""
-    return tensor.row_elements * max(itemsize(tensor.source.dtype), itemsize(tensor.out.dtype))
+    return max(row_nbytes(dtype, tensor.row_elements) for dtype in (tensor.source.dtype, tensor.out.dtype))
 
 
 def tile_counts(tensor: TensorPlan, buffer_bytes: int) -> tuple[tuple[int, int], ...]:
     """(rows, tiles) of every segment: even tiles, each within a buffer where the least number of rows allows it."""
-    if not tensor.updates:
+    if not tensor.goes_by_rows:
         return ((tensor.rows, _count(tensor.rows, row_bytes(tensor), buffer_bytes)),)
     runs = list(itertools.pairwise(boundaries(tensor))) if tensor.rows else [(0, 0)]
-    if tensor.row_elements == 1:
+    if tensor.row_elements == 1 and tensor.updates:
         return tuple((stop - start, 1) for start, stop in runs)
     return tuple(
         segment
@@ -124,7 +130,8 @@ def _unit(tensor: TensorPlan, row: int) -> int:
     """The rows that must stay together in the run that begins at ``row``."""
     here = RowRange(row, row + 1)
     units = ((update, FAMILIES[update.family].row_unit(update)) for update in tensor.updates if not update.by_columns)
-    return math.lcm(*(unit for update, unit in units if unit > 1 and locate(tensor, update, here)))
+    finish = tensor.finish.group if tensor.finish else 1
+    return math.lcm(finish, *(unit for update, unit in units if unit > 1 and locate(tensor, update, here)))
 
 
 def _segments(rows: int, unit: int, bytes_per_row: int, buffer_bytes: int) -> list[tuple[int, int]]:
@@ -152,7 +159,7 @@ def _memory(kinds: Iterable[TensorPlan], buffer_bytes: int, tile_bytes: int, com
         # A tile in the dtype of the work, and the scratch of the same size that updates use.
         dtype = work_dtype(tensor, compute_dtype)
         tile = rows * tensor.row_elements * itemsize(dtype)
-        workspace = max(workspace, aligned(tile) + tile if tensor.updates else tile)
+        workspace = max(workspace, aligned(tile) + tile)
         factors = max(factors, sum(_factor_bytes(update, rows, dtype) for update in tensor.updates))
     return MemoryPlan(BUFFERS, largest, WORKERS, workspace, factors)
 
@@ -165,7 +172,7 @@ def _factor_bytes(update: Update, rows: int, compute_dtype: str) -> int:
     for role, ref in update.factors:
         if role in family.streamed:
             continue
-        if role not in partial:
+        if role not in partial or (ref.nbytes <= KEPT_WHOLE_BYTES and not update.by_columns):
             total += _one_factor(ref, None, compute_dtype)
         elif update.by_columns:
             part = math.prod(ref.shape[:-1]) * rows * (itemsize(compute_dtype) + itemsize(ref.dtype))

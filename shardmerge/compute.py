@@ -1,0 +1,339 @@
+"""Compute the tiles of a tensor: decode → each update → encode → check.
+
+Importing this room imports torch, which takes about a second; so the engine does it when the first tile has been read.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from shardmerge.adapters import FAMILIES, work_dtype
+from shardmerge.codecs import TORCH_DTYPES, encode_by_chance, encode_into, overflow_limit, view_bytes
+from shardmerge.errors import NonFiniteError, PlanError
+from shardmerge.factors import LazyFactors, UpdateFactors
+from shardmerge.fidelity import Sampler
+from shardmerge.gguf.quantize import overflow_limit as quantized_limit
+from shardmerge.gguf.quantize import quantize_into
+from shardmerge.jobs import Job, Positions
+from shardmerge.pipeline import Buffer
+from shardmerge.spec import (
+    DTYPE_BITS,
+    DTYPE_NAMES,
+    FLOAT_DTYPES,
+    Fidelity,
+    Finish,
+    MergePlan,
+    RowRange,
+    TensorPlan,
+    Update,
+    Window,
+    aligned,
+    dtype_code,
+    row_nbytes,
+)
+from shardmerge.windows import by_expert, locate
+
+if TYPE_CHECKING:
+    from shardmerge.sources import Reader
+
+Item = TypeVar("Item")
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is the CPU: a merge is bound by the disk, and the CPU's sums are the same everywhere.
+
+    Raises `PlanError` if the device is not there.
+    """
+    device = torch.device("cpu" if name == "auto" else name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise PlanError([f"compute.device is {name}, but torch {torch.__version__} finds {found} CUDA devices here"])
+    return device
+
+
+class ComputeThreads:
+    """Who computes, put back by `close`.
+
+    The tiles of a weight are shared out among the caller's thread and a few of ours, in each of which torch computes
+    with one thread: so nothing is waited for within a product, and torch's pool does not fight with the threads that
+    read and write. The bits of a large product do not depend on the number of threads. Those of a small one may; so a
+    weight of one tile gets the threads that torch takes by itself, as for PEFT.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._default = torch.get_num_threads()
+        self.workers = max(1, min(workers, _cores()))
+        others = self.workers - 1
+        self._pool = ThreadPoolExecutor(
+            max(1, others), "shardmerge-compute", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        # All are started now: a thread that tells torch of its one tells MKL for all threads, and must not do so later.
+        together = threading.Barrier(max(1, others))
+        wait([self._pool.submit(together.wait) for _ in range(others)])
+        torch.set_num_threads(self._default)
+        self._set = self._default
+
+    def run(self, items: Iterable[Item], task: Callable[[int, Item], None]) -> None:
+        """Share items out: each thread, told its number, takes the next one. An error is raised when all have ended."""
+        pending = deque(items)
+
+        def drain(worker: int) -> None:
+            while pending:
+                try:
+                    item = pending.popleft()
+                except IndexError:
+                    return  # another thread was quicker
+                task(worker, item)
+
+        helpers = range(1, min(self.workers, len(pending)))
+        running = [self._pool.submit(drain, worker) for worker in helpers]
+        try:
+            drain(0)
+        finally:
+            wait(running)
+        for future in running:
+            future.result()
+
+    def set_for(self, tensor: TensorPlan) -> None:
+        """How many threads torch has in the caller's thread."""
+        wanted = self._default if tensor.tiles == 1 else 1
+        if wanted != self._set:
+            torch.set_num_threads(wanted)
+            self._set = wanted
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        torch.set_num_threads(self._default)
+
+
+def _cores() -> int:
+    """Cores that this process may use, which in a container may be fewer than there are."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1
+
+
+class Workspace:
+    """Memory of one thread that computes: a tile in the dtype of the work, and as much scratch."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self._key: tuple[object, ...] = ()
+        self._tensors = (self._memory, self._memory)
+
+    def tensors(self, shape: tuple[int, int], dtype: str) -> tuple[Tensor, Tensor]:
+        """A tile and scratch, both dense; the same as before where nothing else is asked for."""
+        if self._key != (shape, dtype):
+            torch_dtype = TORCH_DTYPES[dtype]
+            size = shape[0] * shape[1] * torch_dtype.itemsize
+            tile, scratch = (
+                self._memory[start : start + size].view(torch_dtype).view(shape) for start in (0, aligned(size))
+            )
+            self._key, self._tensors = (shape, dtype), (tile, scratch)
+        return self._tensors
+
+
+class TileWorker:
+    """Merges tiles in place in buffers, with a workspace for every thread. Close it to give back the threads."""
+
+    def __init__(self, plan: MergePlan, buffers: Sequence[Buffer], open_file: Callable[[str], Reader]) -> None:
+        """``open_file`` gives the reader of a uri, of an adapter or of the base; asked of one thread at a time."""
+        self.plan = plan
+        self.device = resolve_device(plan.compute_device)
+        self.dtype = dtype_code(plan.compute_dtype)
+        #: Looks at how the updates come through the rounding.
+        self.sampler = Sampler()
+        self._by_chance = plan.rounding == "stochastic"
+        self._raw = {id(buffer): torch.frombuffer(buffer.memory, dtype=torch.uint8) for buffer in buffers}
+        self._threads = ComputeThreads(plan.memory.workers if self.device.type == "cpu" else 1)
+        self._workspaces = [Workspace(plan.memory.workspace_bytes, self.device) for _ in range(self._threads.workers)]
+        self._open_file = open_file
+        self.factors = LazyFactors(open_file, self.device)
+        self._experts: tuple[TensorPlan | None, list[tuple[Update, ...]]] = (None, [])
+
+    def take(self) -> tuple[tuple[int, ...], Mapping[str, Fidelity]]:
+        """What was seen since the last time: adapters that had an effect, by number, and how updates came through."""
+        active = tuple(sorted(self.factors.active))
+        self.factors.active.clear()
+        return active, self.sampler.take()
+
+    def close(self) -> None:
+        self._threads.close()
+
+    def merge(self, job: Job, tensor: TensorPlan, buffer: Buffer, at: Positions) -> None:
+        """Decode each tile from its buffer, update it in the workspace, and encode it into the same buffer."""
+        self._threads.set_for(tensor)
+        self.sampler.begin(tensor)
+        first, stop = job.tiles[0].start, job.tiles[-1].stop
+        raw = self._raw[id(buffer)]
+        stored = _matrix(raw, at.read, tensor.source.dtype, (stop - first, tensor.row_elements))
+        width = row_nbytes(tensor.out.dtype, tensor.row_elements)
+        target = raw[at.work : at.work + job.write_bytes].view(stop - first if job.write_bytes else 0, width)
+        if tensor.finish is None:
+            target = target.view(TORCH_DTYPES[tensor.out.dtype])
+
+        def merge(worker: int, rows: RowRange) -> None:
+            here = slice(rows.start - first, rows.stop - first)
+            self._merge_tile(job, tensor, rows, stored[here], target[here], self._workspaces[worker])
+
+        # Where output takes the very place of input, tiles are apart. A survey adds up, and so goes in order.
+        if at.read == at.work and job.read_bytes == job.write_bytes:
+            self._threads.run(job.tiles, merge)
+        else:
+            for rows in job.tiles:
+                merge(0, rows)
+
+    def _merge_tile(
+        self, job: Job, tensor: TensorPlan, rows: RowRange, stored: Tensor, target: Tensor, workspace: Workspace
+    ) -> None:
+        """``stored`` (rows, columns) is the tile as it was read; ``target`` where it goes, as a matrix, too."""
+        tile, scratch = workspace.tensors((len(rows), tensor.row_elements), work_dtype(tensor, self.dtype))
+        tile.copy_(stored)
+        sample = None if job.survey is not None or tensor.finish else self.sampler.before(rows, stored)
+        surveyed = None if job.survey is None else tensor.updates[job.survey]
+        for update in self._reaching(tensor, rows):
+            if update is surveyed:
+                self._update(update, tensor, rows, tile, scratch, FAMILIES[update.family].survey)
+                return
+            self._update(update, tensor, rows, tile, scratch, FAMILIES[update.family].apply)
+        if surveyed is not None:
+            return  # it has nothing in this tile
+        if tensor.finish is not None:
+            self._finish(tensor, tensor.finish, rows, tile, target)
+            return
+        self._round(tensor, rows, tile, target)
+        if not _is_finite(target):
+            self._check(tile, tensor, rows)
+        if sample is not None:
+            self.sampler.after(tensor, rows, sample, tile, target)
+
+    def _round(self, tensor: TensorPlan, rows: RowRange, tile: Tensor, target: Tensor) -> None:
+        if self._by_chance and tensor.updates and target.element_size() < tile.element_size():
+            encode_by_chance(target, tile, self.plan.seed, tensor.source.name, rows)
+        else:
+            encode_into(target, tile)
+
+    def _finish(self, tensor: TensorPlan, finish: Finish, rows: RowRange, tile: Tensor, target: Tensor) -> None:
+        """Encode as another format wants it, of the values that a checkpoint in between would have held."""
+        merged = torch.empty(tile.shape, dtype=TORCH_DTYPES[finish.dtype])
+        self._round(tensor, rows, tile, merged)
+        if not merged.numel() or not float(merged.abs().max()) < _limit(tensor):
+            self._check(tile, tensor, rows)
+        quantize_into(target.view(-1), _arranged(merged, finish), tensor.out.dtype)
+
+    def _reaching(self, tensor: TensorPlan, rows: RowRange) -> tuple[Update, ...]:
+        """The updates that may reach rows of a tensor."""
+        if tensor.row_dims == 1:
+            return tensor.updates
+        known, updates = self._experts
+        if known is not tensor:
+            updates = by_expert(tensor)
+            self._experts = (tensor, updates)
+        return updates[rows.start // tensor.source.shape[1]]
+
+    def _update(
+        self,
+        update: Update,
+        tensor: TensorPlan,
+        rows: RowRange,
+        tile: Tensor,
+        scratch: Tensor,
+        apply: Callable[[Tensor, UpdateFactors, Update, Window, Tensor], None],
+    ) -> None:
+        """Give a family its part of the tile, in the matrix's orientation."""
+        part = locate(tensor, update, rows)
+        if part is None:
+            return
+        view = tile[:, part.columns.start : part.columns.stop]
+        view = view.T if part.transposed else view
+        space = scratch.view(-1)[: view.numel()].view(view.shape)
+        apply(view, self.factors.of(update, tile.dtype), update, part.window, space)
+
+    def _check(self, tile: Tensor, tensor: TensorPlan, rows: RowRange) -> None:
+        """Stop at a value that is not finite, or that the output dtype rounds to infinity."""
+        wrong = ~(tile.abs() < _limit(tensor))
+        if not tensor.updates:
+            # An infinity that the base holds on purpose (a mask, say) stays one; only a number must not become one.
+            wrong &= torch.isfinite(tile)
+        if not bool(wrong.any()):
+            return
+        row, column = (int(index) for index in wrong.nonzero()[0])
+        value, was = float(tile[row, column]), self._stored(tensor, rows.start + row, column)
+        raise NonFiniteError(_explain(tensor, rows.start + row, column, value, was))
+
+    def _stored(self, tensor: TensorPlan, row: int, column: int) -> float:
+        """A number of the source, read again: by now the buffer holds the result."""
+        size = DTYPE_BITS[tensor.source.dtype] // 8
+        data = bytearray(size)
+        with self.factors.lock:
+            reader = self._open_file(tensor.source.uri)
+            reader.read_into(tensor.source.offset + (row * tensor.row_elements + column) * size, memoryview(data))
+        return float(torch.frombuffer(data, dtype=TORCH_DTYPES[tensor.source.dtype])[0])
+
+
+def _arranged(merged: Tensor, finish: Finish) -> Tensor:
+    """Rows in the file's order and in float32."""
+    if finish.shuffle is not None:
+        _, a, b = finish.shuffle
+        merged = merged.view(-1, a, b, merged.shape[1]).transpose(1, 2).reshape(merged.shape)
+    if finish.addend:
+        merged = (merged if merged.dtype == torch.float16 else merged.to(torch.float32)) + finish.addend
+    return merged.to(torch.float32)
+
+
+def _limit(tensor: TensorPlan) -> float:
+    """The least magnitude that the output cannot hold."""
+    if tensor.finish is None:
+        return overflow_limit(tensor.out.dtype)
+    return min(overflow_limit(tensor.finish.dtype), quantized_limit(tensor.out.dtype))
+
+
+def _matrix(raw: Tensor, start: int, dtype: str, shape: tuple[int, int]) -> Tensor:
+    size = row_nbytes(dtype, shape[0] * shape[1])
+    return view_bytes(raw[start : start + size], dtype, shape)
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether every value is sure to be finite.
+
+    A sum is the cheapest pass there is, and not finite if a part of it is not. Of large numbers it may be infinite by
+    itself, so False says only that one must look.
+    """
+    return math.isfinite(float(values.sum()))
+
+
+def _explain(tensor: TensorPlan, row: int, column: int, value: float, was: float) -> str:
+    where = f"{tensor.source.name}, row {row}, column {column}"
+    if not tensor.updates or len(tensor.source.shape) > 2:
+        element = _unravel(row * tensor.row_elements + column, tensor.source.shape)
+        where = f"{tensor.source.name}, element {list(element)}"
+    if not math.isfinite(was) and any(update.family == "replacement" for update in tensor.updates):
+        return f"{where}: the adapter's own tensor holds {was} there; the merge was stopped"
+    if not math.isfinite(was):
+        return f"{where}: the base itself holds {was} there; the merge was stopped"
+    if math.isfinite(value):
+        wider = [DTYPE_NAMES[dtype] for dtype in FLOAT_DTYPES if abs(value) < overflow_limit(dtype)]
+        hint = f"output.dtype: {' or '.join(wider)} holds it" if wider else "No output dtype holds it"
+        narrow = DTYPE_NAMES[tensor.out.dtype]
+        return f"{where}: the merged value is {value:g}, more than {narrow} can hold; the merge was stopped. {hint}"
+    return (
+        f"{where}: the merged value is {value} (the base's is {was:g}); the merge was stopped. No output dtype holds it"
+    )
+
+
+def _unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    position: list[int] = []
+    for size in reversed(shape):
+        index, remainder = divmod(index, size)
+        position.insert(0, remainder)
+    return tuple(position)
