@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from shardmerge.errors import OutputError
@@ -36,15 +37,32 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def make_directory(path: Path) -> None:
-    """Create a directory and its parents, durably."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+def make_directory(path: Path) -> list[Path]:
+    """Create a directory and its parents, durably; those that were missing, innermost first. On failure none stays."""
+    made: list[Path] = []
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            with suppress(FileExistsError):  # somebody else was as quick
+                folder.mkdir()
+                made.insert(0, folder)
+            fsync_directory(folder.parent)
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     except OSError as error:
+        remove_empty(made)
         raise output_error(path, "making the directory", error) from None
-    for folder in missing:
-        fsync_directory(folder.parent)
+    except BaseException:
+        remove_empty(made)
+        raise
+    return made
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove directories that are empty, in this order, up to the first that is not or that cannot be removed."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def rename(source: Path, target: Path) -> None:
@@ -58,20 +76,42 @@ def rename(source: Path, target: Path) -> None:
         fsync_directory(source.parent)
 
 
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of ``data``, though the system may take only a part of it at a time."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
 def write_file(path: Path, chunks: Iterable[bytes]) -> None:
     """Write a file durably, all or nothing. Its mode follows the umask."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
-        with open(temporary, "wb") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise output_error(path, "writing", error) from None
-    else:
+        _write_temporary(temporary, chunks)
         rename(temporary, path)
+    except OSError as error:
+        remove_leftover(temporary)
+        raise output_error(path, "writing", error) from None
+    except BaseException:
+        remove_leftover(temporary)
+        raise
+
+
+def _write_temporary(path: Path, chunks: Iterable[bytes]) -> None:
+    # 0o666 so that the mode follows the umask.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        for chunk in chunks:
+            write_all(descriptor, chunk)
+        os.fsync(descriptor)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def remove_leftover(path: Path) -> None:
+    """Remove a temporary file if that can be done. It hurts nobody, and another error may be on its way."""
+    with suppress(OSError):
+        path.unlink()
 
 
 def remove(path: Path) -> None:

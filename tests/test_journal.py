@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xxhash import xxh3_128_hexdigest
 
 import shardmerge
-from shardmerge import OutputError, ResumeError, ShardmergeError, SourceError
+from shardmerge import FormatError, OutputError, ResumeError, ShardmergeError, SourceError
 from shardmerge.cli import cli
 from shardmerge.journal import Journal
 from shardmerge.sinks import SafetensorsSink
@@ -110,12 +112,24 @@ def test_finished_shards_are_not_written_again(number: int, place: Place) -> Non
 def test_another_max_memory_takes_up_the_same_merge(place: Place) -> None:
     expected = place.expected()
     place.stop_in_shard(3)
-    assert place.merge(max_memory="500kB").shards_reused == 2
+    assert place.merge(max_memory="100MB").shards_reused == 2
     assert weight_bytes(place.output) == expected
 
 
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
+
+
+def _flip(path: Path) -> None:
+    """Its last bit."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def _zero(path: Path) -> None:
+    """As a file system may leave what was never written."""
+    path.write_bytes(bytes(path.stat().st_size))
 
 
 def _empty(path: Path) -> None:
@@ -133,6 +147,8 @@ def _other_digest(path: Path) -> None:
 _DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "shard-gone": ("stage", Path.unlink),
     "shard-cut": ("stage", _cut),
+    "shard-of-other-bytes": ("stage", _flip),
+    "shard-of-zeros": ("stage", _zero),
     "receipt-gone": ("receipts", Path.unlink),
     "receipt-cut": ("receipts", _cut),
     "receipt-empty": ("receipts", _empty),
@@ -196,16 +212,88 @@ def test_the_command_line_says_7(place: Place, capsys: pytest.CaptureFixture[str
     config = place.folder / "config.yaml"
     config.write_text(json.dumps(place.config("y")))
     assert cli.main(["run", str(config)], standalone_mode=False) == 7
-    assert "another base, adapter or config" in capsys.readouterr().err
+    assert "something else; nothing was changed. Different are: the adapter" in capsys.readouterr().err
     assert cli.main(["run", str(config), "--overwrite", "--quiet"], standalone_mode=False) in (0, None)
     assert weight_bytes(place.output) == place.expected("y")
 
 
-def test_a_changed_adapter_file_is_another_merge(place: Place) -> None:
+def _adapter(place: Place) -> Path:
+    return place.folder / "x" / "adapter_model.safetensors"
+
+
+def test_an_adapter_that_was_written_again_with_the_same_bytes_is_the_same(place: Place) -> None:
+    expected = place.expected()
     place.stop_in_shard(3)
-    os.utime(place.folder / "x" / "adapter_model.safetensors", ns=(1, 1))
-    with pytest.raises(ResumeError):
-        place.merge()
+    data = _adapter(place).read_bytes()
+    _adapter(place).unlink()
+    _adapter(place).write_bytes(data)
+    os.utime(_adapter(place), ns=(1, 1))
+    assert place.merge().shards_reused == 2
+    assert weight_bytes(place.output) == expected
+
+
+def _other_bytes(path: Path) -> None:
+    """One bit of it, and neither its size nor its time."""
+    status = path.stat()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _header(place: Place) -> None:
+    """The tensors under other names: a header of the same length, with the same time."""
+    path = place.base / SHARDS[2]
+    status = path.stat()
+    path.write_bytes(path.read_bytes().replace(b'"format":"pt"', b'"format":"tf"'))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _program(place: Place) -> None:
+    path = place.output / ".shardmerge" / "journal.json"
+    state = json.loads(path.read_text())
+    state["fingerprint"]["program"]["shardmerge"] = "0.0.1"
+    path.write_text(json.dumps({**state, "digest": "another"}))
+
+
+def _old_journal(place: Place) -> None:
+    (place.output / ".shardmerge" / "journal.json").write_text(json.dumps({"digest": "of long ago"}))
+
+
+_WHAT: dict[str, tuple[Callable[[Place], Any], dict[str, Any], str]] = {
+    "adapter": (lambda place: _other_bytes(_adapter(place)), {}, r"the adapter \(0/adapter_model.safetensors\)\."),
+    "base-time": (lambda place: _later(place.base / SHARDS[1]), {}, rf"the base \({SHARDS[1]}\)\."),
+    "base-header": (_header, {}, rf"the base \({SHARDS[2]}\)\."),
+    "file": (
+        lambda place: (place.base / "config.json").write_text('{"model_type": "llama"}'),
+        {},
+        r"files beside the weights \(config.json\)\.",
+    ),
+    "new-file": (
+        lambda place: (place.base / "tokenizer.json").write_text("{}"),
+        {},
+        r"files beside the weights \(tokenizer.json is new\)\.",
+    ),
+    "config": (lambda place: None, {"dtype": "float16"}, r"the config \(output.dtype was same, is float16\)\."),
+    "config-twice": (
+        lambda place: None,
+        {"dtype": "float16", "compute": "float64"},
+        r"the config \(compute.dtype was float32, is float64, output.dtype was same, is float16\)\.",
+    ),
+    "program": (_program, {}, rf"the program \(shardmerge was 0.0.1, is {shardmerge.__version__}\)\."),
+    "old-journal": (_old_journal, {}, "is not known"),
+}
+
+
+@pytest.mark.parametrize("what", _WHAT)
+def test_it_is_told_what_differs(what: str, place: Place) -> None:
+    change, options, told = _WHAT[what]
+    place.stop_in_shard(3)
+    change(place)
+    with pytest.raises(ResumeError, match=told) as caught:
+        place.merge(**options)
+    assert caught.value.exit_code == 7 and "--overwrite" in str(caught.value)
+    assert sorted(os.listdir(place.stage)) == SHARDS[:2]
 
 
 @pytest.mark.parametrize("number", [1, 3, 4], ids="stopped-in-shard-{}".format)
@@ -276,7 +364,8 @@ _HOLDER = """
 import sys
 from pathlib import Path
 from shardmerge.journal import Journal
-with Journal(Path(sys.argv[1]), "digest", False):
+with Journal(Path(sys.argv[1]), False) as journal:
+    journal.begin({})
     print("locked", flush=True)
     sys.stdin.read()
 """
@@ -314,9 +403,9 @@ def test_the_lock_of_a_killed_process_is_no_lock(place: Place) -> None:
 
 
 def test_two_merges_of_one_process_lock_each_other_out(place: Place) -> None:
-    with Journal(place.output, "digest", False), pytest.raises(ResumeError, match=f"process {os.getpid()} on "):
+    with Journal(place.output, False), pytest.raises(ResumeError, match=f"process {os.getpid()} on "):
         place.merge()
-    place.merge(overwrite=True)
+    place.merge()
 
 
 def test_a_disk_without_space_for_the_journal_is_an_output_error(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,3 +438,132 @@ def test_a_source_that_changes_after_the_plan_stops_the_merge(
         shardmerge.merge(plan)
     assert caught.value.exit_code == 5
     assert not (place.output / "model.safetensors.index.json").exists()
+
+
+def _append(path: Path) -> None:
+    with open(path, "ab") as file:
+        file.write(b"x")
+
+
+def _replace(path: Path) -> None:
+    """By another file of the same size and time."""
+    status = path.stat()
+    copy = path.with_name("copy")
+    copy.write_bytes(path.read_bytes())
+    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+    copy.rename(path)
+
+
+@pytest.mark.parametrize("change", [_later, _append, _replace, Path.unlink], ids=["time", "size", "inode", "gone"])
+@pytest.mark.parametrize("name", ["base/" + SHARDS[1], "x/adapter_model.safetensors"], ids=["base", "adapter"])
+def test_a_source_that_changes_while_it_is_read_stops_the_merge(
+    name: str, change: Callable[[Path], None], place: Place
+) -> None:
+    path, kept = place.folder / name, place.folder / "kept"
+    os.link(path, kept)
+    time, data = path.stat().st_mtime_ns, path.read_bytes()
+
+    def progress(now: shardmerge.Progress) -> None:
+        # What was read of the second shard is on its way; nothing is finished of it.
+        if now.shard_number == 2 and now.done > 20 * 12 * 4 and not changed:
+            changed.append(now.shard)
+            change(path)
+
+    changed: list[str] = []
+    with pytest.raises(SourceError, match=rf"{path}: .* (while it was being read|since the plan)") as caught:
+        shardmerge.merge(place.config(), progress=progress)
+    assert caught.value.exit_code == 5 and "is of the file as it was" in str(caught.value)
+    assert sorted(os.listdir(place.stage)) == SHARDS[:1]
+    # With the file as it was, it goes on.
+    if change is not Path.unlink:
+        path.unlink()
+    os.link(kept, path)
+    path.write_bytes(data)
+    os.utime(path, ns=(time, time))
+    assert place.merge().shards_reused == 1
+    assert weight_bytes(place.output) == place.expected()
+
+
+# --- checksums --------------------------------------------------------------------------------------------------------
+
+
+def _entries(output: Path) -> Any:
+    return json.loads((output / "shardmerge.json").read_text())["shards"]
+
+
+def _checksums(path: Path, *, sha256: bool) -> dict[str, Any]:
+    data = path.read_bytes()
+    found: dict[str, Any] = {"bytes": len(data), "xxh3_128": xxh3_128_hexdigest(data)}
+    return {**found, "sha256": hashlib.sha256(data).hexdigest()} if sha256 else found
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["", "sha256-later"])
+@pytest.mark.parametrize("first", [False, True], ids=["", "sha256-first"])
+def test_the_record_has_the_checksums_of_all_shards_whoever_wrote_them(first: bool, later: bool, place: Place) -> None:
+    config = place.config()
+    config["output"]["sha256"] = first
+    with pytest.raises(StopError):
+        shardmerge.merge(config, progress=lambda now: _stop() if now.shard_number == 3 else None)
+    config["output"]["sha256"] = later
+    assert shardmerge.merge(config).shards_reused == 2
+    assert _entries(place.output) == {name: _checksums(place.output / name, sha256=later) for name in SHARDS}
+
+
+def test_a_report_counts_what_this_run_did(place: Place) -> None:
+    plan = shardmerge.plan(place.config())
+    place.stop_in_shard(3)
+    report = place.merge()
+    whole = sum(shard.nbytes for shard in plan.shards)
+    assert report.bytes_written == plan.bytes_written - whole + plan.shards[2].nbytes
+    assert report.bytes_read == plan.bytes_read // 3
+    assert report.merged_bytes == whole
+
+
+def test_what_was_damaged_is_told(place: Place) -> None:
+    place.stop_in_shard(3)
+    _flip(place.stage / SHARDS[1])
+    report = place.merge()
+    assert [warning for warning in report.warnings if SHARDS[1] in warning]
+
+
+# --- directories ------------------------------------------------------------------------------------------------------
+
+
+def _infinite(place: Place) -> Path:
+    return write_adapter(place.folder / "z", {TARGETS[2]: (random(2, 12, seed=1) / 0, random(20, 2, seed=2))})
+
+
+def test_a_merge_that_cannot_succeed_leaves_no_directories(place: Place) -> None:
+    _infinite(place)
+    with pytest.raises(FormatError):
+        shardmerge.merge(place.config("z", output="deep/er/out"))
+    assert not (place.folder / "deep").exists()
+
+
+def test_neither_does_one_that_was_interrupted_before(place: Place) -> None:
+    _infinite(place)
+    (place.folder / "there").mkdir()
+    config = place.config("z", output="there/deep/out")
+    with pytest.raises(StopError):
+        shardmerge.merge(config, progress=_stop)
+    assert (place.folder / "there" / "deep" / "out" / ".shardmerge").is_dir()
+    with pytest.raises(FormatError):
+        shardmerge.merge(config)
+    assert os.listdir(place.folder / "there") == []
+
+
+def test_a_merge_that_did_not_begin_leaves_no_directories(place: Place) -> None:
+    plan = shardmerge.plan(place.config(output="deep/out"))
+    _append(place.folder / "x" / "adapter_model.safetensors")
+    with pytest.raises(SourceError, match=r"changed since the plan.*Nothing was changed"):
+        shardmerge.merge(plan)
+    assert not (place.folder / "deep").exists()
+
+
+def test_a_plan_that_came_too_late_leaves_a_finished_output_as_it_is(place: Place) -> None:
+    plan = shardmerge.plan(place.config())
+    place.merge()
+    before = sorted(place.output.rglob("*"))
+    with pytest.raises(ResumeError):
+        shardmerge.merge(plan)
+    assert sorted(place.output.rglob("*")) == before

@@ -152,7 +152,7 @@ class TestLocalSource:
         write(tmp_path, {"a/f": b"01234"})
         source = LocalSource(str(tmp_path))
         status = (tmp_path / "a/f").stat()
-        assert source.stat("a/f") == SourceFile(str(tmp_path / "a/f"), 5, status.st_mtime_ns)
+        assert source.stat("a/f") == SourceFile(str(tmp_path / "a/f"), 5, status.st_mtime_ns, status.st_ino)
         assert source.fetch("a/f") == tmp_path / "a/f"
 
     @pytest.mark.parametrize("method", ["stat", "read"])

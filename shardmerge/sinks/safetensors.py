@@ -12,34 +12,46 @@ import json
 import mmap
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from shardmerge import durable, header
+from shardmerge.checksums import Checksums
 from shardmerge.journal import RECORD_NAME, Journal
 from shardmerge.sources import open_direct, open_reader
 from shardmerge.spec import PAGE, AuxFile, MergePlan, ShardPlan, SourceFile
 
 _COPY_BYTES = 1 << 20
+_ALIGNMENT = 32
+#: What waits in the page cache at most, where writes go through it. An interrupt, and the news that a disk has failed,
+#: wait for the fsync of no more than that.
+_DIRTY_BYTES = 64 << 20
 
 
 class ShardWriter:
     """One output file in the making, from its first byte to its last.
 
-    Leaving the ``with`` block without `commit` removes it. Where the file system can, blocks go past the page cache, in
-    whole pages: the bytes of the last, unfinished page wait in memory for the next block. Else they are written as they
-    come.
+    Leaving the ``with`` block without `commit` removes it. Checksums are taken of the bytes as they come. Where the
+    file system can, blocks go past the page cache, in whole pages: the bytes of the last, unfinished page wait for the
+    next block in memory. Else they are written as they come.
     """
 
-    def __init__(self, path: Path, shard: ShardPlan) -> None:
+    def __init__(self, path: Path, shard: ShardPlan, sha256: bool = False) -> None:
         self.path = path
+        self.checksums = Checksums(sha256)
         self.data_start = shard.header_bytes
         self._temporary = path.with_name(path.name + durable.TEMPORARY_SUFFIX)
         self._fd = self._direct = -1
         self._done = 0
+        self._dirty = 0
+        self._finished = False
         self._page = bytearray(PAGE)
-        head = header.encode(
+        self._nbytes = shard.nbytes
+        # Formats other than safetensors have zeros between tensors, fewer than this.
+        self._most_zeros = 0 if not shard.head else _ALIGNMENT
+        head = shard.head or header.encode(
             shard.metadata, {tensor.source.name: tensor.out for tensor in shard.tensors}, shard.header_bytes
         )
         try:
@@ -49,9 +61,9 @@ class ShardWriter:
             self._direct = open_direct(str(self._temporary), os.O_WRONLY)
             if self._direct >= 0:
                 self._reserve(shard.nbytes)
-            with mmap.mmap(-1, -(-len(head) // PAGE) * PAGE) as memory, memoryview(memory) as view:
-                view[: len(head)] = head
-                self._append(view, 0, len(head))
+            memory = memoryview(mmap.mmap(-1, -(-len(head) // PAGE) * PAGE))
+            memory[: len(head)] = head
+            self._append(memory, 0, len(head))
         except OSError as error:
             self._discard()
             raise durable.output_error(path, "writing", error) from None
@@ -70,16 +82,31 @@ class ShardWriter:
         ``position`` and the place in the file must be the same within a page. Bytes before it in its page may be
         overwritten.
         """
-        if self.data_start + offset != self._done:
+        zeros = self.data_start + offset - self._done
+        if zeros and not 0 < zeros < self._most_zeros:
             raise AssertionError(f"{self.path}: byte {offset} of the data comes at the place of {self._done}")
         try:
+            self._append_zeros(zeros)
             self._append(memory, position, size)
         except OSError as error:
             raise durable.output_error(self.path, f"writing {size} bytes", error) from None
 
+    def fill_up(self) -> None:
+        """The zeros after the last tensor, where the format has some. Then the checksums are those of the file."""
+        try:
+            self._append_zeros(self._nbytes - self._done)
+        except OSError as error:
+            raise durable.output_error(self.path, "writing", error) from None
+
+    def _append_zeros(self, size: int) -> None:
+        if size:
+            memory = memoryview(mmap.mmap(-1, 2 * PAGE))
+            self._append(memory, self._done % PAGE, size)
+
     def _append(self, memory: memoryview, position: int, size: int) -> None:
         start, before = self._done, self._done % PAGE
         self._done += size
+        self.checksums.update(memory[position : position + size])
         if self._direct < 0:
             self._write_at(start, memory[position : position + size])
             return
@@ -106,11 +133,15 @@ class ShardWriter:
         done = 0
         while done < len(view):
             done += os.pwrite(self._fd, view[done:], offset + done)
+        self._dirty += done
+        if self._dirty >= _DIRTY_BYTES:
+            os.fsync(self._fd)
+            self._dirty = 0
 
     def _close_direct(self) -> None:
         if self._direct >= 0:
-            os.close(self._direct)
-            self._direct = -1
+            direct, self._direct = self._direct, -1
+            os.close(direct)
 
     def commit(self) -> None:
         """Make the bytes durable, then the name."""
@@ -120,18 +151,20 @@ class ShardWriter:
                 self._write_at(self._done - rest, memoryview(self._page)[:rest])
                 self._close_direct()
             os.fsync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+            descriptor, self._fd = self._fd, -1
+            os.close(descriptor)
         except OSError as error:
             raise durable.output_error(self.path, "fsync", error) from None
         durable.rename(self._temporary, self.path)
+        self._finished = True
 
     def _discard(self) -> None:
-        self._close_direct()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        self._temporary.unlink(missing_ok=True)
+        for descriptor in (self._direct, self._fd):
+            if descriptor >= 0:
+                with suppress(OSError):
+                    os.close(descriptor)
+        self._direct = self._fd = -1
+        durable.remove_leftover(self._temporary)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -139,7 +172,8 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._discard()
+        if not self._finished:
+            self._discard()
 
 
 class SafetensorsSink:
@@ -151,7 +185,7 @@ class SafetensorsSink:
         self.output = Path(plan.output)
 
     def writer(self, shard: ShardPlan) -> ShardWriter:
-        return ShardWriter(self.journal.stage / shard.name, shard)
+        return ShardWriter(self.journal.stage / shard.name, shard, self.plan.sha256)
 
     def commit(self, record: dict[str, Any]) -> None:
         """Turn the finished shards into a checkpoint. Running it again after a crash carries on where it stopped."""
@@ -169,7 +203,6 @@ class SafetensorsSink:
             self._place(last)
             self._write_json(RECORD_NAME, record)
             self._write_json(plan.index_name, self._index())
-        self.journal.finish()
 
     def files(self) -> list[str]:
         """Every file of the finished output; the last is the one that makes it a model."""
@@ -182,6 +215,10 @@ class SafetensorsSink:
         staged = self.journal.stage / shard.name
         if staged.exists():
             durable.rename(staged, self.output / shard.name)
+        else:
+            durable.fsync_directory(
+                self.output
+            )  # an earlier run has moved it, and was perhaps killed before it did this
 
     def _copy(self, aux: AuxFile) -> None:
         target = self.output / aux.name
@@ -210,5 +247,6 @@ def _chunks(file: SourceFile) -> Iterable[bytes]:
             chunk = bytearray(min(_COPY_BYTES, file.size - offset))
             reader.read_into(offset, memoryview(chunk))
             yield bytes(chunk)
+        reader.check()
     finally:
         reader.close()

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Protocol
 
 from shardmerge.errors import SourceError
+from shardmerge.sources.inline import SCHEME as INLINE_SCHEME
+from shardmerge.sources.inline import InlineReader, inline_file
 from shardmerge.sources.local import LocalReader, LocalSource
 from shardmerge.sources.residency import open_direct
 from shardmerge.spec import SourceFile
@@ -24,6 +26,7 @@ __all__ = [
     "Reader",
     "Source",
     "directory_of",
+    "inline_file",
     "open_direct",
     "open_reader",
     "open_source",
@@ -74,6 +77,9 @@ class Reader(Protocol):
         within a page can that be had.
         """
 
+    def check(self) -> None:
+        """`ChangedError` if the file is no longer what it was when it was opened."""
+
     def close(self) -> None:
         """Give the file back. Calling it twice does no harm."""
 
@@ -102,9 +108,11 @@ def directory_of(source: Source) -> Source:
 
 
 def open_reader(file: SourceFile) -> Reader:
-    """A reader for a file of a plan. `SourceError` if it is gone or is not what the plan saw."""
+    """A reader for a file of a plan. `SourceError` if it is gone, `ChangedError` if it is not what the plan saw."""
     if file.uri.startswith(HUB_SCHEME):
         from shardmerge.sources.hub import open_hub_reader
 
         return open_hub_reader(file)
+    if file.uri.startswith(INLINE_SCHEME):
+        return InlineReader(file.uri)
     return LocalReader(file)

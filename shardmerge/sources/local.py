@@ -3,15 +3,45 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
-from shardmerge.errors import SourceError
+from shardmerge.errors import ChangedError, SourceError
 from shardmerge.sources.residency import Residency, open_direct
 from shardmerge.spec import PAGE, SourceFile
 
 
 def _problem(path: str, error: OSError) -> SourceError:
     return SourceError(f"{path}: cannot be read: {error.strerror or error}")
+
+
+def _regular(path: str, status: os.stat_result) -> os.stat_result:
+    """Refuse what is no file of bytes: a FIFO keeps its reader waiting for ever, and a device may have no end."""
+    if not stat.S_ISREG(status.st_mode):
+        raise SourceError(f"{path}: is no regular file")
+    return status
+
+
+def _open(path: str) -> tuple[int, os.stat_result]:
+    """A descriptor of a file, and what it is; `OSError` or `SourceError`."""
+    # Nothing is waited for even if a FIFO has just taken the file's place; to a regular file the flag means nothing.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return fd, _regular(path, os.fstat(fd))
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    """Size, time and inode: a file that was written to, cut or replaced has another."""
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _change(before: tuple[int, int, int], after: tuple[int, int, int]) -> str:
+    if before[0] != after[0]:
+        return f"it was {before[0]:,} bytes, it is {after[0]:,}"
+    return "it was written again" if before[1] != after[1] else "another file has taken its place"
 
 
 class LocalSource:
@@ -35,13 +65,21 @@ class LocalSource:
         if self.only:
             return [self.only]
         found = []
-        for folder, folders, files in os.walk(self.root):
+        for folder, folders, files in os.walk(self.root, onerror=self._unreadable):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             relative = os.path.relpath(folder, self.root)
             for name in files:
                 if not name.startswith(".") and os.path.isfile(os.path.join(folder, name)):
                     found.append(name if relative == "." else f"{relative}/{name}".replace(os.sep, "/"))
+        for name in found:
+            if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+                raise SourceError(f"{self.root}: {name!r} is no file name in UTF-8; rename the file or take it away")
         return sorted(found)
+
+    def _unreadable(self, error: OSError) -> None:
+        # A folder further down may well be none of our business, as lost+found is.
+        if error.filename == self.root:
+            raise _problem(self.root, error) from None
 
     def _path(self, name: str) -> str:
         return os.path.join(self.root, name)
@@ -49,15 +87,15 @@ class LocalSource:
     def stat(self, name: str) -> SourceFile:
         path = self._path(name)
         try:
-            status = os.stat(path)
+            status = _regular(path, os.stat(path))
         except OSError as error:
             raise _problem(path, error) from None
-        return SourceFile(uri=path, size=status.st_size, mtime_ns=status.st_mtime_ns)
+        return SourceFile(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         path = self._path(name)
         try:
-            with open(path, "rb", buffering=0) as file:
+            with open(_open(path)[0], "rb", buffering=0) as file:
                 file.seek(offset)
                 chunks = []
                 while size > 0 and (chunk := file.read(size)):
@@ -80,17 +118,15 @@ class LocalReader:
         self._direct: int | None = None
         self._residency: Residency | None = None
         try:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            status = os.fstat(self._fd)
+            self._fd, status = _open(self.path)
         except OSError as error:
             self.close()
             raise _problem(self.path, error) from None
-        if status.st_size != file.size or (file.mtime_ns and status.st_mtime_ns != file.mtime_ns):
+        planned = (file.size, file.mtime_ns or status.st_mtime_ns, file.inode or status.st_ino)
+        self._identity = _identity(status)
+        if self._identity != planned:
             self.close()
-            raise SourceError(
-                f"{self.path}: changed since the plan was made (it was {file.size} bytes, it is {status.st_size}; "
-                "or it was written again). Make a new plan."
-            )
+            raise ChangedError(f"{self.path}: changed since the plan was made ({_change(planned, self._identity)})")
 
     def read_into(self, offset: int, view: memoryview) -> None:
         done = 0
@@ -128,6 +164,16 @@ class LocalReader:
         if done < before + size:
             done = max(done, before)
             self.read_into(offset - before + done, pages[done : before + size])
+
+    def check(self) -> None:
+        try:
+            found = _identity(os.stat(self.path))
+        except FileNotFoundError:
+            raise ChangedError(f"{self.path}: was removed while it was being read") from None
+        except OSError as error:
+            raise _problem(self.path, error) from None
+        if found != self._identity:
+            raise ChangedError(f"{self.path}: changed while it was being read ({_change(self._identity, found)})")
 
     def close(self) -> None:
         if self._residency is not None:

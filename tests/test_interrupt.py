@@ -1,0 +1,143 @@
+"""A process that is told to stop stops in time, and what it leaves is taken up."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.builders import ROOT, Place, contents, llama_tensors, make_place, random_tensor, run_cli, write_json
+
+#: One that does not listen: the main thread is in a function of C that does not come back.
+_DEAF = """
+import ctypes, signal, threading
+from shardmerge.interrupt import stopping_in_time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+lock = ctypes.CDLL(None).pthread_mutex_lock
+mutex = ctypes.create_string_buffer(64)
+lock(mutex)
+with stopping_in_time():
+    threading.Timer(0.5, print, ["ready"], {"flush": True}).start()
+    lock(mutex)
+"""
+#: One that hears and then takes its time.
+_SLOW = _DEAF.replace("    lock(", "    try:\n        signal.pause()\n    finally:\n        lock(")
+#: One that stops by itself.
+_PROMPT = _DEAF.replace("    lock(", "    signal.pause()  # (")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("script", [_DEAF, _SLOW], ids=["deaf", "slow"])
+def test_one_that_does_not_come_to_an_end_leaves(script: str, number: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert told == "\nshardmerge: interrupted; run the same command again to take it up\n"
+
+
+def test_a_second_signal_is_obeyed_at_once_and_a_prompt_end_is_left_alone() -> None:
+    with subprocess.Popen([sys.executable, "-c", _DEAF], cwd=ROOT, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+    with subprocess.Popen([sys.executable, "-c", _PROMPT], cwd=ROOT, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert "KeyboardInterrupt" in told and "shardmerge: interrupted" not in told
+
+
+# --- a larger model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """The small Llama, and beside it 400 MB that no adapter touches: some hundred blocks."""
+    ballast = {f"model.ballast.{number}": random_tensor((4096, 2048), number) for number in range(12)}
+    return make_place(tmp_path_factory.mktemp("large"), tensors={**llama_tensors(), **ballast}, shards=3)
+
+
+@pytest.fixture(scope="module")
+def expected(large: Place) -> dict[str, str]:
+    output = large.folder / "undisturbed"
+    assert run_cli("run", _config(large, output)).returncode == 0
+    return _hashes(output)
+
+
+def _config(large: Place, output: Path) -> Path:
+    return write_json(large.folder / f"{output.name}.yaml", large.config(output={"path": str(output)}))
+
+
+def _hashes(output: Path) -> dict[str, str]:
+    return {name: hashlib.sha256(data).hexdigest() for name, data in contents(output).items()}
+
+
+def _start(config: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "shardmerge", "run", str(config)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    # A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
+
+
+def _wait_for_bytes(output: Path, process: subprocess.Popen[str]) -> None:
+    while process.poll() is None and not list(output.glob(".shardmerge/stage/*")):
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_merge_of_a_larger_model_stops_within_two_seconds(
+    number: signal.Signals, large: Place, expected: dict[str, str]
+) -> None:
+    output = large.folder / f"stopped-{number}"
+    with _start(_config(large, output)) as process:
+        _wait_for_bytes(output, process)
+        process.send_signal(number)
+        asked = time.monotonic()
+        _, told = process.communicate(timeout=60)
+        assert time.monotonic() - asked < 2
+    assert process.returncode == 130, told
+    assert os.listdir(output) == [".shardmerge"]
+    assert run_cli("run", _config(large, output)).returncode == 0
+    assert _hashes(output) == expected
+
+
+@pytest.mark.slow
+def test_a_merge_that_is_killed_at_fifty_moments(large: Place, expected: dict[str, str]) -> None:
+    """Each run takes up what the one before has left; where one gets through, the next begins anew."""
+    chance, killed, number = random.Random(50), 0, 0
+    output = large.folder / "killed-0"
+    while killed < 50:
+        with _start(_config(large, output)) as process:
+            _wait_for_bytes(output, process)
+            time.sleep(chance.uniform(0, 0.6))
+            process.kill()
+            process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+        if (output / "model.safetensors.index.json").exists():
+            assert {name: value for name, value in _hashes(output).items() if not name.startswith(".")} == expected
+            number += 1
+            output = large.folder / f"killed-{number}"
+    if output.exists():
+        assert run_cli("run", _config(large, output)).returncode == 0
+        assert _hashes(output) == expected
