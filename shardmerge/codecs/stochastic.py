@@ -1,0 +1,78 @@
+"""Stochastic rounding: up or down by chance, in proportion to what is nearer, so that nothing is lost in expectation.
+
+Between its two neighbours x₀ ≤ x ≤ x₁ in the narrow dtype, x becomes x₁ with probability (x − x₀) / (x₁ − x₀). An
+update far below half a unit of the weights, which rounding to nearest would drop everywhere, so moves the right share
+of them by a unit. Source: Croci et al., "Stochastic rounding: implementation, error analysis and applications",
+Royal Society Open Science 9, 2022.
+
+Chance comes from the seed, the tensor's name and the element's place, by a hash and not by a stream of random numbers:
+so the result is the same whatever the tiles, the threads, the device, and where a merge was taken up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from shardmerge.spec import RowRange, even_rows
+
+#: fmix32 of MurmurHash3 (Austin Appleby, public domain): of each step a shift and a factor, as int32 has it.
+_STEPS = ((16, 0x85EBCA6B - (1 << 32)), (13, 0xC2B2AE35 - (1 << 32)), (16, 1))
+_COLUMNS = 0x9E3779B9 - (1 << 32)  # 2³² divided by the golden ratio, so that neighbours begin far apart
+_SLAB = 1 << 15  # elements at a time: what is in between stays in the core's cache
+
+
+def encode_by_chance(target: Tensor, value: Tensor, seed: int, name: str, rows: RowRange) -> None:
+    """Round ``value`` (rows, columns), float32 or float64, into ``target``, of 16 bits: rows ``rows`` of a tensor.
+
+    What ``target`` can hold exactly stays as it is, and so does what is not finite.
+    """
+    key = int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=4).digest(), "little", signed=True)
+    columns = torch.arange(value.shape[1], dtype=torch.int32, device=value.device) * _COLUMNS
+    for part in even_rows(len(rows), max(1, value.numel() // _SLAB)):
+        here = slice(part.start, part.stop)
+        of_rows = torch.arange(rows.start + part.start, rows.start + part.stop, device=value.device)
+        # Rows are few, yet may be more than 2³²: those of experts, of a tensor seen element by element.
+        high, low = (of_rows >> 31).to(torch.int32), (of_rows & 0x7FFFFFFF).to(torch.int32)
+        mixed = _mix(_mix(_mix(low ^ key) + high)[:, None] ^ columns)
+        part_of_value = value[here].contiguous()
+        if target.dtype == torch.bfloat16 and value.dtype == torch.float32 and _is_finite(part_of_value):
+            _cut(target[here], part_of_value, mixed)
+        else:
+            _choose(target[here], part_of_value, ((mixed >> 8) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24))
+
+
+def _is_finite(value: Tensor) -> bool:
+    return math.isfinite(float(value.sum()))
+
+
+def _cut(target: Tensor, value: Tensor, mixed: Tensor) -> None:
+    """bfloat16 is the upper half of a float32: what is added to the lower half by chance carries into the upper."""
+    carried = value.view(torch.int32) + (mixed & 0xFFFF)
+    target.view(torch.int16).copy_(carried.bitwise_right_shift_(16))
+
+
+def _choose(target: Tensor, value: Tensor, chance: Tensor) -> None:
+    """Of the two neighbours of each value the one that ``chance``, in [0, 1), says."""
+    nearest = value.to(target.dtype)
+    rounded = nearest.to(value.dtype)
+    error = value - rounded
+    up = error > 0
+    # The neighbour on the other side of the exact value: one step of the bit pattern, which grows with the magnitude.
+    bits = nearest.view(torch.int16)
+    step = (up == (bits >= 0)).to(torch.int16).mul_(2).sub_(1)
+    # Of the two zeros the one that lies on the way.
+    neighbour = torch.where(nearest == 0, up.to(torch.int16) * 0x8000 - 0x7FFF, bits + step).view(target.dtype)
+    gap = neighbour.to(value.dtype).sub_(rounded)
+    # A value that is exact has no error, and that of an infinity is no number.
+    target.copy_(torch.where(error.abs_() > gap.abs_().mul_(chance), neighbour, nearest))
+
+
+def _mix(numbers: Tensor) -> Tensor:
+    """Numbers of 32 bits, in int32, thoroughly stirred."""
+    for shift, factor in _STEPS:
+        numbers = (numbers ^ ((numbers >> shift) & (1 << (32 - shift)) - 1)).mul_(factor)
+    return numbers
