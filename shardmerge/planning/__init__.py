@@ -1,26 +1,22 @@
 """Config and headers → a `MergePlan`, or a `PlanError` with every reason why not.
 
-No tensor data is read here, nothing is written, and torch is not imported (a pickled adapter excepted: its header is a
-pickle, which only torch may read).
+No tensor data is read here, nothing is written, and torch is not imported.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gc
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from shardmerge.adapter_file import AdapterFile, open_adapter
-from shardmerge.checkpoint import Checkpoint, open_checkpoint
+from shardmerge.checkpoint import Checkpoint, Shard, open_checkpoint
 from shardmerge.config import AdapterConfig, MergeConfig
 from shardmerge.errors import PlanError, ShardmergeError
+from shardmerge.garbage import no_garbage_collection
 from shardmerge.names import Names
-from shardmerge.planning import aux_files
-from shardmerge.planning.match import match
+from shardmerge.planning import aux_files, gguf_file
+from shardmerge.planning.match import match, undone
 from shardmerge.planning.output_checks import absolute, check_place, check_space
 from shardmerge.planning.tied import resolve_ties
 from shardmerge.planning.tiling import tile_all
@@ -30,6 +26,7 @@ from shardmerge.sources import open_source
 from shardmerge.spec import (
     AdapterInfo,
     AuxFile,
+    Fingerprint,
     MergePlan,
     Place,
     ShardPlan,
@@ -37,40 +34,30 @@ from shardmerge.spec import (
     TensorPlan,
     TensorRef,
     Update,
+    digest_of,
     dtype_code,
     jsonable,
 )
+from shardmerge.version import __version__
 
-__all__ = ["make_plan"]
+__all__ = ["bytes_read", "make_plan"]
 
 #: Raised when the same plan comes to mean other bytes, so that unfinished work of an older version is not mixed in.
-_DIGEST_VERSION = 2
+_DIGEST_VERSION = 3
 
 Opened = TypeVar("Opened")
 
 
-def make_plan(config: MergeConfig, overwrite: bool = False) -> MergePlan:
-    """Decide everything about a merge.
+def make_plan(config: MergeConfig, overwrite: bool = False, *, check_output: bool = True) -> MergePlan:
+    """Decide everything about a merge; without ``check_output``, of one that is done already.
 
     Raises `PlanError` with all problems; `FormatError` or `SourceError` where the base or an adapter cannot be read.
     """
-    with _no_garbage_collection():
-        return _make_plan(config, overwrite)
+    with no_garbage_collection():
+        return _make_plan(config, overwrite, check_output)
 
 
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A plan is many small objects that stay; looking through them for garbage again and again costs a third of it."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _make_plan(config: MergeConfig, overwrite: bool) -> MergePlan:
+def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> MergePlan:
     checkpoint, adapters = _open_all(config)
     dtype = "same" if config.output.dtype == "same" else dtype_code(config.output.dtype)
     compute_dtype = dtype_code(config.compute.dtype)
@@ -82,9 +69,20 @@ def _make_plan(config: MergeConfig, overwrite: bool) -> MergePlan:
         checkpoint, names, matches.updates, [adapter.config or {} for _, adapter in adapters], config.tied
     )
     vocabulary, misfits = resized(checkpoint, matches.updates, untied.added)
-    problems = [*matches.problems, *untied.problems, *misfits]
+    problems = [*matches.problems, *undone(matches.updates, config.adapters), *untied.problems, *misfits]
+    changes = dict(untied.changes)
+    if vocabulary is not None:
+        changes["vocab_size"] = vocabulary
     max_shard_size = None if config.output.max_shard_size == "same" else config.output.max_shard_size
     layout = lay_out(checkpoint, dtype, max_shard_size, _replaced(matches.updates), untied.added)
+    if dtype != "same" and _changes_dtype(layout.shards):
+        changes["dtype"] = config.output.dtype
+    aux = aux_files.collect(checkpoint, adapters, changes)
+    if config.output.format == "gguf":
+        file = gguf_file.lay_out(layout, matches.updates, aux.files, output.name, config.output.quantization)
+        layout, problems = file.layout, [*problems, *file.problems]
+        aux.files[:] = file.aux
+        aux.warnings += file.warnings
     max_memory = None if config.compute.max_memory == "auto" else config.compute.max_memory
     shards, memory = tile_all(_with_updates(layout.shards, matches.updates), compute_dtype, max_memory)
     if max_memory is not None and memory.total > max_memory and not problems:
@@ -92,15 +90,10 @@ def _make_plan(config: MergeConfig, overwrite: bool) -> MergePlan:
             f"compute.max_memory is {max_memory:,} bytes, but the largest layer needs {memory.total:,} to work on at "
             "least 16 of its rows at a time; give at least that"
         )
-    changes = dict(untied.changes)
-    if dtype != "same" and _changes_dtype(shards):
-        changes["dtype"] = config.output.dtype
-    if vocabulary is not None:
-        changes["vocab_size"] = vocabulary
-    aux = aux_files.collect(checkpoint, adapters, changes)
     written = sum(shard.nbytes for shard in shards) + sum(_aux_bytes(file) for file in aux.files)
     sources = [adapter for _, adapter in adapters]
-    problems += check_place(output, checkpoint, sources, overwrite) or check_space(output, written)
+    if check_output:
+        problems += check_place(output, checkpoint, sources, overwrite) or check_space(output, written)
     if problems:
         raise PlanError(problems)
     infos = tuple(_adapter_info(entry, adapter) for entry, adapter in adapters)
@@ -116,14 +109,14 @@ def _make_plan(config: MergeConfig, overwrite: bool) -> MergePlan:
         index_metadata=tuple(checkpoint.index_metadata.items()),
         aux=tuple(aux.files),
         memory=memory,
-        bytes_read=_bytes_read(shards),
+        bytes_read=bytes_read(shards),
         bytes_written=written,
         warnings=(*untied.notes, *matches.warnings, *_warnings(config, checkpoint, adapters), *aux.warnings),
         overwrite=overwrite,
         config=config.model_dump(mode="json"),
-        digest="",
+        fingerprint={},
     )
-    return dataclasses.replace(plan, digest=_digest(plan))
+    return dataclasses.replace(plan, fingerprint=_fingerprint(plan, checkpoint))
 
 
 # --- opening ----------------------------------------------------------------------------------------------------------
@@ -173,7 +166,7 @@ def _base_location(config: MergeConfig, adapters: Sequence[tuple[AdapterConfig, 
 def _with_updates(shards: Sequence[ShardPlan], updates: Mapping[str, list[Update]]) -> list[ShardPlan]:
     def updated(tensor: TensorPlan) -> TensorPlan:
         of = updates.get(tensor.source.name)
-        return TensorPlan(tensor.source, tensor.out, tuple(of)) if of else tensor
+        return dataclasses.replace(tensor, updates=tuple(of)) if of else tensor
 
     return [dataclasses.replace(shard, tensors=tuple(map(updated, shard.tensors))) for shard in shards]
 
@@ -196,7 +189,8 @@ def _changes_dtype(shards: Sequence[ShardPlan]) -> bool:
     return any(tensor.source.dtype != tensor.out.dtype for shard in shards for tensor in shard.tensors)
 
 
-def _bytes_read(shards: Sequence[ShardPlan]) -> int:
+def bytes_read(shards: Sequence[ShardPlan]) -> int:
+    """Bytes of tensors and factors that are read to make these shards."""
     tensors = [tensor for shard in shards for tensor in shard.tensors]
     factors = (
         ref.nbytes
@@ -248,29 +242,52 @@ def _same_model(one: str, other: str) -> bool:
     return last[0] == last[1]
 
 
-def _digest(plan: MergePlan) -> str:
-    """What the output's bytes depend on: sources as they are now, layout, updates, and how they are computed."""
+def _fingerprint(plan: MergePlan, checkpoint: Checkpoint) -> Fingerprint:
+    """What the output's bytes depend on: sources as they are now, as far as headers tell, and how they are computed.
 
-    def files(of: Sequence[SourceFile]) -> list[Any]:
-        return [[file.uri, file.size, file.mtime_ns] for file in of]
+    Where the output goes and what memory may be taken are no part of it.
+    """
+
+    def stamp(file: SourceFile) -> list[Any]:
+        return [file.uri, file.size, file.mtime_ns]
 
     def where(place: Place) -> list[Any]:
         return [place.rows, place.start, place.stored_start, place.expert, place.transposed, place.shuffle]
 
-    essence = {
-        "version": _DIGEST_VERSION,
-        "base": files(plan.base.files),
-        "adapters": [[info.format, files(info.files)] for info in plan.adapters],
-        "updates": [
-            [
-                *[tensor.source.name, update.adapter, update.family, update.module, update.scaling, update.rank],
-                *[update.transposes, *where(update.place), update.settings],
-            ]
-            for tensor, update in plan.updates()
-        ],
-        "output": [[shard.name, shard.nbytes] for shard in plan.shards],
-        "aux": [[aux.name, files([aux.source]), aux.content] for aux in plan.aux],
-        "index": [plan.index_name, jsonable(plan.index_metadata)],
-        "dtype": [plan.output_dtype, plan.compute_dtype, plan.compute_device],
+    updates = [
+        [
+            *[tensor.source.name, update.adapter, update.family, update.module, update.scaling, update.rank],
+            *[update.transposes, *where(update.place), update.settings],
+        ]
+        for tensor, update in plan.updates()
+    ]
+    output = [
+        [[shard.name, shard.nbytes] for shard in plan.shards],
+        *[plan.index_name, plan.output_dtype, plan.compute_dtype, plan.compute_device],
+    ]
+    return {
+        "base": {
+            "index": digest_of([checkpoint.index_name, jsonable(plan.index_metadata)]),
+            **{shard.name: digest_of([stamp(shard.file), *_header(shard)]) for shard in checkpoint.shards},
+        },
+        "adapters": {
+            str(number): digest_of([info.format, *map(stamp, info.files)]) for number, info in enumerate(plan.adapters)
+        },
+        "files": {aux.name: digest_of([stamp(aux.source), aux.content]) for aux in plan.aux},
+        "config": dict(_settings(plan.config)),
+        "program": {"shardmerge": __version__, "format": _DIGEST_VERSION},
+        "work": {"updates": digest_of(updates), "output": digest_of(output)},
     }
-    return hashlib.sha256(json.dumps(essence, sort_keys=True).encode()).hexdigest()
+
+
+def _header(shard: Shard) -> list[Any]:
+    return [shard.metadata, [[ref.name, ref.dtype, ref.shape, ref.offset] for ref in shard.tensors]]
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What the config says of the output's bytes, by dotted path."""
+    for number, adapter in enumerate(config["adapters"]):
+        yield from ((f"adapters.{number}.{key}", value) for key, value in adapter.items() if key != "path")
+    yield from ((f"output.{key}", value) for key, value in config["output"].items() if key not in ("path", "sha256"))
+    yield from ((f"compute.{key}", value) for key, value in config["compute"].items() if key != "max_memory")
+    yield from ((key, value) for key, value in config.items() if key not in ("base", "adapters", "output", "compute"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from shardmerge.adapter_file import AdapterFile
 from shardmerge.checkpoint import Checkpoint
 from shardmerge.errors import PlanError
-from shardmerge.journal import FOLDER, is_unfinished, read_record
+from shardmerge.journal import FOLDER, is_unfinished, model_bytes, read_record, work_bytes
 from shardmerge.sources import LocalSource, Source
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -87,15 +87,18 @@ def check_space(output: Path, needed: int) -> list[str]:
         return [f"output.path {output}: {place} cannot be written to"]
     status = os.statvfs(place)
     free = status.f_bavail * status.f_frsize
-    missing = needed - _staged_bytes(output) - free
-    if missing > 0:
-        return [
-            f"output.path {output}: too little disk: the merge writes {needed:,} bytes, {free:,} are free on that file "
-            f"system; {missing:,} are missing"
-        ]
-    return []
-
-
-def _staged_bytes(output: Path) -> int:
-    stage = output / FOLDER / "stage"
-    return sum(entry.stat().st_size for entry in stage.iterdir()) if stage.is_dir() else 0
+    missing = needed - work_bytes(output) - free
+    if missing <= 0:
+        return []
+    problem = (
+        f"output.path {output}: too little disk: the merge writes {needed:,} bytes, {free:,} are free on that file "
+        f"system; {missing:,} are missing"
+    )
+    old = model_bytes(output)
+    if missing <= old:
+        # Never of its own accord: until the new model is complete, the old one may be the only one there is.
+        problem += (
+            f". The model that is there takes {old:,} and is kept until the new one is complete; if you can do without "
+            f"it, remove {output} yourself, and there is room"
+        )
+    return [problem]

@@ -1,0 +1,99 @@
+"""The small files of a model that a GGUF file is made of, by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_NAMES = frozenset(
+    {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "merges.txt",
+        "tekken.json",
+    }
+)
+_TEMPLATES = "additional_chat_templates/"
+
+
+def wanted(names: Iterable[str]) -> list[str]:
+    """Of a model's files those that `metadata.describe` asks for."""
+    return sorted(name for name in names if name in _NAMES or (name.startswith(_TEMPLATES) and name.endswith(".jinja")))
+
+
+class ModelFiles:
+    """Files by name, read as what they are; what is wrong with them is collected."""
+
+    def __init__(self, contents: Mapping[str, bytes], problems: list[str]) -> None:
+        self._contents = contents
+        self._problems = problems
+        self._objects: dict[str, dict[str, Any] | None] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._contents
+
+    def bytes(self, name: str) -> bytes:
+        return self._contents[name]
+
+    def text(self, name: str) -> str | None:
+        """A file as UTF-8 with universal newlines; None where there is none."""
+        if name not in self._contents:
+            return None
+        try:
+            return self._contents[name].decode().replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError as error:
+            self._problems.append(f"{name} is not UTF-8: {error}")
+            return None
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """A JSON object; None where there is no such file, or something else in it."""
+        if name not in self._objects:
+            self._objects[name] = self._parsed(name)
+        return self._objects[name]
+
+    def _parsed(self, name: str) -> dict[str, Any] | None:
+        if name not in self._contents:
+            return None
+        try:
+            value = json.loads(self._contents[name])
+        except (ValueError, RecursionError) as error:
+            self._problems.append(f"{name} is not JSON: {error}")
+            return None
+        if b"\\ud" in self._contents[name].lower() and not _is_text(value):
+            self._problems.append(f"{name} holds half of a surrogate pair, which is no text")
+            return None
+        if not isinstance(value, dict):
+            self._problems.append(f"{name} holds no JSON object")
+            return None
+        return value
+
+    def templates(self) -> list[tuple[str, str]]:
+        """Additional chat templates: (name, template)."""
+        names = sorted(name for name in self._contents if name.startswith(_TEMPLATES))
+        texts = [(name.removeprefix(_TEMPLATES).removesuffix(".jinja"), self.text(name)) for name in names]
+        return [(name, text) for name, text in texts if text is not None]
+
+
+def items(value: Any) -> list[Any]:
+    """A list as it is, of anything else nothing: files come from strangers."""
+    return value if isinstance(value, list) else []
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """A JSON object as it is, of anything else nothing."""
+    return value if isinstance(value, dict) else {}
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,370 @@
+"""config.json and the stored tensors' names, shapes and dtypes → the tensors of a GGUF file, as data.
+
+What the official converter would write for the merged checkpoint, tensor by tensor and in its order: files by name, a
+file's tensors by name, a layer's experts where the last of them has been seen, generated tensors first.
+
+Every output tensor is rows of stored ones, one after the other, maybe turned within heads, maybe with 1 added; rows are
+those of the matrix that a tensor of any shape is when its last dimension counts columns. So a tile of output rows is
+made of a tile of stored rows, or of few.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from shardmerge.gguf.formats import TYPES, GgmlType, padded
+from shardmerge.gguf.model import Model
+from shardmerge.spec import FLOAT_DTYPES, RowRange
+
+#: Tensors that checkpoints have and no model needs.
+_UNUSED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
+#: Parts of a multimodal model that are not its text model. Source: the converter's filter.
+_OTHER_SENSES = ("vision_", "vision.", "audio_", "audio.", "visual.", "projector.", "image_newline")
+#: Low precision loses most where logits are made: like llama-quantize, which takes Q6_K there, the output head gets a
+#: finer type. 8 bits are the least above 5 that can be written here.
+_HEAD_TYPES: Mapping[str, str] = {"Q4_0": "Q8_0", "Q4_1": "Q8_0", "Q5_0": "Q8_0", "Q5_1": "Q8_0"}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+class Stored(Protocol):
+    """A stored tensor; `TensorRef` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of a stored tensor, of the matrix that it is when its last dimension counts columns."""
+
+    tensor: str
+    rows: RowRange
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """What Llama 3.1's rope frequencies are divided by depends on; `tiles.values_of` computes it, in torch."""
+
+    theta: float
+    dimensions: int
+    factor: float
+    low: float
+    high: float
+    context: float
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor of the file, and how it is made.
+
+    ``parts`` one after the other are its rows; where it is made of nothing stored, ``values`` are what it is made of.
+    Shapes are as in torch, the last dimension being a row; the file has them the other way round.
+    """
+
+    name: str
+    #: A key of `formats.TYPES`.
+    kind: str
+    shape: tuple[int, ...]
+    nbytes: int
+    #: From where the file's tensor data begins.
+    offset: int
+    parts: tuple[Part, ...] = ()
+    #: The stored dtype, which a merged value is rounded to before anything else is done with it.
+    dtype: str = "F32"
+    #: (g, a, b): the parts' rows seen as (g, a, b) are the file's rows seen as (g, b, a).
+    shuffle: tuple[int, int, int] | None = None
+    #: Added to every element, in float32; in float16 where ``dtype`` is F16, as the converter does it.
+    addend: float = 0.0
+    values: tuple[float, ...] | RopeScaling = ()
+
+    @property
+    def type(self) -> GgmlType:
+        return TYPES[self.kind]
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+    @property
+    def row_nbytes(self) -> int:
+        return self.type.size((self.columns,))
+
+    @property
+    def group(self) -> int:
+        """Rows that a tile must hold a multiple of, because they change places with each other; 1 if none do.
+
+        Of a vector, whose elements do, its elements: it is one row.
+        """
+        return self.shuffle[1] * self.shuffle[2] if self.shuffle and len(self.shape) > 1 else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The tensors in the file's order, and what else there was."""
+
+    tensors: tuple[OutputTensor, ...]
+    #: Stored tensors that are in no tensor of the file, on purpose: nothing may update them.
+    dropped: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def data_bytes(self) -> int:
+        """From where tensor data begins to the end of the file, with the padding of the last tensor."""
+        return padded(self.tensors[-1].offset + self.tensors[-1].nbytes) if self.tensors else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """An output tensor before its type and its place are known."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...] = ()
+    dtype: str = "F32"
+    shuffle: tuple[int, int, int] | None = None
+    addend: float = 0.0
+    values: tuple[float, ...] | RopeScaling = ()
+
+
+def lay_out(model: Model, shards: Sequence[Sequence[Stored]], quantization: str) -> Layout:
+    """Lay out the file for a merged model whose tensors have these names, shapes and dtypes.
+
+    ``shards`` are the checkpoint's files in the order of their names; ``quantization`` is a key of
+    `formats.QUANTIZATIONS` in upper case, that is of `formats.TYPES`.
+    """
+    maker = _Maker(model)
+    drafts = list(_generated(model))
+    for shard in shards:
+        for stored in sorted(shard, key=lambda tensor: tensor.name):
+            drafts += maker.take(stored)
+    maker.finish(drafts)
+    tied = all(draft.name != "output.weight" for draft in drafts)
+    tensors, offset = [], 0
+    for draft in drafts:
+        kind = _type_of(draft, quantization, tied)
+        nbytes = TYPES[kind].size(draft.shape)
+        tensors.append(
+            OutputTensor(
+                draft.name,
+                kind,
+                draft.shape,
+                nbytes,
+                offset,
+                draft.parts,
+                draft.dtype,
+                draft.shuffle,
+                draft.addend,
+                draft.values,
+            )
+        )
+        offset += padded(nbytes)
+    return Layout(tuple(tensors), tuple(maker.dropped), tuple(maker.problems))
+
+
+def _type_of(draft: _Draft, quantization: str, tied: bool) -> str:
+    """The converter's rules: vectors, norms and routers stay exact, rows that are no whole blocks become F16."""
+    if len(draft.shape) <= 1 or draft.name.endswith(("_norm.weight", "ffn_gate_inp.weight")):
+        return "F32"
+    if not draft.name.endswith(".weight"):
+        return "F32"
+    head = "token_embd.weight" if tied else "output.weight"
+    kind = _HEAD_TYPES.get(quantization, quantization) if draft.name == head else quantization
+    return kind if TYPES[kind].fits(draft.shape) else "F16"
+
+
+class _Maker:
+    """Takes stored tensors one by one, and hands out the output tensors that are complete with each."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._architecture = model.architecture
+        self._seen: set[str] = set()
+        #: Of each layer, experts' tensors by (projection, expert).
+        self._experts: dict[int, dict[tuple[str, int], Stored]] = {}
+        self.problems: list[str] = []
+        self.dropped: list[str] = []
+
+    def take(self, stored: Stored) -> list[_Draft]:
+        name = stored.name
+        if name.endswith(_UNUSED) or self._is_of_another_sense(name):
+            self.dropped.append(name)
+            return []
+        if stored.dtype not in FLOAT_DTYPES:
+            self.problems.append(f"{name}: it is stored as {stored.dtype}; expected one of {', '.join(FLOAT_DTYPES)}")
+            return []
+        plain = name.replace("language_model.", "") if self._architecture.multimodal else name
+        if self._architecture.multimodal and not plain.startswith(("model.", "lm_head.")):
+            plain = f"model.{plain}"
+        stem, _, suffix = plain.rpartition(".")
+        if stem == "lm_head" and not self._architecture.has_head:
+            self.problems.append(
+                f"{name}: llama.cpp's {self._architecture.hf_class} has no output head of its own: it uses the "
+                "embedding's weights (tied: peft keeps them tied)"
+            )
+            return []
+        if plain in [f"{known}.weight" for known in self._architecture.model]:
+            return self._one(stored, f"{self._architecture.model[stem]}.weight", stem)
+        if found := _LAYER.fullmatch(plain):
+            return self._of_layer(stored, int(found[1]), found[2], suffix)
+        return self._left_over(stored)
+
+    def _is_of_another_sense(self, name: str) -> bool:
+        return self._architecture.multimodal and any(sense in name for sense in _OTHER_SENSES)
+
+    def _left_over(self, stored: Stored) -> list[_Draft]:
+        self.problems.append(f"{stored.name}: {self._architecture.hf_class} has no such weight in GGUF")
+        return []
+
+    def _of_layer(self, stored: Stored, layer: int, rest: str, suffix: str) -> list[_Draft]:
+        if layer >= self._model.layers:
+            self.problems.append(f"{stored.name}: config.json says that there are {self._model.layers} layers")
+            return []
+        stem = rest.removesuffix(f".{suffix}")
+        if suffix in ("weight", "bias") and (target := self._architecture.layer.get(stem)) is not None:
+            return self._one(stored, f"blk.{layer}.{target}.{suffix}", stem)
+        experts = self._architecture.experts
+        if experts and rest.startswith(experts.prefix + "."):
+            inner = rest.removeprefix(experts.prefix + ".")
+            if experts.fused and inner.removesuffix(".weight") in ("gate_up_proj", "down_proj"):
+                return self._fused_experts(stored, layer, inner.removesuffix(".weight"))
+            if found := re.fullmatch(r"(\d+)\.(\w+)\.weight", inner):
+                return self._expert(stored, layer, int(found[1]), found[2])
+        return self._left_over(stored)
+
+    def _one(self, stored: Stored, name: str, stem: str) -> list[_Draft]:
+        """A tensor of the file that is one stored tensor."""
+        model = self._model
+        shape, shuffle = stored.shape, None
+        if name in self._seen:
+            self.problems.append(f"{stored.name}: another stored tensor is {name} already")
+            return []
+        self._seen.add(name)
+        if name == "token_embd.weight":
+            shape = self._embedding_shape(stored)
+        if not self._has_right_shape(stored, name):
+            return []
+        if stem in self._architecture.permuted:
+            heads = model.kv_heads if stem.endswith("k_proj") else model.heads
+            if shape[0] % (2 * heads):
+                self.problems.append(f"{stored.name}: {shape[0]} rows are no pairs in {heads} heads")
+                return []
+            shuffle = (heads, 2, shape[0] // heads // 2)
+        is_norm = stem.endswith("norm") and name.endswith(".weight")
+        addend = 1.0 if is_norm and self._architecture.shifts_norms else 0.0
+        parts = (Part(stored.name, RowRange(0, math.prod(shape[:-1]))),)
+        return [_Draft(name, shape, parts, stored.dtype, shuffle, addend)]
+
+    def _has_right_shape(self, stored: Stored, name: str) -> bool:
+        """Matrices where llama.cpp expects them, of a width that makes sense."""
+        expected = 1 if name.endswith(("_norm.weight", ".bias")) else 2
+        if len(stored.shape) != expected or not all(stored.shape):
+            self.problems.append(f"{stored.name}: its shape is {list(stored.shape)}; expected {expected} dimensions")
+            return False
+        return True
+
+    def _embedding_shape(self, stored: Stored) -> tuple[int, ...]:
+        rows, *rest = stored.shape or (0,)
+        if self._architecture.name == "gemma3" and rows > self._model.vocab_size:
+            rows = self._model.vocab_size  # as the converter cuts off what no token means
+        if rows != self._model.vocab_size:
+            self.problems.append(
+                f"{stored.name}: it has {rows} rows; config.json's vocab_size is {self._model.vocab_size}"
+            )
+        return (rows, *rest)
+
+    def _expert(self, stored: Stored, layer: int, expert: int, projection: str) -> list[_Draft]:
+        experts, number = self._architecture.experts, self._model.experts
+        assert experts and number
+        if projection not in experts.stacks or expert >= number or len(stored.shape) != 2:
+            return self._left_over(stored)
+        found = self._experts.setdefault(layer, {})
+        found[projection, expert] = stored
+        if len(found) < number * len(experts.stacks):
+            return []
+        del self._experts[layer]
+        return [
+            draft
+            for kind, target in experts.stacks.items()
+            for draft in self._stack([found[kind, index] for index in range(number)], f"blk.{layer}.{target}.weight")
+        ]
+
+    def _stack(self, members: Sequence[Stored], name: str) -> list[_Draft]:
+        shapes, dtypes = {member.shape for member in members}, {member.dtype for member in members}
+        if len(shapes) > 1 or len(dtypes) > 1 or name in self._seen:
+            self.problems.append(f"{members[0].name}: the experts of this layer have different shapes or dtypes")
+            return []
+        self._seen.add(name)
+        parts = tuple(Part(member.name, RowRange(0, member.shape[0])) for member in members)
+        return [_Draft(name, (len(members), *members[0].shape), parts, members[0].dtype)]
+
+    def _fused_experts(self, stored: Stored, layer: int, projection: str) -> list[_Draft]:
+        """(E, 2 f, d) → gate and up, (E, f, d) each; (E, d, f) → down."""
+        experts, number = self._architecture.experts, self._model.experts
+        assert experts
+        halves = ("gate_proj", "up_proj") if projection == "gate_up_proj" else ("down_proj",)
+        if len(stored.shape) != 3 or stored.shape[0] != number or stored.shape[1] % len(halves):
+            self.problems.append(
+                f"{stored.name}: its shape is {list(stored.shape)}; expected {number} experts' matrices"
+            )
+            return []
+        rows = stored.shape[1] // len(halves)
+        drafts = []
+        for half, kind in enumerate(halves):
+            name = f"blk.{layer}.{experts.stacks[kind]}.weight"
+            self._seen.add(name)
+            starts = [expert * stored.shape[1] + half * rows for expert in range(number)]
+            parts = tuple(Part(stored.name, RowRange(start, start + rows)) for start in starts)
+            drafts.append(_Draft(name, (number, rows, stored.shape[2]), parts, stored.dtype))
+        return drafts
+
+    def finish(self, drafts: Sequence[_Draft]) -> None:
+        """Say what is missing, once all tensors were taken."""
+        architecture, experts = self._architecture, self._architecture.experts
+        required = [f"{name}.weight" for name in architecture.model.values() if name != "output"]
+        stacks = list(experts.stacks.values()) if experts else []
+        for layer in range(self._model.layers):
+            required += [f"blk.{layer}.{name}.weight" for name in (*architecture.layer.values(), *stacks)]
+        complete = self._seen | {draft.name for draft in drafts}
+        missing = [name for name in required if name not in complete]
+        if missing and not self.problems:
+            self.problems.append(
+                f"the base lacks the weights of {len(missing)} tensors that llama.cpp needs for "
+                f"{architecture.hf_class}: {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}"
+            )
+
+
+# --- generated --------------------------------------------------------------------------------------------------------
+
+
+def _generated(model: Model) -> list[_Draft]:
+    """Tensors that no checkpoint stores: what rotary frequencies are divided by."""
+    rope, name = model.rope, model.architecture.name
+    if name == "llama" and rope.kind == "llama3":
+        scaling = RopeScaling(
+            rope.theta,
+            model.rope_dimensions,
+            rope.number("factor", 8.0),
+            rope.number("low_freq_factor", 1.0),
+            rope.number("high_freq_factor", 4.0),
+            rope.number("original_max_position_embeddings", 8192),
+        )
+        return [_Draft("rope_freqs.weight", (-(-scaling.dimensions // 2),), values=scaling)]
+    if name == "phi3" and rope.kind == "longrope":
+        return [
+            _Draft(f"rope_factors_{reach}.weight", (len(factors),), values=factors)
+            for reach in ("long", "short")
+            for factors in (rope.numbers(f"{reach}_factor"),)
+        ]
+    return []

@@ -1,0 +1,239 @@
+"""Which tokens begin and end a text, and the chat template: tokenizer.json, tokenizer_config.json, config.json.
+
+A token's role is found in tokenizer_config.json by its text, whose id is that of tokenizer.json's added tokens; what is
+missing there is taken from config.json's ids. Whether a tokenizer adds the beginning and the end by itself is read from
+the template of its post-processor, which only works for plain ones; tokenizer_config.json has the last word.
+Source: SpecialVocab in gguf-py's vocab.py, whose values these are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from string import ascii_letters, digits
+from typing import Any
+
+from shardmerge.gguf.files import ModelFiles, items, mapping
+from shardmerge.gguf.values import KeyValue
+
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+#: Role → the part of the key that says it; roles that are not here have no key.
+_ID_KEYS: Mapping[str, str] = {
+    "bos": "bos_token_id",
+    "eos": "eos_token_id",
+    "unk": "unknown_token_id",
+    "sep": "seperator_token_id",  # spelt so in the format
+    "pad": "padding_token_id",
+    "mask": "mask_token_id",
+    "eot": "eot_token_id",
+    "eom": "eom_token_id",
+}
+_ADDED_ROLES = ("bos", "eos", "sep")
+
+
+@dataclass(slots=True)
+class SpecialTokens:
+    """Ids and flags by role, in the order in which they were found."""
+
+    ids: dict[str, int] = field(default_factory=dict)
+    adds: dict[str, bool] = field(default_factory=dict)
+    #: One template, or several as (name, template).
+    template: str | tuple[tuple[str, str], ...] | None = None
+    #: Of the normaliser: whether it makes letters small, or strips accents.
+    lowercases: bool | None = None
+    strips_accents: bool | None = None
+
+    def key_values(self) -> list[KeyValue]:
+        found = [
+            KeyValue(f"tokenizer.ggml.{_ID_KEYS[role]}", "u32", token)
+            for role, token in self.ids.items()
+            if role in _ID_KEYS
+        ]
+        found += [
+            KeyValue(f"tokenizer.ggml.add_{role}_token", "bool", adds)
+            for role, adds in self.adds.items()
+            if role in _ADDED_ROLES
+        ]
+        found += _template_values(self.template)
+        if self.lowercases is not None:
+            found.append(KeyValue("tokenizer.ggml.normalizer.lowercase", "bool", self.lowercases))
+        if self.strips_accents is not None:
+            found.append(KeyValue("tokenizer.ggml.normalizer.strip_accents", "bool", self.strips_accents))
+        return found
+
+
+def _template_values(template: str | tuple[tuple[str, str], ...] | None) -> list[KeyValue]:
+    if template is None or isinstance(template, str):
+        return [KeyValue("tokenizer.chat_template", "str", template)] if template else []
+    found, names, default = [], [], None
+    for raw, text in template:
+        name = "".join(letter if letter in ascii_letters + digits else "_" for letter in raw)
+        if name == "default":
+            default = text
+        elif name:
+            names.append(name)
+            if text:
+                found.append(KeyValue(f"tokenizer.chat_template.{name}", "str", text))
+    if names:
+        # The converter keeps them in a set, so they have no order there.
+        found.append(KeyValue("tokenizer.chat_templates", "str", tuple(sorted(set(names)))))
+    if default:
+        found.append(KeyValue("tokenizer.chat_template", "str", default))
+    return found
+
+
+def read_special_tokens(files: ModelFiles, tokens: int | None = None) -> SpecialTokens:
+    """``tokens``: ids from here on are left out; None: none are."""
+    special = SpecialTokens()
+    tokenizer, settings = files.json("tokenizer.json"), files.json("tokenizer_config.json")
+    settings = dict(settings) if settings is not None else None
+    roles = list(_ROLES)
+    if tokenizer is not None:
+        _read_normalizer(special, tokenizer.get("normalizer"))
+        roles = _read_post_processor(special, tokenizer, settings)
+    if settings:
+        special.template = _template(files, settings)
+        _read_roles(special, settings, items((tokenizer or {}).get("added_tokens")), roles, tokens)
+    config = files.json("config.json") or {}
+    text = mapping(config.get("text_config"))
+    for role in roles:
+        token = config.get(f"{role}_token_id")
+        token = text.get(f"{role}_token_id") if token is None else token
+        _set(special, role, token, tokens)
+    return special
+
+
+def _set(special: SpecialTokens, role: str, token: Any, tokens: int | None) -> None:
+    """The first id of a role counts."""
+    limit = 1 << 32 if tokens is None else tokens
+    if isinstance(token, int) and not isinstance(token, bool) and 0 <= token < limit:
+        special.ids.setdefault(role, token)
+
+
+def _read_roles(
+    special: SpecialTokens, settings: Mapping[str, Any], added: Sequence[Any], roles: Sequence[str], tokens: int | None
+) -> None:
+    ids: dict[str, Any] = {}
+    for token in added:
+        if isinstance(token, dict) and isinstance(token.get("content"), str):
+            ids.setdefault(token["content"], token.get("id"))
+    for role in roles:
+        if isinstance(adds := settings.get(f"add_{role}_token"), bool):
+            special.adds[role] = adds
+        text = settings.get(f"{role}_token")
+        text = text.get("content") if isinstance(text, dict) else text
+        if isinstance(text, str):
+            _set(special, role, ids.get(text), tokens)
+
+
+def _template(files: ModelFiles, settings: Mapping[str, Any]) -> str | tuple[tuple[str, str], ...] | None:
+    """tokenizer_config.json's, or that of a file beside it."""
+    template = settings["chat_template"] if "chat_template" in settings else _template_of_file(files)
+    if isinstance(template, list):
+        named = [item for item in template if isinstance(item, dict)]
+        return tuple(
+            (item["name"], item["template"])
+            for item in named
+            if isinstance(item.get("name"), str) and isinstance(item.get("template"), str)
+        )
+    return template if isinstance(template, str) else None
+
+
+def _template_of_file(files: ModelFiles) -> Any:
+    if (template := files.text("chat_template.jinja")) is not None:
+        more = files.templates()
+        named = [("default", template), *more]
+        return [{"name": name, "template": text} for name, text in named] if more else template
+    return (files.json("chat_template.json") or {}).get("chat_template")
+
+
+def _read_normalizer(special: SpecialTokens, normalizer: Any) -> None:
+    if not isinstance(normalizer, dict):
+        return
+    kind = normalizer.get("type")
+    if kind == "Lowercase":
+        special.lowercases = True
+    elif kind == "StripAccents":
+        special.strips_accents = True
+    elif kind == "Sequence":
+        for inner in items(normalizer.get("normalizers")):
+            _read_normalizer(special, inner)
+
+
+def _read_post_processor(
+    special: SpecialTokens, tokenizer: Mapping[str, Any], settings: dict[str, Any] | None
+) -> list[str]:
+    """Which special tokens the tokenizer adds; changes ``settings`` where its tokens are others. Returns the roles."""
+    roles = list(_ROLES)
+    # Only tokenizers of encoders have no bos_token and no eos_token but these.
+    if settings:
+        for role, instead in (("bos", "cls"), ("eos", "sep")):
+            if not settings.get(f"{role}_token") and settings.get(f"{instead}_token"):
+                settings[f"{role}_token"] = settings[f"{instead}_token"]
+    processor = tokenizer.get("post_processor")
+    if not isinstance(processor, dict):
+        return roles
+    for step in items(processor.get("processors")) or [processor]:
+        if mapping(step).get("type") == "TemplateProcessing":
+            _read_single(special, items(step.get("single")), settings, roles)
+            _read_pair(special, step, settings)
+    return roles
+
+
+def _token(piece: Any) -> str | None:
+    """The text of a template's special token."""
+    text = mapping(mapping(piece).get("SpecialToken")).get("id")
+    return text if isinstance(text, str) and text else None
+
+
+def _text(settings: Mapping[str, Any] | None, role: str) -> Any:
+    return (settings or {}).get(f"{role}_token")
+
+
+def _read_single(
+    special: SpecialTokens, single: Sequence[Any], settings: dict[str, Any] | None, roles: list[str]
+) -> None:
+    """The template of one text: what stands before and after it."""
+    if len(single) < 2:
+        return
+    if first := _token(single[0]):
+        if settings and first not in (_text(settings, "bos"), _text(settings, "cls")):
+            for role in ("bos", "cls"):
+                if not _text(settings, role):
+                    settings[f"{role}_token"] = first
+        special.adds["bos"] = not settings or first in (_text(settings, "bos"), _text(settings, "cls"))
+    if last := _token(single[-1]):
+        if settings and last != _text(settings, "eos"):
+            # What was said to be the end is then the end of a turn, or of a message.
+            for role in ("eot", "eom"):
+                if role not in roles:
+                    roles.append(role)
+                    settings[f"{role}_token"] = settings.get("eos_token")
+                    break
+            settings["eos_token"] = last
+        special.adds["eos"] = True
+
+
+def _read_pair(special: SpecialTokens, step: Mapping[str, Any], settings: dict[str, Any] | None) -> None:
+    """The template of two texts: whether a separator stands between them."""
+    single, pair = items(step.get("single")), items(step.get("pair"))
+    first = _token(single[0]) if len(single) > 1 else None
+    last = _token(single[-1]) if len(single) > 1 else None
+    if not pair:
+        return
+    if first and _token(pair[0]) == first:
+        pair = pair[1:]
+    if pair and last and _token(pair[-1]) == last:
+        pair = pair[:-1]
+    between = pair[1:-1]
+    if not between or [_sequence(pair[0]), _sequence(pair[-1])] != ["A", "B"]:
+        return
+    separators = [token for token in (_text(settings, "sep"), _text(settings, "eos")) if token]
+    adds = (_token(between[0]) in separators and not last) or (len(between) == 2 and _token(between[1]) in separators)
+    special.adds["sep"] = adds
+    if adds and settings and not settings.get("sep_token"):
+        settings["sep_token"] = settings.get("eos_token")
+
+
+def _sequence(piece: Any) -> Any:
+    return mapping(mapping(piece).get("Sequence")).get("id")

@@ -1,0 +1,355 @@
+"""Tokenizer files → a list of tokens with their types and scores, and the name of the pre-tokenizer.
+
+Three kinds, as llama.cpp has them: SentencePiece from ``tokenizer.model``; SentencePiece from a ``tokenizer.json`` of
+byte fallback, where scores are lost; and byte-level BPE, whose pre-tokenizer llama.cpp knows by name only. That name is
+told by what the tokenizer makes of a text: only tokenizers that a test has seen are named, as a wrong name gives
+quietly worse text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from shardmerge.gguf import sentencepiece
+from shardmerge.gguf.files import ModelFiles, items, mapping
+from shardmerge.gguf.model import Model
+from shardmerge.gguf.special_tokens import read_special_tokens
+from shardmerge.gguf.values import KeyValue
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+_NO_SCORE, _PADDING_SCORE = -1000.0, -10000.0
+_SPACE = "▁"
+_SPECIAL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+#: What pre-tokenizers cut differently: digits, contractions, case, blanks, line ends, scripts, marks, emoji.
+PROBE = (
+    "It's 1 12 123 1234 12345678 o'clock, we'LL I'M they'Ve\n\n\n  \t two  three   four\r\n end. ... !!! -- ==> {}();//"
+    "\nЗдравствуй, мир42 नमस्ते 你好世界2024年 こんにちは สวัสดี שלום 🚀🙂‍↔️ é e\u0301 naïve_snake camelCase $3.14 x²\n\t\t"
+    "if (a!=b) {return\u00a0'n';}  "
+)
+#: SHA-256 of the ids that a tokenizer makes of `PROBE` → llama.cpp's name of its pre-tokenizer. Each was compared with
+#: what the official converter says of the same tokenizer (tests/test_gguf_conversion.py).
+PRE_TOKENIZERS: Mapping[str, str] = {
+    "de4bc19b86f9a2fcd6f59afac33e78b8c9c203f2a5c4106484018688af360fd5": "smollm",  # SmolLM, SmolLM2
+    "bbf38b538da7e4498bc40588098417d713bdc0c03d4690d98280e1b451ccea3e": "smaug-bpe",  # Llama 3, at first
+    "4e95e51138a84a14b194674a09d3e370e03499879b6210d315cb2ce377a0c7c2": "llama-bpe",  # Llama 3.1 to 3.3
+    "23e1720b18d16e61c83676f92d1e3713a14e50767126b25179cd719cb4060124": "qwen2",  # Qwen2 to Qwen3
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """``kind`` is ``gpt2`` (byte-level BPE) or ``llama`` (SentencePiece)."""
+
+    kind: str
+    pre: str
+    tokens: tuple[bytes, ...]
+    types: tuple[int, ...]
+    #: Of SentencePiece.
+    scores: tuple[float, ...] = ()
+    #: Of BPE: pairs, joined by a blank.
+    merges: tuple[str, ...] = ()
+
+    def key_values(self) -> list[KeyValue]:
+        found = [
+            KeyValue("tokenizer.ggml.model", "str", self.kind),
+            KeyValue("tokenizer.ggml.pre", "str", self.pre),
+            KeyValue("tokenizer.ggml.tokens", "str", self.tokens),
+        ]
+        if self.scores:
+            found.append(KeyValue("tokenizer.ggml.scores", "f32", self.scores))
+        found.append(KeyValue("tokenizer.ggml.token_type", "i32", self.types))
+        if self.merges:
+            found.append(KeyValue("tokenizer.ggml.merges", "str", self.merges))
+        return found
+
+
+@dataclass(slots=True)
+class _Pieces:
+    """Tokens by id, while they are put together."""
+
+    tokens: list[bytes] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    types: list[int] = field(default_factory=list)
+
+    def set(self, token: int, text: str, kind: int) -> None:
+        self.tokens[token], self.scores[token], self.types[token] = text.encode(), _NO_SCORE, kind
+
+
+def tokenizer_values(model: Model, files: ModelFiles, problems: list[str], warnings: list[str]) -> list[KeyValue]:
+    """The key-values of the tokenizer, as the converter's class of the architecture chooses them."""
+    name, settings = model.architecture.name, files.json("tokenizer_config.json") or {}
+    before: list[KeyValue] = []
+    after: list[KeyValue] = []
+    if name == "llama":
+        if isinstance(space := settings.get("add_prefix_space"), bool):
+            before.append(KeyValue("tokenizer.ggml.add_space_prefix", "bool", space))
+        if model.vocab_size == 32016:
+            problems.append("vocab_size 32016 is CodeLlama's, whose tokens for filling in are not supported in GGUF")
+        if model.vocab_size == 49152:  # the converter takes every model of this size for one of Granite's or SmolLM's
+            after.append(KeyValue("tokenizer.ggml.add_bos_token", "bool", False))
+    elif name in ("gemma2", "gemma3"):
+        after.append(KeyValue("tokenizer.ggml.add_space_prefix", "bool", False))
+    vocabulary = _vocabulary(model, files, problems, warnings)
+    if vocabulary is None:
+        return []
+    if len(vocabulary.tokens) != model.vocab_size:
+        problems.append(
+            f"the tokenizer has {len(vocabulary.tokens)} tokens and config.json's vocab_size is {model.vocab_size}; "
+            "llama.cpp needs one token for each row of the embedding"
+        )
+    limit = len(vocabulary.tokens) if vocabulary.kind == "llama" else None
+    special = read_special_tokens(files, limit).key_values()
+    return _without_doubles([*before, *vocabulary.key_values(), *special, *after])
+
+
+def _without_doubles(values: Sequence[KeyValue]) -> list[KeyValue]:
+    """Of a key that is said twice the later value, at the earlier place."""
+    found: dict[str, KeyValue] = {}
+    for value in values:
+        found[value.key] = value
+    return list(found.values())
+
+
+def _vocabulary(model: Model, files: ModelFiles, problems: list[str], warnings: list[str]) -> Vocabulary | None:
+    name = model.architecture.name
+    if name == "phi3" and (files.json("tokenizer_config.json") or {}).get("tokenizer_class") == "GPT2Tokenizer":
+        return _byte_level(model, files, problems)
+    if "tokenizer.model" in files and model.architecture.sentencepiece:
+        return _sentencepiece(model, files, problems)
+    if name in ("gemma2", "gemma3", "phi3"):
+        problems.append(
+            f"tokenizer.model is missing: {model.architecture.hf_class} cannot be written as GGUF without it"
+        )
+        return None
+    if (tokenizer := files.json("tokenizer.json")) is None:
+        problems.append("no tokenizer.json and no tokenizer.model: a GGUF file holds its tokenizer")
+        return None
+    if name == "llama" and _has_byte_fallback(tokenizer):
+        warnings.append(
+            "the tokenizer's scores are not in tokenizer.json, so llama.cpp may cut words into other pieces: put the "
+            "model's tokenizer.model beside it"
+        )
+        return _of_llama(tokenizer, files, problems)
+    return _byte_level(model, files, problems)
+
+
+# --- SentencePiece ----------------------------------------------------------------------------------------------------
+
+
+def _sentencepiece(model: Model, files: ModelFiles, problems: list[str]) -> Vocabulary | None:
+    try:
+        pieces = sentencepiece.read_pieces(files.bytes("tokenizer.model"))
+    except ValueError as error:
+        problems.append(f"tokenizer.model is no SentencePiece model: {error}")
+        return None
+    size = model.vocab_size
+    found = _Pieces([f"[PAD{index}]".encode() for index in range(size)], [_PADDING_SCORE] * size, [UNUSED] * size)
+    # User-defined pieces are normal ones to the converter; what the files beside say of them comes later.
+    kinds = {sentencepiece.USER_DEFINED: NORMAL}
+    for index, piece in enumerate(pieces[:size]):
+        found.tokens[index], found.scores[index] = piece.text, piece.score
+        found.types[index] = kinds.get(piece.kind, piece.kind)
+    for text, index in (files.json("added_tokens.json") or {}).items():
+        if isinstance(index, int) and 0 <= index < size:
+            found.set(index, text, USER_DEFINED)
+    for index, token in _added_tokens(files, model.architecture.name == "phi3"):
+        if index < size:
+            _set_added(found, index, token, model.architecture.name == "phi3")
+    return Vocabulary("llama", "default", tuple(found.tokens), tuple(found.types), tuple(found.scores))
+
+
+def _added_tokens(files: ModelFiles, of_tokenizer: bool) -> list[tuple[int, Mapping[str, Any]]]:
+    """(id, token) of tokenizer_config.json, then with ``of_tokenizer`` of tokenizer.json."""
+    decoder = (files.json("tokenizer_config.json") or {}).get("added_tokens_decoder")
+    found = list(decoder.items()) if isinstance(decoder, dict) else []
+    if of_tokenizer:
+        added = items((files.json("tokenizer.json") or {}).get("added_tokens"))
+        found += [(token.get("id"), token) for token in added if isinstance(token, dict)]
+    return [
+        (int(index), token)
+        for index, token in found
+        if isinstance(token, dict) and isinstance(token.get("content"), str) and str(index).isdecimal()
+    ]
+
+
+def _set_added(found: _Pieces, index: int, token: Mapping[str, Any], plainly: bool) -> None:
+    text = str(token["content"])
+    if token.get("special") or (not plainly and _looks_special(text)):
+        found.set(index, text, CONTROL)
+    else:
+        found.set(index, text if plainly else text.replace(_SPACE, " "), USER_DEFINED)
+
+
+def _looks_special(text: str) -> bool:
+    """Some models mark what controls them as ordinary: the converter goes by the looks of it."""
+    bars = (text.startswith("<|") and text.endswith("|>")) or (text.startswith("<｜") and text.endswith("｜>"))
+    unused = text.startswith("<unused") and text.endswith(">")
+    return bars or unused or text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+
+
+def _has_byte_fallback(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json is one that was made of a SentencePiece model."""
+    model, decoder = tokenizer.get("model"), tokenizer.get("decoder")
+    if not isinstance(model, dict) or not isinstance(decoder, dict):
+        return False
+    return model.get("type") == "BPE" and bool(model.get("byte_fallback")) and decoder.get("type") == "Sequence"
+
+
+def _of_llama(tokenizer: Mapping[str, Any], files: ModelFiles, problems: list[str]) -> Vocabulary | None:
+    """From tokenizer.json alone: no scores, special tokens by their roles in tokenizer_config.json."""
+    vocab = _vocab_of(tokenizer, problems)
+    if vocab is None:
+        return None
+    texts = {index: text for text, index in vocab.items()}
+    if sorted(texts) != list(range(len(vocab))):
+        problems.append("tokenizer.json: the ids of its vocabulary have gaps")
+        return None
+    special = _special_texts(files.json("tokenizer_config.json") or {})
+    found = _Pieces()
+    for index in range(len(vocab)):
+        text = texts[index]
+        is_byte = re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text)
+        found.tokens.append(text.encode())
+        found.types.append(BYTE if is_byte else CONTROL if text in special else NORMAL)
+    added = {
+        token["id"]: token["content"]
+        for token in items(tokenizer.get("added_tokens"))
+        if isinstance(token, dict) and isinstance(token.get("id"), int) and token["id"] >= len(vocab)
+    }
+    for _, text in sorted(added.items()):
+        found.tokens.append(str(text).encode())
+        found.types.append(CONTROL if text in special else USER_DEFINED)
+    scores = (_NO_SCORE,) * len(found.tokens)
+    return Vocabulary("llama", "default", tuple(found.tokens), tuple(found.types), scores)
+
+
+def _special_texts(settings: Mapping[str, Any]) -> set[str]:
+    """What transformers calls special of a Llama tokenizer: tokens with a role, and those listed as special."""
+    defaults = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    found = [settings.get(f"{role}_token", defaults.get(f"{role}_token")) for role in _SPECIAL_ROLES]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = settings.get(key)
+        found += [*items(listed), *mapping(listed).values()]
+    texts = [token.get("content") if isinstance(token, dict) else token for token in found]
+    return {text for text in texts if isinstance(text, str)}
+
+
+def _vocab_of(tokenizer: Mapping[str, Any], problems: list[str]) -> dict[str, int] | None:
+    vocab = mapping(tokenizer.get("model")).get("vocab")
+    if isinstance(vocab, dict) and all(isinstance(index, int) for index in vocab.values()):
+        return vocab
+    problems.append("tokenizer.json: it holds no vocabulary")
+    return None
+
+
+# --- byte-level BPE ---------------------------------------------------------------------------------------------------
+
+
+class _Encoding(Protocol):
+    @property
+    def ids(self) -> list[int]: ...
+
+
+class _Tokenizer(Protocol):
+    """What is used of `tokenizers.Tokenizer`."""
+
+    def get_vocab(self, with_added_tokens: bool = True) -> dict[str, int]: ...
+    def get_added_tokens_decoder(self) -> dict[int, Any]: ...
+    def encode(self, sequence: str, *, add_special_tokens: bool = True) -> _Encoding: ...
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
+
+
+def _byte_level(model: Model, files: ModelFiles, problems: list[str]) -> Vocabulary | None:
+    raw = files.json("tokenizer.json")
+    if raw is None:
+        problems.append("tokenizer.json is missing or broken: a GGUF file holds its tokenizer")
+        return None
+    tokenizer = _opened(files.bytes("tokenizer.json"), problems)
+    if tokenizer is None:
+        return None
+    pre = PRE_TOKENIZERS.get(fingerprint(tokenizer))
+    if pre is None or pre not in model.architecture.pre_tokenizers:
+        known = ", ".join(sorted(model.architecture.pre_tokenizers)) or "none"
+        problems.append(
+            f"tokenizer.json: llama.cpp knows pre-tokenizers by name, and this one ({pre or 'unknown'}) is none of "
+            f"those that were tested for {model.architecture.hf_class} ({known}); write safetensors and convert them "
+            "with llama.cpp's convert_hf_to_gguf.py"
+        )
+        return None
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    if vocab and max(vocab.values()) >= model.vocab_size:
+        problems.append(
+            f"the tokenizer has ids up to {max(vocab.values())}; config.json's vocab_size is {model.vocab_size}"
+        )
+        return None
+    problems += _roles_without_tokens(files.json("tokenizer_config.json") or {}, vocab)
+    added = tokenizer.get_added_tokens_decoder()
+    texts = {index: text for text, index in vocab.items()}
+    found = _Pieces()
+    for index in range(model.vocab_size):
+        text, kind = _bpe_token(tokenizer, texts.get(index), index, added.get(index))
+        found.tokens.append(text.encode())
+        found.types.append(kind)
+    return Vocabulary("gpt2", pre, tuple(found.tokens), tuple(found.types), merges=_merges(raw, files))
+
+
+def _opened(content: bytes, problems: list[str]) -> _Tokenizer | None:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        problems.append("GGUF with this tokenizer needs the package tokenizers: pip install 'shardmerge[gguf]'")
+        return None
+    try:
+        opened: _Tokenizer = Tokenizer.from_str(content.decode())
+    except Exception as error:  # tokenizers raises Exception itself
+        problems.append(f"tokenizer.json cannot be used: {error}")
+        return None
+    return opened
+
+
+def fingerprint(tokenizer: _Tokenizer) -> str:
+    """Which tokenizer it is, by the ids that it makes of `PROBE`."""
+    ids = tokenizer.encode(PROBE, add_special_tokens=True).ids
+    return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()
+
+
+def _bpe_token(tokenizer: _Tokenizer, text: str | None, index: int, added: Any) -> tuple[str, int]:
+    if text is None:
+        return f"[PAD{index}]", UNUSED
+    if added is None:
+        return text, NORMAL
+    if not added.normalized:
+        # llama.cpp takes such tokens as if they were normalised already.
+        text = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
+    if added.special or _looks_special(text):
+        return text, CONTROL
+    return text.replace(_SPACE, " "), USER_DEFINED
+
+
+def _roles_without_tokens(settings: Mapping[str, Any], vocab: Mapping[str, int]) -> list[str]:
+    """transformers would give such a token an id of its own, after all others."""
+    problems = []
+    for role in _SPECIAL_ROLES:
+        token = settings.get(f"{role}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str) and text and text not in vocab:
+            problems.append(f"tokenizer_config.json: {role}_token is {text!r}, which tokenizer.json has not")
+    return problems
+
+
+def _merges(tokenizer: Mapping[str, Any], files: ModelFiles) -> tuple[str, ...]:
+    """Pairs joined by a blank. A blank within a token is written as byte-level BPE writes one."""
+    if merges := items(mapping(tokenizer.get("model")).get("merges")):  # whose form tokenizers has checked
+        blank = chr(ord(" ") + 256)
+        return tuple(
+            pair if isinstance(pair, str) else " ".join(part.replace(" ", blank) for part in pair) for pair in merges
+        )
+    lines = (files.text("merges.txt") or "").split("\n")
+    lines = lines[1:] if lines[0].startswith("#") else lines
+    return tuple(" ".join(parts) for line in lines if len(parts := line.split()) == 2)

@@ -1,0 +1,79 @@
+"""Key-values and tensors → everything in a GGUF file before its tensor data; version 3, little-endian.
+
+    magic, version, number of tensors, number of key-values
+    each key-value:  key, type, value
+    each tensor:     name, number of dimensions, dimensions (columns first), type, offset
+    padding to 32 bytes; then the data of each tensor at its offset, padded to 32 bytes
+
+A string is its length (u64) and its bytes, an array its items' type, their number and the items.
+Source: ggml's docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from shardmerge.gguf.formats import padded
+from shardmerge.gguf.layout import OutputTensor
+from shardmerge.gguf.values import ARRAY, SCALARS, STRING, KeyValue, Scalar
+
+_MAGIC, _VERSION = b"GGUF", 3
+
+
+def encode_header(values: Sequence[KeyValue], tensors: Sequence[OutputTensor]) -> bytes:
+    """All bytes up to where tensor data begins, padding included; `OutputTensor.offset` counts from there.
+
+    ``ValueError`` where a value does not fit its type, or two tensors or keys have one name.
+    """
+    _check_names("key", [value.key for value in values])
+    _check_names("tensor", [tensor.name for tensor in tensors])
+    head = bytearray(_MAGIC + struct.pack("<IQQ", _VERSION, len(tensors), len(values)))
+    for value in values:
+        head += _string(value.key)
+        head += _value(value)
+    for tensor in tensors:
+        head += _string(tensor.name)
+        head += struct.pack("<I", len(tensor.shape))
+        head += struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
+        head += struct.pack("<IQ", tensor.type.code, tensor.offset)
+    return bytes(head.ljust(padded(len(head)), b"\0"))
+
+
+def unencodable(values: Sequence[KeyValue]) -> list[str]:
+    """What is wrong with values that `encode_header` would refuse."""
+    problems = []
+    for value in values:
+        try:
+            _value(value)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _check_names(what: str, names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the {what} {twice!r} is there twice")
+
+
+def _value(value: KeyValue) -> bytes:
+    code = STRING if value.kind == "str" else SCALARS[value.kind][0]
+    try:
+        if not isinstance(value.value, tuple):
+            return struct.pack("<I", code) + _items(value.kind, (value.value,))
+        items = value.value
+        return struct.pack("<IIQ", ARRAY, code, len(items)) + _items(value.kind, items)
+    except (struct.error, OverflowError, UnicodeEncodeError) as error:
+        raise ValueError(f"{value.key}: a value is no {value.kind}: {error}") from None
+
+
+def _items(kind: str, items: Sequence[Scalar]) -> bytes:
+    if kind == "str":
+        return b"".join(_string(item) for item in items if isinstance(item, (str, bytes)))
+    return struct.pack(f"<{len(items)}{SCALARS[kind][1]}", *items)
+
+
+def _string(text: str | bytes) -> bytes:
+    content = text.encode() if isinstance(text, str) else text
+    return struct.pack("<Q", len(content)) + content

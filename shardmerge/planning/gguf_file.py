@@ -1,0 +1,127 @@
+"""A plan whose output is one GGUF file: the same updates of the same stored tensors, laid out as llama.cpp has them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from shardmerge import gguf
+from shardmerge.gguf import OutputTensor, Part
+from shardmerge.sinks import Layout
+from shardmerge.sources import inline_file, open_reader
+from shardmerge.spec import (
+    AuxFile,
+    Finish,
+    ShardPlan,
+    TensorInfo,
+    TensorPlan,
+    TensorRef,
+    Update,
+    row_nbytes,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """The file and what lies beside it, or why there can be none."""
+
+    layout: Layout
+    aux: tuple[AuxFile, ...] = ()
+    problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Merged:
+    """A tensor of the checkpoint that would be written; a `gguf.layout.Stored`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def lay_out(
+    checkpoint: Layout, updates: Mapping[str, Sequence[Update]], aux: Sequence[AuxFile], name: str, quantization: str
+) -> GgufFile:
+    """Lay out ``name``-``quantization``.gguf instead of the merged ``checkpoint``, which ``aux`` would lie beside.
+
+    Weights are rounded to what the checkpoint would hold before they are quantised: so the file is the one that
+    converting the checkpoint would give.
+    """
+    nothing = Layout((), None)
+    contents = {file.name: _content(file) for file in aux if gguf.wanted([file.name])}
+    if "config.json" not in contents:
+        return GgufFile(nothing, problems=("output.format gguf needs the base's config.json, and there is none",))
+    model, problems = gguf.read_model(json.loads(contents["config.json"]))
+    if model is None:
+        return GgufFile(nothing, problems=problems)
+    kind = gguf.QUANTIZATIONS[quantization]
+    merged = [
+        [_Merged(tensor.source.name, tensor.out.dtype, tensor.out.shape) for tensor in shard.tensors]
+        for shard in checkpoint.shards
+    ]
+    layout = gguf.lay_out(model, merged, kind)
+    description = gguf.describe(model, layout, kind, contents, name)
+    lost = [f"{target} is updated, but is no part of the GGUF file" for target in layout.dropped if updates.get(target)]
+    problems = (*problems, *layout.problems, *description.problems, *lost)
+    if problems:
+        return GgufFile(nothing, problems=problems)
+    refs = {tensor.source.name: tensor.source for shard in checkpoint.shards for tensor in shard.tensors}
+    plans = tuple(plan for tensor in layout.tensors for plan in _plans(tensor, refs, updates))
+    head = gguf.encode_header(description.values, layout.tensors)
+    shard = ShardPlan(f"{name}-{quantization}.gguf", (), plans, len(head), layout.data_bytes, head)
+    text = gguf.modelfile(shard.name, description.values, contents)
+    config_file = next(file.source for file in aux if file.name == "config.json")
+    beside = AuxFile("Modelfile", config_file, text)
+    return GgufFile(Layout((shard,), None), (beside,), warnings=description.warnings)
+
+
+def _content(file: AuxFile) -> bytes:
+    if file.content is not None:
+        return file.content.encode()
+    content = bytearray(file.source.size)
+    reader = open_reader(file.source)
+    try:
+        reader.read_into(0, memoryview(content))
+    finally:
+        reader.close()
+    return bytes(content)
+
+
+def _plans(
+    tensor: OutputTensor, refs: Mapping[str, TensorRef], updates: Mapping[str, Sequence[Update]]
+) -> Iterator[TensorPlan]:
+    """A plan for each part of a tensor of the file."""
+    if not tensor.parts:
+        yield _generated(tensor)
+    end = tensor.offset
+    for part in tensor.parts:
+        start, end = end, end + row_nbytes(tensor.kind, len(part.rows) * tensor.columns)
+        yield _plan(tensor, part, (start, end), refs[part.tensor], bool(updates.get(part.tensor)))
+
+
+def _plan(
+    tensor: OutputTensor, part: Part, place: tuple[int, int], ref: TensorRef, is_updated: bool
+) -> TensorPlan:
+    finish = Finish(tensor.dtype, tensor.shuffle, tensor.addend)
+    shape = (len(part.rows), tensor.columns) if len(ref.shape) > 1 else ref.shape
+    out = TensorInfo(tensor.kind, shape, place)
+    size = row_nbytes(ref.dtype, tensor.columns)
+    is_all = len(part.rows) * size == ref.nbytes
+    if is_all or is_updated:
+        return TensorPlan(ref, out, finish=finish, part=None if is_all else part.rows)
+    offset, nbytes = ref.offset + part.rows.start * size, len(part.rows) * size
+    return TensorPlan(dataclasses.replace(ref, shape=shape, offset=offset, nbytes=nbytes), out, finish=finish)
+
+
+def _generated(tensor: OutputTensor) -> TensorPlan:
+    """What is made of the config alone is a source like any other, its bytes in its name."""
+    from shardmerge.gguf.tiles import values_of
+
+    values = values_of(tensor).tolist()
+    file = inline_file(struct.pack(f"<{len(values)}f", *values))
+    ref = TensorRef(tensor.name, file.uri, "F32", tensor.shape, 0, file.size)
+    return TensorPlan(ref, TensorInfo("F32", tensor.shape, (tensor.offset, tensor.offset + tensor.nbytes)))

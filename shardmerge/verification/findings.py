@@ -1,0 +1,208 @@
+"""What a verification found: problems, counts, and what could not be looked at."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardmerge.report import human_bytes, human_seconds, peak_memory, table
+from shardmerge.spec import jsonable
+
+#: Problems of one kind that are told one by one; of the rest only the number is said.
+LISTED = 10
+#: Problems that an error's message has.
+_SUMMARY = 3
+
+STRUCTURE, CHECKSUMS, UNTOUCHED, TOUCHED = "structure", "checksums", "untouched", "touched"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is not as it must be. ``row`` is a stored row, ``column`` counts within it; both may be unknown.
+
+    ``error`` and ``allowed`` are absolute; they are told of rows that were computed again.
+    """
+
+    kind: str
+    text: str
+    file: str | None = None
+    tensor: str | None = None
+    row: int | None = None
+    column: int | None = None
+    found: float | str | None = None
+    expected: float | str | None = None
+    error: float | None = None
+    allowed: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What was verified of an output, and what is wrong with it.
+
+    Sizes are bytes. ``worst`` is the largest error of a touched value as a multiple of what is allowed, in
+    ``worst_tensor``. ``unverified`` says what could not be looked at, and why; ``notes`` what is no fault of the
+    output. ``problems`` has the first of every kind; ``counts`` how many there are, by kind.
+    """
+
+    output: str
+    files: int
+    tensors: int
+    checksums: int
+    checksum_bytes: int
+    untouched: int
+    untouched_bytes: int
+    touched: int
+    rows: int
+    all_rows: int
+    seed: int
+    worst: float
+    worst_tensor: str | None
+    unverified: tuple[str, ...]
+    notes: tuple[str, ...]
+    problems: tuple[Problem, ...]
+    counts: dict[str, int]
+    seconds: float
+    peak_memory: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong with what could be verified."""
+        return not self.problems
+
+    @property
+    def complete(self) -> bool:
+        """Whether all could be verified that there is to verify."""
+        return not self.unverified
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ok": self.ok, "complete": self.complete, **jsonable(self)}
+
+
+@dataclass(slots=True)
+class Findings:
+    """Collects while the work goes on."""
+
+    output: str
+    seed: int
+    files: int = 0
+    tensors: int = 0
+    checksums: int = 0
+    checksum_bytes: int = 0
+    untouched: int = 0
+    untouched_bytes: int = 0
+    touched: int = 0
+    rows: int = 0
+    all_rows: int = 0
+    worst: float = 0.0
+    worst_tensor: str | None = None
+    unverified: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    started: float = field(default_factory=time.monotonic)
+
+    def problem(self, kind: str, text: str, **where: Any) -> None:
+        self.counts[kind] += 1
+        if self.counts[kind] <= LISTED:
+            self.problems.append(Problem(kind, text, **where))
+
+    def take(self, other: Findings) -> None:
+        """The problems of a second look, which counts nothing else."""
+        self.problems += other.problems
+        self.counts.update(other.counts)
+
+    def report(self) -> VerifyReport:
+        return VerifyReport(
+            output=self.output,
+            files=self.files,
+            tensors=self.tensors,
+            checksums=self.checksums,
+            checksum_bytes=self.checksum_bytes,
+            untouched=self.untouched,
+            untouched_bytes=self.untouched_bytes,
+            touched=self.touched,
+            rows=self.rows,
+            all_rows=self.all_rows,
+            seed=self.seed,
+            worst=self.worst,
+            worst_tensor=self.worst_tensor,
+            unverified=tuple(self.unverified),
+            notes=tuple(self.notes),
+            problems=tuple(self.problems),
+            counts=dict(self.counts),
+            seconds=time.monotonic() - self.started,
+            peak_memory=peak_memory(),
+        )
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def describe(report: VerifyReport) -> str:
+    """The verdict as a person reads it."""
+    parts = [table(_rows(report))]
+    if report.problems:
+        parts.append("\n".join(_problem_lines(report)))
+    if report.unverified:
+        parts.append("\n".join(f"not verified: {text}" for text in report.unverified))
+    if report.notes:
+        parts.append("\n".join(f"note: {text}" for text in report.notes))
+    return "\n\n".join([*parts, verdict(report)])
+
+
+def verdict(report: VerifyReport) -> str:
+    """One line: whether the output is what its record says."""
+    if not report.ok:
+        return f"{report.output}: NOT what base and adapter make of it: {count_of_problems(report)}"
+    if not report.complete:
+        return f"{report.output}: nothing wrong was found, but not all of it could be verified (see above)"
+    return f"{report.output}: verified in {human_seconds(report.seconds)}"
+
+
+def summary(report: VerifyReport) -> str:
+    """The verdict with the first problems, as an error says it."""
+    lines = [f"  - {problem.text}" for problem in report.problems[:_SUMMARY]]
+    return "\n".join([f"{report.output}: {count_of_problems(report)}:", *lines])
+
+
+def count_of_problems(report: VerifyReport) -> str:
+    """``"1 problem"``, ``"12 problems"``."""
+    count = sum(report.counts.values())
+    return "1 problem" if count == 1 else f"{count} problems"
+
+
+def _rows(report: VerifyReport) -> Sequence[tuple[str, str, str]]:
+    checked = f"{report.untouched} tensors, {human_bytes(report.untouched_bytes)}, the bytes of the base"
+    sampled = "all rows" if report.rows == report.all_rows else f"{report.rows:,} of {report.all_rows:,} rows"
+    seeded = "" if report.rows == report.all_rows else f" (seed {report.seed})"
+    worst = f"largest error {report.worst:.3f} of what is allowed"
+    touched = f"{report.touched} tensors, {sampled}{seeded} computed again in float64, {worst}"
+    return [
+        (STRUCTURE, _word(report, STRUCTURE, True), f"{report.files} files, {report.tensors} tensors"),
+        (
+            CHECKSUMS,
+            _word(report, CHECKSUMS, report.checksums > 0),
+            f"{report.checksums} shards, {human_bytes(report.checksum_bytes)}",
+        ),
+        (UNTOUCHED, _word(report, UNTOUCHED, report.untouched > 0), checked if report.untouched else ""),
+        (TOUCHED, _word(report, TOUCHED, report.touched > 0), touched if report.touched else ""),
+    ]
+
+
+def _word(report: VerifyReport, kind: str, looked: bool) -> str:
+    if report.counts.get(kind):
+        return "WRONG"
+    return "ok" if looked else "-"
+
+
+def _problem_lines(report: VerifyReport) -> list[str]:
+    lines = []
+    for kind, count in report.counts.items():
+        told = [problem for problem in report.problems if problem.kind == kind]
+        lines += [f"wrong ({kind}): {problem.text}" for problem in told]
+        if count > len(told):
+            lines.append(f"wrong ({kind}): … and {count - len(told)} more")
+    return lines

@@ -1,0 +1,137 @@
+"""Bytes of files → tensors, by plain reads. Nothing here is the engine's: no direct I/O, no tiles, no cache of factors.
+
+Numbers come as float64, whole numbers as int64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from shardmerge.errors import SourceError
+from shardmerge.sources import Reader, open_reader
+from shardmerge.spec import DTYPE_BITS, RowRange, SourceFile, TensorRef
+
+#: Bytes that are read at a time.
+CHUNK = 4 << 20
+_OPEN = 8
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """How many threads torch has in the block: with one, small work waits for nobody where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Files:
+    """The files of the base, the adapters and the output, opened when they are first read."""
+
+    def __init__(self, files: Iterable[SourceFile]) -> None:
+        self._files = {file.uri: file for file in files}
+        self._open: dict[str, Reader] = {}
+
+    def add(self, file: SourceFile) -> None:
+        self._files[file.uri] = file
+
+    def read_into(self, uri: str, offset: int, view: memoryview) -> None:
+        """Fill ``view`` with the file's bytes from ``offset`` on. `SourceError` if it ends before."""
+        reader = self._open.get(uri)
+        if reader is None:
+            if uri not in self._files:
+                raise SourceError(f"{uri}: is no file of this merge")
+            if len(self._open) >= _OPEN:
+                self.close()
+            reader = self._open[uri] = open_reader(self._files[uri])
+        reader.read_into(offset, view)
+
+    def read(self, uri: str, offset: int, size: int) -> bytearray:
+        data = bytearray(size)
+        self.read_into(uri, offset, memoryview(data))
+        return data
+
+    def rows(self, ref: TensorRef, rows: RowRange, row_elements: int) -> Tensor:
+        """Rows of a dense tensor seen as (…, row_elements), as stored."""
+        row = row_elements * DTYPE_BITS[ref.dtype] // 8
+        return decode(self.read(ref.uri, ref.offset + rows.start * row, len(rows) * row), ref.dtype, row_elements)
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+def decode(data: bytearray, dtype: str, row_elements: int) -> Tensor:
+    """Bytes seen as (rows, row_elements) of their own dtype; no copy."""
+    if not data:
+        return torch.empty(0, row_elements, dtype=DTYPES[dtype])
+    return torch.frombuffer(data, dtype=DTYPES[dtype]).view(-1, row_elements)
+
+
+def wide(values: Tensor) -> Tensor:
+    """float64, or int64 of whole numbers."""
+    return values.to(torch.float64 if values.dtype.is_floating_point else torch.int64)
+
+
+class Factor:
+    """One factor: all of it, or rows or columns of it."""
+
+    #: Up to this size a factor is read once and kept, while its tensor is worked on.
+    _KEPT = 4 << 20
+
+    def __init__(self, files: Files, ref: TensorRef) -> None:
+        self.ref = ref
+        self._files = files
+        self._whole: Tensor | None = None
+
+    def whole(self) -> Tensor:
+        if self._whole is None:
+            self._whole = wide(self._as_stored()).contiguous()
+        return self._whole
+
+    def rows(self, rows: RowRange) -> Tensor:
+        ref = self.ref
+        if self._whole is not None or ref.strides is not None or ref.nbytes <= self._KEPT:
+            return self.whole()[rows.start : rows.stop]
+        width = math.prod(ref.shape[1:])
+        return wide(self._files.rows(ref, rows, width)).view(len(rows), *ref.shape[1:])
+
+    def columns(self, columns: RowRange) -> Tensor:
+        """Columns of a matrix; of a large one they are read row by row."""
+        ref = self.ref
+        height, width = ref.shape[0], math.prod(ref.shape[1:])
+        if self._whole is not None or ref.strides is not None or ref.nbytes <= self._KEPT or len(columns) == width:
+            return self.whole().reshape(height, width)[:, columns.start : columns.stop]
+        size = DTYPE_BITS[ref.dtype] // 8
+        part = len(columns) * size
+        data = bytearray(height * part)
+        view = memoryview(data)
+        for row in range(height):
+            offset = ref.offset + (row * width + columns.start) * size
+            self._files.read_into(ref.uri, offset, view[row * part : (row + 1) * part])
+        return wide(decode(data, ref.dtype, len(columns)))
+
+    def _as_stored(self) -> Tensor:
+        ref = self.ref
+        flat = torch.frombuffer(self._files.read(ref.uri, ref.offset, ref.nbytes), dtype=DTYPES[ref.dtype])
+        return flat.view(ref.shape) if ref.strides is None else flat.as_strided(ref.shape, ref.strides)

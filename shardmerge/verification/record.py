@@ -1,0 +1,271 @@
+"""The record of a merge, read back, and the merge planned again from it. Nothing is written."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardmerge.adapter_file import open_adapter
+from shardmerge.checkpoint import Checkpoint, open_checkpoint
+from shardmerge.config import MergeConfig
+from shardmerge.errors import ConfigError, PlanError, ShardmergeError, SourceError, VerifyError
+from shardmerge.fingerprint import with_contents
+from shardmerge.journal import RECORD_NAME, is_unfinished, read_record
+from shardmerge.planning import make_plan
+from shardmerge.sources import open_source
+from shardmerge.spec import MergePlan, SourceFile, digest_of
+from shardmerge.verification.findings import STRUCTURE, TOUCHED, Findings
+from shardmerge.verification.scaling import ScaledBy
+from shardmerge.version import __version__
+
+#: Changed files that are told one by one.
+_TOLD = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What ``shardmerge.json`` says, as far as it is used here; names in it lie within the output."""
+
+    values: Mapping[str, Any]
+    #: Shards by name: their bytes, and their checksums by kind.
+    shards: Mapping[str, tuple[int, Mapping[str, str]]]
+    files: tuple[str, ...]
+    targets: Mapping[str, Any]
+
+    @property
+    def version(self) -> str:
+        return str(self.values.get("shardmerge"))
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The merge planned again. ``plan`` is None where base or adapter are gone; then ``base`` may still be there."""
+
+    plan: MergePlan | None = None
+    adapters: tuple[ScaledBy, ...] = ()
+    base: Checkpoint | None = None
+
+
+# --- reading it -------------------------------------------------------------------------------------------------------
+
+
+def open_record(output: Path) -> Record:
+    """The record of a finished merge. `SourceError` if there is no such directory, `VerifyError` if it holds none."""
+    if not output.is_dir():
+        raise SourceError(f"{output}: no such directory")
+    if is_unfinished(output):
+        raise VerifyError(f"{output}: the merge was not finished; run it again, and verify then")
+    values = read_record(output)
+    if values is None:
+        raise VerifyError(f"{output}: there is no {RECORD_NAME} that can be read, so nothing says what it must be")
+    shards = values.get("shards")
+    known = _shards(shards) if isinstance(shards, dict) else {}
+    files, targets = values.get("files"), values.get("targets")
+    if not known or not isinstance(files, list) or not isinstance(targets, dict):
+        raise VerifyError(f"{output}: {RECORD_NAME} is damaged: it must have shards, files and targets")
+    names = [*known, *files]
+    if wrong := [name for name in names if not isinstance(name, str) or not _is_within(name)]:
+        raise VerifyError(f"{output}: {RECORD_NAME} names {str(wrong[0])!r:.80}, which is no file of this directory")
+    return Record(values, known, tuple(files), targets)
+
+
+def _is_within(name: str) -> bool:
+    return bool(name) and not name.startswith("/") and "\0" not in name and ".." not in name.split("/")
+
+
+def _shards(value: Mapping[str, Any]) -> dict[str, tuple[int, Mapping[str, str]]]:
+    """Older records have the bytes alone."""
+    found: dict[str, tuple[int, Mapping[str, str]]] = {}
+    for name, entry in value.items():
+        entry = entry if isinstance(entry, dict) else {"bytes": entry}
+        size = entry.get("bytes")
+        if type(size) is int:
+            found[name] = size, {kind: str(entry[kind]) for kind in ("xxh3_128", "sha256") if kind in entry}
+    return found
+
+
+# --- planning again ---------------------------------------------------------------------------------------------------
+
+
+def plan_again(record: Record, output: Path, base: str | None, adapters: Sequence[str], findings: Findings) -> Again:
+    """What the merge was, from base and adapters as they are now; ``base`` and ``adapters`` say where, if they moved.
+
+    What is gone is told to ``findings``, and what has changed. `ConfigError` where the number of adapters is another.
+    """
+    recorded = record.values.get("config")
+    try:
+        config = MergeConfig.from_dict(recorded if isinstance(recorded, dict) else {}, RECORD_NAME)
+    except ConfigError as error:
+        findings.problem(STRUCTURE, f"the config in {RECORD_NAME} is damaged: {error}", file=RECORD_NAME)
+        return Again()
+    config = _located(config, record, output, base, adapters)
+    missing = list(_missing(config))
+    if missing:
+        findings.unverified += missing
+        findings.unverified.append("touched tensors: they can only be computed again from base and adapters")
+        return Again(base=_base_alone(config, findings))
+    try:
+        plan = make_plan(config, check_output=False)
+    except PlanError as error:
+        findings.problem(TOUCHED, f"base and adapters, as they are now, make no such merge: {error}")
+        return Again(base=_base_alone(config, findings))
+    except ShardmergeError as error:
+        findings.unverified.append(f"touched tensors: base or adapter cannot be read: {error}")
+        return Again(base=_base_alone(config, findings))
+    scaled = [ScaledBy(open_adapter(open_source(entry.path)), entry) for entry in config.adapters]
+    for kind, text in _differences(record, plan) or _of_digest(record, plan):
+        if kind == "note":
+            findings.notes.append(text)
+        else:
+            findings.problem(kind, text)
+    return Again(plan, tuple(scaled))
+
+
+def _located(
+    config: MergeConfig, record: Record, output: Path, base: str | None, adapters: Sequence[str]
+) -> MergeConfig:
+    """The config with the places that the merge found its files at, or those given now."""
+    if adapters and len(adapters) != len(config.adapters):
+        raise ConfigError(
+            f"{len(adapters)} adapters are given, but {len(config.adapters)} were merged: give a place for each, in "
+            "their order"
+        )
+    infos = record.values.get("adapters")
+    places: list[str | None] = list(adapters) or [_place(info) for info in (infos if isinstance(infos, list) else [])]
+    entries = [
+        entry.model_copy(update={"path": place}) if place else entry
+        for entry, place in itertools.zip_longest(config.adapters, places[: len(config.adapters)])
+    ]
+    changes = {
+        "base": base or _place(record.values.get("base")) or config.base,
+        "adapters": tuple(entries),
+        "output": config.output.model_copy(update={"path": str(output)}),
+        # How much memory there was is of no matter here.
+        "compute": config.compute.model_copy(update={"max_memory": "auto"}),
+    }
+    return config.model_copy(update=changes)
+
+
+def _place(info: Any) -> str | None:
+    """Where a base or an adapter was found: an absolute path, or a Hub id with the commit."""
+    location = info.get("location") if isinstance(info, dict) else None
+    if not isinstance(location, str) or not location:
+        return None
+    revision = info.get("revision")
+    return f"{location}@{revision}" if revision else location
+
+
+def _missing(config: MergeConfig) -> Iterator[str]:
+    """Base and adapters that are not there, and why."""
+    for what, place in (("base", config.base), *(("adapter", entry.path) for entry in config.adapters)):
+        try:
+            open_source(place)
+        except SourceError as error:
+            option = f"--{what} says where it is now"
+            yield f"the {what} is not there: {error}; if it was moved, {option}"
+
+
+def _base_alone(config: MergeConfig, findings: Findings) -> Checkpoint | None:
+    try:
+        return open_checkpoint(open_source(config.base))
+    except ShardmergeError:
+        findings.unverified.append("untouched tensors: there is no base to compare them with")
+        return None
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def _differences(record: Record, plan: MergePlan) -> list[tuple[str, str]]:
+    """(kind of problem or ``note``, text): in what the plan of now is not the recorded one."""
+    return [*_shard_differences(record, plan), *_target_differences(record, plan), *_source_differences(record, plan)]
+
+
+def _of_digest(record: Record, plan: MergePlan) -> Iterator[tuple[str, str]]:
+    """Whether the digest is another where sizes, times, targets and shards are the same."""
+    now = with_contents(plan, str(record.values.get("torch")))
+    if digest_of(now) == record.values.get("digest"):
+        return
+    before = record.values.get("fingerprint")
+    parts = [
+        f"{part} ({name})"
+        for part, values in (before.items() if isinstance(before, dict) else ())
+        for name in sorted({*values, *now.get(part, {})})
+        if values.get(name) != now.get(part, {}).get(name)
+    ]
+    what = f"different are: {', '.join(parts[:_TOLD])}" if parts else "an adapter's bytes, or files beside the weights"
+    yield "note", f"base and adapters have the sizes and times of the merge's, but its digest is another: {what}"
+
+
+def _source_differences(record: Record, plan: MergePlan) -> Iterator[tuple[str, str]]:
+    infos = record.values.get("adapters")
+    recorded = [record.values.get("base"), *(infos if isinstance(infos, list) else [])]
+    now = [plan.base.files, *(info.files for info in plan.adapters)]
+    names = ["the base", *(f"adapter {info.location}" for info in plan.adapters)]
+    for name, before, files in zip(names, recorded, now, strict=False):
+        if texts := list(_file_differences(before, files)):
+            more = f", and {len(texts) - _TOLD} more" if len(texts) > _TOLD else ""
+            yield "note", f"{name} is not as the merge found it: {', '.join(texts[:_TOLD])}{more}"
+    if record.version != __version__:
+        yield "note", f"it was merged by shardmerge {record.version}; this is {__version__}"
+
+
+def _shard_differences(record: Record, plan: MergePlan) -> Iterator[tuple[str, str]]:
+    planned = {shard.name: shard.nbytes for shard in plan.shards}
+    before = {name: size for name, (size, _) in record.shards.items()}
+    if planned != before:
+        other = sorted(name for name in {*planned, *before} if planned.get(name) != before.get(name))
+        shown = ", ".join(f"{name} ({before.get(name)}, now {planned.get(name)} bytes)" for name in other[:3])
+        yield STRUCTURE, f"base and adapters, as they are now, make other shards than were recorded: {shown}"
+
+
+def _target_differences(record: Record, plan: MergePlan) -> Iterator[tuple[str, str]]:
+    planned: dict[str, list[dict[str, Any]]] = {}
+    for tensor, update in plan.updates():
+        module = f"{update.module}.{update.parameter}"
+        entry = {"adapter": update.adapter, "module": module, "family": update.family}
+        entry |= {"rank": update.rank, "scaling": update.scaling}
+        planned.setdefault(tensor.source.name, []).append(entry)
+    for name in sorted({*planned, *record.targets}):
+        now, before = planned.get(name), record.targets.get(name)
+        if now is None or before is None:
+            what = "was updated by the merge" if now is None else "would now be updated"
+            other = "would not be now" if now is None else "was not by the merge"
+            yield TOUCHED, f"{name} {what}, but {other}: the adapter or the config is another"
+        elif now != before:
+            change = next((_change(*pair) for pair in zip(_entries(before), now, strict=False)), "") or "their number"
+            yield TOUCHED, f"{name}: its updates are not those recorded ({change}): the adapter is another"
+
+
+def _entries(value: Any) -> list[Mapping[str, Any]]:
+    return [entry if isinstance(entry, dict) else {} for entry in value] if isinstance(value, list) else []
+
+
+def _change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    keys = (key for key in now if now[key] != before.get(key))
+    return ", ".join(f"{key} was {before.get(key)}, is {now[key]}" for key in keys)
+
+
+def _file_differences(info: Any, files: Sequence[SourceFile]) -> Iterator[str]:
+    entries = _entries(info.get("files") if isinstance(info, dict) else None)
+    before = {str(entry.get("uri")).rpartition("/")[2]: entry for entry in entries}
+    now = {file.uri.rpartition("/")[2]: file for file in files}
+    for name in sorted({*before, *now}):
+        if name not in before or name not in now:
+            yield f"{name} is {'new' if name in now else 'gone'}"
+        elif before[name].get("size") != now[name].size:
+            yield f"{name} was {before[name].get('size')} bytes, is {now[name].size}"
+        elif before[name].get("uri") == now[name].uri and before[name].get("mtime_ns") != now[name].mtime_ns:
+            yield f"{name} was written again"
+        elif before[name].get("uri") != now[name].uri:
+            yield f"{name} is read from {now[name].uri}"
+
+
+def files_of(again: Again) -> list[SourceFile]:
+    """Every file of the base and the adapters that may be read."""
+    if again.plan is not None:
+        return [*again.plan.base.files, *(file for info in again.plan.adapters for file in info.files)]
+    return [] if again.base is None else [shard.file for shard in again.base.shards]

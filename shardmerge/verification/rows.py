@@ -1,0 +1,84 @@
+"""Which rows of a touched tensor are computed again.
+
+Rows are those of the stored tensor. Of every run of rows (an expert's, those of one of several modules that are stored
+as one tensor) at least one is taken, and of the whole tensor the first and the last. Some families update groups of
+rows together; then whole groups are taken.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+from shardmerge.adapters import FAMILIES
+from shardmerge.spec import RowRange, TensorPlan, Update
+from shardmerge.windows import boundaries, by_expert, locate
+
+#: float64 numbers that are worked on at a time; a group of rows that is larger is worked on whole.
+ELEMENTS = 1 << 17
+
+
+def all_rows(tensor: TensorPlan) -> list[RowRange]:
+    """Every row, in windows that lie within a run and hold whole groups."""
+    most = max(1, ELEMENTS // max(1, tensor.row_elements))
+    windows = []
+    for run, unit in _runs(tensor):
+        step = max(1, most // unit) * unit
+        windows += [RowRange(at, min(at + step, run.stop)) for at in range(run.start, run.stop, step)]
+    return windows
+
+
+def sampled(tensor: TensorPlan, count: int, seed: int) -> list[RowRange]:
+    """``count`` rows or some more, each a window of its own (or its group); the same for the same seed and name.
+
+    A vector is taken whole: it is small, and what is added to it may be told only by its length.
+    """
+    if tensor.row_elements == 1:
+        return all_rows(tensor)
+    runs = list(_runs(tensor))
+    groups = [len(run) // unit for run, unit in runs]
+    ends = list(itertools.accumulate(groups))
+    total = ends[-1] if ends else 0
+    chooser = random.Random(f"{seed}:{tensor.source.name}")
+    rows_each = max((unit for _, unit in runs), default=1)
+    wanted = math.ceil(count / rows_each)
+    chosen = {0, total - 1} if total else set()
+    chosen |= {end - chooser.randint(1, size) for end, size in zip(ends, groups, strict=True) if size}
+    others = chooser.sample(range(total), min(total, wanted))
+    while others and len(chosen) < wanted:
+        chosen.add(others.pop())
+    return [_group(runs, groups, ends, index) for index in sorted(chosen)]
+
+
+def _group(runs: list[tuple[RowRange, int]], groups: list[int], ends: list[int], index: int) -> RowRange:
+    number = bisect.bisect_right(ends, index)
+    run, unit = runs[number]
+    start = run.start + (index - (ends[number] - groups[number])) * unit
+    return RowRange(start, start + unit)
+
+
+def _runs(tensor: TensorPlan) -> Iterator[tuple[RowRange, int]]:
+    """Runs of rows that belong to the same matrices, and how many rows of each are updated together."""
+    if not tensor.rows:
+        return
+    of = reaching(tensor)
+    for start, stop in itertools.pairwise(boundaries(tensor)):
+        here = RowRange(start, start + 1)
+        units = [
+            FAMILIES[update.family].row_unit(update)
+            for update in of(here)
+            if not update.by_columns and locate(tensor, update, here)
+        ]
+        unit = math.lcm(*units)
+        yield RowRange(start, stop), unit if (stop - start) % unit == 0 else stop - start
+
+
+def reaching(tensor: TensorPlan) -> Callable[[RowRange], Sequence[Update]]:
+    """The updates that may reach rows of a run; of a stack of experts, those of its expert."""
+    if tensor.row_dims == 1:
+        return lambda rows: tensor.updates
+    experts, height = by_expert(tensor), tensor.source.shape[1]
+    return lambda rows: experts[rows.start // height]

@@ -1,0 +1,300 @@
+"""One pass over a shard of the output: its checksum, and of every tensor the bytes or the rows.
+
+The file is read once, from its first byte to its last. Of a tensor that is not touched the same bytes of the base are
+read beside it; of a touched one the sampled rows are computed again as they come by.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardmerge.checksums import Checksums
+from shardmerge.spec import DTYPE_BITS, RowRange, SourceFile, TensorInfo, TensorPlan
+from shardmerge.verification.exact import Exact, half_unit, is_copied
+from shardmerge.verification.findings import CHECKSUMS, TOUCHED, UNTOUCHED, Findings
+from shardmerge.verification.reading import CHUNK, DTYPES, Files, decode, wide
+from shardmerge.verification.rows import all_rows, sampled
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A tensor of an output file, and what it must be; ``plan`` is None where that cannot be told."""
+
+    name: str
+    info: TensorInfo
+    plan: TensorPlan | None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFile:
+    """A file of the output as it is found, with what the record says of its bytes."""
+
+    name: str
+    file: SourceFile
+    data_start: int
+    pieces: tuple[Piece, ...]
+    #: Checksums by the name of their kind; empty where none were recorded.
+    recorded: Mapping[str, str]
+
+
+class ShardCheck:
+    """Looks at one shard after the other."""
+
+    def __init__(
+        self,
+        files: Files,
+        exact: Exact | None,
+        findings: Findings,
+        rows: int | None,
+        seed: int,
+        by_chance: bool = False,
+    ) -> None:
+        """``rows`` None computes all rows again. ``by_chance``: updated tensors were rounded stochastically."""
+        self._files = files
+        self._exact = exact
+        self._findings = findings
+        self._rows = rows
+        self._seed = seed
+        self._by_chance = by_chance
+        self._buffers = bytearray(CHUNK), bytearray(CHUNK)
+
+    def run(self, shard: ShardFile, advance: Advance) -> None:
+        """Everything there is to know of a shard. ``advance`` is told the bytes done."""
+        before = sum(self._findings.counts.values())
+        if self._pass(shard, advance) or sum(self._findings.counts.values()) > before + 1:
+            return
+        if self._rows is not None and self._exact is not None:
+            # Something has changed that the sample has not seen: look for it in every row.
+            aside = Findings(self._findings.output, self._seed)
+            again = ShardCheck(self._files, self._exact, aside, None, self._seed, self._by_chance)
+            again._pass(dataclasses.replace(shard, recorded={}), lambda count: None)
+            self._findings.take(aside)
+
+    def _pass(self, shard: ShardFile, advance: Advance) -> bool:
+        """Whether the checksums are those recorded, or none are."""
+        checksums = Checksums("sha256" in shard.recorded)
+        for offset, size in _chunks(0, shard.data_start):
+            self._read(shard, offset, size, checksums)
+        end = 0
+        for piece in shard.pieces:
+            self._tensor(shard, piece, checksums, advance)
+            end = piece.info.data_offsets[1]
+        for offset, size in _chunks(shard.data_start + end, shard.file.size):
+            self._read(shard, offset, size, checksums)
+            advance(size)
+        return self._agrees(shard, checksums.hex())
+
+    def _agrees(self, shard: ShardFile, found: Mapping[str, str]) -> bool:
+        wrong = [kind for kind, value in shard.recorded.items() if found.get(kind) != value]
+        if shard.recorded:
+            self._findings.checksums += 1
+            self._findings.checksum_bytes += shard.file.size
+        if wrong:
+            kind = wrong[0]
+            self._findings.problem(
+                CHECKSUMS,
+                f"{shard.name}: its {kind} is {found.get(kind)}, but {shard.recorded[kind]} was recorded: the file has "
+                "changed since the merge",
+                file=shard.name,
+                found=found.get(kind),
+                expected=shard.recorded[kind],
+            )
+        return not wrong
+
+    def _read(self, shard: ShardFile, offset: int, size: int, checksums: Checksums) -> bytearray:
+        """The next bytes of the file, also told to its checksums."""
+        data = self._buffers[0] if size == CHUNK else bytearray(size)
+        self._files.read_into(shard.file.uri, offset, memoryview(data))
+        checksums.update(memoryview(data))
+        return data
+
+    # --- one tensor ---------------------------------------------------------------------------------------------------
+
+    def _tensor(self, shard: ShardFile, piece: Piece, checksums: Checksums, advance: Advance) -> None:
+        start, stop = (shard.data_start + offset for offset in piece.info.data_offsets)
+        plan = piece.plan
+        if plan is not None and not is_copied(plan) and self._exact is not None:
+            self._touched(shard, plan, start, self._exact, checksums, advance)
+            return
+        if plan is not None and is_copied(plan):
+            self._findings.untouched += 1
+            self._findings.untouched_bytes += piece.info.nbytes
+        wrong = False
+        for offset, size in _chunks(start, stop):
+            data = self._read(shard, offset, size, checksums)
+            if plan is not None and is_copied(plan) and not wrong:
+                wrong = self._differs(shard, plan, offset - start, data)
+            advance(size)
+
+    def _differs(self, shard: ShardFile, plan: TensorPlan, at: int, data: bytearray) -> bool:
+        """Whether bytes ``at`` of an untouched tensor are not the source's; says where."""
+        source, out = plan.source, plan.out
+        width = DTYPE_BITS[out.dtype] // 8 or 1
+        if source.dtype == out.dtype:
+            expected = self._buffers[1] if len(data) == CHUNK else bytearray(len(data))
+            self._files.read_into(source.uri, source.offset + at, memoryview(expected))
+            if data == expected:
+                return False
+            index = _first_difference(data, expected) // width
+        else:
+            stored = self._files.rows(source, RowRange(at // width, (at + len(data)) // width), 1)
+            expected = bytearray(len(data))
+            decode(expected, out.dtype, 1).copy_(stored)
+            if data == expected:
+                return False
+            wrong = self._unlike(plan, data, expected, stored)
+            if not bool(wrong.any()):
+                return False
+            index = int(wrong.flatten().nonzero()[0])
+        row, column = divmod(at // width + index, max(1, math.prod(out.shape[1:])))
+        found, wanted = (_shown(of[index * width : (index + 1) * width], out.dtype) for of in (data, expected))
+        owner = "the adapter's" if plan.updates else "the base's"
+        self._findings.problem(
+            UNTOUCHED,
+            f"{source.name}, row {row}, column {column}: holds {found}, {owner} is {wanted} ({shard.name})",
+            file=shard.name,
+            tensor=source.name,
+            row=row,
+            column=column,
+            found=found,
+            expected=wanted,
+        )
+        return True
+
+    def _unlike(self, plan: TensorPlan, found: bytearray, expected: bytearray, stored: Tensor) -> Tensor:
+        """Which numbers of another dtype than the source's are not the source's, rounded."""
+        numbers, nearest = (decode(of, plan.out.dtype, 1) for of in (found, expected))
+        like = (numbers == nearest) | (numbers.isnan() & nearest.isnan())
+        chance = self._by_chance and bool(plan.updates)
+        if chance or plan.source.dtype == "F64":
+            # A float64 goes to the output by way of the compute dtype. By chance both neighbours are right.
+            exact = stored.double()
+            error = exact.abs() * 2.0**-24 if plan.source.dtype == "F64" else torch.zeros_like(exact)
+            allowed = self._rounding(exact.abs() + error, plan.out.dtype, chance) + error
+            like |= (numbers.double() - exact).abs() <= allowed
+        return ~like
+
+    def _rounding(self, magnitude: Tensor, dtype: str, by_chance: bool) -> Tensor:
+        """What one rounding may change: half a unit of the last place, or by chance a whole one."""
+        half = half_unit(magnitude, dtype)
+        return half.mul_(2) if by_chance and dtype != "F32" else half
+
+    # --- one touched tensor -------------------------------------------------------------------------------------------
+
+    def _touched(
+        self,
+        shard: ShardFile,
+        plan: TensorPlan,
+        start: int,
+        exact: Exact,
+        checksums: Checksums,
+        advance: Advance,
+    ) -> None:
+        findings = self._findings
+        windows = all_rows(plan) if self._rows is None else sampled(plan, self._rows, self._seed)
+        exact.begin(plan)
+        findings.touched += 1
+        findings.rows += sum(map(len, windows))
+        findings.all_rows += plan.rows
+        row_bytes = plan.row_elements * DTYPE_BITS[plan.out.dtype] // 8
+        wrong = False
+        for rows, window in _blocks(windows, plan.rows):
+            for offset, size in _chunks(rows.start * row_bytes, rows.stop * row_bytes, None if window else CHUNK):
+                data = self._read(shard, start + offset, size, checksums)
+                if not wrong:
+                    wrong = not self._finite(shard, plan, data, offset)
+                if window and not wrong:
+                    found = decode(data, plan.out.dtype, plan.row_elements)
+                    wrong = not self._window(shard, plan, rows, wide(found), *exact.rows(rows))
+                advance(size)
+
+    def _finite(self, shard: ShardFile, plan: TensorPlan, data: bytearray, at: int) -> bool:
+        values = decode(data, plan.out.dtype, 1)
+        # The sum is the cheapest look; it may be infinite by itself.
+        if math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all()):
+            return True
+        index = int((~torch.isfinite(values)).nonzero()[0][0])
+        row, column = divmod(at * 8 // DTYPE_BITS[plan.out.dtype] + index, plan.row_elements)
+        value = float(values[index])
+        self._findings.problem(
+            TOUCHED,
+            f"{plan.source.name}, row {row}, column {column}: holds {value} ({shard.name})",
+            file=shard.name,
+            tensor=plan.source.name,
+            row=row,
+            column=column,
+            found=str(value),
+        )
+        return False
+
+    def _window(
+        self, shard: ShardFile, plan: TensorPlan, rows: RowRange, found: Tensor, value: Tensor, error: Tensor
+    ) -> bool:
+        """Compare rows as found with W'; says where they are off by more than is allowed."""
+        allowed = self._rounding(value.abs() + error, plan.out.dtype, self._by_chance) + error
+        difference = (found - value).abs()
+        ratio = difference / allowed
+        worst = int(ratio.argmax()) if ratio.numel() else 0
+        largest = float(ratio.flatten()[worst]) if ratio.numel() else 0.0
+        if largest <= 1.0:
+            if largest > self._findings.worst:
+                self._findings.worst, self._findings.worst_tensor = largest, plan.source.name
+            return True
+        first = int((~(ratio <= 1.0)).flatten().nonzero()[0])
+        row, column = divmod(first, plan.row_elements)
+        at = {name: float(of[row, column]) for name, of in (("found", found), ("expected", value))}
+        off, bound = float(difference[row, column]), float(allowed[row, column])
+        self._findings.problem(
+            TOUCHED,
+            f"{plan.source.name}, row {rows.start + row}, column {column}: holds {at['found']:.9g}, base and adapter "
+            f"make {at['expected']:.9g} of it; that is off by {off:.3g}, where {bound:.3g} is allowed ({shard.name})",
+            file=shard.name,
+            tensor=plan.source.name,
+            row=rows.start + row,
+            column=column,
+            error=off,
+            allowed=bound,
+            **at,
+        )
+        return False
+
+
+def _chunks(start: int, stop: int, size: int | None = CHUNK) -> Iterator[tuple[int, int]]:
+    """(offset, size) of parts of a range of bytes; with ``size`` None it is one part."""
+    step = size or max(1, stop - start)
+    for offset in range(start, stop, step):
+        yield offset, min(step, stop - offset)
+
+
+def _blocks(windows: Sequence[RowRange], rows: int) -> Iterator[tuple[RowRange, bool]]:
+    """Windows, and the rows between them, in order."""
+    at = 0
+    for window in windows:
+        if window.start > at:
+            yield RowRange(at, window.start), False
+        yield window, True
+        at = window.stop
+    if at < rows:
+        yield RowRange(at, rows), False
+
+
+def _first_difference(one: bytearray, other: bytearray) -> int:
+    """The first byte in which two runs of bytes differ."""
+    first, second = (torch.frombuffer(of, dtype=torch.uint8) for of in (one, other))
+    return int((first != second).nonzero()[0])
+
+
+def _shown(element: bytearray, dtype: str) -> float | str:
+    """A number, or the bytes of what is none."""
+    if dtype not in DTYPES:
+        return element.hex()
+    value = torch.frombuffer(bytearray(element), dtype=DTYPES[dtype])[0].item()
+    return float(value) if math.isfinite(value) else str(value)
