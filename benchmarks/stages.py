@@ -69,6 +69,9 @@ class NoWriter(ShardWriter):
     def __init__(self) -> None:
         self.checksums = Checksums()
 
+    def fill_up(self) -> None:
+        pass
+
     def write_block(self, memory: memoryview, position: int, offset: int, size: int) -> None:
         pass
 

@@ -18,10 +18,11 @@ from shardmerge.errors import (
 from shardmerge.version import __version__
 
 if TYPE_CHECKING:
-    from shardmerge.api import Progress, merge, plan
+    from shardmerge.api import Progress, merge, plan, verify
     from shardmerge.config import MergeConfig
     from shardmerge.report import MergeReport
     from shardmerge.spec import MergePlan
+    from shardmerge.verification import VerifyReport
 
 __all__ = [
     "ConfigError",
@@ -37,9 +38,11 @@ __all__ = [
     "ShardmergeError",
     "SourceError",
     "VerifyError",
+    "VerifyReport",
     "__version__",
     "merge",
     "plan",
+    "verify",
 ]
 
 _HOMES = {
@@ -47,8 +50,10 @@ _HOMES = {
     "MergePlan": "shardmerge.spec",
     "MergeReport": "shardmerge.report",
     "Progress": "shardmerge.api",
+    "VerifyReport": "shardmerge.verification",
     "merge": "shardmerge.api",
     "plan": "shardmerge.api",
+    "verify": "shardmerge.api",
 }
 
 

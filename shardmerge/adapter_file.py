@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shardmerge import patterns
 from shardmerge.adapters import AdapterContent, Claims, Registered, Stored, claim, detect_format
 from shardmerge.checkpoint import read_json, read_shard
 from shardmerge.config import AdapterConfig
@@ -68,7 +69,11 @@ class AdapterFile:
         content = AdapterContent(
             tensors, self.config, config.alpha, config.scaling, config.expert_layout, self.read_number
         )
-        return claim(kind, content, registered, stored)
+        try:
+            with patterns.bounded():
+                return claim(kind, content, registered, stored)
+        except patterns.SlowPatternError as error:
+            return Claims(problems=[f"{CONFIG_NAME}: {error}"], refused=True)
 
     def chosen(self, config: AdapterConfig) -> Mapping[str, TensorRef]:
         """Its tensors, or those that begin with the config's ``prefix``."""

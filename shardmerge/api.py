@@ -1,4 +1,4 @@
-"""The library: ``plan`` and ``merge``.
+"""The library: ``plan``, ``merge`` and ``verify``.
 
 ::
 
@@ -6,34 +6,55 @@
 
     plan = shardmerge.plan("config.yaml")
     report = shardmerge.merge(plan)
+    shardmerge.verify(report.output)
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shardmerge.adapters import FAMILIES
 from shardmerge.config import MergeConfig
-from shardmerge.errors import FormatError, OutputError, SourceError
-from shardmerge.planning import make_plan
-from shardmerge.report import MergeReport, changing_updates, merged_dtype, peak_memory, record
+from shardmerge.errors import ChangedError, FormatError, OutputError, ShardmergeError, SourceError, VerifyError
+from shardmerge.planning import bytes_read, make_plan
+from shardmerge.report import (
+    MergeReport,
+    WorkingSet,
+    changing_updates,
+    fidelity_by_kind,
+    fidelity_warnings,
+    merged_dtype,
+    peak_memory,
+    record,
+)
 from shardmerge.spec import MergePlan, Receipt, ShardPlan
+
+if TYPE_CHECKING:
+    from shardmerge.journal import Journal
+    from shardmerge.verification import VerifyReport
+
+Failure = TypeVar("Failure", bound=ShardmergeError)
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a merge is. Bytes are those of the shards' data as written."""
+    """How far a merge is. Bytes are those of the shards' data as written.
+
+    Before a merge is taken up, ``doing`` is ``"checking"``, and bytes are those of the files of finished shards.
+    """
 
     done: int
     total: int
     shard: str
     shard_number: int
     shards: int
+    doing: str = "merging"
 
 
 ConfigLike = MergeConfig | Mapping[str, Any] | str | os.PathLike[str]
@@ -65,27 +86,61 @@ def merge(
 ) -> MergeReport:
     """Carry out a plan, or plan and carry out a config.
 
-    A merge that was interrupted is taken up: shards that an earlier run finished for the same plan are kept. The output
-    is a model only when this returns. ``progress`` is called often, in the calling thread; what it raises stops the
-    merge. Raises what `plan` raises, `OutputError`, `NonFiniteError` and `ResumeError`.
+    A merge that was interrupted is taken up: shards that an earlier run finished for the same base, adapters and config
+    are kept, where they still have their checksums. The output is a model only when this returns. ``progress`` is
+    called often, in the calling thread; what it raises stops the merge. Raises what `plan` raises, `OutputError`,
+    `ChangedError` (a `SourceError`), `NonFiniteError` and `ResumeError`.
     """
     started = time.monotonic()
     of = what if isinstance(what, MergePlan) else plan(what, overwrite=overwrite)
     return _carry_out(of, progress or (lambda _: None), started)
 
 
-def _carry_out(plan: MergePlan, progress: Callable[[Progress], None], started: float) -> MergeReport:
-    # Everything up to here does without torch, which takes a second to import.
-    import torch
+def verify(
+    output: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    adapters: Sequence[str] = (),
+    rows: int | None = 16,
+    seed: int = 0,
+    progress: Callable[[Progress], None] | None = None,
+) -> VerifyReport:
+    """Prove a finished merge from its record, base and adapters; see `shardmerge.verification`. Nothing is written.
 
+    ``base`` and ``adapters`` (all of them, in their order) say where those are now, if they were moved. Of every
+    touched tensor ``rows`` rows are computed again, chosen by ``seed``; None computes all. Raises `VerifyError`, with
+    the report, if anything is not as it must be; `SourceError` where reading fails, `ConfigError` for wrong arguments.
+    """
+    from shardmerge.verification import summary, verify_output
+
+    tell = progress or (lambda _: None)
+
+    def told(done: int, total: int, shard: str, number: int, shards: int) -> None:
+        tell(Progress(done, total, shard, number, shards, "verifying"))
+
+    report = verify_output(Path(output), base=base, adapters=adapters, rows=rows, seed=seed, told=told)
+    if not report.ok:
+        error = VerifyError(summary(report))
+        error.report = report
+        raise error
+    return report
+
+
+def _carry_out(plan: MergePlan, progress: Callable[[Progress], None], started: float) -> MergeReport:
     from shardmerge.engine import Engine
     from shardmerge.executors import SerialExecutor
+    from shardmerge.fingerprint import with_contents
     from shardmerge.journal import Journal
     from shardmerge.sinks import SafetensorsSink
 
+    torch_version = importlib.metadata.version("torch")  # to import it would take a second
     engine = Engine(plan)
     try:
-        with Journal(Path(plan.output), plan.digest, plan.overwrite) as journal:
+        with Journal(Path(plan.output), plan.overwrite) as journal:
+            try:
+                journal.begin(with_contents(plan, torch_version))
+            except SourceError as error:
+                raise _and(error, "Nothing was changed") from None
             sink = SafetensorsSink(plan, journal)
             counter = _Counter(plan, progress)
 
@@ -97,23 +152,58 @@ def _carry_out(plan: MergePlan, progress: Callable[[Progress], None], started: f
                 journal.record(receipt)
                 return receipt
 
-            finished = {shard.name: receipt for shard in plan.shards if (receipt := journal.receipt(shard))}
-            open_shards = [shard for shard in plan.shards if shard.name not in finished]
-            counter.skip(shard for shard in plan.shards if shard.name in finished)
             try:
-                receipts = [*finished.values(), *SerialExecutor().map(merge_shard, open_shards)]
-                report = _report(plan, sink.files(), receipts, len(finished), started)
-                sink.commit(record(plan, report, torch.__version__))
+                kept = _take_up(plan, journal, progress)
+                open_shards = [shard for shard in plan.shards if shard.name not in kept]
+                counter.skip(shard for shard in plan.shards if shard.name in kept)
+                made = {receipt.shard: receipt for receipt in SerialExecutor().map(merge_shard, open_shards)}
+                receipts = [(kept | made)[shard.name] for shard in plan.shards]
+                damaged, working_set = journal.damaged, engine.working_set
+                report = _report(plan, sink.files(), receipts, open_shards, damaged, working_set, started)
+                sink.commit(record(plan, report, receipts, journal.digest, torch_version))
             except FormatError as error:
                 # Something in the files themselves: no second run can succeed, so nothing is kept for one.
                 journal.discard()
-                raise type(error)(f"{error}. Nothing is left of it in {plan.output}") from None
+                raise _and(error, f"Nothing is left of it in {plan.output}") from None
+            except ChangedError as error:
+                raise _and(
+                    error,
+                    "The output is no model yet. What was finished is kept, but it is of the file as it was: run the "
+                    "same command again when that is back in its place, or start anew with --overwrite",
+                ) from None
             except (OutputError, SourceError) as error:
-                kept = "What was finished is kept; run the same command again to take it up"
-                raise type(error)(f"{error}. The output is no model yet. {kept}") from None
+                kept_on = "What was finished is kept; run the same command again to take it up"
+                raise _and(error, f"The output is no model yet. {kept_on}") from None
+            try:
+                journal.finish()
+            except OutputError as error:
+                raise _and(error, f"The model in {plan.output} is complete; only its work folder is left") from None
             return report
     finally:
         engine.close()
+
+
+def _and(error: Failure, state: str) -> Failure:
+    """The same error, which also says what state the disk is in."""
+    return type(error)(f"{error}. {state}")
+
+
+def _take_up(plan: MergePlan, journal: Journal, progress: Callable[[Progress], None]) -> dict[str, Receipt]:
+    """What an earlier run has finished and the disk has kept, by the shard's name."""
+    found = journal.finished(plan.shards)
+    done, total = 0, sum(shard.nbytes for shard in found)
+    receipts: dict[str, Receipt] = {}
+    for number, shard in enumerate(found, 1):
+
+        def advance(count: int, name: str = shard.name, number: int = number) -> None:
+            nonlocal done
+            done += count
+            progress(Progress(done, total, name, number, len(found), "checking"))
+
+        receipt = journal.take_up(shard, plan.sha256, advance)
+        if receipt is not None:
+            receipts[shard.name] = receipt
+    return receipts
 
 
 class _Counter:
@@ -139,23 +229,37 @@ class _Counter:
         self._progress(Progress(self._done, self._total, self._shard, number, shards))
 
 
-def _report(plan: MergePlan, files: list[str], receipts: list[Receipt], reused: int, started: float) -> MergeReport:
+def _report(
+    plan: MergePlan,
+    files: list[str],
+    receipts: list[Receipt],
+    made: list[ShardPlan],
+    damaged: list[str],
+    working_set: WorkingSet,
+    started: float,
+) -> MergeReport:
     active = {number for receipt in receipts for number in receipt.active_adapters}
     active |= {of.adapter for _, of in changing_updates(plan) if not FAMILIES[of.family].zero_means_nothing}
     idle = [info.location for number, info in enumerate(plan.adapters) if number not in active]
     warnings = [f"adapter {location} changes nothing: every lora_B is zero, as before training" for location in idle]
+    warnings += [f"{name}: the disk had not kept what an earlier run wrote; it was made again" for name in damaged]
+    by_kind = fidelity_by_kind(receipts)
+    warnings += fidelity_warnings(plan, by_kind)
+    merged, made_bytes = sum(shard.nbytes for shard in plan.shards), sum(shard.nbytes for shard in made)
     return MergeReport(
         output=plan.output,
         files=tuple(files),
         targets=len({tensor.source.name for tensor, _ in changing_updates(plan)}),
         adapter_bytes=sum(info.nbytes for info in plan.adapters),
         base_bytes=plan.base.nbytes,
-        merged_bytes=sum(shard.nbytes for shard in plan.shards),
+        merged_bytes=merged,
         merged_dtype=merged_dtype(plan),
-        bytes_read=plan.bytes_read,
-        bytes_written=plan.bytes_written,
-        shards_reused=reused,
+        bytes_read=bytes_read(made),
+        bytes_written=plan.bytes_written - merged + made_bytes,
+        shards_reused=len(plan.shards) - len(made),
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
+        working_set=working_set.grown(),
+        fidelity=by_kind,
         warnings=(*plan.warnings, *warnings),
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from shardmerge.errors import FormatError
-from shardmerge.header import MAX_HEADER_BYTES, Metadata, read_header
+from shardmerge.header import MAX_HEADER_BYTES, DuplicateKeyError, Metadata, read_header, unique_keys
 from shardmerge.sources import Source, directory_of
 from shardmerge.spec import CheckpointInfo, SourceFile, TensorRef, Weight
 
@@ -18,7 +18,12 @@ INDEX_SUFFIX = ".safetensors.index.json"
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 #: Weights in the top folder that are no part of the model itself.
 _NOT_THE_MODEL = re.compile(r"(adapter_model|consolidated|optimizer)\b.*\.safetensors")
-MAX_JSON_BYTES = MAX_HEADER_BYTES
+#: Of an index: as long as all headers that the format allows one file.
+MAX_INDEX_BYTES = MAX_HEADER_BYTES
+#: Of a config.json or an adapter_config.json; a million token numbers fit.
+MAX_JSON_BYTES = 10_000_000
+#: Objects and lists inside each other. Real ones have five; what walks through them may call itself for each.
+MAX_DEPTH = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,20 +111,53 @@ def read_shard(source: Source, name: str) -> Shard:
     return Shard(name, file, metadata, refs)
 
 
-def read_json(source: Source, names: list[str], name: str) -> dict[str, Any]:
-    """A JSON object of a source; empty if there is no such file. `FormatError` if it is something else."""
+def read_json(
+    source: Source,
+    names: list[str],
+    name: str,
+    limit: int = MAX_JSON_BYTES,
+    constant: Callable[[str], Any] | None = None,
+) -> dict[str, Any]:
+    """A JSON object of a source; empty if there is no such file. `FormatError` if it is something else.
+
+    ``NaN`` and ``Infinity`` are no JSON, but Python writes them, and real configs have them. ``constant`` makes of them
+    what they shall be, or a `ValueError`.
+    """
     if name not in names:
         return {}
-    text = source.read(name, 0, MAX_JSON_BYTES + 1)
-    if len(text) > MAX_JSON_BYTES:
-        raise FormatError(f"{source.location}: {name} is over {MAX_JSON_BYTES} bytes long")
+    where = f"{source.location}: {name}"
+    text = source.read(name, 0, limit + 1)
+    if len(text) > limit:
+        raise FormatError(f"{where} is over {limit:,} bytes long; expected less")
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_without_contradiction, parse_constant=constant)
+        if not isinstance(value, dict):
+            raise FormatError(f"{where} holds no JSON object")
+        if _depth(value) > MAX_DEPTH:
+            raise FormatError(f"{where} has over {MAX_DEPTH} objects and lists inside each other; expected less")
+        if b"\\u" in text:  # half a surrogate pair, which cannot be stored again
+            json.dumps(value, ensure_ascii=False).encode()
+    except DuplicateKeyError as error:
+        raise FormatError(f"{where} has the key {error} twice, and not with the same value; remove one") from None
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{source.location}: {name} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise FormatError(f"{source.location}: {name} holds no JSON object")
+        raise FormatError(f"{where} is not JSON: {error}") from None
     return value
+
+
+def _without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What ``json.loads`` makes of an object, which may say the same twice."""
+    result = dict(pairs)
+    return result if all(result[key] == value for key, value in pairs) else unique_keys(pairs)
+
+
+def _depth(value: Any) -> int:
+    """How many objects and lists lie inside each other, `MAX_DEPTH` + 1 at most."""
+    depth, level = 0, [value]
+    while level and depth <= MAX_DEPTH:
+        depth += 1
+        inner = (item for one in level for item in (one.values() if isinstance(one, dict) else one))
+        level = [item for item in inner if isinstance(item, (dict, list))]
+    return depth
 
 
 def _find_index(source: Source, names: list[str]) -> str | None:
@@ -131,9 +169,13 @@ def _find_index(source: Source, names: list[str]) -> str | None:
     raise FormatError(f"{source.location}: several indexes and no model{INDEX_SUFFIX}: {', '.join(indexes)}")
 
 
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
 def _read_index(source: Source, name: str) -> tuple[Mapping[str, Any], Mapping[str, str]]:
     where = f"{source.location}: {name}"
-    index = read_json(source, [name], name)
+    index = read_json(source, [name], name, MAX_INDEX_BYTES, _no_constant)
     weight_map, metadata = index.get("weight_map"), index.get("metadata") or {}
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
         raise FormatError(f'{where}: expected {{"metadata": {{…}}, "weight_map": {{tensor: file}}}}')

@@ -5,51 +5,77 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from shardmerge.errors import ConfigError, PlanError, ShardmergeError
+from shardmerge.errors import ConfigError, PlanError, ShardmergeError, VerifyError
+from shardmerge.interrupt import ADVICE, INTERRUPTED, stopping_in_time
 from shardmerge.version import __version__
 
 if TYPE_CHECKING:
     from shardmerge.config import MergeConfig
     from shardmerge.spec import MergePlan
 
-INTERRUPTED = 130
 _AS_JSON = "shardmerge.as_json"
+#: Control characters but the end of a line, and bytes of a file's name that are no text.
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class _Group(click.Group):
     """Turns shardmerge's errors into a message and an exit code, for every command."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # Looked for by hand, since a command line that is wrong is not parsed to its end.
+        ctx.meta[_AS_JSON] = "--json" in args
+        with _told(ctx):
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _told(ctx):
             return super().invoke(ctx)
-        except ShardmergeError as error:
-            _fail(error, as_json=bool(ctx.meta.get(_AS_JSON)))
 
 
-def _fail(error: ShardmergeError, *, as_json: bool) -> NoReturn:
-    if as_json:
-        problems = list(error.problems) if isinstance(error, PlanError) else [str(error)]
-        _print_json({"error": type(error).__name__, "exit_code": error.exit_code, "problems": problems})
-    click.echo(f"shardmerge: {error}", err=True)
-    raise click.exceptions.Exit(error.exit_code)
+@contextmanager
+def _told(ctx: click.Context) -> Iterator[None]:
+    """Whatever goes wrong within the block is told, as JSON too where that is wanted."""
+    try:
+        yield
+    except ShardmergeError as error:
+        if ctx.meta[_AS_JSON]:
+            problems = error.problems if isinstance(error, PlanError) else [str(error)]
+            _print_error(type(error).__name__, error.exit_code, problems)
+        _say(f"shardmerge: {error}", err=True)
+        raise click.exceptions.Exit(error.exit_code) from None
+    except click.UsageError as error:
+        if ctx.meta[_AS_JSON]:
+            _print_error("UsageError", error.exit_code, [error.format_message()])
+        raise
+
+
+def _print_error(name: str, exit_code: int, problems: Sequence[str]) -> None:
+    _print_json({"error": name, "exit_code": exit_code, "problems": list(problems)})
 
 
 def _remember(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
-    # `meta` is shared with the group's context, which prints the errors.
+    # `meta` is shared with the group's context, which tells the errors.
     ctx.meta[_AS_JSON] = value
     return value
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, callback=_remember, help="Print the result as JSON.")
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    """Print what may hold a stranger's words: none of them reaches the terminal as a command."""
+    click.echo(_CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text), err=err)
 
 
 def _print_json(value: Any) -> None:
@@ -108,15 +134,15 @@ def run(config: Path, overrides: tuple[str, ...], overwrite: bool, as_json: bool
 
     planned = _plan(config, overrides, overwrite=overwrite)
     for warning in planned.warnings:
-        click.echo(f"note: {warning}", err=True)
+        _say(f"note: {warning}", err=True)
     try:
-        with show_progress(quiet=quiet) as progress:
+        with stopping_in_time(), show_progress(quiet=quiet) as progress:
             report = merge(planned, progress=progress)
     except KeyboardInterrupt:
-        click.echo("\nshardmerge: interrupted; run the same command again to take it up", err=True)
+        click.echo(f"\nshardmerge: {ADVICE}", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
     for warning in report.warnings[len(planned.warnings) :]:
-        click.echo(f"note: {warning}", err=True)
+        _say(f"note: {warning}", err=True)
     if as_json:
         _print_json(report.to_json())
     elif not quiet:
@@ -133,7 +159,51 @@ def plan(config: Path, overrides: tuple[str, ...], overwrite: bool, as_json: boo
     if as_json:
         _print_json(plan_summary(planned))
     else:
-        click.echo(describe_plan(planned))
+        _say(describe_plan(planned))
+
+
+@cli.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--base", metavar="PLACE", help="Where the base is now, if not where the merge found it.")
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="PLACE", help="The same of the adapters, each in its turn."
+)
+@click.option("--rows", type=click.IntRange(min=1), default=16, show_default=True, help="Rows of a merged tensor.")
+@click.option("--all", "all_rows", is_flag=True, help="Compute all rows of every merged tensor again.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the rows.")
+@click.option("--quiet", is_flag=True, help="No progress and no table.")
+@_json_option
+def verify(
+    output: Path,
+    base: str | None,
+    adapters: tuple[str, ...],
+    rows: int,
+    all_rows: bool,
+    seed: int,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Prove that OUTPUT is what its record, the base and the adapters make. Nothing is written."""
+    from shardmerge import api
+    from shardmerge.progress import show_progress
+    from shardmerge.verification import describe
+
+    failure: VerifyError | None = None
+    with show_progress(quiet=quiet) as progress:
+        of_tensor = None if all_rows else rows
+        try:
+            report = api.verify(output, base=base, adapters=adapters, rows=of_tensor, seed=seed, progress=progress)
+        except VerifyError as error:
+            if error.report is None:
+                raise
+            report, failure = error.report, error
+    if as_json:
+        _print_json(report.to_json())
+    elif not quiet:
+        _say(describe(report))
+    if failure is not None:
+        _say(f"shardmerge: {failure}", err=True)
+        raise click.exceptions.Exit(failure.exit_code)
 
 
 @cli.command()
@@ -147,7 +217,7 @@ def inspect(path: str, as_json: bool) -> None:
     if as_json:
         _print_json(found)
     else:
-        click.echo(describe(found))
+        _say(describe(found))
 
 
 @cli.command()
@@ -171,22 +241,99 @@ def init(adapter: str, target: Path, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--prompt", "prompts", multiple=True, help="Ask this instead of the built-in prompts; may be repeated.")
+@click.option("--template", help="Put the prompt where {} stands in this text, instead of the model's chat template.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="What both models compute in.",
+)
+@click.option("--base", metavar="PLACE", help="Where the base is now, if not where the merge found it.")
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="PLACE", help="The same of the adapters, each in its turn."
+)
+@_json_option
+def compare(
+    output: Path,
+    prompts: tuple[str, ...],
+    template: str | None,
+    max_new_tokens: int,
+    dtype: str,
+    base: str | None,
+    adapters: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Compare the answers of the model in OUTPUT with those of its base + adapter, not merged.
+
+    Loads one after the other. Needs the extra: pip install 'shardmerge[hf]'.
+    """
+    from shardmerge import comparison
+
+    found = comparison.compare(
+        output,
+        base=base,
+        adapters=adapters,
+        prompts=prompts or comparison.PROMPTS,
+        template=template,
+        dtype=dtype,
+        max_new_tokens=max_new_tokens,
+    )
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        _say(comparison.describe(found))
+    if not found.same:
+        _say(f"shardmerge: {comparison.difference(found)}", err=True)
+        raise click.exceptions.Exit(VerifyError.exit_code)
+
+
+@cli.command()
 @click.argument("output")
 @click.option("--prompt", help="Answer this and leave; - reads it from stdin.")
 @click.option("--template", help="Put the prompt where {} stands in this text, instead of the model's chat template.")
 @click.option("--system", help="What the model is told before the conversation.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True)
-def chat(output: str, prompt: str | None, template: str | None, system: str | None, max_new_tokens: int) -> None:
-    """Talk to the model in OUTPUT. Needs the extra: pip install 'shardmerge[hf]'."""
+@click.option("--adapter-off", is_flag=True, help="Talk to the base that OUTPUT was merged from.")
+@click.option("--base", metavar="PLACE", help="With --adapter-off: where the base is now.")
+@_json_option
+def chat(
+    output: str,
+    prompt: str | None,
+    template: str | None,
+    system: str | None,
+    max_new_tokens: int,
+    adapter_off: bool,
+    base: str | None,
+    as_json: bool,
+) -> None:
+    """Talk to the model in OUTPUT. Needs the extra: pip install 'shardmerge[hf]'.
+
+    On a terminal the arrow keys bring back earlier lines, and Ctrl-C stops an answer and not the program.
+    """
     from shardmerge.chat import load, loop, once
 
+    if as_json and prompt is None:
+        raise ConfigError("--json is for one answer: give --prompt")
+    if base and not adapter_off:
+        raise ConfigError("--base says where the base is, to talk to it with --adapter-off")
     # The loop outlives Ctrl-C, so that it can stop an answer; it must not take a termination for one.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    if adapter_off:
+        from shardmerge.origin import read_origin
+
+        output = str(read_origin(Path(output), base).base_folder())
+        click.echo(f"this is the base, without the adapter: {output}", err=True)
     model = load(output, template)
     if prompt is None:
         loop(model, system=system, max_new_tokens=max_new_tokens)
-    else:
-        once(model, prompt, system=system, max_new_tokens=max_new_tokens)
+        return
+    asked, answer = once(model, prompt, system=system, max_new_tokens=max_new_tokens, quiet=as_json)
+    if as_json:
+        _print_json({"model": output, "system": system, "prompt": asked, "answer": answer})
 
 
 def _write_new(target: Path, text: str) -> None:
@@ -208,6 +355,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _on_termination)
     try:
         code = cli.main(standalone_mode=False)
+        sys.stdout.flush()
     except click.ClickException as error:
         error.show()
         code = error.exit_code
@@ -218,4 +366,10 @@ def main() -> NoReturn:
         # Whoever read our output has gone; pointing stdout elsewhere keeps the interpreter's last flush quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    sys.exit(code if isinstance(code, int) else 0)
+    _leave(code if isinstance(code, int) else 0)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process at once: to take torch apart would last longer than to plan a merge, and all is on the disk."""
+    sys.stderr.flush()
+    os._exit(code)

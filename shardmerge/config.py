@@ -19,7 +19,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from shardmerge.errors import ConfigError
 
-MAX_CONFIG_BYTES = 1_000_000
+#: A thousand adapters need less, and what is longer keeps PyYAML busy for long.
+MAX_CONFIG_BYTES = 100_000
 #: Problems that are told one by one.
 _LISTED = 30
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
@@ -122,6 +123,22 @@ class OutputConfig(_Section):
     max_shard_size: Annotated[Literal["same"] | int, _size_or("same")] = Field(
         default="same", description="same keeps the base's shards; a size such as 5GB shards anew."
     )
+    rounding: Literal["nearest", "stochastic"] = Field(
+        default="nearest",
+        description="How updated weights are rounded. stochastic goes up or down by chance, so that an update below "
+        "the dtype's resolution is kept on average; the same seed gives the same bytes.",
+    )
+    seed: int = Field(default=0, ge=0, lt=_TOO_LARGE, description="Of stochastic rounding.")
+    format: Literal["safetensors", "gguf"] = Field(
+        default="safetensors",
+        description="A checkpoint, or one file for llama.cpp and Ollama (needs `shardmerge[gguf]`).",
+    )
+    quantization: Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"] = Field(
+        default="q8_0", description="What most weights of a GGUF file are stored in."
+    )
+    sha256: bool = Field(
+        default=False, description="Write down the sha256 of every shard, too; xxh3_128 is always written down."
+    )
 
 
 class ComputeConfig(_Section):
@@ -203,11 +220,20 @@ def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict
     return result
 
 
+def _construct_int(loader: _UniqueKeyLoader, node: yaml.ScalarNode) -> int:
+    # A hexadecimal number may have more digits than Python prints.
+    value: int = loader.construct_yaml_int(node)
+    if not -_TOO_LARGE <= value < _TOO_LARGE:
+        raise _refusal("a whole number must fit into 64 bits", node)
+    return value
+
+
 def _refusal(problem: str, node: yaml.Node) -> yaml.YAMLError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 def _parse(text: str | bytes, where: str) -> Any:

@@ -8,6 +8,7 @@
     ├── FormatError                4   a file is malformed
     │   └── NonFiniteError         4   a number that cannot be merged or stored
     ├── SourceError                5   reading failed
+    │   └── ChangedError           5   a file is not what it was when the merge was planned
     ├── OutputError                5   writing failed
     ├── VerifyError                6   the output is not what it should be
     └── ResumeError                7   the output belongs to another merge
@@ -18,7 +19,7 @@ Every message says what is wrong, where, what was expected, and what state the d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class ShardmergeError(Exception):
@@ -68,6 +69,10 @@ class SourceError(ShardmergeError):
     exit_code = 5
 
 
+class ChangedError(SourceError):
+    """A file of the base or of an adapter is no longer what the plan saw."""
+
+
 class OutputError(ShardmergeError):
     """Writing the output failed."""
 
@@ -75,9 +80,13 @@ class OutputError(ShardmergeError):
 
 
 class VerifyError(ShardmergeError):
-    """The output is not what the merge's record says that it must be."""
+    """The output is not what the merge's record says that it must be.
+
+    ``report`` is the whole `VerifyReport`; None where there was nothing to verify.
+    """
 
     exit_code = 6
+    report: Any = None
 
 
 class ResumeError(ShardmergeError):

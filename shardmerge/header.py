@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from shardmerge.errors import FormatError
+from shardmerge.naming import MAX_NAME
 from shardmerge.spec import DTYPE_BITS, TensorInfo, tensor_nbytes
 
 #: What the safetensors library accepts.
@@ -59,11 +60,11 @@ def decode(text: bytes, where: str) -> tuple[Metadata, dict[str, TensorInfo]]:
     """Header JSON → metadata and tensors, each entry well formed; `validate` checks how they lie together."""
     try:
         # Decoded here, since json would take UTF-16 as well.
-        entries = json.loads(text.decode(), object_pairs_hook=_unique_keys)
+        entries = json.loads(text.decode(), object_pairs_hook=unique_keys)
         if b"\\u" in text:  # half a surrogate pair, which cannot be stored again
             json.dumps(entries, ensure_ascii=False).encode()
-    except _DuplicateKeyError as error:
-        raise FormatError(f"{where}: the header names {error.args[0]!r} twice") from None
+    except DuplicateKeyError as error:
+        raise FormatError(f"{where}: the header names {error} twice") from None
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: the header is not JSON: {error}") from None
     if not text.startswith(b"{") or not isinstance(entries, dict):
@@ -72,15 +73,16 @@ def decode(text: bytes, where: str) -> tuple[Metadata, dict[str, TensorInfo]]:
     return metadata, {name: _tensor(name, entry, where) for name, entry in entries.items()}
 
 
-class _DuplicateKeyError(ValueError):
-    pass
+class DuplicateKeyError(ValueError):
+    """A JSON object has a key twice; which one is the message."""
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What ``json.loads`` is to make of an object: of a key that stands twice, it would drop one without a word."""
     result = dict(pairs)
     if len(result) < len(pairs):
         keys = Counter(key for key, _ in pairs)
-        raise _DuplicateKeyError(keys.most_common(1)[0][0])
+        raise DuplicateKeyError(reprlib.repr(keys.most_common(1)[0][0]))
     return result
 
 
@@ -101,6 +103,8 @@ def _are_counts(values: Any) -> bool:
 
 
 def _tensor(name: str, entry: Any, where: str) -> TensorInfo:
+    if len(name) > MAX_NAME:
+        raise FormatError(f"{where}: a tensor's name has {len(name):,} characters; expected {MAX_NAME:,} at most")
     if not isinstance(entry, dict) or not entry.keys() >= _KEYS:
         raise FormatError(f"{where}: the entry of {name!r} must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

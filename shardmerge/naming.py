@@ -13,6 +13,8 @@ from collections.abc import Collection
 PEFT_PREFIX = "base_model.model."
 #: Segments that torch.compile, FSDP and activation checkpointing leave in names.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+#: Of a tensor's name. What is done with names may take a time that grows with the square of their length.
+MAX_NAME = 1_000
 _SUGGESTIONS = 3
 _CANDIDATES = 2_000
 

@@ -34,10 +34,14 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
     from tqdm import tqdm
 
     with tqdm(unit="B", unit_scale=True, desc="merging", file=sys.stderr, dynamic_ncols=True) as bar:
+        doing = ""
 
         def callback(progress: Progress) -> None:
-            if bar.total != progress.total:
-                bar.total = progress.total
+            nonlocal doing
+            if doing != progress.doing:
+                doing = progress.doing
+                bar.reset(progress.total)
+                bar.set_description(doing, refresh=False)
                 bar.initial = bar.n = progress.done  # shards of an earlier run do not count for the rate
             bar.set_postfix_str(f"shard {progress.shard_number}/{progress.shards}", refresh=False)
             bar.update(progress.done - bar.n)
@@ -49,13 +53,15 @@ class _Lines:
     """A line at the start, then one every few seconds, then one at the end."""
 
     def __init__(self) -> None:
-        self._started: float | None = None
+        self._doing = ""
+        self._started = 0.0
         self._initial = 0
         self._last = 0.0
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
-        if self._started is None:
+        if self._doing != progress.doing:
+            self._doing = progress.doing
             self._started, self._initial, self._last = now, progress.done, now - LINE_SECONDS
         if now - self._last < LINE_SECONDS and progress.done < progress.total:
             return
@@ -66,4 +72,4 @@ class _Lines:
         percent = 100 * progress.done / max(progress.total, 1)
         done, total = human_bytes(progress.done), human_bytes(progress.total)
         shard = f"shard {progress.shard_number}/{progress.shards}"
-        print(f"merging: {percent:3.0f}%, {done} of {total}, {shard}{left}", file=sys.stderr, flush=True)
+        print(f"{self._doing}: {percent:3.0f}%, {done} of {total}, {shard}{left}", file=sys.stderr, flush=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shardmerge.adapters import FAMILIES
-from shardmerge.spec import DTYPE_NAMES, MergePlan, TensorPlan, Update, jsonable
+from shardmerge.spec import DTYPE_NAMES, Fidelity, MergePlan, Receipt, TensorPlan, Update, jsonable
 from shardmerge.version import __version__
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -19,7 +21,12 @@ _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge did. Sizes are bytes; ``seconds`` is wall time; ``peak_memory`` is the process's maximum."""
+    """What a merge did. Sizes are bytes; ``seconds`` is wall time; ``peak_memory`` is the process's maximum.
+
+    ``working_set`` is what the merge took above what was resident before it, to compare with the plan's; None where an
+    earlier maximum of the process hides it. Where shards of an earlier run were taken up, ``bytes_read``,
+    ``bytes_written`` and ``seconds`` are of this run alone; that it has read those shards to check them is not counted.
+    """
 
     output: str
     files: tuple[str, ...]
@@ -33,24 +40,53 @@ class MergeReport:
     shards_reused: int
     seconds: float
     peak_memory: int
+    working_set: int | None
+    #: How the updates came through the rounding, by kind of module; see `shardmerge.fidelity`.
+    fidelity: Mapping[str, Fidelity]
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         result: dict[str, Any] = jsonable(self)
+        result["fidelity"] = {kind: fidelity_json(of) for kind, of in self.fidelity.items()}
         return result
 
 
 def peak_memory() -> int:
     """The most memory this process has had resident, in bytes."""
+    # getrusage would do, but on Linux a child starts with its parent's maximum.
+    if (peak := _status("VmHWM")) is not None:
+        return peak
+    maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return maximum if sys.platform == "darwin" else maximum * 1024
+
+
+class WorkingSet:
+    """Measures what a merge takes, buffers included, above the interpreter with all modules in it."""
+
+    def __init__(self) -> None:
+        self._peak = peak_memory()
+        self.begin()
+
+    def begin(self) -> None:
+        """Measure from what is resident now, without the buffers, which are in use already."""
+        resident, buffers = _status("VmRSS"), _status("RssShmem")
+        self._resident = None if resident is None else resident - (buffers or 0)
+
+    def grown(self) -> int | None:
+        """The most that was resident above what was at the beginning; None where that cannot be told."""
+        peak = peak_memory()
+        return None if self._resident is None or peak <= self._peak else peak - self._resident
+
+
+def _status(name: str) -> int | None:
+    """Bytes by name from what Linux tells of this process; None elsewhere."""
     try:
-        # getrusage would do, but on Linux a child starts with its parent's maximum.
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return maximum if sys.platform == "darwin" else maximum * 1024
+    return None
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -175,7 +211,7 @@ def _describe_output(plan: MergePlan) -> str:
         ("reads", human_bytes(plan.bytes_read)),
         ("writes", human_bytes(plan.bytes_written)),
         ("computes in", f"{plan.compute_dtype} on {'cpu' if plan.compute_device == 'auto' else plan.compute_device}"),
-        ("memory", f"{human_bytes(memory.total)} above the interpreter's own"),
+        ("memory", f"{human_bytes(memory.total)} above the interpreter with torch and this plan in it"),
         ("digest", plan.digest[:16]),
     ]
     return table(rows)
@@ -191,8 +227,34 @@ def merged_dtype(plan: MergePlan) -> str:
     return DTYPE_NAMES.get(code, code)
 
 
+#: Less than this of an update left is worth a warning: what is merged is hardly what was trained.
+_TOO_LITTLE = 0.5
+
+
+def fidelity_by_kind(receipts: Iterable[Receipt]) -> dict[str, Fidelity]:
+    """Sums over all tensors whose names end alike."""
+    result: dict[str, Fidelity] = {}
+    for receipt in receipts:
+        for name, of in receipt.fidelity.items():
+            kind = name.removesuffix(".weight").rpartition(".")[2]
+            result[kind] = result[kind] + of if kind in result else of
+    return result
+
+
+def fidelity_warnings(plan: MergePlan, by_kind: Mapping[str, Fidelity]) -> list[str]:
+    """Where the output's dtype cannot tell most of an update from nothing."""
+    kept = sorted((of.share_kept, kind) for kind, of in by_kind.items() if of.share_kept < _TOO_LITTLE)
+    if not kept:
+        return []
+    shares = ", ".join(f"{1 - share:.0%} of that of {kind}" for share, kind in kept)
+    return [
+        f"much of the update is below the resolution of {merged_dtype(plan)} and was lost to rounding: {shares}. "
+        "output.dtype: float32 keeps it; output.rounding: stochastic keeps it on average"
+    ]
+
+
 def size_table(report: MergeReport) -> str:
-    """Adapter, base, merged, time, peak memory."""
+    """Adapter, base, merged, time, peak memory, and how much of the update the rounding kept."""
     rows = [
         ("adapter", human_bytes(report.adapter_bytes)),
         ("base", human_bytes(report.base_bytes)),
@@ -200,10 +262,23 @@ def size_table(report: MergeReport) -> str:
         ("time", human_seconds(report.seconds)),
         ("peak memory", human_bytes(report.peak_memory)),
     ]
+    if report.fidelity:
+        whole = functools.reduce(operator.add, report.fidelity.values())
+        rows.append(("update kept", f"{whole.share_kept:.1%}"))
     return table(rows, right=(1,))
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
+
+
+def fidelity_json(of: Fidelity) -> dict[str, float]:
+    """Four digits of each, which is what a sample is good for."""
+    figures = {
+        "relative_update": of.relative_update,
+        "share_kept": of.share_kept,
+        "share_unchanged": of.share_unchanged,
+    }
+    return {name: float(f"{value:.4g}") for name, value in figures.items()}
 
 
 def plan_summary(plan: MergePlan) -> dict[str, Any]:
@@ -228,15 +303,20 @@ def plan_summary(plan: MergePlan) -> dict[str, Any]:
     }
 
 
-def record(plan: MergePlan, report: MergeReport, torch_version: str) -> dict[str, Any]:
-    """What ``shardmerge.json`` in the output says."""
+def record(
+    plan: MergePlan, report: MergeReport, receipts: Sequence[Receipt], digest: str, torch_version: str
+) -> dict[str, Any]:
+    """What ``shardmerge.json`` in the output says.
+
+    ``digest`` is that of base, adapters and config, the adapters' bytes in it. The checksums are of whole files.
+    """
     return {
         "shardmerge": __version__,
         "torch": torch_version,
         "python": sys.version.split()[0],
         "platform": sys.platform,
         "config": jsonable(plan.config),
-        "digest": plan.digest,
+        "digest": digest,
         "base": jsonable(plan.base),
         "adapters": jsonable(plan.adapters),
         "targets": {
@@ -254,8 +334,13 @@ def record(plan: MergePlan, report: MergeReport, torch_version: str) -> dict[str
             for tensor in shard.tensors
             if tensor.updates
         },
-        "shards": {shard.name: shard.nbytes for shard in plan.shards},
-        "memory": {"predicted_working_set": plan.memory.total, "peak": report.peak_memory},
+        "shards": {receipt.shard: receipt.entry() for receipt in receipts},
+        "fidelity": {name: fidelity_json(of) for receipt in receipts for name, of in receipt.fidelity.items()},
+        "memory": {
+            "predicted_working_set": plan.memory.total,
+            "working_set": report.working_set,
+            "peak": report.peak_memory,
+        },
         "seconds": round(report.seconds, 3),
         "bytes_read": report.bytes_read,
         "bytes_written": report.bytes_written,

@@ -7,7 +7,10 @@ hashed, kept or sent elsewhere.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
+import json
 import math
 import reprlib
 from collections.abc import Iterator, Mapping
@@ -66,8 +69,29 @@ PAGE = 4096
 #: What a buffer has beyond its bytes: the pages that a block begins and ends in, and room between input and output.
 BUFFER_SLACK = 4 * PAGE
 
+#: What torch takes when it first computes: pages of its code (most of it), MKL's packing buffers, threads. Measured.
+LIBRARY_BYTES = 9 << 20
+
 #: Where matrices begin that are multiplied. MKL rounds differently where memory is less aligned than torch's own.
 ALIGNMENT = 64
+
+
+#: Elements and bytes of a block, for dtypes whose rows are blocks. They are llama.cpp's, and outputs only.
+BLOCKS: Mapping[str, tuple[int, int]] = {
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q8_0": (32, 34),
+}
+
+
+def row_nbytes(dtype: str, elements: int) -> int:
+    """Bytes of a row of so many elements, or of several rows together."""
+    if dtype in BLOCKS:
+        block, size = BLOCKS[dtype]
+        return elements // block * size
+    return elements * DTYPE_BITS[dtype] // 8
 
 
 def aligned(size: int) -> int:
@@ -111,6 +135,8 @@ class SourceFile:
     uri: str
     size: int
     mtime_ns: int = 0
+    #: 0 where there is no such thing.
+    inode: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +309,24 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
+class Finish:
+    """What another file format does to rows after they are merged: round, turn, add, in this order.
+
+    ``shuffle`` (g, a, b): rows seen as (g, a, b) are the file's seen as (g, b, a); a tile holds multiples of a · b.
+    """
+
+    #: What the merged value is rounded to, as if it had been stored in between.
+    dtype: str
+    shuffle: tuple[int, int, int] | None = None
+    #: Added in float32; in float16 where ``dtype`` is F16.
+    addend: float = 0.0
+
+    @property
+    def group(self) -> int:
+        return self.shuffle[1] * self.shuffle[2] if self.shuffle else 1
+
+
+@dataclass(frozen=True, slots=True)
 class TensorPlan:
     """One output tensor: its source, its place in the new shard, its updates in order, its number of row tiles.
 
@@ -295,26 +339,42 @@ class TensorPlan:
     updates: tuple[Update, ...] = ()
     tiles: int = 0
     segments: tuple[tuple[int, int], ...] = ()
+    finish: Finish | None = None
+    #: Rows of the source that the output is made of; None is all.
+    part: RowRange | None = None
 
     @property
     def row_dims(self) -> int:
         """Leading dimensions whose product is the number of rows."""
-        return 2 if any(update.in_stack for update in self.updates) else 1
+        in_stack = any(update.in_stack for update in self.updates)
+        return 2 if in_stack or (self.finish is not None and len(self.source.shape) == 3) else 1
+
+    @property
+    def goes_by_rows(self) -> bool:
+        """Conversion alone works by element, so there every element is a row."""
+        return bool(self.source.shape) and (bool(self.updates) or self.finish is not None)
+
+    @property
+    def all_rows(self) -> int:
+        """Rows of the source."""
+        return math.prod(self.source.shape[: self.row_dims] if self.goes_by_rows else self.source.shape)
+
+    @property
+    def first_row(self) -> int:
+        return self.part.start if self.part else 0
 
     @property
     def rows(self) -> int:
-        """Rows that tiles are made of. Conversion alone works by element, so there every element is a row."""
-        if not self.updates or not self.source.shape:
-            return math.prod(self.source.shape)
-        return math.prod(self.source.shape[: self.row_dims])
+        """Rows that tiles are made of."""
+        return len(self.part) if self.part else self.all_rows
 
     @property
     def row_elements(self) -> int:
-        return math.prod(self.source.shape[self.row_dims :]) if self.updates else 1
+        return math.prod(self.source.shape[self.row_dims :]) if self.updates or self.finish else 1
 
     def ranges(self) -> Iterator[RowRange]:
-        """The rows of every tile, in order."""
-        start = 0
+        """The rows of every tile, in order, as the source counts them."""
+        start = self.first_row
         for rows, tiles in self.segments or ((self.rows, self.tiles),):
             for part in even_rows(rows, tiles):
                 yield RowRange(start + part.start, start + part.stop)
@@ -330,6 +390,8 @@ class ShardPlan:
     tensors: tuple[TensorPlan, ...]
     header_bytes: int
     data_bytes: int
+    #: All that comes before the data, where it is no safetensors header.
+    head: bytes = b""
 
     @property
     def nbytes(self) -> int:
@@ -347,7 +409,7 @@ class AuxFile:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """The working set above the interpreter's own memory, in bytes."""
+    """The working set: what a merge takes above the interpreter with torch and the plan in it, in bytes."""
 
     buffers: int
     buffer_bytes: int
@@ -359,7 +421,7 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         buffers = self.buffers * (self.buffer_bytes + BUFFER_SLACK)
-        return buffers + self.workers * self.workspace_bytes + self.factor_bytes
+        return buffers + self.workers * self.workspace_bytes + self.factor_bytes + LIBRARY_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,6 +452,16 @@ class AdapterInfo:
     files: tuple[SourceFile, ...]
 
 
+#: What a merge's bytes depend on: of each part (base, adapters, files, config, program, work) a value by name, so that
+#: one can say in what two merges differ.
+Fingerprint = Mapping[str, Mapping[str, Any]]
+
+
+def digest_of(value: Any) -> str:
+    """A hash of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class MergePlan:
     """Everything that a merge will do, decided from headers alone."""
@@ -410,7 +482,32 @@ class MergePlan:
     warnings: tuple[str, ...]
     overwrite: bool
     config: Mapping[str, Any]
-    digest: str
+    fingerprint: Fingerprint
+
+    @property
+    def digest(self) -> str:
+        """Which plan this is. A plan has read headers only; what a merge writes down has seen the adapters' bytes."""
+        return digest_of(self.fingerprint)
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the output is one GGUF file, and no checkpoint."""
+        return bool(self.config["output"]["format"] == "gguf")
+
+    @property
+    def rounding(self) -> str:
+        """How updated weights are rounded: ``nearest`` or ``stochastic``."""
+        return str(self.config["output"]["rounding"])
+
+    @property
+    def seed(self) -> int:
+        """Of stochastic rounding."""
+        return int(self.config["output"]["seed"])
+
+    @property
+    def sha256(self) -> bool:
+        """Whether shards get a sha256 beside their other checksum."""
+        return bool(self.config["output"]["sha256"])
 
     def updates(self) -> Iterator[tuple[TensorPlan, Update]]:
         """Every update, with the tensor it applies to."""
@@ -421,22 +518,67 @@ class MergePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Fidelity:
+    """How a sample of a tensor's elements came through: sums over them, so that samples can be added."""
+
+    #: Σ W², Σ ΔW² and Σ ΔŴ·ΔW, where ΔW is the update before and ΔŴ after the rounding.
+    weight: float
+    update: float
+    kept: float
+    #: Elements that are what they would be without the update.
+    unchanged: int
+    elements: int
+
+    def __add__(self, other: Fidelity) -> Fidelity:
+        return Fidelity(
+            self.weight + other.weight,
+            self.update + other.update,
+            self.kept + other.kept,
+            self.unchanged + other.unchanged,
+            self.elements + other.elements,
+        )
+
+    @property
+    def relative_update(self) -> float:
+        """‖ΔW‖ / ‖W‖; 0 where W is all zero."""
+        return math.sqrt(self.update / self.weight) if self.weight else 0.0
+
+    @property
+    def share_kept(self) -> float:
+        """How much of ΔW the rounding kept: the projection of ΔŴ on it. 1 where there is nothing to keep."""
+        return self.kept / self.update if self.update else 1.0
+
+    @property
+    def share_unchanged(self) -> float:
+        return self.unchanged / self.elements if self.elements else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """Says that a shard of a merge is finished and durable."""
 
     shard: str
-    digest: str
     nbytes: int
+    #: Of the whole file, header included: ``xxh3_128``, and ``sha256`` where it was asked for.
+    checksums: Mapping[str, str]
     #: Adapters, by number, of which some factor B in this shard was not all zero.
     active_adapters: tuple[int, ...]
+    #: How the updates of this shard's tensors came through the rounding, by the tensor's name.
+    fidelity: Mapping[str, Fidelity] = dataclasses.field(default_factory=dict)
+
+    def entry(self) -> dict[str, Any]:
+        """What the journal and the record say of the file."""
+        return {"bytes": self.nbytes, **self.checksums}
 
 
 def jsonable(value: Any) -> Any:
-    """Dataclasses → dictionaries, tuples → lists, all the way down."""
+    """Dataclasses → dictionaries, tuples → lists, bytes → base64, all the way down."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [jsonable(item) for item in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
     return value

@@ -326,6 +326,8 @@ def snapshot(folder: Path) -> dict[str, str]:
             found[name] = f"link {os.readlink(path)}"
         elif path.is_dir():
             found[name] = f"folder {path.stat().st_mode:o}"
+        elif not path.is_file():
+            found[name] = f"other {path.stat().st_mode:o}"
         else:
             found[name] = f"file {path.stat().st_mode:o} {hashlib.sha256(path.read_bytes()).hexdigest()}"
     return found

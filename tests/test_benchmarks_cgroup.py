@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,8 +93,8 @@ def test_version_2_wants_the_controller_below(tmp_path: Path, monkeypatch: pytes
 
 
 def test_scope_of_systemd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cgroup.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(cgroup.Path, "is_dir", lambda path: str(path) == "/run/systemd/system")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(Path, "is_dir", lambda path: str(path) == "/run/systemd/system")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with limited(LIMIT) as wrap:
         command = wrap(["cp", "-r"])

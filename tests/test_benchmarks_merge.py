@@ -280,7 +280,7 @@ def test_small_comparison_takes_turns_and_cleans_up(tmp_path: Path) -> None:
     assert (tmp_path / "work" / "tiny" / "base").is_dir()
 
 
-@pytest.mark.parametrize("shape", ["tiny", "tiny-moe"])
+@pytest.mark.parametrize("shape", ["tiny", pytest.param("tiny-moe", marks=pytest.mark.slow)])
 def test_merges_are_compared_with_peft(tmp_path: Path, shape: str) -> None:
     """With experts PEFT rounds twice, so these may differ, and nothing else."""
     arguments = ("--shape", shape, "--tools", "shardmerge,peft", "--runs", "1", "--check", "--remove-inputs")
@@ -311,13 +311,12 @@ def test_moe_merge_is_near_pefts(tmp_path: Path) -> None:
 
 
 def test_failure_is_told_and_counts(tmp_path: Path) -> None:
-    missing = str(tmp_path / "no-python")
     arguments = ("--shape", "tiny", "--tools", "mergekit,copy", "--runs", "1", "--mergekit-python", sys.executable)
     code, events, out = session(tmp_path, *arguments)
     assert code == 1
     assert "mergekit failed with 1" in out and "No module named" in out
     assert "| mergekit | all 1 failed |" in out
-    assert missing not in out and runs(events) == [("mergekit", 1), ("copy", 1)]
+    assert runs(events) == [("mergekit", 1), ("copy", 1)]
 
 
 def test_limit_that_is_too_small_kills_and_is_told(tmp_path: Path) -> None:

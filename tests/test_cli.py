@@ -55,7 +55,7 @@ def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = invoke(monkeypatch, "run", place.config_file())
     assert f"{place.output}: 3 weights merged" in result.stdout
     rows = [line.split()[0] for line in result.stdout.splitlines()[2:]]
-    assert rows == ["adapter", "base", "merged", "time", "peak"]
+    assert rows == ["adapter", "base", "merged", "time", "peak", "update"]
     lines = result.stderr.splitlines()
     assert lines[0].startswith("merging:   0%, 0 B of ")
     assert lines[-1].startswith("merging: 100%")
@@ -272,6 +272,10 @@ def test_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[s
         (["plan", "config.yaml", "-s", "adapters.0.alpha=1"], "PlanError", 3),
         (["init", "base"], "FormatError", 4),
         (["inspect", "gone"], "SourceError", 5),
+        (["plan", "--fast", "config.yaml"], "UsageError", 2),
+        (["run"], "UsageError", 2),
+        (["paint"], "UsageError", 2),
+        (["--fast", "plan"], "UsageError", 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

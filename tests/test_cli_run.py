@@ -179,6 +179,22 @@ def test_rate_counts_only_what_this_run_did(
     assert capsys.readouterr().err.splitlines()[-1].endswith("1.0 kB/s, 5 s left")
 
 
+def test_checking_what_is_taken_up_is_told_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    with show_progress(quiet=False) as progress:
+        progress(Progress(50_000, 50_000, "x", 1, 1, "checking"))
+        clock.now += 5
+        progress(Progress(50_000, 100_000, "x", 2, 2))
+        clock.now += 5
+        progress(Progress(60_000, 100_000, "x", 2, 2))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "checking: 100%, 50.0 kB of 50.0 kB, shard 1/1"
+    assert lines[1] == "merging:  50%, 50.0 kB of 100.0 kB, shard 2/2"
+    assert lines[2].endswith("2.0 kB/s, 20 s left")
+
+
 def test_no_lines_when_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     with show_progress(quiet=True) as progress:
         progress(Progress(0, 1, "x", 1, 1))

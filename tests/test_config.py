@@ -122,7 +122,16 @@ def test_defaults(tmp_path: Path) -> None:
             },
         ),
         "tied": "untie",
-        "output": {"path": "merged", "dtype": "same", "max_shard_size": "same"},
+        "output": {
+            "path": "merged",
+            "dtype": "same",
+            "max_shard_size": "same",
+            "format": "safetensors",
+            "quantization": "q8_0",
+            "rounding": "nearest",
+            "seed": 0,
+            "sha256": False,
+        },
         "compute": {"device": "auto", "dtype": "float32", "max_memory": "auto"},
     }
 

@@ -154,6 +154,17 @@ FEATURES = (
     row("llama", "modules_to_save of norms", lora("q_proj", modules_to_save=["input_layernorm"]), BF16, slow=True),
     row("bert-gamma", "classifier", lora("query", "value", task_type="SEQ_CLS")),
     row("vit", "classifier", lora("q_proj", "fc2", modules_to_save=["classifier"]), slow=True),
+    row("gpt2", "Conv1D saved", lora("c_attn", modules_to_save=["c_proj"])),
+    row("gpt2-bare", "Conv1D saved", lora("c_attn", modules_to_save=["c_fc"]), slow=True),
+    row("gpt-oss", "experts saved", lora("o_proj", modules_to_save=["experts"])),
+    row("deepseek-v3", "experts saved by an end of a name", lora("o_proj", modules_to_save=["experts"])),
+    row("mixtral", "experts saved", lora("o_proj", modules_to_save=["experts"]), slow=True),
+    row("nomic-bert", "first part of a stored tensor saved", lora("o_proj", modules_to_save=["q_proj"])),
+    row(
+        "nomic-bert",
+        "all parts of a stored tensor saved",
+        lora("o_proj", modules_to_save=["q_proj", "k_proj", "v_proj"]),
+    ),
     row("llama", "embedding", lora("q_proj", "embed_tokens")),
     row("llama", "embedding", lora("q_proj", "embed_tokens"), BF16, rounds="twice"),
     row(
@@ -211,6 +222,11 @@ TIED = (
     row("opt", "head", lora("lm_head"), oracle="untied", slow=True),
     row("whisper", "head", lora("proj_out"), oracle="untied"),
     row("t5", "head", lora("lm_head"), tied="peft", why="T5 scales its output by whether it says that it is tied"),
+    row("t5-1.1", "head", lora("lm_head")),
+    row("t5-1.1", "head saved", lora("q", modules_to_save=["lm_head"])),
+    row("t5-1.1", "tokens", lora("q", trainable_token_indices=TOKENS), slow=True),
+    row("mt5", "head", lora("lm_head")),
+    row("mt5", "tokens", lora("q", trainable_token_indices=TOKENS)),
 )
 
 VOCABULARY = (
@@ -221,6 +237,14 @@ VOCABULARY = (
     ),
     row("llama", "more tokens, trained alone", lora("q_proj", trainable_token_indices=[61, 63, 5], more_tokens=4)),
     row("llama-tied", "more tokens", lora("q_proj", more_tokens=4)),
+    row("gptj", "more tokens, bias of the head", lora(ALL, more_tokens=4)),
+    row("modernbert", "more tokens", lora(ALL, more_tokens=4)),
+    row("whisper", "more tokens", lora(ALL, more_tokens=4), slow=True),
+    row("openai-gpt", "more tokens", lora(ALL, more_tokens=4), slow=True),
+    row("xlnet", "more tokens", lora(ALL, more_tokens=4), slow=True),
+    row("electra", "more tokens", lora(ALL, more_tokens=4), slow=True),
+    row("distilbert", "more tokens", lora(ALL, more_tokens=4), slow=True),
+    row("biogpt", "more tokens", lora(ALL, more_tokens=4), slow=True),
 )
 
 OLD_NAMES = (
@@ -373,6 +397,14 @@ def test_answer(row: Row) -> None:
     assert ours.shape == expected.shape
     assert distance(ours, expected) < TOLERANCE[row.dtype]
     assert distance(base, expected[..., : base.shape[-1]]) > 5 * TOLERANCE[row.dtype], "the adapter hardly matters"
+
+
+@each_row
+def test_verification(row: Row) -> None:
+    """All rows of every touched tensor, computed again in float64 by other code."""
+    report = shardmerge.verify(merged(row), rows=None)
+    assert report.complete and not report.notes, report
+    assert report.touched + report.untouched == report.tensors and report.worst <= 1
 
 
 @pytest.mark.parametrize("row", [row for row in TABLE if row.oracle == "direct"], ids=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import os
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from shardmerge.adapter_file import open_adapter
@@ -19,7 +22,7 @@ from shardmerge.errors import FormatError, SourceError
 from shardmerge.pickled import read_pickled
 from shardmerge.sources import open_source
 from shardmerge.spec import DTYPE_BITS, TensorRef
-from tests.builders import peft_tensors, write_peft, write_pure
+from tests.builders import peft_tensors, run_python, untimed, write_peft, write_pure
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -251,6 +254,95 @@ def test_compressed(tmp_path: Path) -> None:
 )
 def test_damaged_archive(tmp_path: Path, changes: dict[str, Any]) -> None:
     refusal(rewrite(write_pure(tmp_path / "x.pt"), **changes))
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_protocols_that_torch_does_not_load_either(tmp_path: Path, protocol: int) -> None:
+    torch.save({"a": numbers(2)}, tmp_path / "x.pt", pickle_protocol=protocol)
+    assert "the instruction" in refusal(tmp_path / "x.pt")
+
+
+def test_other_byte_order(tmp_path: Path) -> None:
+    path = rewrite(write_pure(tmp_path / "x.pt"), byteorder=b"big")
+    assert "the other byte order" in refusal(path)
+
+
+def test_two_entries_of_a_name(tmp_path: Path) -> None:
+    path = write_pure(tmp_path / "x.pt")
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr(archive.namelist()[0], b"x")
+    assert "have the same name" in refusal(path)
+
+
+@pytest.mark.parametrize("view", [lambda tensor: torch.conj(tensor), lambda tensor: torch.conj(tensor).imag])
+def test_views_that_change_values(tmp_path: Path, view: Any) -> None:
+    refusal(write_pure(tmp_path / "x.pt", {"a": view(torch.ones(3, dtype=torch.complex64))}))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\x80\x02}X\x01\0\0\0a" + b"]s.",
+        b"\x80\x02" + b"]" * 100_000 + b".",
+        b"\x80\x02}(" + b"(" * 100_000 + b"t" * 100_000 + b"u.",
+        b"\x80\x02}\x8b\xff\xff\xff\x7f.",
+        b"\x80\x02}q\0X\x01\0\0\0ah\0s.",
+        b"\x80\x02}(X\x03\0\0\0\xed\xa0\x80Nu.",
+        b"\x80\x02}(\x8a\xff" + b"\x7f" * 255 + b"Nu.",
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",
+        b"\x80\x02ctorch._utils\n_rebuild_parameter\n)R.",
+        b"\x80\x02ccollections\nOrderedDict\n}\x85R.",
+        b"\x80\x02)Q.",
+        b"R.",
+        b"0.",
+        b".",
+    ],
+    ids=lambda text: repr(text[:12]),
+)
+def test_pickle_that_is_nonsense(tmp_path: Path, text: bytes) -> None:
+    message = refusal(rewrite(write_pure(tmp_path / "x.pt"), data_pkl=text))
+    assert len(message) < 1000
+
+
+@untimed
+@given(data=st.data())
+def test_damaged_pickle(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """What is accepted is what torch makes of it, where torch accepts it."""
+    path = write_pure(tmp_path_factory.getbasetemp() / "damaged.pt", {"a": numbers(3, 4).T, "b": numbers(5)})
+    with zipfile.ZipFile(path) as archive:
+        text = bytearray(archive.read("damaged/data.pkl"))
+    for _ in range(data.draw(st.integers(1, 3))):
+        where = data.draw(st.integers(0, len(text) - 1))
+        text[where : where + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=2))
+    rewrite(path, data_pkl=bytes(text))
+    try:
+        refs = read(path)
+    except FormatError:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            loaded = torch.load(path, weights_only=True)
+        except Exception:
+            return
+    for name, ref in refs.items():
+        assert torch.equal(by_offset(ref), loaded[name])
+
+
+def test_torch_is_not_needed(tmp_path: Path) -> None:
+    path = write_pure(tmp_path / "x.pt")
+    code = f"import sys, shardmerge.pickled as p, pathlib; p.read_pickled(pathlib.Path({str(path)!r}), 'x')"
+    done = run_python("-c", f"{code}; assert 'torch' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
+def test_archive_with_a_name_that_is_no_text(tmp_path: Path) -> None:
+    """Found by tools/fuzz.py: zipfile decodes the names of the directory, and lets its failure pass through."""
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/é.pkl", b"")
+    raw = (tmp_path / "x.pt").read_bytes()
+    (tmp_path / "x.pt").write_bytes(raw.replace("é".encode(), b"\xce\xce"))
+    assert "not the zip archive" in refusal(tmp_path / "x.pt")
 
 
 def test_archive_of_something_else(tmp_path: Path) -> None:

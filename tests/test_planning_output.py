@@ -12,7 +12,7 @@ import pytest
 
 import shardmerge
 from shardmerge.errors import PlanError
-from shardmerge.spec import BUFFER_SLACK
+from shardmerge.spec import BUFFER_SLACK, LIBRARY_BYTES
 from tests.builders import Place, make_place, snapshot, write_json, write_pure
 from tests.refusals import Refusal
 from tests.test_planning import refused
@@ -249,6 +249,28 @@ def test_work_of_an_earlier_run_needs_no_second_place(tmp_path: Path, free: Call
         shardmerge.plan(place.config())
 
 
+def test_what_an_unfinished_merge_has_put_into_place_counts_too(tmp_path: Path, free: Callable[[int], None]) -> None:
+    """Killed in its commit, with a disk that is all but full."""
+    place = make_place(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shardmerge.sinks.SafetensorsSink._copy", lambda self, aux: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            shardmerge.merge(place.config())
+    assert (place.output / "model-00001-of-00002.safetensors").exists()
+    free(4096)
+    assert shardmerge.merge(place.config()).shards_reused == 2
+
+
+def test_an_old_model_in_the_way_is_kept_and_told_of(tmp_path: Path, free: Callable[[int], None]) -> None:
+    place = make_place(tmp_path)
+    shardmerge.merge(place.config())
+    before = snapshot(place.output)
+    free(8192)
+    with pytest.raises(PlanError, match=r"is kept until the new one is complete.*remove .*merged yourself"):
+        shardmerge.merge(place.config(), overwrite=True)
+    assert snapshot(place.output) == before
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -263,7 +285,7 @@ def test_too_little_memory(tmp_path: Path) -> None:
         shardmerge.plan(place.config(compute={"max_memory": needed - 1}))
 
 
-@pytest.mark.parametrize("limit", ["1MB", "8MB", "64MB", "1GB"])
+@pytest.mark.parametrize("limit", ["11MB", "13MB", "64MB", "1GB"])
 def test_memory_stays_within_its_limit(tmp_path: Path, limit: str) -> None:
     place = make_place(tmp_path)
     plan = shardmerge.plan(place.config(compute={"max_memory": limit}))
@@ -271,4 +293,4 @@ def test_memory_stays_within_its_limit(tmp_path: Path, limit: str) -> None:
     memory = plan.memory
     assert memory.total <= size
     buffers = memory.buffers * (memory.buffer_bytes + BUFFER_SLACK)
-    assert memory.total == buffers + memory.workers * memory.workspace_bytes + memory.factor_bytes
+    assert memory.total == buffers + memory.workers * memory.workspace_bytes + memory.factor_bytes + LIBRARY_BYTES

@@ -10,12 +10,13 @@ The bits are those of PEFT's merge.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, as_vector, is_vector, misshaped, oriented
-from shardmerge.adapters.peft import FLAG, STRINGS, Check, Config, Context, Module, PeftMethod, regex_problems
+from shardmerge.adapters.peft import FLAG, STRINGS, Check, Config, Context, Module, PeftMethod
+from shardmerge.patterns import first_match
+from shardmerge.patterns import problems as regex_problems
 from shardmerge.spec import Parameter, Update, Window
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class Ia3(Family, PeftMethod):
 
     def check_config(self, config: Config) -> list[str]:
         named = config.get("feedforward_modules")
-        return regex_problems("adapter_config.json: feedforward_modules", named) if isinstance(named, str) else []
+        wrong = regex_problems([named]) if isinstance(named, str) else ()
+        return [f"adapter_config.json: feedforward_modules is no regular expression: {why}" for _, why in wrong]
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         ref = module.factors["l"]
@@ -112,5 +114,5 @@ def _is_feedforward(module: str, config: Config) -> bool | None:
     if named is None:
         return None
     if isinstance(named, str):
-        return re.fullmatch(named, module) is not None
+        return first_match([named], module, "fullmatch") is not None
     return any(module.endswith(end) for end in named)

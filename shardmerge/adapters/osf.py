@@ -11,13 +11,14 @@ vectors happen to have. The bits are those of PEFT's merge, for every dtype of t
 
 from __future__ import annotations
 
-import re
 import reprlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, misshaped
 from shardmerge.adapters.peft import MISSING, Check, Config, Context, Module, PeftMethod, checked, is_number
+from shardmerge.patterns import first_match
+from shardmerge.patterns import problems as regex_problems
 from shardmerge.spec import MIN_TILE_ROWS, Update, Window, even_rows
 
 if TYPE_CHECKING:
@@ -37,11 +38,8 @@ def _check_patterns(key: str, value: Any) -> list[str]:
     for name, of in value.items():
         if not _is_rank(of):
             problems.append(f"{key}[{name!r}] must be a rank, found {reprlib.repr(of)}")
-        try:
-            re.compile(name)
-        except (re.error, OverflowError, RecursionError) as error:
-            problems.append(f"{key}: {name!r} is no regular expression: {error}")
-    return problems
+    wrong = regex_problems(list(value))
+    return [*problems, *(f"{key}: {reprlib.repr(name)} is no regular expression: {why}" for name, why in wrong)]
 
 
 class Osf(Family, PeftMethod):
@@ -105,10 +103,9 @@ def svd_bytes(update: Update) -> int:
 
 def _wanted(config: Config, module: str) -> float | None:
     """The config's word on how many singular values are kept."""
-    for pattern, value in (config.get("rank_pattern") or {}).items():
-        if re.search(pattern, module):
-            return float(value) if isinstance(value, float) else int(value)
-    value = config.get("effective_rank")
+    pattern = config.get("rank_pattern") or {}
+    found = first_match(list(pattern), module, "search")
+    value = config.get("effective_rank") if found is None else list(pattern.values())[found]
     return value if value is None or isinstance(value, float) else int(value)
 
 

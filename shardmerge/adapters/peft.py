@@ -13,12 +13,14 @@ import re
 import reprlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from shardmerge.adapters.base import Claims, ModuleUpdate
 from shardmerge.naming import module_name
+from shardmerge.patterns import first_match
+from shardmerge.patterns import problems as regex_problems
 from shardmerge.spec import Parameter, TensorRef
 
 Config = Mapping[str, Any]
@@ -133,7 +135,10 @@ class PeftMethod(ABC):
             claims.refused = True
             return claims
         modules, shared = self.grouped(tensors)
-        context = dataclasses.replace(context, shared=shared)
+        # Each is looked into for every module.
+        lists = {key: config.get(key) for key in ("target_modules", "modules_to_save")}
+        config = {**config, **{key: frozenset(of) for key, of in lists.items() if isinstance(of, list)}}
+        context = dataclasses.replace(context, config=config, shared=shared)
         for module in modules:
             if self._complete(claims, module):
                 self.claim_module(claims, module, context)
@@ -266,10 +271,10 @@ def _is_saved(module: str, config: Config) -> bool:
 
 def pattern_value(pattern: Any, module: str, default: Any) -> Any:
     """The value of the first key, in the file's order, that matches the end of the module's name, as PEFT does it."""
-    for key, value in (pattern or {}).items():
-        if re.match(_whole_pattern(key), module):
-            return value
-    return default
+    if not pattern:
+        return default
+    found = first_match([_whole_pattern(key) for key in pattern], module)
+    return default if found is None else list(pattern.values())[found]
 
 
 def _whole_pattern(key: str) -> str:
@@ -285,11 +290,18 @@ def is_target(module: str, config: Config) -> bool:
     return matches(targets, module)
 
 
-def matches(targets: str | list[str], module: str) -> bool:
+def matches(targets: str | Collection[str], module: str) -> bool:
     """Whether a module is named by a regular expression, or by one of a list of ends of names."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in targets)
+        return first_match([targets], module, "fullmatch") is not None
+    return any(end in targets for end in _ends(module))
+
+
+def _ends(name: str) -> Iterator[str]:
+    """The name, and what is left of it after each of its dots."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
 
 
 # --- checks of settings -----------------------------------------------------------------------------------------------
@@ -351,7 +363,9 @@ def pattern_of(valid: Callable[[Any], bool], expected: str) -> Check:
             place = f"{key}[{reprlib.repr(pattern)}]"
             if not valid(item):
                 problems.append(f"{place} must be {expected}, found {reprlib.repr(item)}")
-            problems += regex_problems(place, _whole_pattern(pattern))
+        texts = {_whole_pattern(pattern): pattern for pattern in value}
+        for text, why in regex_problems(list(texts)):
+            problems.append(f"{key}[{reprlib.repr(texts[text])}] is no regular expression: {why}")
         return problems
 
     return check
@@ -364,15 +378,8 @@ NUMBER_PATTERN = pattern_of(is_number, "a finite number")
 def _check_targets(config: Config) -> list[str]:
     targets = config.get("target_modules")
     if isinstance(targets, str):
-        return regex_problems("target_modules", targets) if targets != "all-linear" else []
+        wrong = regex_problems([targets]) if targets != "all-linear" else ()
+        return [f"target_modules is no regular expression: {why}" for _, why in wrong]
     if targets is None or is_strings(targets):
         return []
     return [f"target_modules must be a string or a list of strings, found {reprlib.repr(targets)}"]
-
-
-def regex_problems(where: str, pattern: str) -> list[str]:
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        return [f"{where} is no regular expression: {error}"]
-    return []

@@ -1,0 +1,157 @@
+"""Models and tokenizers as transformers loads them: from a local directory, quietly, and without running their code.
+
+transformers and PEFT are an extra, imported when they are needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shardmerge.errors import ConfigError, FormatError, SourceError
+
+#: What a prompt is put into where the tokenizer has no chat template; ``{}`` is the prompt's place.
+DEFAULT_TEMPLATE = "### Instruction:\n{}\n\n### Response:\n"
+
+#: generation_config.json may ask for sampling or beams; neither can be compared or streamed.
+GREEDY: Mapping[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+
+#: ``{"role": "system" | "user" | "assistant", "content": text}``
+Message = dict[str, str]
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_OFFLINE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+def library(name: str) -> Any:
+    """transformers or PEFT; `ConfigError` where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"this needs {name}: pip install 'shardmerge[hf]'") from error
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def check_directory(path: Path) -> None:
+    """`SourceError` or `FormatError` where a directory holds no finished model, or an adapter too."""
+    if not path.is_dir():
+        raise SourceError(f"{path}: expected a model's directory, found {'a file' if path.exists() else 'nothing'}")
+    for names in (("config.json",), _WEIGHTS):
+        if not any((path / name).is_file() for name in names):
+            raise FormatError(f"{path}: not a finished model: there is no {' or '.join(names)}")
+    if (path / "adapter_config.json").exists():
+        # transformers would quietly load the adapter's base from somewhere else.
+        raise FormatError(f"{path}: has an adapter_config.json; expected a merged model and no adapter beside it")
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer in a directory."""
+    with _loading(path) as transformers:
+        return transformers.AutoTokenizer.from_pretrained(path, **_OFFLINE)
+
+
+def load_model(path: str, dtype: str = "auto") -> Any:
+    """The model in a directory, ready to answer; ``dtype`` is a name such as ``float32``, ``auto`` the stored one."""
+    with _loading(path) as transformers:
+        key = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+        options = {**_OFFLINE, key: dtype, "use_safetensors": True, "output_loading_info": True}
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    _check_tensors(path, found)
+    return model.eval()
+
+
+def vocabulary_size(path: str) -> int:
+    """What the config.json in a directory says."""
+    with _loading(path) as transformers:
+        return int(transformers.AutoConfig.from_pretrained(path, **_OFFLINE).get_text_config().vocab_size)
+
+
+@contextlib.contextmanager
+def _loading(path: str) -> Iterator[Any]:
+    transformers = library("transformers")
+    try:
+        with quiet():
+            yield transformers
+    except Exception as error:  # transformers has no error class of its own: a bad file comes as nearly anything
+        raise FormatError(f"{path}: transformers cannot load this model: {reason(error)}") from error
+
+
+def _check_tensors(path: str, found: Any) -> None:
+    """Refuse what transformers would make up, tell what it leaves out: both are warnings that `quiet` swallows."""
+    if missing := sorted(found["missing_keys"]):
+        raise FormatError(f"{path}: {len(missing)} of the model's tensors are not in its files, such as {missing[0]}")
+    if unexpected := sorted(found["unexpected_keys"]):
+        told = f"{path}: {len(unexpected)} tensors are no part of this model and unused, such as {unexpected[0]}"
+        print(told, file=sys.stderr, flush=True)
+
+
+def reason(error: Exception) -> str:
+    """An error of a library, in one line that is not too long."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings and no progress bars from transformers inside; both are put back as they were."""
+    logging = importlib.import_module("transformers.utils.logging")
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def check_template(template: str | None) -> None:
+    """`ConfigError` where a template has no place for the prompt, or several."""
+    if template is not None and (count := template.count("{}")) != 1:
+        raise ConfigError(f"the template {template!r} has {count} places {{}} for the prompt; expected exactly 1")
+
+
+def template_for(tokenizer: Any, given: str | None) -> str | None:
+    """The plain template to use, or None for the tokenizer's chat template.
+
+    ``\\n`` in a given one, typed as two characters, is a newline.
+    """
+    template = given or (None if tokenizer.chat_template else DEFAULT_TEMPLATE)
+    return template and template.replace("\\n", "\n")
+
+
+def encode(tokenizer: Any, template: str | None, messages: Sequence[Message]) -> dict[str, Any]:
+    """``input_ids`` and ``attention_mask``, (1, n) each. A plain template has room for the last message only."""
+    if template is not None:
+        opening = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
+        filled = template.replace("{}", messages[-1]["content"])
+        encoded = tokenizer(opening + filled, return_tensors="pt")
+    else:
+        try:
+            encoded = tokenizer.apply_chat_template(
+                list(messages), tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        except Exception as error:  # a chat template is a program of the model's own and may raise anything
+            raise ConfigError(f"the chat template refuses: {reason(error)}; --template goes around it") from error
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def stop_ids(model: Any, tokenizer: Any) -> list[int] | None:
+    """The tokens that end an answer, by the model's config and by the tokenizer.
+
+    A tuned model often ends its turn with the tokenizer's token while its config still names the base's.
+    """
+    known = model.generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+    return sorted(ids - {None}) or None

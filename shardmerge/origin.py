@@ -1,0 +1,106 @@
+"""What a finished merge was made of, by its record, and where that is now."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardmerge.adapter_file import AdapterFile, open_adapter
+from shardmerge.checkpoint import open_checkpoint
+from shardmerge.config import AdapterConfig, MergeConfig
+from shardmerge.errors import ConfigError, FormatError, SourceError
+from shardmerge.journal import RECORD_NAME, is_unfinished, read_record
+from shardmerge.sources import Source, directory_of, open_source
+
+#: Of a repo on the Hub, what a model's directory needs beside its weights.
+_BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Base and adapters of a merge, as its record names them or as a person does, and how they were applied."""
+
+    base: str
+    adapters: tuple[AdapterConfig, ...]
+    #: The weights that the merge updated, by their names in the output.
+    targets: frozenset[str]
+
+    def base_folder(self) -> Path:
+        """The base's directory, of a repo on the Hub its folder in the cache. Raises `SourceError`, `ConfigError`."""
+        source = directory_of(_open("base", self.base))
+        names = source.names()
+        if "config.json" not in names:
+            raise ConfigError(
+                f"{source.location}: the base has no config.json, so transformers cannot load it; --base may name "
+                "another directory with the same weights"
+            )
+        for shard in open_checkpoint(source).shards:
+            source.fetch(shard.file.uri.rpartition("/")[2])
+        for name in names:
+            if "/" not in name and name.endswith(_BESIDE):
+                source.fetch(name)
+        return source.fetch("config.json").parent
+
+    def open_adapters(self) -> Iterator[tuple[AdapterFile, AdapterConfig]]:
+        """The adapters in the order in which they were applied."""
+        for entry in self.adapters:
+            yield open_adapter(_open("adapter", entry.path)), entry
+
+
+def read_origin(output: Path, base: str | None = None, adapters: Sequence[str] = ()) -> Origin:
+    """The origin of the merge in ``output``; ``base`` and ``adapters`` (all of them) say where those are now.
+
+    Raises `SourceError` if there is no such directory, `FormatError` if no record of a finished merge is in it,
+    `ConfigError` where the number of adapters is another.
+    """
+    if not output.is_dir():
+        raise SourceError(f"{output}: no such directory")
+    if is_unfinished(output):
+        raise FormatError(f"{output}: the merge was not finished; run it again first")
+    record = read_record(output)
+    recorded = (record or {}).get("config")
+    if record is None or not isinstance(recorded, dict):
+        raise FormatError(f"{output}: there is no {RECORD_NAME} that can be read, so nothing says what was merged")
+    try:
+        config = MergeConfig.from_dict(recorded, RECORD_NAME)
+    except ConfigError as error:
+        raise FormatError(f"{output}: the config in {RECORD_NAME} is damaged: {error}") from None
+    if adapters and len(adapters) != len(config.adapters):
+        raise ConfigError(
+            f"{len(adapters)} adapters are given, but {len(config.adapters)} were merged: give a place for each, in "
+            "their order"
+        )
+    infos = record.get("adapters")
+    places = list(adapters) or [_place(info) for info in (infos if isinstance(infos, list) else [])]
+    entries = tuple(
+        entry.model_copy(update={"path": place}) if place else entry
+        for entry, place in itertools.zip_longest(config.adapters, places[: len(config.adapters)])
+    )
+    targets = record.get("targets")
+    names = frozenset(targets) if isinstance(targets, dict) else frozenset()
+    return Origin(base or _place(record.get("base")) or config.base, entries, names)
+
+
+def stored_dtypes(output: Path, names: frozenset[str]) -> set[str]:
+    """What these weights of a checkpoint are stored in, by safetensors' names for it."""
+    weights: Mapping[str, Any] = open_checkpoint(open_source(str(output))).weights
+    return {weight.tensor.dtype for name, weight in weights.items() if name in names}
+
+
+def _place(info: Any) -> str | None:
+    """Where a base or an adapter was found: an absolute path, or a Hub id with the commit."""
+    location = info.get("location") if isinstance(info, dict) else None
+    if not isinstance(location, str) or not location:
+        return None
+    revision = info.get("revision")
+    return f"{location}@{revision}" if revision else location
+
+
+def _open(what: str, place: str) -> Source:
+    try:
+        return open_source(place)
+    except SourceError as error:
+        raise SourceError(f"the {what} is not there: {error}; if it was moved, --{what} says where it is now") from None
