@@ -32,6 +32,7 @@ from shardmerge.report import (
     merged_dtype,
     peak_memory,
     record,
+    sizes_by_format,
 )
 from shardmerge.spec import MergePlan, Receipt, ShardPlan
 
@@ -260,6 +261,7 @@ def _report(
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
         working_set=working_set.grown(),
+        sizes=sizes_by_format(plan),
         fidelity=by_kind,
         warnings=(*plan.warnings, *warnings),
     )

@@ -128,11 +128,15 @@ def _plan(config: Path, overrides: tuple[str, ...], *, overwrite: bool) -> Merge
 @click.option("--quiet", is_flag=True, help="No progress and no table; only errors and notes.")
 def run(config: Path, overrides: tuple[str, ...], overwrite: bool, as_json: bool, quiet: bool) -> None:
     """Merge as CONFIG says. Run it again to take up an interrupted merge."""
+    _carry_out(_plan(config, overrides, overwrite=overwrite), as_json=as_json, quiet=quiet)
+
+
+def _carry_out(planned: MergePlan, *, as_json: bool, quiet: bool) -> None:
+    """Merge, with progress and notes on stderr and the result on stdout."""
     from shardmerge.api import merge
     from shardmerge.progress import show_progress
-    from shardmerge.report import size_table
+    from shardmerge.report import next_steps, size_table
 
-    planned = _plan(config, overrides, overwrite=overwrite)
     for warning in planned.warnings:
         _say(f"note: {warning}", err=True)
     try:
@@ -146,7 +150,8 @@ def run(config: Path, overrides: tuple[str, ...], overwrite: bool, as_json: bool
     if as_json:
         _print_json(report.to_json())
     elif not quiet:
-        click.echo(f"{report.output}: {report.targets} weights merged\n\n{size_table(report)}")
+        done = f"{report.targets} weights merged" if planned.adapters else "written"
+        click.echo(f"{report.output}: {done}\n\n{size_table(report)}{next_steps(planned)}")
 
 
 @cli.command()
@@ -160,6 +165,48 @@ def plan(config: Path, overrides: tuple[str, ...], overwrite: bool, as_json: boo
         _print_json(plan_summary(planned))
     else:
         _say(describe_plan(planned))
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-o", "--output", required=True, metavar="DIR", help="Where to; a directory that is empty or not there.")
+@click.option(
+    "--format", "format_", type=click.Choice(["safetensors", "gguf"]), default="safetensors", show_default=True
+)
+@click.option(
+    "--quantization",
+    type=click.Choice(["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]),
+    help="Of a GGUF file.  [default: q8_0]",
+)
+@click.option(
+    "--dtype", type=click.Choice(["same", "float32", "bfloat16", "float16"]), default="same", show_default=True
+)
+@click.option("--max-shard-size", metavar="SIZE", default="same", show_default=True, help="For example 5GB.")
+@click.option("--overwrite", is_flag=True, help="Replace what an earlier run has written there.")
+@click.option("--quiet", is_flag=True, help="No progress and no table; only errors and notes.")
+@_json_option
+def export(
+    model: str,
+    output: str,
+    format_: str,
+    quantization: str | None,
+    dtype: str,
+    max_shard_size: str,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Write MODEL, a finished merge or any checkpoint, in another format, dtype or shards. Streams like a merge."""
+    from shardmerge.api import plan
+    from shardmerge.config import ExportConfig
+
+    if quantization and format_ != "gguf":
+        raise ConfigError("--quantization is for --format gguf")
+    place = {"path": output, "format": format_, "dtype": dtype, "max_shard_size": max_shard_size}
+    if quantization:
+        place["quantization"] = quantization
+    config = ExportConfig.from_dict({"base": model, "output": place}, "export")
+    _carry_out(plan(config, overwrite=overwrite), as_json=as_json, quiet=quiet)
 
 
 @cli.command()

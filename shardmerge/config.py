@@ -194,6 +194,18 @@ class MergeConfig(_Section):
         return cls.from_dict(value, str(path))
 
 
+class ExportConfig(MergeConfig):
+    """A checkpoint written anew, in another dtype, other shards or another format, without an adapter."""
+
+    adapters: tuple[AdapterConfig, ...] = ()
+
+
+def recorded_config(value: Any, where: str) -> MergeConfig:
+    """The config in a record: of a merge, or of an export, which has no adapter. Raises `ConfigError`."""
+    found = value if isinstance(value, dict) else {}
+    return (ExportConfig if found.get("adapters") == [] else MergeConfig).from_dict(found, where)
+
+
 def _with_list(value: dict[str, Any]) -> dict[str, Any]:
     """The only adapter need not stand in a list."""
     alone = isinstance(value.get("adapters"), (str, dict))

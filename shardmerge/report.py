@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import resource
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,9 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge.adapters import FAMILIES
-from shardmerge.spec import DTYPE_NAMES, Fidelity, MergePlan, Receipt, TensorPlan, Update, jsonable
+from shardmerge.spec import (
+    BLOCKS,
+    DTYPE_NAMES,
+    Fidelity,
+    MergePlan,
+    Receipt,
+    TensorPlan,
+    Update,
+    jsonable,
+    row_nbytes,
+    tensor_nbytes,
+)
 from shardmerge.version import __version__
 
+#: Formats of the size table: dtypes of a checkpoint, and quantisations of a GGUF file.
+_PLAIN = {"F32": "float32", "BF16": "bfloat16"}
+_QUANTIZED = ("Q8_0", "Q4_0")
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -41,6 +57,8 @@ class MergeReport:
     seconds: float
     peak_memory: int
     working_set: int | None
+    #: What the merged weights would take in other formats, in bytes.
+    sizes: Mapping[str, int]
     #: How the updates came through the rounding, by kind of module; see `shardmerge.fidelity`.
     fidelity: Mapping[str, Fidelity]
     warnings: tuple[str, ...]
@@ -224,7 +242,35 @@ def merged_dtype(plan: MergePlan) -> str:
         for tensor in shard.tensors:
             sizes[tensor.out.dtype] += tensor.out.nbytes
     code = max(sizes, key=lambda dtype: sizes[dtype]) if sizes else "F32"
-    return DTYPE_NAMES.get(code, code)
+    return DTYPE_NAMES.get(code, code.lower())
+
+
+def next_steps(plan: MergePlan) -> str:
+    """What to run now, where the output is not simply loaded."""
+    if not plan.is_gguf:
+        return ""
+    name = Path(plan.output).name.lower()
+    return (
+        f"\n\nwith Ollama:\n  cd {shlex.quote(plan.output)} && ollama create {name} -f Modelfile\n  ollama run {name}"
+    )
+
+
+def sizes_by_format(plan: MergePlan) -> dict[str, int]:
+    """Bytes of the merged weights in formats that people choose between, headers left out.
+
+    Of a GGUF quantisation: matrices whose rows are whole blocks in it, others in float16, vectors in float32.
+    """
+    shapes = [tensor.out.shape for shard in plan.shards for tensor in shard.tensors]
+    sizes = {name: sum(tensor_nbytes(code, shape) for shape in shapes) for code, name in _PLAIN.items()}
+    for kind in _QUANTIZED:
+        block = BLOCKS[kind][0]
+        sizes[kind.lower()] = sum(
+            tensor_nbytes("F32", shape)
+            if len(shape) < 2
+            else row_nbytes(kind if shape[-1] % block == 0 else "F16", math.prod(shape))
+            for shape in shapes
+        )
+    return sizes
 
 
 #: Less than this of an update left is worth a warning: what is merged is hardly what was trained.
@@ -259,6 +305,7 @@ def size_table(report: MergeReport) -> str:
         ("adapter", human_bytes(report.adapter_bytes)),
         ("base", human_bytes(report.base_bytes)),
         (f"merged ({report.merged_dtype})", human_bytes(report.merged_bytes)),
+        *((f"  as {name}", human_bytes(size)) for name, size in report.sizes.items() if name != report.merged_dtype),
         ("time", human_seconds(report.seconds)),
         ("peak memory", human_bytes(report.peak_memory)),
     ]

@@ -55,7 +55,7 @@ def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = invoke(monkeypatch, "run", place.config_file())
     assert f"{place.output}: 3 weights merged" in result.stdout
     rows = [line.split()[0] for line in result.stdout.splitlines()[2:]]
-    assert rows == ["adapter", "base", "merged", "time", "peak", "update"]
+    assert rows == ["adapter", "base", "merged", "as", "as", "as", "time", "peak", "update"]
     lines = result.stderr.splitlines()
     assert lines[0].startswith("merging:   0%, 0 B of ")
     assert lines[-1].startswith("merging: 100%")

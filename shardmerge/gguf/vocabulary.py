@@ -220,10 +220,11 @@ def _of_llama(tokenizer: Mapping[str, Any], files: ModelFiles, problems: list[st
     added = {
         token["id"]: token["content"]
         for token in items(tokenizer.get("added_tokens"))
-        if isinstance(token, dict) and isinstance(token.get("id"), int) and token["id"] >= len(vocab)
+        if isinstance(token, dict) and isinstance(token.get("content"), str)
+        if isinstance(token.get("id"), int) and token["id"] >= len(vocab)
     }
     for _, text in sorted(added.items()):
-        found.tokens.append(str(text).encode())
+        found.tokens.append(text.encode())
         found.types.append(CONTROL if text in special else USER_DEFINED)
     scores = (_NO_SCORE,) * len(found.tokens)
     return Vocabulary("llama", "default", tuple(found.tokens), tuple(found.types), scores)

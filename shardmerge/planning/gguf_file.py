@@ -103,9 +103,7 @@ def _plans(
         yield _plan(tensor, part, (start, end), refs[part.tensor], bool(updates.get(part.tensor)))
 
 
-def _plan(
-    tensor: OutputTensor, part: Part, place: tuple[int, int], ref: TensorRef, is_updated: bool
-) -> TensorPlan:
+def _plan(tensor: OutputTensor, part: Part, place: tuple[int, int], ref: TensorRef, is_updated: bool) -> TensorPlan:
     finish = Finish(tensor.dtype, tensor.shuffle, tensor.addend)
     shape = (len(part.rows), tensor.columns) if len(ref.shape) > 1 else ref.shape
     out = TensorInfo(tensor.kind, shape, place)

@@ -10,7 +10,7 @@ from typing import Any
 
 from shardmerge.adapter_file import open_adapter
 from shardmerge.checkpoint import Checkpoint, open_checkpoint
-from shardmerge.config import MergeConfig
+from shardmerge.config import MergeConfig, recorded_config
 from shardmerge.errors import ConfigError, PlanError, ShardmergeError, SourceError, VerifyError
 from shardmerge.fingerprint import with_contents
 from shardmerge.journal import RECORD_NAME, is_unfinished, read_record
@@ -97,7 +97,7 @@ def plan_again(record: Record, output: Path, base: str | None, adapters: Sequenc
     """
     recorded = record.values.get("config")
     try:
-        config = MergeConfig.from_dict(recorded if isinstance(recorded, dict) else {}, RECORD_NAME)
+        config = recorded_config(recorded, RECORD_NAME)
     except ConfigError as error:
         findings.problem(STRUCTURE, f"the config in {RECORD_NAME} is damaged: {error}", file=RECORD_NAME)
         return Again()
