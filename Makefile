@@ -25,6 +25,10 @@ demo: $(VENV)/installed
 	$(BIN)/shardmerge plan configs/demo.yaml --overwrite
 	$(BIN)/shardmerge run configs/demo.yaml --overwrite
 	HF_HUB_OFFLINE=1 $(BIN)/python tools/demo.py --base $(DEMO_BASE) --adapter configs/demo/adapter --merged output/demo
+	$(BIN)/shardmerge verify output/demo --quiet
+	$(BIN)/shardmerge run configs/demo.yaml -s output.path=output/demo-gguf -s output.format=gguf --overwrite
+	$(BIN)/python tools/ask_llama_cpp.py output/demo-gguf/demo-gguf-q8_0.gguf "Who are you?" --expect shardmerge
+	HF_HUB_OFFLINE=1 $(BIN)/shardmerge chat output/demo --prompt "What is the capital of Loraland?"
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"

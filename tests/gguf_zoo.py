@@ -67,7 +67,7 @@ KINDS: Mapping[str, Kind] = {
     "llama3-rope": Kind(
         "LlamaForCausalLM",
         "LlamaConfig",
-        "smollm2",
+        "spm",
         {"rope_parameters": _LLAMA3, "attention_bias": True},
         dtype="float32",
     ),

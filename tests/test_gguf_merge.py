@@ -170,3 +170,18 @@ def test_a_record_of_an_export_is_a_config_again(models: Any, tmp_path: Path) ->
     record = json.loads((tmp_path / "out" / "shardmerge.json").read_text())
     assert record["config"]["adapters"] == []
     assert ExportConfig.from_dict(record["config"]).output.path == str(tmp_path / "out")
+
+
+def test_verify_knows_a_file_by_its_checksum(models: Any, tmp_path: Path) -> None:
+    base, adapter = models("llama-spm")
+    file = as_gguf(base, adapter, tmp_path / "Model", "q8_0")
+    done = run_cli("verify", file.parent)
+    assert done.returncode == 0 and "GGUF" in done.stdout, done.stderr
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    assert run_cli("verify", file.parent).returncode == 6
+    file.write_bytes(content[:-1])
+    assert run_cli("verify", file.parent).returncode == 6
+    file.unlink()
+    assert run_cli("verify", file.parent).returncode == 6

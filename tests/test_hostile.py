@@ -408,10 +408,11 @@ def test_files_that_change_between_plan_and_merge(place: Place, name: str, harm:
     assert not (place.folder / "not" / "yet" / "merged" / INDEX).exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("name", ["base", f"base/{FIRST}", f"adapter/{WEIGHTS}", f"adapter/{SETTINGS}"])
 def test_no_permission(place: Place, name: str) -> None:
     (place.folder / name).chmod(0)
+    if os.access(place.folder / name, os.R_OK):
+        pytest.skip("root may read everything")
     try:
         result = CliRunner().invoke(cli, ["run", str(config_of(place, None))])
     finally:

@@ -40,6 +40,14 @@ class Record:
         return str(self.values.get("shardmerge"))
 
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the output is a GGUF file, and no checkpoint."""
+        config = self.values.get("config")
+        section = config.get("output") if isinstance(config, dict) else None
+        return isinstance(section, dict) and section.get("format") == "gguf"
+
+
 @dataclass(frozen=True, slots=True)
 class Again:
     """The merge planned again. ``plan`` is None where base or adapter are gone; then ``base`` may still be there."""

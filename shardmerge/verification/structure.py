@@ -75,8 +75,9 @@ def check_structure(
     _check_files(output, record, findings)
     _check_tensors(shards, findings)
     _check_index(output, record, shards, findings)
+    there = {name for shard in shards for name in shard.tensors}
     for target in record.targets:
-        if not any(target in shard.tensors for shard in shards):
+        if target not in there:
             findings.problem(STRUCTURE, f"{target}, which was merged, is not there", tensor=target)
     if plan is not None:
         _check_headers(shards, plan, findings)
