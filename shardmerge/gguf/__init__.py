@@ -11,7 +11,7 @@ from shardmerge.gguf.formats import QUANTIZATIONS, TYPES, GgmlType
 from shardmerge.gguf.layout import Layout, OutputTensor, Part, lay_out
 from shardmerge.gguf.metadata import Description, describe
 from shardmerge.gguf.model import Model, read_model
-from shardmerge.gguf.modelfile import modelfile
+from shardmerge.gguf.ollama import modelfile
 from shardmerge.gguf.values import KeyValue
 from shardmerge.gguf.writer import encode_header
 

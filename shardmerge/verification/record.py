@@ -39,7 +39,6 @@ class Record:
     def version(self) -> str:
         return str(self.values.get("shardmerge"))
 
-
     @property
     def is_gguf(self) -> bool:
         """Whether the output is a GGUF file, and no checkpoint."""

@@ -9,6 +9,9 @@ Source: Ollama's docs/modelfile.md and docs/template.md.
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +92,8 @@ FORMATS = (
     Format("Llama 2", "<s>[INST] {} [/INST]", " {} </s>", "<s>[INST] {} [/INST]", "", ("[INST]", "[/INST]", "</s>")),
 )
 
+#: What trying out a template may take.
+_SECONDS, _MEMORY = 10, 1 << 30
 _ASKED = ({"role": "user", "content": "Quis?"},)
 _TWICE = (*_ASKED, {"role": "assistant", "content": "Ego."}, {"role": "user", "content": "Quando?"})
 _SYSTEM = {"role": "system", "content": "Esto brevis."}
@@ -103,7 +108,30 @@ class Known:
 
 
 def recognise(template: str, special: Mapping[str, str]) -> Known | None:
-    """The format that a chat template writes, or None. ``special`` are texts that it may use: ``bos_token``, …"""
+    """The format that a chat template writes, or None. ``special`` are texts that it may use: ``bos_token``, …
+
+    It is a program of a stranger's, so it runs in Jinja's sandbox, in a process of its own that is bounded in time and
+    memory.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "shardmerge.gguf.ollama"],
+            input=json.dumps({"template": template, "special": special}),
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=True,
+        )
+    except (subprocess.SubprocessError, OSError, UnicodeError):
+        return None
+    found = json.loads(done.stdout)
+    # What would end the Modelfile's quotes could say anything after them.
+    if found is None or '"""' in (found["system"] or ""):
+        return None
+    return Known(FORMATS[found["format"]], found["system"])
+
+
+def _tried_out(template: str, special: Mapping[str, str]) -> Known | None:
     rendered = _Template(template, special)
     asked, twice = rendered.of(_ASKED), rendered.of(_TWICE)
     if asked is None or twice is None:
@@ -177,3 +205,16 @@ def modelfile(file_name: str, values: Sequence[KeyValue], contents: Mapping[str,
         if known.system:
             lines.append(f'SYSTEM """{known.system}"""')
     return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """The process that tries out a template: its number in `FORMATS` and the system message, as JSON."""
+    resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    given = json.loads(sys.stdin.read())
+    known = _tried_out(given["template"], given["special"])
+    print(json.dumps(known and {"format": FORMATS.index(known.format), "system": known.system}))
+
+
+if __name__ == "__main__":
+    main()
