@@ -43,6 +43,8 @@ def check_directory(path: Path) -> None:
     """`SourceError` or `FormatError` where a directory holds no finished model, or an adapter too."""
     if not path.is_dir():
         raise SourceError(f"{path}: expected a model's directory, found {'a file' if path.exists() else 'nothing'}")
+    if any(path.glob("*.gguf")):
+        raise FormatError(f"{path}: holds GGUF, which llama.cpp and ollama run; transformers needs safetensors")
     for names in (("config.json",), _WEIGHTS):
         if not any((path / name).is_file() for name in names):
             raise FormatError(f"{path}: not a finished model: there is no {' or '.join(names)}")

@@ -74,7 +74,7 @@ def read_origin(output: Path, base: str | None = None, adapters: Sequence[str] =
             "their order"
         )
     infos = record.get("adapters")
-    places = list(adapters) or [_place(info) for info in (infos if isinstance(infos, list) else [])]
+    places: list[str | None] = list(adapters) or [_place(info) for info in (infos if isinstance(infos, list) else [])]
     entries = tuple(
         entry.model_copy(update={"path": place}) if place else entry
         for entry, place in itertools.zip_longest(config.adapters, places[: len(config.adapters)])

@@ -41,8 +41,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 #: Rooms that compute: they may import torch when they are imported.
-COMPUTES = frozenset({"codecs", "factors", "fidelity", "compute", "verification", "gguf"})
-#: Never needed to merge: the base's own code is not run, and PEFT is an oracle of the tests.
+COMPUTES = frozenset({"codecs", "factors", "fidelity", "compute", "verification", "gguf", "comparison"})
+#: Never needed to merge: the base's own code is not run, and PEFT is an oracle of the tests. ``hf`` imports them.
 FOREIGN = ("transformers", "peft", "accelerate", "safetensors", "numpy", "gguf", "sentencepiece")
 #: What `__init__` may import eagerly; all else it finds when it is asked for.
 EAGER = frozenset({"errors", "version"})
@@ -179,8 +179,8 @@ def test_torch_is_imported_at_once_only_where_it_computes() -> None:
 
 
 @pytest.mark.parametrize("library", FOREIGN)
-def test_foreign_libraries_are_imported_by_chat_alone_and_late(library: str) -> None:
-    wrong = [str(found) for found in _of(library) if found.module != "chat" or not found.deferred]
+def test_foreign_libraries_are_imported_by_one_room_and_late(library: str) -> None:
+    wrong = [str(found) for found in _of(library) if found.module != "hf" or not found.deferred]
     assert not wrong
 
 

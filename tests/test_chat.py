@@ -22,55 +22,15 @@ from safetensors.torch import load_file, save_file
 from shardmerge import chat
 from shardmerge.chat import Chat, Message
 from shardmerge.errors import ConfigError, FormatError, ShardmergeError, SourceError
+from tests.talkers import byte_tokenizer, save_model, word_tokenizer
 
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
 
-WORDS = [f"word{i}" for i in range(40)]
-ROLES = ["system", "user", "assistant"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['content'] == 'word13' %}{{ raise_exception('no word13 here') }}{% endif %}"
     "{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
 )
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 5, "num_beams": 4, "max_length": 9}
-
-
-def word_tokenizer() -> Any:
-    vocab = {word: i for i, word in enumerate(["<unk>", "</s>", *ROLES, *WORDS])}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
-
-
-def byte_tokenizer() -> Any:
-    """Byte-level BPE: many of a random model's tokens are parts of characters."""
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    inner.train_from_iterator(["the cat sat on the mat", "größer, 日本語, 😀 and\nmore"] * 3, trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
-
-
-def save_model(path: Path, tokenizer: Any, template: str | None = None, **generation: Any) -> Path:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=1 << 16,
-        initializer_range=0.5,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(path)
-    (path / "generation_config.json").write_text(json.dumps(generation))
-    return path
 
 
 @pytest.fixture(scope="module", autouse=True)

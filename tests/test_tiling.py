@@ -184,9 +184,7 @@ def test_memory_is_that_of_the_tiles(tensors: list[TensorPlan], compute: str, bu
     tiles = [(tensor, tile_rows(tensor, tensor.tiles) * tensor.row_elements) for tensor in worked]
     # The tile and, at the next multiple of 64 bytes, scratch of its size.
     items = [itemsize(compute) if tensor.updates else 4 for tensor, _ in tiles]
-    workspaces = [
-        -(-count * item // 64) * 64 + count * item for (_, count), item in zip(tiles, items, strict=True)
-    ]
+    workspaces = [-(-count * item // 64) * 64 + count * item for (_, count), item in zip(tiles, items, strict=True)]
     assert memory.workspace_bytes == max(workspaces, default=0)
     assert memory.factor_bytes == max((factor_bytes(tensor, tensor.tiles, compute) for tensor in worked), default=0)
 

@@ -10,6 +10,8 @@ In bfloat16 every layer rounds, and base + adapter otherwise than merged.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,8 +79,7 @@ def compare(
     asked = [hf.encode(tokenizer, template, [{"role": "user", "content": prompt}])["input_ids"] for prompt in prompts]
     speaker = _Speaker(tokenizer, dtype, max_new_tokens)
     references = speaker.references(origin, hf.vocabulary_size(str(output)), prompts, asked)
-    # The modules of a model refer to each other in circles.
-    gc.collect()
+    _give_back()
     answers, sums = zip(*speaker.answers(output, references), strict=True)
     stored = stored_dtypes(output, origin.targets)
     return Comparison(
@@ -131,8 +132,8 @@ class _Speaker:
                     "models have different vocabularies"
                 )
             sums = measure(reference, logits)
-            texts = (self._text(reference, of) for of in (reference.tokens, tokens))
-            yield Answer(reference.prompt, *texts, *parting(reference, tokens), sums.figures()), sums
+            expected, found = (self._text(reference, of) for of in (reference.tokens, tokens))
+            yield Answer(reference.prompt, expected, found, *parting(reference, tokens), sums.figures()), sums
 
     def _generate(self, model: Any, ids: Tensor) -> Tensor:
         """Prompt and greedy answer, (n)."""
@@ -156,3 +157,14 @@ class _Speaker:
 
     def _text(self, reference: Reference, tokens: Tensor) -> str:
         return str(self.tokenizer.decode(tokens[reference.asked :].tolist(), skip_special_tokens=True))
+
+
+def _give_back() -> None:
+    """Free what no one holds any more, for others too.
+
+    The modules of a model refer to each other in circles; and of what is freed, malloc keeps tensors below 32 MB for
+    itself, in pieces into which few others fit.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc's alone
+        ctypes.CDLL(None).malloc_trim(0)

@@ -11,17 +11,16 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from shardmerge.adapter_file import PICKLES, AdapterFile
+from shardmerge.adapter_file import CONFIG_NAME, AdapterFile
 from shardmerge.config import AdapterConfig
 from shardmerge.errors import ConfigError
 from shardmerge.hf import library, quiet, reason
-from shardmerge.naming import PEFT_PREFIX, module_name, nearest
+from shardmerge.naming import module_name, nearest
+from shardmerge.verification.reading import Factor, Files
 
 #: Methods whose layers have a ``scaling`` by adapter that ΔW is linear in, so that ``weight`` can be put on it.
 _SCALED = ("LORA", "LOHA", "LOKR")
@@ -79,13 +78,14 @@ def attach(model: Any, adapters: Sequence[tuple[AdapterFile, AdapterConfig]], vo
     if model.get_input_embeddings().weight.shape[0] < vocabulary:
         # The adapter brings its own rows; PEFT only has to find room for them.
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
-    by_peft, by_formula = [], []
-    for adapter, entry in adapters:
-        has_peft = adapter.format(entry.format) == "peft" and adapter.config is not None
-        (by_peft if has_peft else by_formula).append((adapter, entry))
+    by_peft = [of for of in adapters if _is_pefts(*of)]
     _check_composition(by_peft, len(adapters))
-    formulas = [formula for adapter, entry in by_formula for formula in _formulas(model, adapter, entry)]
+    formulas = [formula for of in adapters if not _is_pefts(*of) for formula in _formulas(model, *of)]
     return Attached(model, _with_peft(model, by_peft) if by_peft else None, formulas)
+
+
+def _is_pefts(adapter: AdapterFile, entry: AdapterConfig) -> bool:
+    return adapter.format(entry.format) == "peft" and adapter.config is not None
 
 
 # --- PEFT -------------------------------------------------------------------------------------------------------------
@@ -116,8 +116,8 @@ def _with_peft(model: Any, adapters: Sequence[tuple[AdapterFile, AdapterConfig]]
     names = [f"compared{number}" for number in range(len(adapters))]
     for name, (adapter, entry) in zip(names, adapters, strict=True):
         where = adapter.source.location
-        adapter.source.fetch("adapter_config.json")
-        folder = str(_file(adapter).parent)
+        adapter.source.fetch(CONFIG_NAME)
+        folder = str(adapter.source.fetch(adapter.file.uri.rpartition("/")[2]).parent)
         try:
             with quiet():
                 if wrapped is None:
@@ -209,14 +209,9 @@ def _find(model: Any, where: str, name: str) -> Any:
     raise ConfigError(f"{where}: transformers' model has no module {name}; it has {near or 'none that resembles it'}")
 
 
-def _file(adapter: AdapterFile) -> Path:
-    return adapter.source.fetch(adapter.file.uri.rpartition("/")[2])
-
-
 def _read(adapter: AdapterFile) -> Mapping[str, Tensor]:
-    path = _file(adapter)
-    if path.name.endswith(PICKLES):
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    else:
-        found = library("safetensors.torch").load_file(path)
-    return {name: found[name] for name in adapter.tensors}
+    files = Files([adapter.file])
+    try:
+        return {name: Factor(files, ref).whole() for name, ref in adapter.tensors.items()}
+    finally:
+        files.close()

@@ -218,12 +218,13 @@ def describe(comparison: Comparison) -> str:
         "",
     ]
     alike = sum(answer.parts_at is None for answer in answers)
-    closer = "no different" if of["kl"] <= 0 else f"{of['adapter_kl'] / of['kl']:,.4g} times closer"
-    effect = "" if of["effect"] is None else f"; {of['effect']:.2%} of the adapter's effect"
+    largest, spread, effect = of["largest_logit_difference"], of["logit_spread"], of["effect"]
+    closer = "no different" if of["kl"] <= 0 else f"{of['adapter_kl'] / of['kl']:,.0f} times closer"
     lines += [
         f"the same text on {alike} of {len(answers)} prompts; top-1 agrees at {of['top1_agreement']:.2%} of positions",
-        f"largest logit difference {of['largest_logit_difference']:.3g}, where logits spread by {of['logit_spread']:.3g}",
-        f"{closer} to base + adapter than the base alone is (KL {of['kl']:.3g} against {of['adapter_kl']:.3g}){effect}",
+        f"largest logit difference {largest:.3g}, where logits spread by {spread:.3g}",
+        f"{closer} to base + adapter than the base alone is (KL {of['kl']:.3g} against {of['adapter_kl']:.3g})",
+        *([] if effect is None else [f"{effect:.2%} of the adapter's effect"]),
         *(f"note: {note}" for note in comparison.notes),
         "the same" if comparison.same else "DIFFERENT",
     ]
