@@ -174,11 +174,9 @@ class _History:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
         readline = self._readline
-        readline.set_history_length(_HISTORY)
+        readline.set_history_length(_HISTORY)  # of the file, when it is written to
         readline.clear_history()
         readline.read_history_file(file)
-        if readline.get_current_history_length() > _HISTORY:
-            readline.write_history_file(file)
         self._known = readline.get_current_history_length()
         return file
 

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,11 +18,14 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from shardmerge import chat
 from shardmerge.chat import Chat, Message
+from shardmerge.cli import cli
 from shardmerge.errors import ConfigError, FormatError, ShardmergeError, SourceError
+from tests.peft_oracle import merge_to, random, write_adapter
 from tests.talkers import byte_tokenizer, save_model, word_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -409,6 +413,95 @@ def test_an_error_is_survived_on_a_terminal_only(
         chat.loop(templated, max_new_tokens=1)
 
 
+# --- history ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [("/state", "/state/shardmerge/chat_history"), ("", None), ("relative", None)],
+    ids=["given", "none", "relative"],
+)
+def test_where_history_is_kept(monkeypatch: pytest.MonkeyPatch, state: str, expected: str | None) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", state)
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert str(chat.history_file()) == (expected or "/home/someone/.local/state/shardmerge/chat_history")
+
+
+def test_history_is_the_users_own_and_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readline = pytest.importorskip("readline")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    file = chat.history_file()
+    chat._History()
+    assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    file.write_text("".join(f"line {number}\n" for number in range(1500)))
+    history = chat._History()
+    readline.add_history("the last")
+    history.keep()
+    history.keep()
+    lines = file.read_text().splitlines()
+    assert len(lines) == 1000
+    assert lines[-2:] == ["line 1499", "the last"]
+
+
+def test_without_a_place_for_history_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    chat._History().keep()
+    monkeypatch.setitem(sys.modules, "readline", None)
+    chat._History().keep()
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def merged_dir(plain_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("merged")
+    factors = (random(4, 32, seed=1), random(32, 4, seed=2))
+    write_adapter(folder / "adapter", {"model.layers.0.self_attn.v_proj": factors})
+    merge_to(folder / "out", plain_dir, folder / "adapter")
+    return folder / "out"
+
+
+def run(*arguments: str | Path, stdin: str | None = None) -> Any:
+    return CliRunner().invoke(cli, ["chat", *map(str, arguments)], input=stdin)
+
+
+def test_one_answer_as_json(merged_dir: Path) -> None:
+    answer = chat.load(str(merged_dir)).answer([SYSTEM, user("word1")], 6, ignore)
+    done = run(merged_dir, "--prompt", "-", "--system", "word7", "--max-new-tokens", "6", "--json", stdin="word1\n")
+    assert done.exit_code == 0, done.output
+    expected = {"model": str(merged_dir), "system": "word7", "prompt": "word1", "answer": answer}
+    assert (json.loads(done.stdout), done.stderr) == (expected, "")
+
+
+def test_adapter_off_is_the_base(merged_dir: Path, plain_dir: Path, plain: Chat, tmp_path: Path) -> None:
+    options = ("--prompt", "word1", "--max-new-tokens", "8")
+    base = plain.answer([user("word1")], 8, ignore) + "\n"
+    assert run(merged_dir, *options).stdout != base
+    done = run(merged_dir, *options, "--adapter-off")
+    assert done.stdout == base
+    assert done.stderr == f"this is the base, without the adapter: {plain_dir}\n"
+    shutil.copytree(plain_dir, tmp_path / "moved")
+    assert run(merged_dir, *options, "--adapter-off", "--base", tmp_path / "moved").stdout == base
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--json"], 2, "--json is for one answer: give --prompt"),
+        (["--prompt", "a", "--base", "b"], 2, "to talk to it with --adapter-off"),
+        (["--prompt", "a", "--adapter-off"], 4, "no shardmerge.json that can be read"),
+        (["--prompt", " "], 2, "the prompt is empty"),
+    ],
+    ids=["json", "base", "no record", "empty"],
+)
+def test_what_the_command_refuses(plain_dir: Path, arguments: list[str], code: int, message: str) -> None:
+    done = run(plain_dir, *arguments)
+    assert done.exit_code == code
+    assert message in done.stderr
+
+
 # --- a real process --------------------------------------------------------------------------------------------------
 
 PATIENCE = 120.0  # seconds, for a machine that does something else as well
@@ -419,8 +512,7 @@ ONCE = "import sys; from shardmerge import chat; chat.once(chat.load(sys.argv[1]
 # A background job's children inherit an ignored SIGINT, and only a session's leader can take its terminal.
 LOOP = (
     "import fcntl, signal, sys, termios; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "fcntl.ioctl(0, termios.TIOCSCTTY, 0); from shardmerge import chat; "
-    "chat.loop(chat.load(sys.argv[1]), max_new_tokens=int(sys.argv[2]))"
+    "fcntl.ioctl(0, termios.TIOCSCTTY, 0); from shardmerge.cli import main; main()"
 )
 
 
@@ -440,12 +532,12 @@ class Session:
         self.seen = ""
         with notices.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", LOOP, str(model), str(max_new_tokens)],
+                [sys.executable, "-c", LOOP, "chat", str(model), "--max-new-tokens", str(max_new_tokens)],
                 stdin=slave,
                 stdout=slave,
                 stderr=stderr,
                 start_new_session=True,
-                env=ENVIRONMENT,
+                env={**ENVIRONMENT, "XDG_STATE_HOME": str(notices.parent / "state")},
             )
         os.close(slave)
 
@@ -497,6 +589,24 @@ def test_a_terminal_asks_is_answered_and_leaves(
     user_side.type("/exit\n")
     assert user_side.process.wait(PATIENCE) == 0
     assert user_side.notices.read_text().splitlines()[1:] == ["the conversation is forgotten"]
+
+
+def test_a_line_of_an_earlier_session_comes_back(
+    session: Callable[[Path, int], Session], tmp_path: Path, templated_dir: Path, templated: Chat
+) -> None:
+    file = tmp_path / "state" / "shardmerge" / "chat_history"
+    file.parent.mkdir(parents=True)
+    file.write_text("word2\nword1\n")
+    user_side = session(templated_dir, 6)
+    user_side.expect("> ")
+    user_side.type("\x10\n")  # as arrow up
+    user_side.expect(templated.answer([user("word1")], 6, ignore) + "\n> ")
+    user_side.type("word3\n")
+    user_side.expect("\n> ")
+    # Killed, it can write nothing any more.
+    user_side.process.kill()
+    user_side.process.wait()
+    assert file.read_text().splitlines() == ["word2", "word1", "word3"]
 
 
 def test_ctrl_c_stops_an_answer_and_ctrl_d_the_program(

@@ -219,16 +219,23 @@ def describe(comparison: Comparison) -> str:
     ]
     alike = sum(answer.parts_at is None for answer in answers)
     largest, spread, effect = of["largest_logit_difference"], of["logit_spread"], of["effect"]
-    closer = "no different" if of["kl"] <= 0 else f"{of['adapter_kl'] / of['kl']:,.0f} times closer"
     lines += [
         f"the same text on {alike} of {len(answers)} prompts; top-1 agrees at {of['top1_agreement']:.2%} of positions",
         f"largest logit difference {largest:.3g}, where logits spread by {spread:.3g}",
-        f"{closer} to base + adapter than the base alone is (KL {of['kl']:.3g} against {of['adapter_kl']:.3g})",
+        _closeness(of),
         *([] if effect is None else [f"{effect:.2%} of the adapter's effect"]),
         *(f"note: {note}" for note in comparison.notes),
         "the same" if comparison.same else "DIFFERENT",
     ]
     return "\n".join(lines)
+
+
+def _closeness(of: dict[str, Any]) -> str:
+    if of["kl"] <= 0:
+        return f"no KL divergence at all, where the base alone has {of['adapter_kl']:.3g}"
+    times = of["adapter_kl"] / of["kl"]
+    shown = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
+    return f"KL {of['kl']:.3g}, that of the base alone is {of['adapter_kl']:.3g}: {shown} times as far"
 
 
 def difference(comparison: Comparison) -> str:
