@@ -121,7 +121,11 @@ class LazyFactors:
             if ref.is_transposed:
                 index.reverse()
             raise NonFiniteError(f"{ref.uri}: {ref.name} holds {value} at {index}; the merge was stopped")
-        return stored.to(device=self._device, dtype=self._dtype).contiguous()
+        if self._device.type != "cpu" or stored.numel() * self._dtype.itemsize <= KEPT_WHOLE_BYTES:
+            return stored.to(device=self._device, dtype=self._dtype).contiguous()
+        memory, _, start = _memory(stored.numel() * self._dtype.itemsize)
+        ready = torch.frombuffer(memory, dtype=self._dtype, offset=start, count=stored.numel()).view(stored.shape)
+        return ready.copy_(stored)
 
     def _read(self, ref: TensorRef, rows: RowRange) -> Tensor:
         row = math.prod(ref.shape[1:]) * DTYPE_BITS[ref.dtype] // 8

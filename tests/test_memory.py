@@ -120,7 +120,7 @@ def test_predicted_memory(tmp_path: Path) -> None:
     assert max(peaks.values()) - min(peaks.values()) < 16 * MIB, peaks
 
 
-@pytest.mark.parametrize("max_memory", ["14MB", "20MB", "30MB"])
+@pytest.mark.parametrize("max_memory", ["15MB", "20MB", "30MB"])
 def test_max_memory_bounds_the_working_set(tmp_path: Path, max_memory: str) -> None:
     config = write_model(tmp_path, MODELS["rank 8"])
     done = run_cli("run", config, "--quiet", "-s", f"compute.max_memory={max_memory}")

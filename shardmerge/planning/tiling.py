@@ -39,6 +39,8 @@ AUTO_MEMORY = 48 << 20
 #: its float32 work space stay in a core's cache.
 _SIZES = (*((1 << bits, 1 << 19) for bits in (22, 21, 20)), *((1 << bits, 1 << bits) for bits in range(19, 15, -1)))
 _PAGE = 4096
+#: What MKL copies of a factor, at most, before it multiplies with it; each thread by itself.
+_PANEL_BYTES = 1 << 20
 
 
 def itemsize(dtype: str) -> int:
@@ -174,6 +176,7 @@ def _factor_bytes(update: Update, rows: int, compute_dtype: str) -> int:
             continue
         if role not in partial or (ref.nbytes <= KEPT_WHOLE_BYTES and not update.by_columns):
             total += _one_factor(ref, None, compute_dtype)
+            total += WORKERS * min(math.prod(ref.shape) * itemsize(compute_dtype), _PANEL_BYTES)
         elif update.by_columns:
             part = math.prod(ref.shape[:-1]) * rows * (itemsize(compute_dtype) + itemsize(ref.dtype))
             total += WORKERS * part + (ref.nbytes if ref.nbytes <= KEPT_WHOLE_BYTES or ref.strides is not None else 0)
