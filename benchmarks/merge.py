@@ -119,7 +119,7 @@ def comparisons(options: argparse.Namespace, note: Callable[[str], None]) -> Ite
         for rank in options.rank:
             tools = []
             for tool in options.tools:
-                if space.lacks_memory(tool, shape.base_bytes(), options.dtype):
+                if space.lacks_memory(tool, shape, options.dtype):
                     note(f"{shape.name}: {tool} left out: it holds the model, which this machine's memory does not")
                 else:
                     tools.append(tool)

@@ -10,13 +10,15 @@ from pathlib import Path
 
 from benchmarks.making import is_made, place
 from benchmarks.runs import human
-from benchmarks.shapes import Shape
+from benchmarks.shapes import MoeShape, Shape
 from benchmarks.tools import MERGES, WHOLE
 
 #: Headers, configs, logs, and the file system's own.
 _MARGIN = 0.02
 #: Who builds the model holds it whole, and an interpreter and a shard beside it.
-_BESIDE_MODEL = 1.1
+_OF_MODEL = 1.1
+#: Experts stored one by one are put together while the model loads, so there is more than twice of them (measured).
+_OF_MODEL_WITH_EXPERTS = 2.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,8 @@ def memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def lacks_memory(tool: str, base_bytes: int, dtype: str) -> bool:
+def lacks_memory(tool: str, shape: Shape, dtype: str) -> bool:
     """Whether a tool holds a model that this machine cannot hold: to try would be to have it, or others, killed."""
-    model = base_bytes * 2 if dtype == "float32" else base_bytes
-    return tool in WHOLE and model * _BESIDE_MODEL > memory()
+    model = shape.base_bytes() * (2 if dtype == "float32" else 1)
+    times = _OF_MODEL_WITH_EXPERTS if isinstance(shape, MoeShape) else _OF_MODEL
+    return tool in WHOLE and model * times > memory()

@@ -117,6 +117,16 @@ def test_tool_that_memory_does_not_hold_is_left_out_and_told(monkeypatch: pytest
     assert len(notes) == 1 and "llama3-8b: peft left out" in notes[0]
 
 
+def test_experts_take_a_model_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's peak on the 3.7 GB shape was 8.7 GB."""
+    moe = SHAPES["qwen3-moe"]
+    for gigabytes, is_too_little in ((8.0, True), (10.0, False)):
+        monkeypatch.setattr(space, "memory", lambda size=gigabytes: int(size * GB))
+        assert space.lacks_memory("peft", moe, "same") is is_too_little
+        assert space.lacks_memory("peft", moe, "float32")
+        assert not space.lacks_memory("shardmerge", moe, "same")
+
+
 # --- space ------------------------------------------------------------------------------------------------------------
 
 
