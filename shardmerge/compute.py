@@ -23,6 +23,7 @@ from shardmerge.factors import LazyFactors, UpdateFactors
 from shardmerge.fidelity import Sampler
 from shardmerge.gguf.quantize import overflow_limit as quantized_limit
 from shardmerge.gguf.quantize import quantize_into
+from shardmerge.gguf.tiles import arrange
 from shardmerge.jobs import Job, Positions
 from shardmerge.pipeline import Buffer
 from shardmerge.spec import (
@@ -227,9 +228,9 @@ class TileWorker:
         """Encode as another format wants it, of the values that a checkpoint in between would have held."""
         merged = torch.empty(tile.shape, dtype=TORCH_DTYPES[finish.dtype])
         self._round(tensor, rows, tile, merged)
-        if not merged.numel() or not float(merged.abs().max()) < _limit(tensor):
+        if merged.numel() and not float(merged.abs().max()) < _limit(tensor):
             self._check(tile, tensor, rows)
-        quantize_into(target.view(-1), _arranged(merged, finish), tensor.out.dtype)
+        quantize_into(target.view(-1), arrange(finish, merged), tensor.out.dtype)
 
     def _reaching(self, tensor: TensorPlan, rows: RowRange) -> tuple[Update, ...]:
         """The updates that may reach rows of a tensor."""
@@ -279,16 +280,6 @@ class TileWorker:
             reader = self._open_file(tensor.source.uri)
             reader.read_into(tensor.source.offset + (row * tensor.row_elements + column) * size, memoryview(data))
         return float(torch.frombuffer(data, dtype=TORCH_DTYPES[tensor.source.dtype])[0])
-
-
-def _arranged(merged: Tensor, finish: Finish) -> Tensor:
-    """Rows in the file's order and in float32."""
-    if finish.shuffle is not None:
-        _, a, b = finish.shuffle
-        merged = merged.view(-1, a, b, merged.shape[1]).transpose(1, 2).reshape(merged.shape)
-    if finish.addend:
-        merged = (merged if merged.dtype == torch.float16 else merged.to(torch.float32)) + finish.addend
-    return merged.to(torch.float32)
 
 
 def _limit(tensor: TensorPlan) -> float:

@@ -15,21 +15,10 @@ import torch
 from torch import Tensor
 
 from shardmerge.adapters import FAMILIES
-from shardmerge.codecs import TORCH_DTYPES
+from shardmerge.codecs import NUMBER_DTYPES
 from shardmerge.errors import NonFiniteError
 from shardmerge.sources import Reader
 from shardmerge.spec import ALIGNMENT, DTYPE_BITS, KEPT_WHOLE_BYTES, RowRange, TensorRef, Update
-
-#: Factors may be numbers of rows and columns, too.
-_DTYPES = {
-    **TORCH_DTYPES,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 class LazyFactors:
@@ -134,14 +123,14 @@ class LazyFactors:
             offset, size = ref.offset, ref.nbytes
         memory, view, start = _memory(size)
         self._reader(ref.uri).read_into(offset, view)
-        dtype = _DTYPES[ref.dtype]
+        dtype = NUMBER_DTYPES[ref.dtype]
         flat = torch.frombuffer(memory, dtype=dtype, offset=start, count=size // dtype.itemsize)
         shape = (len(rows), *ref.shape[1:])
         return flat.view(shape) if ref.strides is None else flat.as_strided(shape, ref.strides)
 
     def _read_columns(self, ref: TensorRef, columns: RowRange) -> Tensor:
         height, width = ref.shape
-        dtype = _DTYPES[ref.dtype]
+        dtype = NUMBER_DTYPES[ref.dtype]
         part = len(columns) * dtype.itemsize
         memory, view, start = _memory(height * part)
         reader = self._reader(ref.uri)

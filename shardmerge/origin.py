@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from shardmerge.adapter_file import AdapterFile, open_adapter
 from shardmerge.checkpoint import open_checkpoint
-from shardmerge.config import AdapterConfig, MergeConfig
+from shardmerge.config import AdapterConfig, recorded_config, relocated
 from shardmerge.errors import ConfigError, FormatError, SourceError
 from shardmerge.journal import RECORD_NAME, is_unfinished, read_record
 from shardmerge.sources import Source, directory_of, open_source
@@ -65,38 +64,19 @@ def read_origin(output: Path, base: str | None = None, adapters: Sequence[str] =
     if record is None or not isinstance(recorded, dict):
         raise FormatError(f"{output}: there is no {RECORD_NAME} that can be read, so nothing says what was merged")
     try:
-        config = MergeConfig.from_dict(recorded, RECORD_NAME)
+        config = recorded_config(recorded, RECORD_NAME)
     except ConfigError as error:
         raise FormatError(f"{output}: the config in {RECORD_NAME} is damaged: {error}") from None
-    if adapters and len(adapters) != len(config.adapters):
-        raise ConfigError(
-            f"{len(adapters)} adapters are given, but {len(config.adapters)} were merged: give a place for each, in "
-            "their order"
-        )
-    infos = record.get("adapters")
-    places: list[str | None] = list(adapters) or [_place(info) for info in (infos if isinstance(infos, list) else [])]
-    entries = tuple(
-        entry.model_copy(update={"path": place}) if place else entry
-        for entry, place in itertools.zip_longest(config.adapters, places[: len(config.adapters)])
-    )
+    config = relocated(config, record, base, adapters)
     targets = record.get("targets")
     names = frozenset(targets) if isinstance(targets, dict) else frozenset()
-    return Origin(base or _place(record.get("base")) or config.base, entries, names)
+    return Origin(config.base, config.adapters, names)
 
 
 def stored_dtypes(output: Path, names: frozenset[str]) -> set[str]:
     """What these weights of a checkpoint are stored in, by safetensors' names for it."""
     weights: Mapping[str, Any] = open_checkpoint(open_source(str(output))).weights
     return {weight.tensor.dtype for name, weight in weights.items() if name in names}
-
-
-def _place(info: Any) -> str | None:
-    """Where a base or an adapter was found: an absolute path, or a Hub id with the commit."""
-    location = info.get("location") if isinstance(info, dict) else None
-    if not isinstance(location, str) or not location:
-        return None
-    revision = info.get("revision")
-    return f"{location}@{revision}" if revision else location
 
 
 def _open(what: str, place: str) -> Source:

@@ -249,7 +249,7 @@ def next_steps(plan: MergePlan) -> str:
     """What to run now, where the output is not simply loaded."""
     if not plan.is_gguf:
         return ""
-    name = Path(plan.output).name.lower()
+    name = shlex.quote(Path(plan.output).name.lower())
     return (
         f"\n\nwith Ollama:\n  cd {shlex.quote(plan.output)} && ollama create {name} -f Modelfile\n  ollama run {name}"
     )

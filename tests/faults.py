@@ -12,7 +12,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,19 @@ from typing import Any
 WRITES = ("open", "write", "pwrite", "posix_fallocate", "fsync", "replace", "unlink", "mkdir", "rmdir")
 #: Files and, as None, directories by their paths below a root.
 Tree = dict[str, bytes | None]
+
+
+@contextmanager
+def _wrapped(names: Sequence[str], wrap: Callable[[str, Any], Any]) -> Iterator[None]:
+    """Within, functions of `os` are what ``wrap`` makes of them, by name."""
+    originals = {name: getattr(os, name) for name in names}
+    for name, original in originals.items():
+        setattr(os, name, wrap(name, original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(os, name, original)
 
 
 class Cut(BaseException):
@@ -40,14 +53,8 @@ class Steps:
 
     @contextmanager
     def watched(self) -> Iterator[Steps]:
-        originals = {name: getattr(os, name) for name in self.names}
-        for name, original in originals.items():
-            setattr(os, name, self._wrap(name, original))
-        try:
+        with _wrapped(self.names, self._wrap):
             yield self
-        finally:
-            for name, original in originals.items():
-                setattr(os, name, original)
 
     def _wrap(self, name: str, original: Any) -> Any:
         def step(*args: Any, **options: Any) -> Any:
@@ -236,14 +243,8 @@ class PowerFailure:
 
     @contextmanager
     def watching(self) -> Iterator[PowerFailure]:
-        originals = {name: getattr(os, name) for name in (*WRITES, "close")}
-        for name, original in originals.items():
-            setattr(os, name, self._wrap(name, original))
-        try:
+        with _wrapped((*WRITES, "close"), self._wrap):
             yield self
-        finally:
-            for name, original in originals.items():
-                setattr(os, name, original)
 
     def _wrap(self, name: str, original: Any) -> Any:
         note: Callable[..., bool] = getattr(self, f"_note_{name}")

@@ -204,7 +204,9 @@ def data_of(tensor: OutputTensor, stored: Mapping[str, Tensor], tile_rows: int |
         rows = stored[part.tensor].reshape(-1, tensor.columns)[part.rows.start : part.rows.stop]
         step = len(rows) if tile_rows is None else -(-tile_rows // tensor.group) * tensor.group
         for start in range(0, len(rows), step):
-            tile = arrange(tensor, rows[start : start + step])
+            tile = rows[start : start + step]
+            # Of a vector every element is a row.
+            tile = arrange(tensor.finish, tile if len(tensor.shape) > 1 else tile.view(-1, 1)).view(tile.shape)
             size = len(tile) * tensor.row_nbytes
             quantize_into(data[at : at + size], tile, tensor.kind)
             at += size

@@ -28,6 +28,8 @@ from shardmerge.errors import ConfigError, FormatError, ShardmergeError, SourceE
 from tests.peft_oracle import merge_to, random, write_adapter
 from tests.talkers import byte_tokenizer, save_model, word_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 transformers = pytest.importorskip("transformers")
 
 CHAT_TEMPLATE = (
@@ -35,15 +37,6 @@ CHAT_TEMPLATE = (
     "{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
 )
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 5, "num_beams": 4, "max_length": 9}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads that wait for each other on a busy machine take seconds for what one does in milliseconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,6 +35,8 @@ from tests.builders import run_python
 from tests.peft_oracle import _new_folder as new_folder
 from tests.peft_oracle import assert_same_bits, bits, make_config, stored
 from tests.zoo import BF16, F16, F32, F64, Adapter, by_hand, lora, peft
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)
@@ -291,15 +293,6 @@ each_row = pytest.mark.parametrize(
 #: another order leave 3e-6 in float32 (RandLoRA's, of PEFT's own merge too, 2e-5); 16 bits round every weight, which
 #: leaves PEFT's merges 2e-2 and 2e-3.
 TOLERANCE = {F32: 5e-5, BF16: 0.04, F16: 0.005}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """How many threads there are moves the last bit of products of small or odd sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @cache

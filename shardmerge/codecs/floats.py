@@ -20,6 +20,16 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+#: What tensors of a file may be: floats, and numbers of rows, columns and such.
+NUMBER_DTYPES: Mapping[str, torch.dtype] = {
+    **TORCH_DTYPES,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 

@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from shardmerge.spec import BLOCKS, row_nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class GgmlType:
@@ -39,14 +41,14 @@ class GgmlType:
 TYPES: Mapping[str, GgmlType] = {
     kind.name: kind
     for kind in (
-        GgmlType("F32", 0, 1, 4, 0),
-        GgmlType("F16", 1, 1, 2, 1),
-        GgmlType("Q4_0", 2, 32, 18, 2),
-        GgmlType("Q4_1", 3, 32, 20, 3),
-        GgmlType("Q5_0", 6, 32, 22, 8),
-        GgmlType("Q5_1", 7, 32, 24, 9),
-        GgmlType("Q8_0", 8, 32, 34, 7),
-        GgmlType("BF16", 30, 1, 2, 32),
+        GgmlType("F32", 0, 1, row_nbytes("F32", 1), 0),
+        GgmlType("F16", 1, 1, row_nbytes("F16", 1), 1),
+        GgmlType("Q4_0", 2, *BLOCKS["Q4_0"], 2),
+        GgmlType("Q4_1", 3, *BLOCKS["Q4_1"], 3),
+        GgmlType("Q5_0", 6, *BLOCKS["Q5_0"], 8),
+        GgmlType("Q5_1", 7, *BLOCKS["Q5_1"], 9),
+        GgmlType("Q8_0", 8, *BLOCKS["Q8_0"], 7),
+        GgmlType("BF16", 30, 1, row_nbytes("BF16", 1), 32),
     )
 }
 

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from shardmerge.gguf.formats import TYPES, GgmlType, padded
 from shardmerge.gguf.model import Model
-from shardmerge.spec import FLOAT_DTYPES, RowRange
+from shardmerge.spec import FLOAT_DTYPES, Finish, RowRange
 
 #: Tensors that checkpoints have and no model needs.
 _UNUSED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
@@ -86,6 +86,11 @@ class OutputTensor:
     values: tuple[float, ...] | RopeScaling = ()
 
     @property
+    def finish(self) -> Finish:
+        """What is done to merged rows."""
+        return Finish(self.dtype, self.shuffle, self.addend)
+
+    @property
     def type(self) -> GgmlType:
         return TYPES[self.kind]
 
@@ -107,7 +112,7 @@ class OutputTensor:
 
         Of a vector, whose elements do, its elements: it is one row.
         """
-        return self.shuffle[1] * self.shuffle[2] if self.shuffle and len(self.shape) > 1 else 1
+        return self.finish.group if len(self.shape) > 1 else 1
 
 
 @dataclass(frozen=True, slots=True)

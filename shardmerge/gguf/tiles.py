@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from shardmerge.gguf.layout import OutputTensor, RopeScaling
+from shardmerge.spec import Finish
 
 
-def arrange(tensor: OutputTensor, tile: Tensor) -> Tensor:
+def arrange(finish: Finish, tile: Tensor) -> Tensor:
     """Merged rows (rows, columns) in the stored dtype → rows of the file, in float32.
 
-    ``rows`` is a multiple of `OutputTensor.group`; of a vector it is 1. Neither copies where nothing is to be done.
+    ``rows`` is a multiple of `Finish.group`; of a vector every element is a row. No copy where nothing is to be done.
     """
-    if tensor.shuffle:
-        _, a, b = tensor.shuffle
-        width = tile.shape[1] if len(tensor.shape) > 1 else 1
-        tile = tile.reshape(-1, a, b, width).transpose(1, 2).reshape(tile.shape)
-    if tensor.addend:
+    if finish.shuffle:
+        _, a, b = finish.shuffle
+        tile = tile.reshape(-1, a, b, tile.shape[1]).transpose(1, 2).reshape(tile.shape)
+    if finish.addend:
         # The converter adds in the stored dtype if that is float16, and in float32 if it is not.
-        tile = (tile if tile.dtype == torch.float16 else tile.to(torch.float32)) + tensor.addend
+        tile = (tile if tile.dtype == torch.float16 else tile.to(torch.float32)) + finish.addend
     return tile.to(torch.float32)
 
 

@@ -14,7 +14,6 @@ from shardmerge.sinks import Layout
 from shardmerge.sources import inline_file, open_reader
 from shardmerge.spec import (
     AuxFile,
-    Finish,
     ShardPlan,
     TensorInfo,
     TensorPlan,
@@ -104,7 +103,7 @@ def _plans(
 
 
 def _plan(tensor: OutputTensor, part: Part, place: tuple[int, int], ref: TensorRef, is_updated: bool) -> TensorPlan:
-    finish = Finish(tensor.dtype, tensor.shuffle, tensor.addend)
+    finish = tensor.finish
     shape = (len(part.rows), tensor.columns) if len(ref.shape) > 1 else ref.shape
     out = TensorInfo(tensor.kind, shape, place)
     size = row_nbytes(ref.dtype, tensor.columns)

@@ -216,9 +216,8 @@ class SafetensorsSink:
         if staged.exists():
             durable.rename(staged, self.output / shard.name)
         else:
-            durable.fsync_directory(
-                self.output
-            )  # an earlier run has moved it, and was perhaps killed before it did this
+            # An earlier run has moved it, and was perhaps killed before it did this.
+            durable.fsync_directory(self.output)
 
     def _copy(self, aux: AuxFile) -> None:
         target = self.output / aux.name

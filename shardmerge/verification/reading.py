@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from shardmerge.codecs import NUMBER_DTYPES
 from shardmerge.errors import SourceError
 from shardmerge.sources import Reader, open_reader
 from shardmerge.spec import DTYPE_BITS, RowRange, SourceFile, TensorRef
@@ -19,19 +20,6 @@ from shardmerge.spec import DTYPE_BITS, RowRange, SourceFile, TensorRef
 #: Bytes that are read at a time.
 CHUNK = 4 << 20
 _OPEN = 8
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @contextmanager
@@ -84,8 +72,8 @@ class Files:
 def decode(data: bytearray, dtype: str, row_elements: int) -> Tensor:
     """Bytes seen as (rows, row_elements) of their own dtype; no copy."""
     if not data:
-        return torch.empty(0, row_elements, dtype=DTYPES[dtype])
-    return torch.frombuffer(data, dtype=DTYPES[dtype]).view(-1, row_elements)
+        return torch.empty(0, row_elements, dtype=NUMBER_DTYPES[dtype])
+    return torch.frombuffer(data, dtype=NUMBER_DTYPES[dtype]).view(-1, row_elements)
 
 
 def wide(values: Tensor) -> Tensor:
@@ -133,5 +121,5 @@ class Factor:
 
     def _as_stored(self) -> Tensor:
         ref = self.ref
-        flat = torch.frombuffer(self._files.read(ref.uri, ref.offset, ref.nbytes), dtype=DTYPES[ref.dtype])
+        flat = torch.frombuffer(self._files.read(ref.uri, ref.offset, ref.nbytes), dtype=NUMBER_DTYPES[ref.dtype])
         return flat.view(ref.shape) if ref.strides is None else flat.as_strided(ref.shape, ref.strides)

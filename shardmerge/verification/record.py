@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from shardmerge.adapter_file import open_adapter
 from shardmerge.checkpoint import Checkpoint, open_checkpoint
-from shardmerge.config import MergeConfig, recorded_config
+from shardmerge.config import MergeConfig, recorded_config, relocated
 from shardmerge.errors import ConfigError, PlanError, ShardmergeError, SourceError, VerifyError
 from shardmerge.fingerprint import with_contents
 from shardmerge.journal import RECORD_NAME, is_unfinished, read_record
@@ -135,34 +134,13 @@ def _located(
     config: MergeConfig, record: Record, output: Path, base: str | None, adapters: Sequence[str]
 ) -> MergeConfig:
     """The config with the places that the merge found its files at, or those given now."""
-    if adapters and len(adapters) != len(config.adapters):
-        raise ConfigError(
-            f"{len(adapters)} adapters are given, but {len(config.adapters)} were merged: give a place for each, in "
-            "their order"
-        )
-    infos = record.values.get("adapters")
-    places: list[str | None] = list(adapters) or [_place(info) for info in (infos if isinstance(infos, list) else [])]
-    entries = [
-        entry.model_copy(update={"path": place}) if place else entry
-        for entry, place in itertools.zip_longest(config.adapters, places[: len(config.adapters)])
-    ]
+    config = relocated(config, record.values, base, adapters)
     changes = {
-        "base": base or _place(record.values.get("base")) or config.base,
-        "adapters": tuple(entries),
         "output": config.output.model_copy(update={"path": str(output)}),
         # How much memory there was is of no matter here.
         "compute": config.compute.model_copy(update={"max_memory": "auto"}),
     }
     return config.model_copy(update=changes)
-
-
-def _place(info: Any) -> str | None:
-    """Where a base or an adapter was found: an absolute path, or a Hub id with the commit."""
-    location = info.get("location") if isinstance(info, dict) else None
-    if not isinstance(location, str) or not location:
-        return None
-    revision = info.get("revision")
-    return f"{location}@{revision}" if revision else location
 
 
 def _missing(config: MergeConfig) -> Iterator[str]:

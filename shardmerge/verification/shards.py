@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from shardmerge.checksums import Checksums
+from shardmerge.codecs import NUMBER_DTYPES
 from shardmerge.spec import DTYPE_BITS, RowRange, SourceFile, TensorInfo, TensorPlan
 from shardmerge.verification.exact import Exact, half_unit, is_copied
 from shardmerge.verification.findings import CHECKSUMS, TOUCHED, UNTOUCHED, Findings
-from shardmerge.verification.reading import CHUNK, DTYPES, Files, decode, wide
+from shardmerge.verification.reading import CHUNK, Files, decode, wide
 from shardmerge.verification.rows import all_rows, sampled
 
 Advance = Callable[[int], None]
@@ -294,7 +295,7 @@ def _first_difference(one: bytearray, other: bytearray) -> int:
 
 def _shown(element: bytearray, dtype: str) -> float | str:
     """A number, or the bytes of what is none."""
-    if dtype not in DTYPES:
+    if dtype not in NUMBER_DTYPES:
         return element.hex()
-    value = torch.frombuffer(bytearray(element), dtype=DTYPES[dtype])[0].item()
+    value = torch.frombuffer(bytearray(element), dtype=NUMBER_DTYPES[dtype])[0].item()
     return float(value) if math.isfinite(value) else str(value)
