@@ -41,7 +41,7 @@ from shardmerge.spec import (
     dtype_code,
     row_nbytes,
 )
-from shardmerge.windows import by_expert, locate
+from shardmerge.windows import locate, reaching
 
 if TYPE_CHECKING:
     from shardmerge.sources import Reader
@@ -159,8 +159,11 @@ class TileWorker:
         self._threads = ComputeThreads(plan.memory.workers if self.device.type == "cpu" else 1)
         self._workspaces = [Workspace(plan.memory.workspace_bytes, self.device) for _ in range(self._threads.workers)]
         self._open_file = open_file
-        self.factors = LazyFactors(open_file, self.device)
-        self._experts: tuple[TensorPlan | None, list[tuple[Update, ...]]] = (None, [])
+        self.factors = LazyFactors(open_file, self.device, plan.memory.shared_bytes)
+        self._tensor: TensorPlan | None = None
+        self._work_dtype = self.dtype
+        self._columns = 0
+        self._reaching: Callable[[RowRange], Sequence[Update]] = lambda rows: ()
 
     def take(self) -> tuple[tuple[int, ...], Mapping[str, Fidelity]]:
         """What was seen since the last time: adapters that had an effect, by number, and how updates came through."""
@@ -171,14 +174,23 @@ class TileWorker:
     def close(self) -> None:
         self._threads.close()
 
+    def _begin(self, tensor: TensorPlan) -> None:
+        """Get ready what all tiles of a tensor share."""
+        if tensor is self._tensor:
+            return
+        self._tensor, self._columns, self._reaching = tensor, tensor.row_elements, reaching(tensor)
+        self._work_dtype = work_dtype(tensor, self.dtype)
+        self._threads.set_for(tensor)
+        self.factors.begin(tensor.updates, TORCH_DTYPES[self._work_dtype])
+        self.sampler.begin(tensor)
+
     def merge(self, job: Job, tensor: TensorPlan, buffer: Buffer, at: Positions) -> None:
         """Decode each tile from its buffer, update it in the workspace, and encode it into the same buffer."""
-        self._threads.set_for(tensor)
-        self.sampler.begin(tensor)
+        self._begin(tensor)
         first, stop = job.tiles[0].start, job.tiles[-1].stop
         raw = self._raw[id(buffer)]
-        stored = _matrix(raw, at.read, tensor.source.dtype, (stop - first, tensor.row_elements))
-        width = row_nbytes(tensor.out.dtype, tensor.row_elements)
+        stored = _matrix(raw, at.read, tensor.source.dtype, (stop - first, self._columns))
+        width = row_nbytes(tensor.out.dtype, self._columns)
         target = raw[at.work : at.work + job.write_bytes].view(stop - first if job.write_bytes else 0, width)
         if tensor.finish is None:
             target = target.view(TORCH_DTYPES[tensor.out.dtype])
@@ -198,11 +210,11 @@ class TileWorker:
         self, job: Job, tensor: TensorPlan, rows: RowRange, stored: Tensor, target: Tensor, workspace: Workspace
     ) -> None:
         """``stored`` (rows, columns) is the tile as it was read; ``target`` where it goes, as a matrix, too."""
-        tile, scratch = workspace.tensors((len(rows), tensor.row_elements), work_dtype(tensor, self.dtype))
+        tile, scratch = workspace.tensors((len(rows), self._columns), self._work_dtype)
         tile.copy_(stored)
         sample = None if job.survey is not None or tensor.finish else self.sampler.before(rows, stored)
         surveyed = None if job.survey is None else tensor.updates[job.survey]
-        for update in self._reaching(tensor, rows):
+        for update in self._reaching(rows):
             if update is surveyed:
                 self._update(update, tensor, rows, tile, scratch, FAMILIES[update.family].survey)
                 return
@@ -232,16 +244,6 @@ class TileWorker:
             self._check(tile, tensor, rows)
         quantize_into(target.view(-1), arrange(finish, merged), tensor.out.dtype)
 
-    def _reaching(self, tensor: TensorPlan, rows: RowRange) -> tuple[Update, ...]:
-        """The updates that may reach rows of a tensor."""
-        if tensor.row_dims == 1:
-            return tensor.updates
-        known, updates = self._experts
-        if known is not tensor:
-            updates = by_expert(tensor)
-            self._experts = (tensor, updates)
-        return updates[rows.start // tensor.source.shape[1]]
-
     def _update(
         self,
         update: Update,
@@ -255,10 +257,12 @@ class TileWorker:
         part = locate(tensor, update, rows)
         if part is None:
             return
-        view = tile[:, part.columns.start : part.columns.stop]
-        view = view.T if part.transposed else view
-        space = scratch.view(-1)[: view.numel()].view(view.shape)
-        apply(view, self.factors.of(update, tile.dtype), update, part.window, space)
+        view, space = tile, scratch
+        if len(part.columns) != self._columns or part.transposed:
+            view = tile[:, part.columns.start : part.columns.stop]
+            view = view.T if part.transposed else view
+            space = scratch.view(-1)[: view.numel()].view(view.shape)
+        apply(view, self.factors.of(update), update, part.window, space)
 
     def _check(self, tile: Tensor, tensor: TensorPlan, rows: RowRange) -> None:
         """Stop at a value that is not finite, or that the output dtype rounds to infinity."""

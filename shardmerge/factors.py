@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,11 +24,12 @@ from shardmerge.spec import ALIGNMENT, DTYPE_BITS, KEPT_WHOLE_BYTES, RowRange, T
 class LazyFactors:
     """Reads factors and keeps the whole ones of the current target."""
 
-    def __init__(self, reader: Callable[[str], Reader], device: torch.device) -> None:
+    def __init__(self, reader: Callable[[str], Reader], device: torch.device, shared_bytes: int = 0) -> None:
+        """``shared_bytes``: of factors that are kept as stored, what the next target needs not may stay so large."""
         self._reader = reader
+        self._shared_bytes = shared_bytes
         self._dtype = torch.float32
         self._device = device
-        self._target = ""
         self._kept: dict[TensorRef, Tensor] = {}
         self._as_stored: dict[TensorRef, Tensor] = {}
         self._built: dict[tuple[int, str], Tensor] = {}
@@ -38,24 +39,38 @@ class LazyFactors:
         #: Adapters, by number, that have had an effect since this was last cleared.
         self.active: set[int] = set()
 
-    def of(self, update: Update, dtype: torch.dtype = torch.float32) -> UpdateFactors:
-        """The factors of one update, in ``dtype``. A new target drops what was kept for the one before."""
-        with self.lock:
-            return self._of(update, dtype)
+    def begin(self, updates: Sequence[Update], dtype: torch.dtype = torch.float32) -> None:
+        """Work on another target from here on, in ``dtype``.
 
-    def _of(self, update: Update, dtype: torch.dtype) -> UpdateFactors:
-        if update.target != self._target:
-            self._kept.clear()
-            self._as_stored.clear()
-            self._built.clear()
-            self._target = update.target
+        Of what was kept for the one before, what this one needs too stays: experts that the base stores one by one
+        share their adapter's factors. Two sets of them, as a layer's down_proj has others than its gate and up.
+        """
+        needed = {ref for update in updates for _, ref in update.factors}
+        for ref in [ref for ref in self._kept if ref not in needed or dtype != self._dtype]:
+            del self._kept[ref]
+        room = self._shared_bytes
+        for ref in [ref for ref in reversed(self._as_stored) if ref not in needed]:  # the newest first
+            room -= ref.nbytes
+            if room < 0:
+                del self._as_stored[ref]
+        self._built.clear()
         self._dtype = dtype
+
+    def of(self, update: Update) -> UpdateFactors:
+        """The factors of one of the updates that were begun with."""
         return UpdateFactors(self, update)
 
     def whole(self, ref: TensorRef) -> Tensor:
         """A factor in the compute dtype, kept until the target changes."""
         if (kept := self._kept.get(ref)) is None:
             kept = self._kept[ref] = self._ready(ref, self._read(ref, RowRange(0, ref.shape[0])))
+        return kept
+
+    def as_stored(self, ref: TensorRef) -> Tensor:
+        """A factor in the dtype of its file and on the CPU, kept until the target changes."""
+        if (kept := self._as_stored.get(ref)) is None:
+            kept = self._stored(ref)
+            self._check(ref, kept)
         return kept
 
     def rows(self, ref: TensorRef, rows: RowRange) -> Tensor:
@@ -102,6 +117,15 @@ class LazyFactors:
     def _ready(self, ref: TensorRef, stored: Tensor, first: tuple[int, ...] = ()) -> Tensor:
         if not stored.dtype.is_floating_point:
             return stored.to(device=self._device, dtype=torch.int64).contiguous()
+        self._check(ref, stored, first)
+        if self._device.type != "cpu" or stored.numel() * self._dtype.itemsize <= KEPT_WHOLE_BYTES:
+            return stored.to(device=self._device, dtype=self._dtype).contiguous()
+        memory, _, start = _memory(stored.numel() * self._dtype.itemsize)
+        ready = torch.frombuffer(memory, dtype=self._dtype, offset=start, count=stored.numel()).view(stored.shape)
+        return ready.copy_(stored)
+
+    def _check(self, ref: TensorRef, stored: Tensor, first: tuple[int, ...] = ()) -> None:
+        """Stop at a value that is not finite; ``first`` is where in the factor the tensor begins."""
         # Asked of the least and the largest, as a mask of them all would take memory.
         if stored.numel() and not all(math.isfinite(float(bound)) for bound in torch.aminmax(stored)):
             index = (~torch.isfinite(stored)).nonzero()[0].tolist()
@@ -110,11 +134,6 @@ class LazyFactors:
             if ref.is_transposed:
                 index.reverse()
             raise NonFiniteError(f"{ref.uri}: {ref.name} holds {value} at {index}; the merge was stopped")
-        if self._device.type != "cpu" or stored.numel() * self._dtype.itemsize <= KEPT_WHOLE_BYTES:
-            return stored.to(device=self._device, dtype=self._dtype).contiguous()
-        memory, _, start = _memory(stored.numel() * self._dtype.itemsize)
-        ready = torch.frombuffer(memory, dtype=self._dtype, offset=start, count=stored.numel()).view(stored.shape)
-        return ready.copy_(stored)
 
     def _read(self, ref: TensorRef, rows: RowRange) -> Tensor:
         row = math.prod(ref.shape[1:]) * DTYPE_BITS[ref.dtype] // 8
@@ -164,6 +183,10 @@ class UpdateFactors:
     def whole(self, role: str) -> Tensor:
         with self._loader.lock:
             return self._seen(role, self._loader.whole(self._update.factor(role)))
+
+    def as_stored(self, role: str) -> Tensor:
+        with self._loader.lock:
+            return self._seen(role, self._loader.as_stored(self._update.factor(role)))
 
     def rows(self, role: str, rows: RowRange) -> Tensor:
         ref, shuffle = self._update.factor(role), self._update.place.shuffle

@@ -417,11 +417,13 @@ class MemoryPlan:
     workers: int
     workspace_bytes: int
     factor_bytes: int
+    #: Factors that several weights share, kept beside those of the weight at hand.
+    shared_bytes: int = 0
 
     @property
     def total(self) -> int:
         buffers = self.buffers * (self.buffer_bytes + BUFFER_SLACK)
-        return buffers + self.workers * self.workspace_bytes + self.factor_bytes + LIBRARY_BYTES
+        return buffers + self.workers * self.workspace_bytes + self.factor_bytes + self.shared_bytes + LIBRARY_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from shardmerge.spec import RowRange, TensorPlan, Update, Window
@@ -41,15 +42,18 @@ def locate(tensor: TensorPlan, update: Update, rows: RowRange) -> Part | None:
     return Part(Window(matrix_rows, matrix_columns, expert), columns, update.by_columns)
 
 
-def by_expert(tensor: TensorPlan) -> list[tuple[Update, ...]]:
-    """For every expert of a tensor that stores several, the updates that reach it, in their order.
+def reaching(tensor: TensorPlan) -> Callable[[RowRange], tuple[Update, ...]]:
+    """Tells the updates that may reach rows of a tensor, in their order; rows of one expert, where it stores several.
 
     An adapter may have one for every expert; who asked each of them of every tile would ask the square of their number.
     """
-    return [
-        tuple(update for update in tensor.updates if update.place.expert in (None, expert))
-        for expert in range(tensor.source.shape[0])
+    if tensor.row_dims == 1:
+        return lambda rows: tensor.updates
+    experts, height = tensor.source.shape[:2]
+    of = [
+        tuple(update for update in tensor.updates if update.place.expert in (None, expert)) for expert in range(experts)
     ]
+    return lambda rows: of[rows.start // height]
 
 
 def boundaries(tensor: TensorPlan) -> list[int]:

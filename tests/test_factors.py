@@ -14,10 +14,10 @@ from torch import Tensor
 
 from shardmerge.adapter_file import open_adapter
 from shardmerge.errors import NonFiniteError
-from shardmerge.factors import LazyFactors
+from shardmerge.factors import LazyFactors, UpdateFactors
 from shardmerge.pickled import read_pickled
 from shardmerge.sources import LocalReader, LocalSource, Reader
-from shardmerge.spec import ALIGNMENT, RowRange, SourceFile, TensorRef, even_rows
+from shardmerge.spec import ALIGNMENT, RowRange, SourceFile, TensorRef, Update, even_rows
 from tests.builders import update_of
 from tests.peft_oracle import random, write_adapter
 
@@ -62,6 +62,11 @@ class Opened:
             update_of(f"module{number}.weight", (OUT, IN), (("A", a), ("B", b)), adapter=number)
             for number, (a, b) in enumerate(refs)
         ]
+
+    def of(self, update: Update, dtype: torch.dtype = torch.float32) -> UpdateFactors:
+        """The factors of the only update of a target."""
+        self.loader.begin([update], dtype)
+        return self.loader.of(update)
 
     def _get(self, uri: str) -> Reader:
         self.uris.append(uri)
@@ -132,7 +137,7 @@ def stored(request: pytest.FixtureRequest) -> torch.dtype:
 def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
     opened = open_safetensors(tmp_path, torch.float32)
     opened.loader.active.clear()
-    opened.loader.of(opened.updates[0])
+    opened.of(opened.updates[0])
     assert opened.uris == [] and opened.taken() == []
 
 
@@ -143,7 +148,7 @@ def test_of_b_only_the_rows_of_a_tile_are_read(tiles: int, stored: torch.dtype, 
     update = opened.updates[0]
     ref, row = update.factor("B"), RANK * stored.itemsize
     for rows in even_rows(OUT, tiles):
-        found = opened.loader.of(update).rows("B", rows)
+        found = opened.of(update).rows("B", rows)
         assert torch.equal(found, B.to(stored).float()[rows.start : rows.stop])
         assert opened.taken() == [(ref.offset + rows.start * row, len(rows) * row)]
 
@@ -153,7 +158,7 @@ def test_a_small_b_is_read_once(tiles: int, stored: torch.dtype, tmp_path: Path)
     opened = open_safetensors(tmp_path, stored)
     update = opened.updates[0]
     for rows in even_rows(OUT, tiles):
-        found = opened.loader.of(update).rows("B", rows)
+        found = opened.of(update).rows("B", rows)
         assert torch.equal(found, B.to(stored).float()[rows.start : rows.stop])
         assert found.data_ptr() % ALIGNMENT == 0
     ref = update.factor("B")
@@ -165,7 +170,7 @@ def test_a_is_read_once_a_target(stored: torch.dtype, tmp_path: Path) -> None:
     for number, wanted in enumerate((A, A2)):
         update = opened.updates[number]
         for _ in range(5):
-            assert torch.equal(opened.loader.of(update).whole("A"), wanted.to(stored).float())
+            assert torch.equal(opened.of(update).whole("A"), wanted.to(stored).float())
         ref = update.factor("A")
         assert opened.taken() == [(ref.offset, ref.nbytes)]
 
@@ -174,6 +179,7 @@ def test_both_adapters_of_one_target_keep_their_a(tmp_path: Path) -> None:
     opened = open_safetensors(tmp_path, torch.float32)
     first, second = opened.updates
     second = update_of(first.target, (OUT, IN), second.factors, adapter=1)
+    opened.loader.begin([first, second])
     for _ in range(4):
         assert torch.equal(opened.loader.of(first).whole("A"), A)
         assert torch.equal(opened.loader.of(second).whole("A"), A2)
@@ -183,22 +189,65 @@ def test_both_adapters_of_one_target_keep_their_a(tmp_path: Path) -> None:
 def test_nothing_is_kept_after_the_target_has_changed(tmp_path: Path) -> None:
     opened = open_safetensors(tmp_path, torch.float32)
     first, second = opened.updates
-    kept = weakref.ref(opened.loader.of(first).whole("A"))
-    rows = weakref.ref(opened.loader.of(first).rows("B", RowRange(0, 20)))
+    kept = weakref.ref(opened.of(first).whole("A"))
+    rows = weakref.ref(opened.of(first).rows("B", RowRange(0, 20)))
     gc.collect()
     assert kept() is not None and rows() is None
-    opened.loader.of(second)
+    opened.of(second)
     gc.collect()
     assert kept() is None
     opened.taken()
-    opened.loader.of(first).whole("A")
+    opened.of(first).whole("A")
     assert len(opened.taken()) == 1
+
+
+def test_what_the_next_target_needs_too_is_kept(tmp_path: Path) -> None:
+    opened = open_safetensors(tmp_path, torch.float32)
+    first, second = opened.updates
+    sibling = update_of("sibling.weight", (OUT, IN), first.factors)
+    assert torch.equal(opened.of(first).whole("A"), A) and torch.equal(opened.of(sibling).whole("A"), A)
+    assert len(opened.taken()) == 1
+    opened.of(second)
+    assert torch.equal(opened.of(first).whole("A"), A)
+    assert len(opened.taken()) == 1
+
+
+def test_another_compute_dtype_reads_again(tmp_path: Path) -> None:
+    opened = open_safetensors(tmp_path, torch.float32)
+    for dtype in (torch.float32, torch.float64):
+        assert opened.of(opened.updates[0], dtype).whole("A").dtype == dtype
+
+
+@pytest.mark.parametrize(("room", "reads"), [(A.nbytes + B.nbytes, 4), (B.nbytes, 6), (0, 8)])
+def test_factors_as_stored_stay_while_there_is_room(room: int, reads: int, stored: torch.dtype, tmp_path: Path) -> None:
+    """Targets take turns, as experts of a layer do. Where only one B has room, both A are read again."""
+    opened = open_safetensors(tmp_path, stored)
+    opened.loader = LazyFactors(opened._get, CPU, room * stored.itemsize // 4)
+    for _ in range(2):
+        for update, a, b in zip(opened.updates, (A, A2), (B, B2), strict=True):
+            factors = opened.of(update)
+            for role, wanted in (("A", a), ("B", b)):
+                for _ in range(2):
+                    found = factors.as_stored(role)
+                    assert found.dtype == stored and torch.equal(found, wanted.to(stored))
+    assert len(opened.taken()) == reads
+
+
+def test_a_factor_as_stored_is_checked_and_tells_that_it_acts(tmp_path: Path) -> None:
+    opened = open_safetensors(tmp_path, torch.float32)
+    opened.of(opened.updates[0]).as_stored("B")
+    assert opened.loader.active == {0}
+    b = B.clone()
+    b[47, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"lora_B\.weight holds nan at \[47, 3\]"):
+        bad = open_one(tmp_path / "bad", b)
+        bad.of(bad.updates[0]).as_stored("B")
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_factors_come_in_the_compute_dtype(compute: torch.dtype, stored: torch.dtype, tmp_path: Path) -> None:
     opened = open_safetensors(tmp_path, stored)
-    factors = opened.loader.of(opened.updates[0], compute)
+    factors = opened.of(opened.updates[0], compute)
     for found, wanted in ((factors.whole("A"), A), (factors.rows("B", RowRange(3, 60)), B[3:60])):
         assert found.dtype == compute and found.is_contiguous()
         assert torch.equal(found, wanted.to(stored).to(compute))
@@ -216,7 +265,7 @@ def test_a_strided_factor_is_read_once_and_given_by_rows(
     for number, (a, b) in enumerate([(A, B), (A2, B2)]):
         update = opened.updates[number]
         for rows in even_rows(OUT, tiles):
-            factors = opened.loader.of(update)
+            factors = opened.of(update)
             found = factors.rows("B", rows)
             assert found.is_contiguous() and torch.equal(found, b.to(stored).float()[rows.start : rows.stop])
             assert torch.equal(factors.whole("A"), a.to(stored).float())
@@ -229,10 +278,10 @@ def test_a_strided_factor_is_read_once_and_given_by_rows(
 def test_of_a_strided_factor_nothing_is_kept_after_the_target_has_changed(layout: str, tmp_path: Path) -> None:
     opened = open_pickle(tmp_path, torch.float32, layout)
     first, second = opened.updates
-    opened.loader.of(first).rows("B", RowRange(0, 20))
+    opened.of(first).rows("B", RowRange(0, 20))
     opened.taken()
-    opened.loader.of(second)
-    opened.loader.of(first).rows("B", RowRange(20, 40))
+    opened.of(second)
+    opened.of(first).rows("B", RowRange(20, 40))
     assert len(opened.taken()) == 1
 
 
@@ -245,7 +294,7 @@ def test_the_row_of_a_bad_value_counts_from_the_start_of_the_factor(value: float
     b = B.clone()
     b[47, 3] = value
     opened = open_one(tmp_path, b)
-    factors = opened.loader.of(opened.updates[0])
+    factors = opened.of(opened.updates[0])
     factors.rows("B", RowRange(0, 47))
     factors.rows("B", RowRange(48, OUT))
     with pytest.raises(NonFiniteError, match=rf"lora_B\.weight holds {value} at \[47, 3\]"):
@@ -258,10 +307,10 @@ def test_an_adapter_is_active_when_some_row_of_b_is_not_zero(tmp_path: Path) -> 
     opened = open_one(tmp_path, b)
     loader, update = opened.loader, opened.updates[0]
     loader.active.clear()
-    loader.of(update).whole("A")
-    loader.of(update).rows("B", RowRange(0, 50))
+    opened.of(update).whole("A")
+    opened.of(update).rows("B", RowRange(0, 50))
     assert loader.active == set()
-    loader.of(update).rows("B", RowRange(50, 60))
+    opened.of(update).rows("B", RowRange(50, 60))
     assert loader.active == {0}
     loader.active.clear()
     assert loader.active == set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -224,3 +225,34 @@ def test_a_small_model_takes_small_buffers() -> None:
     """Memory that would never be filled is not asked for; tiles stay as they are."""
     assert memory_for([tensor_plan((4, 4))], 1 << 28).buffer_bytes == TILE
     assert memory_for([tensor_plan((1000, 4000))], 1 << 28).buffer_bytes == 2 * TILE
+
+
+def experts_in_turn(shared: bool) -> list[TensorPlan]:
+    """Experts' down_proj and up_proj, one after the other, of a fused adapter each: factors of 4 experts in one."""
+
+    def factors(of: str) -> tuple[tuple[str, TensorRef], ...]:
+        refs = refs_of({f"{of}.A": (4 * 8, 64), f"{of}.B": (64, 4 * 8)})
+        return ("A", refs[f"{of}.A"]), ("B", refs[f"{of}.B"])
+
+    down, up = factors("down"), factors("up")
+    result: list[TensorPlan] = []
+    for expert in range(4):
+        for name, fused in (("down", down), ("up", up)):
+            of = fused if shared else factors(name)
+            update = update_of(f"{expert}.{name}", (4, 64, 64), of, family="lora-experts", experts=4, rank=8)
+            tensor = tensor_plan((64, 64))
+            result.append(dataclasses.replace(tensor, updates=(update,)))
+    return result
+
+
+def test_factors_that_wait_for_the_next_expert_are_counted() -> None:
+    """While one projection is worked on, the other's B waits."""
+    assert memory_for(experts_in_turn(shared=True), 1 << 28).shared_bytes == 64 * 4 * 8 * 4
+    assert memory_for(experts_in_turn(shared=False), 1 << 28).shared_bytes == 0
+
+
+def test_who_has_no_memory_for_shared_factors_reads_them_again() -> None:
+    tensors = experts_in_turn(shared=True)
+    least = memory_for(tensors, 1)
+    assert least.shared_bytes == 0
+    assert memory_for(tensors, least.total + 100).shared_bytes == 100

@@ -107,6 +107,9 @@ class Factors(Protocol):
     def whole(self, role: str) -> Tensor:
         """The whole factor; read once per target."""
 
+    def as_stored(self, role: str) -> Tensor:
+        """The whole factor, but in the dtype that it is stored in, and on the CPU."""
+
     def rows(self, role: str, rows: RowRange) -> Tensor:
         """Rows of a factor whose first dimension is the matrix's rows; only these are in memory."""
 
@@ -125,6 +128,8 @@ class Family(ABC):
     #: All others are kept whole while a target is worked on.
     by_rows: ClassVar[frozenset[str]] = frozenset()
     by_columns: ClassVar[frozenset[str]] = frozenset()
+    #: Factors that are kept in the dtype that they are stored in. What several targets share may stay in memory.
+    as_stored: ClassVar[frozenset[str]] = frozenset()
     #: Factors that ``apply`` reads a few rows at a time; `kept_bytes` tells of the most that is in memory.
     streamed: ClassVar[frozenset[str]] = frozenset()
     #: Factors that may be whole numbers: indices, say.

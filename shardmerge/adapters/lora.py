@@ -196,6 +196,7 @@ class LoraExperts(Family):
     name: ClassVar[str] = "lora-experts"
     by_columns: ClassVar[frozenset[str]] = frozenset()
     by_rows: ClassVar[frozenset[str]] = frozenset({"A"})
+    as_stored: ClassVar[frozenset[str]] = frozenset({"B"})
     zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"B"})
     by_column_windows: ClassVar[bool] = True
     rows_are_independent: ClassVar[bool] = True
@@ -230,12 +231,12 @@ class LoraExperts(Family):
 
         rank, first = update.rank, window.expert * update.rank
         a = factors.rows("A", RowRange(first, first + rank))[:, window.columns.start : window.columns.stop]
-        b = factors.whole("B")
+        b = factors.as_stored("B")
         if update.setting("layout") == "unsloth":  # (out, E, r)
             b = b.view(update.rows, update.experts, rank)[:, window.expert]
         else:
             b = b.view(update.rows, rank, update.experts)[:, :, window.expert]
-        b = b[window.rows.start : window.rows.stop]
+        b = b[window.rows.start : window.rows.stop].to(device=tile.device, dtype=tile.dtype)
         torch.mm(b.contiguous(), a.contiguous(), out=scratch)
         tile.add_(scratch.mul_(update.scaling))
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 from shardmerge.adapters import FAMILIES, work_dtype
 from shardmerge.spec import (
@@ -41,6 +42,8 @@ _SIZES = (*((1 << bits, 1 << 19) for bits in (22, 21, 20)), *((1 << bits, 1 << b
 _PAGE = 4096
 #: What MKL copies of a factor, at most, before it multiplies with it; each thread by itself.
 _PANEL_BYTES = 1 << 20
+#: Factors that are kept for a later target, at most; who shares more reads them again.
+_MOST_SHARED_BYTES = 16 << 20
 
 
 def itemsize(dtype: str) -> int:
@@ -61,13 +64,16 @@ def tile_all(
     kind_of = {id(tensor): _kind(tensor) for tensor in worked}
     kinds = {kind_of[id(tensor)]: tensor for tensor in worked}
     budget = AUTO_MEMORY if max_memory is None else max_memory
+    shared = min(_MOST_SHARED_BYTES, _shared_bytes(worked))
     enough = sum(shard.data_bytes for shard in shards) // (2 * BUFFERS)
     for buffer_bytes, size in _SIZES:
         if buffer_bytes > max(enough, size):
             continue  # a model that hardly fills the buffers needs only small ones
-        memory = _memory(kinds.values(), buffer_bytes, size, compute_dtype)
+        memory = _memory(kinds.values(), buffer_bytes, size, compute_dtype, shared)
         if memory.total <= budget:
             break
+    if memory.total > budget:  # what is shared can be read again
+        memory = dataclasses.replace(memory, shared_bytes=max(0, shared - (memory.total - budget)))
 
     cut = {kind: tile_counts(tensor, size) for kind, tensor in kinds.items()}
 
@@ -152,7 +158,26 @@ def _largest_tile(segments: Iterable[tuple[int, int]]) -> int:
     return max(math.ceil(rows / tiles) for rows, tiles in segments)
 
 
-def _memory(kinds: Iterable[TensorPlan], buffer_bytes: int, tile_bytes: int, compute_dtype: str) -> MemoryPlan:
+def _shared_bytes(worked: Sequence[TensorPlan]) -> int:
+    """Bytes of factors, at most, that wait in memory for the next tensor that shares them."""
+    uses: dict[int, tuple[TensorRef, list[int]]] = {}  # by identity, as there are many and equal ones are the same
+    for index, tensor in enumerate(worked):
+        for update in tensor.updates:
+            for role in FAMILIES[update.family].as_stored:
+                ref = update.factor(role)
+                uses.setdefault(id(ref), (ref, []))[1].append(index)
+    changes: defaultdict[int, int] = defaultdict(int)
+    for ref, indices in uses.values():
+        for before, after in itertools.pairwise(indices):
+            if after > before + 1:
+                changes[before + 1] += ref.nbytes
+                changes[after] -= ref.nbytes
+    return max(itertools.accumulate(changes[index] for index in sorted(changes)), default=0)
+
+
+def _memory(
+    kinds: Iterable[TensorPlan], buffer_bytes: int, tile_bytes: int, compute_dtype: str, shared: int
+) -> MemoryPlan:
     workspace = factors = 0
     largest = buffer_bytes
     for tensor in kinds:
@@ -163,7 +188,7 @@ def _memory(kinds: Iterable[TensorPlan], buffer_bytes: int, tile_bytes: int, com
         tile = rows * tensor.row_elements * itemsize(dtype)
         workspace = max(workspace, aligned(tile) + tile)
         factors = max(factors, sum(_factor_bytes(update, rows, dtype) for update in tensor.updates))
-    return MemoryPlan(BUFFERS, largest, WORKERS, workspace, factors)
+    return MemoryPlan(BUFFERS, largest, WORKERS, workspace, factors, shared)
 
 
 def _factor_bytes(update: Update, rows: int, compute_dtype: str) -> int:
@@ -174,7 +199,10 @@ def _factor_bytes(update: Update, rows: int, compute_dtype: str) -> int:
     for role, ref in update.factors:
         if role in family.streamed:
             continue
-        if role not in partial or (ref.nbytes <= KEPT_WHOLE_BYTES and not update.by_columns):
+        if role in family.as_stored:
+            part = math.prod(ref.shape) // max(1, update.experts)
+            total += ref.nbytes + WORKERS * part * itemsize(compute_dtype)
+        elif role not in partial or (ref.nbytes <= KEPT_WHOLE_BYTES and not update.by_columns):
             total += _one_factor(ref, None, compute_dtype)
             total += WORKERS * min(math.prod(ref.shape) * itemsize(compute_dtype), _PANEL_BYTES)
         elif update.by_columns:

@@ -37,9 +37,9 @@ from torch import Tensor
 from shardmerge.adapters import FAMILIES
 from shardmerge.spec import MergePlan, RowRange, TensorPlan, Update, dtype_code
 from shardmerge.verification.reading import Factor, Files, threads, wide
-from shardmerge.verification.rows import all_rows, reaching
+from shardmerge.verification.rows import all_rows
 from shardmerge.verification.scaling import SCALED, ScaledBy
-from shardmerge.windows import Part, locate
+from shardmerge.windows import Part, locate, reaching
 
 #: Unit roundoff by compute dtype, and that of the sums of its products (bf16 products are summed in float32).
 _UNITS = {"F64": (2.0**-53, 2.0**-53), "F32": (2.0**-24, 2.0**-24), "BF16": (2.0**-8, 2.0**-24)}
@@ -282,6 +282,9 @@ class PlainFactors:
 
     def whole(self, role: str) -> Tensor:
         return self._factors[role].whole()
+
+    def as_stored(self, role: str) -> Tensor:
+        return self.whole(role)
 
     def rows(self, role: str, rows: RowRange) -> Tensor:
         if self._update.place.shuffle is not None:

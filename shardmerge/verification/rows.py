@@ -11,11 +11,11 @@ import bisect
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 from shardmerge.adapters import FAMILIES
-from shardmerge.spec import RowRange, TensorPlan, Update
-from shardmerge.windows import boundaries, by_expert, locate
+from shardmerge.spec import RowRange, TensorPlan
+from shardmerge.windows import boundaries, locate, reaching
 
 #: float64 numbers that are worked on at a time; a group of rows that is larger is worked on whole.
 ELEMENTS = 1 << 17
@@ -74,11 +74,3 @@ def _runs(tensor: TensorPlan) -> Iterator[tuple[RowRange, int]]:
         ]
         unit = math.lcm(*units)
         yield RowRange(start, stop), unit if (stop - start) % unit == 0 else stop - start
-
-
-def reaching(tensor: TensorPlan) -> Callable[[RowRange], Sequence[Update]]:
-    """The updates that may reach rows of a run; of a stack of experts, those of its expert."""
-    if tensor.row_dims == 1:
-        return lambda rows: tensor.updates
-    experts, height = by_expert(tensor), tensor.source.shape[1]
-    return lambda rows: experts[rows.start // height]
