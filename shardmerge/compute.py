@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from shardmerge.adapters import FAMILIES, work_dtype
 from shardmerge.codecs import TORCH_DTYPES, encode_by_chance, encode_into, overflow_limit, view_bytes
 from shardmerge.errors import NonFiniteError, PlanError
 from shardmerge.factors import LazyFactors, UpdateFactors
-from shardmerge.fidelity import Sampler
+from shardmerge.fidelity import Sample, Sampler
 from shardmerge.gguf.quantize import overflow_limit as quantized_limit
 from shardmerge.gguf.quantize import quantize_into
 from shardmerge.gguf.tiles import arrange
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from shardmerge.sources import Reader
 
 Item = TypeVar("Item")
+Begun = TypeVar("Begun")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -83,17 +85,29 @@ class ComputeThreads:
         torch.set_num_threads(self._default)
         self._set = self._default
 
-    def run(self, items: Iterable[Item], task: Callable[[int, Item], None]) -> None:
-        """Share items out: each thread, told its number, takes the next one. An error is raised when all have ended."""
+    def run(
+        self,
+        items: Iterable[Item],
+        begin: Callable[[int, Item], Begun],
+        work: Callable[[int, Item, Begun], None],
+        apart: bool,
+    ) -> None:
+        """Share items out: each thread, told its number, takes the next one. An error is raised when all have ended.
+
+        Where items are not ``apart``, none is taken before all earlier ones have begun.
+        """
         pending = deque(items)
+        turn: AbstractContextManager[object] = nullcontext() if apart else threading.Lock()
 
         def drain(worker: int) -> None:
             while pending:
-                try:
-                    item = pending.popleft()
-                except IndexError:
-                    return  # another thread was quicker
-                task(worker, item)
+                with turn:
+                    try:
+                        item = pending.popleft()
+                    except IndexError:
+                        return  # another thread was quicker
+                    begun = begin(worker, item)
+                work(worker, item, begun)
 
         helpers = range(1, min(self.workers, len(pending)))
         running = [self._pool.submit(drain, worker) for worker in helpers]
@@ -195,32 +209,40 @@ class TileWorker:
         if tensor.finish is None:
             target = target.view(TORCH_DTYPES[tensor.out.dtype])
 
-        def merge(worker: int, rows: RowRange) -> None:
-            here = slice(rows.start - first, rows.stop - first)
-            self._merge_tile(job, tensor, rows, stored[here], target[here], self._workspaces[worker])
+        def decode(worker: int, rows: RowRange) -> Sample | None:
+            here = stored[rows.start - first : rows.stop - first]
+            tile, _ = self._workspaces[worker].tensors((len(rows), self._columns), self._work_dtype)
+            tile.copy_(here)
+            return None if job.survey is not None or tensor.finish else self.sampler.before(rows, here)
 
-        # Where output takes the very place of input, tiles are apart. A survey adds up, and so goes in order.
-        if at.read == at.work and job.read_bytes == job.write_bytes:
-            self._threads.run(job.tiles, merge)
-        else:
+        def merge(worker: int, rows: RowRange, sample: Sample | None) -> None:
+            tile, scratch = self._workspaces[worker].tensors((len(rows), self._columns), self._work_dtype)
+            self._merge_tile(tensor, rows, tile, scratch, target[rows.start - first : rows.stop - first], sample)
+
+        if job.survey is not None:  # it adds up, and so goes in order
             for rows in job.tiles:
-                merge(0, rows)
+                decode(0, rows)
+                tile, scratch = self._workspaces[0].tensors((len(rows), self._columns), self._work_dtype)
+                self._survey_tile(tensor, tensor.updates[job.survey], rows, tile, scratch)
+            return
+        # Output that does not take the very place of input takes that of earlier input; see `positions`.
+        apart = at.read == at.work and job.read_bytes == job.write_bytes
+        self._threads.run(job.tiles, decode, merge, apart)
 
-    def _merge_tile(
-        self, job: Job, tensor: TensorPlan, rows: RowRange, stored: Tensor, target: Tensor, workspace: Workspace
-    ) -> None:
-        """``stored`` (rows, columns) is the tile as it was read; ``target`` where it goes, as a matrix, too."""
-        tile, scratch = workspace.tensors((len(rows), self._columns), self._work_dtype)
-        tile.copy_(stored)
-        sample = None if job.survey is not None or tensor.finish else self.sampler.before(rows, stored)
-        surveyed = None if job.survey is None else tensor.updates[job.survey]
+    def _survey_tile(self, tensor: TensorPlan, surveyed: Update, rows: RowRange, tile: Tensor, scratch: Tensor) -> None:
+        """Show an update the tile as those before it leave it."""
         for update in self._reaching(rows):
             if update is surveyed:
                 self._update(update, tensor, rows, tile, scratch, FAMILIES[update.family].survey)
                 return
             self._update(update, tensor, rows, tile, scratch, FAMILIES[update.family].apply)
-        if surveyed is not None:
-            return  # it has nothing in this tile
+
+    def _merge_tile(
+        self, tensor: TensorPlan, rows: RowRange, tile: Tensor, scratch: Tensor, target: Tensor, sample: Sample | None
+    ) -> None:
+        """Update a decoded ``tile`` (rows, columns) and encode it into ``target``, a matrix of as many rows."""
+        for update in self._reaching(rows):
+            self._update(update, tensor, rows, tile, scratch, FAMILIES[update.family].apply)
         if tensor.finish is not None:
             self._finish(tensor, tensor.finish, rows, tile, target)
             return

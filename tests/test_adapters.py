@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 
 from shardmerge.adapters import FAMILIES, REFUSED_TYPES, Claims, ModuleUpdate, check_dtypes, claim, detect_format
+from shardmerge.adapters.base import add_scaled
 from shardmerge.spec import TensorRef
 from tests.builders import ALPHA, Q0, RANK, V0, content, peft_config, peft_tensors, refs_of
 
@@ -320,3 +322,18 @@ def test_factors_that_are_whole_numbers_on_purpose() -> None:
     update = lora((4, 32), (48, 4), "I32")
     assert check_dtypes(update, weight("F32"), frozenset({"A", "B"})) == []
     assert check_dtypes(update, weight("F32"), frozenset({"A"})) != []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scaling", [1.0, 2.0, 16.0, 2.0**20, 0.5, 0.25, 0.3, 3.0, -2.0, 0.0])
+def test_a_scaled_product_is_rounded_before_it_is_added(scaling: float, dtype: torch.dtype) -> None:
+    tile = torch.randn(64, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    product = torch.randn(64, 500, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    # Of all magnitudes, down to those that are not normal.
+    tile, product = (
+        (value * 10.0 ** torch.linspace(-44, 6, 500, dtype=torch.float64)).to(dtype) for value in (tile, product)
+    )
+    expected = tile + product * scaling
+    assert not torch.equal(expected, tile) or not scaling
+    add_scaled(tile, product, scaling)
+    assert torch.equal(tile, expected)

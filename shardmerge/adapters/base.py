@@ -179,6 +179,18 @@ class Family(ABC):
         return 0
 
 
+def add_scaled(tile: Tensor, product: Tensor, scaling: float) -> None:
+    """Add s · ``product``, which may be overwritten: the product is rounded, then the sum, as PEFT rounds them.
+
+    Torch's own ``add_(alpha=s)`` rounds once where it has a fused multiply-add: other bits. But where s is 1, 2, 4, 8 …
+    s · x is exact, so that it gives the same bits, and spares a pass.
+    """
+    if scaling >= 1 and math.frexp(scaling)[0] == 0.5:
+        tile.add_(product, alpha=scaling)
+    else:
+        tile.add_(product.mul_(scaling))
+
+
 def misshaped(ref: TensorRef, expected: tuple[int, ...], meaning: str) -> list[str]:
     """Whether a factor has the shape that it must have."""
     return [] if ref.shape == expected else [f"{ref.name} is {list(ref.shape)}; expected {list(expected)}, {meaning}"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, add_scaled, misshaped
 from shardmerge.adapters.peft import (
     NUMBER_PATTERN,
     OPTIONAL_NUMBER,
@@ -85,7 +85,7 @@ class Delora(Family, PeftMethod):
 
         scaled = factors.kept("B D", left)
         torch.mm(scaled[window.rows.start : window.rows.stop], factors.whole("A"), out=scratch)
-        tile.add_(scratch.mul_(factors.whole("w")).mul_(update.scaling))
+        add_scaled(tile, scratch.mul_(factors.whole("w")), update.scaling)
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         return (update.rank * update.rows + 4 * update.rank) * itemsize

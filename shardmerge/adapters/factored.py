@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.base import Factors, Family
+from shardmerge.adapters.base import Factors, Family, add_scaled
 from shardmerge.spec import RowRange, Update, Window, even_rows
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Factored(Family):
             right = right[:, window.columns.start : window.columns.stop].contiguous()
         for part, rows in parts_of(window.rows):
             torch.mm(self.left(factors, update, rows), right, out=scratch[part])
-        tile.add_(scratch.mul_(update.scaling) if update.scaling != 1 else scratch)
+        add_scaled(tile, scratch, update.scaling)
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         # R, what it is made of on the way, and a part of its columns; some rows of L, made in two steps.

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, oriented
+from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, add_scaled, oriented
 from shardmerge.adapters.peft import (
     NUMBER,
     RANK,
@@ -121,7 +121,7 @@ def places(update: Update, count: int) -> tuple[Tensor, Tensor]:
 def add_part(tile: Tensor, delta: Tensor, update: Update, window: Window, scratch: Tensor) -> None:
     """Add the window of s · delta."""
     part = delta[window.rows.start : window.rows.stop, window.columns.start : window.columns.stop]
-    tile.add_(scratch.copy_(part).mul_(update.scaling))
+    add_scaled(tile, scratch.copy_(part), update.scaling)
 
 
 def _delta(spectrum: Tensor, update: Update) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, misshaped, oriented
+from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, add_scaled, misshaped, oriented
 from shardmerge.adapters.factored import PART_ROWS, parts_of
 from shardmerge.adapters.lora import add_product
 from shardmerge.adapters.peft import COUNT, NUMBER, RANK, Check, Config, Context, Module, PeftMethod, is_rank
@@ -106,7 +106,7 @@ class Gralora(Family, PeftMethod):
         if update.setting("hybrid"):
             general = factors.whole("general_A")[:, window.columns.start : window.columns.stop]
             add_product(scratch, factors.rows("general_B", window.rows), general)
-        tile.add_(scratch.mul_(update.scaling))
+        add_scaled(tile, scratch, update.scaling)
 
     def _add_blocks(self, out: Tensor, factors: Factors, update: Update, window: Window) -> None:
         """The window of Δ, into ``out``."""

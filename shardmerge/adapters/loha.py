@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, misshaped, slab_elements, slabs
+from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, add_scaled, misshaped, slab_elements, slabs
 from shardmerge.adapters.peft import (
     FLAG,
     NUMBER,
@@ -106,7 +106,7 @@ class Loha(Family, PeftMethod):
             out = scratch[part.start - window.rows.start : part.stop - window.rows.start]
             self.multiply("1", factors, part, out)
             out.mul_(self.multiply("2", factors, part))
-        tile.add_(scratch.mul_(update.scaling))
+        add_scaled(tile, scratch, update.scaling)
 
     def multiply(self, which: str, factors: Factors, rows: RowRange, out: Tensor | None = None) -> Tensor:
         """Rows of the first or the second of the products."""

@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, misshaped, slab_elements, slabs
+from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, add_scaled, misshaped, slab_elements, slabs
 from shardmerge.adapters.loha import LYCORIS_INERT, LYCORIS_SETTINGS, rank_and_scaling
 from shardmerge.adapters.peft import Check, Context, Module, PeftMethod
 from shardmerge.spec import KEPT_WHOLE_BYTES, RowRange, Update, Window
@@ -110,7 +110,7 @@ class Lokr(Family, PeftMethod):
                 second, start = _second(factors, update, part)
                 ours, theirs = first[rows // b].unsqueeze(2), second[rows % b - start].unsqueeze(1)
                 torch.mul(ours, theirs, out=out.view(len(rows), c, rest))
-        tile.add_(scratch.mul_(update.scaling))
+        add_scaled(tile, scratch, update.scaling)
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         a, c, b, rest = _sizes(update)

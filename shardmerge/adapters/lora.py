@@ -19,7 +19,7 @@ import math
 import re
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.base import Factors, Family, ModuleUpdate, oriented
+from shardmerge.adapters.base import Factors, Family, ModuleUpdate, add_scaled, oriented
 from shardmerge.spec import MIN_TILE_ROWS, Parameter, RowRange, Update, Window, even_rows
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ class Lora(Family):
     def add(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         """Add the window of s · B A."""
         self.product(factors, update, window, scratch)
-        # Two steps on purpose: add_(alpha=s) would fuse multiply and add, and skip a rounding that PEFT does.
-        tile.add_(scratch.mul_(update.scaling))
+        add_scaled(tile, scratch, update.scaling)
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         self.add(tile, factors, update, window, scratch)
@@ -238,7 +237,7 @@ class LoraExperts(Family):
             b = b.view(update.rows, rank, update.experts)[:, :, window.expert]
         b = b[window.rows.start : window.rows.stop].to(device=tile.device, dtype=tile.dtype)
         torch.mm(b.contiguous(), a.contiguous(), out=scratch)
-        tile.add_(scratch.mul_(update.scaling))
+        add_scaled(tile, scratch, update.scaling)
 
 
 def _is_swapped(update: ModuleUpdate, parameter: Parameter) -> bool | str:

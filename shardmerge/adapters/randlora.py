@@ -27,6 +27,7 @@ from shardmerge.adapters.base import (
     Factors,
     Family,
     ModuleUpdate,
+    add_scaled,
     misshaped,
     oriented,
     slab_elements,
@@ -133,7 +134,7 @@ class RandLora(Family, PeftMethod):
                 rows = slice(large.start - first.start, large.stop - first.start)
                 columns = slice(small.start - second.start, small.stop - second.start)
                 out[rows, columns] = torch.mm(left, right.flatten(0, 1))
-        tile.add_(scratch.mul_(update.scaling))
+        add_scaled(tile, scratch, update.scaling)
 
     def small(self, factors: Factors, update: Update) -> Tensor:
         """A."""

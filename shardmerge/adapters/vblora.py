@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, misshaped, oriented
+from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, add_scaled, misshaped, oriented
 from shardmerge.adapters.peft import FLAG, RANK, Check, Context, Module, PeftMethod
 from shardmerge.errors import FormatError
 from shardmerge.spec import Parameter, Update, Window
@@ -114,7 +114,7 @@ class VbLora(Family, PeftMethod):
         if len(window.columns) < update.columns:
             a = a[:, window.columns.start : window.columns.stop]
         torch.mm(b[window.rows.start : window.rows.stop], a, out=scratch)
-        tile.add_(scratch.mul_(update.scaling))
+        add_scaled(tile, scratch, update.scaling)
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         count, length = update.factor("bank").shape

@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, misshaped, oriented
+from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, add_scaled, misshaped, oriented
 from shardmerge.adapters.peft import FLAG, RANK, Check, Context, Module, PeftMethod, checked
 from shardmerge.spec import DTYPE_NAMES, Parameter, RowRange, TensorRef, Update, Window
 
@@ -103,7 +103,7 @@ class Vera(Family, PeftMethod):
             scaled = scaled[:, window.columns.start : window.columns.stop]
         left = factors.rows("lambda_b", window.rows).unsqueeze(1) * self.outputs(factors, update, window.rows)
         torch.mm(left, scaled, out=scratch)
-        tile.add_(scratch.mul_(update.scaling))
+        add_scaled(tile, scratch, update.scaling)
 
     def inputs(self, factors: Factors, update: Update) -> Tensor:
         """A."""
