@@ -28,7 +28,8 @@ def with_contents(plan: MergePlan, torch_version: str) -> Fingerprint:
     return {
         **plan.fingerprint,
         "adapters": adapters,
-        "files": {aux.name: _aux_content(aux) for aux in plan.aux},
+        # Of files that are no part of the output, but of which a part of it was made, the plan knows the contents.
+        "files": {**plan.fingerprint["files"], **{aux.name: _aux_content(aux) for aux in plan.aux}},
         # Another torch may round a product differently, and then the shards were not those of one run.
         "program": {**plan.fingerprint["program"], "torch": torch_version},
     }

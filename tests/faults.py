@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -83,10 +84,16 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def in_child(act: Callable[[], object]) -> int:
-    """Run in a fork, which is safe where this process has no other thread; the exit status, negative for a signal."""
+def in_child(act: Callable[[], object], seconds: float | None = None) -> int:
+    """Run in a fork, which is safe where this process has no other thread; the exit status, negative for a signal.
+
+    After ``seconds`` it is killed, if it has not ended.
+    """
     child = os.fork()
     if child:
+        if seconds is not None:
+            time.sleep(seconds)
+            os.kill(child, signal.SIGKILL)  # nobody else has its number: it has not been waited for
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     status = 1
     try:

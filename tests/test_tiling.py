@@ -160,7 +160,7 @@ def factor_bytes(tensor: TensorPlan, tiles: int, compute: str) -> int:
         a, b = update.factor("A"), update.factor("B")
         rows = tile_rows(tensor, tiles) * b.shape[1]
         # What MKL copies of it in each thread comes on top of a whole one.
-        panel = 1 << 20
+        panel = 3 << 20
         total += math.prod(a.shape) * (4 + itemsize(compute))
         total += WORKERS * min(math.prod(a.shape) * itemsize(compute), panel)
         if b.nbytes <= KEPT_WHOLE_BYTES:

@@ -78,11 +78,13 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
     if dtype != "same" and _changes_dtype(layout.shards):
         changes["dtype"] = config.output.dtype
     aux = aux_files.collect(checkpoint, adapters, changes)
+    made_of: Mapping[str, str] = {}
     if config.output.format == "gguf":
         file = gguf_file.lay_out(layout, matches.updates, aux.files, output.name, config.output.quantization)
         layout, problems = file.layout, [*problems, *file.problems]
         aux.files[:] = file.aux
         aux.warnings += file.warnings
+        made_of = file.made_of
     max_memory = None if config.compute.max_memory == "auto" else config.compute.max_memory
     shards, memory = tile_all(_with_updates(layout.shards, matches.updates), compute_dtype, max_memory)
     if max_memory is not None and memory.total > max_memory and not problems:
@@ -116,7 +118,7 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
         config=config.model_dump(mode="json"),
         fingerprint={},
     )
-    return dataclasses.replace(plan, fingerprint=_fingerprint(plan, checkpoint))
+    return dataclasses.replace(plan, fingerprint=_fingerprint(plan, checkpoint, made_of))
 
 
 # --- opening ----------------------------------------------------------------------------------------------------------
@@ -242,10 +244,11 @@ def _same_model(one: str, other: str) -> bool:
     return last[0] == last[1]
 
 
-def _fingerprint(plan: MergePlan, checkpoint: Checkpoint) -> Fingerprint:
+def _fingerprint(plan: MergePlan, checkpoint: Checkpoint, made_of: Mapping[str, str]) -> Fingerprint:
     """What the output's bytes depend on: sources as they are now, as far as headers tell, and how they are computed.
 
-    Where the output goes and what memory may be taken are no part of it.
+    ``made_of`` are checksums of files whose contents the plan has put into the output's headers. Where the output goes
+    and what memory may be taken are no part of it.
     """
 
     def stamp(file: SourceFile) -> list[Any]:
@@ -273,7 +276,7 @@ def _fingerprint(plan: MergePlan, checkpoint: Checkpoint) -> Fingerprint:
         "adapters": {
             str(number): digest_of([info.format, *map(stamp, info.files)]) for number, info in enumerate(plan.adapters)
         },
-        "files": {aux.name: digest_of([stamp(aux.source), aux.content]) for aux in plan.aux},
+        "files": {**made_of, **{aux.name: digest_of([stamp(aux.source), aux.content]) for aux in plan.aux}},
         "config": dict(_settings(plan.config)),
         "program": {"shardmerge": __version__, "format": _DIGEST_VERSION},
         "work": {"updates": digest_of(updates), "output": digest_of(output)},

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shardmerge import gguf
+from shardmerge.errors import SourceError
 from shardmerge.gguf import OutputTensor, Part
 from shardmerge.sinks import Layout
 from shardmerge.sources import inline_file, open_reader
@@ -31,6 +33,8 @@ class GgufFile:
     aux: tuple[AuxFile, ...] = ()
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    #: The files whose contents went into it, and a checksum of each.
+    made_of: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +79,22 @@ def lay_out(
     text = gguf.modelfile(shard.name, description.values, contents)
     config_file = next(file.source for file in aux if file.name == "config.json")
     beside = AuxFile("Modelfile", config_file, text)
-    return GgufFile(Layout((shard,), None), (beside,), warnings=description.warnings)
+    made_of = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    return GgufFile(Layout((shard,), None), (beside,), warnings=description.warnings, made_of=made_of)
 
 
 def _content(file: AuxFile) -> bytes:
     if file.content is not None:
         return file.content.encode()
     content = bytearray(file.source.size)
-    reader = open_reader(file.source)
     try:
-        reader.read_into(0, memoryview(content))
-    finally:
-        reader.close()
+        reader = open_reader(file.source)
+        try:
+            reader.read_into(0, memoryview(content))
+        finally:
+            reader.close()
+    except SourceError as error:
+        raise type(error)(f"{error}. Nothing was written") from None
     return bytes(content)
 
 

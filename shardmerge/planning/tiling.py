@@ -41,7 +41,7 @@ AUTO_MEMORY = 48 << 20
 _SIZES = (*((1 << bits, 1 << 19) for bits in (22, 21, 20)), *((1 << bits, 1 << bits) for bits in range(19, 15, -1)))
 _PAGE = 4096
 #: What MKL copies of a factor, at most, before it multiplies with it; each thread by itself.
-_PANEL_BYTES = 1 << 20
+_PANEL_BYTES = 3 << 20
 #: Factors that are kept for a later target, at most; who shares more reads them again.
 _MOST_SHARED_BYTES = 16 << 20
 
@@ -90,7 +90,9 @@ def tile_all(
 def needs_work(tensor: TensorPlan) -> bool:
     """Whether a tensor goes through a float, rather than as bytes."""
     finish = tensor.finish
-    if tensor.source.dtype != tensor.out.dtype or (finish and (finish.shuffle or finish.addend)):
+    if finish and (finish.shuffle or finish.addend or finish.dtype != tensor.source.dtype):
+        return True
+    if tensor.source.dtype != tensor.out.dtype:
         return True
     # Numbers that are not floats can only have been replaced.
     return bool(tensor.updates) and tensor.source.dtype in FLOAT_DTYPES
