@@ -1,13 +1,15 @@
 """Run one shard of a plan: read → work → write.
 
 The only room that sees both files and tensors. Tensors without an update travel as bytes, in runs, and need no torch;
-the others are worked on tile by tile, and torch is imported when the first of them has been read: reading and writing
-go on meanwhile.
+the others are worked on tile by tile. Where there are any, torch is imported from the beginning in a thread of its own:
+what comes before the first of them is done meanwhile.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from shardmerge import pipeline
@@ -35,6 +37,9 @@ class Engine:
         files = [*plan.base.files, *(file for adapter in plan.adapters for file in adapter.files)]
         self._sources, self._factors = OpenReaders(files), OpenReaders(files)
         self._worker: TileWorker | None = None
+        self._import = threading.Thread(target=_import_compute, name="shardmerge-import", daemon=True)
+        if any(tensor.tiles for shard in plan.shards for tensor in shard.tensors):
+            self._import.start()
         if plan.compute_device not in ("auto", "cpu"):
             self._compute()  # whether the device is there shows before anything is written
 
@@ -82,9 +87,16 @@ class Engine:
 
     def _compute(self) -> TileWorker:
         if self._worker is None:
-            with no_garbage_collection():
-                from shardmerge.compute import TileWorker
+            if self._import.is_alive():
+                self._import.join()
+            from shardmerge.compute import TileWorker
 
             self.working_set.begin()
             self._worker = TileWorker(self.plan, self.buffers, self._factors.get)
         return self._worker
+
+
+def _import_compute() -> None:
+    # What goes wrong here does so again, and is told, where it is asked for.
+    with suppress(Exception), no_garbage_collection():
+        import shardmerge.compute  # noqa: F401
