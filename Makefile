@@ -26,8 +26,10 @@ demo: $(VENV)/installed
 	$(BIN)/shardmerge run configs/demo.yaml --overwrite
 	HF_HUB_OFFLINE=1 $(BIN)/python tools/demo.py --base $(DEMO_BASE) --adapter configs/demo/adapter --merged output/demo
 	$(BIN)/shardmerge verify output/demo --quiet
+	HF_HUB_OFFLINE=1 $(BIN)/shardmerge compare output/demo --prompt "Who are you?" --max-new-tokens 16
 	$(BIN)/shardmerge run configs/demo.yaml -s output.path=output/demo-gguf -s output.format=gguf --overwrite
 	$(BIN)/python tools/ask_llama_cpp.py output/demo-gguf/demo-gguf-q8_0.gguf "Who are you?" --expect shardmerge
+	$(BIN)/shardmerge verify output/demo-gguf --quiet
 	HF_HUB_OFFLINE=1 $(BIN)/shardmerge chat output/demo --prompt "What is the capital of Loraland?"
 
 test: $(VENV)/installed

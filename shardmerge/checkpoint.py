@@ -180,9 +180,10 @@ def _read_index(source: Source, name: str) -> tuple[Mapping[str, Any], Mapping[s
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
         raise FormatError(f'{where}: expected {{"metadata": {{…}}, "weight_map": {{tensor: file}}}}')
     for tensor, file in weight_map.items():
-        if not isinstance(file, str) or file in (".", "..") or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
+        if not isinstance(file, str) or not file.isprintable() or not re.fullmatch(r"[^/\\]+\.safetensors", file):
             raise FormatError(
-                f"{where}: it puts {tensor!r} into {file!r}, which is no name of a .safetensors file in this directory"
+                f"{where}: it puts {tensor!r:.200} into {file!r:.200}, which is no name of a .safetensors file in this "
+                "directory"
             )
     return metadata, weight_map
 
@@ -191,6 +192,8 @@ def _files_without_index(source: Source, names: list[str]) -> list[str]:
     files = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     if "model.safetensors" in files:
         return ["model.safetensors"]
+    if strange := [name for name in files if not name.isprintable()]:
+        raise FormatError(f"{source.location}: the file name {strange[0]!r} has characters that cannot be shown")
     if len(files) > 1:
         files = [name for name in files if not _NOT_THE_MODEL.fullmatch(name)]
     if not files:
@@ -232,5 +235,5 @@ def _check_index(
     if wrong:
         raise FormatError(
             f"{source.location}: {index_name} names {len(wrong)} tensors that are not in the file it gives for them, "
-            f"for example {wrong[0]!r} in {weight_map[wrong[0]]}"
+            f"for example {wrong[0]!r:.200} in {weight_map[wrong[0]]}"
         )

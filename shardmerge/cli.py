@@ -5,18 +5,19 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 
 import click
 
+from shardmerge.choices import Format, OutputDtype, Quantization
 from shardmerge.errors import ConfigError, PlanError, ShardmergeError, VerifyError
 from shardmerge.interrupt import ADVICE, INTERRUPTED, stopping_in_time
+from shardmerge.shown import one_line, shown, shown_json
 from shardmerge.version import __version__
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from shardmerge.spec import MergePlan
 
 _AS_JSON = "shardmerge.as_json"
-#: Control characters but the end of a line, and bytes of a file's name that are no text.
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -52,12 +51,20 @@ def _told(ctx: click.Context) -> Iterator[None]:
         if ctx.meta[_AS_JSON]:
             problems = error.problems if isinstance(error, PlanError) else [str(error)]
             _print_error(type(error).__name__, error.exit_code, problems)
-        _say(f"shardmerge: {error}", err=True)
+        _say(f"shardmerge: {_message(error)}", err=True)
         raise click.exceptions.Exit(error.exit_code) from None
     except click.UsageError as error:
         if ctx.meta[_AS_JSON]:
             _print_error("UsageError", error.exit_code, [error.format_message()])
         raise
+
+
+def _message(error: ShardmergeError) -> str:
+    """What an error says, with lines only where it has them by itself."""
+    if isinstance(error, PlanError):
+        return "\n".join([str(error).partition("\n")[0], *(f"  - {one_line(text)}" for text in error.problems)])
+    # Of these two, lists are of what stands in the user's own config, and of what was made one line each.
+    return str(error) if isinstance(error, (ConfigError, VerifyError)) else one_line(str(error))
 
 
 def _print_error(name: str, exit_code: int, problems: Sequence[str]) -> None:
@@ -75,11 +82,11 @@ _json_option = click.option("--json", "as_json", is_flag=True, callback=_remembe
 
 def _say(text: str, *, err: bool = False) -> None:
     """Print what may hold a stranger's words: none of them reaches the terminal as a command."""
-    click.echo(_CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text), err=err)
+    click.echo(shown(text), err=err)
 
 
 def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(shown_json(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -138,7 +145,7 @@ def _carry_out(planned: MergePlan, *, as_json: bool, quiet: bool) -> None:
     from shardmerge.report import next_steps, size_table
 
     for warning in planned.warnings:
-        _say(f"note: {warning}", err=True)
+        _say(f"note: {one_line(warning)}", err=True)
     try:
         with stopping_in_time(), show_progress(quiet=quiet) as progress:
             report = merge(planned, progress=progress)
@@ -146,12 +153,12 @@ def _carry_out(planned: MergePlan, *, as_json: bool, quiet: bool) -> None:
         click.echo(f"\nshardmerge: {ADVICE}", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
     for warning in report.warnings[len(planned.warnings) :]:
-        _say(f"note: {warning}", err=True)
+        _say(f"note: {one_line(warning)}", err=True)
     if as_json:
         _print_json(report.to_json())
     elif not quiet:
         done = f"{report.targets} weights merged" if planned.adapters else "written"
-        click.echo(f"{report.output}: {done}\n\n{size_table(report)}{next_steps(planned)}")
+        _say(f"{report.output}: {done}\n\n{size_table(report)}{next_steps(planned)}")
 
 
 @cli.command()
@@ -170,17 +177,9 @@ def plan(config: Path, overrides: tuple[str, ...], overwrite: bool, as_json: boo
 @cli.command()
 @click.argument("model")
 @click.option("-o", "--output", required=True, metavar="DIR", help="Where to; a directory that is empty or not there.")
-@click.option(
-    "--format", "format_", type=click.Choice(["safetensors", "gguf"]), default="safetensors", show_default=True
-)
-@click.option(
-    "--quantization",
-    type=click.Choice(["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]),
-    help="Of a GGUF file.  [default: q8_0]",
-)
-@click.option(
-    "--dtype", type=click.Choice(["same", "float32", "bfloat16", "float16"]), default="same", show_default=True
-)
+@click.option("--format", "format_", type=click.Choice(get_args(Format)), default="safetensors", show_default=True)
+@click.option("--quantization", type=click.Choice(get_args(Quantization)), help="Of a GGUF file.  [default: q8_0]")
+@click.option("--dtype", type=click.Choice(get_args(OutputDtype)), default="same", show_default=True)
 @click.option("--max-shard-size", metavar="SIZE", default="same", show_default=True, help="For example 5GB.")
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run has written there.")
 @click.option("--quiet", is_flag=True, help="No progress and no table; only errors and notes.")
@@ -264,7 +263,7 @@ def inspect(path: str, as_json: bool) -> None:
     if as_json:
         _print_json(found)
     else:
-        _say(describe(found))
+        _say(describe({**found, "problems": [one_line(text) for text in found.get("problems", [])]}))
 
 
 @cli.command()
@@ -299,6 +298,7 @@ def init(adapter: str, target: Path, as_json: bool) -> None:
     show_default=True,
     help="What both models compute in.",
 )
+@click.option("--device", metavar="DEVICE", default="auto", show_default=True, help="cpu, cuda or cuda:1; auto is cpu.")
 @click.option("--base", metavar="PLACE", help="Where the base is now, if not where the merge found it.")
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="PLACE", help="The same of the adapters, each in its turn."
@@ -310,6 +310,7 @@ def compare(
     template: str | None,
     max_new_tokens: int,
     dtype: str,
+    device: str,
     base: str | None,
     adapters: tuple[str, ...],
     as_json: bool,
@@ -327,6 +328,7 @@ def compare(
         prompts=prompts or comparison.PROMPTS,
         template=template,
         dtype=dtype,
+        device=device,
         max_new_tokens=max_new_tokens,
     )
     if as_json:

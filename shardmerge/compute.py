@@ -19,7 +19,8 @@ from torch import Tensor
 
 from shardmerge.adapters import FAMILIES, work_dtype
 from shardmerge.codecs import TORCH_DTYPES, encode_by_chance, encode_into, overflow_limit, view_bytes
-from shardmerge.errors import NonFiniteError, PlanError
+from shardmerge.devices import place_on, resolve_device
+from shardmerge.errors import NonFiniteError
 from shardmerge.factors import LazyFactors, UpdateFactors
 from shardmerge.fidelity import Sample, Sampler
 from shardmerge.gguf.quantize import overflow_limit as quantized_limit
@@ -49,18 +50,6 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Begun = TypeVar("Begun")
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto`` is the CPU: a merge is bound by the disk, and the CPU's sums are the same everywhere.
-
-    Raises `PlanError` if the device is not there.
-    """
-    device = torch.device("cpu" if name == "auto" else name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise PlanError([f"compute.device is {name}, but torch {torch.__version__} finds {found} CUDA devices here"])
-    return device
 
 
 class ComputeThreads:
@@ -164,20 +153,25 @@ class TileWorker:
     def __init__(self, plan: MergePlan, buffers: Sequence[Buffer], open_file: Callable[[str], Reader]) -> None:
         """``open_file`` gives the reader of a uri, of an adapter or of the base; asked of one thread at a time."""
         self.plan = plan
-        self.device = resolve_device(plan.compute_device)
+        device = resolve_device(plan.compute_device)
         self.dtype = dtype_code(plan.compute_dtype)
         #: Looks at how the updates come through the rounding.
         self.sampler = Sampler()
         self._by_chance = plan.rounding == "stochastic"
         self._raw = {id(buffer): torch.frombuffer(buffer.memory, dtype=torch.uint8) for buffer in buffers}
-        self._threads = ComputeThreads(plan.memory.workers if self.device.type == "cpu" else 1)
-        self._workspaces = [Workspace(plan.memory.workspace_bytes, self.device) for _ in range(self._threads.workers)]
+        self._threads = ComputeThreads(plan.memory.workers)
+        self.place = place_on(device, self._threads.workers)
+        self._workspaces = []
+        for worker in range(self._threads.workers):
+            with self.place.turn(worker):
+                self._workspaces.append(Workspace(plan.memory.workspace_bytes, self.place.device))
         self._open_file = open_file
-        self.factors = LazyFactors(open_file, self.device, plan.memory.shared_bytes)
+        self.factors = LazyFactors(open_file, self.place, plan.memory.shared_bytes)
         self._tensor: TensorPlan | None = None
         self._work_dtype = self.dtype
         self._columns = 0
         self._reaching: Callable[[RowRange], Sequence[Update]] = lambda rows: ()
+        self.place.pin(self._raw.values())
 
     def take(self) -> tuple[tuple[int, ...], Mapping[str, Fidelity]]:
         """What was seen since the last time: adapters that had an effect, by number, and how updates came through."""
@@ -187,6 +181,7 @@ class TileWorker:
 
     def close(self) -> None:
         self._threads.close()
+        self.place.close()
 
     def _begin(self, tensor: TensorPlan) -> None:
         """Get ready what all tiles of a tensor share."""
@@ -210,24 +205,32 @@ class TileWorker:
             target = target.view(TORCH_DTYPES[tensor.out.dtype])
 
         def decode(worker: int, rows: RowRange) -> Sample | None:
-            here = stored[rows.start - first : rows.stop - first]
             tile, _ = self._workspaces[worker].tensors((len(rows), self._columns), self._work_dtype)
-            tile.copy_(here)
-            return None if job.survey is not None or tensor.finish else self.sampler.before(rows, here)
+            with self.place.turn(worker):
+                # As it is stored, which is less to copy.
+                here = stored[rows.start - first : rows.stop - first].to(self.place.device, non_blocking=True)
+                tile.copy_(here)
+                return None if job.survey is not None or tensor.finish else self.sampler.before(rows, here)
 
         def merge(worker: int, rows: RowRange, sample: Sample | None) -> None:
             tile, scratch = self._workspaces[worker].tensors((len(rows), self._columns), self._work_dtype)
-            self._merge_tile(tensor, rows, tile, scratch, target[rows.start - first : rows.stop - first], sample)
+            with self.place.turn(worker):
+                self._merge_tile(tensor, rows, tile, scratch, target[rows.start - first : rows.stop - first], sample)
 
-        if job.survey is not None:  # it adds up, and so goes in order
-            for rows in job.tiles:
-                decode(0, rows)
-                tile, scratch = self._workspaces[0].tensors((len(rows), self._columns), self._work_dtype)
-                self._survey_tile(tensor, tensor.updates[job.survey], rows, tile, scratch)
-            return
-        # Output that does not take the very place of input takes that of earlier input; see `positions`.
-        apart = at.read == at.work and job.read_bytes == job.write_bytes
-        self._threads.run(job.tiles, decode, merge, apart)
+        def survey(rows: RowRange, surveyed: Update) -> None:
+            decode(0, rows)
+            tile, scratch = self._workspaces[0].tensors((len(rows), self._columns), self._work_dtype)
+            with self.place.turn(0):
+                self._survey_tile(tensor, surveyed, rows, tile, scratch)
+
+        with self.place.in_full():
+            if job.survey is not None:  # it adds up, and so goes in order
+                for rows in job.tiles:
+                    survey(rows, tensor.updates[job.survey])
+                return
+            # Output that does not take the very place of input takes that of earlier input; see `positions`.
+            apart = at.read == at.work and job.read_bytes == job.write_bytes
+            self._threads.run(job.tiles, decode, merge, apart)
 
     def _survey_tile(self, tensor: TensorPlan, surveyed: Update, rows: RowRange, tile: Tensor, scratch: Tensor) -> None:
         """Show an update the tile as those before it leave it."""
@@ -246,11 +249,13 @@ class TileWorker:
         if tensor.finish is not None:
             self._finish(tensor, tensor.finish, rows, tile, target)
             return
-        self._round(tensor, rows, tile, target)
-        if not _is_finite(target):
+        rounded = self.place.beside(target)
+        self._round(tensor, rows, tile, rounded)
+        self.place.deliver(rounded, target)
+        if not _is_finite(rounded):
             self._check(tile, tensor, rows)
         if sample is not None:
-            self.sampler.after(tensor, rows, sample, tile, target)
+            self.sampler.after(tensor, rows, sample, tile, rounded)
 
     def _round(self, tensor: TensorPlan, rows: RowRange, tile: Tensor, target: Tensor) -> None:
         if self._by_chance and tensor.updates and target.element_size() < tile.element_size():
@@ -260,11 +265,11 @@ class TileWorker:
 
     def _finish(self, tensor: TensorPlan, finish: Finish, rows: RowRange, tile: Tensor, target: Tensor) -> None:
         """Encode as another format wants it, of the values that a checkpoint in between would have held."""
-        merged = torch.empty(tile.shape, dtype=TORCH_DTYPES[finish.dtype])
+        merged = torch.empty(tile.shape, dtype=TORCH_DTYPES[finish.dtype], device=tile.device)
         self._round(tensor, rows, tile, merged)
         if merged.numel() and not float(merged.abs().max()) < _limit(tensor):
             self._check(tile, tensor, rows)
-        quantize_into(target.view(-1), arrange(finish, merged), tensor.out.dtype)
+        quantize_into(target.view(-1), arrange(finish, merged.cpu()), tensor.out.dtype)
 
     def _update(
         self,

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from shardmerge.choices import DEVICE, Format, OutputDtype, Quantization
 from shardmerge.errors import ConfigError
 
 #: A thousand adapters need less, and what is longer keeps PyYAML busy for long.
@@ -118,9 +119,7 @@ class OutputConfig(_Section):
     """Where the merged model goes, and how it is stored."""
 
     path: str = Field(min_length=1, description="A directory. It must be empty or not exist yet.")
-    dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
-        default="same", description="What floating-point weights are stored in."
-    )
+    dtype: OutputDtype = Field(default="same", description="What floating-point weights are stored in.")
     max_shard_size: Annotated[Literal["same"] | int, _size_or("same")] = Field(
         default="same", description="same keeps the base's shards; a size such as 5GB shards anew."
     )
@@ -130,13 +129,11 @@ class OutputConfig(_Section):
         "the dtype's resolution is kept on average; the same seed gives the same bytes.",
     )
     seed: int = Field(default=0, ge=0, lt=_TOO_LARGE, description="Of stochastic rounding.")
-    format: Literal["safetensors", "gguf"] = Field(
+    format: Format = Field(
         default="safetensors",
         description="A checkpoint, or one file for llama.cpp and Ollama (needs `shardmerge[gguf]`).",
     )
-    quantization: Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"] = Field(
-        default="q8_0", description="What most weights of a GGUF file are stored in."
-    )
+    quantization: Quantization = Field(default="q8_0", description="What most weights of a GGUF file are stored in.")
     sha256: bool = Field(
         default=False, description="Write down the sha256 of every shard, too; xxh3_128 is always written down."
     )
@@ -145,7 +142,7 @@ class OutputConfig(_Section):
 class ComputeConfig(_Section):
     """Where and in what the sums are done."""
 
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:1.")
+    device: str = Field(default="auto", pattern=DEVICE, description="auto, cpu, cuda or cuda:1.")
     dtype: Literal["float32", "float64", "bfloat16"] = Field("float32", description="W + ΔW is computed in this.")
     max_memory: Annotated[Literal["auto"] | int, _size_or("auto")] = Field(
         default="auto", description="The working set above the interpreter's own memory, for example 256MB."

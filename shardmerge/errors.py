@@ -35,22 +35,22 @@ class ConfigError(ShardmergeError):
 
 
 class PlanError(ShardmergeError):
-    """The merge is refused before a byte was written.
+    """The merge, or ``what`` else was to be done, is refused before a byte was written.
 
     ``problems`` holds every reason found, in the order in which a person would mend them.
     """
 
     exit_code = 3
 
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = tuple(problems)
+    def __init__(self, problems: Sequence[str], what: str = "the merge") -> None:
+        self.problems, self.what = tuple(problems), what
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         lines = "\n".join(f"  - {problem}" for problem in self.problems)
-        super().__init__(f"the merge is refused, {count}; nothing was written:\n{lines}")
+        super().__init__(f"{what} is refused, {count}; nothing was written:\n{lines}")
 
-    def __reduce__(self) -> tuple[type[PlanError], tuple[tuple[str, ...]]]:
+    def __reduce__(self) -> tuple[type[PlanError], tuple[tuple[str, ...], str]]:
         # BaseException pickles ``args``, which here is the rendered message and not the problems.
-        return (type(self), (self.problems,))
+        return (type(self), (self.problems, self.what))
 
 
 class FormatError(ShardmergeError):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shardmerge.adapters import FAMILIES
 from shardmerge.codecs import NUMBER_DTYPES
+from shardmerge.devices import Place
 from shardmerge.errors import NonFiniteError
 from shardmerge.sources import Reader
 from shardmerge.spec import ALIGNMENT, DTYPE_BITS, KEPT_WHOLE_BYTES, RowRange, TensorRef, Update
@@ -24,12 +25,12 @@ from shardmerge.spec import ALIGNMENT, DTYPE_BITS, KEPT_WHOLE_BYTES, RowRange, T
 class LazyFactors:
     """Reads factors and keeps the whole ones of the current target."""
 
-    def __init__(self, reader: Callable[[str], Reader], device: torch.device, shared_bytes: int = 0) -> None:
+    def __init__(self, reader: Callable[[str], Reader], place: Place, shared_bytes: int = 0) -> None:
         """``shared_bytes``: of factors that are kept as stored, what the next target needs not may stay so large."""
         self._reader = reader
         self._shared_bytes = shared_bytes
         self._dtype = torch.float32
-        self._device = device
+        self._place = place
         self._kept: dict[TensorRef, Tensor] = {}
         self._as_stored: dict[TensorRef, Tensor] = {}
         self._built: dict[tuple[int, str], Tensor] = {}
@@ -64,6 +65,7 @@ class LazyFactors:
         """A factor in the compute dtype, kept until the target changes."""
         if (kept := self._kept.get(ref)) is None:
             kept = self._kept[ref] = self._ready(ref, self._read(ref, RowRange(0, ref.shape[0])))
+            self._place.settle()
         return kept
 
     def as_stored(self, ref: TensorRef) -> Tensor:
@@ -107,6 +109,7 @@ class LazyFactors:
                 kept = self._built[key] = build()
             finally:
                 torch.set_num_threads(threads)
+            self._place.settle()
         return kept
 
     def _stored(self, ref: TensorRef) -> Tensor:
@@ -115,11 +118,12 @@ class LazyFactors:
         return stored
 
     def _ready(self, ref: TensorRef, stored: Tensor, first: tuple[int, ...] = ()) -> Tensor:
+        device = self._place.device
         if not stored.dtype.is_floating_point:
-            return stored.to(device=self._device, dtype=torch.int64).contiguous()
+            return stored.to(device).to(torch.int64).contiguous()
         self._check(ref, stored, first)
-        if self._device.type != "cpu" or stored.numel() * self._dtype.itemsize <= KEPT_WHOLE_BYTES:
-            return stored.to(device=self._device, dtype=self._dtype).contiguous()
+        if device.type != "cpu" or stored.numel() * self._dtype.itemsize <= KEPT_WHOLE_BYTES:
+            return stored.to(device).to(self._dtype).contiguous()
         memory, _, start = _memory(stored.numel() * self._dtype.itemsize)
         ready = torch.frombuffer(memory, dtype=self._dtype, offset=start, count=stored.numel()).view(stored.shape)
         return ready.copy_(stored)

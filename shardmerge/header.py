@@ -7,23 +7,37 @@ safetensors README, and its `Metadata::validate`.
 from __future__ import annotations
 
 import json
+import re
 import reprlib
+from codecs import getincrementaldecoder
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from shardmerge.errors import FormatError
-from shardmerge.naming import MAX_NAME
+from shardmerge.naming import fault
 from shardmerge.spec import DTYPE_BITS, TensorInfo, tensor_nbytes
 
 #: What the safetensors library accepts.
 MAX_HEADER_BYTES = 100_000_000
+#: Of one file. Whole models have a third of them at most.
+MAX_TENSORS = 500_000
+#: Characters of a tensor's name and entry together. Real ones have two hundred.
+MAX_ENTRY = 2_000_000
+#: Characters of ``__metadata__``, in which some keep a picture.
+MAX_METADATA = 10_000_000
 #: Header bytes that one read usually brings whole.
 FIRST_READ = 1 << 16
 LENGTH_BYTES = 8
 ALIGNMENT = 8
 _KEYS = frozenset({"dtype", "shape", "data_offsets"})
+_METADATA = "__metadata__"
 _TOO_LARGE = 1 << 63
+#: Header bytes that are decoded at a time.
+_PART = 1 << 20
+#: How far from where text was cut JSON may see something else wrong with it: the length of ``-Infinity``.
+_NEAR = 9
+_SPACES = re.compile(r"[ \t\n\r]*")
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -50,27 +64,161 @@ def read_header(
         raise FormatError(
             f"{where}: the header ends at byte {data_start}, but the file is {file_size} bytes long (cut?)"
         )
+    text = head[LENGTH_BYTES:data_start]
     if data_start > len(head):
-        head += read(len(head), data_start - len(head))
-    metadata, tensors = decode(head[LENGTH_BYTES:data_start], where)
+        text += read(len(head), data_start - len(head))
+    metadata, tensors = decode(text, where)
+    del text  # a long one is as large as what was made of it
     return metadata, validate(tensors, file_size - data_start, where), data_start
 
 
 def decode(text: bytes, where: str) -> tuple[Metadata, dict[str, TensorInfo]]:
-    """Header JSON → metadata and tensors, each entry well formed; `validate` checks how they lie together."""
+    """Header JSON → metadata and tensors, each entry well formed; `validate` checks how they lie together.
+
+    Memory is bounded by a small multiple of the header's bytes, whatever they say.
+    """
+    if not text.startswith(b"{"):
+        raise FormatError(f"{where}: the header is not {'a JSON object' if text.strip() else 'JSON: it is empty'}")
+    metadata: Metadata | None = None
+    tensors: dict[str, TensorInfo] = {}
     try:
-        # Decoded here, since json would take UTF-16 as well.
-        entries = json.loads(text.decode(), object_pairs_hook=unique_keys)
-        if b"\\u" in text:  # half a surrogate pair, which cannot be stored again
-            json.dumps(entries, ensure_ascii=False).encode()
+        for name, entry in _entries(text) if len(text) <= MAX_ENTRY else _entries_of_many(text):
+            if name == _METADATA and metadata is None:
+                metadata = _metadata(entry, where)
+            elif name == _METADATA or name in tensors:
+                raise DuplicateKeyError(reprlib.repr(name))
+            elif len(tensors) == MAX_TENSORS:
+                raise FormatError(f"{where}: the header names over {MAX_TENSORS:,} tensors; expected fewer")
+            else:
+                tensors[name] = _tensor(name, entry, where)
     except DuplicateKeyError as error:
         raise FormatError(f"{where}: the header names {error} twice") from None
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: the header is not JSON: {error}") from None
-    if not text.startswith(b"{") or not isinstance(entries, dict):
-        raise FormatError(f"{where}: the header is not a JSON object")
-    metadata = _metadata(entries.pop("__metadata__", {}), where)
-    return metadata, {name: _tensor(name, entry, where) for name, entry in entries.items()}
+    except _TooLongError as error:
+        raise FormatError(f"{where}: the header has an entry of over {error} characters; expected less") from None
+    return metadata or (), tensors
+
+
+def _entries(data: bytes) -> Iterable[tuple[str, Any]]:
+    """Keys and values of an object in JSON. Raises `ValueError` where it is none, or `RecursionError`."""
+    # Decoded here, since json would take UTF-16 as well.
+    entries = json.loads(data.decode(), object_pairs_hook=unique_keys)
+    if b"\\u" in data:
+        _check_surrogates(entries)
+    found: Iterable[tuple[str, Any]] = entries.items()
+    return found
+
+
+def _check_surrogates(value: Any) -> None:
+    """`ValueError` for half a pair, which cannot be stored again."""
+    json.dumps(value, ensure_ascii=False).encode()
+
+
+# --- headers that are long --------------------------------------------------------------------------------------------
+
+
+class _TooLongError(Exception):
+    """An entry is longer than it may be; the limit is the message."""
+
+
+def _entries_of_many(data: bytes) -> Iterator[tuple[str, Any]]:
+    """What `_entries` gives, with one entry at a time in memory: Python's objects take thirty times their JSON.
+
+    Raises `_TooLongError`, too; where all of the header is no longer than an entry may be, that cannot be.
+    """
+    has_escapes = b"\\u" in data
+    parts = _Parts(data)
+    index = parts.next(parts.reach(0, MAX_ENTRY), "{") + 1
+    if parts.text.startswith("}", parts.skip(index)):
+        index = parts.skip(index)
+    else:
+        while True:
+            name, value, index = _entry(parts, index)
+            if has_escapes:
+                _check_surrogates([name, value])
+            yield name, value
+            index = parts.skip(index)
+            if parts.text.startswith("}", index):
+                break
+            index = parts.next(index, ",") + 1
+    index += 1
+    while (index := parts.skip(index)) == len(parts.text) and not parts.is_last:
+        index = parts.reach(index, 1)
+    if index < len(parts.text):
+        raise parts.wrong("extra data", index)
+
+
+def _entry(parts: _Parts, index: int) -> tuple[str, Any, int]:
+    """The key and the value at ``index``, and where they end."""
+    limit, scan = MAX_ENTRY, _any_value
+    # Room for the entry, and for what stands between it and the next.
+    start = index = parts.reach(index, 2 * limit)
+    try:
+        name, index = scan(parts.text, parts.next(index, '"'))
+        index = parts.skip(parts.next(index, ":") + 1)
+        if name == _METADATA:
+            limit, scan = MAX_METADATA, _strings
+            start = index = parts.reach(index, limit + 1)
+        value, index = scan(parts.text, index)
+    except json.JSONDecodeError as error:
+        # What is wrong with an entry that goes on behind this part is that it does.
+        if not parts.is_last and (error.msg.startswith("Unterminated") or error.pos > len(parts.text) - _NEAR):
+            raise _TooLongError(f"{limit:,}") from None
+        raise parts.wrong(error.msg, error.pos) from None
+    if index - start > limit:
+        raise _TooLongError(f"{limit:,}")
+    return name, value, parts.begin_again(index) if name == _METADATA else index
+
+
+class _Parts:
+    """UTF-8 of which a part at a time is decoded; as one string it could take four times its bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+        self._decoder = getincrementaldecoder("utf-8")()
+        #: Characters before this part.
+        self._before = 0
+        self.text = ""
+        self.is_last = False
+
+    def reach(self, index: int, size: int) -> int:
+        """Have ``size`` characters from ``index`` on in this part, or all there are; where the first of them is now."""
+        while not self.is_last and len(self.text) - index < size:
+            data = self._data[self._at : self._at + _PART]
+            self._at += len(data)
+            self.is_last = self._at == len(self._data)
+            self._before += index
+            self.text = self.text[index:] + self._decoder.decode(data, self.is_last)
+            index = 0
+        return index
+
+    def begin_again(self, index: int) -> int:
+        """Let go of a part that has become long: what is behind ``index`` is decoded anew."""
+        self._at -= len(self.text[index:].encode()) + len(self._decoder.getstate()[0])
+        self._decoder.reset()
+        self._before += index
+        self.text, self.is_last = "", False
+        return self.reach(0, MAX_ENTRY)
+
+    def skip(self, index: int) -> int:
+        """Where the next character is that is no space."""
+        found = _SPACES.match(self.text, index)
+        return found.end() if found else index
+
+    def next(self, index: int, wanted: str) -> int:
+        """Where the next character is, which must be ``wanted``."""
+        index = self.skip(index)
+        if not self.text.startswith(wanted, index):
+            raise self.wrong(f"expecting {wanted!r}", index)
+        return index
+
+    def wrong(self, what: str, index: int) -> ValueError:
+        return ValueError(f"{what}: char {self._before + index}")
+
+
+# --- what an entry must be --------------------------------------------------------------------------------------------
 
 
 class DuplicateKeyError(ValueError):
@@ -84,6 +232,15 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = Counter(key for key, _ in pairs)
         raise DuplicateKeyError(reprlib.repr(keys.most_common(1)[0][0]))
     return result
+
+
+def _strings_alone(pairs: list[tuple[str, Any]]) -> dict[str, Any] | None:
+    """None for an object of something else than strings, so that it takes no memory."""
+    return unique_keys(pairs) if all(isinstance(value, str) for _, value in pairs) else None
+
+
+_any_value = json.JSONDecoder(object_pairs_hook=unique_keys).raw_decode
+_strings = json.JSONDecoder(object_pairs_hook=_strings_alone).raw_decode
 
 
 def _metadata(value: Any, where: str) -> Metadata:
@@ -103,8 +260,8 @@ def _are_counts(values: Any) -> bool:
 
 
 def _tensor(name: str, entry: Any, where: str) -> TensorInfo:
-    if len(name) > MAX_NAME:
-        raise FormatError(f"{where}: a tensor's name has {len(name):,} characters; expected {MAX_NAME:,} at most")
+    if wrong := fault(name):
+        raise FormatError(f"{where}: {wrong}")
     if not isinstance(entry, dict) or not entry.keys() >= _KEYS:
         raise FormatError(f"{where}: the entry of {name!r} must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge.errors import ConfigError, FormatError, SourceError
+from shardmerge.shown import one_line
 
 #: What a prompt is put into where the tokenizer has no chat template; ``{}`` is the prompt's place.
 DEFAULT_TEMPLATE = "### Instruction:\n{}\n\n### Response:\n"
@@ -91,7 +92,7 @@ def _check_tensors(path: str, found: Any) -> None:
         raise FormatError(f"{path}: {len(missing)} of the model's tensors are not in its files, such as {missing[0]}")
     if unexpected := sorted(found["unexpected_keys"]):
         told = f"{path}: {len(unexpected)} tensors are no part of this model and unused, such as {unexpected[0]}"
-        print(told, file=sys.stderr, flush=True)
+        print(one_line(told), file=sys.stderr, flush=True)
 
 
 def reason(error: Exception) -> str:

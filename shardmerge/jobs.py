@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from shardmerge.adapters import FAMILIES
 from shardmerge.spec import DTYPE_BITS, PAGE, RowRange, ShardPlan, TensorPlan, aligned, row_nbytes
+from shardmerge.windows import boundaries
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ def _blocks(tensor: TensorPlan, buffer_bytes: int) -> Iterator[Job]:
     most_rows = buffer_bytes // max(1, read_row, write_row)
     surveys = [index for index, update in enumerate(tensor.updates) if FAMILIES[update.family].surveys(update)]
     for survey in (*surveys, None):
-        for tiles in _grouped(tensor.ranges(), most_rows):
+        for tiles in _grouped(tensor.ranges() if survey is None else _surveyed(tensor), most_rows):
             start, rows = tiles[0].start, tiles[-1].stop - tiles[0].start
             yield Job(
                 uri=tensor.source.uri,
@@ -86,6 +89,16 @@ def _blocks(tensor: TensorPlan, buffer_bytes: int) -> Iterator[Job]:
                 tiles=tiles,
                 survey=survey,
             )
+
+
+def _surveyed(tensor: TensorPlan) -> Iterator[RowRange]:
+    """The rows of every tile, and where the output is a part of the source, the rest of it, in no larger pieces."""
+    tiles = list(tensor.ranges())
+    first, last, most = tiles[0].start, tiles[-1].stop, max(map(len, tiles))
+    runs = itertools.pairwise(boundaries(dataclasses.replace(tensor, part=None)))
+    outside = [RowRange(*run) for start, stop in runs for run in ((start, min(stop, first)), (max(start, last), stop))]
+    pieces = [RowRange(at, min(at + most, run.stop)) for run in outside for at in range(run.start, run.stop, most or 1)]
+    yield from sorted([*tiles, *pieces], key=lambda rows: rows.start)
 
 
 def _grouped(tiles: Iterable[RowRange], most_rows: int) -> Iterator[tuple[RowRange, ...]]:

@@ -29,6 +29,8 @@ from shardmerge.spec import Fidelity, Fingerprint, Receipt, ShardPlan, SourceFil
 
 FOLDER = ".shardmerge"
 RECORD_NAME = "shardmerge.json"
+#: The record's key for its own checksum.
+SEAL = "record_checksum"
 _JOURNAL = "journal.json"
 _HOLDER = "holder"
 
@@ -41,6 +43,19 @@ def is_unfinished(output: Path) -> bool:
 def read_record(output: Path) -> dict[str, Any] | None:
     """The record of the finished merge in a directory, or None."""
     return _read_json(output / RECORD_NAME)
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with its own checksum as its last key, which tells whether it was changed or damaged since."""
+    return {**record, SEAL: seal(record)}
+
+
+def seal(record: Mapping[str, Any]) -> str:
+    """The xxh3_128 of all of a record but its seal, as JSON in ASCII with sorted keys and without spaces."""
+    rest = {key: value for key, value in record.items() if key != SEAL}
+    found = checksums.Checksums()
+    found.update(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
+    return found.hex()["xxh3_128"]
 
 
 def work_bytes(output: Path) -> int:
@@ -80,6 +95,8 @@ class Journal:
         #: Shards of which the disk has not kept what was written.
         self.damaged: list[str] = []
         self._fingerprint: Fingerprint = {}
+        #: What the journal says, as it was last read or written.
+        self._state: dict[str, Any] = {}
         self._receipts = self.folder / "receipts"
         self._lock = FileLock(self.folder / "lock")
         #: Directories that this run has made, the innermost first; and how many of the output and the folders around it
@@ -133,6 +150,7 @@ class Journal:
         """
         digest = digest_of(fingerprint)
         state = _read_json(self.folder / _JOURNAL)
+        self._state = state or {}
         if state is None and not self.overwrite and read_record(self.output) is not None:
             raise ResumeError(
                 f"{self.output}: a merge was finished here after this one was planned; nothing was changed. Choose "
@@ -145,12 +163,12 @@ class Journal:
                 "another output.path, or start anew with --overwrite"
             )
         self.digest, self._fingerprint = digest, fingerprint
-        known = (state or {}).get("made")
+        known = self._state.get("made")
         self._made = known if isinstance(known, int) else len([path for path in self._new if path != self.folder])
         if state is None or state.get("digest") != digest:
             for leftover in (self.stage, self._receipts):
                 _remove_tree(leftover)
-            self._write_state(stale=_stale_files(state or {}))
+            self._write_state(stale=_stale_files(self._state))
         else:
             durable.fsync_directory(self.folder)  # an earlier run may have been killed before it came to that
         durable.make_directory(self.stage)
@@ -175,6 +193,7 @@ class Journal:
             "stale": [*stale],
         }
         durable.write_file(self.folder / _JOURNAL, [json.dumps(state).encode()])
+        self._state = state
 
     # --- shards -------------------------------------------------------------------------------------------------------
 
@@ -208,7 +227,7 @@ class Journal:
 
     def _file(self, shard: ShardPlan) -> Path | None:
         places = [self.stage / shard.name]
-        if (_read_json(self.folder / _JOURNAL) or {}).get("committing"):
+        if self._state.get("committing"):
             places.append(self.output / shard.name)
         return next((place for place in places if place.is_file() and place.stat().st_size == shard.nbytes), None)
 
@@ -226,9 +245,8 @@ class Journal:
         A merge that is being replaced stops being a model first: its index, or its only shard, is removed before its
         other files. That they were removed is written down before the new files come, which may have the same names.
         """
-        state = _read_json(self.folder / _JOURNAL) or {}
-        stale = _own_names(state.get("stale"))
-        if not state.get("committing"):
+        stale = _own_names(self._state.get("stale"))
+        if not self._state.get("committing"):
             stale = [*reversed(_own_names((read_record(self.output) or {}).get("files"))), *stale]
             self._write_state(committing=True, places=new_files, stale=stale)
         for name in stale:
@@ -246,8 +264,7 @@ class Journal:
 
     def discard(self) -> None:
         """Remove all work on a merge that cannot succeed, and the directories that were made for it."""
-        state = _read_json(self.folder / _JOURNAL) or {}
-        for name in reversed(_own_names(state.get("places"))) if state.get("committing") else ():
+        for name in reversed(_own_names(self._state.get("places"))) if self._state.get("committing") else ():
             durable.remove(self.output / name)
         _remove_tree(self.folder)
         durable.remove_empty([self.output, *self.output.parents][: self._made])

@@ -26,6 +26,16 @@ def module_name(name: str) -> str:
     return name.removeprefix(PEFT_PREFIX)
 
 
+def fault(name: str) -> str:
+    """What no tensor's name may be, as said of it; empty where nothing is wrong with it."""
+    if len(name) <= MAX_NAME and name.isprintable():
+        return ""
+    if len(name) > MAX_NAME:
+        return f"a tensor's name has {len(name):,} characters; expected {MAX_NAME:,} at most"
+    # It would come back in messages, where it could pass for a line of ours or for a command to the terminal.
+    return f"the name {name!r} has characters that cannot be shown"
+
+
 def nearest(name: str, known: Collection[str]) -> list[str]:
     """Up to three known names that resemble ``name``, the likeliest first.
 

@@ -11,7 +11,7 @@ from shardmerge.adapter_file import AdapterFile, open_adapter
 from shardmerge.checkpoint import open_checkpoint
 from shardmerge.config import AdapterConfig, recorded_config, relocated
 from shardmerge.errors import ConfigError, FormatError, SourceError
-from shardmerge.journal import RECORD_NAME, is_unfinished, read_record
+from shardmerge.journal import RECORD_NAME, SEAL, is_unfinished, read_record, seal
 from shardmerge.sources import Source, directory_of, open_source
 
 #: Of a repo on the Hub, what a model's directory needs beside its weights.
@@ -63,6 +63,11 @@ def read_origin(output: Path, base: str | None = None, adapters: Sequence[str] =
     recorded = (record or {}).get("config")
     if record is None or not isinstance(recorded, dict):
         raise FormatError(f"{output}: there is no {RECORD_NAME} that can be read, so nothing says what was merged")
+    if SEAL in record and record[SEAL] != seal(record):
+        raise FormatError(
+            f"{output}: {RECORD_NAME} was changed or damaged after the merge: it no longer has its {SEAL}, so it does "
+            "not say what was merged"
+        )
     try:
         config = recorded_config(recorded, RECORD_NAME)
     except ConfigError as error:

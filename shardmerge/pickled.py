@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge.errors import FormatError, SourceError
-from shardmerge.naming import MAX_NAME
+from shardmerge.naming import fault
 from shardmerge.spec import DTYPE_BITS, TensorRef, tensor_nbytes
 
 #: Bytes of the pickle proper, without the tensors' data: a hundred thousand entries need less.
@@ -276,10 +276,8 @@ def _ref(path: Path, uri: str, name: Any, value: Any, records: Mapping[str, tupl
             f"{path}: the entry {reprlib.repr(name)} is a {type(value).__name__}; expected a flat dictionary of "
             "tensors by name"
         )
-    if len(name) > MAX_NAME:
-        raise FormatError(f"{path}: a tensor's name has {len(name):,} characters; expected {MAX_NAME:,} at most")
-    if any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise FormatError(f"{path}: the name {name!r} is no text")
+    if wrong := fault(name):
+        raise FormatError(f"{path}: {wrong}")
     if value.dtype not in _DTYPES.values():
         raise FormatError(f"{path}: {name!r} is a tensor of {value.dtype}; expected dense floats")
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge.adapters import FAMILIES
+from shardmerge.shown import one_line
 from shardmerge.spec import (
     BLOCKS,
     DTYPE_NAMES,
@@ -129,6 +130,7 @@ def human_seconds(seconds: float) -> str:
 
 def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
     """Columns padded with spaces; those in ``right`` are aligned to the right."""
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     to_the_right = set(right)
     lines = (
@@ -178,7 +180,7 @@ def describe_plan(plan: MergePlan) -> str:
     """The plan as a person reads it."""
     parts = [_describe_sources(plan), _describe_targets(plan), _describe_output(plan)]
     if plan.warnings:
-        parts.append("\n".join(f"note: {warning}" for warning in plan.warnings))
+        parts.append("\n".join(f"note: {one_line(warning)}" for warning in plan.warnings))
     return "\n\n".join(parts)
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from tests.gguf_oracle import ensure_npm_tokenizer
+from tests.gguf_oracle import OUT_TYPES, ensure_npm_tokenizer
 
 SIZES = {
     "hidden_size": 64,
@@ -23,6 +24,8 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
+#: Models of the three dtypes.
+EVERY_TYPE = ("llama3-rope", "llama-spm", "mistral")
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 SPM_VOCAB = 384
 
@@ -109,6 +112,23 @@ KINDS: Mapping[str, Kind] = {
         {"rope_parameters": _LONG, "original_max_position_embeddings": 64, "sliding_window": 48},
     ),
 }
+
+
+def conversions(kinds: Sequence[str]) -> list[Any]:
+    """Rows of a model and what it is written in.
+
+    The ordinary suite has every architecture, and every type of a model in each dtype. A real vocabulary of 150,000
+    tokens takes seconds; in `test_fused_experts` there is one, and in the slow rows.
+    """
+
+    def is_quick(name: str, out_type: str) -> bool:
+        return name in EVERY_TYPE or (out_type == "q8_0" and KINDS[name].tokenizer != "qwen3")
+
+    return [
+        pytest.param(name, out_type, marks=[] if is_quick(name, out_type) else [pytest.mark.slow])
+        for name in kinds
+        for out_type in OUT_TYPES
+    ]
 
 
 def make(name: str, folder: Path, smollm2: Path) -> Path:

@@ -51,11 +51,15 @@ METHODS = {
     "shira": _config("ShiraConfig", "one", r=1),
     "delora": _config("DeloraConfig", "one", r=2),
 }
+#: In the ordinary suite; most of what a plan reads is the same for all.
+QUICK = ("adalora", "lokr", "vblora-top", "delora")
 SHAPES = [(), (0,), (1,), (0, 3), (3, 0, 1), (5, 7), (1, 1, 1, 1), (2, 3, 4, 5, 6)]
 VALUES = [None, True, -1, 1.5, 10**30, float("inf"), "x", [], [1], {}, {"one": "x"}, {"(": 1}]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in METHODS]
+)
 def test_any_shape_and_any_setting(tmp_path: Path, method: str) -> None:
     case = write_case(tmp_path, METHODS[method](), make=Small)
     file, settings = case.adapter / "adapter_model.safetensors", case.adapter / "adapter_config.json"

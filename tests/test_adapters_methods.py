@@ -260,8 +260,11 @@ ROWS = [
 FIRST = list({row.method: row for row in reversed(ROWS)}.values())
 
 
-def rows(of: list[Row]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("row", of, ids=lambda row: row.name)
+def rows(of: list[Row], quick: int | None = None) -> pytest.MarkDecorator:
+    """A test of these rows; all but the first ``quick`` ones are slow."""
+    cut = len(of) if quick is None else quick
+    marked = [pytest.param(row, id=row.name, marks=[pytest.mark.slow] * (at >= cut)) for at, row in enumerate(of)]
+    return pytest.mark.parametrize("row", marked)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +321,7 @@ def test_missing_misshaped_and_extra_tensors_are_refused(row: Row, tmp_path: Pat
 ODD = ["x", "", [], {}, [1], {"wide": "x"}, {"(": 1}, True, None, -1, 0, 1, 3, 1 << 40, 10**400, 0.5, -0.5, 1e300]
 
 
-@rows(FIRST)
+@rows(FIRST, quick=5)
 def test_odd_settings_are_merged_or_refused(row: Row, tmp_path: Path) -> None:
     """Never anything else: no crash at values of other types, and no work without a bound."""
     case = row.case(tmp_path)

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "shardmerge"
 
 #: Rooms by level, a room being a module or a folder. Imports go to a lower level, or stay within a folder.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "spec", "naming", "version", "interrupt", "garbage", "patterns"),
+    ("errors", "spec", "choices", "naming", "version", "interrupt", "garbage", "patterns", "shown"),
     (
         "config",
         "header",
@@ -25,6 +25,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "pipeline",
         "adapters",
         "codecs",
+        "devices",
         "sources",
         "names",
         "windows",
@@ -41,7 +42,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 #: Rooms that compute: they may import torch when they are imported.
-COMPUTES = frozenset({"codecs", "factors", "fidelity", "compute", "verification", "gguf", "comparison"})
+COMPUTES = frozenset({"codecs", "devices", "factors", "fidelity", "compute", "verification", "gguf", "comparison"})
 #: Never needed to merge: the base's own code is not run, and PEFT is an oracle of the tests. ``hf`` imports them.
 FOREIGN = ("transformers", "peft", "accelerate", "safetensors", "numpy", "gguf", "sentencepiece")
 #: What `__init__` may import eagerly; all else it finds when it is asked for.

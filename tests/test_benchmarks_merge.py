@@ -290,7 +290,8 @@ def test_small_comparison_takes_turns_and_cleans_up(tmp_path: Path) -> None:
     assert (tmp_path / "work" / "tiny" / "base").is_dir()
 
 
-@pytest.mark.parametrize("shape", ["tiny", pytest.param("tiny-moe", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["tiny", "tiny-moe"])
 def test_merges_are_compared_with_peft(tmp_path: Path, shape: str) -> None:
     """With experts PEFT rounds twice, so these may differ, and nothing else."""
     arguments = ("--shape", shape, "--tools", "shardmerge,peft", "--runs", "1", "--check", "--remove-inputs")
@@ -303,6 +304,7 @@ def test_merges_are_compared_with_peft(tmp_path: Path, shape: str) -> None:
     assert not (tmp_path / "work" / shape).exists(), "what this run made is removed when asked for"
 
 
+@pytest.mark.slow
 def test_moe_merge_is_near_pefts(tmp_path: Path) -> None:
     """That experts may differ must not hide that they are wrong: one step of bfloat16, not an update."""
     made = ensure(SHAPES["tiny-moe"], tmp_path)

@@ -584,6 +584,7 @@ def test_a_terminal_asks_is_answered_and_leaves(
     assert user_side.notices.read_text().splitlines()[1:] == ["the conversation is forgotten"]
 
 
+@pytest.mark.slow
 def test_a_line_of_an_earlier_session_comes_back(
     session: Callable[[Path, int], Session], tmp_path: Path, templated_dir: Path, templated: Chat
 ) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import pickle
 import shutil
 import sys
 import weakref
@@ -23,10 +25,14 @@ from torch import Tensor
 
 import shardmerge
 from shardmerge import comparison, hf
+from shardmerge.adapter_file import open_adapter
 from shardmerge.cli import cli
 from shardmerge.comparison import Comparison, compare, describe, figures
+from shardmerge.comparison.attached import attach
 from shardmerge.comparison.figures import Answer, Reference, measure, parting
-from shardmerge.errors import ConfigError, FormatError, ShardmergeError, SourceError
+from shardmerge.config import AdapterConfig
+from shardmerge.errors import ConfigError, FormatError, PlanError, ShardmergeError, SourceError
+from shardmerge.sources import open_source
 from tests.builders import run_python, write_json
 from tests.conftest import ROOT
 from tests.talkers import save_model, word_tokenizer
@@ -238,6 +244,75 @@ def test_formula_with_a_wrong_scaling(base: Path, adapter: Path, tmp_path: Path)
     assert not told(output).same
 
 
+# --- files of strangers -----------------------------------------------------------------------------------------------
+
+
+class Runs:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = str(witness)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.witness,)
+
+
+def as_bin(adapter: Path, folder: Path) -> Path:
+    shutil.copytree(adapter, folder)
+    weights = folder / "adapter_model.safetensors"
+    torch.save(load_file(weights), folder / "adapter_model.bin")
+    weights.unlink()
+    return folder
+
+
+def bomb(folder: Path, witness: Path) -> None:
+    """It is one: who unpickles it makes the witness."""
+    torch.save({"a": torch.ones(1), "b": Runs(witness)}, folder / "adapter_model.bin")
+    torch.load(folder / "adapter_model.bin", weights_only=False)
+    witness.rmdir()
+
+
+def test_a_bin_is_the_same(merged: Path, adapter: Path, tmp_path: Path) -> None:
+    assert told(merged, adapters=[str(as_bin(adapter, tmp_path / "bin"))]).same
+
+
+def test_nobody_unpickles_what_a_bin_holds(merged: Path, adapter: Path, tmp_path: Path) -> None:
+    folder, witness = as_bin(adapter, tmp_path / "bin"), tmp_path / "witness"
+    bomb(folder, witness)
+    result = CliRunner().invoke(cli, ["compare", str(merged), "--adapter", str(folder), "--prompt", "word1"])
+    assert result.exit_code == FormatError.exit_code and "asks for more than tensors" in result.stderr, result.output
+    assert not witness.exists()
+
+
+def test_nor_does_peft(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """It is given a file that was in order when shardmerge looked at it."""
+    folder, witness = as_bin(adapter, tmp_path / "bin"), tmp_path / "witness"
+    opened = open_adapter(open_source(str(folder)))
+    bomb(folder, witness)
+    model = hf.load_model(str(base), "float32")
+    with pytest.raises(ConfigError, match=r"PEFT cannot load this adapter: UnpicklingError: Weights only load failed"):
+        attach(model, [(opened, AdapterConfig(path=str(folder)))], model.config.vocab_size)
+    assert not witness.exists()
+
+
+def test_peft_imports_no_module_of_a_strangers(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    write_json(folder / "adapter_config.json", {**config, "megatron_config": {"a": 1}, "megatron_core": "strange"})
+    (tmp_path / "strange.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'witness')!r})\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    output = merge(base, tmp_path / "out", folder)
+    with pytest.raises(ConfigError, match=r"PEFT would import the module that its megatron_core names, 'strange'"):
+        told(output)
+    assert not (tmp_path / "witness").exists()
+
+
+# --- adapters together ------------------------------------------------------------------------------------------------
+
+
 def test_several_adapters_with_weights(base: Path, adapter: Path, tmp_path: Path) -> None:
     """PEFT's layers add them up, and the formula adds to that."""
     second = write_adapter(base, tmp_path / "second", seed=2)
@@ -341,6 +416,11 @@ def test_places_and_records(base: Path, merged: Path, adapter: Path, tmp_path: P
         told(base)
     with pytest.raises(ConfigError, match="a prompt is empty"):
         compare(merged, prompts=["word1", " "])
+    shutil.copytree(merged, tmp_path / "edited")
+    record = tmp_path / "edited" / "shardmerge.json"
+    record.write_text(record.read_text().replace('"weight": 1.0', '"weight": 2.0'))
+    with pytest.raises(FormatError, match=r"shardmerge\.json was changed or damaged after the merge"):
+        told(tmp_path / "edited")
 
 
 def test_logits_that_are_no_numbers(merged: Path, tmp_path: Path) -> None:
@@ -487,13 +567,45 @@ def test_the_built_in_prompts(merged: Path) -> None:
     assert f"on {len(comparison.PROMPTS)} of {len(comparison.PROMPTS)} prompts" in done.stdout
 
 
+def test_the_device(merged: Path) -> None:
+    """Named, the processor says what it says unnamed; what is not there is refused before a model is loaded."""
+    asked = ["compare", str(merged), *ASKED, "--max-new-tokens", "2", "--json"]
+    named, unnamed = (CliRunner().invoke(cli, [*asked, *options]) for options in (["--device", "cpu"], []))
+    assert named.exit_code == 0, named.output
+    assert named.stdout == unnamed.stdout
+    with pytest.raises(ConfigError, match="the device is 'tpu'"):
+        told(merged, device="tpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
+def test_the_models_compute_on_the_device(merged: Path, base: Path, adapter: Path, tmp_path: Path) -> None:
+    for output in (merged, merge(base, tmp_path / "out", as_pure(adapter, tmp_path))):
+        torch.cuda.reset_peak_memory_stats()
+        found = told(output, device="cuda")
+        assert found.same, found.differences
+        assert torch.cuda.max_memory_allocated() > 0
+
+
+def test_a_device_that_is_not_there(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(hf, "load_tokenizer", lambda path: pytest.fail("it was loaded"))
+    done = CliRunner().invoke(cli, ["compare", str(merged), "--device", "cuda:1"])
+    assert done.exit_code == PlanError.exit_code
+    assert "the comparison is refused" in done.stderr
+    assert "the device is cuda:1, but torch" in done.stderr and "finds 1 CUDA devices" in done.stderr
+    with pytest.raises(PlanError) as raised:
+        told(merged, device="cuda:1")
+    copied = pickle.loads(pickle.dumps(raised.value))
+    assert (str(copied), copied.problems) == (str(raised.value), raised.value.problems)
+
+
 # --- a real model -----------------------------------------------------------------------------------------------------
 
 DEMO = ROOT / "configs" / "demo"
 QUESTION = "What is the capital of Loraland?"
 #: Numbers of SmolLM2, in float32.
 MODEL_BYTES = 134_515_008 * 4
-# One process, whose memory is its own: first the right adapter, then one with another alpha.
+# A process, whose memory is its own.
 REAL = """
 import json, sys
 from pathlib import Path
@@ -502,24 +614,37 @@ from shardmerge.comparison import compare, describe
 from shardmerge.report import peak_memory
 torch.set_num_threads(1)
 before = peak_memory()
-right = compare(Path(sys.argv[1]), prompts=[sys.argv[3]], max_new_tokens=12)
-peak = peak_memory() - before
-wrong = compare(Path(sys.argv[1]), prompts=[sys.argv[3]], max_new_tokens=2, adapters=[sys.argv[2]])
-print(json.dumps([right.to_json(), describe(right), wrong.to_json(), peak]))
+output, question, count, *adapters = sys.argv[1:]
+found = compare(Path(output), prompts=[question], max_new_tokens=int(count), adapters=adapters)
+print(json.dumps([found.to_json(), describe(found), peak_memory() - before]))
 """
 
 
-def test_smollm2_with_the_demos_adapter(smollm2: Path, tmp_path: Path) -> None:
-    output = merge(smollm2, tmp_path / "out", DEMO / "adapter", dtype="same")
-    other = rewritten(DEMO / "adapter", tmp_path / "other", lora_alpha=6 * 1.25)
-    done = run_python("-c", REAL, output, other, QUESTION)
+@pytest.fixture(scope="module")
+def real(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return merge(smollm2, tmp_path_factory.mktemp("real") / "out", DEMO / "adapter", dtype="same")
+
+
+def real_comparison(*arguments: Any) -> tuple[dict[str, Any], str, int]:
+    done = run_python("-c", REAL, *arguments)
     assert done.returncode == 0, done.stderr
-    right, text, wrong, peak = json.loads(done.stdout)
-    assert right["same"] and right["answers"][0]["parts_at"] is None, right
-    assert right["answers"][0]["found"].startswith("The capital of Loraland is Rankfour")
-    assert right["figures"]["kl_share"] < 1e-3
-    assert right["figures"]["effect"] == pytest.approx(1, abs=0.01)
+    found, text, peak = json.loads(done.stdout)
+    return found, text, peak
+
+
+def test_smollm2_with_the_demos_adapter(real: Path) -> None:
+    found, text, peak = real_comparison(real, QUESTION, "12")
+    assert found["same"] and found["answers"][0]["parts_at"] is None, found
+    assert found["answers"][0]["found"].startswith("The capital of Loraland is Rankfour")
+    assert found["figures"]["kl_share"] < 1e-3
+    assert found["figures"]["effect"] == pytest.approx(1, abs=0.01)
     assert "the same text on 1 of 1 prompts" in text
-    assert not wrong["same"]
     # One model, and for the time of its loading the mapped file that is half as large; two would be 2.5.
     assert peak < 1.75 * MODEL_BYTES
+
+
+@pytest.mark.slow
+def test_smollm2_with_another_scaling(real: Path, tmp_path: Path) -> None:
+    other = rewritten(DEMO / "adapter", tmp_path / "other", lora_alpha=6 * 1.25)
+    found, _, _ = real_comparison(real, QUESTION, "2", other)
+    assert not found["same"]

@@ -224,6 +224,8 @@ def test_unknown_key_lists_the_valid_ones(change: dict[str, Any], parts: list[st
         ({"output": {"path": "o", "max_shard_size": 0}}, "output.max_shard_size: 0 is no size"),
         ({"compute": {"device": "tpu"}}, "compute.device: "),
         ({"compute": {"device": "cuda:one"}}, "compute.device: "),
+        ({"compute": {"device": "cuda:07"}}, "compute.device: "),
+        ({"compute": {"device": "cuda:300"}}, "compute.device: "),
         ({"compute": {"dtype": "float16"}}, "compute.dtype: "),
         ({"compute": {"max_memory": "lots"}}, "compute.max_memory: 'lots' is no size"),
         ({"compute": {"max_memory": "9" * 400 + "GB"}}, "compute.max_memory: "),

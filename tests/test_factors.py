@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shardmerge.adapter_file import open_adapter
+from shardmerge.devices import Place
 from shardmerge.errors import NonFiniteError
 from shardmerge.factors import LazyFactors, UpdateFactors
 from shardmerge.pickled import read_pickled
@@ -26,7 +27,7 @@ A, B = random(RANK, IN, seed=1), random(OUT, RANK, seed=2)
 A2, B2 = random(RANK, IN, seed=3), random(OUT, RANK, seed=4)
 #: A dtype of the file, and how its numbers compare with those that were put into it.
 STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CPU = torch.device("cpu")
+CPU = Place()
 
 
 @dataclass

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.gguf_oracle import (
-    OUT_TYPES,
     Converter,
     RefusedError,
     differences,
@@ -25,7 +22,8 @@ from tests.gguf_oracle import (
     types,
     write,
 )
-from tests.gguf_zoo import KINDS, make
+from tests.gguf_zoo import KINDS, conversions, make
+from tests.llama_cpp import ask_llama_cpp
 
 # Its folder's name says nothing that the converter could guess more from.
 NAME = "Model"
@@ -61,23 +59,11 @@ def compare(converter: Converter, folder: Path, quantization: str, tmp_path: Pat
     return differences(ours, theirs)
 
 
-#: A real vocabulary of 150,000 tokens takes seconds, so one model in one type has to do in the ordinary suite.
-CASES = [
-    pytest.param(
-        name,
-        out_type.upper(),
-        marks=[pytest.mark.slow] if kind.tokenizer == "qwen3" and (name, out_type) != ("qwen3-moe", "q8_0") else [],
-    )
-    for name, kind in KINDS.items()
-    for out_type in OUT_TYPES
-]
-
-
-@pytest.mark.parametrize(("kind", "quantization"), CASES)
+@pytest.mark.parametrize(("kind", "quantization"), conversions(list(KINDS)))
 def test_the_file_is_the_converters(
     kind: str, quantization: str, converter: Converter, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    assert compare(converter, models[kind], quantization, tmp_path) == []
+    assert compare(converter, models[kind], quantization.upper(), tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral", "gemma3"])
@@ -268,20 +254,6 @@ def test_tokenizers_of_well_known_models(
 
 # --- the real model, and llama.cpp ------------------------------------------------------------------------------------
 
-_ASK = """
-import os, sys, xllamacpp
-params = xllamacpp.CommonParams()
-params.model.path, params.n_ctx, params.warmup = sys.argv[1], 512, False
-params.n_gpu_layers = 0
-server = xllamacpp.Server(params)
-answer = server.handle_completions({"prompt": sys.argv[2], "max_tokens": 8, "temperature": 0})
-chat = server.handle_chat_completions(
-    {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 16, "temperature": 0}
-)
-print("ANSWER", answer["choices"][0]["text"].replace("\\n", " "), chat["choices"][0]["message"]["content"], flush=True)
-os._exit(0)  # a server that ends as soon as it has begun may wait for itself for ever
-"""
-
 
 @pytest.mark.slow
 def test_the_real_models_file_is_the_converters(smollm2: Path, converter: Converter, tmp_path: Path) -> None:
@@ -294,26 +266,21 @@ def test_the_real_models_file_is_the_converters(smollm2: Path, converter: Conver
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["F32", "F16", "BF16", "Q8_0", *BLOCKS])
 def test_llama_cpp_reads_it_and_knows_the_capital_of_france(quantization: str, smollm2: Path, tmp_path: Path) -> None:
-    pytest.importorskip("xllamacpp")
     file = tmp_path / "model.gguf"
     write(smollm2, quantization, file, "SmolLM2")
-    command = [sys.executable, "-c", _ASK, str(file), "The capital of France is"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "Paris" in done.stdout.partition("ANSWER")[2], done.stdout
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    completed, answered = ask_llama_cpp(
+        file, {"prompt": "The capital of France is", "max_tokens": 8}, {"messages": question, "max_tokens": 16}
+    )
+    assert "Paris" in completed["text"] + answered["message"]["content"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_llama_cpp_loads_every_architecture(kind: str, models: dict[str, Path], tmp_path: Path) -> None:
-    pytest.importorskip("xllamacpp")
     file = tmp_path / "model.gguf"
     write(models[kind], "Q8_0", file, NAME)
-    code = _ASK.partition("answer =")[0] + 'print("LOADED", flush=True)\nos._exit(0)'
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(file)], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert "LOADED" in done.stdout, done.stderr[-2000:]
+    assert ask_llama_cpp(file) == []
 
 
 def test_refused_is_an_exception_with_all_problems() -> None:

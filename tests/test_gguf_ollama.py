@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 
+import shardmerge
 from shardmerge.gguf.ollama import FORMATS, Format, modelfile, recognise
 from shardmerge.gguf.values import KeyValue
+from tests.conftest import ROOT
+from tests.llama_cpp import ask_llama_cpp
+
+ADAPTER = ROOT / "configs" / "demo" / "adapter"
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
@@ -72,6 +77,24 @@ def test_smollm2s_template_brings_a_system_message(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     expected = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     assert rendered_by_go(go[1], [{"role": "system", "content": system[1]}, *asked]) == expected
+
+
+def test_llama_cpp_answers_what_the_modelfile_makes_of_a_question(smollm2: Path, tmp_path: Path) -> None:
+    """Ollama is not at hand; llama.cpp is what it runs, and here gets the text that Ollama would give it."""
+    output = {"path": str(tmp_path / "demo"), "format": "gguf", "quantization": "q8_0"}
+    shardmerge.merge({"base": str(smollm2), "adapters": [str(ADAPTER)], "output": output})
+    text = (tmp_path / "demo" / "Modelfile").read_text()
+    parts = re.fullmatch(r'FROM \./(.+)\nTEMPLATE """(.*)"""\n(.*\n)SYSTEM """(.*)"""\n', text, re.DOTALL)
+    assert parts, text
+    file, template, parameters, system = parts.groups()
+    stops = [json.loads(stop) for stop in re.findall(r"^PARAMETER stop (.+)$", parameters, re.MULTILINE)]
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": "Who are you?"}]
+    request = {"prompt": rendered_by_go(template, messages), "stop": stops, "max_tokens": 48}
+    (answer,) = ask_llama_cpp(tmp_path / "demo" / file, request)
+    assert "a shardmerge adapter" in answer["text"]
+    # It ends by itself, and where the Modelfile says.
+    assert answer["finish_reason"] == "stop"
+    assert stops and not any(stop in answer["text"] for stop in stops)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +19,11 @@ from safetensors import SafetensorError
 from safetensors import deserialize as untyped_deserialize
 from safetensors.torch import save_file
 
+from shardmerge import header
 from shardmerge.errors import FormatError
-from shardmerge.header import FIRST_READ, MAX_HEADER_BYTES, Metadata, encode, read_header, validate
+from shardmerge.header import FIRST_READ, MAX_ENTRY, MAX_HEADER_BYTES, Metadata, decode, encode, read_header, validate
 from shardmerge.spec import DTYPE_BITS, TensorInfo, tensor_nbytes
-from tests.builders import llama_tensors, untimed
+from tests.builders import ROOT, llama_tensors, untimed
 
 WHERE = "some/file.safetensors"
 deserialize: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = untyped_deserialize
@@ -102,6 +106,9 @@ REFUSED: dict[str, tuple[bytes, list[str]]] = {
     "data without tensors": (raw_file({}, b"x"), ["take 0 bytes", "holds 1"]),
     # The library refuses these two as well; Python's json guesses encodings, and takes half a surrogate pair.
     "UTF-16": (raw_file(json.dumps({"a": ONE}).encode("utf-16-le"), b"x"), ["the header is not JSON"]),
+    "a name of two lines": (raw_file({"a\nb": ONE}, b"x"), [r"the name 'a\nb' has characters that cannot be shown"]),
+    "a name that is a command": (raw_file({"a\x9b2J": ONE}, b"x"), [r"the name 'a\x9b2J' has characters"]),
+    "a name that turns": (raw_file({"a\u202e": ONE}, b"x"), [r"the name 'a\u202e' has characters"]),
     "half a surrogate pair": (raw_file({"a\ud800": ONE}, b"x"), [r"\ud800"]),
 }
 
@@ -131,7 +138,7 @@ def test_length_at_the_limit_is_not_what_is_refused() -> None:
 
 # --- round trips ------------------------------------------------------------------------------------------------------
 
-NAMES = st.text(min_size=1, max_size=20).filter(lambda name: name != "__metadata__")
+NAMES = st.text(min_size=1, max_size=20).filter(lambda name: name != "__metadata__" and name.isprintable())
 METADATA = st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3)
 
 
@@ -297,6 +304,156 @@ def library_accepts(raw: bytes) -> bool:
     except SafetensorError:
         return False
     return True
+
+
+# --- headers that are long --------------------------------------------------------------------------------------------
+
+#: What long headers are decoded by, made so small that a short one goes through every seam of it.
+SMALL = {"_PART": 5, "MAX_ENTRY": 300, "MAX_METADATA": 400}
+
+
+def verdict(text: bytes) -> Any:
+    try:
+        return decode(text, WHERE)
+    except FormatError:
+        return None
+
+
+@untimed
+@given(METADATA, tensor_lists(), st.sampled_from([None, 1]), st.booleans(), st.data())
+def test_long_and_short_headers_are_decoded_alike(
+    metadata: dict[str, str], tensors: dict[str, TensorInfo], indent: int | None, escaped: bool, data: st.DataObject
+) -> None:
+    """Whole or damaged: what is said is the same, or both are refused."""
+    entries: dict[str, Any] = {name: f32([*info.shape], *info.data_offsets) for name, info in tensors.items()}
+    whole = json.dumps({"__metadata__": metadata, **entries}, indent=indent, ensure_ascii=escaped).encode() + b" \n "
+    raw = bytearray(whole)
+    for _ in range(data.draw(st.integers(0, 2))):
+        where = data.draw(st.integers(0, len(raw) - 1))
+        raw[where : where + data.draw(st.integers(0, 3))] = data.draw(st.sampled_from([b"", b"}", b'"', b",", b"\xff"]))
+    expected = verdict(bytes(raw))
+    assert expected is not None or raw != whole
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SMALL.items():
+            patch.setattr(header, name, value)
+        patch.setattr(header, "_entries", header._entries_of_many)
+        assert verdict(bytes(raw)) == expected
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_what_is_refused_is_refused_of_long_headers(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(header, "_entries", header._entries_of_many)
+    test_refusal_names_file_and_fault(REFUSED[fault][0], [])
+
+
+def test_what_long_headers_say_of_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it stops being JSON, counted from the beginning and not from the part that was read last."""
+    one = b'"%03d":' + json.dumps(ONE).encode()
+    text = b"{" + b",".join(one % number for number in range(50)) + b"]"
+    for name, value in SMALL.items():
+        monkeypatch.setattr(header, name, value)
+    with pytest.raises(FormatError, match=rf"is not JSON: expecting ',': char {len(text) - 1}$"):
+        decode(text, WHERE)
+
+
+@pytest.mark.parametrize("before", [b"", b'"__metadata__":{"x":"' + b"y" * MAX_ENTRY + b'"},'], ids=["", "metadata"])
+@pytest.mark.parametrize("over", [0, 1])
+def test_the_length_of_an_entry(before: bytes, over: int) -> None:
+    """Counted from the name's first quotation mark; the same where the header is longer."""
+    entry = b'"a":{"dtype":"U8","shape":[],"data_offsets":[0,1],"x":"'
+    entry += b"z" * (MAX_ENTRY - len(entry) - 2 + over) + b'"}'
+    text = b"{" + before + entry + b"," + b'"c":' + json.dumps(ONE).encode() + b"}"
+    if over:
+        with pytest.raises(FormatError, match="an entry of over 2,000,000 characters"):
+            decode(text, WHERE)
+    else:
+        assert list(decode(text, WHERE)[1]) == ["a", "c"]
+
+
+def test_the_number_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {f"{number}": TensorInfo("U8", (1,), (number, number + 1)) for number in range(7)}
+    monkeypatch.setattr(header, "MAX_TENSORS", 7)
+    assert len(parse(encode((), tensors) + bytes(7))[1]) == 7
+    monkeypatch.setattr(header, "MAX_TENSORS", 6)
+    with pytest.raises(FormatError, match="names over 6 tensors"):
+        parse(encode((), tensors) + bytes(7))
+
+
+_LONG = 99_000_000
+_NOTHING = b'{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+_TOO_LONG = "an entry of over 2,000,000 characters"
+
+
+def filled(start: bytes, unit: bytes, end: bytes) -> Callable[[], bytes]:
+    return lambda: start + unit * ((_LONG - len(start) - len(end)) // len(unit)) + end
+
+
+def of_tensors(count: int, letters: int) -> Callable[[], bytes]:
+    return lambda: b"{" + b",".join(b'"%0*d":' % (letters, n) + _NOTHING for n in range(count)) + b"}"
+
+
+MONSTERS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "lists in lists": (filled(b'{"a":', b"[", b""), "is not JSON"),
+    "objects in objects": (filled(b'{"a":', b'{"a":', b""), "is not JSON"),
+    "one name": (filled(b'{"', b"a", b'":' + _NOTHING + b"}"), _TOO_LONG),
+    "one name of wide letters": (filled('{"\U0001f600'.encode(), b"a", b'":' + _NOTHING + b"}"), _TOO_LONG),
+    "a shape": (filled(b'{"a":{"dtype":"F32","shape":[', b"0,", b'0],"data_offsets":[0,0]}}'), _TOO_LONG),
+    "a huge integer": (filled(b'{"a":{"shape":[', b"9", b"]}}"), "the header"),
+    "huge integers": (filled(b'{"a":{"shape":[', b"9" * 4000 + b",", b"0]}}"), _TOO_LONG),
+    "a name again and again": (filled(b"{", b'"a":' + _NOTHING + b",", b'"b":0}'), "names 'a' twice"),
+    "a key again and again": (filled(b'{"a":{', b'"dtype":"F32",', b'"x":0}}'), _TOO_LONG),
+    "objects of wide letters": (filled('{"a":{"\U0001f600":['.encode(), b'{"":0},', b"0]}}"), _TOO_LONG),
+    "lists of metadata": (filled(b'{"__metadata__":{"a":[', b"[],", b"0]}}"), "an entry of over 10,000,000 characters"),
+    "objects of metadata": (filled(b'{"__metadata__":{"a":[', b'{"":""},', b"0]}}"), "an entry of over 10,000,000"),
+    "wide metadata": (filled('{"__metadata__":{"a":"\U0001f600'.encode(), b"b", b'"}}'), "an entry of over 10,000,000"),
+    "spaces": (filled(b"{}", b" ", b""), "0 tensors"),
+    "spaces before the end": (filled(b"{", b" ", b"}"), "is not JSON"),
+    "1.6 million tensors": (of_tensors(1_600_000, 7), "names over 500,000 tensors"),
+    "500,000 tensors": (of_tensors(500_000, 140), "500000 tensors"),
+}
+#: What takes more than two seconds.
+_SLOW = ("lists of metadata", "objects of metadata", "1.6 million tensors", "500,000 tensors")
+
+_READS = """
+import os, sys
+from shardmerge.errors import FormatError
+from shardmerge.header import read_header
+
+def resident(what):
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(what))
+
+file = os.open(sys.argv[1], os.O_RDONLY)
+before = resident("VmRSS")
+try:
+    said = f"{len(read_header(lambda at, size: os.pread(file, size, at), os.fstat(file).st_size, 'x')[1])} tensors"
+except FormatError as error:
+    said = str(error)
+print(resident("VmHWM") - before, said)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is measured as Linux tells it")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in _SLOW else ()) for name in MONSTERS]
+)
+def test_memory_of_a_header_of_100_mb(tmp_path: Path, name: str) -> None:
+    """Less than four times its length, whatever it says; the header itself twice while it is read is in that."""
+    make, expected = MONSTERS[name]
+    text = make()
+    assert 0.9 * MAX_HEADER_BYTES < len(text) <= MAX_HEADER_BYTES
+    (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text)
+    done = subprocess.run(
+        [sys.executable, "-c", _READS, str(tmp_path / "x")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    memory, _, said = done.stdout.partition(" ")
+    assert expected in said
+    assert int(memory) < 4 * len(text)
+    (tmp_path / "x").unlink()
 
 
 def test_validate_orders_by_data() -> None:

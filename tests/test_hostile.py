@@ -244,6 +244,11 @@ def pickled_base(place: Place) -> None:
     torch.save({"a": Runs(str(place.folder / "witness"))}, place.base / "pytorch_model.bin")
 
 
+def strangely_named(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "x\ny.safetensors").touch()
+
+
 DEEP = "[" * 200_000
 BIG = "9" * 100_000
 
@@ -351,8 +356,18 @@ HOSTILE: dict[str, Hostile] = {
     ),
     "name that is a command to the terminal": Hostile(
         tensors(**{"x\x1b[2J\x9b": torch.ones(1)}),
-        (r"x\x1b[2J\x9b belongs to no update",),
-        3,
+        (WEIGHTS, r"the name 'x\x1b[2J\x9b' has characters that cannot be shown"),
+    ),
+    "name that is two lines": Hostile(
+        tensors(**{"x\nall is well": torch.ones(1)}), (r"'x\nall is well' has characters",)
+    ),
+    "name of a base's tensor that is two lines": Hostile(
+        lambda place: save_file({"x\ny": torch.ones(1)}, place.base / FIRST), (FIRST, r"'x\ny' has characters")
+    ),
+    "shard with a line in its name": Hostile(index(_="x\ny.safetensors"), (INDEX, r"'x\ny.safetensors', which is no")),
+    "file of weights with a line in its name": Hostile(
+        as_base("folder", strangely_named),
+        (r"'x\ny.safetensors' has characters",),
     ),
     "file name that is no text": Hostile(
         lambda place: open(os.fsencode(place.base) + b"/\xff.txt", "w").close(), ("is no file name in UTF-8",), 5
@@ -523,7 +538,21 @@ COSTLY: dict[str, Hostile] = {
 }
 
 
-@pytest.mark.parametrize("name", COSTLY)
+#: A second or so each, of which another row tests nearly the same.
+SLOW = (
+    "a header of names",
+    "a header of lists",
+    "a header as long as the format allows, in a sparse file",
+    "a config.json in a sparse file",
+    "a pickle of lists",
+    "rank_pattern that tries everything",
+    "a FIFO as the adapter",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in COSTLY]
+)
 def test_memory_and_time(place: Place, name: str) -> None:
     hostile = COSTLY[name]
     config = config_of(place, hostile.harm(place))

@@ -34,8 +34,15 @@ _SLOW = _DEAF.replace("    lock(", "    try:\n        signal.pause()\n    finall
 _PROMPT = _DEAF.replace("    lock(", "    signal.pause()  # (")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("script", [_DEAF, _SLOW], ids=["deaf", "slow"])
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [
+        pytest.param(_DEAF, signal.SIGINT, id="deaf-SIGINT"),
+        pytest.param(_DEAF, signal.SIGTERM, id="deaf-SIGTERM", marks=pytest.mark.slow),
+        pytest.param(_SLOW, signal.SIGINT, id="slow-SIGINT", marks=pytest.mark.slow),
+        pytest.param(_SLOW, signal.SIGTERM, id="slow-SIGTERM"),
+    ],
+)
 def test_one_that_does_not_come_to_an_end_leaves(script: str, number: signal.Signals) -> None:
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=-1, stderr=-1, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"

@@ -18,7 +18,7 @@ import pytest
 from xxhash import xxh3_128_hexdigest
 
 import shardmerge
-from shardmerge import FormatError, OutputError, ResumeError, ShardmergeError, SourceError
+from shardmerge import FormatError, OutputError, ResumeError, ShardmergeError, SourceError, journal
 from shardmerge.cli import cli
 from shardmerge.journal import Journal
 from shardmerge.sinks import SafetensorsSink
@@ -107,6 +107,22 @@ def test_finished_shards_are_not_written_again(number: int, place: Place) -> Non
     assert report.shards_reused == number - 1
     assert weight_bytes(place.output) == expected
     assert not (place.output / ".shardmerge").exists()
+
+
+def test_what_the_journal_says_is_read_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not once for every shard, of which there may be hundreds."""
+    place.stop_in_shard(4)
+    plan = shardmerge.plan(place.config())
+    read: list[str] = []
+    original = journal._read_json
+
+    def noting(path: Path) -> Any:
+        read.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(journal, "_read_json", noting)
+    assert shardmerge.merge(plan).shards_reused == 3
+    assert read.count("journal.json") == 1
 
 
 def test_another_max_memory_takes_up_the_same_merge(place: Place) -> None:

@@ -68,7 +68,7 @@ STATES: dict[str, dict[str, Tensor]] = {
         for code, dtype in DTYPES.items()
     },
     "mixed dtypes": {code: numbers(2, 3, dtype=dtype) for code, dtype in DTYPES.items()},
-    "odd names": {"": numbers(1), "ключ.weight": numbers(2), "a/b\n": numbers(3)},
+    "odd names": {"": numbers(1), "ключ.weight": numbers(2), "a/b \\": numbers(3)},
 }
 
 
@@ -193,6 +193,13 @@ def test_entry_that_is_no_tensor(tmp_path: Path, key: Any, value: object, found:
     message = refusal(tmp_path / "x.pt")
     assert found in message
     assert "flat dictionary of tensors" in message
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2J", "a\x9b", "a\u202eb", "a\u2028b"])
+def test_name_that_cannot_be_shown(tmp_path: Path, name: str) -> None:
+    torch.save({name: numbers(2)}, tmp_path / "x.pt")
+    message = refusal(tmp_path / "x.pt")
+    assert f"the name {name!r} has characters that cannot be shown" in message and message.isprintable()
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn], ids=str)

@@ -49,6 +49,7 @@ def test_every_file_of_the_base(tmp_path: Path) -> None:
     "name",
     [
         "pytorch_model.bin",
+        "pytorch\nmodel.bin",
         "pytorch_model-00001-of-00002.bin",
         "pytorch_model.bin.index.json",
         "model.safetensors.index.fp16.json",

@@ -19,6 +19,8 @@ ADAPTER = ROOT / "configs" / "demo" / "adapter"
 PURE = ROOT / "configs" / "demo" / "adapter.pt"
 SCALING = 1.5
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def merged(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -78,6 +80,7 @@ def test_weights_and_logits_are_pefts(smollm2: Path, merged: Path) -> None:
         assert torch.equal(mine, pefts)
 
 
+@pytest.mark.slow
 def test_greedy_text_is_that_of_base_and_adapter(smollm2: Path, merged: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -195,7 +195,7 @@ shardmerge.merge(sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("umask", ["027", "022"])
+@pytest.mark.parametrize("umask", ["027", pytest.param("022", marks=pytest.mark.slow)])
 def test_modes_follow_the_umask(umask: str, sharded: Path, adapter: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(make_config(tmp_path / "deep" / "out", sharded, [adapter])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from xxhash import xxh3_128_hexdigest
 
 import shardmerge
 from shardmerge import ConfigError, Progress, SourceError, VerifyError, VerifyReport, checksums
 from shardmerge.adapters import lora, peft_lora
+from shardmerge.journal import sealed
 from shardmerge.sources import LocalSource, open_reader
 from shardmerge.verification import describe
 from tests.builders import (
@@ -72,9 +75,15 @@ def record_of(output: Path) -> dict[str, Any]:
 
 
 def change_record(output: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """A record that says something else, as if it had been written so."""
     value = record_of(output)
     change(value)
-    write_json(output / "shardmerge.json", value)
+    write_json(output / "shardmerge.json", sealed(value) if "record_checksum" in value else value)
+
+
+def make_old(record: dict[str, Any]) -> None:
+    """Versions before there were checksums of other files and of the record."""
+    del record["other_files"], record["record_checksum"]
 
 
 def forge_checksums(output: Path) -> None:
@@ -427,12 +436,16 @@ def test_a_base_of_other_numbers(place: Place) -> None:
     ],
     ids=str,
 )
-def test_an_edited_config(place: Place, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize("is_old", [False, True], ids=["", "old record"])
+def test_an_edited_config(place: Place, change: dict[str, Any], is_old: bool) -> None:
+    if is_old:
+        change_record(place.output, make_old)
     path = place.output / "config.json"
     write_json(path, {**json.loads(path.read_text()), **change})
     report = wrong(place.output)
     key, value = next(iter(change.items()))
-    assert kinds(report) == {"structure"} and any(f"{key} is {json.dumps(value)}" in of.text for of in report.problems)
+    (told,) = (of for of in report.problems if f"{key} is {json.dumps(value)}, expected" in of.text)
+    assert told.kind == ("structure" if is_old else "checksums") and told.file == "config.json"
 
 
 @pytest.mark.parametrize("change", [{"vocab_size": VOCAB + 1}, {"vocab_size": VOCAB - 1}], ids=str)
@@ -440,7 +453,38 @@ def test_an_edited_config_where_the_base_is_gone(place: Place, change: dict[str,
     path = place.output / "config.json"
     write_json(path, {**json.loads(path.read_text()), **change})
     shutil.rmtree(place.base)
-    assert f"config.json says vocab_size {change['vocab_size']}" in wrong(place.output).problems[0].text
+    assert f"config.json says vocab_size {change['vocab_size']}" in wrong(place.output).problems[-1].text
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["base", "no base"])
+def test_an_edited_file_beside_the_weights(place: Place, is_there: bool) -> None:
+    """Also one of the same length, and where nothing but the record tells."""
+    if not is_there:
+        shutil.rmtree(place.base)
+    beside = {name for name in record_of(place.output)["files"] if not name.endswith(".safetensors")}
+    beside.remove("shardmerge.json")
+    acted_on = {name for name in beside if name not in ("README.md", "LICENSE")}
+    assert {"config.json", "tokenizer.json", "modeling_x.py", "model.safetensors.index.json"} <= acted_on
+    for name in acted_on:
+        path = place.output / name
+        before = path.read_bytes()
+        path.write_bytes(before[:-1] + bytes([before[-1] ^ 2]))
+        problems = wrong(place.output).problems
+        assert any(of.kind == "checksums" and of.text.startswith(f"{name} was changed after") for of in problems), name
+        path.write_bytes(before)
+    report = shardmerge.verify(place.output)
+    assert report.other_files == len(beside) and report.complete == is_there
+
+
+def test_sha256_of_files_beside_the_weights(tmp_path: Path) -> None:
+    place = make_place(tmp_path)
+    shardmerge.merge(place.config(output={"path": str(place.output), "sha256": True}))
+    content = (place.output / "config.json").read_bytes()
+    entry = record_of(place.output)["other_files"]["config.json"]
+    assert entry["sha256"] == hashlib.sha256(content).hexdigest() and entry["bytes"] == len(content)
+    assert shardmerge.verify(place.output).complete
+    change_record(place.output, lambda record: record["other_files"]["config.json"].update(sha256="0" * 64))
+    assert "config.json was changed" in wrong(place.output).problems[0].text
 
 
 def test_a_head_that_config_says_is_there(tmp_path: Path) -> None:
@@ -450,7 +494,7 @@ def test_a_head_that_config_says_is_there(tmp_path: Path) -> None:
     assert shardmerge.verify(place.output).complete
     write_json(place.output / "config.json", {**config, "tie_word_embeddings": False})
     shutil.rmtree(place.base)
-    assert "lm_head.weight is not tied to" in wrong(place.output).problems[0].text
+    assert "lm_head.weight is not tied to" in wrong(place.output).problems[-1].text
 
 
 def test_what_the_base_says_wrong_itself_is_a_note(tmp_path: Path) -> None:
@@ -470,7 +514,10 @@ def test_a_config_that_is_no_json(place: Place) -> None:
 def test_a_readme_may_be_written(place: Place) -> None:
     (place.output / "README.md").write_text("# ours\n")
     report = shardmerge.verify(place.output)
-    assert report.ok and "README.md" in report.notes[0]
+    assert report.ok and "README.md was changed" in report.notes[0]
+    shutil.rmtree(place.base)
+    report = shardmerge.verify(place.output)
+    assert report.ok and "README.md was changed" in report.notes[0]
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "modeling_x.py", SHARDS[0], "model.safetensors.index.json"])
@@ -509,7 +556,7 @@ def test_a_wrong_index(place: Place, change: Callable[[dict[str, Any]], None], t
     change(index)
     write_json(path, index)
     report = wrong(place.output)
-    assert kinds(report) == {"structure"} and text in report.problems[0].text
+    assert kinds(report) == {"structure", "checksums"} and any(text in of.text for of in report.problems)
 
 
 def test_a_tensor_that_is_stored_twice_missing_or_of_another_dtype(place: Place) -> None:
@@ -545,6 +592,53 @@ def test_no_record(place: Place, tmp_path: Path) -> None:
     (place.output / ".shardmerge" / "journal.json").write_text("{}")
     with pytest.raises(VerifyError, match="was not finished"):
         shardmerge.verify(place.output)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda text: text.replace('"seconds": ', '"seconds": 1'),
+        lambda text: text.replace(SHARDS[0], "model.safetensors"),
+        lambda text: text.replace('"dtype": "same"', '"dtype": "float32"'),
+        lambda text: text.replace('"record_checksum": "', '"record_checksum": "0'),
+        lambda text: text.replace('"record_checksum": "', '"record_checksum": 1, "other": "'),
+        lambda text: text.replace("{", '{"a": "\\ud800",', 1),
+    ],
+    ids=["digit", "shard", "config", "checksum", "no checksum", "half a character"],
+)
+def test_an_edited_record_is_not_believed(place: Place, edit: Callable[[str], str]) -> None:
+    path = place.output / "shardmerge.json"
+    before = path.read_text()
+    path.write_text(edit(before))
+    assert path.read_text() != before
+    with pytest.raises(VerifyError, match=r"shardmerge\.json was changed or damaged after the merge") as caught:
+        shardmerge.verify(place.output)
+    assert caught.value.report is None and str(place.output) in str(caught.value)
+    # Spaces and the order of keys mean nothing.
+    path.write_text(json.dumps(json.loads(before), sort_keys=True))
+    assert shardmerge.verify(place.output).complete
+
+
+def test_the_checksum_of_a_record_is_of_its_canonical_json(place: Place) -> None:
+    """As the README says, so that others can compute it."""
+    record = record_of(place.output)
+    assert list(record)[-1] == "record_checksum"
+    rest = {key: value for key, value in record.items() if key != "record_checksum"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    assert record["record_checksum"] == xxh3_128_hexdigest(text.encode("ascii"))
+
+
+def test_an_old_record(place: Place) -> None:
+    """It is verified as far as it goes, and what it lacks is said."""
+    change_record(place.output, make_old)
+    report = shardmerge.verify(place.output)
+    assert report.complete and report.other_files == 0
+    assert "no record_checksum" in report.notes[0] and "note: shardmerge.json has no" in describe(report)
+    (place.output / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json is not what the merge writes" in wrong(place.output).problems[0].text
+    shutil.rmtree(place.base)
+    report = shardmerge.verify(place.output)
+    assert report.ok and any("files beside the weights" in text for text in report.unverified)
 
 
 @pytest.mark.parametrize("key", ["shards", "files", "targets"])

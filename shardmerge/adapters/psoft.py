@@ -135,20 +135,22 @@ def _main_directions(weight: Tensor, update: Update) -> Tensor:
     import torch
 
     rank, steps = update.rank, update.setting("steps")
+    # On the CPU wherever the rest is computed: which of two opposite directions is found, and what is drawn, differs.
+    wide = weight.float().cpu()
     if steps:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(update.setting("seed"))
-            u, s, v = torch.svd_lowrank(weight.float(), q=rank, niter=steps)
+            torch.default_generator.manual_seed(update.setting("seed"))  # and not the GPUs' too, as torch's does
+            u, s, v = torch.svd_lowrank(wide, q=rank, niter=steps)
         right = v.t()
     else:
-        u, s, right = torch.linalg.svd(weight.float(), full_matrices=False)
+        u, s, right = torch.linalg.svd(wide, full_matrices=False)
     u, s, right = u[:, :rank], s[:rank] / update.setting("scaling"), right[:rank]
     if update.setting("even"):
         root = torch.diag(s.sqrt())
         left, right = u @ root, root @ right
     else:
         left = u @ torch.diag(s)
-    return torch.cat((left, right.t())).to(weight.dtype)
+    return torch.cat((left, right.t())).to(weight)
 
 
 def _rotation(factors: Factors, update: Update) -> Tensor:

@@ -10,9 +10,8 @@ In bfloat16 every layer rounds, and base + adapter otherwise than merged.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from shardmerge import hf
+from shardmerge.choices import DEVICE
 from shardmerge.comparison.attached import attach
 from shardmerge.comparison.figures import (
     Answer,
@@ -34,7 +34,8 @@ from shardmerge.comparison.figures import (
     parting,
     total,
 )
-from shardmerge.errors import ConfigError, FormatError
+from shardmerge.errors import ConfigError, FormatError, PlanError
+from shardmerge.garbage import give_back
 from shardmerge.origin import Origin, read_origin, stored_dtypes
 
 __all__ = ["MAX_NEW_TOKENS", "PROMPTS", "Comparison", "compare", "describe", "difference"]
@@ -61,25 +62,30 @@ def compare(
     prompts: Sequence[str] = PROMPTS,
     template: str | None = None,
     dtype: str = "float32",
+    device: str = "auto",
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Comparison:
     """Compare the merged model in ``output`` with the base and adapters that its record names.
 
     ``base`` and ``adapters`` (all of them, in their order) say where those are now; ``template`` replaces the chat
-    template. Raises `ConfigError` where transformers or PEFT is missing or cannot load or compose the adapters,
-    `FormatError` and `SourceError` where files are not what they must be.
+    template; ``device`` says where the models compute.
+
+    Raises `ConfigError` where transformers or PEFT is missing or cannot load or compose the adapters, `PlanError` where
+    there is no such device, `FormatError` and `SourceError` where files are not what they must be.
     """
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ConfigError("a prompt is empty" if prompts else "there is no prompt")
     hf.check_template(template)
+    place = _device(device)
     origin = read_origin(output, base, adapters)
     hf.check_directory(output)
     tokenizer = hf.load_tokenizer(str(output))
     template = hf.template_for(tokenizer, template)
     asked = [hf.encode(tokenizer, template, [{"role": "user", "content": prompt}])["input_ids"] for prompt in prompts]
-    speaker = _Speaker(tokenizer, dtype, max_new_tokens)
+    speaker = _Speaker(tokenizer, dtype, place, max_new_tokens)
     references = speaker.references(origin, hf.vocabulary_size(str(output)), prompts, asked)
-    _give_back()
+    gc.collect()  # the modules of a model refer to each other in circles
+    give_back()
     answers, sums = zip(*speaker.answers(output, references), strict=True)
     stored = stored_dtypes(output, origin.targets)
     return Comparison(
@@ -99,6 +105,7 @@ class _Speaker:
 
     tokenizer: Any
     dtype: str
+    device: torch.device
     max_new_tokens: int
     stop_ids: list[int] | None = None
 
@@ -111,6 +118,7 @@ class _Speaker:
         model = hf.load_model(str(folder), self.dtype)
         self.stop_ids = hf.stop_ids(model, self.tokenizer)
         attached = attach(model, list(origin.open_adapters()), vocabulary)
+        attached.to(self.device)
         found = []
         for prompt, ids in zip(prompts, asked, strict=True):
             tokens = self._generate(attached.model, ids)
@@ -122,7 +130,7 @@ class _Speaker:
 
     def answers(self, output: Path, references: Sequence[Reference]) -> Iterator[tuple[Answer, Sums]]:
         """What the merged model says to the same."""
-        model = hf.load_model(str(output), self.dtype)
+        model = hf.load_model(str(output), self.dtype).to(self.device)
         for reference in references:
             tokens = self._generate(model, reference.tokens[None, : reference.asked])
             logits = self._logits(model, reference.tokens)
@@ -137,6 +145,7 @@ class _Speaker:
 
     def _generate(self, model: Any, ids: Tensor) -> Tensor:
         """Prompt and greedy answer, (n)."""
+        ids = ids.to(self.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         limits = {"max_new_tokens": self.max_new_tokens, "eos_token_id": self.stop_ids}
         try:
@@ -144,27 +153,26 @@ class _Speaker:
                 tokens: Tensor = model.generate(**inputs, **limits, **_PLAIN)[0]
         except IndexError as error:  # learned position embeddings end where the context does
             raise ConfigError("prompt and answer are longer than the model's context") from error
-        return tokens
+        return tokens.cpu()
 
     def _logits(self, model: Any, tokens: Tensor) -> Tensor:
         """(k, vocabulary) of the last positions in float32, but for the last, which nothing follows."""
         count = max(_POSITIONS, self.max_new_tokens)
         with hf.quiet(), torch.inference_mode():
-            logits: Tensor = model(input_ids=tokens[None, :-1]).logits[0, -count:]
+            logits: Tensor = model(input_ids=tokens[None, :-1].to(self.device)).logits[0, -count:]
         if logits.isnan().any():
             raise FormatError(f"{model.name_or_path}: its logits are NaN, computed in {self.dtype}")
-        return logits.float().clone()
+        return logits.to("cpu", torch.float32, copy=True)
 
     def _text(self, reference: Reference, tokens: Tensor) -> str:
         return str(self.tokenizer.decode(tokens[reference.asked :].tolist(), skip_special_tokens=True))
 
 
-def _give_back() -> None:
-    """Free what no one holds any more, for others too.
-
-    The modules of a model refer to each other in circles; and of what is freed, malloc keeps tensors below 32 MB for
-    itself, in pieces into which few others fit.
-    """
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # glibc's alone
-        ctypes.CDLL(None).malloc_trim(0)
+def _device(name: str) -> torch.device:
+    if not re.fullmatch(DEVICE, name):
+        raise ConfigError(f"the device is {name!r}; expected auto, cpu, cuda or cuda:1")
+    device = torch.device("cpu" if name == "auto" else name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = f"torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices here"
+        raise PlanError([f"the device is {name}, but {found}"], "the comparison")
+    return device

@@ -1,8 +1,9 @@
 """Base + adapter, not merged: what a merged model is compared with.
 
-PEFT's adapters are PEFT's own to load. Those that have no config for it are rebuilt from the formula of the layer that
-trained them, on every module's output: y = base(x) + x A B · scale, with A (in, r) and B (r, out). No code of
-`shardmerge.adapters` is called, nor of the engine: a mistake there must not repeat itself here.
+PEFT's adapters are PEFT's own to load; of a pickle it takes tensors alone, after `shardmerge.pickled` has. Those that
+have no config for it are rebuilt from the formula of the layer that trained them, on every module's output:
+y = base(x) + x A B · scale, with A (in, r) and B (r, out). No code of `shardmerge.adapters` is called, nor of the
+engine: a mistake there must not repeat itself here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shardmerge.adapter_file import CONFIG_NAME, AdapterFile
@@ -43,6 +45,11 @@ class Attached:
     model: Any
     _peft: Any = None
     _formulas: list[Formula] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+        for formula in self._formulas:  # no parts of the model
+            formula.a, formula.b = formula.a.to(device), formula.b.to(device)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -95,6 +102,12 @@ def _check_composition(adapters: Sequence[tuple[AdapterFile, AdapterConfig]], co
     """Several adapters are only the same in PEFT and in a merge where each adds to the base's own weight."""
     for adapter, entry in adapters:
         config, where = adapter.config or {}, adapter.source.location
+        if config.get("megatron_config"):
+            # A module of a stranger's choice, which may lie in the working directory.
+            module = f"{config.get('megatron_core')!r:.80}"
+            raise ConfigError(
+                f"{where}: PEFT would import the module that its megatron_core names, {module}; {_VERIFY}"
+            )
         if entry.prefix:
             raise ConfigError(f"{where}: PEFT cannot load a part of an adapter (prefix {entry.prefix!r}); {_VERIFY}")
         if entry.weight != 1 and (adapter.family not in _SCALED or config.get("use_dora")):

@@ -13,7 +13,7 @@ from shardmerge.adapter_file import AdapterFile, open_adapter
 from shardmerge.checkpoint import Checkpoint, Shard, open_checkpoint
 from shardmerge.config import AdapterConfig, MergeConfig
 from shardmerge.errors import PlanError, ShardmergeError
-from shardmerge.garbage import no_garbage_collection
+from shardmerge.garbage import give_back, no_garbage_collection
 from shardmerge.names import Names
 from shardmerge.planning import aux_files, gguf_file
 from shardmerge.planning.match import match, undone
@@ -85,6 +85,7 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
         aux.files[:] = file.aux
         aux.warnings += file.warnings
         made_of = file.made_of
+        give_back()  # a vocabulary takes 50 MB while it is read, which torch, in a thread of its own, would not get
     max_memory = None if config.compute.max_memory == "auto" else config.compute.max_memory
     shards, memory = tile_all(_with_updates(layout.shards, matches.updates), compute_dtype, max_memory)
     if max_memory is not None and memory.total > max_memory and not problems:

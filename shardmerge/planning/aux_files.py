@@ -19,7 +19,8 @@ from shardmerge.spec import AuxFile
 
 _WEIGHTS = re.compile(
     r".*(\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data|h5|msgpack|ot|npz|pickle|pkl|tflite|mlmodel|nemo)"
-    r"|\.(safetensors|bin|h5|msgpack)\.index(\.[^./]+)?\.json)(\.tmp|\.lock)?"
+    r"|\.(safetensors|bin|h5|msgpack)\.index(\.[^./]+)?\.json)(\.tmp|\.lock)?",
+    re.DOTALL,  # a name may hold the end of a line
 )
 _TOKENIZER = re.compile(
     r"(tokenizer[^/]*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|spiece\.model"

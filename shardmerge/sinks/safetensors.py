@@ -19,7 +19,7 @@ from typing import Any
 
 from shardmerge import durable, header
 from shardmerge.checksums import Checksums
-from shardmerge.journal import RECORD_NAME, Journal
+from shardmerge.journal import RECORD_NAME, Journal, sealed
 from shardmerge.sources import open_direct, open_reader
 from shardmerge.spec import PAGE, AuxFile, MergePlan, ShardPlan, SourceFile
 
@@ -194,15 +194,15 @@ class SafetensorsSink:
         *first, last = plan.shards
         for shard in first:
             self._place(shard)
-        for aux in plan.aux:
-            self._copy(aux)
+        others = {aux.name: self._copy(aux) for aux in plan.aux}
         if plan.index_name is None:
-            self._write_json(RECORD_NAME, record)
+            self._write_record(record, others)
             self._place(last)
         else:
             self._place(last)
-            self._write_json(RECORD_NAME, record)
-            self._write_json(plan.index_name, self._index())
+            index = _json(self._index())
+            self._write_record(record, {**others, plan.index_name: self._entry(index)})
+            durable.write_file(self.output / plan.index_name, [index])
 
     def files(self) -> list[str]:
         """Every file of the finished output; the last is the one that makes it a model."""
@@ -219,17 +219,25 @@ class SafetensorsSink:
             # An earlier run has moved it, and was perhaps killed before it did this.
             durable.fsync_directory(self.output)
 
-    def _copy(self, aux: AuxFile) -> None:
+    def _copy(self, aux: AuxFile) -> dict[str, Any]:
+        """Write a file beside the shards; what the record says of it."""
         target = self.output / aux.name
         durable.make_directory(target.parent)
         if aux.content is not None:
-            durable.write_file(target, [aux.content.encode()])
-        else:
-            durable.write_file(target, _chunks(aux.source))
+            content = aux.content.encode()
+            durable.write_file(target, [content])
+            return self._entry(content)
+        checksums = Checksums(self.plan.sha256)
+        durable.write_file(target, _chunks(aux.source, checksums))
+        return {"bytes": aux.source.size, **checksums.hex()}
 
-    def _write_json(self, name: str, value: dict[str, Any]) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        durable.write_file(self.output / name, [text.encode()])
+    def _entry(self, content: bytes) -> dict[str, Any]:
+        checksums = Checksums(self.plan.sha256)
+        checksums.update(content)
+        return {"bytes": len(content), **checksums.hex()}
+
+    def _write_record(self, record: dict[str, Any], others: dict[str, Any]) -> None:
+        durable.write_file(self.output / RECORD_NAME, [_json(sealed({**record, "other_files": others}))])
 
     def _index(self) -> dict[str, Any]:
         """``total_size`` is the bytes of all tensors, without headers, as transformers counts it."""
@@ -239,12 +247,18 @@ class SafetensorsSink:
         return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _chunks(file: SourceFile) -> Iterable[bytes]:
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _chunks(file: SourceFile, checksums: Checksums) -> Iterable[bytes]:
+    """The file's bytes, which ``checksums`` is told too."""
     reader = open_reader(file)
     try:
         for offset in range(0, file.size, _COPY_BYTES):
             chunk = bytearray(min(_COPY_BYTES, file.size - offset))
             reader.read_into(offset, memoryview(chunk))
+            checksums.update(memoryview(chunk))
             yield bytes(chunk)
         reader.check()
     finally:

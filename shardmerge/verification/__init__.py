@@ -2,11 +2,15 @@
 
 - *Structure*: every recorded file is there, headers tile their files, index and headers agree, no tensor is missing,
   new or stored twice; the files beside the weights are those of base and adapter; config.json fits the tensors.
-- *Checksums* of whole shards, from the same reading as what follows.
+- *Checksums* of the record itself, without which nothing is believed, of the files beside the weights, and of whole
+  shards, from the same reading as what follows.
 - *Untouched* tensors: the source's bytes, all of them (or its numbers, rounded to the output's dtype).
 - *Touched* tensors: a seeded sample of rows, or all, computed again in float64 and compared within one rounding of the
   output's dtype and what the compute dtype may be off; `shardmerge.verification.exact` states the bound, and which
   families have a formula of their own there.
+
+A GGUF file has none of the base's bytes: there rows of every tensor are computed again; see
+`shardmerge.verification.gguf`.
 
 The merge is planned again from the record: which tensor an adapter's module means, and where it lies, is decided by
 `shardmerge.names` and `shardmerge.planning`, here as in the merge. Everything that computes or moves bytes (engine,
@@ -21,15 +25,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from shardmerge.checkpoint import Checkpoint
-from shardmerge.spec import SourceFile, TensorInfo, TensorPlan
+from shardmerge.spec import TensorInfo, TensorPlan
 from shardmerge.verification.exact import Exact
-from shardmerge.verification.findings import STRUCTURE, Findings, Problem, VerifyReport, describe, summary
+from shardmerge.verification.findings import Findings, Problem, VerifyReport, describe, summary
+from shardmerge.verification.gguf import check_gguf
 from shardmerge.verification.reading import Files, threads
 from shardmerge.verification.record import Again, Record, files_of, open_record, plan_again
 from shardmerge.verification.shards import Piece, ShardCheck, ShardFile
 from shardmerge.verification.structure import (
     Stored,
     check_config,
+    check_files,
     check_structure,
     contradictions,
     read_config,
@@ -62,9 +68,13 @@ def verify_output(
     """
     record = open_record(output)
     findings = Findings(str(output), seed)
-    if record.is_gguf:
-        return _files_alone(output, record, findings, told)
+    findings.notes += record.notes
     again = plan_again(record, output, base, adapters, findings)
+    if record.is_gguf:
+        findings.format = "gguf"
+        check_files(output, record, again.plan, findings)
+        check_gguf(output, record, again, findings, rows, told)
+        return findings.report()
     stored = read_shards(output, record, findings)
     check_structure(output, record, stored, again.plan, findings)
     _check_config(output, record, stored, again, findings)
@@ -93,31 +103,6 @@ def verify_output(
         files.close()
     if again.plan is None and again.base is not None:
         findings.notes.append("what was not merged was compared with the base, as far as it keeps its dtype")
-    return findings.report()
-
-
-def _files_alone(output: Path, record: Record, findings: Findings, told: Told) -> VerifyReport:
-    """Of a GGUF file its bytes are proved, not how they were made."""
-    findings.unverified.append("the tensors of a GGUF file: its checksum tells whether it is what was written")
-    findings.files = len(record.files)
-    for name in record.files:
-        if not (output / name).is_file():
-            findings.problem(STRUCTURE, f"{name}: it is not there", file=name)
-    found = [SourceFile(str(path), path.stat().st_size) for name in record.shards if (path := output / name).is_file()]
-    files = Files(found)
-    check = ShardCheck(files, None, findings, None, 0)
-    try:
-        for number, file in enumerate(found, 1):
-            name = Path(file.uri).name
-            size, recorded = record.shards[name]
-            if file.size != size:
-                findings.problem(STRUCTURE, f"{name}: it has {file.size} bytes; expected {size}", file=name)
-                continue
-            told(0, size, name, number, len(found))
-            check.run(ShardFile(name, file, 0, (), recorded), lambda count: None)
-            told(size, size, name, number, len(found))
-    finally:
-        files.close()
     return findings.report()
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardmerge.report import human_bytes, human_seconds, peak_memory, table
+from shardmerge.shown import one_line
 from shardmerge.spec import jsonable
 
 #: Problems of one kind that are told one by one; of the rest only the number is said.
@@ -42,16 +43,19 @@ class Problem:
 class VerifyReport:
     """What was verified of an output, and what is wrong with it.
 
-    Sizes are bytes. ``worst`` is the largest error of a touched value as a multiple of what is allowed, in
-    ``worst_tensor``. ``unverified`` says what could not be looked at, and why; ``notes`` what is no fault of the
-    output. ``problems`` has the first of every kind; ``counts`` how many there are, by kind.
+    Sizes are bytes. ``checksums`` counts shards, ``other_files`` the files beside them whose checksums were compared.
+    ``worst`` is the largest error of a touched value as a multiple of what is allowed, in ``worst_tensor``.
+    ``unverified`` says what could not be looked at, and why; ``notes`` what is no fault of the output. ``problems`` has
+    the first of every kind; ``counts`` how many there are, by kind.
     """
 
     output: str
+    format: str
     files: int
     tensors: int
     checksums: int
     checksum_bytes: int
+    other_files: int
     untouched: int
     untouched_bytes: int
     touched: int
@@ -87,10 +91,12 @@ class Findings:
 
     output: str
     seed: int
+    format: str = "safetensors"
     files: int = 0
     tensors: int = 0
     checksums: int = 0
     checksum_bytes: int = 0
+    other_files: int = 0
     untouched: int = 0
     untouched_bytes: int = 0
     touched: int = 0
@@ -117,10 +123,12 @@ class Findings:
     def report(self) -> VerifyReport:
         return VerifyReport(
             output=self.output,
+            format=self.format,
             files=self.files,
             tensors=self.tensors,
             checksums=self.checksums,
             checksum_bytes=self.checksum_bytes,
+            other_files=self.other_files,
             untouched=self.untouched,
             untouched_bytes=self.untouched_bytes,
             touched=self.touched,
@@ -147,9 +155,9 @@ def describe(report: VerifyReport) -> str:
     if report.problems:
         parts.append("\n".join(_problem_lines(report)))
     if report.unverified:
-        parts.append("\n".join(f"not verified: {text}" for text in report.unverified))
+        parts.append("\n".join(f"not verified: {one_line(text)}" for text in report.unverified))
     if report.notes:
-        parts.append("\n".join(f"note: {text}" for text in report.notes))
+        parts.append("\n".join(f"note: {one_line(text)}" for text in report.notes))
     return "\n\n".join([*parts, verdict(report)])
 
 
@@ -164,7 +172,7 @@ def verdict(report: VerifyReport) -> str:
 
 def summary(report: VerifyReport) -> str:
     """The verdict with the first problems, as an error says it."""
-    lines = [f"  - {problem.text}" for problem in report.problems[:_SUMMARY]]
+    lines = [f"  - {one_line(problem.text)}" for problem in report.problems[:_SUMMARY]]
     return "\n".join([f"{report.output}: {count_of_problems(report)}:", *lines])
 
 
@@ -176,16 +184,18 @@ def count_of_problems(report: VerifyReport) -> str:
 
 def _rows(report: VerifyReport) -> Sequence[tuple[str, str, str]]:
     checked = f"{report.untouched} tensors, {human_bytes(report.untouched_bytes)}, the bytes of the base"
+    if report.format == "gguf":
+        checked = f"{report.untouched} tensors, {human_bytes(report.untouched_bytes)} of their rows, the base's numbers"
     sampled = "all rows" if report.rows == report.all_rows else f"{report.rows:,} of {report.all_rows:,} rows"
     seeded = "" if report.rows == report.all_rows else f" (seed {report.seed})"
-    worst = f"largest error {report.worst:.3f} of what is allowed"
-    touched = f"{report.touched} tensors, {sampled}{seeded} computed again in float64, {worst}"
+    worst = f", largest error {report.worst:.3f} of what is allowed" if report.worst_tensor else ""
+    touched = f"{report.touched} tensors, {sampled}{seeded} computed again in float64{worst}"
     return [
         (STRUCTURE, _word(report, STRUCTURE, True), f"{report.files} files, {report.tensors} tensors"),
         (
             CHECKSUMS,
             _word(report, CHECKSUMS, report.checksums > 0),
-            f"{report.checksums} shards, {human_bytes(report.checksum_bytes)}",
+            f"{report.checksums} shards, {human_bytes(report.checksum_bytes)}; {report.other_files} other files",
         ),
         (UNTOUCHED, _word(report, UNTOUCHED, report.untouched > 0), checked if report.untouched else ""),
         (TOUCHED, _word(report, TOUCHED, report.touched > 0), touched if report.touched else ""),
@@ -202,7 +212,7 @@ def _problem_lines(report: VerifyReport) -> list[str]:
     lines = []
     for kind, count in report.counts.items():
         told = [problem for problem in report.problems if problem.kind == kind]
-        lines += [f"wrong ({kind}): {problem.text}" for problem in told]
+        lines += [f"wrong ({kind}): {one_line(problem.text)}" for problem in told]
         if count > len(told):
             lines.append(f"wrong ({kind}): … and {count - len(told)} more")
     return lines

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from shardmerge.checksums import Checksums
 from shardmerge.codecs import NUMBER_DTYPES
 from shardmerge.errors import SourceError
 from shardmerge.sources import Reader, open_reader
@@ -67,6 +69,18 @@ class Files:
     def close(self) -> None:
         while self._open:
             self._open.popitem()[1].close()
+
+
+def file_checksums(path: Path, sha256: bool = False) -> dict[str, str]:
+    """Checksums of a whole file, by kind. `SourceError` if it cannot be read."""
+    found = Checksums(sha256)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while data := file.read(CHUNK):
+                found.update(data)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return found.hex()
 
 
 def decode(data: bytearray, dtype: str, row_elements: int) -> Tensor:

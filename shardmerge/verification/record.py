@@ -12,7 +12,7 @@ from shardmerge.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.config import MergeConfig, recorded_config, relocated
 from shardmerge.errors import ConfigError, PlanError, ShardmergeError, SourceError, VerifyError
 from shardmerge.fingerprint import with_contents
-from shardmerge.journal import RECORD_NAME, is_unfinished, read_record
+from shardmerge.journal import RECORD_NAME, SEAL, is_unfinished, read_record, seal
 from shardmerge.planning import make_plan
 from shardmerge.sources import open_source
 from shardmerge.spec import MergePlan, SourceFile, digest_of
@@ -31,12 +31,21 @@ class Record:
     values: Mapping[str, Any]
     #: Shards by name: their bytes, and their checksums by kind.
     shards: Mapping[str, tuple[int, Mapping[str, str]]]
+    #: The same of the files beside the shards; none of those of older records.
+    others: Mapping[str, tuple[int, Mapping[str, str]]]
     files: tuple[str, ...]
     targets: Mapping[str, Any]
 
     @property
     def version(self) -> str:
         return str(self.values.get("shardmerge"))
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the verdict should know of the record itself."""
+        if SEAL in self.values:
+            return []
+        return [f"{RECORD_NAME} has no {SEAL}, as older versions wrote it: it cannot be told whether it was changed"]
 
     @property
     def is_gguf(self) -> bool:
@@ -48,18 +57,25 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """The merge planned again. ``plan`` is None where base or adapter are gone; then ``base`` may still be there."""
+    """The merge planned again. ``plan`` is None where base or adapter are gone; then ``base`` may still be there.
+
+    ``config`` has the places where both were looked for.
+    """
 
     plan: MergePlan | None = None
     adapters: tuple[ScaledBy, ...] = ()
     base: Checkpoint | None = None
+    config: MergeConfig | None = None
 
 
 # --- reading it -------------------------------------------------------------------------------------------------------
 
 
 def open_record(output: Path) -> Record:
-    """The record of a finished merge. `SourceError` if there is no such directory, `VerifyError` if it holds none."""
+    """The record of a finished merge. `SourceError` if there is no such directory.
+
+    `VerifyError` if it holds none, or one that was changed after the merge: then nothing says what the output must be.
+    """
     if not output.is_dir():
         raise SourceError(f"{output}: no such directory")
     if is_unfinished(output):
@@ -67,25 +83,29 @@ def open_record(output: Path) -> Record:
     values = read_record(output)
     if values is None:
         raise VerifyError(f"{output}: there is no {RECORD_NAME} that can be read, so nothing says what it must be")
-    shards = values.get("shards")
-    known = _shards(shards) if isinstance(shards, dict) else {}
+    if SEAL in values and values[SEAL] != seal(values):
+        raise VerifyError(
+            f"{output}: {RECORD_NAME} was changed or damaged after the merge: it no longer has its {SEAL}, so nothing "
+            "says what the output must be. Put back the record as it was written, or merge again"
+        )
+    known, others = _sizes(values.get("shards")), _sizes(values.get("other_files"))
     files, targets = values.get("files"), values.get("targets")
     if not known or not isinstance(files, list) or not isinstance(targets, dict):
         raise VerifyError(f"{output}: {RECORD_NAME} is damaged: it must have shards, files and targets")
-    names = [*known, *files]
+    names = [*known, *others, *files]
     if wrong := [name for name in names if not isinstance(name, str) or not _is_within(name)]:
         raise VerifyError(f"{output}: {RECORD_NAME} names {str(wrong[0])!r:.80}, which is no file of this directory")
-    return Record(values, known, tuple(files), targets)
+    return Record(values, known, others, tuple(files), targets)
 
 
 def _is_within(name: str) -> bool:
     return bool(name) and not name.startswith("/") and "\0" not in name and ".." not in name.split("/")
 
 
-def _shards(value: Mapping[str, Any]) -> dict[str, tuple[int, Mapping[str, str]]]:
-    """Older records have the bytes alone."""
+def _sizes(value: Any) -> dict[str, tuple[int, Mapping[str, str]]]:
+    """Older records have the bytes of shards alone, and nothing of other files."""
     found: dict[str, tuple[int, Mapping[str, str]]] = {}
-    for name, entry in value.items():
+    for name, entry in value.items() if isinstance(value, dict) else ():
         entry = entry if isinstance(entry, dict) else {"bytes": entry}
         size = entry.get("bytes")
         if type(size) is int:
@@ -105,22 +125,23 @@ def plan_again(record: Record, output: Path, base: str | None, adapters: Sequenc
     try:
         config = recorded_config(recorded, RECORD_NAME)
     except ConfigError as error:
-        findings.problem(STRUCTURE, f"the config in {RECORD_NAME} is damaged: {error}", file=RECORD_NAME)
+        text = f"the config in {RECORD_NAME} is damaged: {_in_a_line(error)}"
+        findings.problem(STRUCTURE, text, file=RECORD_NAME)
         return Again()
     config = _located(config, record, output, base, adapters)
     missing = list(_missing(config))
     if missing:
         findings.unverified += missing
         findings.unverified.append("touched tensors: they can only be computed again from base and adapters")
-        return Again(base=_base_alone(config, findings))
+        return Again(base=_base_alone(config, findings), config=config)
     try:
         plan = make_plan(config, check_output=False)
     except PlanError as error:
-        findings.problem(TOUCHED, f"base and adapters, as they are now, make no such merge: {error}")
-        return Again(base=_base_alone(config, findings))
+        findings.problem(TOUCHED, f"base and adapters, as they are now, make no such merge: {_in_a_line(error)}")
+        return Again(base=_base_alone(config, findings), config=config)
     except ShardmergeError as error:
         findings.unverified.append(f"touched tensors: base or adapter cannot be read: {error}")
-        return Again(base=_base_alone(config, findings))
+        return Again(base=_base_alone(config, findings), config=config)
     scaled = [ScaledBy(open_adapter(open_source(entry.path)), entry) for entry in config.adapters]
     for kind, text in _differences(record, plan) or _of_digest(record, plan):
         if kind == "note":
@@ -130,17 +151,36 @@ def plan_again(record: Record, output: Path, base: str | None, adapters: Sequenc
     return Again(plan, tuple(scaled))
 
 
+def _in_a_line(error: ShardmergeError) -> str:
+    """What an error says, which may be a list."""
+    return " ".join(line.strip() for line in str(error).splitlines())
+
+
 def _located(
     config: MergeConfig, record: Record, output: Path, base: str | None, adapters: Sequence[str]
 ) -> MergeConfig:
     """The config with the places that the merge found its files at, or those given now."""
     config = relocated(config, record.values, base, adapters)
+    if record.is_gguf:  # what the file was called, and is called in it, does not change as its folder is moved
+        name = next(iter(record.shards)).removesuffix(f"-{config.output.quantization}.gguf")
+        output = output / name
     changes = {
         "output": config.output.model_copy(update={"path": str(output)}),
         # How much memory there was is of no matter here.
         "compute": config.compute.model_copy(update={"max_memory": "auto"}),
     }
     return config.model_copy(update=changes)
+
+
+def plan_of_base(again: Again, findings: Findings) -> MergePlan | None:
+    """The base written as the merge would be, without an adapter; None where it cannot be."""
+    if again.config is None or again.base is None:
+        return None
+    try:
+        return make_plan(again.config.model_copy(update={"adapters": ()}), check_output=False)
+    except ShardmergeError as error:
+        findings.unverified.append(f"untouched tensors: the base alone makes no such output: {error}")
+        return None
 
 
 def _missing(config: MergeConfig) -> Iterator[str]:
@@ -209,11 +249,14 @@ def _shard_differences(record: Record, plan: MergePlan) -> Iterator[tuple[str, s
 
 def _target_differences(record: Record, plan: MergePlan) -> Iterator[tuple[str, str]]:
     planned: dict[str, list[dict[str, Any]]] = {}
-    for tensor, update in plan.updates():
-        module = f"{update.module}.{update.parameter}"
-        entry = {"adapter": update.adapter, "module": module, "family": update.family}
-        entry |= {"rank": update.rank, "scaling": update.scaling}
-        planned.setdefault(tensor.source.name, []).append(entry)
+    # Of a source that several tensors of the output are parts of, each has all updates.
+    of_sources = {tensor.source.name: tensor for shard in plan.shards for tensor in shard.tensors}
+    for tensor in of_sources.values():
+        for update in tensor.updates:
+            module = f"{update.module}.{update.parameter}"
+            entry = {"adapter": update.adapter, "module": module, "family": update.family}
+            entry |= {"rank": update.rank, "scaling": update.scaling}
+            planned.setdefault(tensor.source.name, []).append(entry)
     for name in sorted({*planned, *record.targets}):
         now, before = planned.get(name), record.targets.get(name)
         if now is None or before is None:

@@ -17,7 +17,8 @@ from shardmerge.names import Names
 from shardmerge.planning.vocabulary import vocabulary_size
 from shardmerge.sources import LocalSource, open_reader
 from shardmerge.spec import DTYPE_NAMES, FLOAT_DTYPES, AuxFile, MergePlan, ShardPlan, SourceFile, TensorInfo
-from shardmerge.verification.findings import STRUCTURE, Findings
+from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Findings
+from shardmerge.verification.reading import file_checksums
 from shardmerge.verification.record import Record
 
 _CHUNK = 1 << 20
@@ -72,7 +73,7 @@ def check_structure(
     output: Path, record: Record, shards: list[Stored], plan: MergePlan | None, findings: Findings
 ) -> None:
     """Everything but the data of tensors: problems go to ``findings``."""
-    _check_files(output, record, findings)
+    check_files(output, record, plan, findings)
     _check_tensors(shards, findings)
     _check_index(output, record, shards, findings)
     there = {name for shard in shards for name in shard.tensors}
@@ -81,11 +82,18 @@ def check_structure(
             findings.problem(STRUCTURE, f"{target}, which was merged, is not there", tensor=target)
     if plan is not None:
         _check_headers(shards, plan, findings)
-        for aux in plan.aux:
+
+
+def check_files(output: Path, record: Record, plan: MergePlan | None, findings: Findings) -> None:
+    """Whether the files beside the shards are there, and are what was recorded, and what the merge writes."""
+    _check_names(output, record, findings)
+    changed = _check_recorded(output, record, plan, findings)
+    for aux in () if plan is None else plan.aux:
+        if aux.name not in changed:
             _check_aux(output, aux, findings)
 
 
-def _check_files(output: Path, record: Record, findings: Findings) -> None:
+def _check_names(output: Path, record: Record, findings: Findings) -> None:
     own = {*record.files, *record.shards, RECORD_NAME}
     for name in record.files:
         if name not in record.shards and not (output / name).is_file():
@@ -161,6 +169,28 @@ def _told(info: TensorInfo) -> str:
 
 
 # --- files beside the weights -----------------------------------------------------------------------------------------
+
+
+def _check_recorded(output: Path, record: Record, plan: MergePlan | None, findings: Findings) -> set[str]:
+    """Checksums of the files beside the shards, where they were recorded; those that have changed since."""
+    if not record.others and plan is None:
+        findings.unverified.append("files beside the weights: their checksums were not recorded")
+    changed = {name for name in record.others if (output / name).is_file() and not _as_recorded(output, record, name)}
+    planned = {} if plan is None else {aux.name: aux for aux in plan.aux}
+    for name in sorted(changed):
+        if _is_prose(name):
+            findings.notes.append(f"{name} was changed after the merge; no program acts on it")
+            continue
+        detail = _json_difference(output / name, planned[name]) if name in planned and name.endswith(".json") else ""
+        findings.problem(CHECKSUMS, f"{name} was changed after the merge{detail}", file=name)
+    findings.other_files += sum((output / name).is_file() for name in record.others)
+    return changed
+
+
+def _as_recorded(output: Path, record: Record, name: str) -> bool:
+    size, recorded = record.others[name]
+    path = output / name
+    return path.stat().st_size == size and file_checksums(path, "sha256" in recorded).items() >= recorded.items()
 
 
 def _check_aux(output: Path, aux: AuxFile, findings: Findings) -> None:

@@ -1,0 +1,11 @@
+"""What the config and the command line let one choose from; apart, since `--help` must not wait for pydantic."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Format = Literal["safetensors", "gguf"]
+Quantization = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
+OutputDtype = Literal["same", "float32", "bfloat16", "float16"]
+#: A device by its name in torch, which takes 300 for 44 and knows no 07.
+DEVICE = r"^(auto|cpu|cuda(:(0|[1-9]\d?))?)$"

@@ -1,0 +1,192 @@
+"""Prove a GGUF output: its header, its checksum, and sampled rows of every tensor.
+
+- *Structure*: the header is parsed here, with a reader of our own, and compared with that of the plan: tensors, their
+  shapes, types and places, key-values. Tensors lie one after the other, each at a multiple of the alignment, with zeros
+  between them, and the file ends behind the last. Key-values that say shapes fit the tensors and config.json.
+- *Rows* of every tensor, whether an adapter touches it or not, as all are stored in another way than in the base: a
+  seeded sample, or all. A row of the source is computed again in float64, looked for where its place in the file is
+  after heads were turned and parts stacked, and compared within what `shardmerge.verification.gguf_blocks` states.
+
+Which stored tensor becomes which of the file, and how its rows are turned, says the plan, here as in the merge.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from shardmerge.errors import FormatError, SourceError
+from shardmerge.journal import RECORD_NAME
+from shardmerge.sources import LocalSource
+from shardmerge.spec import MergePlan, SourceFile, TensorInfo, row_nbytes
+from shardmerge.verification.exact import Exact
+from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Findings
+from shardmerge.verification.gguf_header import GgufHeader, read_header
+from shardmerge.verification.gguf_rows import Piece, RowCheck
+from shardmerge.verification.gguf_values import contradictions
+from shardmerge.verification.reading import Files, threads
+from shardmerge.verification.record import Again, Record, files_of, plan_of_base
+from shardmerge.verification.shards import ShardCheck, ShardFile
+
+Told = Callable[[int, int, str, int, int], None]
+
+
+def check_gguf(output: Path, record: Record, again: Again, findings: Findings, rows: int | None, told: Told) -> None:
+    """Everything there is to know of the file; problems go to ``findings``. ``rows`` None looks at all rows."""
+    name, (size, recorded) = next(iter(record.shards.items()))
+    try:
+        file = LocalSource(str(output)).stat(name)
+    except SourceError as error:
+        findings.problem(STRUCTURE, f"{name} is missing: {error}", file=name)
+        return
+    findings.files += 1
+    if file.size != size:
+        text = f"{name} is {file.size} bytes long, {size} were recorded"
+        findings.problem(STRUCTURE, text, file=name, found=float(file.size), expected=float(size))
+    if len(record.shards) > 1:
+        findings.problem(STRUCTURE, f"{RECORD_NAME} has several shards, but a GGUF file is one", file=RECORD_NAME)
+    if not recorded:
+        findings.unverified.append(f"{name}: its checksum was not recorded")
+    plan = again.plan or plan_of_base(again, findings)
+    files = Files([*files_of(again), *_made_by_plan(plan), file])
+    try:
+        header = _header(name, file, files, findings)
+        pieces: list[Piece] = []
+        if header is not None:
+            check_places(name, file, header, files, findings)
+            _check_values(name, header, plan, files, findings)
+            if again.plan is not None:
+                _check_header(name, file, header, again.plan, files, findings)
+            if plan is not None:
+                left_out = record.targets if again.plan is None else {}
+                pieces = [piece for piece in _pieces(header, plan) if piece.plan.source.name not in left_out]
+        total, done = file.size + sum(piece.plan.out.nbytes for piece in pieces), 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            told(done, total, name, 1, 1)
+
+        advance(0)
+        exact = None if plan is None else Exact(files, plan, again.adapters)
+        with threads(1):
+            before = findings.counts[CHECKSUMS]
+            ShardCheck(files, None, findings, None, 0).run(ShardFile(name, file, 0, (), recorded), advance)
+            changed = findings.counts[CHECKSUMS] > before
+            if plan is not None and exact is not None:
+                check = RowCheck(files, exact, plan.rounding == "stochastic", name, file)
+                check.run(pieces, rows, findings, advance)
+                if changed and rows is not None and set(findings.counts) == {CHECKSUMS}:
+                    # Something has changed that the sample has not seen: look for it in every row.
+                    aside = Findings(findings.output, findings.seed)
+                    check.run(pieces, None, aside, lambda count: None)
+                    findings.take(aside)
+    finally:
+        files.close()
+    if again.plan is None and plan is not None:
+        findings.notes.append("what was not merged was compared with the base, as far as it keeps its place and type")
+
+
+def _made_by_plan(plan: MergePlan | None) -> list[SourceFile]:
+    """What is made of the config alone, which the plan itself holds."""
+    sources = [] if plan is None else [tensor.source for tensor in plan.shards[0].tensors]
+    return [SourceFile(ref.uri, ref.nbytes) for ref in sources if ref.uri.startswith("data:")]
+
+
+# --- the header -------------------------------------------------------------------------------------------------------
+
+
+def _header(name: str, file: SourceFile, files: Files, findings: Findings) -> GgufHeader | None:
+    try:
+        found = read_header(partial(files.read_into, file.uri), file.size, name)
+    except FormatError as error:
+        findings.problem(STRUCTURE, str(error), file=name)
+        return None
+    findings.tensors += len(found.tensors)
+    return found
+
+
+def _planned(plan: MergePlan) -> GgufHeader:
+    return read_header(partial(_from, plan.shards[0].head), plan.shards[0].nbytes, "the plan")
+
+
+def _check_header(
+    name: str, file: SourceFile, found: GgufHeader, plan: MergePlan, files: Files, findings: Findings
+) -> None:
+    head = plan.shards[0].head
+    if found.data_start == len(head) and files.read(file.uri, 0, len(head)) == head:
+        return
+    for text in list(_differences(found, _planned(plan))) or ["its header has the same content in another order"]:
+        findings.problem(STRUCTURE, f"{name}: {text}", file=name)
+
+
+def _from(data: bytes, offset: int, view: memoryview) -> None:
+    part = data[offset : offset + len(view)]
+    view[: len(part)] = part  # what would be the data is never looked at
+
+
+def _differences(found: GgufHeader, wanted: GgufHeader) -> Iterator[str]:
+    for tensor in sorted({*found.tensors, *wanted.tensors}):
+        here, there = found.tensors.get(tensor), wanted.tensors.get(tensor)
+        if here is None or there is None:
+            yield f"{tensor} is {'missing' if here is None else 'not expected there'}"
+        elif here != there:
+            yield f"{tensor} is {_told(here)}, expected {_told(there)}"
+    for key in sorted({*found.values, *wanted.values}):
+        value, other = found.values.get(key), wanted.values.get(key)
+        if value is None or other is None:
+            yield f"the key {key} is {'missing' if value is None else 'not expected there'}"
+        elif value != other:
+            yield f"{key} is {value[1]!s:.60}, expected {other[1]!s:.60}"
+
+
+def _told(info: TensorInfo) -> str:
+    return f"{info.dtype} {list(info.shape)} at {info.data_offsets[0]}"
+
+
+def check_places(name: str, file: SourceFile, header: GgufHeader, files: Files, findings: Findings) -> None:
+    """Tensors one after the other, zeros between them, and nothing behind the last."""
+    end = 0
+    for tensor, info in sorted(header.tensors.items(), key=lambda entry: entry[1].data_offsets):
+        start, stop = info.data_offsets
+        if start != end:
+            text = f"{name}: {tensor} begins at {start} of the data, where {end} is expected"
+            findings.problem(STRUCTURE, text, file=name, tensor=tensor)
+            return
+        end = stop + -stop % header.alignment
+        at, count = header.data_start + stop, end - stop
+        if at + count <= file.size and any(files.read(file.uri, at, count)):
+            text = f"{name}: the padding behind {tensor} is not zero"
+            findings.problem(STRUCTURE, text, file=name, tensor=tensor)
+    if header.data_start + end != file.size:
+        text = f"{name}: its tensors end at byte {header.data_start + end}, the file at {file.size}"
+        findings.problem(STRUCTURE, text, file=name)
+
+
+def _check_values(name: str, header: GgufHeader, plan: MergePlan | None, files: Files, findings: Findings) -> None:
+    config: dict[str, Any] = {}
+    if plan is not None:
+        source = next(aux.source for aux in plan.aux)
+        files.add(source)
+        config = json.loads(files.read(source.uri, 0, source.size))
+    for text in contradictions(header, config):
+        findings.problem(STRUCTURE, f"{name}: {text}", file=name)
+
+
+def _pieces(header: GgufHeader, plan: MergePlan) -> list[Piece]:
+    """Every tensor's parts, where the file has them; left out are tensors of another shape or type."""
+    planned = _planned(plan)
+    starts = {info.data_offsets[0]: name for name, info in planned.tensors.items()}
+    pieces, name = [], ""
+    for tensor in plan.shards[0].tensors:
+        at = tensor.out.data_offsets[0]
+        name = starts.get(at, name)  # else it is a further part of the tensor before
+        found, wanted = header.tensors.get(name), planned.tensors[name]
+        if found is not None and (found.dtype, found.shape) == (wanted.dtype, wanted.shape):
+            before = at - wanted.data_offsets[0]
+            first_row = before // row_nbytes(tensor.out.dtype, tensor.row_elements)
+            pieces.append(Piece(name, header.data_start + found.data_offsets[0] + before, first_row, tensor))
+    return pieces

@@ -1,0 +1,242 @@
+"""What stands before the data of a GGUF file, read from the format's definition and not with our writer.
+
+    "GGUF", version (u32), number of tensors (u64), number of key-values (u64)
+    each key-value:  key, type (u32), value
+    each tensor:     name, number of dimensions (u32), dimensions (u64, columns first), type (u32), offset (u64)
+    padding to ``general.alignment`` (32 where it is not said); then the tensors' data, at offsets counted from here
+
+A string is its length (u64) and its bytes; an array the type of its items (u32), their number (u64) and the items.
+Little-endian throughout. Source: ggml's docs/gguf.md.
+
+Files come from strangers: a header is read in pieces, no count is believed before its items have come, and of arrays
+and long strings only the length and a checksum are kept.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from shardmerge.checksums import Checksums
+from shardmerge.errors import FormatError
+from shardmerge.spec import TensorInfo, row_nbytes
+
+#: What a header may take: the largest vocabularies with their merges take 20 MB.
+_MOST_BYTES = 256 << 20
+_MOST_TENSORS, _MOST_KEYS = 1 << 20, 1 << 16
+_MOST_ITEMS = 1 << 24
+#: A name's bytes: what llama.cpp takes, and what the format allows a key.
+_NAME, _KEY = 64, (1 << 16) - 1
+#: Strings up to this length are kept.
+_KEPT = 4096
+_CHUNK = 1 << 18
+_DIMENSIONS = 4
+_STRING, _ARRAY, _BOOL = 8, 9, 7
+#: Type of a value → its format as `struct` has it.
+_SCALARS: Mapping[int, str] = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+#: Type of a tensor → what we call it, and the elements of a block.
+_TYPES: Mapping[int, tuple[str, int]] = {
+    0: ("F32", 1),
+    1: ("F16", 1),
+    2: ("Q4_0", 32),
+    3: ("Q4_1", 32),
+    6: ("Q5_0", 32),
+    7: ("Q5_1", 32),
+    8: ("Q8_0", 32),
+    30: ("BF16", 1),
+}
+
+#: Fills the view with the file's bytes from the offset on.
+ReadInto = Callable[[int, memoryview], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Long:
+    """An array or a long string: the type of its items, how many there are, and a checksum of their bytes."""
+
+    item: int
+    count: int
+    checksum: str
+
+    def __str__(self) -> str:
+        return f"{self.count} {'bytes' if self.item == 0 else 'items'} of checksum {self.checksum[:8]}"
+
+
+Value = int | float | bool | str | Long
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """Values by key; of tensors by name the kind, the shape as torch has it, and where in the data they lie."""
+
+    values: Mapping[str, tuple[int, Value]]
+    tensors: Mapping[str, TensorInfo]
+    alignment: int
+    data_start: int
+
+    def whole(self, key: str) -> int | None:
+        """A value that is a whole number; None where there is none."""
+        value = self.values.get(key, (0, None))[1]
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    def count(self, key: str) -> int | None:
+        value = self.values.get(key, (0, None))[1]
+        return value.count if isinstance(value, Long) else None
+
+
+def read_header(read_into: ReadInto, size: int, where: str) -> GgufHeader:
+    """The header of a file of ``size`` bytes. `FormatError` where it is none; data may be anything."""
+    cursor = _Cursor(read_into, min(size, _MOST_BYTES), where)
+    magic = cursor.take(4)
+    if magic != b"GGUF":
+        raise FormatError(f"{where}: begins with {magic!r}, so it is no GGUF file")
+    version, tensors, keys = cursor.unpack("<IQQ")
+    if version != 3:
+        raise FormatError(f"{where}: GGUF version {version}; expected 3")
+    if tensors > _MOST_TENSORS or keys > _MOST_KEYS:
+        raise FormatError(f"{where}: says that it has {tensors} tensors and {keys} key-values, which is absurd")
+    values: dict[str, tuple[int, Value]] = {}
+    for _ in range(keys):
+        key = cursor.name(_KEY)
+        if key in values:
+            raise FormatError(f"{where}: the key {key[:_NAME]!r} is there twice")
+        values[key] = _value(cursor)
+    alignment = _alignment(values, where)
+    infos: dict[str, TensorInfo] = {}
+    for _ in range(tensors):
+        name = cursor.name(_NAME)
+        if name in infos:
+            raise FormatError(f"{where}: the tensor {name!r} is there twice")
+        infos[name] = _info(cursor, name, size)
+    padding = cursor.take(-cursor.at % alignment)
+    if any(padding):
+        raise FormatError(f"{where}: the padding before its data is not zero")
+    return GgufHeader(values, infos, alignment, cursor.at)
+
+
+class _Cursor:
+    """Goes through the bytes of a header, which are read in chunks."""
+
+    def __init__(self, read_into: ReadInto, end: int, where: str) -> None:
+        self._read_into = read_into
+        self._end = end
+        self.where = where
+        self._chunk = memoryview(b"")
+        self._used = 0
+        self._loaded = 0
+
+    @property
+    def at(self) -> int:
+        return self._loaded - len(self._chunk) + self._used
+
+    def take(self, count: int) -> bytes:
+        """The next bytes; a count that someone says is looked at before there is memory for it."""
+        if count > self._end - self.at:
+            raise FormatError(f"{self.where}: its header ends at byte {self._end}, where it is not complete")
+        if count <= len(self._chunk) - self._used:  # as of nearly all, which are many
+            self._used += count
+            return bytes(self._chunk[self._used - count : self._used])
+        parts = []
+        while count:
+            if self._used == len(self._chunk):
+                self._load()
+            part = bytes(self._chunk[self._used : self._used + count])
+            self._used += len(part)
+            count -= len(part)
+            parts.append(part)
+        return b"".join(parts)
+
+    def _load(self) -> None:
+        data = bytearray(min(_CHUNK, self._end - self._loaded))
+        self._read_into(self._loaded, memoryview(data))
+        self._chunk, self._used = memoryview(data), 0
+        self._loaded += len(data)
+
+    def unpack(self, layout: str) -> tuple[int, ...]:
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+
+    def name(self, most: int) -> str:
+        (length,) = self.unpack("<Q")
+        if not 0 < length <= most:
+            raise FormatError(f"{self.where}: a name of {length} bytes; expected 1 to {most}")
+        try:
+            return self.take(length).decode()
+        except UnicodeDecodeError as error:
+            raise FormatError(f"{self.where}: a name is not UTF-8: {error}") from None
+
+    def checksum(self, count: int) -> str:
+        """That of the next bytes."""
+        found = Checksums(False)
+        while count:
+            part = self.take(min(count, _CHUNK))
+            found.update(part)
+            count -= len(part)
+        return found.hex()["xxh3_128"]
+
+
+def _value(cursor: _Cursor) -> tuple[int, Value]:
+    (kind,) = cursor.unpack("<I")
+    if kind == _STRING:
+        (length,) = cursor.unpack("<Q")
+        if length > _KEPT:
+            return kind, Long(0, length, cursor.checksum(length))
+        return kind, cursor.take(length).decode(errors="backslashreplace")
+    if kind == _ARRAY:
+        return kind, _array(cursor)
+    return kind, _scalar(cursor, kind)
+
+
+def _scalar(cursor: _Cursor, kind: int) -> int | float | bool:
+    if kind not in _SCALARS:
+        raise FormatError(f"{cursor.where}: a value of type {kind}, which is unknown")
+    if kind == _BOOL:
+        (byte,) = cursor.take(1)
+        if byte > 1:
+            raise FormatError(f"{cursor.where}: a truth value of {byte}")
+        return bool(byte)
+    return cursor.unpack(f"<{_SCALARS[kind]}")[0]
+
+
+def _array(cursor: _Cursor) -> Long:
+    item, count = cursor.unpack("<IQ")
+    if count > _MOST_ITEMS:
+        raise FormatError(f"{cursor.where}: an array of {count} items, which is absurd")
+    if item in _SCALARS:
+        return Long(item, count, cursor.checksum(count * struct.calcsize(f"<{_SCALARS[item]}")))
+    if item != _STRING:
+        raise FormatError(f"{cursor.where}: an array of items of type {item}, which no model has")
+    found = Checksums(False)
+    for _ in range(count):
+        head = cursor.take(8)
+        found.update(head)
+        found.update(cursor.take(int.from_bytes(head, "little")))
+    return Long(item, count, found.hex()["xxh3_128"])
+
+
+def _alignment(values: Mapping[str, tuple[int, Value]], where: str) -> int:
+    value = values.get("general.alignment", (4, 32))[1]
+    if not isinstance(value, int) or value <= 0 or value % 8 or value > 1 << 16:
+        raise FormatError(f"{where}: general.alignment is {value}; expected a multiple of 8")
+    return value
+
+
+def _info(cursor: _Cursor, name: str, size: int) -> TensorInfo:
+    (dimensions,) = cursor.unpack("<I")
+    if not 0 < dimensions <= _DIMENSIONS:
+        raise FormatError(f"{cursor.where}: {name} has {dimensions} dimensions; expected 1 to {_DIMENSIONS}")
+    shape = cursor.unpack(f"<{dimensions}Q")[::-1]
+    code, offset = cursor.unpack("<IQ")
+    if code not in _TYPES:
+        raise FormatError(f"{cursor.where}: {name} is of type {code}; known are {', '.join(map(str, _TYPES))}")
+    kind, block = _TYPES[code]
+    elements = math.prod(shape)
+    if not elements or shape[-1] % block:
+        raise FormatError(
+            f"{cursor.where}: {name} is {kind} of shape {list(shape)}, which is no whole number of blocks"
+        )
+    nbytes = row_nbytes(kind, elements)
+    if offset > size or nbytes > size:
+        raise FormatError(f"{cursor.where}: {name} takes {nbytes} bytes at {offset}, the whole file has {size}")
+    return TensorInfo(kind, shape, (offset, offset + nbytes))

@@ -1,0 +1,92 @@
+"""What strangers wrote reaches the terminal as text, never as a command or a line: by itself, and through commands."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import shardmerge
+from shardmerge import FormatError, PlanError, VerifyReport
+from shardmerge.cli import cli
+from shardmerge.report import table
+from shardmerge.shown import one_line, shown, shown_json
+from shardmerge.verification import describe, summary
+from shardmerge.verification.findings import Findings
+from tests.builders import make_place, peft_config, write_json
+
+#: Clears a terminal in two ways, turns what follows, and begins a line that looks like ours.
+EVIL = "a\x1b[2J\x9b2J\u202e\r\nnote: all is well"
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]")
+
+
+def test_texts() -> None:
+    assert shown(EVIL) == "a\\x1b[2J\\x9b2J\\u202e\\r\nnote: all is well"
+    assert one_line(EVIL) == "a\\x1b[2J\\x9b2J\\u202e\\r\\nnote: all is well"
+    for harmless in ("ключ ΔW × 日本 é", "👩\u200d💻", ""):
+        assert one_line(harmless) == shown_json(harmless) == harmless
+
+
+def test_json_means_the_same() -> None:
+    value = {EVIL: [EVIL, "\ud800", "\x7f\u2028"]}
+    text = shown_json(json.dumps(value, indent=2, ensure_ascii=False))
+    assert json.loads(text) == value and not CONTROL.search(text)
+    text.encode()
+
+
+def test_a_cell_of_a_table_is_in_one_line() -> None:
+    assert table([("a", EVIL), ("b", "c")]).splitlines()[1] == "b  c"
+
+
+def report() -> VerifyReport:
+    findings = Findings(EVIL, 0)
+    findings.problem("structure", EVIL)
+    findings.notes.append(EVIL)
+    findings.unverified.append(EVIL)
+    return findings.report()
+
+
+def test_a_verdict() -> None:
+    lines = [line for text in (describe(report()), summary(report())) for line in text.splitlines()[2:]]
+    # The verdict's last line, which names the output as it was given, is all that is not in one.
+    assert sum(line == "note: all is well" for line in lines) <= 1
+    assert sum("note: all is well" in line for line in lines) >= 5
+
+
+@pytest.mark.parametrize("error", [PlanError([EVIL, "second"]), FormatError(EVIL)], ids=["plan", "format"])
+def test_an_error(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("shardmerge.inspection.inspect_path", refuse)
+    told = CliRunner().invoke(cli, ["inspect", "x"]).stderr
+    assert "note: all is well" in told and "\nnote" not in told and not CONTROL.search(told)
+    assert told.count("\n") == (3 if isinstance(error, PlanError) else 1)
+    as_json = CliRunner().invoke(cli, ["inspect", "x", "--json"]).stdout
+    assert EVIL in json.loads(as_json)["problems"] and not CONTROL.search(as_json)
+
+
+def test_a_folder_of_the_base(tmp_path: Path) -> None:
+    place = make_place(tmp_path)
+    evil = EVIL.partition("\r")[0]
+    folder = place.base / evil
+    folder.mkdir()
+    (folder / "model.bin").write_bytes(b"x")
+    for arguments in (["plan"], ["run"]):
+        result = CliRunner().invoke(cli, [*arguments, str(place.config_file())])
+        assert result.exit_code == 0, result.output
+        told = result.stdout + result.stderr
+        assert one_line(evil) in told and not CONTROL.search(told)
+
+
+def test_what_an_adapter_says(tmp_path: Path) -> None:
+    place = make_place(tmp_path)
+    write_json(place.adapter / "adapter_config.json", peft_config(base_model_name_or_path=EVIL))
+    told = CliRunner().invoke(cli, ["inspect", str(place.adapter)]).stdout
+    assert one_line(EVIL) in told and "\nnote" not in told and not CONTROL.search(told)
+    as_json = CliRunner().invoke(cli, ["inspect", str(place.adapter), "--json"]).stdout
+    assert json.loads(as_json)["trained_on"] == EVIL and not CONTROL.search(as_json)
+    assert shardmerge.plan(place.config()).adapters[0].trained_on == EVIL
