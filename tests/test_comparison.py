@@ -32,6 +32,7 @@ from shardmerge.comparison.attached import attach
 from shardmerge.comparison.figures import Answer, Reference, measure, parting
 from shardmerge.config import AdapterConfig
 from shardmerge.errors import ConfigError, FormatError, PlanError, ShardmergeError, SourceError
+from shardmerge.journal import sealed
 from shardmerge.sources import open_source
 from tests.builders import run_python, write_json
 from tests.conftest import ROOT
@@ -240,7 +241,7 @@ def test_formula_with_a_wrong_scaling(base: Path, adapter: Path, tmp_path: Path)
     output = merge(base, tmp_path / "out", as_pure(adapter, tmp_path))
     record = json.loads((output / "shardmerge.json").read_text())
     record["config"]["adapters"][0]["scaling"] *= 1.1
-    write_json(output / "shardmerge.json", record)
+    write_json(output / "shardmerge.json", sealed(record))
     assert not told(output).same
 
 
