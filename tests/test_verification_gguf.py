@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, quants
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 import shardmerge
 from shardmerge import Progress, VerifyReport
@@ -482,6 +484,31 @@ def test_a_record_of_several_files(models: Any, tmp_path: Path) -> None:
     file = merged(models, "llama-spm", "q8_0", tmp_path)
     change_record(file.parent, lambda record: record["shards"].update({"other.gguf": record["shards"][file.name]}))
     assert any("a GGUF file is one" in problem.text for problem in wrong(file.parent).problems)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        peft.LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "k_proj"], init_lora_weights=False),
+        # Whole matrices are looked at, or groups of rows, which the file has apart.
+        peft.OSFConfig(target_modules=["q_proj", "down_proj"]),
+        peft.MissConfig(r=16, target_modules=["q_proj", "down_proj"], init_weights="bat"),
+    ],
+    ids=lambda method: method.peft_type.value,
+)
+def test_other_methods(method: Any, models: Any, tmp_path: Path) -> None:
+    base, _ = models("llama-spm")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), method)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    file = as_gguf(base, tmp_path / "adapter", tmp_path / "Model", "q8_0")
+    for rows in (5, None):
+        report = shardmerge.verify(file.parent, rows=rows)
+        assert report.complete and not report.notes and report.touched == 4
 
 
 def test_progress(models: Any, tmp_path: Path) -> None:
