@@ -17,15 +17,15 @@ from torch import Tensor
 from shardmerge.errors import PlanError
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, setting: str = "compute.device", what: str = "the merge") -> torch.device:
     """``auto`` is the CPU: a merge is bound by the disk, and the CPU's sums are the same everywhere.
 
-    Raises `PlanError` if the device is not there.
+    Raises `PlanError` if the device is not there; ``setting`` asked for it, and ``what`` is refused.
     """
     device = torch.device("cpu" if name == "auto" else name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        raise PlanError([f"compute.device is {name}, but torch {torch.__version__} finds {found} CUDA devices here"])
+        raise PlanError([f"{setting} is {name}, but torch {torch.__version__} finds {found} CUDA devices here"], what)
     return device
 
 

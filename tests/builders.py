@@ -353,3 +353,24 @@ def run_python(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Co
     return subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
     )
+
+
+_GROWTH = """
+import sys
+from pathlib import Path
+from shardmerge.report import peak_memory
+from shardmerge.verification import verify_output
+small, large = map(Path, sys.argv[1:3])
+assert verify_output(small).complete
+before = peak_memory()
+assert verify_output(large, rows=None).complete
+print(peak_memory() - before, sum(path.stat().st_size for path in large.glob(sys.argv[3])))
+"""
+
+
+def growth_of_verify(small: Path, large: Path, weights: str) -> tuple[int, int]:
+    """Bytes that verifying all of an output takes beyond what a small one takes; and of its files named ``weights``."""
+    done = run_python("-c", _GROWTH, small, large, weights)
+    assert done.returncode == 0, done.stderr
+    grown, size = map(int, done.stdout.split())
+    return grown, size

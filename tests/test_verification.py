@@ -28,13 +28,13 @@ from tests.builders import (
     V0,
     VOCAB,
     Place,
+    growth_of_verify,
     llama_tensors,
     lora_pair,
     make_place,
     model_config,
     peft_config,
     peft_tensors,
-    run_python,
     shard_names,
     snapshot,
     write_base,
@@ -697,19 +697,6 @@ def test_what_progress_raises_stops_it(place: Place) -> None:
         shardmerge.verify(place.output, progress=stop)
 
 
-LARGE = """
-import sys
-from pathlib import Path
-from shardmerge.report import peak_memory
-from shardmerge.verification import verify_output
-small, large = map(Path, sys.argv[1:])
-assert verify_output(small).complete
-before = peak_memory()
-assert verify_output(large, rows=None).complete
-print(peak_memory() - before, sum(path.stat().st_size for path in large.glob("*.safetensors")))
-"""
-
-
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     small = make_place(tmp_path / "small")
     shardmerge.merge(small.config())
@@ -720,7 +707,5 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     prefix = f"base_model.model.{Q0}"
     write_peft(large.adapter, {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b})
     shardmerge.merge(large.config())
-    done = run_python("-c", LARGE, small.output, large.output)
-    assert done.returncode == 0, done.stderr
-    grown, size = map(int, done.stdout.split())
+    grown, size = growth_of_verify(small.output, large.output, "*.safetensors")
     assert size > 90 << 20 and grown < 40 << 20

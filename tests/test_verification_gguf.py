@@ -10,7 +10,7 @@ import random
 import shutil
 import struct
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from shardmerge.verification.gguf import check_places
 from shardmerge.verification.gguf_blocks import compare, rounded
 from shardmerge.verification.gguf_header import GgufHeader, read_header
 from shardmerge.verification.reading import Files
-from tests.builders import read_tensors, run_python, write_json
+from tests.builders import growth_of_verify, read_tensors, write_json
 from tests.gguf_zoo import KINDS
 from tests.test_cli import invoke, invoke_json
 from tests.test_gguf_merge import as_gguf, config, models, write_adapter
@@ -83,12 +83,19 @@ def test_what_a_merge_writes_is_proved(kind: str, quantization: str, models: Any
 # --- what is changed --------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="session")
+def finished(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """A merge that is made once and only copied."""
+    return cache(lambda kind, quantization: merged(models, kind, quantization, tmp_path_factory.mktemp("finished")))
+
+
 @pytest.fixture
-def changed(models: Any, tmp_path: Path) -> Any:
-    """Merge, change the file, and make the record agree with it: the report."""
+def changed(finished: Callable[[str, str], Path], tmp_path: Path) -> Any:
+    """Copy a merge, change the file, and make the record agree with it: the report."""
 
     def change(kind: str, quantization: str, how: Change, **options: Any) -> VerifyReport:
-        file = merged(models, kind, quantization, tmp_path)
+        original = finished(kind, quantization)
+        file = shutil.copytree(original.parent, tmp_path / "Model") / original.name
         content = bytearray(file.read_bytes())
         how(content, {tensor.name: tensor for tensor in GGUFReader(file).tensors})
         assert content != file.read_bytes()
@@ -519,19 +526,6 @@ def test_progress(models: Any, tmp_path: Path) -> None:
     assert [of.done for of in seen] == sorted(of.done for of in seen)
 
 
-LARGE = """
-import sys
-from pathlib import Path
-from shardmerge.report import peak_memory
-from shardmerge.verification import verify_output
-small, large = map(Path, sys.argv[1:])
-assert verify_output(small).complete
-before = peak_memory()
-assert verify_output(large, rows=None).complete
-print(peak_memory() - before, sum(path.stat().st_size for path in large.glob("*.gguf")))
-"""
-
-
 def test_memory_does_not_grow_with_the_model(models: Any, tmp_path: Path) -> None:
     source, adapter = models("llama-spm")
     base, wide = tmp_path / "base", 1024
@@ -546,9 +540,7 @@ def test_memory_does_not_grow_with_the_model(models: Any, tmp_path: Path) -> Non
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     large = as_gguf(base, write_adapter(base, tmp_path / "adapter"), tmp_path / "Model", "q8_0")
     small = as_gguf(source, adapter, tmp_path / "small" / "Model", "q8_0")
-    done = run_python("-c", LARGE, small.parent, large.parent)
-    assert done.returncode == 0, done.stderr
-    grown, size = map(int, done.stdout.split())
+    grown, size = growth_of_verify(small.parent, large.parent, "*.gguf")
     assert size > 55 << 20 and grown < 24 << 20
 
 

@@ -34,7 +34,8 @@ from shardmerge.comparison.figures import (
     parting,
     total,
 )
-from shardmerge.errors import ConfigError, FormatError, PlanError
+from shardmerge.devices import resolve_device
+from shardmerge.errors import ConfigError, FormatError
 from shardmerge.garbage import give_back
 from shardmerge.origin import Origin, read_origin, stored_dtypes
 
@@ -171,8 +172,4 @@ class _Speaker:
 def _device(name: str) -> torch.device:
     if not re.fullmatch(DEVICE, name):
         raise ConfigError(f"the device is {name!r}; expected auto, cpu, cuda or cuda:1")
-    device = torch.device("cpu" if name == "auto" else name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = f"torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices here"
-        raise PlanError([f"the device is {name}, but {found}"], "the comparison")
-    return device
+    return resolve_device(name, "the device", "the comparison")
