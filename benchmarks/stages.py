@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +89,13 @@ def alone(stage: str, clock: Clock) -> Iterator[None]:
         write: Stage,
         done: Callable[[Job], None],
     ) -> None:
+        at_work: deque[tuple[Job, Buffer]] = deque()
+
+        def finish(left: int) -> None:
+            # What the writer waits for, as threads may be at a buffer's last tiles when the next is begun.
+            while len(at_work) > left:
+                clock.time(write, *at_work.popleft(), 0)
+
         for number, job in enumerate(jobs):
             buffer = buffers[number % len(buffers)]
             if stage == "read":
@@ -95,9 +103,12 @@ def alone(stage: str, clock: Clock) -> Iterator[None]:
             elif stage == "write":
                 clock.time(write, job, buffer, job.write_bytes)
             else:
+                finish(len(buffers) - 1)
                 read(job, buffer)
                 if job.tensor is not None:
                     clock.time(work, job, buffer, job.read_bytes)
+                at_work.append((job, buffer))
+        finish(0)
 
     with mock.patch.object(pipeline, "run", run):
         yield

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import xxhash
+
+from shardmerge.memory import pages
 
 _BLOCK = 4 << 20
 
@@ -40,7 +41,7 @@ def of_file(
 ) -> dict[str, str]:
     """The checksums of a file's first ``size`` bytes, by name; ``advance`` is told the bytes done."""
     checksums = Checksums(sha256)
-    memory = memoryview(mmap.mmap(-1, _BLOCK))
+    memory = pages(_BLOCK)
     for offset in range(0, size, _BLOCK):
         count = min(_BLOCK, size - offset)
         file.read_block(memory, 0, offset, count)

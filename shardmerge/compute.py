@@ -9,10 +9,9 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,6 +51,58 @@ Item = TypeVar("Item")
 Begun = TypeVar("Begun")
 
 
+class Batch(Generic[Item, Begun]):
+    """Items that were handed out together: what is done to each, and whether all are done."""
+
+    def __init__(
+        self,
+        count: int,
+        begin: Callable[[int, Item], Begun],
+        work: Callable[[int, Item, Begun], None],
+        apart: bool,
+    ) -> None:
+        self.apart = apart
+        self.over = threading.Event()
+        self._begin = begin
+        self._work = work
+        self._lock = threading.Lock()
+        self._left = count
+        self._error: BaseException | None = None
+        if not count:
+            self.over.set()
+
+    def begin(self, worker: int, item: Item) -> Begun | None:
+        """None where the batch has failed."""
+        if self._error is None:
+            try:
+                return self._begin(worker, item)
+            except BaseException as error:
+                self._error = error
+        return None
+
+    def work(self, worker: int, item: Item, begun: Begun) -> None:
+        if self._error is None:
+            try:
+                self._work(worker, item, begun)
+            except BaseException as error:
+                self._error = error
+        with self._lock:
+            self._left -= 1
+            if not self._left:
+                self.over.set()
+
+    def abandon(self, error: BaseException) -> None:
+        """Nobody is to wait for what is not done."""
+        self._error = self._error or error
+        self.over.set()
+
+    def wait(self) -> None:
+        """Until all is done. Raises what one of the items raised; those that came after it may have been left out."""
+        self.over.wait()
+        if self._error is not None:
+            raise self._error
+
+
 class ComputeThreads:
     """Who computes, put back by `close`.
 
@@ -64,48 +115,57 @@ class ComputeThreads:
     def __init__(self, workers: int) -> None:
         self._default = torch.get_num_threads()
         self.workers = max(1, min(workers, _cores()))
-        others = self.workers - 1
-        self._pool = ThreadPoolExecutor(
-            max(1, others), "shardmerge-compute", initializer=torch.set_num_threads, initargs=(1,)
-        )
-        # All are started now: a thread that tells torch of its one tells MKL for all threads, and must not do so later.
-        together = threading.Barrier(max(1, others))
-        wait([self._pool.submit(together.wait) for _ in range(others)])
+        self._pending: deque[tuple[Batch[Any, Any], Any]] = deque()
+        self._open: list[Batch[Any, Any]] = []
+        #: Held by who takes an item.
+        self._turn = threading.Condition()
+        self._closed = False
+        # All begin now: a thread that tells torch of its one tells MKL for all threads, and must not do so later.
+        ready = threading.Barrier(self.workers)
+        self._helpers = [
+            threading.Thread(target=self._help, args=(worker, ready), name="shardmerge-compute", daemon=True)
+            for worker in range(1, self.workers)
+        ]
+        for helper in self._helpers:
+            helper.start()
+        ready.wait()
         torch.set_num_threads(self._default)
         self._set = self._default
 
-    def run(
+    def share(
         self,
-        items: Iterable[Item],
+        items: Sequence[Item],
         begin: Callable[[int, Item], Begun],
         work: Callable[[int, Item, Begun], None],
         apart: bool,
-    ) -> None:
-        """Share items out: each thread, told its number, takes the next one. An error is raised when all have ended.
+    ) -> Batch[Item, Begun]:
+        """Hand items out: each thread, told its number, takes the next one. Returns when none is left to be taken.
 
-        Where items are not ``apart``, none is taken before all earlier ones have begun.
+        Others may be at their last ones then; `Batch.wait` waits for them. So there is something to do between two
+        batches for a thread that is ready before the others. Where items are not ``apart``, none is taken before all
+        earlier ones have begun.
         """
-        pending = deque(items)
-        turn: AbstractContextManager[object] = nullcontext() if apart else threading.Lock()
-
-        def drain(worker: int) -> None:
-            while pending:
-                with turn:
-                    try:
-                        item = pending.popleft()
-                    except IndexError:
-                        return  # another thread was quicker
-                    begun = begin(worker, item)
-                work(worker, item, begun)
-
-        helpers = range(1, min(self.workers, len(pending)))
-        running = [self._pool.submit(drain, worker) for worker in helpers]
+        batch = Batch(len(items), begin, work, apart)
         try:
-            drain(0)
-        finally:
-            wait(running)
-        for future in running:
-            future.result()
+            with self._turn:
+                self._open = [one for one in self._open if not one.over.is_set()]
+                self._open.append(batch)
+                self._pending.extend((batch, item) for item in items)
+                self._turn.notify_all()
+            while self._step(0):
+                pass
+        except BaseException as error:  # an interrupt: what it came between is not known
+            with self._turn:
+                self._pending.clear()
+            for one in self._open:
+                one.abandon(error)
+            raise
+        return batch
+
+    def settle(self) -> None:
+        """Wait until nobody works on anything."""
+        for batch in self._open:
+            batch.over.wait()
 
     def set_for(self, tensor: TensorPlan) -> None:
         """How many threads torch has in the caller's thread."""
@@ -115,8 +175,33 @@ class ComputeThreads:
             self._set = wanted
 
     def close(self) -> None:
-        self._pool.shutdown()
+        with self._turn:
+            self._pending.clear()
+            self._closed = True
+            self._turn.notify_all()
+        for helper in self._helpers:
+            helper.join()
         torch.set_num_threads(self._default)
+
+    def _help(self, worker: int, ready: threading.Barrier) -> None:
+        torch.set_num_threads(1)
+        ready.wait()
+        while self._step(worker):
+            pass
+
+    def _step(self, worker: int) -> bool:
+        """Take an item and work on it. Whether there was one, for which all but the caller's thread wait."""
+        with self._turn:
+            while not self._pending:
+                if worker == 0 or self._closed:
+                    return False
+                self._turn.wait()
+            batch, item = self._pending.popleft()
+            begun = None if batch.apart else batch.begin(worker, item)
+        if batch.apart:
+            begun = batch.begin(worker, item)
+        batch.work(worker, item, begun)
+        return True
 
 
 def _cores() -> int:
@@ -158,7 +243,7 @@ class TileWorker:
         #: Looks at how the updates come through the rounding.
         self.sampler = Sampler()
         self._by_chance = plan.rounding == "stochastic"
-        self._raw = {id(buffer): torch.frombuffer(buffer.memory, dtype=torch.uint8) for buffer in buffers}
+        self._raw = {id(buffer): torch.frombuffer(buffer.view, dtype=torch.uint8) for buffer in buffers}
         self._threads = ComputeThreads(plan.memory.workers)
         self.place = place_on(device, self._threads.workers)
         self._workspaces = []
@@ -171,6 +256,8 @@ class TileWorker:
         self._work_dtype = self.dtype
         self._columns = 0
         self._reaching: Callable[[RowRange], Sequence[Update]] = lambda rows: ()
+        self._in_full = ExitStack()
+        self._in_full.enter_context(self.place.in_full())
         self.place.pin(self._raw.values())
 
     def take(self) -> tuple[tuple[int, ...], Mapping[str, Fidelity]]:
@@ -181,20 +268,27 @@ class TileWorker:
 
     def close(self) -> None:
         self._threads.close()
+        self._in_full.close()
         self.place.close()
 
     def _begin(self, tensor: TensorPlan) -> None:
         """Get ready what all tiles of a tensor share."""
         if tensor is self._tensor:
             return
+        self._threads.settle()
         self._tensor, self._columns, self._reaching = tensor, tensor.row_elements, reaching(tensor)
         self._work_dtype = work_dtype(tensor, self.dtype)
         self._threads.set_for(tensor)
         self.factors.begin(tensor.updates, TORCH_DTYPES[self._work_dtype])
         self.sampler.begin(tensor)
 
-    def merge(self, job: Job, tensor: TensorPlan, buffer: Buffer, at: Positions) -> None:
-        """Decode each tile from its buffer, update it in the workspace, and encode it into the same buffer."""
+    def merge(
+        self, job: Job, tensor: TensorPlan, buffer: Buffer, at: Positions
+    ) -> Batch[RowRange, Sample | None] | None:
+        """Decode each tile from its buffer, update it in the workspace, and encode it into the same buffer.
+
+        When that has been done the batch tells; there is none where it has been.
+        """
         self._begin(tensor)
         first, stop = job.tiles[0].start, job.tiles[-1].stop
         raw = self._raw[id(buffer)]
@@ -223,14 +317,13 @@ class TileWorker:
             with self.place.turn(0):
                 self._survey_tile(tensor, surveyed, rows, tile, scratch)
 
-        with self.place.in_full():
-            if job.survey is not None:  # it adds up, and so goes in order
-                for rows in job.tiles:
-                    survey(rows, tensor.updates[job.survey])
-                return
-            # Output that does not take the very place of input takes that of earlier input; see `positions`.
-            apart = at.read == at.work and job.read_bytes == job.write_bytes
-            self._threads.run(job.tiles, decode, merge, apart)
+        if job.survey is not None:  # it adds up, and so goes in order
+            for rows in job.tiles:
+                survey(rows, tensor.updates[job.survey])
+            return None
+        # Output that does not take the very place of input takes that of earlier input; see `positions`.
+        apart = at.read == at.work and job.read_bytes == job.write_bytes
+        return self._threads.share(job.tiles, decode, merge, apart)
 
     def _survey_tile(self, tensor: TensorPlan, surveyed: Update, rows: RowRange, tile: Tensor, scratch: Tensor) -> None:
         """Show an update the tile as those before it leave it."""

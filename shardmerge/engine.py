@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shardmerge import pipeline
 from shardmerge.garbage import no_garbage_collection
@@ -22,7 +22,7 @@ from shardmerge.sources.open_readers import OpenReaders
 from shardmerge.spec import BUFFER_SLACK, MergePlan, Receipt, ShardPlan
 
 if TYPE_CHECKING:
-    from shardmerge.compute import TileWorker
+    from shardmerge.compute import Batch, TileWorker
 
 
 class Engine:
@@ -31,7 +31,7 @@ class Engine:
     def __init__(self, plan: MergePlan) -> None:
         self.plan = plan
         self.working_set = WorkingSet()
-        self.buffers = [Buffer(plan.memory.buffer_bytes + BUFFER_SLACK) for _ in range(plan.memory.buffers)]
+        self.buffers = pipeline.pool(plan.memory.buffers, plan.memory.buffer_bytes + BUFFER_SLACK)
         # Two sets, as two threads use them. Whole tensors of an adapter may stand in for the base's; and some updates
         # are made from the base's weight, too.
         files = [*plan.base.files, *(file for adapter in plan.adapters for file in adapter.files)]
@@ -58,18 +58,25 @@ class Engine:
             source = self._sources.get(job.uri)
             source.read_block(buffer.view, positions(job, start).read, job.read_offset, job.read_bytes)
 
+        at_work: dict[int, Batch[Any, Any]] = {}
+
         def work(job: Job, buffer: Buffer) -> None:
-            at = positions(job, start)
-            done = at.read
             if job.tensor is not None:
-                self._compute().merge(job, job.tensor, buffer, at)
-                done = at.work
-            if done != at.write and job.write_bytes:
-                buffer.view[at.write : at.write + job.write_bytes] = buffer.view[done : done + job.write_bytes]
+                batch = self._compute().merge(job, job.tensor, buffer, positions(job, start))
+                if batch is not None:
+                    at_work[id(buffer)] = batch
 
         def write(job: Job, buffer: Buffer) -> None:
-            if job.write_bytes:
-                writer.write_block(buffer.view, positions(job, start).write, job.write_offset, job.write_bytes)
+            # Other threads may still be at the buffer's last tiles, while the caller's is at the next buffer.
+            if (batch := at_work.pop(id(buffer), None)) is not None:
+                batch.wait()
+            if not job.write_bytes:
+                return
+            at = positions(job, start)
+            done = at.read if job.tensor is None else at.work
+            if done != at.write:
+                buffer.view[at.write : at.write + job.write_bytes] = buffer.view[done : done + job.write_bytes]
+            writer.write_block(buffer.view, at.write, job.write_offset, job.write_bytes)
 
         pipeline.run(
             jobs(shard, self.plan.memory.buffer_bytes),

@@ -7,22 +7,28 @@ stage stops the others, and no thread outlives `run`.
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
+
+from shardmerge.memory import pages
 
 Item = TypeVar("Item")
 Job = TypeVar("Job")
 
 
 class Buffer:
-    """Page-aligned memory that is used again and again (anonymous, so it belongs to no file)."""
+    """Page-aligned memory that is used again and again."""
 
-    def __init__(self, size: int) -> None:
-        self.memory = mmap.mmap(-1, max(size, 1))
-        self.view = memoryview(self.memory)
+    def __init__(self, view: memoryview) -> None:
+        self.view = view
+
+
+def pool(count: int, size: int) -> list[Buffer]:
+    """Buffers of ``size`` bytes, a whole number of pages, side by side in one piece of memory."""
+    memory = pages(count * size)
+    return [Buffer(memory[start : start + size]) for start in range(0, count * size, size)]
 
 
 class StoppedError(Exception):

@@ -291,7 +291,7 @@ def _is_view(func: Any) -> bool:
 
 
 def every_begin(gpu: PretendedCuda, begin: Callable[..., Any]) -> Callable[..., Any]:
-    """``begin`` of `ComputeThreads.run`, which must have read what it reads when it returns."""
+    """``begin`` of `ComputeThreads.share`, which must have read what it reads when it returns."""
 
     def checked(worker: int, item: Any) -> Any:
         begun = begin(worker, item)

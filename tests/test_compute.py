@@ -31,9 +31,9 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[ComputeThreads]:
 @pytest.mark.parametrize("apart", [True, False])
 def test_every_item_is_taken_once_and_told_what_was_begun(threads: ComputeThreads, apart: bool) -> None:
     seen: list[tuple[int, str]] = []
-    threads.run(
+    threads.share(
         range(50), lambda worker, item: f"{worker} {item}", lambda worker, item, of: seen.append((item, of)), apart
-    )
+    ).wait()
     assert sorted(item for item, _ in seen) == list(range(50))
     assert all(of.endswith(f" {item}") for item, of in seen)
 
@@ -46,7 +46,7 @@ def test_both_threads_work(threads: ComputeThreads) -> None:
         together.wait()
 
     for apart in (True, False):
-        threads.run(range(WORKERS), lambda *_: None, work, apart)
+        threads.share(range(WORKERS), lambda *_: None, work, apart).wait()
 
 
 def test_where_items_lie_on_each_other_all_earlier_ones_have_begun(threads: ComputeThreads) -> None:
@@ -61,7 +61,7 @@ def test_where_items_lie_on_each_other_all_earlier_ones_have_begun(threads: Comp
         missing.extend(set(range(item + 1)) - begun)
         time.sleep(chance.random() / 500)
 
-    threads.run(range(60), begin, work, apart=False)
+    threads.share(range(60), begin, work, apart=False).wait()
     assert missing == [] and begun == set(range(60))
 
 
@@ -77,14 +77,85 @@ def test_an_error_is_raised_when_all_threads_have_ended(threads: ComputeThreads,
     def work(worker: int, item: int, _: None) -> None:
         running.add(worker)
         time.sleep(0.001)
-        fail("work", item)
-        running.discard(worker)
+        try:
+            fail("work", item)
+        finally:
+            running.discard(worker)
 
     for _ in range(3):  # it can be used again
+        failing = threads.share(range(40), lambda worker, item: fail("begin", item), work, apart)
         with pytest.raises(ValueError, match="item 7"):
-            threads.run(range(40), lambda worker, item: fail("begin", item), work, apart)
-        assert len(running) == (where == "work")
-        running.clear()
+            failing.wait()
+        assert not running
+        threads.share(range(40), lambda *_: None, lambda *_: None, apart).wait()
+
+
+def test_the_caller_goes_on_while_another_is_at_its_last_item(threads: ComputeThreads) -> None:
+    """The second batch is begun, and ended, while an item of the first is still worked on."""
+    release, done = threading.Event(), list[str]()
+
+    def slow(worker: int, item: int, _: None) -> None:
+        if worker == 0:
+            together.wait()  # the other one has its item
+            return
+        together.wait()
+        assert release.wait(60)
+        done.append("first")
+
+    together = threading.Barrier(WORKERS, timeout=60)
+    first = threads.share(range(WORKERS), lambda *_: None, slow, apart=True)
+    second = threads.share(range(3), lambda *_: None, lambda *_: done.append("second"), apart=True)
+    second.wait()
+    assert done == ["second"] * 3 and not first.over.is_set()
+    release.set()
+    threads.settle()
+    first.wait()
+    assert done[-1] == "first"
+
+
+def test_after_an_interrupt_nobody_waits_for_what_is_lost(
+    threads: ComputeThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes between taking an item and working on it, so that the item is never done."""
+    taken = threading.Event()
+
+    def interrupted(worker: int) -> bool:
+        with threads._turn:
+            threads._pending.popleft()
+        taken.set()
+        raise KeyboardInterrupt
+
+    def work(worker: int, item: int, _: None) -> None:
+        assert taken.wait(60)
+
+    found = list[BaseException]()
+
+    def writer() -> None:
+        try:
+            while not threads._open:
+                time.sleep(0.001)
+            threads._open[0].wait()
+        except BaseException as error:
+            found.append(error)
+
+    waiting = threading.Thread(target=writer)
+    waiting.start()
+    monkeypatch.setattr(threads, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        threads.share(range(40), lambda *_: None, work, apart=True)
+    waiting.join(60)
+    assert not waiting.is_alive() and isinstance(found[0], KeyboardInterrupt)
+    threads.settle()
+
+
+def test_close_ends_the_threads_though_there_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(threading.enumerate())
+    monkeypatch.setattr("shardmerge.compute._cores", lambda: WORKERS)
+    made = ComputeThreads(WORKERS)
+    assert len(set(threading.enumerate()) - before) == WORKERS - 1
+    made.share(range(4), lambda *_: None, lambda *_: time.sleep(0.01), apart=True)
+    made.close()
+    assert set(threading.enumerate()) == before
 
 
 @pytest.mark.parametrize("out", ["float32", "float16", "bfloat16"])

@@ -46,12 +46,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> PretendedCuda:
         "shardmerge.compute.resolve_device", lambda name: DEVICE if name == "cuda" else torch.device(name)
     )
     monkeypatch.setattr("shardmerge.compute._cores", lambda: WORKERS)
-    run = ComputeThreads.run
+    share = ComputeThreads.share
 
-    def checked(self: Any, items: Any, begin: Any, work: Any, apart: bool) -> None:
-        run(self, items, every_begin(made, begin), work, apart)
+    def checked(self: Any, items: Any, begin: Any, work: Any, apart: bool) -> Any:
+        return share(self, items, every_begin(made, begin), work, apart)
 
-    monkeypatch.setattr(ComputeThreads, "run", checked)
+    monkeypatch.setattr(ComputeThreads, "share", checked)
     return made
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from shardmerge.pipeline import Buffer, Channel, StoppedError, _Pipeline, run
+from shardmerge.pipeline import Buffer, Channel, StoppedError, _Pipeline, pool, run
 
 #: Far more than any of these tests takes; where a deadlock is, the stacks of all threads are printed.
 DEADLOCK_SECONDS = 60.0
@@ -29,7 +29,7 @@ def _no_deadlock_and_no_thread_left() -> Iterator[None]:
 
 
 def buffers(count: int = BUFFERS) -> list[Buffer]:
-    return [Buffer(16) for _ in range(count)]
+    return pool(count, 16)
 
 
 def nothing(job: int, buffer: Buffer) -> None:
@@ -338,8 +338,9 @@ def test_a_channel_gives_first_what_came_first() -> None:
     assert [channel.get() for _ in range(3)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("size", [0, 1, 4096, 100_000])
-def test_a_buffer_is_page_aligned_writable_memory(size: int) -> None:
-    buffer = Buffer(size)
-    assert len(buffer.view) == max(size, 1) and not buffer.view.readonly
-    assert ctypes.addressof(ctypes.c_char.from_buffer(buffer.memory)) % mmap.PAGESIZE == 0
+def test_buffers_lie_side_by_side_and_begin_on_pages() -> None:
+    made = pool(3, 2 * mmap.PAGESIZE)
+    starts = [ctypes.addressof(ctypes.c_char.from_buffer(buffer.view)) for buffer in made]
+    assert [start - starts[0] for start in starts] == [0, 2 * mmap.PAGESIZE, 4 * mmap.PAGESIZE]
+    assert starts[0] % mmap.PAGESIZE == 0
+    assert all(len(buffer.view) == 2 * mmap.PAGESIZE and not buffer.view.readonly for buffer in made)
