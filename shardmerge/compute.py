@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from shardmerge.adapters import FAMILIES, work_dtype
+from shardmerge.adapters import FAMILIES, work_bytes, work_dtype
 from shardmerge.codecs import TORCH_DTYPES, encode_by_chance, encode_into, overflow_limit, view_bytes
 from shardmerge.devices import place_on, resolve_device
 from shardmerge.errors import NonFiniteError
@@ -220,15 +220,20 @@ class Workspace:
         self._key: tuple[object, ...] = ()
         self._tensors = (self._memory, self._memory)
 
-    def tensors(self, shape: tuple[int, int], dtype: str) -> tuple[Tensor, Tensor]:
-        """A tile and scratch, both dense; the same as before where nothing else is asked for."""
-        if self._key != (shape, dtype):
-            torch_dtype = TORCH_DTYPES[dtype]
-            size = shape[0] * shape[1] * torch_dtype.itemsize
-            tile, scratch = (
-                self._memory[start : start + size].view(torch_dtype).view(shape) for start in (0, aligned(size))
-            )
-            self._key, self._tensors = (shape, dtype), (tile, scratch)
+    def halves(self, elements: int, size: int) -> tuple[Tensor, Tensor]:
+        """Memory for ``elements`` of ``size`` bytes each, twice."""
+        nbytes = elements * size
+        return self._memory[:nbytes], self._memory[aligned(nbytes) : aligned(nbytes) + nbytes]
+
+    def tensors(self, shape: tuple[int, int], dtype: str, size: int) -> tuple[Tensor, Tensor]:
+        """A tile and scratch, both dense; the same as before where nothing else is asked for.
+
+        Each lies at the beginning of one of the `halves`, which have ``size`` bytes an element.
+        """
+        if self._key != (shape, dtype, size):
+            tile, scratch = self.halves(shape[0] * shape[1], size)
+            self._key = (shape, dtype, size)
+            self._tensors = (_seen_as(tile, dtype, shape), _seen_as(scratch, dtype, shape))
         return self._tensors
 
 
@@ -250,10 +255,16 @@ class TileWorker:
         for worker in range(self._threads.workers):
             with self.place.turn(worker):
                 self._workspaces.append(Workspace(plan.memory.workspace_bytes, self.place.device))
+        # Blocks of GGUF are made on the CPU. What is not touched of this takes no memory.
+        self._beside = self._workspaces
+        if self.place.device.type != "cpu":
+            self._beside = [Workspace(plan.memory.workspace_bytes, torch.device("cpu")) for _ in self._workspaces]
         self._open_file = open_file
         self.factors = LazyFactors(open_file, self.place, plan.memory.shared_bytes)
         self._tensor: TensorPlan | None = None
         self._work_dtype = self.dtype
+        #: Bytes that the workspace has for an element of the tile.
+        self._room = 0
         self._columns = 0
         self._reaching: Callable[[RowRange], Sequence[Update]] = lambda rows: ()
         self._in_full = ExitStack()
@@ -278,6 +289,7 @@ class TileWorker:
         self._threads.settle()
         self._tensor, self._columns, self._reaching = tensor, tensor.row_elements, reaching(tensor)
         self._work_dtype = work_dtype(tensor, self.dtype)
+        self._room = work_bytes(tensor, self.dtype)
         self._threads.set_for(tensor)
         self.factors.begin(tensor.updates, TORCH_DTYPES[self._work_dtype])
         self.sampler.begin(tensor)
@@ -299,7 +311,7 @@ class TileWorker:
             target = target.view(TORCH_DTYPES[tensor.out.dtype])
 
         def decode(worker: int, rows: RowRange) -> Sample | None:
-            tile, _ = self._workspaces[worker].tensors((len(rows), self._columns), self._work_dtype)
+            tile, _ = self._workspaces[worker].tensors((len(rows), self._columns), self._work_dtype, self._room)
             with self.place.turn(worker):
                 # As it is stored, which is less to copy.
                 here = stored[rows.start - first : rows.stop - first].to(self.place.device, non_blocking=True)
@@ -307,13 +319,19 @@ class TileWorker:
                 return None if job.survey is not None or tensor.finish else self.sampler.before(rows, here)
 
         def merge(worker: int, rows: RowRange, sample: Sample | None) -> None:
-            tile, scratch = self._workspaces[worker].tensors((len(rows), self._columns), self._work_dtype)
+            tile, scratch = self._workspaces[worker].tensors((len(rows), self._columns), self._work_dtype, self._room)
             with self.place.turn(worker):
-                self._merge_tile(tensor, rows, tile, scratch, target[rows.start - first : rows.stop - first], sample)
+                for update in self._reaching(rows):
+                    self._update(update, tensor, rows, tile, scratch, FAMILIES[update.family].apply)
+                here = target[rows.start - first : rows.stop - first]
+                if tensor.finish is None:
+                    self._encode(tensor, rows, tile, here, sample)
+                else:
+                    self._finish(tensor, tensor.finish, rows, worker, here)
 
         def survey(rows: RowRange, surveyed: Update) -> None:
             decode(0, rows)
-            tile, scratch = self._workspaces[0].tensors((len(rows), self._columns), self._work_dtype)
+            tile, scratch = self._workspaces[0].tensors((len(rows), self._columns), self._work_dtype, self._room)
             with self.place.turn(0):
                 self._survey_tile(tensor, surveyed, rows, tile, scratch)
 
@@ -333,15 +351,8 @@ class TileWorker:
                 return
             self._update(update, tensor, rows, tile, scratch, FAMILIES[update.family].apply)
 
-    def _merge_tile(
-        self, tensor: TensorPlan, rows: RowRange, tile: Tensor, scratch: Tensor, target: Tensor, sample: Sample | None
-    ) -> None:
-        """Update a decoded ``tile`` (rows, columns) and encode it into ``target``, a matrix of as many rows."""
-        for update in self._reaching(rows):
-            self._update(update, tensor, rows, tile, scratch, FAMILIES[update.family].apply)
-        if tensor.finish is not None:
-            self._finish(tensor, tensor.finish, rows, tile, target)
-            return
+    def _encode(self, tensor: TensorPlan, rows: RowRange, tile: Tensor, target: Tensor, sample: Sample | None) -> None:
+        """Round an updated ``tile`` (rows, columns) into ``target``, a matrix of the same shape."""
         rounded = self.place.beside(target)
         self._round(tensor, rows, tile, rounded)
         self.place.deliver(rounded, target)
@@ -356,13 +367,27 @@ class TileWorker:
         else:
             encode_into(target, tile)
 
-    def _finish(self, tensor: TensorPlan, finish: Finish, rows: RowRange, tile: Tensor, target: Tensor) -> None:
-        """Encode as another format wants it, of the values that a checkpoint in between would have held."""
-        merged = torch.empty(tile.shape, dtype=TORCH_DTYPES[finish.dtype], device=tile.device)
-        self._round(tensor, rows, tile, merged)
-        if merged.numel() and not float(merged.abs().max()) < _limit(tensor):
+    def _finish(self, tensor: TensorPlan, finish: Finish, rows: RowRange, worker: int, target: Tensor) -> None:
+        """Encode as another format wants it, of the values that a checkpoint in between would have held.
+
+        When the updates are done with the scratch it is free, and so is the tile as soon as it is rounded: one step
+        after the other is made in that half of the workspace that the last one has not filled.
+        """
+        shape, count = (len(rows), self._columns), len(rows) * self._columns
+        tile, _ = self._workspaces[worker].tensors(shape, self._work_dtype, self._room)
+        here, free = self._workspaces[worker].halves(count, self._room)
+        merged = tile
+        if finish.dtype != self._work_dtype:
+            here, free, merged = free, here, _seen_as(free, finish.dtype, shape)
+            self._round(tensor, rows, tile, merged)
+        if count and not _is_below(merged, _limit(tensor)):
             self._check(tile, tensor, rows)
-        quantize_into(target.view(-1), arrange(finish, merged.cpu()), tensor.out.dtype)
+        if self._beside is not self._workspaces:
+            here, free = self._beside[worker].halves(count, self._room)
+            merged = _seen_as(here, finish.dtype, shape).copy_(merged)
+        values = arrange(finish, merged, _seen_as(free, "F32", shape))
+        scratch = free if values is merged else here
+        quantize_into(target.view(-1), values, tensor.out.dtype, _seen_as(scratch, "F32", shape))
 
     def _update(
         self,
@@ -413,9 +438,20 @@ def _limit(tensor: TensorPlan) -> float:
     return min(overflow_limit(tensor.finish.dtype), quantized_limit(tensor.out.dtype))
 
 
+def _seen_as(memory: Tensor, dtype: str, shape: tuple[int, int]) -> Tensor:
+    """The beginning of ``memory`` (uint8) as a dense matrix."""
+    return view_bytes(memory[: shape[0] * shape[1] * TORCH_DTYPES[dtype].itemsize], dtype, shape)
+
+
 def _matrix(raw: Tensor, start: int, dtype: str, shape: tuple[int, int]) -> Tensor:
     size = row_nbytes(dtype, shape[0] * shape[1])
     return view_bytes(raw[start : start + size], dtype, shape)
+
+
+def _is_below(values: Tensor, limit: float) -> bool:
+    """Whether all magnitudes are; what is no number is not."""
+    low, high = values.aminmax()
+    return -limit < float(low) and float(high) < limit
 
 
 def _is_finite(values: Tensor) -> bool:

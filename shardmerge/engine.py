@@ -30,8 +30,8 @@ class Engine:
 
     def __init__(self, plan: MergePlan) -> None:
         self.plan = plan
-        self.working_set = WorkingSet()
         self.buffers = pipeline.pool(plan.memory.buffers, plan.memory.buffer_bytes + BUFFER_SLACK)
+        self.working_set = WorkingSet([buffer.view for buffer in self.buffers])
         # Two sets, as two threads use them. Whole tensors of an adapter may stand in for the base's; and some updates
         # are made from the base's weight, too.
         files = [*plan.base.files, *(file for adapter in plan.adapters for file in adapter.files)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 from contextlib import suppress
 
 #: Of x86-64 and most ARM64; where they are larger, none are given, and nothing else changes.
@@ -27,6 +28,17 @@ def pages(size: int) -> memoryview:
     with suppress(OSError, AttributeError):  # a system without them
         memory.madvise(mmap.MADV_HUGEPAGE, start, huge)
     return memoryview(memory)[start : start + size]
+
+
+def resident(view: memoryview) -> int:
+    """Bytes of `pages` that take memory by now; 0 where the system does not say."""
+    if sys.platform != "linux" or not len(view):
+        return 0
+    start = ctypes.addressof(ctypes.c_char.from_buffer(view))
+    found = ctypes.create_string_buffer(-(-len(view) // mmap.PAGESIZE))
+    if ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(len(view)), found):
+        return 0
+    return sum(page & 1 for page in found.raw) * mmap.PAGESIZE
 
 
 def _private() -> dict[str, int]:

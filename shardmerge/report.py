@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge.adapters import FAMILIES
+from shardmerge.memory import resident
 from shardmerge.shown import one_line
 from shardmerge.spec import (
     BLOCKS,
@@ -82,14 +83,22 @@ def peak_memory() -> int:
 class WorkingSet:
     """Measures what a merge takes, buffers included, above the interpreter with all modules in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, buffers: Sequence[memoryview]) -> None:
+        """``buffers`` are as `shardmerge.memory.pages` makes them."""
+        self._buffers = buffers
         self._peak = peak_memory()
         self.begin()
 
     def begin(self) -> None:
         """Measure from what is resident now, without the buffers, which are in use already."""
-        resident, buffers = _status("VmRSS"), _status("RssShmem")
-        self._resident = None if resident is None else resident - (buffers or 0)
+        filled, now = -1, self._filled()
+        while now != filled:  # another thread may be reading into them, but not for ever
+            filled, whole = now, _status("VmRSS")
+            now = self._filled()
+        self._resident = None if whole is None else whole - filled
+
+    def _filled(self) -> int:
+        return sum(map(resident, self._buffers))
 
     def grown(self) -> int | None:
         """The most that was resident above what was at the beginning; None where that cannot be told."""

@@ -419,11 +419,14 @@ class MemoryPlan:
     factor_bytes: int
     #: Factors that several weights share, kept beside those of the weight at hand.
     shared_bytes: int = 0
+    #: What torch takes on top of what it always does, for operations that only some outputs need.
+    code_bytes: int = 0
 
     @property
     def total(self) -> int:
         buffers = self.buffers * (self.buffer_bytes + BUFFER_SLACK)
-        return buffers + self.workers * self.workspace_bytes + self.factor_bytes + self.shared_bytes + LIBRARY_BYTES
+        work = self.workers * self.workspace_bytes + self.factor_bytes + self.shared_bytes
+        return buffers + work + LIBRARY_BYTES + self.code_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,24 @@ def test_the_dtype_in_between_shows(kind: str, dtype: str, quantization: str, mo
     assert differences(ours, tmp_path / "whole.gguf") == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "quantization"),
+    [("llama3-rope", "bfloat16", "q8_0"), ("mistral", "bfloat16", "q4_0"), ("llama-spm", "float64", "q5_1")],
+)
+def test_the_dtype_of_the_work_may_be_narrower_or_wider(
+    kind: str, dtype: str, quantization: str, models: Any, tmp_path: Path
+) -> None:
+    """What blocks are made of, float32, has its room all the same."""
+    base, adapter = models(kind)
+    for output in ("Model", "model"):
+        options = {"format": "gguf", "quantization": quantization} if output == "Model" else {}
+        settings = config(base, adapter, tmp_path / output, **options)
+        settings["compute"] |= {"dtype": dtype}
+        shardmerge.merge(settings)
+    write(tmp_path / "model", quantization.upper(), tmp_path / "whole.gguf", "Model")
+    assert differences(tmp_path / "Model" / f"Model-{quantization}.gguf", tmp_path / "whole.gguf") == []
+
+
 def test_a_length_that_rows_beyond_the_file_count_in(models: Any, tmp_path: Path) -> None:
     """DoRA's lengths of an embedding go down its rows, also those that no token means and that the file leaves out."""
     import peft

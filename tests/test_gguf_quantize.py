@@ -155,6 +155,15 @@ def test_tiles_may_be_views_and_of_16_bits(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("name", ["bfloat16", "few values"])
+def test_scratch_that_is_brought_holds_anything(kind: str, name: str) -> None:
+    tile = numbers(name, 300, 64)
+    out = torch.empty(TYPES[kind].size((300, 64)), dtype=torch.uint8)
+    quantize_into(out, tile.clone(), kind, torch.full((300, 64), float("nan")))
+    assert out.numpy().tobytes() == ours(tile, kind) == theirs(tile, kind)
+
+
+@pytest.mark.parametrize("kind", TYPES)
 def test_no_rows(kind: str) -> None:
     assert ours(torch.empty(0, 64), kind) == b""
 

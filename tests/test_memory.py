@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shardmerge.memory import pages
+from shardmerge.memory import pages, resident
 
 HUGE = 2 << 20
 
@@ -37,6 +37,18 @@ def test_it_goes_back_to_the_system_with_its_last_view() -> None:
     part[:1] = b"x"
     del part
     assert not any(line.startswith(where) for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what it gave")
+def test_what_was_touched_is_resident() -> None:
+    assert resident(pages(0)) == 0
+    view = pages(4 * HUGE)
+    assert resident(view) == 0
+    view[0] = view[HUGE + 1] = 1  # a page each, or a huge one
+    assert resident(view[2 * HUGE :]) == 0
+    assert 2 * mmap.PAGESIZE <= resident(view) <= 2 * HUGE
+    view[:] = b"x" * len(view)
+    assert resident(view) == len(view)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what it gave")

@@ -24,6 +24,7 @@ from shardmerge.spec import (
     KEPT_WHOLE_BYTES,
     LIBRARY_BYTES,
     MIN_TILE_ROWS,
+    Finish,
     MemoryPlan,
     ShardPlan,
     TensorInfo,
@@ -192,6 +193,18 @@ def test_memory_is_that_of_the_tiles(tensors: list[TensorPlan], compute: str, bu
     workspaces = [-(-count * item // 64) * 64 + count * item for (_, count), item in zip(tiles, items, strict=True)]
     assert memory.workspace_bytes == max(workspaces, default=0)
     assert memory.factor_bytes == max((factor_bytes(tensor, tensor.tiles, compute) for tensor in worked), default=0)
+
+
+@pytest.mark.parametrize(("compute", "size"), [("BF16", 4), ("F32", 4), ("F64", 8)])
+def test_blocks_are_made_in_float32_of_the_workspace(compute: str, size: int) -> None:
+    plain = tensor_plan((64, 64), "BF16", "BF16", rank=4)
+    out = dataclasses.replace(plain.out, dtype="Q4_0", data_offsets=(0, 64 * 64 // 32 * 18))
+    quantised = dataclasses.replace(plain, out=out, finish=Finish("BF16"))
+    memories = [tile_all([shard_of([tensor])], compute, None)[1] for tensor in (plain, quantised)]
+    assert [memory.workspace_bytes for memory in memories] == [2 * 64 * 64 * itemsize(compute), 2 * 64 * 64 * size]
+    # Its code comes on top.
+    assert memories[1].code_bytes > memories[0].code_bytes == 0
+    assert memories[1].total == dataclasses.replace(memories[1], code_bytes=0).total + memories[1].code_bytes
 
 
 @untimed

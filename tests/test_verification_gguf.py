@@ -241,11 +241,11 @@ def test_a_row_that_only_the_checksum_tells(models: Any, tmp_path: Path) -> None
 # --- a merge that is wrong itself -------------------------------------------------------------------------------------
 
 
-def unturned(finish: Finish, tile: torch.Tensor) -> torch.Tensor:
+def unturned(finish: Finish, tile: torch.Tensor, space: torch.Tensor) -> torch.Tensor:
     return tile.to(torch.float32) + finish.addend
 
 
-def unshifted(finish: Finish, tile: torch.Tensor) -> torch.Tensor:
+def unshifted(finish: Finish, tile: torch.Tensor, space: torch.Tensor) -> torch.Tensor:
     return tile.to(torch.float32)
 
 
@@ -265,8 +265,8 @@ def test_a_merge_that_forgets_what_the_format_asks_for(
 def test_a_quantiser_that_is_a_hundredth_off(
     quantization: str, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def off(out: torch.Tensor, tile: torch.Tensor, kind: str) -> None:
-        quantize_into(out, tile * 1.01, kind)
+    def off(out: torch.Tensor, tile: torch.Tensor, kind: str, scratch: torch.Tensor) -> None:
+        quantize_into(out, tile * 1.01, kind, scratch)
 
     monkeypatch.setattr("shardmerge.compute.quantize_into", off)
     file = merged(models, "qwen2-yarn", quantization, tmp_path)

@@ -30,6 +30,7 @@ NUMBER_DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_SLAB = 1 << 15  # elements at a time: what is in between stays in the core's cache
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
@@ -39,10 +40,12 @@ def view_bytes(raw: Tensor, dtype: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def encode_into(target: Tensor, value: Tensor) -> None:
-    """Round ``value`` (float32, float64 or bfloat16) into ``target``, once."""
-    if value.dtype == torch.float64 and target.dtype in _SIXTEEN_BITS:
-        value = _round_to_odd(value)
-    target.copy_(value)
+    """Round ``value`` (float32, float64 or bfloat16) into ``target``, once; both dense."""
+    if value.dtype != torch.float64 or target.dtype not in _SIXTEEN_BITS:
+        target.copy_(value)
+        return
+    for to, part in zip(torch.split(target.view(-1), _SLAB), torch.split(value.view(-1), _SLAB), strict=True):
+        to.copy_(_round_to_odd(part))
 
 
 def _round_to_odd(value: Tensor) -> Tensor:

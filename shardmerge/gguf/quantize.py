@@ -15,8 +15,8 @@ In F16 and BF16 values are rounded to nearest, ties to even. Only the sign of an
 where it is the least of zeros of both signs: which of them numpy takes depends on the processor.
 Source: gguf-py's quants.py and ggml-quants.c of llama.cpp.
 
-Everything is done in slabs that stay in a core's cache, each step in its own pass so that no two are contracted into
-one rounding.
+Everything is done in slabs that stay in a core's cache, in place and in scratch that the caller may bring, each step in
+its own pass so that no two are contracted into one rounding.
 """
 
 from __future__ import annotations
@@ -38,14 +38,19 @@ _PLAIN: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16,
 _HALF = 0.49999997
 #: The least magnitude that rounds to infinity in float16.
 _F16_LIMIT = 65520.0
+#: Blocks that are looked at together where the largest magnitude is there with both signs.
+_TIED = 1 << 10
 
 
-def quantize_into(out: Tensor, tile: Tensor, kind: str) -> None:
+def quantize_into(out: Tensor, tile: Tensor, kind: str, scratch: Tensor | None = None) -> None:
     """Write a tile (rows, columns) of finite float32 as GGML type ``kind`` into ``out``.
 
     ``out`` is uint8, flat, dense and of `GgmlType.size` bytes; of types that are no blocks it must be aligned to an
     element. What is not finite, or too large for the type's float16 (see `overflow_limit`), gives a block that is not
-    finite either: the caller looks for that. The scratch space does not grow with the tile.
+    finite either: the caller looks for that.
+
+    With ``scratch``, another tile of dense float32, the tile is overwritten, and what is allocated does not grow with
+    it. Without, both are made here.
     """
     rows, columns = tile.shape
     if out.numel() != TYPES[kind].size((rows, columns)):
@@ -55,14 +60,14 @@ def quantize_into(out: Tensor, tile: Tensor, kind: str) -> None:
     if kind in _PLAIN:
         out.view(_PLAIN[kind]).view(rows, columns).copy_(tile)
         return
-    blocks = out.view(rows, columns // _BLOCK, TYPES[kind].nbytes)
-    # Rows longer than a slab are cut as well: blocks know nothing of rows.
-    wide = max(1, -(-columns // _SLAB))
-    for part in even_rows(rows, min(rows, max(1, rows * columns // _SLAB)) or 1):
-        for span in even_rows(columns // _BLOCK, min(wide, columns // _BLOCK) or 1):
-            slab = tile[part.start : part.stop, span.start * _BLOCK : span.stop * _BLOCK]
-            target = blocks[part.start : part.stop, span.start : span.stop]
-            _QUANTIZERS[kind](target, slab.to(torch.float32).contiguous().view(len(part), len(span), _BLOCK))
+    if scratch is None:
+        tile = tile.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        scratch = torch.empty_like(tile)
+    # Blocks know nothing of rows.
+    blocks, values, space = out.view(-1, TYPES[kind].nbytes), tile.view(-1, _BLOCK), scratch.view(-1, _BLOCK)
+    for part in even_rows(len(blocks), max(1, -(-tile.numel() // _SLAB))):
+        here = slice(part.start, part.stop)
+        _QUANTIZERS[kind](blocks[here], values[here], space[here])
 
 
 def overflow_limit(kind: str) -> float:
@@ -75,90 +80,97 @@ def overflow_limit(kind: str) -> float:
     return _F16_LIMIT * {"Q8_0": 127, "Q4_0": 8, "Q5_0": 16}.get(kind, 1)
 
 
+# Of each: blocks (n, bytes) to write, their values x (n, 32), and scratch s of the same size; x and s are overwritten.
+
+
+def _q8_0(out: Tensor, x: Tensor, s: Tensor) -> None:
+    d = torch.abs(x, out=s).amax(-1).div_(127)
+    q = x.mul_(_inverse(d))
+    q.add_(torch.sign(q, out=s), alpha=_HALF)
+    _put(out[:, :2], d)
+    out[:, 2:] = _bytes(q, s)
+
+
+def _q4_0(out: Tensor, x: Tensor, s: Tensor) -> None:
+    d, q = _symmetric(x, s, 8)
+    _put(out[:, :2], d)
+    out[:, 2:] = _nibbles(q)
+
+
+def _q5_0(out: Tensor, x: Tensor, s: Tensor) -> None:
+    d, q = _symmetric(x, s, 16)
+    _put(out[:, :2], d)
+    out[:, 2:6] = _fifth_bits(q, x)
+    out[:, 6:] = _nibbles(q)
+
+
+def _q4_1(out: Tensor, x: Tensor, s: Tensor) -> None:
+    d, m, q = _asymmetric(x, s, 15)
+    _put(out[:, :2], d)
+    _put(out[:, 2:4], m)
+    out[:, 4:] = _nibbles(q)
+
+
+def _q5_1(out: Tensor, x: Tensor, s: Tensor) -> None:
+    d, m, q = _asymmetric(x, s, 31)
+    _put(out[:, :2], d)
+    _put(out[:, 2:4], m)
+    out[:, 4:8] = _fifth_bits(q, x)
+    out[:, 8:] = _nibbles(q)
+
+
 def _put(target: Tensor, value: Tensor) -> None:
     """One float32 a block, as float16 in two bytes."""
     target.copy_(value.to(torch.float16).unsqueeze(-1).view(torch.uint8))
 
 
 def _inverse(d: Tensor) -> Tensor:
-    """1 / d, but 0 where d is 0; (…, 1)."""
+    """1 / d, but 0 where d is 0; (n, 1)."""
     return torch.where(d == 0, 0.0, d.reciprocal()).unsqueeze_(-1)
 
 
-def _q8_0(out: Tensor, x: Tensor) -> None:
-    d = x.abs().amax(-1).div_(127)
-    q = x.mul(_inverse(d))
-    q.add_(torch.sign(q), alpha=_HALF)
-    _put(out[..., :2], d)
-    out[..., 2:] = q.to(torch.int8).view(torch.uint8)
-
-
-def _symmetric(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """d, and q below 2 · ``levels``."""
+def _symmetric(x: Tensor, s: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """d, and q below 2 · ``levels``, which lies in ``s``."""
     low, high = x.amin(-1), x.amax(-1)
     largest = torch.where(high > -low, high, low)
     # Of two of one magnitude the first counts, also of two zeros. They are rare enough to look for one by one.
-    if (tied := high == -low).any():
+    for tied in torch.split((high == -low).nonzero().squeeze(-1), _TIED):
         among = x[tied]
         largest[tied] = among.gather(-1, among.abs().argmax(-1, keepdim=True)).squeeze(-1)
     d = largest.div_(-levels)
-    return d, _integers(x.mul(_inverse(d)), levels + 0.5, 2 * levels - 1)
+    return d, _integers(x.mul_(_inverse(d)), s, levels + 0.5, 2 * levels - 1)
 
 
-def _asymmetric(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """d, m, and q up to ``levels``."""
+def _asymmetric(x: Tensor, s: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """d, m, and q up to ``levels``, which lies in ``s``."""
     low, high = x.amin(-1), x.amax(-1)
     d = (high - low).div_(levels)
-    return d, low, _integers(x.sub(low.unsqueeze(-1)).mul_(_inverse(d)), 0.5, levels)
+    return d, low, _integers(x.sub_(low.unsqueeze(-1)).mul_(_inverse(d)), s, 0.5, levels)
 
 
-def _integers(scaled: Tensor, offset: float, largest: int) -> Tensor:
-    # By way of int8, which torch does in vectors: the bytes are the same.
-    return scaled.add_(offset).to(torch.int8).view(torch.uint8).clamp_(max=largest)
+def _integers(scaled: Tensor, s: Tensor, offset: float, largest: int) -> Tensor:
+    return _bytes(scaled.add_(offset), s).clamp_(max=largest)
+
+
+def _bytes(q: Tensor, s: Tensor) -> Tensor:
+    """q truncated, as bytes in ``s``. By way of int8, which torch does in vectors: the bytes are the same."""
+    return s.view(torch.int8).view(-1)[: q.numel()].view(q.shape).copy_(q).view(torch.uint8)
 
 
 def _nibbles(q: Tensor) -> Tensor:
-    """q (…, 32) → 16 bytes: of each the low four bits of q[i] and of q[i + 16]."""
-    eight = q.view(torch.int64) & 0x0F0F0F0F0F0F0F0F
-    return (eight[..., :2] | (eight[..., 2:] << 4)).view(torch.uint8)
+    """q (n, 32) → 16 bytes: of each the low four bits of q[i] and of q[i + 16]. They take q's place."""
+    eight = q.view(torch.int64).bitwise_and_(0x0F0F0F0F0F0F0F0F)
+    return eight[:, :2].bitwise_or_(eight[:, 2:].bitwise_left_shift_(4)).view(torch.uint8)
 
 
-def _fifth_bits(q: Tensor) -> Tensor:
-    """q (…, 32) → 4 bytes of its fifth bits, the first lowest."""
+def _fifth_bits(q: Tensor, s: Tensor) -> Tensor:
+    """q (n, 32) → 4 bytes of its fifth bits, the first lowest."""
+    fifths = torch.bitwise_right_shift(q, 4, out=s.view(torch.uint8).view(-1)[: q.numel()].view(q.shape))
     # Eight bytes of one bit each, times this, hold the eight bits in their highest byte.
-    ones = (q >> 4).view(torch.int64)
-    return (ones.mul_(0x0102040810204080) >> 56).to(torch.uint8)
+    return fifths.view(torch.int64).mul_(0x0102040810204080).bitwise_right_shift_(56).to(torch.uint8)
 
 
-def _q4_0(out: Tensor, x: Tensor) -> None:
-    d, q = _symmetric(x, 8)
-    _put(out[..., :2], d)
-    out[..., 2:] = _nibbles(q)
-
-
-def _q5_0(out: Tensor, x: Tensor) -> None:
-    d, q = _symmetric(x, 16)
-    _put(out[..., :2], d)
-    out[..., 2:6] = _fifth_bits(q)
-    out[..., 6:] = _nibbles(q)
-
-
-def _q4_1(out: Tensor, x: Tensor) -> None:
-    d, m, q = _asymmetric(x, 15)
-    _put(out[..., :2], d)
-    _put(out[..., 2:4], m)
-    out[..., 4:] = _nibbles(q)
-
-
-def _q5_1(out: Tensor, x: Tensor) -> None:
-    d, m, q = _asymmetric(x, 31)
-    _put(out[..., :2], d)
-    _put(out[..., 2:4], m)
-    out[..., 4:8] = _fifth_bits(q)
-    out[..., 8:] = _nibbles(q)
-
-
-_QUANTIZERS: Mapping[str, Callable[[Tensor, Tensor], None]] = {
+_QUANTIZERS: Mapping[str, Callable[[Tensor, Tensor, Tensor], None]] = {
     "Q8_0": _q8_0,
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,

@@ -16,18 +16,28 @@ from shardmerge.gguf.layout import OutputTensor, RopeScaling
 from shardmerge.spec import Finish
 
 
-def arrange(finish: Finish, tile: Tensor) -> Tensor:
+def arrange(finish: Finish, tile: Tensor, space: Tensor | None = None) -> Tensor:
     """Merged rows (rows, columns) in the stored dtype → rows of the file, in float32.
 
-    ``rows`` is a multiple of `Finish.group`; of a vector every element is a row. No copy where nothing is to be done.
+    ``rows`` is a multiple of `Finish.group`; of a vector every element is a row. They are put into ``space``, dense
+    float32 of the tile's shape; where nothing is to be done, the tile is given back.
     """
+    if tile.dtype == torch.float32 and not finish.shuffle and not finish.addend:
+        return tile
+    if finish.addend and tile.dtype == torch.float16:
+        # The converter adds in the stored dtype if that is float16, and in float32 if it is not. (Vectors only.)
+        tile, addend = tile + finish.addend, 0.0
+    else:
+        addend = finish.addend
+    if space is None:
+        space = torch.empty(tile.shape, dtype=torch.float32, device=tile.device)
     if finish.shuffle:
         _, a, b = finish.shuffle
-        tile = tile.reshape(-1, a, b, tile.shape[1]).transpose(1, 2).reshape(tile.shape)
-    if finish.addend:
-        # The converter adds in the stored dtype if that is float16, and in float32 if it is not.
-        tile = (tile if tile.dtype == torch.float16 else tile.to(torch.float32)) + finish.addend
-    return tile.to(torch.float32)
+        turned = tile.reshape(-1, a, b, tile.shape[1]).transpose(1, 2)
+        space.view(turned.shape).copy_(turned)
+    else:
+        space.copy_(tile)
+    return space.add_(addend) if addend else space
 
 
 def values_of(tensor: OutputTensor) -> Tensor:

@@ -13,7 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from shardmerge.adapters import FAMILIES, work_dtype
+from shardmerge.adapters import FAMILIES, work_bytes, work_dtype
 from shardmerge.spec import (
     DTYPE_BITS,
     FLOAT_DTYPES,
@@ -42,6 +42,8 @@ _SIZES = (*((1 << bits, 1 << 19) for bits in (22, 21, 20)), *((1 << bits, 1 << b
 _PAGE = 4096
 #: What MKL copies of a factor, at most, before it multiplies with it; each thread by itself.
 _PANEL_BYTES = 3 << 20
+#: Pages of torch's code that only the quantiser of a type needs, beyond those that `LIBRARY_BYTES` counts. Measured.
+_CODE_BYTES = {"Q8_0": 2 << 20, "Q4_0": 4 << 20, "Q5_0": 4 << 20, "Q4_1": 3 << 20, "Q5_1": 3 << 20}
 #: Factors that are kept for a later target, at most; who shares more reads them again.
 _MOST_SHARED_BYTES = 16 << 20
 
@@ -180,17 +182,18 @@ def _shared_bytes(worked: Sequence[TensorPlan]) -> int:
 def _memory(
     kinds: Iterable[TensorPlan], buffer_bytes: int, tile_bytes: int, compute_dtype: str, shared: int
 ) -> MemoryPlan:
-    workspace = factors = 0
+    workspace = factors = code = 0
     largest = buffer_bytes
     for tensor in kinds:
         rows = _largest_tile(tile_counts(tensor, tile_bytes))
         largest = max(largest, -(-rows * row_bytes(tensor) // _PAGE) * _PAGE)
-        # A tile in the dtype of the work, and the scratch of the same size that updates use.
+        # A tile in the dtype of the work, and the scratch of the same size that updates and quantisers use.
         dtype = work_dtype(tensor, compute_dtype)
-        tile = rows * tensor.row_elements * itemsize(dtype)
+        tile = rows * tensor.row_elements * work_bytes(tensor, compute_dtype)
         workspace = max(workspace, aligned(tile) + tile)
         factors = max(factors, sum(_factor_bytes(update, rows, dtype) for update in tensor.updates))
-    return MemoryPlan(BUFFERS, largest, WORKERS, workspace, factors, shared)
+        code = max(code, _CODE_BYTES.get(tensor.out.dtype, 0))
+    return MemoryPlan(BUFFERS, largest, WORKERS, workspace, factors, shared, code)
 
 
 def _factor_bytes(update: Update, rows: int, compute_dtype: str) -> int:
