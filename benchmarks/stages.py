@@ -67,13 +67,17 @@ class Clock:
 class NoWriter(ShardWriter):
     """Takes blocks and keeps none."""
 
+    shares = False
+
     def __init__(self) -> None:
         self.checksums = Checksums()
 
     def fill_up(self) -> None:
         pass
 
-    def write_block(self, memory: memoryview, position: int, offset: int, size: int) -> None:
+    def write_block(
+        self, memory: memoryview, position: int, offset: int, size: int, source: tuple[int, int] | None = None
+    ) -> None:
         pass
 
 

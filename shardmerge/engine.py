@@ -32,10 +32,10 @@ class Engine:
         self.plan = plan
         self.buffers = pipeline.pool(plan.memory.buffers, plan.memory.buffer_bytes + BUFFER_SLACK)
         self.working_set = WorkingSet([buffer.view for buffer in self.buffers])
-        # Two sets, as two threads use them. Whole tensors of an adapter may stand in for the base's; and some updates
-        # are made from the base's weight, too.
+        # Three sets, as three threads use them. Whole tensors of an adapter may stand in for the base's; and some
+        # updates are made from the base's weight, too.
         files = [*plan.base.files, *(file for adapter in plan.adapters for file in adapter.files)]
-        self._sources, self._factors = OpenReaders(files), OpenReaders(files)
+        self._sources, self._factors, self._shared = OpenReaders(files), OpenReaders(files), OpenReaders(files)
         self._worker: TileWorker | None = None
         self._import = threading.Thread(target=_import_compute, name="shardmerge-import", daemon=True)
         if any(tensor.tiles for shard in plan.shards for tensor in shard.tensors):
@@ -48,6 +48,7 @@ class Engine:
             self._worker.close()
         self._sources.close()
         self._factors.close()
+        self._shared.close()
 
     def merge_shard(self, shard: ShardPlan, writer: ShardWriter, advance: Callable[[int], None]) -> Receipt:
         """Write one shard through ``writer``, which is not committed. ``advance`` is told the bytes done."""
@@ -76,7 +77,10 @@ class Engine:
             done = at.read if job.tensor is None else at.work
             if done != at.write:
                 buffer.view[at.write : at.write + job.write_bytes] = buffer.view[done : done + job.write_bytes]
-            writer.write_block(buffer.view, at.write, job.write_offset, job.write_bytes)
+            source = None
+            if job.tensor is None and writer.shares:
+                source = self._shared.get(job.uri).fileno(), job.read_offset
+            writer.write_block(buffer.view, at.write, job.write_offset, job.write_bytes, source)
 
         pipeline.run(
             jobs(shard, self.plan.memory.buffer_bytes),
@@ -89,6 +93,7 @@ class Engine:
         writer.fill_up()
         self._sources.check()
         self._factors.check()
+        self._shared.check()  # what was read and hashed is what was shared
         seen = self._worker.take() if self._worker else ((), {})
         return Receipt(shard.name, shard.nbytes, writer.checksums.hex(), *seen)
 

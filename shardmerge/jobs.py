@@ -37,15 +37,15 @@ def jobs(shard: ShardPlan, buffer_bytes: int) -> Iterator[Job]:
     for tensor in shard.tensors:
         if tensor.tiles:
             if run:
-                yield from _chunks(run, buffer_bytes)
+                yield from _chunks(run, buffer_bytes, shard.header_bytes)
                 run = None
             yield from _blocks(tensor, buffer_bytes)
         elif tensor.source.nbytes:
             run, finished = _extend(run, tensor)
             if finished:
-                yield from _chunks(finished, buffer_bytes)
+                yield from _chunks(finished, buffer_bytes, shard.header_bytes)
     if run:
-        yield from _chunks(run, buffer_bytes)
+        yield from _chunks(run, buffer_bytes, shard.header_bytes)
 
 
 def _extend(run: Job | None, tensor: TensorPlan) -> tuple[Job, Job | None]:
@@ -61,10 +61,14 @@ def _extend(run: Job | None, tensor: TensorPlan) -> tuple[Job, Job | None]:
     return new, run
 
 
-def _chunks(run: Job, buffer_bytes: int) -> Iterator[Job]:
-    for start in range(0, run.read_bytes, buffer_bytes):
-        size = min(buffer_bytes, run.read_bytes - start)
+def _chunks(run: Job, buffer_bytes: int, data_start: int) -> Iterator[Job]:
+    """A run in pieces that end where a page of the output does, so that whole pages stay whole: they may be shared."""
+    start = 0
+    while start < run.read_bytes:
+        before = (data_start + run.write_offset + start) % PAGE
+        size = min(buffer_bytes - before, run.read_bytes - start)
         yield Job(run.uri, run.read_offset + start, size, run.write_offset + start, size)
+        start += size
 
 
 def _blocks(tensor: TensorPlan, buffer_bytes: int) -> Iterator[Job]:

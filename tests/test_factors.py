@@ -44,6 +44,9 @@ class CountingReader:
     def read_block(self, memory: memoryview, position: int, offset: int, size: int) -> None:
         self.inner.read_block(memory, position, offset, size)
 
+    def fileno(self) -> int:
+        return self.inner.fileno()
+
     def check(self) -> None:
         self.inner.check()
 

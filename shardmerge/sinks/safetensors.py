@@ -20,8 +20,9 @@ from typing import Any
 from shardmerge import durable, header
 from shardmerge.checksums import Checksums
 from shardmerge.journal import RECORD_NAME, Journal, sealed
+from shardmerge.sinks import reflink
 from shardmerge.sources import open_direct, open_reader
-from shardmerge.spec import PAGE, AuxFile, MergePlan, ShardPlan, SourceFile
+from shardmerge.spec import PAGE, AuxFile, MergePlan, ShardPlan, SourceFile, TensorPlan
 
 _COPY_BYTES = 1 << 20
 _ALIGNMENT = 32
@@ -35,7 +36,8 @@ class ShardWriter:
 
     Leaving the ``with`` block without `commit` removes it. Checksums are taken of the bytes as they come. Where the
     file system can, blocks go past the page cache, in whole pages: the bytes of the last, unfinished page wait for the
-    next block in memory. Else they are written as they come.
+    next block in memory. Else they are written as they come. Whole pages that are a source's as they are, are shared
+    with it where the file system knows how (`reflink`), and not written.
     """
 
     def __init__(self, path: Path, shard: ShardPlan, sha256: bool = False) -> None:
@@ -47,6 +49,8 @@ class ShardWriter:
         self._done = 0
         self._dirty = 0
         self._finished = False
+        self._reflink: reflink.Reflink | None = None
+        self._reserved = False
         self._page = bytearray(PAGE)
         self._nbytes = shard.nbytes
         # Formats other than safetensors have zeros between tensors, fewer than this.
@@ -56,11 +60,14 @@ class ShardWriter:
         )
         try:
             # 0o666 so that the mode follows the umask.
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             self._fd = os.open(self._temporary, flags, 0o666)
             self._direct = open_direct(str(self._temporary), os.O_WRONLY)
             if self._direct >= 0:
-                self._reserve(shard.nbytes)
+                if reflink.can_share(self._fd):
+                    self._reflink = reflink.Reflink(self._fd)
+                for start, stop in _written(shard) if self._reflink else [(0, shard.nbytes)]:
+                    self._reserve(start, stop - start)
             memory = memoryview(mmap.mmap(-1, -(-len(head) // PAGE) * PAGE))
             memory[: len(head)] = head
             self._append(memory, 0, len(head))
@@ -68,26 +75,33 @@ class ShardWriter:
             self._discard()
             raise durable.output_error(path, "writing", error) from None
 
-    def _reserve(self, size: int) -> None:
+    @property
+    def shares(self) -> bool:
+        """Whether `write_block` can make use of a ``source``."""
+        return self._reflink is not None and self._direct >= 0
+
+    def _reserve(self, start: int, size: int) -> None:
         """Take the space up front, where the file system knows how: a full disk shows before the work is done."""
         try:
-            os.posix_fallocate(self._fd, 0, size)
+            os.posix_fallocate(self._fd, start, size)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
 
-    def write_block(self, memory: memoryview, position: int, offset: int, size: int) -> None:
+    def write_block(
+        self, memory: memoryview, position: int, offset: int, size: int, source: tuple[int, int] | None = None
+    ) -> None:
         """Put the next ``size`` bytes, from ``position`` of page-aligned ``memory``, at ``offset`` of the data section.
 
         ``position`` and the place in the file must be the same within a page. Bytes before it in its page may be
-        overwritten.
+        overwritten. ``source`` is an open file, and an offset in it, where the same bytes are.
         """
         zeros = self.data_start + offset - self._done
         if zeros and not 0 < zeros < self._most_zeros:
             raise AssertionError(f"{self.path}: byte {offset} of the data comes at the place of {self._done}")
         try:
             self._append_zeros(zeros)
-            self._append(memory, position, size)
+            self._append(memory, position, size, source)
         except OSError as error:
             raise durable.output_error(self.path, f"writing {size} bytes", error) from None
 
@@ -103,7 +117,7 @@ class ShardWriter:
             memory = memoryview(mmap.mmap(-1, 2 * PAGE))
             self._append(memory, self._done % PAGE, size)
 
-    def _append(self, memory: memoryview, position: int, size: int) -> None:
+    def _append(self, memory: memoryview, position: int, size: int, source: tuple[int, int] | None = None) -> None:
         start, before = self._done, self._done % PAGE
         self._done += size
         self.checksums.update(memory[position : position + size])
@@ -113,8 +127,11 @@ class ShardWriter:
         first = position - before
         memory[first:position] = self._page[:before]
         pages = (before + size) // PAGE * PAGE
+        # The page that this block only finishes is no page of its source.
+        begun = min(PAGE if before else 0, pages)
+        written = begun if source and self._share(start, begun - before, pages - begun, source) else pages
         try:
-            self._write_direct(start - before, memory[first : first + pages])
+            self._write_direct(start - before, memory[first : first + written])
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
@@ -123,6 +140,18 @@ class ShardWriter:
             return
         rest = before + size - pages
         self._page[:rest] = memory[first + pages : position + size]
+
+    def _share(self, start: int, skipped: int, size: int, source: tuple[int, int]) -> bool:
+        """Whether ``size`` bytes, whole pages, need not be written: those ``skipped`` bytes behind ``start``."""
+        descriptor, offset = source
+        if self._reflink is None or descriptor < 0 or size < reflink.LEAST or (offset - start) % PAGE:
+            return False
+        if self._reflink.share(descriptor, offset + skipped, start + skipped, size):
+            return True
+        if self._reflink.has_refused and not self._reserved:
+            self._reserve(start, self._nbytes - start)
+            self._reserved = True
+        return False
 
     def _write_direct(self, offset: int, view: memoryview) -> None:
         done = 0
@@ -174,6 +203,28 @@ class ShardWriter:
     ) -> None:
         if not self._finished:
             self._discard()
+
+
+def _written(shard: ShardPlan) -> list[tuple[int, int]]:
+    """The parts of a file that cannot be shared with a source, as far as the plan knows.
+
+    Only for these is space reserved where files share blocks: it may not be there twice, and btrfs takes nothing of a
+    reserved extent back while any part of it is in use.
+    """
+    parts = [(0, shard.header_bytes)]
+    for tensor in shard.tensors:
+        start, stop = (shard.header_bytes + offset for offset in tensor.out.data_offsets)
+        if start == stop or _is_shared(tensor, start):
+            continue
+        if start == parts[-1][1]:
+            start = parts.pop()[0]
+        parts.append((start, stop))
+    return parts
+
+
+def _is_shared(tensor: TensorPlan, start: int) -> bool:
+    """Whether a tensor that begins at ``start`` of its file can be shared with its source but for its ends."""
+    return not tensor.tiles and tensor.source.nbytes >= reflink.LEAST and (tensor.source.offset - start) % PAGE == 0
 
 
 class SafetensorsSink:

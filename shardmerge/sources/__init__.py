@@ -77,6 +77,9 @@ class Reader(Protocol):
         within a page can that be had.
         """
 
+    def fileno(self) -> int:
+        """The descriptor of a local file, for who would share its blocks; -1 where there is none."""
+
     def check(self) -> None:
         """`ChangedError` if the file is no longer what it was when it was opened."""
 

@@ -27,6 +27,9 @@ class InlineReader:
     def read_block(self, memory: memoryview, position: int, offset: int, size: int) -> None:
         self.read_into(offset, memory[position : position + size])
 
+    def fileno(self) -> int:
+        return -1
+
     def check(self) -> None:
         pass
 

@@ -165,6 +165,9 @@ class LocalReader:
             done = max(done, before)
             self.read_into(offset - before + done, pages[done : before + size])
 
+    def fileno(self) -> int:
+        return self._fd
+
     def check(self) -> None:
         try:
             found = _identity(os.stat(self.path))
