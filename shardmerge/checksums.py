@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import xxhash
 
-from shardmerge.memory import pages
+from shardmerge.pages import pages
 
 _BLOCK = 4 << 20
 

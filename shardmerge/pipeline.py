@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
-from shardmerge.memory import pages
+from shardmerge.pages import pages
 
 Item = TypeVar("Item")
 Job = TypeVar("Job")

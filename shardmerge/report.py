@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge.adapters import FAMILIES
-from shardmerge.memory import resident
+from shardmerge.pages import resident
 from shardmerge.shown import one_line
 from shardmerge.spec import (
     BLOCKS,
@@ -84,7 +84,7 @@ class WorkingSet:
     """Measures what a merge takes, buffers included, above the interpreter with all modules in it."""
 
     def __init__(self, buffers: Sequence[memoryview]) -> None:
-        """``buffers`` are as `shardmerge.memory.pages` makes them."""
+        """``buffers`` are as `shardmerge.pages.pages` makes them."""
         self._buffers = buffers
         self._peak = peak_memory()
         self.begin()
