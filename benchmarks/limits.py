@@ -27,25 +27,25 @@ def timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def direct_read(source: Path, size: int) -> float:
-    return size / timed(lambda: direct.read(source, 0, size))
+def direct_read(source: Path, size: int, huge: bool = False) -> float:
+    return size / timed(lambda: direct.read(source, 0, size, huge))
 
 
-def direct_write(target: Path, size: int) -> float:
+def direct_write(target: Path, size: int, huge: bool = False) -> float:
     try:
-        return size / timed(lambda: direct.write(target, size))
+        return size / timed(lambda: direct.write(target, size, huge))
     finally:
         target.unlink(missing_ok=True)
 
 
-def direct_both(source: Path, target: Path, size: int) -> float:
+def direct_both(source: Path, target: Path, size: int, huge: bool = False) -> float:
     """Bytes per second each way, when as much is read as is written at the same time."""
 
     def both() -> None:
-        reading = threading.Thread(target=direct.read, args=(source, 0, size))
+        reading = threading.Thread(target=direct.read, args=(source, 0, size, huge))
         reading.start()
         try:
-            direct.write(target, size)
+            direct.write(target, size, huge)
         finally:
             reading.join()
 

@@ -203,6 +203,9 @@ def machine_rows(made: Made, source: Path, folder: Path, product: Product) -> li
         Row("direct read", lambda: limits.direct_read(source, size)),
         Row("direct write", lambda: limits.direct_write(target, size)),
         Row("direct read and write together, each way", lambda: limits.direct_both(source, target, size)),
+        Row("direct read, huge pages", lambda: limits.direct_read(source, size, huge=True)),
+        Row("direct write, huge pages", lambda: limits.direct_write(target, size, huge=True)),
+        Row("both together, huge pages, each way", lambda: limits.direct_both(source, target, size, huge=True)),
         Row("read from the page cache", lambda: limits.warm_read(source, size)),
         Row("memcpy, one thread", limits.memcpy),
         Row("product of squares, one thread", limits.square_product, unit="GFLOP/s"),
@@ -221,13 +224,13 @@ def stage_rows(plan: MergePlan, shard: ShardPlan, files: Sequence[Path], folder:
         return run_stage(with_workers(plan, workers), shard, "work", NoWriter()).speed
 
     return [
-        Row("reader, cold", lambda: reading(cool), "direct read"),
+        Row("reader, cold", lambda: reading(cool), "direct read, huge pages"),
         Row("reader, warm", lambda: reading(warm), "read from the page cache"),
         Row("compute, 1 worker", lambda: computing(1), product.name, scale=product.bytes_per_second),
         Row(
             "compute, 2 workers", lambda: computing(2), product.name, scale=lambda of: 2 * product.bytes_per_second(of)
         ),
-        Row("writer", lambda: write_stage(plan, shard, folder).speed, "direct write"),
+        Row("writer", lambda: write_stage(plan, shard, folder).speed, "direct write, huge pages"),
     ]
 
 

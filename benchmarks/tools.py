@@ -83,13 +83,19 @@ def mergekit(python: str) -> Command:
     return command
 
 
-def direct_read(task: Task) -> list[str]:
-    files = [str(path) for path in task.made.base.glob("*.safetensors")]
-    return [sys.executable, "-m", "benchmarks.direct", "read", *sorted(files)]
+def direct(action: str, *options: str) -> Command:
+    """``read``, ``write`` or ``copy``, of as many bytes as the base has."""
 
+    def command(task: Task) -> list[str]:
+        files = sorted(str(path) for path in task.made.base.glob("*.safetensors"))
+        operands = {
+            "read": files,
+            "write": [str(task.output / "block"), str(task.made.base_bytes())],
+            "copy": [*files, str(task.output)],
+        }
+        return [sys.executable, "-m", "benchmarks.direct", *options, action, *operands[action]]
 
-def direct_write(task: Task) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.direct", "write", str(task.output / "block"), str(task.made.base_bytes())]
+    return command
 
 
 def all_tools(mergekit_python: str | None) -> dict[str, Command]:
@@ -102,7 +108,8 @@ def all_tools(mergekit_python: str | None) -> dict[str, Command]:
     }
     if mergekit_python:
         tools["mergekit"] = mergekit(mergekit_python)
-    return {**tools, "direct-read": direct_read, "direct-write": direct_write}
+    tools |= {f"direct-{action}": direct(action) for action in ("read", "write")}
+    return tools | {f"direct-{action}-huge": direct(action, "--huge") for action in ("read", "write", "copy")}
 
 
 def _then_sync(command: list[str], output: Path) -> list[str]:

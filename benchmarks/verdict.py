@@ -66,6 +66,12 @@ def claims(groups: Sequence[Group]) -> list[Claim]:
             lambda group: ratio(group, OURS, ["direct-read", "direct-write"], seconds, max),
             OF_DISK,
         ),
+        *_ratios(
+            f"16 GB, cold: time ≤ {OF_DISK:.2f} × a bare direct copy, from and to huge pages",
+            [group for group in real if group.setting.shape == LARGE and group.setting.cache != "warm"],
+            lambda group: ratio(group, OURS, ["direct-copy-huge"], seconds),
+            OF_DISK,
+        ),
         *_above_torch(groups),
         _over_shapes(real),
         _over_ranks(real),

@@ -73,14 +73,15 @@ def test_warm_and_cool_leave_files_as_they_are(tmp_path: Path) -> None:
 # --- the disk's own speed ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("huge", [False, True])
 @pytest.mark.parametrize("size", [1, direct.PAGE, 3 * direct.BLOCK, 5 * direct.BLOCK + 12345])
-def test_direct_write_writes_all_bytes_and_read_finds_them(tmp_path: Path, size: int) -> None:
+def test_direct_write_writes_all_bytes_and_read_finds_them(tmp_path: Path, size: int, huge: bool) -> None:
     path = tmp_path / "data"
-    direct.write(path, size)
+    direct.write(path, size, huge)
     data = path.read_bytes()
     assert size <= len(data) < size + direct.PAGE
     assert data.count(0) < len(data) / 100 + 10, "a part was never written"
-    direct.read(path)
+    direct.read(path, huge=huge)
     direct.read(path, 0, direct.PAGE)
 
 
@@ -101,9 +102,18 @@ def test_without_direct_io_it_says_so(
     assert capsys.readouterr().out.count("no direct I/O here") == 2
 
 
-def test_direct_knows_two_actions() -> None:
+@pytest.mark.parametrize("options", [[], ["--huge"]])
+@pytest.mark.parametrize("size", [1, direct.PAGE, 2 * direct.BLOCK + 12345])
+def test_direct_copy_copies_all_bytes(tmp_path: Path, size: int, options: list[str]) -> None:
+    source = tmp_path / "data"
+    source.write_bytes(os.urandom(size))
+    direct.main([*options, "copy", str(source), str(tmp_path / "copy")])
+    assert (tmp_path / "copy" / "data").read_bytes()[:size] == source.read_bytes()
+
+
+def test_direct_knows_three_actions() -> None:
     with pytest.raises(SystemExit, match="neither read nor write"):
-        direct.main(["copy"])
+        direct.main(["move"])
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ GB = 10**9
 def test_usual_options() -> None:
     options = merge.parse([])
     assert [shape.name for shape in options.shape] == ["tinyllama"]
-    assert options.tools == ["shardmerge", "copy", "import-torch", "peft", "direct-read", "direct-write"]
+    disk = [f"direct-{what}" for what in ("read", "write", "read-huge", "write-huge", "copy-huge")]
+    assert options.tools == ["shardmerge", "copy", "import-torch", "peft", *disk]
     assert (options.rank, options.sweep, options.cache, options.memory_limit) == ([16], [], "auto", None)
 
 
