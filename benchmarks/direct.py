@@ -1,8 +1,8 @@
 """The disk's own speed: read files, or write one, past the page cache and with no other work.
 
-Several requests at a time, as a disk is fastest then; a copy reads and writes by turns, as two at a time were no faster.
-With ``--huge`` the memory is in huge pages, as shardmerge's is, else as any program gets it. Where the file system has no
-direct I/O, ordinary I/O with fsync, and it says so.
+Several requests at a time, as a disk is fastest then; a copy reads and writes by turns, as two at a time were no
+faster. With ``--huge`` the memory is in huge pages, as shardmerge's is, else as any program gets it. Where the file
+system has no direct I/O, ordinary I/O with fsync, and it says so.
 
     python -m benchmarks.direct [--huge] read FILE...
     python -m benchmarks.direct [--huge] write FILE BYTES

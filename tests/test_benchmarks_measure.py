@@ -112,7 +112,7 @@ def test_direct_copy_copies_all_bytes(tmp_path: Path, size: int, options: list[s
 
 
 def test_direct_knows_three_actions() -> None:
-    with pytest.raises(SystemExit, match="neither read nor write"):
+    with pytest.raises(SystemExit, match="neither read, write nor copy"):
         direct.main(["move"])
 
 

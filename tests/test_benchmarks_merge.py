@@ -93,10 +93,10 @@ def planned(arguments: list[str]) -> tuple[list[merge.Comparison], list[str]]:
 def test_shapes_and_ranks_are_compared_and_a_sweep_is_shardmerge_alone() -> None:
     found, notes = planned(["--shape", "tiny,tiny-moe", "--rank", "8,16", "--sweep", "16,64", "--check"])
     assert [(one.shape.name, one.setting.rank, len(one.tools), one.check) for one in found] == [
-        ("tiny", 8, 6, True),
-        ("tiny", 16, 6, True),
-        ("tiny-moe", 8, 6, True),
-        ("tiny-moe", 16, 6, True),
+        ("tiny", 8, 9, True),
+        ("tiny", 16, 9, True),
+        ("tiny-moe", 8, 9, True),
+        ("tiny-moe", 16, 9, True),
         ("tiny", 64, 1, False),
     ]
     assert not notes

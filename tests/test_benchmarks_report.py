@@ -165,6 +165,13 @@ def test_time_against_the_slower_half_of_the_disk(ours: float, expected: bool) -
     assert holds("slower of direct", group("llama3-8b", tools, cache="warm")) is None
 
 
+@pytest.mark.parametrize(("ours", "expected"), [(11.5, True), (11.6, False)])
+def test_time_against_a_bare_copy(ours: float, expected: bool) -> None:
+    tools = {"shardmerge": [usage(ours)], "direct-copy-huge": [usage(10)]}
+    assert holds("a bare direct copy", group("llama3-8b", tools, cache="cold")) is expected
+    assert holds("a bare direct copy", group("llama3-8b", tools, cache="warm")) is None
+
+
 def test_memory_above_torch_is_the_worst_run_against_the_best() -> None:
     kept = group("tiny", {"shardmerge": [usage(1, 300), usage(1, 328)], "import-torch": [usage(1, 200), usage(1, 210)]})
     missed = group("tiny", {"shardmerge": [usage(1, 300), usage(1, 329)], "import-torch": [usage(1, 200)]})
