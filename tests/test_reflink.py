@@ -189,15 +189,21 @@ def test_what_is_in_no_file_is_written(tmp_path: Path, pretended: Pretended) -> 
     assert pretended.calls == []
 
 
+@pytest.fixture
+def reserved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The ranges (offset, size) for which space is reserved."""
+    ranges: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda descriptor, *of: ranges.append(of))
+    return ranges
+
+
 REFUSALS = ("EOPNOTSUPP", "EXDEV", "EINVAL", "ETXTBSY", "ENOTTY", "EPERM", "EACCES", "EISDIR", "EBADF", "EIO")
 
 
 @pytest.mark.parametrize("code", REFUSALS)
 def test_a_source_that_is_refused_is_tried_once(
-    tmp_path: Path, code: str, pretended: Pretended, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, code: str, pretended: Pretended, reserved: list[tuple[int, int]]
 ) -> None:
-    reserved: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "posix_fallocate", lambda descriptor, *of: reserved.append(of))
     pretended.code = getattr(errno, code)
     of = verbatim(tmp_path)
     assert write(tmp_path / "s", of, [20 * PAGE]) == of.expected()
@@ -209,10 +215,8 @@ def test_a_source_that_is_refused_is_tried_once(
 
 @pytest.mark.parametrize("code", ["EOPNOTSUPP", "ENOTTY", "EINVAL", "EIO"])
 def test_a_file_system_without_shared_blocks_is_asked_once(
-    tmp_path: Path, code: str, pretended: Pretended, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, code: str, pretended: Pretended, reserved: list[tuple[int, int]]
 ) -> None:
-    reserved: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "posix_fallocate", lambda descriptor, *of: reserved.append(of))
     pretended.asked = getattr(errno, code)
     of = verbatim(tmp_path)
     with ShardWriter(tmp_path / "s", of.shard) as writer:
@@ -224,10 +228,8 @@ def test_a_file_system_without_shared_blocks_is_asked_once(
 
 @pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT"])
 def test_where_there_is_no_room_for_sharing_the_next_range_is_tried(
-    tmp_path: Path, code: str, pretended: Pretended, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, code: str, pretended: Pretended, reserved: list[tuple[int, int]]
 ) -> None:
-    reserved: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "posix_fallocate", lambda descriptor, *of: reserved.append(of))
     pretended.code = getattr(errno, code)
     of = verbatim(tmp_path)
     assert write(tmp_path / "s", of, [20 * PAGE]) == of.expected()

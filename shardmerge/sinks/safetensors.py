@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import mmap
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -20,6 +19,7 @@ from typing import Any
 from shardmerge import durable, header
 from shardmerge.checksums import Checksums
 from shardmerge.journal import RECORD_NAME, Journal, sealed
+from shardmerge.pages import pages
 from shardmerge.sinks import reflink
 from shardmerge.sources import open_direct, open_reader
 from shardmerge.spec import PAGE, AuxFile, MergePlan, ShardPlan, SourceFile, TensorPlan
@@ -68,7 +68,7 @@ class ShardWriter:
                     self._reflink = reflink.Reflink(self._fd)
                 for start, stop in _written(shard) if self._reflink else [(0, shard.nbytes)]:
                     self._reserve(start, stop - start)
-            memory = memoryview(mmap.mmap(-1, -(-len(head) // PAGE) * PAGE))
+            memory = pages(-(-len(head) // PAGE) * PAGE)
             memory[: len(head)] = head
             self._append(memory, 0, len(head))
         except OSError as error:
@@ -114,7 +114,7 @@ class ShardWriter:
 
     def _append_zeros(self, size: int) -> None:
         if size:
-            memory = memoryview(mmap.mmap(-1, 2 * PAGE))
+            memory = pages(2 * PAGE)
             self._append(memory, self._done % PAGE, size)
 
     def _append(self, memory: memoryview, position: int, size: int, source: tuple[int, int] | None = None) -> None:
@@ -126,10 +126,10 @@ class ShardWriter:
             return
         first = position - before
         memory[first:position] = self._page[:before]
-        pages = (before + size) // PAGE * PAGE
+        whole = (before + size) // PAGE * PAGE
         # The page that this block only finishes is no page of its source.
-        begun = min(PAGE if before else 0, pages)
-        written = begun if source and self._share(start, begun - before, pages - begun, source) else pages
+        begun = min(PAGE if before else 0, whole)
+        written = begun if source and self._share(start, begun - before, whole - begun, source) else whole
         try:
             self._write_direct(start - before, memory[first : first + written])
         except OSError as error:
@@ -138,8 +138,8 @@ class ShardWriter:
             self._close_direct()  # this file system promises what it cannot do
             self._write_at(start - before, memory[first : position + size])
             return
-        rest = before + size - pages
-        self._page[:rest] = memory[first + pages : position + size]
+        rest = before + size - whole
+        self._page[:rest] = memory[first + whole : position + size]
 
     def _share(self, start: int, skipped: int, size: int, source: tuple[int, int]) -> bool:
         """Whether ``size`` bytes, whole pages, need not be written: those ``skipped`` bytes behind ``start``."""
