@@ -24,7 +24,7 @@ from typing import TextIO
 
 from benchmarks import cgroup, machine, report, space, verdict
 from benchmarks.making import add_work_option, is_made, place
-from benchmarks.measure import ROOT, own_peak
+from benchmarks.measure import ROOT, environment, own_peak
 from benchmarks.runs import Group, Run, Setting, human
 from benchmarks.shapes import DEFAULT_RANK, MERGED, REAL, SHAPES, Shape
 from benchmarks.tools import ORACLE, all_tools
@@ -85,6 +85,7 @@ def session(options: argparse.Namespace, log: Log) -> bool:
         log.event("note", text=text)
         notes.append(text)
 
+    compile_ours()
     planned = list(comparisons(options, note))
     for comparison in planned:
         log.event("space", text=space_text(comparison, work)[0])
@@ -104,6 +105,12 @@ def session(options: argparse.Namespace, log: Log) -> bool:
     broken = [claim for claim in found if claim.is_bound and claim.holds is False]
     failed = [run for group in groups if not group.setting.memory_limit for run in group.runs if run.failed]
     return not broken and not failed and all(is_same for _, is_same in checks)
+
+
+def compile_ours() -> None:
+    """Bytecode for the checkout, as the other tools have theirs since pip installed them."""
+    command = [sys.executable, "-m", "compileall", "-q", "shardmerge", "benchmarks"]
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, stdout=subprocess.DEVNULL)
 
 
 def describe(options: argparse.Namespace, work: Path) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ import click
 
 from shardmerge.choices import Format, OutputDtype, Quantization
 from shardmerge.errors import ConfigError, PlanError, ShardmergeError, VerifyError
+from shardmerge.garbage import no_garbage_collection, process_is_ours
 from shardmerge.interrupt import ADVICE, INTERRUPTED, stopping_in_time
 from shardmerge.shown import one_line, shown, shown_json
 from shardmerge.version import __version__
@@ -122,12 +122,10 @@ def _load(config: Path, overrides: tuple[str, ...]) -> MergeConfig:
 
 
 def _plan(config: Path, overrides: tuple[str, ...], *, overwrite: bool) -> MergePlan:
-    from shardmerge.api import plan
+    with no_garbage_collection():  # the modules are many objects, too
+        from shardmerge.api import plan
 
-    planned = plan(_load(config, overrides), overwrite=overwrite)
-    # A plan lives as long as the process; of a large model it is a million objects, not to be searched for garbage.
-    gc.freeze()
-    return planned
+        return plan(_load(config, overrides), overwrite=overwrite)
 
 
 @cli.command()
@@ -402,6 +400,7 @@ def _on_termination(signum: int, frame: Any) -> NoReturn:
 def main() -> NoReturn:
     """The console script."""
     signal.signal(signal.SIGTERM, _on_termination)
+    process_is_ours()
     try:
         code = cli.main(standalone_mode=False)
         sys.stdout.flush()

@@ -314,7 +314,7 @@ class TileWorker:
             tile, _ = self._workspaces[worker].tensors((len(rows), self._columns), self._work_dtype, self._room)
             with self.place.turn(worker):
                 # As it is stored, which is less to copy.
-                here = stored[rows.start - first : rows.stop - first].to(self.place.device, non_blocking=True)
+                here = self.place.fetch(stored[rows.start - first : rows.stop - first])
                 tile.copy_(here)
                 return None if job.survey is not None or tensor.finish else self.sampler.before(rows, here)
 

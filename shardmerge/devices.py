@@ -33,6 +33,9 @@ def place_on(device: torch.device, workers: int) -> Place:
     return Place() if device.type == "cpu" else CudaPlace(torch.device(device.type, device.index or 0), workers)
 
 
+_NOTHING = nullcontext()
+
+
 class Place:
     """The CPU: tiles are decoded from their buffer, and rounded into it."""
 
@@ -46,14 +49,18 @@ class Place:
 
     def turn(self, worker: int) -> AbstractContextManager[None]:
         """What a thread, told by its number, does in here is done when it leaves."""
-        return nullcontext()
+        return _NOTHING
+
+    def fetch(self, stored: Tensor) -> Tensor:
+        """What lies in a buffer, here; it may be the same memory."""
+        return stored
 
     def settle(self) -> None:
         """Wait for what this thread has begun: it is then for other threads to use."""
 
     def in_full(self) -> AbstractContextManager[None]:
         """Products of float32 are float32's; for one thread to say, around all turns."""
-        return nullcontext()
+        return _NOTHING
 
     def beside(self, target: Tensor) -> Tensor:
         """Memory here to make in what shall be in ``target``; `deliver` takes it there."""
@@ -94,6 +101,9 @@ class CudaPlace(Place):
                 yield
             finally:
                 self.settle()
+
+    def fetch(self, stored: Tensor) -> Tensor:
+        return stored.to(self.device, non_blocking=True)
 
     def settle(self) -> None:
         torch.cuda.current_stream(self.device).synchronize()

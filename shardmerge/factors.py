@@ -34,6 +34,7 @@ class LazyFactors:
         self._kept: dict[TensorRef, Tensor] = {}
         self._as_stored: dict[TensorRef, Tensor] = {}
         self._built: dict[tuple[int, str], Tensor] = {}
+        self._of: dict[int, UpdateFactors] = {}
         self._threads = torch.get_num_threads()
         #: Held while something is read or built; several threads ask.
         self.lock = threading.RLock()
@@ -56,10 +57,11 @@ class LazyFactors:
                 del self._as_stored[ref]
         self._built.clear()
         self._dtype = dtype
+        self._of = {id(update): UpdateFactors(self, update) for update in updates}
 
     def of(self, update: Update) -> UpdateFactors:
         """The factors of one of the updates that were begun with."""
-        return UpdateFactors(self, update)
+        return self._of[id(update)]
 
     def whole(self, ref: TensorRef) -> Tensor:
         """A factor in the compute dtype, kept until the target changes."""
@@ -76,13 +78,7 @@ class LazyFactors:
         return kept
 
     def rows(self, ref: TensorRef, rows: RowRange) -> Tensor:
-        """Rows of a factor in the compute dtype. A small factor is kept whole.
-
-        Where rows lie apart in the file, the file's bytes are kept.
-        """
-        if ref.nbytes <= KEPT_WHOLE_BYTES:
-            part = self.whole(ref)[rows.start : rows.stop]
-            return part if part.data_ptr() % ALIGNMENT == 0 else part.clone()
+        """Rows of a factor in the compute dtype. Where they lie apart in the file, the file's bytes are kept."""
         if ref.strides is None:
             return self._ready(ref, self._read(ref, rows), (rows.start,))
         return self._ready(ref, self._stored(ref)[rows.start : rows.stop], (rows.start,))
@@ -183,20 +179,28 @@ class UpdateFactors:
     def __init__(self, loader: LazyFactors, update: Update) -> None:
         self._loader = loader
         self._update = update
+        self._wholes: dict[str, Tensor] = {}
 
     def whole(self, role: str) -> Tensor:
-        with self._loader.lock:
-            return self._seen(role, self._loader.whole(self._update.factor(role)))
+        # Asked for by every tile, so looked up without the lock and without hashing what says where it lies.
+        if (found := self._wholes.get(role)) is None:
+            with self._loader.lock:
+                found = self._wholes[role] = self._seen(role, self._loader.whole(self._update.factor(role)))
+        return found
 
     def as_stored(self, role: str) -> Tensor:
         with self._loader.lock:
             return self._seen(role, self._loader.as_stored(self._update.factor(role)))
 
     def rows(self, role: str, rows: RowRange) -> Tensor:
+        """Rows of a factor. A small factor is kept whole."""
         ref, shuffle = self._update.factor(role), self._update.place.shuffle
+        if shuffle is not None:
+            return self.whole(role)[self._shuffled(shuffle, rows)]
+        if ref.nbytes <= KEPT_WHOLE_BYTES:
+            part = self.whole(role)[rows.start : rows.stop]
+            return part if part.data_ptr() % ALIGNMENT == 0 else part.clone()
         with self._loader.lock:
-            if shuffle is not None:
-                return self._seen(role, self._loader.whole(ref)[self._shuffled(shuffle, rows)])
             return self._seen(role, self._loader.rows(ref, rows))
 
     def columns(self, role: str, columns: RowRange) -> Tensor:

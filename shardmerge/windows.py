@@ -27,15 +27,15 @@ def locate(tensor: TensorPlan, update: Update, rows: RowRange) -> Part | None:
         expert, first = divmod(rows.start, tensor.source.shape[1])
         if place.expert is not None and expert != place.expert:
             return None
-    stored = RowRange(first, first + len(rows))
+    stop = first + rows.stop - rows.start
     if place.transposed:
-        matrix_rows = RowRange(place.start, place.start + place.rows)
-        matrix_columns, columns = stored, RowRange(place.stored_start, place.stored_start + place.rows)
+        matrix_rows, matrix_columns = RowRange(place.start, place.start + place.rows), RowRange(first, stop)
+        columns = RowRange(place.stored_start, place.stored_start + place.rows)
     else:
-        if not place.stored_start <= stored.start < place.stored_start + place.rows:
+        if not place.stored_start <= first < place.stored_start + place.rows:
             return None
         shift = place.start - place.stored_start
-        matrix_rows = RowRange(stored.start + shift, stored.stop + shift)
+        matrix_rows = RowRange(first + shift, stop + shift)
         matrix_columns = columns = RowRange(0, update.rows if update.transposes else update.columns)
     if update.transposes:
         matrix_rows, matrix_columns = matrix_columns, matrix_rows

@@ -305,7 +305,19 @@ def test_the_row_of_a_bad_value_counts_from_the_start_of_the_factor(value: float
         factors.rows("B", RowRange(40, 60))
 
 
-def test_an_adapter_is_active_when_some_row_of_b_is_not_zero(tmp_path: Path) -> None:
+def test_an_adapter_is_active_when_a_small_b_is_not_zero_somewhere(tmp_path: Path) -> None:
+    b = torch.zeros(OUT, RANK)
+    opened = open_one(tmp_path, b)
+    opened.of(opened.updates[0]).rows("B", RowRange(0, 50))
+    assert opened.loader.active == set()
+    b[50, 1] = -1e-30
+    opened = open_one(tmp_path / "other", b)
+    opened.of(opened.updates[0]).rows("B", RowRange(0, 50))
+    assert opened.loader.active == {0}
+
+
+@pytest.mark.usefixtures("large")
+def test_an_adapter_is_active_when_some_row_of_b_that_was_read_is_not_zero(tmp_path: Path) -> None:
     b = torch.zeros(OUT, RANK)
     b[50, 1] = -1e-30
     opened = open_one(tmp_path, b)

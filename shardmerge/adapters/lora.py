@@ -68,12 +68,12 @@ class Lora(Family):
     def a(self, factors: Factors, update: Update, columns: RowRange) -> Tensor:
         """Columns of A, (r, columns)."""
         if len(columns) == update.columns:
-            return factors.whole("A").flatten(1)
+            return _matrix(factors.whole("A"))
         return factors.columns("A", columns)
 
     def b(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
         """Rows of B, (rows, r)."""
-        return factors.rows("B", rows).flatten(1)
+        return _matrix(factors.rows("B", rows))
 
     def add(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         """Add the window of s · B A."""
@@ -82,6 +82,10 @@ class Lora(Family):
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         self.add(tile, factors, update, window, scratch)
+
+
+def _matrix(factor: Tensor) -> Tensor:
+    return factor if factor.dim() == 2 else factor.flatten(1)
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
