@@ -22,9 +22,6 @@ from shardmerge.devices import place_on, resolve_device
 from shardmerge.errors import NonFiniteError
 from shardmerge.factors import LazyFactors, UpdateFactors
 from shardmerge.fidelity import Sample, Sampler
-from shardmerge.gguf.quantize import overflow_limit as quantized_limit
-from shardmerge.gguf.quantize import quantize_into
-from shardmerge.gguf.tiles import arrange
 from shardmerge.jobs import Job, Positions
 from shardmerge.pipeline import Buffer
 from shardmerge.spec import (
@@ -373,6 +370,9 @@ class TileWorker:
         When the updates are done with the scratch it is free, and so is the tile as soon as it is rounded: one step
         after the other is made in that half of the workspace that the last one has not filled.
         """
+        from shardmerge.gguf.quantize import quantize_into
+        from shardmerge.gguf.tiles import arrange
+
         shape, count = (len(rows), self._columns), len(rows) * self._columns
         tile, _ = self._workspaces[worker].tensors(shape, self._work_dtype, self._room)
         here, free = self._workspaces[worker].halves(count, self._room)
@@ -435,6 +435,8 @@ def _limit(tensor: TensorPlan) -> float:
     """The least magnitude that the output cannot hold."""
     if tensor.finish is None:
         return overflow_limit(tensor.out.dtype)
+    from shardmerge.gguf.quantize import overflow_limit as quantized_limit
+
     return min(overflow_limit(tensor.finish.dtype), quantized_limit(tensor.out.dtype))
 
 

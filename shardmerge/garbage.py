@@ -6,7 +6,6 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-
 _process_is_ours = False
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders import make_place, run_python
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "shardmerge"
 
@@ -268,3 +270,28 @@ def test_starting_up_imports_nothing_heavy(code: str) -> None:
     assert "shardmerge" in loaded
     heavy = {"torch", "transformers", "peft", "huggingface_hub", "pydantic", "numpy", "yaml", "tqdm", "filelock"}
     assert not heavy & loaded
+
+
+_RUN = """
+import os, sys
+from shardmerge.cli import main
+os._exit = sys.exit
+sys.argv = ["shardmerge", "run", {!r}, "--quiet"]
+try:
+    main()
+except SystemExit as error:
+    assert not error.code, error.code
+print(*sorted(sys.modules))
+"""
+
+
+def test_a_run_imports_nothing_that_it_does_not_use(tmp_path: Path) -> None:
+    done = run_python("-c", _RUN.format(str(make_place(tmp_path).config_file())))
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert {"torch", "shardmerge.compute", "shardmerge.sinks.safetensors"} <= loaded
+    others = {"transformers", "peft", "huggingface_hub", "safetensors", "requests", "scipy"}
+    rooms = {
+        f"shardmerge.{room}" for room in ("gguf", "verification", "comparison", "chat", "hf", "inspection", "origin")
+    }
+    assert not (others | rooms) & loaded

@@ -30,7 +30,7 @@ NUMBER_DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_SLAB = 1 << 15  # elements at a time: what is in between stays in the core's cache
+_SLAB = 1 << 14  # elements at a time: what is in between stays in the core's cache, and takes little memory
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
@@ -51,13 +51,12 @@ def encode_into(target: Tensor, value: Tensor) -> None:
 def _round_to_odd(value: Tensor) -> Tensor:
     """float64 → float32: exact where it fits, else of its two neighbours the one whose last bit is 1."""
     nearest = value.to(torch.float32)
+    wide = nearest.double()
     # One step of the bit pattern, which grows with the magnitude, towards the exact value.
     bits = nearest.view(torch.int32)
-    away = value.abs() > nearest.double().abs()
-    even = (bits & 1) == 0
-    step = torch.where(away, 1, -1).to(torch.int32)
-    inexact = (value != nearest.double()) & torch.isfinite(nearest) & even
-    return torch.where(inexact, bits + step, bits).view(torch.float32)
+    inexact = (value != wide).logical_and_((bits & 1) == 0).logical_and_(torch.isfinite(nearest))
+    step = (value.abs() > wide.abs_()).to(torch.int32).mul_(2).sub_(1)
+    return bits.add_(step.mul_(inexact)).view(torch.float32)
 
 
 def overflow_limit(dtype: str) -> float:

@@ -22,7 +22,7 @@ from shardmerge.spec import RowRange, even_rows
 #: fmix32 of MurmurHash3 (Austin Appleby, public domain): of each step a shift and a factor, as int32 has it.
 _STEPS = ((16, 0x85EBCA6B - (1 << 32)), (13, 0xC2B2AE35 - (1 << 32)), (16, 1))
 _COLUMNS = 0x9E3779B9 - (1 << 32)  # 2³² divided by the golden ratio, so that neighbours begin far apart
-_SLAB = 1 << 15  # elements at a time: what is in between stays in the core's cache
+_SLAB = 1 << 14  # elements at a time: what is in between stays in the core's cache, and takes little memory
 
 
 def encode_by_chance(target: Tensor, value: Tensor, seed: int, name: str, rows: RowRange) -> None:
@@ -32,17 +32,19 @@ def encode_by_chance(target: Tensor, value: Tensor, seed: int, name: str, rows: 
     """
     key = int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=4).digest(), "little", signed=True)
     columns = torch.arange(value.shape[1], dtype=torch.int32, device=value.device) * _COLUMNS
+    of_rows = torch.arange(rows.start, rows.stop, device=value.device)
+    # Rows are few, yet may be more than 2³²: those of experts, of a tensor seen element by element.
+    high, low = (of_rows >> 31).to(torch.int32), (of_rows & 0x7FFFFFFF).to(torch.int32)
+    of_rows = _mix(_mix(low ^ key) + high)[:, None]
     for part in even_rows(len(rows), max(1, value.numel() // _SLAB)):
         here = slice(part.start, part.stop)
-        of_rows = torch.arange(rows.start + part.start, rows.start + part.stop, device=value.device)
-        # Rows are few, yet may be more than 2³²: those of experts, of a tensor seen element by element.
-        high, low = (of_rows >> 31).to(torch.int32), (of_rows & 0x7FFFFFFF).to(torch.int32)
-        mixed = _mix(_mix(_mix(low ^ key) + high)[:, None] ^ columns)
+        mixed = _mix(of_rows[here] ^ columns)
         part_of_value = value[here].contiguous()
         if target.dtype == torch.bfloat16 and value.dtype == torch.float32 and _is_finite(part_of_value):
             _cut(target[here], part_of_value, mixed)
         else:
-            _choose(target[here], part_of_value, ((mixed >> 8) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24))
+            mixed.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
+            _choose(target[here], part_of_value, mixed.to(torch.float32).mul_(2.0**-24))
 
 
 def _is_finite(value: Tensor) -> bool:
@@ -50,9 +52,12 @@ def _is_finite(value: Tensor) -> bool:
 
 
 def _cut(target: Tensor, value: Tensor, mixed: Tensor) -> None:
-    """bfloat16 is the upper half of a float32: what is added to the lower half by chance carries into the upper."""
-    carried = value.view(torch.int32) + (mixed & 0xFFFF)
-    target.view(torch.int16).copy_(carried.bitwise_right_shift_(16))
+    """bfloat16 is the upper half of a float32: what is added to the lower half by chance carries into the upper.
+
+    ``mixed`` is overwritten.
+    """
+    mixed.bitwise_and_(0xFFFF).add_(value.view(torch.int32)).bitwise_right_shift_(16)
+    target.view(torch.int16).copy_(mixed)
 
 
 def _choose(target: Tensor, value: Tensor, chance: Tensor) -> None:
@@ -72,7 +77,9 @@ def _choose(target: Tensor, value: Tensor, chance: Tensor) -> None:
 
 
 def _mix(numbers: Tensor) -> Tensor:
-    """Numbers of 32 bits, in int32, thoroughly stirred."""
+    """Numbers of 32 bits, in int32, thoroughly stirred, in place."""
+    shifted = torch.empty_like(numbers)
     for shift, factor in _STEPS:
-        numbers = (numbers ^ ((numbers >> shift) & (1 << (32 - shift)) - 1)).mul_(factor)
+        torch.bitwise_right_shift(numbers, shift, out=shifted)
+        numbers.bitwise_xor_(shifted.bitwise_and_((1 << (32 - shift)) - 1)).mul_(factor)
     return numbers

@@ -15,7 +15,7 @@ from shardmerge.config import AdapterConfig, MergeConfig
 from shardmerge.errors import PlanError, ShardmergeError
 from shardmerge.garbage import give_back, no_garbage_collection
 from shardmerge.names import Names
-from shardmerge.planning import aux_files, gguf_file
+from shardmerge.planning import aux_files
 from shardmerge.planning.match import match, undone
 from shardmerge.planning.output_checks import absolute, check_place, check_space
 from shardmerge.planning.tied import resolve_ties
@@ -80,6 +80,8 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
     aux = aux_files.collect(checkpoint, adapters, changes)
     made_of: Mapping[str, str] = {}
     if config.output.format == "gguf":
+        from shardmerge.planning import gguf_file
+
         file = gguf_file.lay_out(layout, matches.updates, aux.files, output.name, config.output.quantization)
         layout, problems = file.layout, [*problems, *file.problems]
         aux.files[:] = file.aux

@@ -40,10 +40,14 @@ AUTO_MEMORY = 48 << 20
 #: its float32 work space stay in a core's cache.
 _SIZES = (*((1 << bits, 1 << 19) for bits in (22, 21, 20)), *((1 << bits, 1 << bits) for bits in range(19, 15, -1)))
 _PAGE = 4096
-#: What MKL copies of a factor, at most, before it multiplies with it; each thread by itself.
+#: What MKL copies of a factor (r, columns) before it multiplies with it, each thread by itself: so many columns, and so
+#: many bytes at most. Measured.
+_PANEL_COLUMNS = 3072
 _PANEL_BYTES = 3 << 20
-#: Pages of torch's code that only the quantiser of a type needs, beyond those that `LIBRARY_BYTES` counts. Measured.
+#: Pages of torch's code that only the quantiser of a type needs, beyond those that `LIBRARY_BYTES` counts, or only
+#: products in a dtype. Measured.
 _CODE_BYTES = {"Q8_0": 2 << 20, "Q4_0": 4 << 20, "Q5_0": 4 << 20, "Q4_1": 3 << 20, "Q5_1": 3 << 20}
+_CODE_BYTES_OF_WORK = {"BF16": 3 << 20}
 #: Factors that are kept for a later target, at most; who shares more reads them again.
 _MOST_SHARED_BYTES = 16 << 20
 
@@ -192,7 +196,7 @@ def _memory(
         tile = rows * tensor.row_elements * work_bytes(tensor, compute_dtype)
         workspace = max(workspace, aligned(tile) + tile)
         factors = max(factors, sum(_factor_bytes(update, rows, dtype) for update in tensor.updates))
-        code = max(code, _CODE_BYTES.get(tensor.out.dtype, 0))
+        code = max(code, _CODE_BYTES.get(tensor.out.dtype, 0) + _CODE_BYTES_OF_WORK.get(dtype, 0))
     return MemoryPlan(BUFFERS, largest, WORKERS, workspace, factors, shared, code)
 
 
@@ -208,8 +212,8 @@ def _factor_bytes(update: Update, rows: int, compute_dtype: str) -> int:
             part = math.prod(ref.shape) // max(1, update.experts)
             total += ref.nbytes + WORKERS * part * itemsize(compute_dtype)
         elif role not in partial or (ref.nbytes <= KEPT_WHOLE_BYTES and not update.by_columns):
-            total += _one_factor(ref, None, compute_dtype)
-            total += WORKERS * min(math.prod(ref.shape) * itemsize(compute_dtype), _PANEL_BYTES)
+            panel = min(math.prod(ref.shape), _PANEL_COLUMNS * math.prod(ref.shape[:1])) * itemsize(compute_dtype)
+            total += _one_factor(ref, None, compute_dtype) + WORKERS * min(panel, _PANEL_BYTES)
         elif update.by_columns:
             part = math.prod(ref.shape[:-1]) * rows * (itemsize(compute_dtype) + itemsize(ref.dtype))
             total += WORKERS * part + (ref.nbytes if ref.nbytes <= KEPT_WHOLE_BYTES or ref.strides is not None else 0)
