@@ -13,7 +13,7 @@ help:
 	@echo "make test-all  the test suite with its slow part"
 	@echo "make lint      ruff and mypy --strict"
 	@echo "make format    let ruff format the code"
-	@echo "make bench     time and memory against a durable copy and PEFT, on models of 2 to 16 GB; takes half an hour"
+	@echo "make bench     time and memory against a durable copy and PEFT, on models of 2 to 16 GB; takes an hour"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,7 +48,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 # Shapes for which disk lacks are left out, and told. MERGEKIT=PATH is an interpreter that has mergekit.
-BENCH_OPTIONS ?= --shape all --runs 3 --check --sweep 8,64,256
+BENCH_OPTIONS ?= --shape all --runs 5 --check --sweep 8,64,256
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.merge $(BENCH_OPTIONS) $(if $(MERGEKIT),--mergekit-python $(MERGEKIT)) \
 		--results output/bench/results.jsonl; status=$$?; \
