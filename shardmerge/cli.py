@@ -401,6 +401,9 @@ def main() -> NoReturn:
     """The console script."""
     signal.signal(signal.SIGTERM, _on_termination)
     process_is_ours()
+    # Torch imports numpy, whose OpenBLAS starts a thread for every core, that waits for work at full speed at first. We
+    # give it none.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         code = cli.main(standalone_mode=False)
         sys.stdout.flush()
