@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -138,6 +139,9 @@ class PretendedCuda:
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         original = torch.tensor
+        # Torch remembers which functions `with torch.device(…)` is for, as they are when it is first used. Were that
+        # ours, transformers would never again notice that it makes a model on the meta device.
+        _device_constructors()
 
         def tensor(data: Any, *, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
             """Torch's own makes one of the meta device without asking anyone."""
