@@ -28,6 +28,11 @@ def test_exit_code_and_log(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "hello\n"
 
 
+def test_python_may_keep_its_bytecode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    assert run("import sys; sys.exit(sys.dont_write_bytecode)", tmp_path).exit_code == 0
+
+
 def test_killed_process(tmp_path: Path) -> None:
     assert run("import os; os.kill(os.getpid(), 9)", tmp_path).exit_code == -9
 
