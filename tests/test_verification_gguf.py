@@ -256,7 +256,7 @@ def unshifted(finish: Finish, tile: torch.Tensor, space: torch.Tensor) -> torch.
 def test_a_merge_that_forgets_what_the_format_asks_for(
     kind: str, arrange: Any, tensor: str, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shardmerge.compute.arrange", arrange)
+    monkeypatch.setattr("shardmerge.gguf.tiles.arrange", arrange)
     file = merged(models, kind, "q8_0", tmp_path)
     assert tensor in {problem.tensor for problem in wrong(file.parent).problems}
 
@@ -268,7 +268,7 @@ def test_a_quantiser_that_is_a_hundredth_off(
     def off(out: torch.Tensor, tile: torch.Tensor, kind: str, scratch: torch.Tensor) -> None:
         quantize_into(out, tile * 1.01, kind, scratch)
 
-    monkeypatch.setattr("shardmerge.compute.quantize_into", off)
+    monkeypatch.setattr("shardmerge.gguf.quantize.quantize_into", off)
     file = merged(models, "qwen2-yarn", quantization, tmp_path)
     report = wrong(file.parent)
     assert sum(report.counts.values()) == report.tensors
