@@ -419,7 +419,7 @@ class MemoryPlan:
     factor_bytes: int
     #: Factors that several weights share, kept beside those of the weight at hand.
     shared_bytes: int = 0
-    #: What torch takes on top of what it always does, for operations that only some outputs need.
+    #: What torch takes on top of what it always does, for operations that only some outputs or dtypes need.
     code_bytes: int = 0
 
     @property

@@ -201,9 +201,9 @@ def test_blocks_are_made_in_float32_of_the_workspace(compute: str, size: int) ->
     quantised = dataclasses.replace(plain, out=out, finish=Finish("BF16"))
     memories = [tile_all([shard_of([tensor])], compute, None)[1] for tensor in (plain, quantised)]
     assert [memory.workspace_bytes for memory in memories] == [2 * 64 * 64 * itemsize(compute), 2 * 64 * 64 * size]
-    # Its code comes on top, and so does that of products in bfloat16.
+    # Its code comes on top, and so does that of products in bfloat16, and what rounding a float64 to 16 bits takes.
     assert memories[1].code_bytes > memories[0].code_bytes
-    assert (memories[0].code_bytes > 0) == (compute == "BF16")
+    assert (memories[0].code_bytes > 0) == (compute != "F32")
     assert memories[1].total == dataclasses.replace(memories[1], code_bytes=0).total + memories[1].code_bytes
 
 

@@ -22,7 +22,10 @@ from shardmerge.spec import RowRange, even_rows
 #: fmix32 of MurmurHash3 (Austin Appleby, public domain): of each step a shift and a factor, as int32 has it.
 _STEPS = ((16, 0x85EBCA6B - (1 << 32)), (13, 0xC2B2AE35 - (1 << 32)), (16, 1))
 _COLUMNS = 0x9E3779B9 - (1 << 32)  # 2³² divided by the golden ratio, so that neighbours begin far apart
-_SLAB = 1 << 14  # elements at a time: what is in between stays in the core's cache, and takes little memory
+#: Elements at a time, so that what is in between stays in the core's cache and takes little memory. Those that are cut
+#: take less.
+_SLAB = 1 << 14
+_SLAB_TO_CUT = 1 << 16
 
 
 def encode_by_chance(target: Tensor, value: Tensor, seed: int, name: str, rows: RowRange) -> None:
@@ -36,11 +39,12 @@ def encode_by_chance(target: Tensor, value: Tensor, seed: int, name: str, rows: 
     # Rows are few, yet may be more than 2³²: those of experts, of a tensor seen element by element.
     high, low = (of_rows >> 31).to(torch.int32), (of_rows & 0x7FFFFFFF).to(torch.int32)
     of_rows = _mix(_mix(low ^ key) + high)[:, None]
-    for part in even_rows(len(rows), max(1, value.numel() // _SLAB)):
+    cuts = target.dtype == torch.bfloat16 and value.dtype == torch.float32
+    for part in even_rows(len(rows), max(1, value.numel() // (_SLAB_TO_CUT if cuts else _SLAB))):
         here = slice(part.start, part.stop)
         mixed = _mix(of_rows[here] ^ columns)
         part_of_value = value[here].contiguous()
-        if target.dtype == torch.bfloat16 and value.dtype == torch.float32 and _is_finite(part_of_value):
+        if cuts and _is_finite(part_of_value):
             _cut(target[here], part_of_value, mixed)
         else:
             mixed.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)

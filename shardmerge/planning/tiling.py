@@ -48,6 +48,8 @@ _PANEL_BYTES = 3 << 20
 #: products in a dtype. Measured.
 _CODE_BYTES = {"Q8_0": 2 << 20, "Q4_0": 4 << 20, "Q5_0": 4 << 20, "Q4_1": 3 << 20, "Q5_1": 3 << 20}
 _CODE_BYTES_OF_WORK = {"BF16": 3 << 20}
+#: What is in between when float64 is rounded to 16 bits, in all threads. Measured.
+_BETWEEN_BYTES = 2 << 20
 #: Factors that are kept for a later target, at most; who shares more reads them again.
 _MOST_SHARED_BYTES = 16 << 20
 
@@ -196,7 +198,8 @@ def _memory(
         tile = rows * tensor.row_elements * work_bytes(tensor, compute_dtype)
         workspace = max(workspace, aligned(tile) + tile)
         factors = max(factors, sum(_factor_bytes(update, rows, dtype) for update in tensor.updates))
-        code = max(code, _CODE_BYTES.get(tensor.out.dtype, 0) + _CODE_BYTES_OF_WORK.get(dtype, 0))
+        between = _BETWEEN_BYTES if dtype == "F64" and tensor.out.dtype in ("F16", "BF16") else 0
+        code = max(code, _CODE_BYTES.get(tensor.out.dtype, 0) + _CODE_BYTES_OF_WORK.get(dtype, 0) + between)
     return MemoryPlan(BUFFERS, largest, WORKERS, workspace, factors, shared, code)
 
 
