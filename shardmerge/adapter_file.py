@@ -33,6 +33,8 @@ class AdapterFile:
     config_file: SourceFile | None
     config: Mapping[str, Any] | None
     tensors: Mapping[str, TensorRef]
+    #: The metadata of its safetensors header; empty for a pickle.
+    metadata: Mapping[str, str]
 
     @property
     def trained_on(self) -> str | None:
@@ -67,7 +69,7 @@ class AdapterFile:
         if not tensors:
             return Claims(problems=[f"no tensor's name begins with prefix {config.prefix!r}"], refused=True)
         content = AdapterContent(
-            tensors, self.config, config.alpha, config.scaling, config.expert_layout, self.read_number
+            tensors, self.config, self.metadata, config.alpha, config.scaling, config.expert_layout, self.read_number
         )
         try:
             with patterns.bounded():
@@ -107,14 +109,16 @@ def open_adapter(source: Source) -> AdapterFile:
     names = source.names()
     config = read_json(source, names, CONFIG_NAME) if CONFIG_NAME in names else None
     file = source.stat(name)
+    metadata: Mapping[str, str] = {}
     if name.endswith(PICKLES):
         tensors = read_pickled(source.fetch(name), file.uri)
     else:
-        tensors = {ref.name: ref for ref in read_shard(source, name).tensors}
+        shard = read_shard(source, name)
+        metadata, tensors = dict(shard.metadata), {ref.name: ref for ref in shard.tensors}
     if not tensors:
         raise FormatError(f"{file.uri}: holds no tensors")
     config_file = source.stat(CONFIG_NAME) if config is not None else None
-    return AdapterFile(source, file, config_file, config, tensors)
+    return AdapterFile(source, file, config_file, config, tensors, metadata)
 
 
 def _weights_name(source: Source) -> str:

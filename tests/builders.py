@@ -260,7 +260,7 @@ def content(
     numbers: Mapping[str, float] | None = None,
 ) -> AdapterContent:
     """An adapter as its readers see it; ``numbers`` are the values of tensors of one number, by name."""
-    return AdapterContent(tensors, config, alpha, scaling, "peft", lambda ref: (numbers or {})[ref.name])
+    return AdapterContent(tensors, config, {}, alpha, scaling, "peft", lambda ref: (numbers or {})[ref.name])
 
 
 def pure_tensors(modules: Iterable[str] = (Q0, V0, DOWN1), rank: int = RANK) -> Tensors:

@@ -205,6 +205,8 @@ class AdapterContent:
 
     tensors: Mapping[str, TensorRef]
     config: Mapping[str, Any] | None
+    #: The metadata of the file's header, where it has one.
+    metadata: Mapping[str, str]
     alpha: float | None
     scaling: float | None
     #: How B of fused experts is laid out: ``peft`` or ``unsloth``.
