@@ -13,7 +13,8 @@ The file's keys:
 - ``types``: by model type, ``roles`` (role → class) and ``tie``: the default of tie_word_embeddings, or how it follows
   from the config, see ``shardmerge.names.table.ties``.
 - ``architectures``: by class, ``type``, ``prefix`` (base_model_prefix), ``parts`` ([path, class, key of its config]),
-  ``conv1d``, ``experts`` and ``transposed``, ``tied``, see ``shardmerge.names.table.Architecture``.
+  ``conv1d``, ``experts``, ``transposed`` and ``gates``, ``output``, ``tied``, see
+  ``shardmerge.names.table.Architecture``.
 """
 
 from __future__ import annotations
@@ -327,8 +328,10 @@ def _describe(model: PreTrainedModel, architectures: dict[str, Any]) -> None:
             params = module.named_parameters(recurse=False)
             experts[_template(path)] = [name for name, param in params if param.ndim > 1]
             entry["transposed"] = entry.get("transposed", False) or bool(getattr(module, "is_transposed", False))
+            entry["gates"] = entry.get("gates") or _gates(module)
     entry["conv1d"] = sorted(conv1d)
     entry["experts"] = dict(sorted(experts.items()))
+    entry["output"] = _output(model)
     entry["tied"] = _tied(model)
     for _, part in children:
         _describe(part, architectures)
@@ -374,6 +377,23 @@ def _has_experts(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.conv._ConvNd):
         return False
     return any(param.ndim == 3 and param.shape[0] > 1 for param in module.parameters(recurse=False))
+
+
+def _gates(module: nn.Module) -> str:
+    """How gate and up are joined in gate_up_proj: ``concatenated`` or ``interleaved``; "" where the class says nothing."""
+    joined = getattr(module, "is_concatenated", None)
+    if joined is None or not getattr(module, "has_gate", False) or not hasattr(module, "gate_up_proj"):
+        return ""
+    return "concatenated" if joined else "interleaved"
+
+
+def _output(model: PreTrainedModel) -> str:
+    """The module that is the output head; "" where there is none."""
+    try:
+        head = model.get_output_embeddings()
+    except Exception:  # classes without one say so in many ways
+        return ""
+    return next((name for name, module in model.named_modules() if module is head), "") if head is not None else ""
 
 
 def _template(path: str) -> str:

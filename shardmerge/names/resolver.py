@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from shardmerge.names import conversions, pieces
+from shardmerge.names import conversions, divided, pieces
 from shardmerge.names import table as tables
+from shardmerge.names.dialects import below, join
+from shardmerge.names.divided import Experts
 from shardmerge.names.index import Index, number_in
 from shardmerge.names.pieces import RefusalError, View
 from shardmerge.names.places import Parameter
@@ -19,6 +21,12 @@ _COMMON_PREFIXES = ("model", "transformer")
 #: The rules that every model has, for names of old checkpoints.
 _LEGACY = "legacy"
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+#: What trainers call modules that transformers calls otherwise, tried where the base has no such module: the attention of
+#: gpt-oss in Tinker, and its router in unsloth's 4-bit model.
+_OTHER_NAMES = (
+    (re.compile(r"(?<=\.)attn(?=\.[qkvo]_proj$)"), "self_attn"),
+    (re.compile(r"(?<=\.mlp\.router)\.linear$"), ""),
+)
 
 
 class Names:
@@ -37,6 +45,16 @@ class Names:
     def known(self) -> bool:
         """Whether the architecture is in the table."""
         return self._architecture is not None
+
+    @property
+    def stored(self) -> Mapping[str, tuple[int, ...]]:
+        """The stored tensors' shapes, by name."""
+        return self._shapes
+
+    @property
+    def parts(self) -> Sequence[tables.Part]:
+        """The model and the models that it is made of, parents first; none where the table does not know it."""
+        return self._parts
 
     # --- what the table says of this model ---
 
@@ -67,14 +85,24 @@ class Names:
         return (self._architecture.base_prefix,) if self._architecture.base_prefix else ()
 
     @cached_property
-    def _experts(self) -> dict[str, tuple[tuple[str, ...], bool]]:
-        """Modules of experts, numbers as # → their parameters, and whether these are (E, in, out) in memory."""
-        found: dict[str, tuple[tuple[str, ...], bool]] = {}
-        for part in self._parts:
-            for module, names in part.architecture.experts.items():
-                path = ".".join(filter(None, (part.path, module)))
-                found[path] = names, part.architecture.transposed_experts
-        return found
+    def _experts(self) -> dict[str, Experts]:
+        """Modules of experts, numbers as # → what the table says of them."""
+        return {
+            join(part.path, module): Experts(names, part.architecture.transposed_experts, part.architecture.gates)
+            for part in self._parts
+            for module, names in part.architecture.experts.items()
+        }
+
+    @cached_property
+    def output(self) -> str:
+        """The module that is the output head: the text model's, else the model's; "" where that is not known."""
+        around = [part for part in self._parts if part.architecture.output]
+        texts = [part.path for part in self._parts if part.is_text]
+        of_text = [part for part in around if any(below(path, part.path) is not None for path in texts)]
+        if chosen := of_text[-1:] or around[:1]:
+            return join(chosen[0].path, chosen[0].architecture.output)
+        heads = [name.removesuffix(".weight") for name in self._shapes if f".{name}".endswith(".lm_head.weight")]
+        return heads[0] if len(heads) == 1 else ""
 
     # --- resolving ---
 
@@ -92,9 +120,34 @@ class Names:
                 readings = [reading for candidate in candidates for reading in self._readings(candidate)]
                 if readings:
                     return _agreed(name, readings)
+            part = divided.part(module, parameter, self._known)
+            if part is not None:
+                return self._parameter(name, name, part)
         except RefusalError as error:
             return f"{name}: {error}"
         return ""
+
+    def other_names(self, module: str) -> Iterator[str]:
+        """What else a module may be called: see `_OTHER_NAMES`, and ``unembed_tokens``, which is the output head."""
+        if module.rpartition(".")[2] == "unembed_tokens" and self.output:
+            yield self.output
+        for pattern, name in _OTHER_NAMES:
+            if pattern.search(module):
+                yield pattern.sub(name, module)
+
+    @cached_property
+    def _known(self) -> divided.Known:
+        return divided.Known(self._view_with_any_prefix, self._experts_of, self._config_around)
+
+    def _config_around(self, module: str) -> Mapping[str, Any]:
+        """The config of the innermost model that a module is in, with what those around it say besides."""
+        names = (module, *self._with_other_prefix(module))
+        inside = [part.config for part in self._parts if any(below(name, part.path) is not None for name in names)]
+        text = self._config.get("text_config")
+        merged = dict(self._config)
+        for config in (text if isinstance(text, Mapping) else {}, *inside[1:]):
+            merged |= config
+        return merged
 
     def _with_other_prefix(self, name: str) -> Iterator[str]:
         for prefix in self._prefixes:
@@ -193,10 +246,10 @@ class Names:
         found = self._experts_of(module)
         if found:
             # Of the matrices beside experts' (E, out, in) only their biases, (E, n), have a row per expert.
-            return parameter in found[0] and (len(shape) == 3 or "bias" in parameter)
+            return parameter in found.parameters and (len(shape) == 3 or "bias" in parameter)
         return len(shape) == 3 and shape[0] > 1 and parameter != "weight"
 
-    def _experts_of(self, module: str) -> tuple[tuple[str, ...], bool] | None:
+    def _experts_of(self, module: str) -> Experts | None:
         for candidate in (module, *self._with_other_prefix(module)):
             found = self._experts.get(_NUMBER.sub("#", candidate))
             if found:
@@ -207,7 +260,8 @@ class Names:
         module, _, parameter = name.rpartition(".")
         if view.stacked:
             found = self._experts_of(module)
-            return len(view.shape) == 3 and found is not None and found[1] and parameter in found[0]
+            matrices = len(view.shape) == 3 and found is not None and parameter in found.parameters
+            return bool(matrices and found and found.transposed)
         return parameter == "weight" and len(view.shape) == 2 and self._is_conv1d(module)
 
     def _is_special(self, name: str) -> bool:
@@ -286,7 +340,7 @@ class Names:
         """
         renamed = self._rules.forward(f"{module}.gate_up_proj").name.rpartition(".")[0]
         found = self._experts_of(module) or self._experts_of(renamed)
-        return found[0] if found else ()
+        return found.parameters if found else ()
 
 
 def _agreed(name: str, readings: list[Parameter]) -> Parameter | str:

@@ -30,6 +30,10 @@ class Architecture:
     experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     #: Whether those keep their matrices as (in, out).
     transposed_experts: bool = False
+    #: How those join gate and up in one matrix: ``concatenated`` (gate first), ``interleaved`` (row by row), "" unknown.
+    gates: str = ""
+    #: The module that is the output head, "" where there is none.
+    output: str = ""
     #: Tied weight → the embedding's.
     tied: Mapping[str, str] = field(default_factory=dict)
 
@@ -48,6 +52,10 @@ class Table:
     ties: Mapping[str, Any]
 
 
+#: Keys of configs that a whole model's text model may be inside of.
+_AROUND_TEXT = frozenset({"thinker_config", "vlm_config"})
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A model class at its place in a model."""
@@ -55,6 +63,14 @@ class Part:
     path: str
     architecture: Architecture
     config: Mapping[str, Any]
+    #: Where its config is in that of the whole model, dotted; "" is the same config.
+    key: str = ""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is the text model of the whole; what speaks or listens may have a ``text_config``, too."""
+        *around, own = self.key.split(".")
+        return own == "text_config" and _AROUND_TEXT.issuperset(around)
 
 
 @cache
@@ -84,6 +100,8 @@ def _architecture(name: str, entry: Mapping[str, Any]) -> Architecture:
         frozenset(entry.get("conv1d", ())),
         {module: tuple(names) for module, names in entry.get("experts", {}).items()},
         entry.get("transposed", False),
+        entry.get("gates", ""),
+        entry.get("output", ""),
         entry.get("tied", {}),
     )
 
@@ -122,16 +140,19 @@ def find(config: Mapping[str, Any]) -> Architecture | None:
     return known.architectures[roles["head"]] if "head" in roles else None
 
 
-def parts(architecture: Architecture, config: Mapping[str, Any], path: str = "", depth: int = 0) -> Iterator[Part]:
+def parts(
+    architecture: Architecture, config: Mapping[str, Any], path: str = "", depth: int = 0, key: str = ""
+) -> Iterator[Part]:
     """The model itself and its parts, parents first; a part's class follows the type that its config says."""
-    yield Part(path, architecture, config)
+    yield Part(path, architecture, config, key)
     if depth > 8:
         return
-    for below, name, key in architecture.parts:
-        inner = _inner(config, key)
-        part = _class_for(name, inner, key)
+    for below, name, inner_key in architecture.parts:
+        inner = _inner(config, inner_key)
+        part = _class_for(name, inner, inner_key)
         if part:
-            yield from parts(part, inner, f"{path}.{below}" if path else below, depth + 1)
+            at = ".".join(filter(None, (key, inner_key)))
+            yield from parts(part, inner, f"{path}.{below}" if path else below, depth + 1, at)
 
 
 def _inner(config: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:

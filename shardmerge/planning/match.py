@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from shardmerge.adapter_file import AdapterFile
-from shardmerge.adapters import FAMILIES, ModuleUpdate, check_dtypes
+from shardmerge.adapters import FAMILIES, Claims, ModuleUpdate, check_dtypes
 from shardmerge.checkpoint import Checkpoint
 from shardmerge.config import AdapterConfig
-from shardmerge.names import Names
+from shardmerge.names import Names, Speakers
 from shardmerge.naming import nearest
 from shardmerge.planning.tied import tied_parameter
 from shardmerge.planning.vocabulary import may_resize
@@ -98,6 +98,8 @@ class _Matching:
     ) -> None:
         self.checkpoint = checkpoint
         self.names = names
+        self.speakers = Speakers(names)
+        self.spoken = self.speakers.own
         self.number = number
         self.config = config
         self.adapter = adapter
@@ -110,8 +112,8 @@ class _Matching:
         self.regions: defaultdict[str, list[tuple[Place, ModuleUpdate]]] = defaultdict(list)
 
     def run(self) -> list[str]:
-        claims = self.adapter.claims(self.config, self.names.registered_parameters, self._weight_of)
-        problems = list_some(claims.problems)
+        claims, unclear = self._understood()
+        problems = [*unclear, *list_some(claims.problems)]
         if claims.refused:
             return problems
         tensors = self.adapter.chosen(self.config)
@@ -130,6 +132,30 @@ class _Matching:
             self.matches.warnings.append(f"adapter {self.config.path}: every scaling is zero, so it changes nothing")
         return problems + list_some(self.unmatched) + list_some(self.misfits)
 
+    def _understood(self) -> tuple[Claims, list[str]]:
+        """The adapter's claims, once it is known whose names it has; and why that is not certain."""
+        claims = self.adapter.claims(self.config, self.speakers.registered_parameters, self._weight_of)
+        targets = [(update.module, update.parameter) for update in claims.updates if not (update.flattened or update.optional)]
+        self.spoken, unclear = self.speakers.chosen(targets, self._exists)
+        if self.spoken.note:
+            claims = self.adapter.claims(self.config, self.spoken.registered_parameters, self._weight_of)
+            self.matches.warnings.append(f"adapter {self.config.path}: {self.spoken.note}")
+        return claims, [unclear] if unclear else []
+
+    def _exists(self, module: str, parameter: str) -> bool:
+        return self._found(module, parameter)[0] != ""
+
+    def _found(self, module: str, parameter: str) -> tuple[Parameter | str, str]:
+        """The parameter by a name of the base's own, and what it is called there."""
+        found = self.names.resolve(module, parameter)
+        if found == "" and parameter == "weight":
+            # nn.MultiheadAttention keeps q, k and v as one parameter of its own.
+            found = self.names.resolve(module, "in_proj_weight")
+            parameter = parameter if found == "" else "in_proj_weight"
+        if found == "":
+            found = tied_parameter(self.names, module, parameter) or ""
+        return found, parameter
+
     def _match(self, update: ModuleUpdate) -> None:
         if update.flattened:
             found = self._unflattened(update.module)
@@ -139,13 +165,9 @@ class _Matching:
                 names = ", ".join(found[:3])
                 self.unmatched.append(partial(self._unmatched, update, f"{update.module} may be any of {names}"))
                 return
-        parameter = self.names.resolve(update.module, update.parameter)
-        if parameter == "" and update.parameter == "weight":
-            # nn.MultiheadAttention keeps q, k and v as one parameter of its own.
-            parameter = self.names.resolve(update.module, "in_proj_weight")
-            update = update if parameter == "" else update.changed(parameter="in_proj_weight")
-        if parameter == "":
-            parameter = tied_parameter(self.names, update.module, update.parameter) or ""
+        everywhere = (self._found(name, update.parameter) for name in self.spoken.ours(update.module))
+        parameter, called = next((found for found in everywhere if found[0] != ""), ("", update.parameter))
+        update = update if called == update.parameter else update.changed(parameter=called)
         if isinstance(parameter, str):
             if not (update.optional and not parameter):
                 self.unmatched.append(partial(self._unmatched, update, parameter))
@@ -199,7 +221,7 @@ class _Matching:
     def _with_base(self, update: ModuleUpdate) -> ModuleUpdate | str:
         """The update with the base's own tensors that it needs among its factors; a string says why not."""
         for role, name in update.of_base:
-            parameter = self.names.resolve(update.module, name)
+            parameter = self.spoken.resolve(update.module, name)
             ref = None if isinstance(parameter, str) else self._as_factor(parameter)
             if isinstance(parameter, str) or ref is None:
                 return (
@@ -288,7 +310,8 @@ class _Matching:
         return problems
 
     def _weight_of(self, module: str) -> tuple[Parameter, str] | None:
-        parameter = self.names.resolve(module, "weight")
+        spoken = self.speakers if self.spoken is self.speakers.own else self.spoken
+        parameter = spoken.resolve(module, "weight")
         return None if isinstance(parameter, str) else (parameter, self._stored(parameter.places[0].tensor).dtype)
 
     def _stored(self, name: str) -> TensorRef:
