@@ -380,7 +380,7 @@ def _has_experts(module: nn.Module) -> bool:
 
 
 def _gates(module: nn.Module) -> str:
-    """How gate and up are joined in gate_up_proj: ``concatenated`` or ``interleaved``; "" where the class says nothing."""
+    """How gate_up_proj joins gate and up: ``concatenated`` or ``interleaved``; "" where the class says nothing."""
     joined = getattr(module, "is_concatenated", None)
     if joined is None or not getattr(module, "has_gate", False) or not hasattr(module, "gate_up_proj"):
         return ""

@@ -232,7 +232,7 @@ def claim(
     if format_ == "kohya":
         return kohya.claim(tensors, content.read_number, alpha, scaling)
     if config is None:
-        return peft_lora.claim_bare(tensors, alpha, scaling)
+        return peft_lora.claim_bare(tensors, alpha, scaling, stored)
     if format_ == "mlx":
         return mlx.claim(tensors, config)
     peft_type = config.get("peft_type")

@@ -90,6 +90,10 @@ class Context:
     #: How B of fused experts is laid out: ``peft`` or ``unsloth``.
     expert_layout: str = "peft"
 
+    def in_base(self, module: str) -> bool:
+        """Whether the base has a weight of that module."""
+        return self.stored(module) is not None
+
 
 class PeftMethod(ABC):
     """One value of ``peft_type``: its keys, its settings, and what a module's factors mean."""

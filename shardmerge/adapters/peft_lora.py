@@ -10,8 +10,10 @@ import math
 import re
 import reprlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
+from shardmerge.adapters import grouped_experts
 from shardmerge.adapters.base import Claims, ModuleUpdate
 from shardmerge.adapters.lora import scaling_of
 from shardmerge.adapters.peft import (
@@ -26,6 +28,7 @@ from shardmerge.adapters.peft import (
     Context,
     Module,
     PeftMethod,
+    Stored,
     checked,
     is_embedding,
     is_rank,
@@ -105,7 +108,8 @@ class LoraMethod(PeftMethod):
         if context.config.get("ensure_weight_tying") and is_embedding(bare):
             return True
         only_parameters = context.config.get("target_parameters") and not context.config.get("target_modules")
-        return not only_parameters and super().covers(bare, context)
+        names = (bare, *grouped_experts.names_of(bare))
+        return not only_parameters and any(super(LoraMethod, self).covers(name, context) for name in names)
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         """One of the forms that LoRA takes, told by the factors that are there and the config."""
@@ -115,11 +119,23 @@ class LoraMethod(PeftMethod):
             return
         if not _paired(claims, module, "A", "B"):
             return
+        if grouped_experts.is_stacked(name, factors):
+            grouped_experts.claim_stacked(
+                claims, name, factors, *rank_and_scaling(context.config, name), context.in_base
+            )
+            return
         bare, depth = _bare(name)
         if depth or _targeted(bare, context):
             _claim_parameter(claims, module, bare, depth, context)
         else:
             _claim_matrix(claims, module, context.config)
+
+    def claim(self, tensors: Mapping[str, TensorRef], context: Context) -> Claims:
+        claims = super().claim(tensors, context)
+        if not claims.refused:
+            scaled = partial(rank_and_scaling, context.config)
+            grouped_experts.claim_grouped(claims, tensors, scaled, context.in_base)
+        return claims
 
     def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
         claim_tokens(claims, tensors, config.get("trainable_token_indices"))
@@ -390,7 +406,12 @@ def initialisation_problems(key: str, value: Any) -> list[str]:
 # --- factors without a config -----------------------------------------------------------------------------------------
 
 
-def claim_bare(tensors: Mapping[str, TensorRef], alpha: float | None, scaling: float | None) -> Claims:
+def claim_bare(
+    tensors: Mapping[str, TensorRef],
+    alpha: float | None,
+    scaling: float | None,
+    stored: Stored = lambda module: None,
+) -> Claims:
     """PEFT's keys without a config: the rank is in the shapes, alpha or scaling must be given."""
     if alpha is None and scaling is None:
         problem = "there is no adapter_config.json beside it, so its scale is unknown: give alpha (or scaling)"
@@ -399,7 +420,10 @@ def claim_bare(tensors: Mapping[str, TensorRef], alpha: float | None, scaling: f
     method = LoraMethod()
     for module in method.grouped(tensors)[0]:
         first = module.factors.get("A") or module.factors.get("embedding_A")
-        rank = max((first.shape[:1] if first else ())[0:1] or (1,))
+        of_experts = (
+            first is not None and len(first.shape) == 3 and grouped_experts.is_stacked(module.name, module.factors)
+        )
+        rank = max((first.shape[of_experts:][:1] if first else ()) or (1,))
         config = {
             "r": max(rank, 1),
             "lora_alpha": alpha if alpha is not None else (scaling or 0.0) * max(rank, 1),
@@ -407,7 +431,7 @@ def claim_bare(tensors: Mapping[str, TensorRef], alpha: float | None, scaling: f
             "lora_bias": "bias" in module.factors,
         }
         before = len(claims.updates)
-        method.claim_module(claims, module, Context(config))
+        method.claim_module(claims, module, Context(config, stored=stored))
         if scaling is not None:
             claims.updates[before:] = [dataclasses.replace(of, scaling=scaling) for of in claims.updates[before:]]
     return claims

@@ -1,8 +1,8 @@
 """How another class of the same model calls the modules of this checkpoint.
 
-A multimodal checkpoint holds a text model that has a class of its own. The modules of that class are ``model.layers.0…``
-where the multimodal class says ``model.language_model.layers.0…`` and older checkpoints ``language_model.model.layers.0…``.
-An adapter of either class fits a checkpoint of the other. A `Dialect` is one such way to speak, made from the table: the
+A multimodal checkpoint holds a text model that has a class of its own. Its modules are ``model.layers.0…`` where the
+multimodal class says ``model.language_model.layers.0…``, and older checkpoints ``language_model.model.layers.0…``. An
+adapter of either class fits a checkpoint of the other. A `Dialect` is one such way to speak, made from the table: the
 path of the text model in one class ↔ its path in the other, the one's output head ↔ the other's. Nothing else is
 translated, so the name of a text model's module never becomes one of a vision or audio tower, nor the other way round.
 
@@ -41,7 +41,9 @@ class Dialect:
 
     def ours(self, module: str) -> Iterator[str]:
         """What this checkpoint's class calls the module; nothing where it is of neither text model nor head."""
-        for theirs in dict.fromkeys((module, Rules(self.renamings).forward(module).name)):
+        # Rules are of tensors' names, and some look at their ends.
+        renamed = Rules(self.renamings).forward(f"{module}.weight").name.removesuffix(".weight")
+        for theirs in dict.fromkeys((module, renamed)):
             if theirs and theirs == self.head[0] and self.head[1]:
                 yield self.head[1]
             elif (rest := below(theirs, self.text[0])) is not None:
@@ -61,8 +63,12 @@ def _of_text_classes(parts: Sequence[Part]) -> Iterator[Dialect]:
     texts = [part for part in parts if part.is_text]
     for text in texts:
         head = _head_around(parts, text.path)
-        for speaker in _classes_of(text.architecture.name):
+        speakers = _classes_of(text.architecture.name)
+        for speaker in speakers:
             yield Dialect(speaker.name, (speaker.parts[0][0], text.path), (speaker.output, head))
+        if head and not any(speaker.output for speaker in speakers):
+            # transformers has no such class; other trainers do, by the usual names.
+            yield Dialect("a text-only class", ("model", text.path), ("lm_head", head))
     for part in parts if texts else ():
         if not part.path:
             continue
@@ -86,9 +92,11 @@ def _of_multimodal_classes(parts: Sequence[Part]) -> Iterator[Dialect]:
     if root is None or any(part.is_text for part in parts):
         return
     ours, name = _inner_model(root)
-    for speaker, model, theirs, head, renamings in _multimodal():
-        if model == name or (_stands_alone(model) and _is_decoder(name)):
+    for speaker, model, theirs, head, renamings in sorted(_multimodal(), key=lambda found: found[1] != name):
+        if model == name:
             yield Dialect(speaker, (theirs, ours), (head, root.output), renamings)
+        elif _stands_alone(model) and _is_decoder(name):
+            yield Dialect(f"a class such as {speaker}", (theirs, ours), (head, root.output), renamings)
 
 
 def _inner_model(architecture: Architecture) -> tuple[str, str]:

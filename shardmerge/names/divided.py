@@ -1,8 +1,8 @@
 """Parts of a parameter that a trainer has as modules of their own.
 
-- The projections of a gated delta net. Qwen3.5 keeps q, k and v in ``in_proj_qkv``, one below the other; Qwen3-Next keeps
-  them with z in ``in_proj_qkvz``, and b and a in ``in_proj_ba``, head by head of the keys. Tinker trains each by itself
-  (``in_proj_q``, ``in_proj_k``, ``in_proj_v``).
+- The projections of a gated delta net. Qwen3.5 keeps q, k and v in ``in_proj_qkv``, one below the other; Qwen3-Next
+  keeps them with z in ``in_proj_qkvz``, and b and a in ``in_proj_ba``, head by head of the keys. Tinker trains each by
+  itself (``in_proj_q``, ``in_proj_k``, ``in_proj_v``).
 - A Linear per expert (``gate_up_projs.<i>``, ``down_projs.<i>``), as unsloth's 4-bit gpt-oss has them, of a parameter
   (E, in, out): Δ of expert i is the transpose's, rows in the order in which they are stored.
 - A matrix per expert (``<i>.gate_proj``, ``<i>.up_proj``, ``<i>.down_proj``; also ``w1``, ``w3``, ``w2``), where the
@@ -57,7 +57,11 @@ def part(module: str, parameter: str, known: Known) -> View | None:
         return _projection(match["at"], match["parts"], parameter, known)
     if (match := _LINEAR.fullmatch(module)) and (experts := known.experts(match["at"])):
         name = match["parameter"] if parameter == "weight" else f"{match['parameter']}_{parameter}"
-        return _expert(f"{match['at']}.{name}", int(match["expert"]), experts, known) if name in experts.parameters else None
+        return (
+            _expert(f"{match['at']}.{name}", int(match["expert"]), experts, known)
+            if name in experts.parameters
+            else None
+        )
     if parameter == "weight" and (match := _SINGLE.fullmatch(module)) and (experts := known.experts(match["at"])):
         return _single(match["at"], int(match["expert"]), _PARTS.get(match["part"], match["part"]), experts, known)
     return None
@@ -117,5 +121,3 @@ def _number(config: Mapping[str, Any], key: str) -> int:
     if type(value) is not int or not 0 < value < 1 << 20:
         raise RefusalError(f"the base keeps it in one matrix with others, and config.json does not say {key}")
     return value
-
-

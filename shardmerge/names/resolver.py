@@ -21,8 +21,8 @@ _COMMON_PREFIXES = ("model", "transformer")
 #: The rules that every model has, for names of old checkpoints.
 _LEGACY = "legacy"
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-#: What trainers call modules that transformers calls otherwise, tried where the base has no such module: the attention of
-#: gpt-oss in Tinker, and its router in unsloth's 4-bit model.
+#: What trainers call modules that transformers calls otherwise, tried where the base has no such module: gpt-oss's
+#: attention in Tinker, and its router in unsloth's 4-bit model.
 _OTHER_NAMES = (
     (re.compile(r"(?<=\.)attn(?=\.[qkvo]_proj$)"), "self_attn"),
     (re.compile(r"(?<=\.mlp\.router)\.linear$"), ""),
@@ -55,6 +55,11 @@ class Names:
     def parts(self) -> Sequence[tables.Part]:
         """The model and the models that it is made of, parents first; none where the table does not know it."""
         return self._parts
+
+    @property
+    def lacks_text(self) -> bool:
+        """Whether the config speaks of a text model that the table does not know."""
+        return isinstance(self._config.get("text_config"), Mapping) and not any(part.is_text for part in self._parts)
 
     # --- what the table says of this model ---
 

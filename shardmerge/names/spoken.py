@@ -86,9 +86,8 @@ class Speakers:
         own = _explained(self.own, examples, exists)
         if len(own) == len(examples):
             return self.own, ""
-        modules = [module for module, _ in examples]
-        guesses = [Spoken(self._names, dialect) for dialect in suffixes.of(self._names.stored, modules)]
-        found = [(spoken, _explained(spoken, examples, exists)) for spoken in (*self.others, *guesses)]
+        speakers = [*self.others, *self._guessed([module for module, _ in examples])]
+        found = [(spoken, _explained(spoken, examples, exists)) for spoken in speakers]
         found = [
             (spoken, which)
             for spoken, which in found
@@ -105,6 +104,12 @@ class Speakers:
         if len(meant) > 1:
             return self.own, _ambiguous(explained[0], list(meant.values()))
         return best[0], ""
+
+    def _guessed(self, modules: Sequence[str]) -> list[Spoken]:
+        """Where the table does not know the checkpoint's text model, its names have to do."""
+        if self._names.known and not self._names.lacks_text:
+            return []
+        return [Spoken(self._names, dialect) for dialect in suffixes.of(self._names.stored, modules)]
 
 
 def _examples(targets: Sequence[Target]) -> list[Target]:

@@ -1,9 +1,9 @@
 """Dialects of checkpoints that the table does not know, read off the names themselves.
 
-``model.layers.0.self_attn.q_proj`` of an adapter and ``llm.model.layers.0.self_attn.q_proj.weight`` of a checkpoint end
-alike, and what stands before differs: nothing ↔ ``llm``. Such a change of prefix is a dialect if it is certain that what
-it leads to is a text model: an embedding of tokens is stored beside the layers, as in no tower of vision or audio. What
-the adapter has before must be a name that text models are kept under.
+``model.layers.0.self_attn.q_proj`` of an adapter and ``llm.model.layers.0.self_attn.q_proj.weight`` of a checkpoint
+end alike, and what stands before differs: nothing ↔ ``llm``. Such a change of prefix is a dialect if it is certain that
+what it leads to is a text model: an embedding of tokens is stored beside the layers, as in no tower of vision or audio.
+What the adapter has before must be a name that text models are kept under.
 """
 
 from __future__ import annotations

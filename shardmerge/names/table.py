@@ -30,7 +30,7 @@ class Architecture:
     experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     #: Whether those keep their matrices as (in, out).
     transposed_experts: bool = False
-    #: How those join gate and up in one matrix: ``concatenated`` (gate first), ``interleaved`` (row by row), "" unknown.
+    #: How those join gate and up in one matrix: ``concatenated`` (gate first), ``interleaved`` (by rows), "" unknown.
     gates: str = ""
     #: The module that is the output head, "" where there is none.
     output: str = ""
