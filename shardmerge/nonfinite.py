@@ -90,6 +90,12 @@ def _explain(tensor: TensorPlan, row: int, column: int, value: float, was: float
         return f"{where}: the adapter's own tensor holds {was} there; the merge was stopped"
     if not math.isfinite(was):
         return f"{where}: the base itself holds {was} there; the merge was stopped"
+    if math.isfinite(value) and tensor.finish is not None:
+        kind = f"{DTYPE_NAMES[tensor.finish.dtype]} in {tensor.out.dtype}"
+        return (
+            f"{where}: the merged value is {value:g}, more than {kind} can hold; the merge was stopped. Another "
+            "output.dtype or output.quantization may hold it"
+        )
     if math.isfinite(value):
         wider = [DTYPE_NAMES[dtype] for dtype in FLOAT_DTYPES if abs(value) < overflow_limit(dtype)]
         hint = f"output.dtype: {' or '.join(wider)} holds it" if wider else "No output dtype holds it"
