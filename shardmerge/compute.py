@@ -5,208 +5,45 @@ Importing this room imports torch, which takes about a second; so the engine doe
 
 from __future__ import annotations
 
-import math
-import os
-import threading
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from shardmerge.adapters import FAMILIES, work_bytes, work_dtype
-from shardmerge.codecs import TORCH_DTYPES, encode_by_chance, encode_into, overflow_limit, view_bytes
+from shardmerge import nonfinite
+from shardmerge.adapters import FAMILIES
+from shardmerge.codecs import TORCH_DTYPES, encode_by_chance, encode_into, view_bytes
 from shardmerge.devices import place_on, resolve_device
-from shardmerge.errors import NonFiniteError
 from shardmerge.factors import LazyFactors, UpdateFactors
 from shardmerge.fidelity import Sample, Sampler
 from shardmerge.jobs import Job, Positions
 from shardmerge.pipeline import Buffer
 from shardmerge.spec import (
     DTYPE_BITS,
-    DTYPE_NAMES,
-    FLOAT_DTYPES,
     Fidelity,
     Finish,
     MergePlan,
     RowRange,
     TensorPlan,
+    TensorRef,
     Update,
     Window,
     aligned,
     dtype_code,
     row_nbytes,
 )
-from shardmerge.windows import locate, reaching
+from shardmerge.threads import Batch, ComputeThreads
+from shardmerge.windows import Part, locate, reaching
+from shardmerge.work import dtype_for, narrow_dtype, tile_dtype, work_bytes
 
 if TYPE_CHECKING:
     from shardmerge.sources import Reader
 
-Item = TypeVar("Item")
-Begun = TypeVar("Begun")
-
-
-class Batch(Generic[Item, Begun]):
-    """Items that were handed out together: what is done to each, and whether all are done."""
-
-    def __init__(
-        self,
-        count: int,
-        begin: Callable[[int, Item], Begun],
-        work: Callable[[int, Item, Begun], None],
-        apart: bool,
-    ) -> None:
-        self.apart = apart
-        self.over = threading.Event()
-        self._begin = begin
-        self._work = work
-        self._lock = threading.Lock()
-        self._left = count
-        self._error: BaseException | None = None
-        if not count:
-            self.over.set()
-
-    def begin(self, worker: int, item: Item) -> Begun | None:
-        """None where the batch has failed."""
-        if self._error is None:
-            try:
-                return self._begin(worker, item)
-            except BaseException as error:
-                self._error = error
-        return None
-
-    def work(self, worker: int, item: Item, begun: Begun) -> None:
-        if self._error is None:
-            try:
-                self._work(worker, item, begun)
-            except BaseException as error:
-                self._error = error
-        with self._lock:
-            self._left -= 1
-            if not self._left:
-                self.over.set()
-
-    def abandon(self, error: BaseException) -> None:
-        """Nobody is to wait for what is not done."""
-        self._error = self._error or error
-        self.over.set()
-
-    def wait(self) -> None:
-        """Until all is done. Raises what one of the items raised; those that came after it may have been left out."""
-        self.over.wait()
-        if self._error is not None:
-            raise self._error
-
-
-class ComputeThreads:
-    """Who computes, put back by `close`.
-
-    The tiles of a weight are shared out among the caller's thread and a few of ours, in each of which torch computes
-    with one thread: so nothing is waited for within a product, and torch's pool does not fight with the threads that
-    read and write. The bits of a large product do not depend on the number of threads. Those of a small one may; so a
-    weight of one tile gets the threads that torch takes by itself, as for PEFT.
-    """
-
-    def __init__(self, workers: int) -> None:
-        self._default = torch.get_num_threads()
-        self.workers = max(1, min(workers, _cores()))
-        self._pending: deque[tuple[Batch[Any, Any], Any]] = deque()
-        self._open: list[Batch[Any, Any]] = []
-        #: Held by who takes an item.
-        self._turn = threading.Condition()
-        self._closed = False
-        # All begin now: a thread that tells torch of its one tells MKL for all threads, and must not do so later.
-        ready = threading.Barrier(self.workers)
-        self._helpers = [
-            threading.Thread(target=self._help, args=(worker, ready), name="shardmerge-compute", daemon=True)
-            for worker in range(1, self.workers)
-        ]
-        for helper in self._helpers:
-            helper.start()
-        ready.wait()
-        torch.set_num_threads(self._default)
-        self._set = self._default
-
-    def share(
-        self,
-        items: Sequence[Item],
-        begin: Callable[[int, Item], Begun],
-        work: Callable[[int, Item, Begun], None],
-        apart: bool,
-    ) -> Batch[Item, Begun]:
-        """Hand items out: each thread, told its number, takes the next one. Returns when none is left to be taken.
-
-        Others may be at their last ones then; `Batch.wait` waits for them. So there is something to do between two
-        batches for a thread that is ready before the others. Where items are not ``apart``, none is taken before all
-        earlier ones have begun.
-        """
-        batch = Batch(len(items), begin, work, apart)
-        try:
-            with self._turn:
-                self._open = [one for one in self._open if not one.over.is_set()]
-                self._open.append(batch)
-                self._pending.extend((batch, item) for item in items)
-                self._turn.notify_all()
-            while self._step(0):
-                pass
-        except BaseException as error:  # an interrupt: what it came between is not known
-            with self._turn:
-                self._pending.clear()
-            for one in self._open:
-                one.abandon(error)
-            raise
-        return batch
-
-    def settle(self) -> None:
-        """Wait until nobody works on anything."""
-        for batch in self._open:
-            batch.over.wait()
-
-    def set_for(self, tensor: TensorPlan) -> None:
-        """How many threads torch has in the caller's thread."""
-        wanted = self._default if tensor.tiles == 1 else 1
-        if wanted != self._set:
-            torch.set_num_threads(wanted)
-            self._set = wanted
-
-    def close(self) -> None:
-        with self._turn:
-            self._pending.clear()
-            self._closed = True
-            self._turn.notify_all()
-        for helper in self._helpers:
-            helper.join()
-        torch.set_num_threads(self._default)
-
-    def _help(self, worker: int, ready: threading.Barrier) -> None:
-        torch.set_num_threads(1)
-        ready.wait()
-        while self._step(worker):
-            pass
-
-    def _step(self, worker: int) -> bool:
-        """Take an item and work on it. Whether there was one, for which all but the caller's thread wait."""
-        with self._turn:
-            while not self._pending:
-                if worker == 0 or self._closed:
-                    return False
-                self._turn.wait()
-            batch, item = self._pending.popleft()
-            begun = None if batch.apart else batch.begin(worker, item)
-        if batch.apart:
-            begun = batch.begin(worker, item)
-        batch.work(worker, item, begun)
-        return True
-
-
-def _cores() -> int:
-    """Cores that this process may use, which in a container may be fewer than there are."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        return os.cpu_count() or 1
+#: What an update is given: its part of a tile, its factors, itself, the window, and scratch.
+Apply = Callable[[Tensor, UpdateFactors, Update, Window, Tensor], None]
 
 
 class Workspace:
@@ -232,6 +69,15 @@ class Workspace:
             self._key = (shape, dtype, size)
             self._tensors = (_seen_as(tile, dtype, shape), _seen_as(scratch, dtype, shape))
         return self._tensors
+
+    def narrow(self, shape: tuple[int, int], dtype: str, after: int) -> tuple[Tensor, Tensor]:
+        """A copy of a part of a tile and scratch of its own, both dense and within the scratch of the tile's.
+
+        ``after`` are the bytes of the tile.
+        """
+        memory = self._memory[aligned(after) :]
+        start = aligned(shape[0] * shape[1] * TORCH_DTYPES[dtype].itemsize)
+        return _seen_as(memory, dtype, shape), _seen_as(memory[start:], dtype, shape)
 
 
 class TileWorker:
@@ -259,7 +105,11 @@ class TileWorker:
         self._open_file = open_file
         self.factors = LazyFactors(open_file, self.place, plan.memory.shared_bytes)
         self._tensor: TensorPlan | None = None
-        self._work_dtype = self.dtype
+        self._tile_dtype = self.dtype
+        #: What updates that compute are given, where it is another dtype than the tile's.
+        self._narrow: str | None = None
+        #: For every thread, how many elements of a tensor were given to an update, both by identity.
+        self._given: list[Counter[tuple[int, int]]] = [Counter() for _ in self._workspaces]
         #: Bytes that the workspace has for an element of the tile.
         self._room = 0
         self._columns = 0
@@ -272,7 +122,13 @@ class TileWorker:
         """What was seen since the last time: adapters that had an effect, by number, and how updates came through."""
         active = tuple(sorted(self.factors.active))
         self.factors.active.clear()
+        for given in self._given:
+            given.clear()
         return active, self.sampler.take()
+
+    def given(self, tensor: TensorPlan, update: Update) -> int:
+        """How many elements of a tensor an update was given, since the last `take`."""
+        return sum(given[id(tensor), id(update)] for given in self._given)
 
     def close(self) -> None:
         self._threads.close()
@@ -285,10 +141,11 @@ class TileWorker:
             return
         self._threads.settle()
         self._tensor, self._columns, self._reaching = tensor, tensor.row_elements, reaching(tensor)
-        self._work_dtype = work_dtype(tensor, self.dtype)
+        self._tile_dtype, self._narrow = tile_dtype(tensor, self.dtype), narrow_dtype(tensor, self.dtype)
         self._room = work_bytes(tensor, self.dtype)
         self._threads.set_for(tensor)
-        self.factors.begin(tensor.updates, TORCH_DTYPES[self._work_dtype])
+        dtypes = [TORCH_DTYPES[dtype_for(update, tensor, self.dtype)] for update in tensor.updates]
+        self.factors.begin(tensor.updates, dtypes)
         self.sampler.begin(tensor)
 
     def merge(
@@ -308,7 +165,7 @@ class TileWorker:
             target = target.view(TORCH_DTYPES[tensor.out.dtype])
 
         def decode(worker: int, rows: RowRange) -> Sample | None:
-            tile, _ = self._workspaces[worker].tensors((len(rows), self._columns), self._work_dtype, self._room)
+            tile, _ = self._tile(worker, rows)
             with self.place.turn(worker):
                 # As it is stored, which is less to copy.
                 here = self.place.fetch(stored[rows.start - first : rows.stop - first])
@@ -316,10 +173,10 @@ class TileWorker:
                 return None if job.survey is not None or tensor.finish else self.sampler.before(rows, here)
 
         def merge(worker: int, rows: RowRange, sample: Sample | None) -> None:
-            tile, scratch = self._workspaces[worker].tensors((len(rows), self._columns), self._work_dtype, self._room)
+            tile, _ = self._tile(worker, rows)
             with self.place.turn(worker):
                 for update in self._reaching(rows):
-                    self._update(update, tensor, rows, tile, scratch, FAMILIES[update.family].apply)
+                    self._update(worker, update, tensor, rows)
                 here = target[rows.start - first : rows.stop - first]
                 if tensor.finish is None:
                     self._encode(tensor, rows, tile, here, sample)
@@ -328,9 +185,8 @@ class TileWorker:
 
         def survey(rows: RowRange, surveyed: Update) -> None:
             decode(0, rows)
-            tile, scratch = self._workspaces[0].tensors((len(rows), self._columns), self._work_dtype, self._room)
             with self.place.turn(0):
-                self._survey_tile(tensor, surveyed, rows, tile, scratch)
+                self._survey_tile(tensor, surveyed, rows)
 
         if job.survey is not None:  # it adds up, and so goes in order
             for rows in job.tiles:
@@ -340,20 +196,25 @@ class TileWorker:
         apart = at.read == at.work and job.read_bytes == job.write_bytes
         return self._threads.share(job.tiles, decode, merge, apart)
 
-    def _survey_tile(self, tensor: TensorPlan, surveyed: Update, rows: RowRange, tile: Tensor, scratch: Tensor) -> None:
+    def _tile(self, worker: int, rows: RowRange) -> tuple[Tensor, Tensor]:
+        """A thread's tile for these rows, and its scratch."""
+        return self._workspaces[worker].tensors((len(rows), self._columns), self._tile_dtype, self._room)
+
+    def _survey_tile(self, tensor: TensorPlan, surveyed: Update, rows: RowRange) -> None:
         """Show an update the tile as those before it leave it."""
         for update in self._reaching(rows):
+            part, family = locate(tensor, update, rows), FAMILIES[update.family]
+            if part is not None:
+                self._give(0, update, rows, part, family.survey if update is surveyed else family.apply)
             if update is surveyed:
-                self._update(update, tensor, rows, tile, scratch, FAMILIES[update.family].survey)
                 return
-            self._update(update, tensor, rows, tile, scratch, FAMILIES[update.family].apply)
 
     def _encode(self, tensor: TensorPlan, rows: RowRange, tile: Tensor, target: Tensor, sample: Sample | None) -> None:
         """Round an updated ``tile`` (rows, columns) into ``target``, a matrix of the same shape."""
         rounded = self.place.beside(target)
         self._round(tensor, rows, tile, rounded)
         self.place.deliver(rounded, target)
-        if not _is_finite(rounded):
+        if not nonfinite.is_finite(rounded):
             self._check(tile, tensor, rows)
         if sample is not None:
             self.sampler.after(tensor, rows, sample, tile, rounded)
@@ -374,13 +235,13 @@ class TileWorker:
         from shardmerge.gguf.tiles import arrange
 
         shape, count = (len(rows), self._columns), len(rows) * self._columns
-        tile, _ = self._workspaces[worker].tensors(shape, self._work_dtype, self._room)
+        tile, _ = self._tile(worker, rows)
         here, free = self._workspaces[worker].halves(count, self._room)
         merged = tile
-        if finish.dtype != self._work_dtype:
+        if finish.dtype != self._tile_dtype:
             here, free, merged = free, here, _seen_as(free, finish.dtype, shape)
             self._round(tensor, rows, tile, merged)
-        if count and not _is_below(merged, _limit(tensor)):
+        if count and not nonfinite.is_below(merged, nonfinite.limit(tensor)):
             self._check(tile, tensor, rows)
         if self._beside is not self._workspaces:
             here, free = self._beside[worker].halves(count, self._room)
@@ -389,18 +250,17 @@ class TileWorker:
         scratch = free if values is merged else here
         quantize_into(target.view(-1), values, tensor.out.dtype, _seen_as(scratch, "F32", shape))
 
-    def _update(
-        self,
-        update: Update,
-        tensor: TensorPlan,
-        rows: RowRange,
-        tile: Tensor,
-        scratch: Tensor,
-        apply: Callable[[Tensor, UpdateFactors, Update, Window, Tensor], None],
-    ) -> None:
+    def _update(self, worker: int, update: Update, tensor: TensorPlan, rows: RowRange) -> None:
+        """Do to a tile what an update does to it, if anything."""
+        if (part := locate(tensor, update, rows)) is not None:
+            self._give(worker, update, rows, part, FAMILIES[update.family].apply)
+            self._given[worker][id(tensor), id(update)] += len(rows) * len(part.columns)
+
+    def _give(self, worker: int, update: Update, rows: RowRange, part: Part, apply: Apply) -> None:
         """Give a family its part of the tile, in the matrix's orientation."""
-        part = locate(tensor, update, rows)
-        if part is None:
+        tile, scratch = self._tile(worker, rows)
+        if self._narrow is not None and FAMILIES[update.family].computes:
+            self._give_narrow(worker, update, tile[:, part.columns.start : part.columns.stop], part, apply)
             return
         view, space = tile, scratch
         if len(part.columns) != self._columns or part.transposed:
@@ -409,35 +269,28 @@ class TileWorker:
             space = scratch.view(-1)[: view.numel()].view(view.shape)
         apply(view, self.factors.of(update), update, part.window, space)
 
+    def _give_narrow(self, worker: int, update: Update, stored: Tensor, part: Part, apply: Apply) -> None:
+        """The same with a copy of the part, in the compute dtype: what is only copied keeps its own."""
+        assert self._narrow is not None
+        shape = (stored.shape[0], stored.shape[1])
+        after = shape[0] * self._columns * self._room
+        copy, space = self._workspaces[worker].narrow(shape, self._narrow, after)
+        copy.copy_(stored)
+        view = copy.T if part.transposed else copy
+        apply(view, self.factors.of(update), update, part.window, space.view(view.shape))
+        stored.copy_(copy)
+
     def _check(self, tile: Tensor, tensor: TensorPlan, rows: RowRange) -> None:
-        """Stop at a value that is not finite, or that the output dtype rounds to infinity."""
-        wrong = ~(tile.abs() < _limit(tensor))
-        if not tensor.updates:
-            # An infinity that the base holds on purpose (a mask, say) stays one; only a number must not become one.
-            wrong &= torch.isfinite(tile)
-        if not bool(wrong.any()):
-            return
-        row, column = (int(index) for index in wrong.nonzero()[0])
-        value, was = float(tile[row, column]), self._stored(tensor, rows.start + row, column)
-        raise NonFiniteError(_explain(tensor, rows.start + row, column, value, was))
+        """Stop at a value that the output cannot hold."""
+        nonfinite.check(tile, tensor, rows, self._stored)
 
-    def _stored(self, tensor: TensorPlan, row: int, column: int) -> float:
-        """A number of the source, read again: by now the buffer holds the result."""
-        size = DTYPE_BITS[tensor.source.dtype] // 8
-        data = bytearray(size)
+    def _stored(self, ref: TensorRef, start: int, count: int) -> Tensor:
+        """Elements of a tensor of the base's or an adapter's, read again: by now the buffer holds the result."""
+        size = DTYPE_BITS[ref.dtype] // 8
+        data = bytearray(count * size)
         with self.factors.lock:
-            reader = self._open_file(tensor.source.uri)
-            reader.read_into(tensor.source.offset + (row * tensor.row_elements + column) * size, memoryview(data))
-        return float(torch.frombuffer(data, dtype=TORCH_DTYPES[tensor.source.dtype])[0])
-
-
-def _limit(tensor: TensorPlan) -> float:
-    """The least magnitude that the output cannot hold."""
-    if tensor.finish is None:
-        return overflow_limit(tensor.out.dtype)
-    from shardmerge.gguf.quantize import overflow_limit as quantized_limit
-
-    return min(overflow_limit(tensor.finish.dtype), quantized_limit(tensor.out.dtype))
+            self._open_file(ref.uri).read_into(ref.offset + start * size, memoryview(data))
+        return torch.frombuffer(data, dtype=TORCH_DTYPES[ref.dtype])
 
 
 def _seen_as(memory: Tensor, dtype: str, shape: tuple[int, int]) -> Tensor:
@@ -448,45 +301,3 @@ def _seen_as(memory: Tensor, dtype: str, shape: tuple[int, int]) -> Tensor:
 def _matrix(raw: Tensor, start: int, dtype: str, shape: tuple[int, int]) -> Tensor:
     size = row_nbytes(dtype, shape[0] * shape[1])
     return view_bytes(raw[start : start + size], dtype, shape)
-
-
-def _is_below(values: Tensor, limit: float) -> bool:
-    """Whether all magnitudes are; what is no number is not."""
-    low, high = values.aminmax()
-    return -limit < float(low) and float(high) < limit
-
-
-def _is_finite(values: Tensor) -> bool:
-    """Whether every value is sure to be finite.
-
-    A sum is the cheapest pass there is, and not finite if a part of it is not. Of large numbers it may be infinite by
-    itself, so False says only that one must look.
-    """
-    return math.isfinite(float(values.sum()))
-
-
-def _explain(tensor: TensorPlan, row: int, column: int, value: float, was: float) -> str:
-    where = f"{tensor.source.name}, row {row}, column {column}"
-    if not tensor.updates or len(tensor.source.shape) > 2:
-        element = _unravel(row * tensor.row_elements + column, tensor.source.shape)
-        where = f"{tensor.source.name}, element {list(element)}"
-    if not math.isfinite(was) and any(update.family == "replacement" for update in tensor.updates):
-        return f"{where}: the adapter's own tensor holds {was} there; the merge was stopped"
-    if not math.isfinite(was):
-        return f"{where}: the base itself holds {was} there; the merge was stopped"
-    if math.isfinite(value):
-        wider = [DTYPE_NAMES[dtype] for dtype in FLOAT_DTYPES if abs(value) < overflow_limit(dtype)]
-        hint = f"output.dtype: {' or '.join(wider)} holds it" if wider else "No output dtype holds it"
-        narrow = DTYPE_NAMES[tensor.out.dtype]
-        return f"{where}: the merged value is {value:g}, more than {narrow} can hold; the merge was stopped. {hint}"
-    return (
-        f"{where}: the merged value is {value} (the base's is {was:g}); the merge was stopped. No output dtype holds it"
-    )
-
-
-def _unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    position: list[int] = []
-    for size in reversed(shape):
-        index, remainder = divmod(index, size)
-        position.insert(0, remainder)
-    return tuple(position)

@@ -10,19 +10,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shardmerge import pipeline
+from shardmerge.errors import ShardmergeError
 from shardmerge.garbage import no_garbage_collection
 from shardmerge.jobs import Job, jobs, positions
 from shardmerge.pipeline import Buffer
 from shardmerge.report import WorkingSet
 from shardmerge.sinks import ShardWriter
 from shardmerge.sources.open_readers import OpenReaders
-from shardmerge.spec import BUFFER_SLACK, MergePlan, Receipt, ShardPlan
+from shardmerge.spec import BUFFER_SLACK, MergePlan, Receipt, ShardPlan, TensorPlan, Update
+from shardmerge.work import missing
 
 if TYPE_CHECKING:
-    from shardmerge.compute import Batch, TileWorker
+    from shardmerge.compute import TileWorker
+    from shardmerge.threads import Batch
 
 
 class Engine:
@@ -94,8 +98,18 @@ class Engine:
         self._sources.check()
         self._factors.check()
         self._shared.check()  # what was read and hashed is what was shared
+        self._must_be_done(shard)
         seen = self._worker.take() if self._worker else ((), {})
         return Receipt(shard.name, shard.nbytes, writer.checksums.hex(), *seen)
+
+    def _must_be_done(self, shard: ShardPlan) -> None:
+        """Stop, before the shard is committed, where an update that the plan lists was not done to all of its place."""
+        for tensor in shard.tensors:
+            if tensor.updates and (reason := missing(tensor, partial(self._given, tensor))):
+                raise ShardmergeError(f"{reason}: a fault of shardmerge, please report it; the merge was stopped")
+
+    def _given(self, tensor: TensorPlan, update: Update) -> int:
+        return self._worker.given(tensor, update) if self._worker else 0
 
     def _compute(self) -> TileWorker:
         if self._worker is None:

@@ -10,6 +10,7 @@ import math
 import mmap
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +23,14 @@ from shardmerge.sources import Reader
 from shardmerge.spec import ALIGNMENT, DTYPE_BITS, KEPT_WHOLE_BYTES, RowRange, TensorRef, Update
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What is made of a factor: numbers of ``dtype``, among which may be ``infinite`` ones."""
+
+    dtype: torch.dtype
+    infinite: bool = False
+
+
 class LazyFactors:
     """Reads factors and keeps the whole ones of the current target."""
 
@@ -29,9 +38,8 @@ class LazyFactors:
         """``shared_bytes``: of factors that are kept as stored, what the next target needs not may stay so large."""
         self._reader = reader
         self._shared_bytes = shared_bytes
-        self._dtype = torch.float32
         self._place = place
-        self._kept: dict[TensorRef, Tensor] = {}
+        self._kept: dict[tuple[TensorRef, torch.dtype], Tensor] = {}
         self._as_stored: dict[TensorRef, Tensor] = {}
         self._built: dict[tuple[int, str], Tensor] = {}
         self._of: dict[int, UpdateFactors] = {}
@@ -41,32 +49,35 @@ class LazyFactors:
         #: Adapters, by number, that have had an effect since this was last cleared.
         self.active: set[int] = set()
 
-    def begin(self, updates: Sequence[Update], dtype: torch.dtype = torch.float32) -> None:
-        """Work on another target from here on, in ``dtype``.
+    def begin(self, updates: Sequence[Update], dtypes: Sequence[torch.dtype]) -> None:
+        """Work on another target from here on, with the factors of each update in a dtype of ``dtypes``.
 
         Of what was kept for the one before, what this one needs too stays: experts that the base stores one by one
         share their adapter's factors. Two sets of them, as a layer's down_proj has others than its gate and up.
         """
-        needed = {ref for update in updates for _, ref in update.factors}
-        for ref in [ref for ref in self._kept if ref not in needed or dtype != self._dtype]:
-            del self._kept[ref]
+        wanted = {(ref, dtype) for update, dtype in zip(updates, dtypes, strict=True) for _, ref in update.factors}
+        needed = {ref for ref, _ in wanted}
+        for key in [key for key in self._kept if key not in wanted]:
+            del self._kept[key]
         room = self._shared_bytes
         for ref in [ref for ref in reversed(self._as_stored) if ref not in needed]:  # the newest first
             room -= ref.nbytes
             if room < 0:
                 del self._as_stored[ref]
         self._built.clear()
-        self._dtype = dtype
-        self._of = {id(update): UpdateFactors(self, update) for update in updates}
+        self._of = {
+            id(update): UpdateFactors(self, update, dtype) for update, dtype in zip(updates, dtypes, strict=True)
+        }
 
     def of(self, update: Update) -> UpdateFactors:
         """The factors of one of the updates that were begun with."""
         return self._of[id(update)]
 
-    def whole(self, ref: TensorRef) -> Tensor:
-        """A factor in the compute dtype, kept until the target changes."""
-        if (kept := self._kept.get(ref)) is None:
-            kept = self._kept[ref] = self._ready(ref, self._read(ref, RowRange(0, ref.shape[0])))
+    def whole(self, ref: TensorRef, made: Made) -> Tensor:
+        """A factor, kept until the target changes."""
+        if (kept := self._kept.get((ref, made.dtype))) is None:
+            kept = self._ready(ref, self._read(ref, RowRange(0, ref.shape[0])), made)
+            self._kept[ref, made.dtype] = kept
             self._place.settle()
         return kept
 
@@ -77,20 +88,20 @@ class LazyFactors:
             self._check(ref, kept)
         return kept
 
-    def rows(self, ref: TensorRef, rows: RowRange) -> Tensor:
-        """Rows of a factor in the compute dtype. Where they lie apart in the file, the file's bytes are kept."""
+    def rows(self, ref: TensorRef, rows: RowRange, made: Made) -> Tensor:
+        """Rows of a factor. Where they lie apart in the file, the file's bytes are kept."""
         if ref.strides is None:
-            return self._ready(ref, self._read(ref, rows), (rows.start,))
-        return self._ready(ref, self._stored(ref)[rows.start : rows.stop], (rows.start,))
+            return self._ready(ref, self._read(ref, rows), made, (rows.start,))
+        return self._ready(ref, self._stored(ref)[rows.start : rows.stop], made, (rows.start,))
 
-    def columns(self, ref: TensorRef, columns: RowRange) -> Tensor:
-        """Columns of a matrix in the compute dtype. Of a small one, or one kept transposed, all bytes are kept."""
+    def columns(self, ref: TensorRef, columns: RowRange, made: Made) -> Tensor:
+        """Columns of a matrix. Of a small one, or one kept transposed, all bytes are kept."""
         first = (0, columns.start)
         if ref.strides is not None or ref.nbytes <= KEPT_WHOLE_BYTES:
-            return self._ready(ref, self._stored(ref)[:, columns.start : columns.stop], first)
+            return self._ready(ref, self._stored(ref)[:, columns.start : columns.stop], made, first)
         if columns == RowRange(0, ref.shape[1]):
-            return self._ready(ref, self._read(ref, RowRange(0, ref.shape[0])), first)
-        return self._ready(ref, self._read_columns(ref, columns), first)
+            return self._ready(ref, self._read(ref, RowRange(0, ref.shape[0])), made, first)
+        return self._ready(ref, self._read_columns(ref, columns), made, first)
 
     def built(self, update: Update, name: str, build: Callable[[], Tensor]) -> Tensor:
         """What ``build`` made, kept until the target changes.
@@ -113,22 +124,26 @@ class LazyFactors:
             stored = self._as_stored[ref] = self._read(ref, RowRange(0, ref.shape[0]))
         return stored
 
-    def _ready(self, ref: TensorRef, stored: Tensor, first: tuple[int, ...] = ()) -> Tensor:
-        device = self._place.device
+    def _ready(self, ref: TensorRef, stored: Tensor, made: Made, first: tuple[int, ...] = ()) -> Tensor:
+        device, dtype = self._place.device, made.dtype
         if not stored.dtype.is_floating_point:
             return stored.to(device).to(torch.int64).contiguous()
-        self._check(ref, stored, first)
-        if device.type != "cpu" or stored.numel() * self._dtype.itemsize <= KEPT_WHOLE_BYTES:
-            return stored.to(device).to(self._dtype).contiguous()
-        memory, _, start = _memory(stored.numel() * self._dtype.itemsize)
-        ready = torch.frombuffer(memory, dtype=self._dtype, offset=start, count=stored.numel()).view(stored.shape)
+        self._check(ref, stored, first, made.infinite)
+        if device.type != "cpu" or stored.numel() * dtype.itemsize <= KEPT_WHOLE_BYTES:
+            return stored.to(device).to(dtype).contiguous()
+        memory, _, start = _memory(stored.numel() * dtype.itemsize)
+        ready = torch.frombuffer(memory, dtype=dtype, offset=start, count=stored.numel()).view(stored.shape)
         return ready.copy_(stored)
 
-    def _check(self, ref: TensorRef, stored: Tensor, first: tuple[int, ...] = ()) -> None:
-        """Stop at a value that is not finite; ``first`` is where in the factor the tensor begins."""
+    def _check(self, ref: TensorRef, stored: Tensor, first: tuple[int, ...] = (), infinite: bool = False) -> None:
+        """Stop at a value that is not finite, or not even ``infinite``; ``first`` is where in the factor it begins."""
         # Asked of the least and the largest, as a mask of them all would take memory.
-        if stored.numel() and not all(math.isfinite(float(bound)) for bound in torch.aminmax(stored)):
-            index = (~torch.isfinite(stored)).nonzero()[0].tolist()
+        if not stored.numel():
+            return
+        bounds = [float(bound) for bound in torch.aminmax(stored)]
+        if any(map(math.isnan, bounds)) or not (infinite or all(map(math.isfinite, bounds))):
+            wrong = torch.isnan(stored) if infinite else ~torch.isfinite(stored)
+            index = wrong.nonzero()[0].tolist()
             value = float(stored[tuple(index)])
             index = [at + (first[axis] if axis < len(first) else 0) for axis, at in enumerate(index)]
             if ref.is_transposed:
@@ -176,16 +191,18 @@ def _memory(size: int) -> tuple[bytearray | mmap.mmap, memoryview, int]:
 class UpdateFactors:
     """The factors of one update, by role; what a family's ``apply`` is given."""
 
-    def __init__(self, loader: LazyFactors, update: Update) -> None:
+    def __init__(self, loader: LazyFactors, update: Update, dtype: torch.dtype) -> None:
         self._loader = loader
         self._update = update
+        # An infinity that is copied may be one that the base holds, too: that is seen where it is put.
+        self._made = Made(dtype, infinite=not FAMILIES[update.family].computes)
         self._wholes: dict[str, Tensor] = {}
 
     def whole(self, role: str) -> Tensor:
         # Asked for by every tile, so looked up without the lock and without hashing what says where it lies.
         if (found := self._wholes.get(role)) is None:
             with self._loader.lock:
-                found = self._wholes[role] = self._seen(role, self._loader.whole(self._update.factor(role)))
+                found = self._wholes[role] = self._seen(role, self._loader.whole(self._update.factor(role), self._made))
         return found
 
     def as_stored(self, role: str) -> Tensor:
@@ -201,11 +218,11 @@ class UpdateFactors:
             part = self.whole(role)[rows.start : rows.stop]
             return part if part.data_ptr() % ALIGNMENT == 0 else part.clone()
         with self._loader.lock:
-            return self._seen(role, self._loader.rows(ref, rows))
+            return self._seen(role, self._loader.rows(ref, rows, self._made))
 
     def columns(self, role: str, columns: RowRange) -> Tensor:
         with self._loader.lock:
-            return self._seen(role, self._loader.columns(self._update.factor(role), columns))
+            return self._seen(role, self._loader.columns(self._update.factor(role), columns, self._made))
 
     def kept(self, name: str, build: Callable[[], Tensor]) -> Tensor:
         with self._loader.lock:

@@ -56,11 +56,16 @@ class Sampler:
 
     def after(self, tensor: TensorPlan, rows: RowRange, sample: Sample, exact: Tensor, rounded: Tensor) -> None:
         """See the tile after the update, before and after it was rounded."""
-        before = sample.before.flatten()
-        update = exact[:: sample.step].flatten().to(torch.float32) - before
+        step = sample.step
+        before, merged, stored = (
+            of.flatten().to(torch.float32) for of in (sample.before, exact[::step], rounded[::step])
+        )
+        if not bool((finite := torch.isfinite(before)).all()):  # an infinity that stays is no update
+            before, merged, stored = (torch.where(finite, of, 0.0) for of in (before, merged, stored))
+        update = merged - before
         # What the base itself loses where it is stored in more bits is not the update's.
         without = before.to(TORCH_DTYPES[tensor.out.dtype]).to(torch.float32)
-        kept = rounded[:: sample.step].flatten().to(torch.float32) - without
+        kept = stored - without
         seen = Fidelity(
             weight=float(before.dot(before)),
             update=float(update.dot(update)),

@@ -342,6 +342,8 @@ class TensorPlan:
     finish: Finish | None = None
     #: Rows of the source that the output is made of; None is all.
     part: RowRange | None = None
+    #: The base's own tensor, where the source is an adapter's in its place.
+    base: TensorRef | None = None
 
     @property
     def row_dims(self) -> int:

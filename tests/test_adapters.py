@@ -301,27 +301,29 @@ def weight(dtype: str) -> TensorRef:
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize("factors", ["F64", "F32", "F16", "BF16"])
 def test_dtypes_that_merge(dtype: str, factors: str) -> None:
-    assert check_dtypes(lora((4, 32), (48, 4), factors), weight(dtype), frozenset()) == []
+    assert check_dtypes(lora((4, 32), (48, 4), factors), weight(dtype), FAMILIES["lora"]) == []
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "U8", "I32", "F64"])
 def test_weights_that_do_not_merge(dtype: str) -> None:
-    (problem,) = check_dtypes(lora((4, 32), (48, 4)), weight(dtype), frozenset())
+    (problem,) = check_dtypes(lora((4, 32), (48, 4)), weight(dtype), FAMILIES["lora"])
     for part in ("module", "base.weight, [48, 32]", f"stored as {dtype}", "dequantised"):
         assert part in problem
 
 
 @pytest.mark.parametrize("dtype", ["I8", "F8_E4M3", "BOOL", "I64"])
 def test_factors_that_are_no_floats(dtype: str) -> None:
-    (problem,) = check_dtypes(lora((4, 32), (48, 4), dtype), weight("F32"), frozenset())
+    (problem,) = check_dtypes(lora((4, 32), (48, 4), dtype), weight("F32"), FAMILIES["lora"])
     assert dtype in problem
     assert "the.A" in problem
 
 
 def test_factors_that_are_whole_numbers_on_purpose() -> None:
-    update = lora((4, 32), (48, 4), "I32")
-    assert check_dtypes(update, weight("F32"), frozenset({"A", "B"})) == []
-    assert check_dtypes(update, weight("F32"), frozenset({"A"})) != []
+    update = ModuleUpdate(
+        "module", "weight", "shira", (("places", refs_of({"the.places": (2, 8)}, "I32")["the.places"]),)
+    )
+    assert check_dtypes(update, weight("F32"), FAMILIES["shira"]) == []
+    assert check_dtypes(update, weight("F32"), FAMILIES["lora"]) != []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

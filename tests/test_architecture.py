@@ -34,8 +34,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "checksums",
         "gguf",
     ),
-    ("checkpoint", "journal", "fingerprint", "jobs"),
-    ("adapter_file", "sinks", "factors", "fidelity"),
+    ("checkpoint", "journal", "fingerprint", "jobs", "work"),
+    ("adapter_file", "sinks", "factors", "fidelity", "nonfinite", "threads"),
     ("planning", "report", "compute"),
     ("engine", "inspection", "executors", "progress", "verification", "origin", "hf"),
     ("api", "chat", "comparison"),
@@ -44,7 +44,20 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 #: Rooms that compute: they may import torch when they are imported.
-COMPUTES = frozenset({"codecs", "devices", "factors", "fidelity", "compute", "verification", "gguf", "comparison"})
+COMPUTES = frozenset(
+    {
+        "codecs",
+        "devices",
+        "factors",
+        "fidelity",
+        "nonfinite",
+        "threads",
+        "compute",
+        "verification",
+        "gguf",
+        "comparison",
+    }
+)
 #: Never needed to merge: the base's own code is not run, and PEFT is an oracle of the tests. ``hf`` imports them.
 FOREIGN = ("transformers", "peft", "accelerate", "safetensors", "numpy", "gguf", "sentencepiece")
 #: What `__init__` may import eagerly; all else it finds when it is asked for.

@@ -14,7 +14,7 @@ import torch
 import shardmerge
 from shardmerge.adapters import FAMILIES
 from shardmerge.adapters.lora import Lora
-from shardmerge.compute import ComputeThreads
+from shardmerge.threads import ComputeThreads
 from tests.peft_oracle import make_config, random, stored, write_adapter, write_base
 
 WORKERS = 2
@@ -22,7 +22,7 @@ WORKERS = 2
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[ComputeThreads]:
-    monkeypatch.setattr("shardmerge.compute._cores", lambda: WORKERS)
+    monkeypatch.setattr("shardmerge.threads._cores", lambda: WORKERS)
     made = ComputeThreads(WORKERS)
     yield made
     made.close()
@@ -150,7 +150,7 @@ def test_after_an_interrupt_nobody_waits_for_what_is_lost(
 
 def test_close_ends_the_threads_though_there_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
     before = set(threading.enumerate())
-    monkeypatch.setattr("shardmerge.compute._cores", lambda: WORKERS)
+    monkeypatch.setattr("shardmerge.threads._cores", lambda: WORKERS)
     made = ComputeThreads(WORKERS)
     assert len(set(threading.enumerate()) - before) == WORKERS - 1
     made.share(range(4), lambda *_: None, lambda *_: time.sleep(0.01), apart=True)
@@ -169,7 +169,7 @@ def test_the_order_in_which_tiles_end_does_not_matter(
     where = write_base(tmp_path / "base", [{"m.weight": w}])
     adapter = write_adapter(tmp_path / "adapter", {"m": (a, b)})
     monkeypatch.setattr("shardmerge.planning.tiling._SIZES", ((1 << 16, 1 << 13),))
-    monkeypatch.setattr("shardmerge.compute._cores", lambda: WORKERS)
+    monkeypatch.setattr("shardmerge.threads._cores", lambda: WORKERS)
 
     class Slow(Lora):
         def apply(self, *given: object) -> None:

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 import shardmerge
 from shardmerge.adapters import FAMILIES
-from shardmerge.compute import ComputeThreads
 from shardmerge.devices import CudaPlace
 from shardmerge.factors import LazyFactors
 from shardmerge.fidelity import Sampler
 from shardmerge.sources.open_readers import OpenReaders
+from shardmerge.threads import ComputeThreads
 from tests import zoo
 from tests.builders import write_pure
 from tests.family_oracle import Swapped, Tall, write_case
@@ -45,7 +45,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> PretendedCuda:
     monkeypatch.setattr(
         "shardmerge.compute.resolve_device", lambda name: DEVICE if name == "cuda" else torch.device(name)
     )
-    monkeypatch.setattr("shardmerge.compute._cores", lambda: WORKERS)
+    monkeypatch.setattr("shardmerge.threads._cores", lambda: WORKERS)
     share = ComputeThreads.share
 
     def checked(self: Any, items: Any, begin: Any, work: Any, apart: bool) -> Any:
@@ -338,7 +338,7 @@ def test_factors_are_done_before_another_stream_has_them(gpu: PretendedCuda, tmp
     place = CudaPlace(DEVICE, 2)
     readers = OpenReaders([file for adapter in plan.adapters for file in adapter.files])
     loader = LazyFactors(readers.get, place)
-    loader.begin(tensor.updates, torch.float64)
+    loader.begin(tensor.updates, [torch.float64] * len(tensor.updates))
     factors = loader.of(tensor.updates[0])
     with place.turn(0):
         a, twice = factors.whole("A"), factors.kept("twice", lambda: 2 * factors.whole("A"))

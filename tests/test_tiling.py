@@ -14,7 +14,6 @@ from shardmerge.planning.tiling import (
     BUFFERS,
     WORKERS,
     itemsize,
-    needs_work,
     row_bytes,
     tile_all,
     tile_counts,
@@ -33,6 +32,7 @@ from shardmerge.spec import (
     Update,
     even_rows,
 )
+from shardmerge.work import needs_work
 from tests.builders import refs_of, untimed, update_of
 
 SMALLEST, LARGEST, TILE = _SIZES[-1][0], _SIZES[0][0], _SIZES[0][1]

@@ -30,9 +30,10 @@ from shardmerge.sources import LocalSource
 from shardmerge.spec import Finish, TensorInfo
 from shardmerge.verification.findings import Findings
 from shardmerge.verification.gguf import check_places
-from shardmerge.verification.gguf_blocks import compare, rounded
+from shardmerge.verification.gguf_blocks import compare
 from shardmerge.verification.gguf_header import GgufHeader, read_header
 from shardmerge.verification.reading import Files
+from shardmerge.verification.rounding import rounded
 from tests.builders import growth_of_verify, read_tensors, write_json
 from tests.gguf_zoo import KINDS
 from tests.test_cli import invoke, invoke_json

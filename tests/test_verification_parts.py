@@ -24,8 +24,9 @@ from shardmerge.config import AdapterConfig
 from shardmerge.sources import open_source
 from shardmerge.spec import Place as Where
 from shardmerge.spec import RowRange, TensorInfo, TensorPlan, TensorRef, Update
-from shardmerge.verification.exact import PlainFactors, half_unit
+from shardmerge.verification.exact import PlainFactors
 from shardmerge.verification.reading import Factor, Files
+from shardmerge.verification.rounding import half_unit
 from shardmerge.verification.rows import all_rows, sampled
 from shardmerge.verification.scaling import SCALED, ScaledBy
 from tests.builders import (

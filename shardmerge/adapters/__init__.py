@@ -50,7 +50,7 @@ from shardmerge.adapters.vblora import VbLora
 from shardmerge.adapters.vera import Vera, VeraSeeded
 from shardmerge.adapters.waveft import WaveFt
 from shardmerge.adapters.whole import Overwrite, Replacement, TokenRows
-from shardmerge.spec import DTYPE_BITS, TensorPlan, TensorRef
+from shardmerge.spec import TensorRef
 
 __all__ = [
     "FAMILIES",
@@ -68,8 +68,6 @@ __all__ = [
     "check_dtypes",
     "claim",
     "detect_format",
-    "work_bytes",
-    "work_dtype",
 ]
 
 #: What can be done to a weight, by name.
@@ -171,23 +169,6 @@ METHODS: Mapping[str, PeftMethod] = {
         Frod(),
     )
 }
-
-
-def work_dtype(tensor: TensorPlan, compute_dtype: str) -> str:
-    """What a tensor is worked on in: the compute dtype where an update changes it.
-
-    Where its dtype is only converted, or its values only compared, F32 holds all of what the three float dtypes can.
-    """
-    changes = any(FAMILIES[update.family].changes_weight for update in tensor.updates)
-    return compute_dtype if changes else "F32"
-
-
-def work_bytes(tensor: TensorPlan, compute_dtype: str) -> int:
-    """Bytes that an element takes in the workspace, and again in its scratch."""
-    dtypes = [work_dtype(tensor, compute_dtype)]
-    if tensor.finish:  # another format's blocks are made of float32, in the same memory
-        dtypes += [tensor.finish.dtype, "F32"]
-    return max(DTYPE_BITS[dtype] for dtype in dtypes) // 8
 
 
 def detect_format(tensors: Mapping[str, TensorRef], config: Mapping[str, Any] | None) -> str:

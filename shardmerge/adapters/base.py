@@ -138,6 +138,12 @@ class Family(ABC):
     zero_means_nothing: ClassVar[frozenset[str]] = frozenset()
     #: Whether W changes at all.
     changes_weight: ClassVar[bool] = True
+    #: Whether it works numbers out, in the compute dtype. What only copies or compares has them as they are stored.
+    computes: ClassVar[bool] = True
+    #: Whether the plan makes the adapter's one tensor the source, in the base's place: nothing is left to do by tile.
+    is_source: ClassVar[bool] = False
+    #: The dtypes of stored weights that it can be done to: those of which tiles can be made.
+    weights: ClassVar[frozenset[str]] = frozenset(FLOAT_DTYPES)
     #: Whether a window with all rows and a part of the columns can be updated: what a transposed W needs.
     by_column_windows: ClassVar[bool] = False
     #: Whether rows are updated one by one, so that they may be stored in another order.
@@ -241,12 +247,12 @@ def oriented(update: ModuleUpdate, parameter: Parameter, rows: int | None, colum
     return update.changed(transposes=transposes)
 
 
-def check_dtypes(update: ModuleUpdate, weight: TensorRef, whole_numbers: frozenset[str]) -> list[str]:
-    """Whether numbers of these dtypes can be merged. ``whole_numbers`` are roles whose factors may be whole numbers."""
+def check_dtypes(update: ModuleUpdate, weight: TensorRef, family: Family) -> list[str]:
+    """Whether numbers of these dtypes can be merged by a family."""
     for role, factor in update.factors:
-        if factor.dtype not in FACTOR_DTYPES and not (role in whole_numbers and factor.dtype in INTEGER_DTYPES):
+        if factor.dtype not in FACTOR_DTYPES and not (role in family.whole_numbers and factor.dtype in INTEGER_DTYPES):
             return [f"{factor.name} is stored as {factor.dtype}; factors are F64, F32, F16 or BF16"]
-    if weight.dtype not in FLOAT_DTYPES:
+    if weight.dtype not in family.weights:
         return [
             f"{update.module}: its weight {weight.name}, {list(weight.shape)} is stored as {weight.dtype}; only F32, "
             "F16 and BF16 weights can be merged into, so a quantised base must be dequantised first"

@@ -21,6 +21,7 @@ class FrozenCopy(Family):
 
     name: ClassVar[str] = "frozen-copy"
     changes_weight: ClassVar[bool] = False
+    computes: ClassVar[bool] = False
     by_rows: ClassVar[frozenset[str]] = frozenset({"copy"})
     order: ClassVar[int] = 0
 

@@ -21,6 +21,8 @@ class Replacement(Family):
     """The adapter's tensor in place of the base's. The plan makes it the source, so nothing is left to do by tile."""
 
     name: ClassVar[str] = "replacement"
+    computes: ClassVar[bool] = False
+    is_source: ClassVar[bool] = True
     by_rows: ClassVar[frozenset[str]] = frozenset({"whole"})
     by_column_windows: ClassVar[bool] = True
     order: ClassVar[int] = 1
@@ -43,6 +45,7 @@ class Overwrite(Replacement):
     """The same where the base stores the tensor in parts, in a larger one, or the other way round."""
 
     name: ClassVar[str] = "overwrite"
+    is_source: ClassVar[bool] = False
     by_rows: ClassVar[frozenset[str]] = frozenset({"whole"})
     rows_are_independent: ClassVar[bool] = True
 
@@ -69,6 +72,7 @@ class TokenRows(Family):
     """Rows of an embedding (or of the output head) replaced."""
 
     name: ClassVar[str] = "token-rows"
+    computes: ClassVar[bool] = False
     #: Where PEFT puts LoRA on a head that is tied, the tokens are in the layer that LoRA wraps.
     order: ClassVar[int] = 2
 

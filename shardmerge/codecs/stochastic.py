@@ -19,6 +19,8 @@ from torch import Tensor
 
 from shardmerge.spec import RowRange, even_rows
 
+#: Whole numbers that have as many bits.
+_BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 #: fmix32 of MurmurHash3 (Austin Appleby, public domain): of each step a shift and a factor, as int32 has it.
 _STEPS = ((16, 0x85EBCA6B - (1 << 32)), (13, 0xC2B2AE35 - (1 << 32)), (16, 1))
 _COLUMNS = 0x9E3779B9 - (1 << 32)  # 2³² divided by the golden ratio, so that neighbours begin far apart
@@ -29,7 +31,7 @@ _SLAB_TO_CUT = 1 << 16
 
 
 def encode_by_chance(target: Tensor, value: Tensor, seed: int, name: str, rows: RowRange) -> None:
-    """Round ``value`` (rows, columns), float32 or float64, into ``target``, of 16 bits: rows ``rows`` of a tensor.
+    """Round ``value`` (rows, columns), float32 or float64, into a narrower ``target``: rows ``rows`` of a tensor.
 
     What ``target`` can hold exactly stays as it is, and so does what is not finite.
     """
@@ -71,10 +73,12 @@ def _choose(target: Tensor, value: Tensor, chance: Tensor) -> None:
     error = value - rounded
     up = error > 0
     # The neighbour on the other side of the exact value: one step of the bit pattern, which grows with the magnitude.
-    bits = nearest.view(torch.int16)
-    step = (up == (bits >= 0)).to(torch.int16).mul_(2).sub_(1)
-    # Of the two zeros the one that lies on the way.
-    neighbour = torch.where(nearest == 0, up.to(torch.int16) * 0x8000 - 0x7FFF, bits + step).view(target.dtype)
+    whole = _BITS[target.dtype]
+    bits = nearest.view(whole)
+    step = (up == (bits >= 0)).to(whole).mul_(2).sub_(1)
+    # Beside zero the least number of the sign that lies on the way: of its bits the last one, and maybe the sign's.
+    least = torch.where(up, 1, torch.iinfo(whole).min + 1).to(whole)
+    neighbour = torch.where(nearest == 0, least, bits + step).view(target.dtype)
     gap = neighbour.to(value.dtype).sub_(rounded)
     # A value that is exact has no error, and that of an infinity is no number.
     target.copy_(torch.where(error.abs_() > gap.abs_().mul_(chance), neighbour, nearest))

@@ -72,8 +72,8 @@ def lay_out(
     problems = (*problems, *layout.problems, *description.problems, *lost)
     if problems:
         return GgufFile(nothing, problems=problems)
-    refs = {tensor.source.name: tensor.source for shard in checkpoint.shards for tensor in shard.tensors}
-    plans = tuple(plan for tensor in layout.tensors for plan in _plans(tensor, refs, updates))
+    stored = {tensor.source.name: tensor for shard in checkpoint.shards for tensor in shard.tensors}
+    plans = tuple(plan for tensor in layout.tensors for plan in _plans(tensor, stored, updates))
     head = gguf.encode_header(description.values, layout.tensors)
     shard = ShardPlan(f"{name}-{quantization}.gguf", (), plans, len(head), layout.data_bytes, head)
     text = gguf.modelfile(shard.name, description.values, contents)
@@ -99,7 +99,7 @@ def _content(file: AuxFile) -> bytes:
 
 
 def _plans(
-    tensor: OutputTensor, refs: Mapping[str, TensorRef], updates: Mapping[str, Sequence[Update]]
+    tensor: OutputTensor, stored: Mapping[str, TensorPlan], updates: Mapping[str, Sequence[Update]]
 ) -> Iterator[TensorPlan]:
     """A plan for each part of a tensor of the file."""
     if not tensor.parts:
@@ -107,17 +107,18 @@ def _plans(
     end = tensor.offset
     for part in tensor.parts:
         start, end = end, end + row_nbytes(tensor.kind, len(part.rows) * tensor.columns)
-        yield _plan(tensor, part, (start, end), refs[part.tensor], bool(updates.get(part.tensor)))
+        yield _plan(tensor, part, (start, end), stored[part.tensor], bool(updates.get(part.tensor)))
 
 
-def _plan(tensor: OutputTensor, part: Part, place: tuple[int, int], ref: TensorRef, is_updated: bool) -> TensorPlan:
-    finish = tensor.finish
+def _plan(tensor: OutputTensor, part: Part, place: tuple[int, int], merged: TensorPlan, is_updated: bool) -> TensorPlan:
+    """``merged`` is the plan of the checkpoint's tensor that the part is made of."""
+    finish, ref = tensor.finish, merged.source
     shape = (len(part.rows), tensor.columns) if len(ref.shape) > 1 else ref.shape
     out = TensorInfo(tensor.kind, shape, place)
     size = row_nbytes(ref.dtype, tensor.columns)
     is_all = len(part.rows) * size == ref.nbytes
     if is_all or is_updated:
-        return TensorPlan(ref, out, finish=finish, part=None if is_all else part.rows)
+        return TensorPlan(ref, out, finish=finish, part=None if is_all else part.rows, base=merged.base)
     offset, nbytes = ref.offset + part.rows.start * size, len(part.rows) * size
     return TensorPlan(dataclasses.replace(ref, shape=shape, offset=offset, nbytes=nbytes), out, finish=finish)
 

@@ -272,8 +272,8 @@ class _Matching:
             return []
         family = FAMILIES[update.family]
         stored = [self._stored(place.tensor) for place in parameter.places]
-        problems = [problem for ref in stored for problem in check_dtypes(update, ref, family.whole_numbers)][:1]
-        if update.family == "replacement":
+        problems = [problem for ref in stored for problem in check_dtypes(update, ref, family)][:1]
+        if family.is_source:
             problems = _dtype_of_whole(update, stored[0])
         problems += family.check(update, _shape(update, parameter))
         if not math.isfinite(update.scaling * self.config.weight):

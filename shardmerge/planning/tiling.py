@@ -13,10 +13,12 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from shardmerge.adapters import FAMILIES, work_bytes, work_dtype
+from shardmerge.adapters import FAMILIES
+from shardmerge.errors import ShardmergeError
 from shardmerge.spec import (
+    ALIGNMENT,
     DTYPE_BITS,
-    FLOAT_DTYPES,
+    FACTOR_DTYPES,
     INTEGER_DTYPES,
     KEPT_WHOLE_BYTES,
     MIN_TILE_ROWS,
@@ -30,6 +32,7 @@ from shardmerge.spec import (
     row_nbytes,
 )
 from shardmerge.windows import boundaries, locate
+from shardmerge.work import dtype_for, narrow_dtype, needs_work, tile_dtype, work_bytes
 
 #: Buffers in flight: read, waiting, computed, waiting, written, and one to spare.
 BUFFERS = 6
@@ -48,7 +51,7 @@ _PANEL_BYTES = 3 << 20
 #: products in a dtype. Measured.
 _CODE_BYTES = {"Q8_0": 2 << 20, "Q4_0": 4 << 20, "Q5_0": 4 << 20, "Q4_1": 3 << 20, "Q5_1": 3 << 20}
 _CODE_BYTES_OF_WORK = {"BF16": 3 << 20}
-#: What is in between when float64 is rounded to 16 bits, in all threads. Measured.
+#: What is in between when float64 is rounded, in all threads. Measured.
 _BETWEEN_BYTES = 2 << 20
 #: Factors that are kept for a later target, at most; who shares more reads them again.
 _MOST_SHARED_BYTES = 16 << 20
@@ -67,7 +70,7 @@ def tile_all(
     need more, the plan needs more: `MemoryPlan.total` says how much, and the caller decides.
     """
     shards = tuple(shards)
-    worked = [tensor for shard in shards for tensor in shard.tensors if needs_work(tensor)]
+    worked = [_workable(tensor) for shard in shards for tensor in shard.tensors if needs_work(tensor)]
     # Layers repeat: one tensor of each kind stands for all.
     kind_of = {id(tensor): _kind(tensor) for tensor in worked}
     kinds = {kind_of[id(tensor)]: tensor for tensor in worked}
@@ -95,15 +98,11 @@ def tile_all(
     return tuple(dataclasses.replace(shard, tensors=tuple(map(tiled, shard.tensors))) for shard in shards), memory
 
 
-def needs_work(tensor: TensorPlan) -> bool:
-    """Whether a tensor goes through a float, rather than as bytes."""
-    finish = tensor.finish
-    if finish and (finish.shuffle or finish.addend or finish.dtype != tensor.source.dtype):
-        return True
-    if tensor.source.dtype != tensor.out.dtype:
-        return True
-    # Numbers that are not floats can only have been replaced.
-    return bool(tensor.updates) and tensor.source.dtype in FLOAT_DTYPES
+def _workable(tensor: TensorPlan) -> TensorPlan:
+    """The tensor. That tiles cannot be made of it would be our mistake: what was matched has asked its family."""
+    if tensor.source.dtype not in FACTOR_DTYPES:
+        raise ShardmergeError(f"{tensor.source.name} is stored as {tensor.source.dtype}, which cannot be worked on")
+    return tensor
 
 
 def _kind(tensor: TensorPlan) -> tuple[object, ...]:
@@ -194,12 +193,13 @@ def _memory(
         rows = _largest_tile(tile_counts(tensor, tile_bytes))
         largest = max(largest, -(-rows * row_bytes(tensor) // _PAGE) * _PAGE)
         # A tile in the dtype of the work, and the scratch of the same size that updates and quantisers use.
-        dtype = work_dtype(tensor, compute_dtype)
+        dtype, narrow = tile_dtype(tensor, compute_dtype), narrow_dtype(tensor, compute_dtype)
         tile = rows * tensor.row_elements * work_bytes(tensor, compute_dtype)
-        workspace = max(workspace, aligned(tile) + tile)
-        factors = max(factors, sum(_factor_bytes(update, rows, dtype) for update in tensor.updates))
-        between = _BETWEEN_BYTES if dtype == "F64" and tensor.out.dtype in ("F16", "BF16") else 0
-        code = max(code, _CODE_BYTES.get(tensor.out.dtype, 0) + _CODE_BYTES_OF_WORK.get(dtype, 0) + between)
+        workspace = max(workspace, aligned(tile) + tile + (ALIGNMENT if narrow else 0))
+        of = (_factor_bytes(update, rows, dtype_for(update, tensor, compute_dtype)) for update in tensor.updates)
+        factors = max(factors, sum(of))
+        between = _BETWEEN_BYTES if dtype == "F64" and tensor.out.dtype in ("F32", "F16", "BF16") else 0
+        code = max(code, _CODE_BYTES.get(tensor.out.dtype, 0) + _CODE_BYTES_OF_WORK.get(narrow or dtype, 0) + between)
     return MemoryPlan(BUFFERS, largest, WORKERS, workspace, factors, shared, code)
 
 

@@ -29,10 +29,14 @@ def output_dtype(stored: str, wanted: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A tensor of the output: where its data comes from, and the dtype of the base's tensor in whose place it is."""
+    """A tensor of the output: where its data comes from, and the base's tensor in whose place it is."""
 
     source: TensorRef
-    dtype: str
+    base: TensorRef
+
+    @property
+    def dtype(self) -> str:
+        return self.base.dtype
 
 
 def lay_out(
@@ -47,10 +51,8 @@ def lay_out(
     ``dtype`` is a code or ``same``; ``max_shard_size`` None keeps the shards.
     """
     replaced = replaced or {}
-    groups = [
-        [Outgoing(replaced.get(ref.name, ref), ref.dtype) for ref in shard.tensors] for shard in checkpoint.shards
-    ]
-    groups[-1] += [Outgoing(replaced.get(ref.name, ref), ref.dtype) for ref in added]
+    groups = [[Outgoing(replaced.get(ref.name, ref), ref) for ref in shard.tensors] for shard in checkpoint.shards]
+    groups[-1] += [Outgoing(replaced.get(ref.name, ref), ref) for ref in added]
     if max_shard_size is None:
         shards = tuple(
             _shard(shard.name, shard.metadata, group, dtype)
@@ -71,7 +73,8 @@ def _shard(name: str, metadata: header.Metadata, group: Sequence[Outgoing], dtyp
     for tensor in group:
         code, shape = output_dtype(tensor.dtype, dtype), tensor.source.shape
         start, end = end, end + tensor_nbytes(code, shape)
-        tensors.append(TensorPlan(tensor.source, TensorInfo(code, shape, (start, end))))
+        base = None if tensor.source is tensor.base else tensor.base
+        tensors.append(TensorPlan(tensor.source, TensorInfo(code, shape, (start, end)), base=base))
     head = header.encode(metadata, {tensor.source.name: tensor.out for tensor in tensors})
     return ShardPlan(name, metadata, tuple(tensors), _like_source(len(head), tensors), end)
 

@@ -21,7 +21,8 @@ the output's last place. What it computes may differ from the exact value by e:
   made ΔW, whose parts may cancel. For those in `MIXES`, which sum up entries of W, ‖W‖ of the row takes the place of
   ‖ΔW‖: parts of W cancel there, and the rotation itself was computed. `COARSE` have a larger factor, each with its
   reason.
-- What copies has no error at all.
+- What copies has no error at all, and neither has what no update reaches: neither goes through the compute dtype.
+- What an update computes goes through it before: where its dtype holds more, u of the number.
 
 An error that there was before an update counts on, for DoRA times m / ‖V‖, for other families at most as its row grows.
 """
@@ -86,8 +87,8 @@ class Exact:
         self._files = files
         self._adapters = adapters
         self._threads = torch.get_num_threads()
-        self._compute = dtype_code(plan.compute_dtype)
-        unit, summing = _UNITS[self._compute]
+        self.compute_dtype = dtype_code(plan.compute_dtype)
+        unit, summing = _UNITS[self.compute_dtype]
         self._unit, self._summing = unit + _OWN, summing + _OWN
         self._tensor: TensorPlan | None = None
         self._reaching: Callable[[RowRange], Sequence[Update]] = lambda rows: ()
@@ -115,22 +116,28 @@ class Exact:
         """W with all updates, or those before ``until``."""
         source = tensor.source
         value = wide(self._files.rows(source, rows, tensor.row_elements))
-        error = value.abs() * self._unit if source.dtype not in _EXACT[self._compute] else torch.zeros_like(value)
+        error = torch.zeros_like(value)
+        # What is yet to be rounded to the compute dtype, where something is computed of it.
+        loose = torch.full_like(value, source.dtype not in _EXACT[self.compute_dtype], dtype=torch.bool)
         for update in self._reaching(rows):
             if update is until:
                 break
             part = locate(tensor, update, rows)
             if part is not None and update.family not in NOTHING:
-                self._apply(update, part, value, error)
+                self._apply(update, part, value, error, loose)
         return value, error
 
-    def _apply(self, update: Update, part: Part, value: Tensor, error: Tensor) -> None:
-        """Change ``value`` and ``error`` in place by one update."""
+    def _apply(self, update: Update, part: Part, value: Tensor, error: Tensor, loose: Tensor) -> None:
+        """Change ``value``, ``error`` and ``loose`` in place by one update."""
         columns = slice(part.columns.start, part.columns.stop)
-        view, bound = value[:, columns], error[:, columns]
+        view, bound, fresh = value[:, columns], error[:, columns], loose[:, columns]
         if update.family in COPIES:
-            self._copy(update, part, view, bound)
-        elif update.family not in SCALED:
+            self._copy(update, part, view, bound, fresh)
+            return
+        if bool(fresh.any()):
+            bound += torch.where(fresh, view.abs() * self._unit, 0.0)
+            fresh.fill_(False)
+        if update.family not in SCALED:
             self._by_family(update, part, view, bound)
         else:
             view, bound = (of.T if part.transposed else of for of in (view, bound))
@@ -224,13 +231,12 @@ class Exact:
 
     # --- all other families -------------------------------------------------------------------------------------------
 
-    def _copy(self, update: Update, part: Part, view: Tensor, bound: Tensor) -> None:
+    def _copy(self, update: Update, part: Part, view: Tensor, bound: Tensor, fresh: Tensor) -> None:
         before = view.clone()
         self._run(update, part, view)
-        factor = update.factors[0][1]
-        exact = factor.dtype in _EXACT[self._compute]
         changed = view != before
-        bound[changed] = 0.0 if exact else (view[changed].abs() * self._unit)
+        bound[changed] = 0.0
+        fresh[changed] = update.factors[0][1].dtype not in _EXACT[self.compute_dtype]
 
     def _by_family(self, update: Update, part: Part, view: Tensor, bound: Tensor) -> None:
         before = view.clone()
@@ -316,21 +322,6 @@ class PlainFactors:
         groups, outer, inner = place.shuffle
         order = torch.arange(place.rows).view(groups, inner, outer).transpose(1, 2).reshape(-1)
         return place.start + order[rows.start - place.start : rows.stop - place.start]
-
-
-#: Of a float64 the bits that say its power of two.
-_POWER = 0x7FF << 52
-
-
-def half_unit(magnitude: Tensor, dtype: str) -> Tensor:
-    """The most that rounding a number of this magnitude (float64) to a dtype changes it: half a unit of its last place.
-
-    That is 2ᵏ⁻ᵖ of a number from 2ᵏ to 2ᵏ⁺¹ in a dtype of p significant bits, k being no less than that of its
-    smallest normal number.
-    """
-    bits, least = {"F32": (24, -126), "F16": (11, -14), "BF16": (8, -126)}[dtype]
-    power = (magnitude.view(torch.int64) & _POWER).view(torch.float64)
-    return power.clamp_(min=2.0**least).mul_(2.0**-bits)
 
 
 def is_copied(tensor: TensorPlan) -> bool:

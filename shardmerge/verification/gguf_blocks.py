@@ -35,7 +35,7 @@ from torch import Tensor
 
 from shardmerge.codecs import NUMBER_DTYPES
 from shardmerge.spec import BLOCKS, Finish
-from shardmerge.verification.exact import half_unit
+from shardmerge.verification.rounding import rounded
 
 _BLOCK = 32
 _FLOAT32 = 2.0**-22
@@ -84,19 +84,11 @@ def between(value: Tensor, error: Tensor, finish: Finish, by_chance: bool) -> tu
     """(least, largest) number that a file in float32 would hold of W' ± e."""
     ends = []
     for end, direction in ((value - error, -1), (value + error, 1)):
-        narrow = by_chance and finish.dtype != "F32"
-        stored = rounded(end, finish.dtype, direction if narrow else 0)
+        stored = rounded(end, finish.dtype, direction if by_chance else 0)
         if finish.addend:
             stored = rounded(stored + finish.addend, "F16" if finish.dtype == "F16" else "F32")
         ends.append(stored)
     return ends[0], ends[1]
-
-
-def rounded(value: Tensor, dtype: str, direction: int = 0) -> Tensor:
-    """float64 → the nearest number of a dtype, ties to even; with a direction the next one below or above."""
-    unit = half_unit(value.abs(), dtype).mul_(2)
-    towards = {0: torch.round, -1: torch.floor, 1: torch.ceil}[direction]
-    return torch.where(torch.isfinite(value), towards(value / unit) * unit, value)
 
 
 def compare(data: Tensor, kind: str, least: Tensor, largest: Tensor) -> list[Numbers]:

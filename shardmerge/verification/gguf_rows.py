@@ -14,6 +14,7 @@ from shardmerge.verification.exact import Exact, is_copied
 from shardmerge.verification.findings import TOUCHED, UNTOUCHED, Findings
 from shardmerge.verification.gguf_blocks import VALUE, Numbers, between, compare
 from shardmerge.verification.reading import Files
+from shardmerge.verification.rounding import goes_by_chance
 from shardmerge.verification.rows import all_rows, sampled
 
 #: Of what is made of the config alone, and is in float32 everywhere.
@@ -77,8 +78,9 @@ class RowCheck:
     def _window(self, piece: Piece, rows: RowRange) -> bool:
         plan = piece.plan
         places = _places(plan, rows)
-        by_chance = self._by_chance and bool(plan.updates)
-        ends = between(*self._exact.rows(rows), plan.finish or _PLAIN, by_chance)
+        finish = plan.finish or _PLAIN
+        by_chance = self._by_chance and goes_by_chance(plan, self._exact.compute_dtype, finish.dtype)
+        ends = between(*self._exact.rows(rows), finish, by_chance)
         found = compare(self._read(piece, places), plan.out.dtype, *ends)
         return all(self._agree(piece, places, numbers) for numbers in found)
 

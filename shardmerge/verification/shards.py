@@ -17,9 +17,10 @@ from torch import Tensor
 from shardmerge.checksums import Checksums
 from shardmerge.codecs import NUMBER_DTYPES
 from shardmerge.spec import DTYPE_BITS, RowRange, SourceFile, TensorInfo, TensorPlan
-from shardmerge.verification.exact import Exact, half_unit, is_copied
+from shardmerge.verification.exact import Exact, is_copied
 from shardmerge.verification.findings import CHECKSUMS, TOUCHED, UNTOUCHED, Findings
 from shardmerge.verification.reading import CHUNK, Files, decode, wide
+from shardmerge.verification.rounding import goes_by_chance, half_unit, rounded
 from shardmerge.verification.rows import all_rows, sampled
 
 Advance = Callable[[int], None]
@@ -148,7 +149,8 @@ class ShardCheck:
         else:
             stored = self._files.rows(source, RowRange(at // width, (at + len(data)) // width), 1)
             expected = bytearray(len(data))
-            decode(expected, out.dtype, 1).copy_(stored)
+            # Torch rounds a float64 to 16 bits by way of float32, the merge does so once.
+            decode(expected, out.dtype, 1).copy_(rounded(stored, out.dtype) if source.dtype == "F64" else stored)
             if data == expected:
                 return False
             wrong = self._unlike(plan, data, expected, stored)
@@ -174,19 +176,19 @@ class ShardCheck:
         """Which numbers of another dtype than the source's are not the source's, rounded."""
         numbers, nearest = (decode(of, plan.out.dtype, 1) for of in (found, expected))
         like = (numbers == nearest) | (numbers.isnan() & nearest.isnan())
-        chance = self._by_chance and bool(plan.updates)
-        if chance or plan.source.dtype == "F64":
-            # A float64 goes to the output by way of the compute dtype. By chance both neighbours are right.
+        if self._goes_by_chance(plan):  # both neighbours are right
             exact = stored.double()
-            error = exact.abs() * 2.0**-24 if plan.source.dtype == "F64" else torch.zeros_like(exact)
-            allowed = self._rounding(exact.abs() + error, plan.out.dtype, chance) + error
-            like |= (numbers.double() - exact).abs() <= allowed
+            like |= (numbers.double() - exact).abs() <= self._rounding(plan, exact.abs())
         return ~like
 
-    def _rounding(self, magnitude: Tensor, dtype: str, by_chance: bool) -> Tensor:
+    def _goes_by_chance(self, plan: TensorPlan) -> bool:
+        exact = self._exact
+        return exact is not None and self._by_chance and goes_by_chance(plan, exact.compute_dtype, plan.out.dtype)
+
+    def _rounding(self, plan: TensorPlan, magnitude: Tensor) -> Tensor:
         """What one rounding may change: half a unit of the last place, or by chance a whole one."""
-        half = half_unit(magnitude, dtype)
-        return half.mul_(2) if by_chance and dtype != "F32" else half
+        half = half_unit(magnitude, plan.out.dtype)
+        return half.mul_(2) if self._goes_by_chance(plan) else half
 
     # --- one touched tensor -------------------------------------------------------------------------------------------
 
@@ -211,19 +213,23 @@ class ShardCheck:
             for offset, size in _chunks(rows.start * row_bytes, rows.stop * row_bytes, None if window else CHUNK):
                 data = self._read(shard, start + offset, size, checksums)
                 if not wrong:
-                    wrong = not self._finite(shard, plan, data, offset)
+                    wrong = not self._finite(shard, plan, data, offset // row_bytes * plan.row_elements)
                 if window and not wrong:
                     found = decode(data, plan.out.dtype, plan.row_elements)
                     wrong = not self._window(shard, plan, rows, wide(found), *exact.rows(rows))
                 advance(size)
 
     def _finite(self, shard: ShardFile, plan: TensorPlan, data: bytearray, at: int) -> bool:
+        """Whether elements from the one ``at`` on are numbers, or infinities that the base holds, too."""
         values = decode(data, plan.out.dtype, 1)
         # The sum is the cheapest look; it may be infinite by itself.
         if math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all()):
             return True
-        index = int((~torch.isfinite(values)).nonzero()[0][0])
-        row, column = divmod(at * 8 // DTYPE_BITS[plan.out.dtype] + index, plan.row_elements)
+        wrong = ~torch.isfinite(values) & ~self._of_the_base(plan, values, at)
+        if not bool(wrong.any()):
+            return True
+        index = int(wrong.nonzero()[0][0])
+        row, column = divmod(at + index, plan.row_elements)
         value = float(values[index])
         self._findings.problem(
             TOUCHED,
@@ -236,13 +242,23 @@ class ShardCheck:
         )
         return False
 
+    def _of_the_base(self, plan: TensorPlan, values: Tensor, at: int) -> Tensor:
+        """Which elements, from the one ``at`` on, are infinities that stand there in the base."""
+        base = plan.base or plan.source
+        same = torch.zeros_like(values, dtype=torch.bool)
+        there = max(0, min(len(values), math.prod(base.shape) - at))
+        if there:
+            same[:there] = self._files.rows(base, RowRange(at, at + there), 1).double() == values[:there].double()
+        return same & torch.isinf(values)
+
     def _window(
         self, shard: ShardFile, plan: TensorPlan, rows: RowRange, found: Tensor, value: Tensor, error: Tensor
     ) -> bool:
         """Compare rows as found with W'; says where they are off by more than is allowed."""
-        allowed = self._rounding(value.abs() + error, plan.out.dtype, self._by_chance) + error
+        allowed = self._rounding(plan, value.abs() + error) + error
         difference = (found - value).abs()
-        ratio = difference / allowed
+        # An infinity that is copied is itself, and less itself is no number.
+        ratio = torch.where(found == value, 0.0, difference / allowed)
         worst = int(ratio.argmax()) if ratio.numel() else 0
         largest = float(ratio.flatten()[worst]) if ratio.numel() else 0.0
         if largest <= 1.0:
