@@ -245,6 +245,8 @@ class Parameter:
     is_transposed: bool | None
     #: Whether the first dimension counts experts: ``shape`` is (E, out, in), or (E, out) for their biases.
     experts: bool = False
+    #: Whether its rows are those of two matrices in turn, of gate and of up.
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, slots=True)

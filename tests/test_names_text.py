@@ -8,7 +8,6 @@ checkpoint is loaded back so, and answers as base and adapter do.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import shardmerge
-from shardmerge import PlanError
-from shardmerge.names import Names, Parameter, Speakers, Spoken
+from shardmerge.names import Names, Speakers, Spoken
 from tests import names_zoo, text_zoo
 from tests.names_zoo import State
-from tests.peft_oracle import assert_same_bits, make_config, merge_to, stored
+from tests.peft_oracle import assert_same_bits, merge_to, stored
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,7 +32,7 @@ QUICK = (
     "Qwen3_5ForConditionalGeneration",
     "Qwen3_5MoeForConditionalGeneration",
 )
-#: Classes that ``AutoModelForCausalLM`` makes the text-only class of, and reads their checkpoints (of Emu3 it reads none).
+#: Classes that ``AutoModelForCausalLM`` makes the text-only class of, and whose checkpoints it reads (none of Emu3's).
 LOADED = {name for name in QUICK if not name.startswith(("Emu3", "Gemma3"))}
 #: Their own names on disk, spoken to a checkpoint of the text model alone: refused, as conversions stand in between.
 CONVERTED = {
@@ -95,7 +93,7 @@ def test_every_name_of_the_multimodal_model_in_a_checkpoint_of_the_text_model(na
     of = pair_of(name)
     with torch.device("meta"):
         text = of.alone(of.around.config.text_config)
-    memory = {key: tensor for key, tensor in names_zoo.weights(text).items()}
+    memory = names_zoo.weights(text)
     inside = of.all_inside(memory)
     for state in (memory, names_zoo.on_disk(text, memory)):
         names = names_of(names_zoo.config_of(text), state)

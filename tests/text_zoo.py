@@ -52,8 +52,11 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "qwen4_exp_text": {
-        **{"indexer_kv_heads": 1, "indexer_n_heads": 2, "indexer_head_dim": 8},
-        **{"indexer_budget": 64, "indexer_compress_ratio": 4},
+        "indexer_kv_heads": 1,
+        "indexer_n_heads": 2,
+        "indexer_head_dim": 8,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
     },
 }
 
@@ -80,7 +83,7 @@ class Pair:
 
 @cache
 def multimodal() -> tuple[str, ...]:
-    """The classes that the table says have a text model inside and answer in text; no library is asked, so it is quick."""
+    """The classes that the table says have a text model inside and answer in text; it asks no library, so is quick."""
     found = tables.table().architectures
     return tuple(
         name
@@ -102,7 +105,7 @@ def _config_class(cls: Any) -> Any:
 
 @cache
 def _text_class(name: str) -> type | None:
-    """The causal class of the default text config's own class: by transformers' mapping, or beside the multimodal one."""
+    """The causal class of the default text config's class: by transformers' mapping, or beside the multimodal one."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     cls = getattr(transformers, name)
@@ -159,7 +162,11 @@ def spoken_alone(of: Pair, state: State) -> State:
 
 def small(of: Pair) -> Any:
     """A small model of the text-only class with random weights, in float32."""
-    config = of.around.config.text_config
+    return small_of(of.alone, of.around.config.text_config)
+
+
+def small_of(cls: Any, config: Any) -> Any:
+    """A small model of a class, with what its config says but of sizes."""
     settings = config.to_dict()
     changed = {key: size for key, size in _SIZES.items() if settings.get(key)}
     layers = settings.get("layer_types")
@@ -171,7 +178,7 @@ def small(of: Pair) -> Any:
     made.tie_word_embeddings = False
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        model: Any = of.alone(made)
+        model: Any = cls(made)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
     return model.float().eval()

@@ -380,10 +380,12 @@ def _has_experts(module: nn.Module) -> bool:
 
 
 def _gates(module: nn.Module) -> str:
-    """How gate_up_proj joins gate and up: ``concatenated`` or ``interleaved``; "" where the class says nothing."""
+    """How gate_up_proj joins gate and up: ``concatenated``, ``interleaved``, ``none``; "" if the class says nothing."""
     joined = getattr(module, "is_concatenated", None)
-    if joined is None or not getattr(module, "has_gate", False) or not hasattr(module, "gate_up_proj"):
+    if joined is None:
         return ""
+    if not getattr(module, "has_gate", False) or not hasattr(module, "gate_up_proj"):
+        return "none"
     return "concatenated" if joined else "interleaved"
 
 

@@ -29,7 +29,7 @@ from shardmerge.adapters.ia3 import Ia3
 from shardmerge.adapters.ln_tuning import LnTuning
 from shardmerge.adapters.loha import Loha, LohaTucker
 from shardmerge.adapters.lokr import Lokr
-from shardmerge.adapters.lora import Dora, Lora, LoraBias, LoraBlocks, LoraExperts
+from shardmerge.adapters.lora import Dora, Lora, LoraBias, LoraBlocks, LoraExperts, LoraGated
 from shardmerge.adapters.miss import Miss, MissBat
 from shardmerge.adapters.oft import Oft
 from shardmerge.adapters.osf import Osf
@@ -78,6 +78,7 @@ FAMILIES: Mapping[str, Family] = {
         Dora(),
         LoraExperts(),
         LoraBlocks(),
+        LoraGated(),
         LoraBias(),
         Replacement(),
         Overwrite(),

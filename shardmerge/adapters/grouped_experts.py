@@ -1,14 +1,15 @@
 """LoRA of all experts in one pair of tensors, as other trainers than PEFT write it: W'_e = W_e + s · B_e A_e.
 
 - Tinker, SGLang and Megatron-Bridge: ``experts.w1.lora_A.weight`` (E, r, in) and ``experts.w1.lora_B.weight``
-  (E, out, r); w1 is gate_proj, w3 up_proj, w2 down_proj. What is next to the hidden state is shared: A of w1 and w3, and
-  B of w2, have a first dimension of 1, and e's is then the only one.
+  (E, out, r); w1 is gate_proj, w3 up_proj, w2 down_proj. What is next to the hidden state is shared: A of w1 and w3,
+  and B of w2, have a first dimension of 1, and e's is then the only one.
 - NeMo AutoModel: ``experts.lora_gate_and_up_A`` (E, in, r), ``experts.lora_gate_and_up_B`` (E, r, 2 · out), gate first,
   ``experts.lora_down_A`` and ``experts.lora_down_B``. They are multiplied from the right, as x A_e B_e, so that ΔW_e is
   s · (A_e B_e)ᵀ.
 
 s is α / r as PEFT's config says. Every expert's part of a tensor is a range of its bytes, so each becomes an update of
-that expert's own matrix, wherever the base keeps it.
+that expert's own matrix, wherever the base keeps it. Of gpt-oss, which keeps the rows of w1 and w3 in turn, the two
+become one update.
 
 Source: tinker-cookbook, tinker_cookbook/weights (shared-outer LoRA); SGLang, ``--experts-shared-outer-loras``; NeMo
 AutoModel, nemo_automodel/components/_peft/lora_experts.py and components/moe/state_dict_mixin.py.
@@ -22,14 +23,16 @@ from collections.abc import Callable, Mapping
 
 from shardmerge.adapters.base import Claims, ModuleUpdate
 from shardmerge.naming import module_name
-from shardmerge.spec import DTYPE_BITS, TensorRef
+from shardmerge.spec import DTYPE_BITS, Parameter, TensorRef
 
 #: Rank and scaling of a module, by its name in the adapter.
 Scaled = Callable[[str], tuple[int, float]]
-#: Whether the base has a module of that name with a weight of its own, or as a part of one.
-InBase = Callable[[str], bool]
+#: The base's weight of a module, whether it is a tensor by itself or a part of one; None where there is none.
+Weight = Callable[[str], Parameter | None]
 
 _PARTS: Mapping[str, str] = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+#: How roles of the two end in one update of both.
+_ENDS: Mapping[str, str] = {"gate_proj": "", "up_proj": "_up"}
 _STACKED = re.compile(r"(?P<experts>(?:.+\.)?experts)\.(?P<part>w[123]|gate_proj|up_proj|down_proj|gate_up_proj)")
 _GROUPED = re.compile(r"(?P<module>.+)\.lora_(?P<part>gate_and_up|down)_(?P<role>[AB])")
 
@@ -54,7 +57,7 @@ def is_stacked(module: str, factors: Mapping[str, TensorRef]) -> bool:
 
 
 def claim_stacked(
-    claims: Claims, module: str, factors: Mapping[str, TensorRef], rank: int, scaling: float, in_base: InBase
+    claims: Claims, module: str, factors: Mapping[str, TensorRef], rank: int, scaling: float, weight: Weight
 ) -> None:
     """An update of every expert's matrix."""
     match = _STACKED.fullmatch(module)
@@ -66,6 +69,7 @@ def claim_stacked(
             claims.problems.append(f"{ref.name}: grouped experts know neither DoRA nor biases")
     experts = max(a.shape[0], b.shape[0])
     part = _PARTS.get(match["part"], match["part"])
+    both = weight(_single(match["experts"], "gate_up_proj", 0)) if part in _ENDS else None
     if a.shape[1] != rank or b.shape[2] != rank or {a.shape[0], b.shape[0]} - {1, experts}:
         _misfit(claims, a, b, f"expected (E or 1, {rank}, in) and (E or 1, out, {rank}), of one number of experts E")
         return
@@ -73,13 +77,33 @@ def claim_stacked(
         _update(match["experts"], part, expert, _member(a, expert), _member(b, expert), scaling)
         for expert in range(experts)
     ]
-    _claim(claims, updates, match["experts"], part, in_base)
+    if both is not None and both.interleaved:
+        updates, part = _in_turn(claims, updates, match["experts"], part), "gate_up_proj"
+    _claim(claims, updates, match["experts"], part, weight)
+
+
+def _in_turn(claims: Claims, updates: list[ModuleUpdate], experts: str, part: str) -> list[ModuleUpdate]:
+    """Updates of the matrix in which rows of gate and up are in turn, with the other's if they came first."""
+    others = {of.module: of for of in claims.updates if of.family == "lora-gated"}
+    made, taken = [], set()
+    for expert, update in enumerate(updates):
+        module = _single(experts, "gate_up_proj", expert)
+        factors = tuple((f"{role}{_ENDS[part]}", ref) for role, ref in update.factors)
+        other = others.get(module)
+        if (
+            other is not None and other.scaling == update.scaling
+        ):  # else both stay, and are refused: one update a weight
+            factors = tuple(sorted((*other.factors, *factors), key=lambda factor: factor[0]))
+            taken.add(module)
+        made.append(update.changed(module=module, family="lora-gated", factors=factors))
+    claims.updates = [of for of in claims.updates if not (of.family == "lora-gated" and of.module in taken)]
+    return made
 
 
 # --- all in tensors of the experts' own, multiplied from the right ----------------------------------------------------
 
 
-def claim_grouped(claims: Claims, tensors: Mapping[str, TensorRef], scaled: Scaled, in_base: InBase) -> None:
+def claim_grouped(claims: Claims, tensors: Mapping[str, TensorRef], scaled: Scaled, weight: Weight) -> None:
     """NeMo AutoModel's ``lora_gate_and_up_A``, …: updates of every expert's gate, up and down."""
     pairs: dict[tuple[str, str], dict[str, TensorRef]] = {}
     for name in claims.leftovers(tensors):
@@ -89,11 +113,11 @@ def claim_grouped(claims: Claims, tensors: Mapping[str, TensorRef], scaled: Scal
         if missing := {"A", "B"} - pair.keys():
             claims.half(next(iter(pair.values())), f"{prefix}.lora_{part}_{missing.pop()}")
         else:
-            _claim_pair(claims, module_name(prefix), part, pair["A"], pair["B"], scaled, in_base)
+            _claim_pair(claims, module_name(prefix), part, pair["A"], pair["B"], scaled, weight)
 
 
 def _claim_pair(
-    claims: Claims, module: str, part: str, a: TensorRef, b: TensorRef, scaled: Scaled, in_base: InBase
+    claims: Claims, module: str, part: str, a: TensorRef, b: TensorRef, scaled: Scaled, weight: Weight
 ) -> None:
     rank, scaling = scaled(module)
     if not (len(a.shape) == len(b.shape) == 3 and a.shape[0] == b.shape[0] and a.shape[2] == b.shape[1] == rank):
@@ -101,23 +125,23 @@ def _claim_pair(
             claims, a, b, f"expected (E, in, {rank}) and (E, {rank}, out) of E experts, as NeMo AutoModel groups them"
         )
         return
-    for which, (start, stop) in _matrices(module, part, b.shape[2], in_base).items():
+    for which, (start, stop) in _matrices(module, part, b.shape[2], weight).items():
         updates = [
             _update(module, which, expert, a_e.transposed(), _rows(b_e.transposed(), start, stop), scaling)
             for expert in range(a.shape[0])
             for a_e, b_e in [(_member(a, expert), _member(b, expert))]
         ]
-        _claim(claims, updates, module, which, in_base)
+        _claim(claims, updates, module, which, weight)
 
 
-def _matrices(module: str, part: str, rows: int, in_base: InBase) -> Mapping[str, tuple[int, int]]:
+def _matrices(module: str, part: str, rows: int, weight: Weight) -> Mapping[str, tuple[int, int]]:
     """The matrices that a tensor holds, and the rows of each."""
     if part == "down":
         return {"down_proj": (0, rows)}
-    if in_base(f"{module}.0.gate_proj") and not rows % 2:
+    if weight(f"{module}.0.gate_proj") and not rows % 2:
         return {"gate_proj": (0, rows // 2), "up_proj": (rows // 2, rows)}
     # Experts without a gate; or both in one matrix, in an order of the model's own, which the trainer keeps.
-    return {"up_proj" if in_base(f"{module}.0.up_proj") else "gate_up_proj": (0, rows)}
+    return {"up_proj" if weight(f"{module}.0.up_proj") else "gate_up_proj": (0, rows)}
 
 
 # --- what both need ---------------------------------------------------------------------------------------------------
@@ -133,13 +157,13 @@ def _single(module: str, part: str, expert: int) -> str:
     return f"{module}.gate_up_projs.{expert}" if part == "gate_up_proj" else f"{module}.{expert}.{part}"
 
 
-def _claim(claims: Claims, updates: list[ModuleUpdate], module: str, part: str, in_base: InBase) -> None:
+def _claim(claims: Claims, updates: list[ModuleUpdate], module: str, part: str, weight: Weight) -> None:
     """Append the updates, if they are of all the experts that the base has."""
     claims.updates += updates
-    if in_base(_single(module, part, len(updates))):
+    if weight(_single(module, part, len(updates))) is not None:
         claims.misfit(
-            f"{updates[0].first} and {updates[0].factor('B').name} are of {len(updates)} experts, but {module} of the base "
-            "has more; a grouped tensor is of all of them"
+            f"{updates[0].first} and {updates[0].factors[-1][1].name} are of {len(updates)} experts, but {module} of "
+            "the base has more; a grouped tensor is of all of them"
         )
 
 

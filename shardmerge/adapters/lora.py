@@ -271,6 +271,48 @@ def _version(text: str) -> tuple[int, int, int] | None:
     return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
 
+class LoraGated(Lora):
+    """LoRA on two matrices, gate and up, whose rows are stored in turn: gate's first, up's first, gate's second, …
+
+    Gate has A (r, in) and B (out / 2, r), up has A_up and B_up; either may be missing, and its rows then stay.
+    """
+
+    name: ClassVar[str] = "lora-gated"
+    by_rows: ClassVar[frozenset[str]] = frozenset()
+    by_columns: ClassVar[frozenset[str]] = frozenset()
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"B", "B_up"})
+    rows_are_independent: ClassVar[bool] = False
+
+    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
+        return update
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        problems = []
+        for end in ("", "_up"):
+            if not update.has(f"A{end}"):
+                continue
+            a, b = update.factor(f"A{end}"), update.factor(f"B{end}")
+            if len(shape) != 2 or (2 * b.shape[0], a.shape[1]) != shape:
+                problems.append(
+                    f"{update.module}: {a.name} {list(a.shape)} and {b.name} {list(b.shape)} make every second row of "
+                    f"({2 * b.shape[0]}, {a.shape[1]}), but the weight is {shape}"
+                )
+        return problems
+
+    def product(self, factors: Factors, update: Update, window: Window, out: Tensor) -> None:
+        import torch
+
+        for parity, end in enumerate(("", "_up")):
+            rows = out[(parity - window.rows.start) % 2 :: 2]
+            if not update.has(f"A{end}"):
+                rows.zero_()
+                continue
+            first = (window.rows.start - parity + 1) // 2
+            b = factors.whole(f"B{end}")[first : first + len(rows)]
+            a = factors.whole(f"A{end}")[:, window.columns.start : window.columns.stop]
+            torch.mm(b, a.contiguous(), out=rows)
+
+
 class LoraBias(Family):
     """b' = b + s · lb: the bias of lora_B, trained with ``lora_bias``."""
 

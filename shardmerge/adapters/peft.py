@@ -90,9 +90,10 @@ class Context:
     #: How B of fused experts is laid out: ``peft`` or ``unsloth``.
     expert_layout: str = "peft"
 
-    def in_base(self, module: str) -> bool:
-        """Whether the base has a weight of that module."""
-        return self.stored(module) is not None
+    def weight(self, module: str) -> Parameter | None:
+        """The base's weight of that module, if it has one."""
+        found = self.stored(module)
+        return None if found is None else found[0]
 
 
 class PeftMethod(ABC):

@@ -33,6 +33,7 @@ from shardmerge.adapters.peft import (
     is_embedding,
     is_rank,
     is_strings,
+    matches,
     pattern_value,
 )
 from shardmerge.naming import module_name
@@ -121,7 +122,7 @@ class LoraMethod(PeftMethod):
             return
         if grouped_experts.is_stacked(name, factors):
             grouped_experts.claim_stacked(
-                claims, name, factors, *rank_and_scaling(context.config, name), context.in_base
+                claims, name, factors, *rank_and_scaling(context.config, name), context.weight
             )
             return
         bare, depth = _bare(name)
@@ -134,7 +135,7 @@ class LoraMethod(PeftMethod):
         claims = super().claim(tensors, context)
         if not claims.refused:
             scaled = partial(rank_and_scaling, context.config)
-            grouped_experts.claim_grouped(claims, tensors, scaled, context.in_base)
+            grouped_experts.claim_grouped(claims, tensors, scaled, context.weight)
         return claims
 
     def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
@@ -306,7 +307,7 @@ def _targeted(module: str, context: Context) -> list[str]:
     """Parameters of a module that ``target_parameters`` names, in the order of registration or else the config's."""
     targets = context.config.get("target_parameters")
     if not targets:
-        return []
+        return _all_targeted(module, context)
     known = context.registered(module)
     found = []
     for target in targets:
@@ -316,6 +317,14 @@ def _targeted(module: str, context: Context) -> list[str]:
         if named and parameter not in found:
             found.append(parameter)
     return [name for name in known if name in found] if known else found
+
+
+def _all_targeted(module: str, context: Context) -> list[str]:
+    """Trainers of fused experts may name those among ``target_modules``, and mean all their matrices."""
+    targets = context.config.get("target_modules")
+    if not isinstance(targets, (list, frozenset)) or not matches(targets, module):
+        return []
+    return [name for name in context.registered(module) if "bias" not in name]
 
 
 def _claim_parameter(claims: Claims, module: Module, bare: str, depth: int, context: Context) -> None:

@@ -36,7 +36,8 @@ class Experts:
     parameters: tuple[str, ...]
     #: Whether they are (E, in, out) in memory.
     transposed: bool = False
-    #: How gate and up are joined: ``concatenated``, ``interleaved``, or "", which is unknown.
+    #: How gate and up are joined: ``concatenated``, ``interleaved``; ``none``, there is no gate; "" is not known, and
+    #: then ``transposed`` is not known either.
     gates: str = ""
 
 
@@ -55,16 +56,28 @@ def part(module: str, parameter: str, known: Known) -> View | None:
     """The part, in matrix orientation; None where the name is no part's. Raises `RefusalError`."""
     if match := _PROJECTION.fullmatch(module):
         return _projection(match["at"], match["parts"], parameter, known)
-    if (match := _LINEAR.fullmatch(module)) and (experts := known.experts(match["at"])):
-        name = match["parameter"] if parameter == "weight" else f"{match['parameter']}_{parameter}"
-        return (
-            _expert(f"{match['at']}.{name}", int(match["expert"]), experts, known)
-            if name in experts.parameters
-            else None
-        )
+    if found := _linear(module, parameter, known):
+        name, number, experts = found
+        return _expert(name, number, experts, known)
     if parameter == "weight" and (match := _SINGLE.fullmatch(module)) and (experts := known.experts(match["at"])):
         return _single(match["at"], int(match["expert"]), _PARTS.get(match["part"], match["part"]), experts, known)
     return None
+
+
+def is_interleaved(module: str, known: Known) -> bool:
+    """Whether a Linear per expert has the rows of gate and of up in turn."""
+    found = _linear(module, "weight", known)
+    return found is not None and found[0].endswith(".gate_up_proj") and found[2].gates == "interleaved"
+
+
+def _linear(module: str, parameter: str, known: Known) -> tuple[str, int, Experts] | None:
+    """The parameter of all experts that a Linear per expert is of, which expert it is, and what is known of them."""
+    match = _LINEAR.fullmatch(module)
+    experts = known.experts(match["at"]) if match else None
+    if match is None or experts is None:
+        return None
+    name = match["parameter"] if parameter == "weight" else f"{match['parameter']}_{parameter}"
+    return (f"{match['at']}.{name}", int(match["expert"]), experts) if name in experts.parameters else None
 
 
 def _projection(at: str, parts: str, parameter: str, known: Known) -> View | None:
@@ -93,6 +106,10 @@ def _expert(name: str, number: int, experts: Experts, known: Known) -> View | No
     view = known.view(name)
     if view is None:
         return None
+    if not experts.gates:
+        raise RefusalError(
+            "the base keeps all experts in one tensor, and in which orientation is not known of this class"
+        )
     one = pieces.unstack(view, number)
     return pieces.transpose(one, 0, 1) if experts.transposed and len(one.shape) == 2 else one
 
@@ -106,14 +123,8 @@ def _single(at: str, number: int, which: str, experts: Experts, known: Known) ->
     if both is None:
         return None
     if experts.gates != "concatenated":
-        raise RefusalError(_JOINED[experts.gates])
+        raise RefusalError("the base keeps the rows of gate and up in turn, in one matrix")
     return pieces.chunk(both, 2, 0)[which == "up_proj"]
-
-
-_JOINED: Mapping[str, str] = {
-    "interleaved": "the base keeps it row by row between those of another matrix, gate and up in turn",
-    "": "the base keeps gate and up in one matrix, and in which order is not known of this architecture",
-}
 
 
 def _number(config: Mapping[str, Any], key: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -127,7 +128,8 @@ class Names:
                     return _agreed(name, readings)
             part = divided.part(module, parameter, self._known)
             if part is not None:
-                return self._parameter(name, name, part)
+                interleaved = divided.is_interleaved(module, self._known)
+                return dataclasses.replace(self._parameter(name, name, part), interleaved=interleaved)
         except RefusalError as error:
             return f"{name}: {error}"
         return ""

@@ -30,7 +30,8 @@ class Architecture:
     experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     #: Whether those keep their matrices as (in, out).
     transposed_experts: bool = False
-    #: How those join gate and up in one matrix: ``concatenated`` (gate first), ``interleaved`` (by rows), "" unknown.
+    #: How those join gate and up in one matrix: ``concatenated`` (gate first), ``interleaved`` (row by row), ``none``
+    #: (there is no gate); "" where transformers does not say so.
     gates: str = ""
     #: The module that is the output head, "" where there is none.
     output: str = ""

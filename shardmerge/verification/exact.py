@@ -2,7 +2,8 @@
 
 Written once more, straight from the definitions, and not with the engine's code:
 
-- ``lora``: W + s·B A; ``lora-experts``, ``lora-blocks``: the same with an expert's or unfolded factors; ``lora-bias``:
+- ``lora``: W + s·B A; ``lora-experts``, ``lora-blocks``, ``lora-gated``: the same with an expert's or unfolded factors,
+  or those of two matrices whose rows are stored in turn; ``lora-bias``:
   b + s·lb; ``dora``: m / ‖V‖ · V with V = W + s·B A. The scaling s comes from `shardmerge.verification.scaling`.
 
 All other families have their ``apply`` run on rows in float64 (families know no dtype), with factors read by a reader
@@ -172,6 +173,8 @@ class Exact:
         factors, window = self._of(update), part.window
         if update.family == "lora-experts":
             return self._of_expert(update, part)
+        if update.family == "lora-gated":
+            return self._of_two(update, part)
         if update.family == "lora-blocks":
             unfolded = {role: factors.whole(role) for role in "AB"}
             diagonal, blocks = update.setting("diagonal"), update.setting("blocks")
@@ -189,6 +192,19 @@ class Exact:
         if update.setting("layout") == "unsloth":
             return b[:, first : first + rank], a
         return b[:, window.expert :: update.experts], a
+
+    def _of_two(self, update: Update, part: Part) -> tuple[Tensor, Tensor]:
+        """Gate's A above up's; B with a row of gate's, then one of up's, each beside zeros."""
+        factors, window = self._of(update), part.window
+        pairs = [(offset, end) for offset, end in ((0, ""), (1, "_up")) if update.has(f"A{end}")]
+        a = torch.cat([factors.whole(f"A{end}") for _, end in pairs])
+        b = torch.zeros(update.rows, len(a), dtype=a.dtype)
+        column = 0
+        for offset, end in pairs:
+            one = factors.whole(f"B{end}")
+            b[offset::2, column : column + one.shape[1]] = one
+            column += one.shape[1]
+        return b[factors.matrix_rows(window.rows)], a[:, window.columns.start : window.columns.stop]
 
     def _rescale(self, update: Update, part: Part, view: Tensor, bound: Tensor) -> None:
         """Bring rows to their trained lengths."""

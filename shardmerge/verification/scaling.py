@@ -28,7 +28,7 @@ from shardmerge.naming import module_name
 from shardmerge.spec import Update
 
 #: Families whose scaling is worked out here.
-SCALED = frozenset({"lora", "dora", "lora-experts", "lora-blocks", "lora-bias"})
+SCALED = frozenset({"lora", "dora", "lora-experts", "lora-blocks", "lora-gated", "lora-bias"})
 
 
 @dataclass(frozen=True, slots=True)
