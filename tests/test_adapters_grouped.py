@@ -46,7 +46,12 @@ def _has_gates(name: str) -> bool:
     return any(part.architecture.gates in ("concatenated", "interleaved") for part in parts)
 
 
-MIXTURES = [name for name in sorted(tables.table().architectures) if name.endswith("ForCausalLM") and _has_gates(name)]
+#: Not made small: what they are made of follows from another model.
+APART = {"Gemma4AssistantForCausalLM"}
+#: On disk the rows of gate and up are in turn, in memory they are not: w1 and w3 are refused.
+TURNED_ON_DISK = {"Inkling2ForCausalLM"}
+KNOWN = sorted(tables.table().architectures.keys() - APART)
+MIXTURES = [name for name in KNOWN if name.endswith("ForCausalLM") and _has_gates(name)]
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MIXTURES]
 
 
@@ -58,7 +63,8 @@ def random(*shape: int, seed: int, std: float = 0.3) -> Tensor:
 def model_of(name: str) -> Any:
     bake_names.quiet()
     cls = getattr(transformers, name)
-    default = bake_names.build(cls).config
+    variant = bake_names._VARIANTS.get(bake_names._config_class(cls).__name__, {})
+    default = bake_names.build(cls, **variant).config
     return text_zoo.small_of(cls, default)
 
 
@@ -167,6 +173,9 @@ def shared_outer(of: Experts, *, shared: bool = True, parts: str = "132") -> dic
 def test_shared_outer_experts(tmp_path: Path, name: str) -> None:
     of = Experts(tmp_path, name)
     write_adapter(tmp_path / "adapter", shared_outer(of))
+    if name in TURNED_ON_DISK:
+        assert "its rows are interleaved with those of another parameter" in refused(tmp_path)
+        return
     merge_to(tmp_path / "out", tmp_path / "base", tmp_path / "adapter")
     of.check(tmp_path / "out")
 

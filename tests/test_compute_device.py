@@ -17,6 +17,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import shardmerge
@@ -174,7 +175,7 @@ PARTS = {
     "experts": ("mixtral", zoo.lora("q_proj", target_parameters=["experts.gate_up_proj", "experts.down_proj"])),
     "a part saved": ("nomic-bert", zoo.lora("o_proj", modules_to_save=["q_proj"])),
 }
-NAMES = (*ADAPTERS, *PARTS, "frozen copies")
+NAMES = (*ADAPTERS, *PARTS, "frozen copies", "gate and up in turn")
 
 
 @cache
@@ -187,9 +188,29 @@ def files(name: str, dtype: str = "float32") -> tuple[Path, Path]:
         w, b, a = random(768, 96, seed=0), random(4, 768, seed=1), random(96, 4, seed=2)
         base = write_base(folder / "base", [{"m.weight": w, "n.weight": w + 1}])
         return base, write_pure(folder / "a.pt", {"m.A": a, "m.B": b, "n.original.weight": w + 1})
+    if name == "gate and up in turn":
+        return _in_turn(folder)
     make, config = ADAPTERS[name]
     case = write_case(folder, config(), make=make, dtype=dtype, scale=0.05)
     return case.base, case.adapter
+
+
+def _in_turn(folder: Path) -> tuple[Path, Path]:
+    """gpt-oss's experts, which are stored as (E, in, out), and Tinker's factors of gate and up."""
+    at = "model.layers.0.mlp.experts"
+    weight = random(3, 96, 512, seed=0)
+    base = write_base(folder / "base", [{f"{at}.gate_up_proj": weight}], architectures=["GptOssForCausalLM"])
+    tensors = {
+        f"base_model.model.{at}.{part}.lora_{role}.weight": random(*shape, seed=seed)
+        for part in ("w1", "w3")
+        for seed, (role, shape) in enumerate({"A": (1, 4, 96), "B": (3, 256, 4)}.items(), 2 * int(part[1]))
+    }
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return base, adapter
 
 
 def config_of(name: str, output: Path, base_dtype: str = "float32", **options: Any) -> dict[str, Any]:

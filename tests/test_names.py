@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from shardmerge.names import Names, Parameter, Place
+from shardmerge.names import Names, Parameter, Place, Speakers, Spoken
 from tests.names_zoo import State, matrix
 
 Shapes = dict[str, tuple[int, ...]]
@@ -327,6 +327,119 @@ def test_two_meanings_are_refused() -> None:
     assert "vision_tower.encoder.blocks.0.mlp.fc0.weight" in message
 
 
+# --- whose names an adapter has ---------------------------------------------------------------------------------------
+
+LAYERS = ("layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "layers.1.mlp.down_proj")
+
+
+def checkpoint(
+    *towers: str, text: str = "llm.model", embedding: str = "embed_tokens", head: str = "llm.lm_head"
+) -> Shapes:
+    """Layers of the same names in a text model and in towers."""
+    shapes: Shapes = {f"{at}.{layer}.weight": (8, 8) for at in (text, *towers) for layer in LAYERS}
+    return {**shapes, f"{text}.{embedding}.weight": (50, 8), f"{head}.weight": (50, 8)}
+
+
+def spoken(base: Mapping[str, Any], shapes: Shapes, *modules: str) -> tuple[Spoken, str]:
+    names = Names(base, shapes)
+    targets = [(module, "weight") for module in modules]
+    return Speakers(names).chosen(targets, lambda module, parameter: names.resolve(module, parameter) != "")
+
+
+UNKNOWN = config("MyVlm", model_type="mine", text_config={"model_type": "mine_text"})
+
+
+@pytest.mark.parametrize("before", ["model.", "", "language_model.model.", "transformer."])
+@pytest.mark.parametrize("text", ["llm.model", "language_model.model", "llm.transformer", "backbone.text", "model"])
+def test_an_unknown_architecture_by_the_only_text_model_that_fits(before: str, text: str) -> None:
+    shapes = checkpoint("vision.model", "vision", "audio_tower", text=text, head="lm_head")
+    who, unclear = spoken(UNKNOWN, shapes, *(before + layer for layer in LAYERS), "lm_head")
+    assert not unclear
+    for module in LAYERS:
+        found = who.resolve(before + module)
+        assert isinstance(found, Parameter)
+        assert found.places == whole(f"{text}.{module}.weight", 8)
+    found = who.resolve("lm_head")
+    assert isinstance(found, Parameter)
+    assert found.places == whole("lm_head.weight", 50)
+
+
+def test_the_head_of_an_unknown_architecture_is_on_the_way_to_its_text_model() -> None:
+    shapes = {**checkpoint("vision"), "talker.lm_head.weight": (9, 8)}
+    who, _ = spoken(UNKNOWN, shapes, *(f"model.{layer}" for layer in LAYERS), "lm_head")
+    found = who.resolve("lm_head")
+    assert isinstance(found, Parameter)
+    assert found.places == whole("llm.lm_head.weight", 50)
+
+
+@pytest.mark.parametrize("module", ["model.layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj"])
+def test_a_tower_is_no_text_model_even_if_it_is_all_that_fits(module: str) -> None:
+    shapes: Shapes = {f"{at}.{LAYERS[0]}.weight": (8, 8) for at in ("vision_tower", "audio.model", "eyes")}
+    shapes["llm.model.embed_tokens.weight"] = (50, 8)
+    who, unclear = spoken(UNKNOWN, shapes, module)
+    assert (who.resolve(module), unclear) == ("", "")
+
+
+@pytest.mark.parametrize("before", ["vision_tower.", "audio.model.", "visual.", "eyes."])
+def test_a_towers_name_becomes_no_text_models(before: str) -> None:
+    who, _ = spoken(UNKNOWN, checkpoint(), *(before + layer for layer in LAYERS))
+    assert all(who.resolve(before + layer) == "" for layer in LAYERS)
+
+
+def test_two_text_models_that_fit_are_not_told_apart() -> None:
+    shapes = {**checkpoint(), **checkpoint(text="expert.model", head="expert.lm_head")}
+    modules = [f"model.{layer}" for layer in LAYERS]
+    who, unclear = spoken(UNKNOWN, shapes, *modules)
+    assert "llm.model.layers" in unclear
+    assert "expert.model.layers" in unclear
+    assert who.resolve(modules[0]) == ""
+
+
+def test_one_change_of_prefix_holds_for_all_names() -> None:
+    shapes = {**checkpoint(), "other.model.layers.7.extra.weight": (8, 8), "other.model.embed_tokens.weight": (50, 8)}
+    modules = [*(f"model.{layer}" for layer in LAYERS), "model.layers.7.extra"]
+    who, unclear = spoken(UNKNOWN, shapes, *modules)
+    assert (who.note, unclear) == ("", "")
+    assert all(who.resolve(module) == "" for module in modules)
+
+
+def test_what_a_known_class_explains_in_part_is_read_in_its_names() -> None:
+    """So that only what it does not know is refused."""
+    base = config("Qwen3_5ForConditionalGeneration", text_config={"model_type": "qwen3_5_text"})
+    shapes: Shapes = {f"model.language_model.{layer}.weight": (8, 8) for layer in LAYERS}
+    who, unclear = spoken(base, shapes, *(f"model.{layer}" for layer in LAYERS), "model.layers.1.mlp.nothing")
+    assert not unclear
+    assert "Qwen3_5ForCausalLM" in who.note
+    assert isinstance(who.resolve(f"model.{LAYERS[0]}"), Parameter)
+    assert who.resolve("model.layers.1.mlp.nothing") == ""
+
+
+def test_a_text_model_and_a_tower_of_the_same_names_are_not_told_apart() -> None:
+    """The talker of an omni model has layers like the thinker's; a name without either could be of both."""
+    base = config(
+        "Qwen3OmniMoeForConditionalGeneration",
+        thinker_config={"text_config": {}},
+        talker_config={"text_config": {}},
+    )
+    name = "layers.0.self_attn.q_proj"
+    thinker, talker = f"thinker.model.language_model.{name}.weight", f"talker.model.{name}.weight"
+    who, unclear = spoken(base, {thinker: (8, 8), talker: (8, 8)}, f"model.{name}")
+    assert "could be" in unclear
+    who, unclear = spoken(base, {thinker: (8, 8)}, f"model.{name}")
+    assert not unclear
+    found = who.resolve(f"model.{name}")
+    assert isinstance(found, Parameter)
+    assert found.places == whole(thinker, 8)
+    who, unclear = spoken(base, {talker: (8, 8)}, f"model.{name}")
+    assert who.resolve(f"model.{name}") == ""
+
+
+def test_a_name_that_stands_is_never_read_otherwise() -> None:
+    shapes = {**checkpoint(), **{f"model.{layer}.weight": (8, 8) for layer in LAYERS}}
+    who, unclear = spoken(UNKNOWN, shapes, *(f"model.{layer}" for layer in LAYERS))
+    assert (who.note, unclear) == ("", "")
+
+
 # --- tied weights -----------------------------------------------------------------------------------------------------
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -385,6 +498,7 @@ HOSTILE: list[Any] = [
     {"architectures": ["LlavaForConditionalGeneration"], "text_config": [1], "vision_config": {"model_type": []}},
     {"architectures": ["LlavaForConditionalGeneration"], "text_config": {"model_type": "nothing"}},
     {"architectures": ["Qwen3VLMoeForConditionalGeneration"], "text_config": {"hidden_size": "4"}},
+    {"architectures": ["Qwen3OmniMoeForConditionalGeneration"], "thinker_config": {"text_config": []}},
     {"architectures": ["__class__"], "tie_word_embeddings": {}},
 ]
 
@@ -398,6 +512,11 @@ def test_a_config_of_wrong_types_is_no_bug(base: dict[str, Any]) -> None:
         assert names.resolve(module, parameter) is not None
     assert names.registered_parameters("%s") == ()
     names.tied_heads()
+    targets = [
+        (module, "weight") for module in ("a.layers.0.b", "layers.99999999999999999999.b", "", "0", "..", "lm_head")
+    ]
+    who, _ = Speakers(names).chosen(targets, lambda module, parameter: names.resolve(module, parameter) != "")
+    assert all(who.resolve(*target) is not None for target in targets)
 
 
 def test_names_that_look_like_our_own_marks_do_not_change_what_others_mean() -> None:

@@ -51,6 +51,9 @@ _SIZES: Mapping[str, int] = {
 _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16},
+    "laguna": {"num_attention_heads_per_layer": [4, 4, 4, 4]},
+    "zaya": {"num_experts_per_tok": 1},
     "qwen4_exp_text": {
         "indexer_kv_heads": 1,
         "indexer_n_heads": 2,
