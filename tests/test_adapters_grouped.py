@@ -405,3 +405,38 @@ def test_unembed_tokens_is_the_output_head(tmp_path: Path, name: str) -> None:
     assert math.isclose(
         float((found[head].double() - base[head].double() - delta).norm() / delta.norm()), 0, abs_tol=1e-6
     )
+
+
+def test_all_of_it_by_the_names_of_a_text_model_in_a_multimodal_checkpoint(tmp_path: Path) -> None:
+    """An adapter of Tinker's: names of the text model alone, grouped experts, split projections, the output head."""
+    of = text_zoo.pair("Qwen3_5MoeForConditionalGeneration")
+    text = text_zoo.small(of)
+    base = text_zoo.write_around(tmp_path / "base", of, text, "disk")
+    experts = "model.layers.0.mlp.experts"
+    count, width = text.get_submodule(experts).down_proj.shape[0], text.get_submodule(experts).down_proj.shape[2]
+    a1, b1 = random(1, RANK, 32, seed=1), random(count, width, RANK, seed=2)
+    a2, b2 = random(count, RANK, width, seed=3), random(1, 32, RANK, seed=4)
+    av, bv = random(RANK, 32, seed=5), random(text.config.linear_num_value_heads * 8, RANK, seed=6)
+    ah, bh = random(RANK, 32, seed=7), random(61, RANK, seed=8)
+    pairs = {
+        f"{experts}.w1": (a1, b1),
+        f"{experts}.w2": (a2, b2),
+        "model.layers.0.linear_attn.in_proj_v": (av, bv),
+        "model.unembed_tokens": (ah, bh),
+    }
+    tensors = {
+        f"{key}.lora_{role}.weight": of for key, pair in pairs.items() for role, of in zip("AB", pair, strict=True)
+    }
+    write_adapter(tmp_path / "adapter", tensors)
+    inside = "model.language_model.layers.0"
+    expected = {key: tensor.double() for key, tensor in base.items()}
+    for e in range(count):
+        expected[f"{inside}.mlp.experts.{e}.gate_proj.weight"] += product(b1[e], a1[0])
+        expected[f"{inside}.mlp.experts.{e}.down_proj.weight"] += product(b2[0], a2[e])
+    expected[f"{inside}.linear_attn.in_proj_qkv.weight"][-len(bv) :] += product(bv, av)
+    expected["lm_head.weight"] += product(bh, ah)
+    merge_to(tmp_path / "out", tmp_path / "base", tmp_path / "adapter")
+    for key, tensor in stored(tmp_path / "out").items():
+        assert torch.allclose(tensor.double(), expected[key], rtol=0, atol=1e-6), key
+        unchanged = torch.equal(expected[key], base[key].double())
+        assert not unchanged or bits(tensor) == bits(base[key]), key
