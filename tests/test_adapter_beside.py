@@ -128,6 +128,20 @@ def test_it_computes_what_base_and_adapter_compute(tmp_path: Path, model: str) -
     assert torch.allclose(ours, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
+def test_names_of_a_text_model_alone(tmp_path: Path) -> None:
+    """What is beside an adapter has its names, whoever's they are; a head with no place does not change whose."""
+    folder = shutil.copytree(zoo.adapter_folder("gemma3", lora("q_proj")), tmp_path / "adapter")
+    norm = torch.rand(40)
+    torch.save({f"{P}{NORM}": norm}, folder / "non_lora.bin")
+    merge_to(tmp_path / "out", zoo.base_folder("gemma3-mm"), folder)
+    found = zoo.load(tmp_path / "out").model.language_model.layers[0].input_layernorm.weight
+    assert torch.equal(found, norm)
+    torch.save(VALUE_HEAD, folder / "value_head.bin")
+    with pytest.raises(PlanError) as raised:
+        merge_to(tmp_path / "again", zoo.base_folder("gemma3-mm"), folder)
+    assert [text for text in raised.value.problems if "value_head.bin" not in text] == []
+
+
 def test_a_wrapped_layers_own_weight_is_what_the_adapter_adds_to(place: Place) -> None:
     """Some trainers write all that is not LoRA's, the frozen base with it, by the names within PEFT's wrappers."""
     copies = {

@@ -17,6 +17,7 @@ from torch import Tensor
 import shardmerge
 from shardmerge import FormatError, PlanError
 from shardmerge.comparison import compare
+from shardmerge.errors import NonFiniteError
 from shardmerge.names import table as tables
 from tests import heads_zoo, zoo
 from tests.builders import (
@@ -327,6 +328,28 @@ def test_a_view_in_a_pickle(tmp_path: Path) -> None:
     place = make(tmp_path, {})
     torch.save({"score.weight": torch.ones(HIDDEN, 2).T}, place.adapter / "score.bin")
     assert "save it with .contiguous()" in refusal(place)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_head_that_is_not_finite(tmp_path: Path, value: float) -> None:
+    """The base has nothing in its place that could hold an infinity on purpose."""
+    score = SCORE.clone()
+    score[1, 3] = value
+    with pytest.raises(NonFiniteError, match=r"score.weight, row 1, column 3: the adapter's own"):
+        shardmerge.merge(make(tmp_path, {"score.weight": score}).config())
+
+
+def test_a_head_over_a_text_model_alone(tmp_path: Path) -> None:
+    """Trained on the text model, merged into the multimodal checkpoint, whose class scores text with the same part."""
+    kind = "Gemma3TextForSequenceClassification"
+    case = Case("Gemma3ForCausalLM", "SEQ_CLS", kind)
+    heads_zoo.train(case, tmp_path / "adapter")
+    base = heads_zoo.base_folder("Gemma3ForConditionalGeneration")
+    merge_to(tmp_path / "out", base, tmp_path / "adapter")
+    model, missing = heads_zoo.loaded("Gemma3ForSequenceClassification", tmp_path / "out")
+    head = load_file(tmp_path / "adapter" / "adapter_model.safetensors")[f"{P}score.weight"]
+    assert missing == [] and torch.equal(model.score.weight, head)
+    assert heads_zoo.config_of(tmp_path / "out")["architectures"] == ["Gemma3ForSequenceClassification"]
 
 
 def test_two_adapters_with_heads(tmp_path: Path) -> None:
