@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardmerge import patterns
-from shardmerge.adapters import AdapterContent, Claims, Registered, Stored, claim, detect_format
-from shardmerge.checkpoint import read_json, read_shard
+from shardmerge import adapter_folder, patterns
+from shardmerge.adapter_folder import INDEXES, PICKLES, WEIGHTS, Folder
+from shardmerge.adapters import AdapterContent, Claims, Registered, Stored, claim, claim_beside, detect_format
+from shardmerge.checkpoint import read_index, read_json, read_shard
 from shardmerge.config import AdapterConfig
 from shardmerge.errors import FormatError
 from shardmerge.pickled import read_pickled
@@ -18,10 +20,19 @@ from shardmerge.sources import Source, directory_of, open_reader
 from shardmerge.spec import DTYPE_BITS, SourceFile, TensorRef
 
 CONFIG_NAME = "adapter_config.json"
-#: PEFT's names and MLX's.
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
-PICKLES = (".bin", ".pt", ".pth")
+#: Files further down that are named one by one.
+_SHOWN = 5
 _STRUCT_CODES = {"F16": "e", "F32": "f", "F64": "d", "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A file of weights beside the adapter's own. ``problem`` says why it has no tensors that could be read."""
+
+    name: str
+    file: SourceFile
+    tensors: Mapping[str, TensorRef]
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +40,38 @@ class AdapterFile:
     """An adapter as it is stored. ``config`` is None where there is no adapter_config.json."""
 
     source: Source
-    file: SourceFile
+    #: Of its weights: one file, or all shards.
+    files: tuple[SourceFile, ...]
     config_file: SourceFile | None
     config: Mapping[str, Any] | None
     tensors: Mapping[str, TensorRef]
-    #: The metadata of its safetensors header; empty for a pickle.
+    #: The metadata of its safetensors header, of all shards'; empty for a pickle.
     metadata: Mapping[str, str]
+    #: Files of weights that were trained with it.
+    beside: tuple[Beside, ...] = ()
+    #: What is wrong with its folder, and what is to be said of it.
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def file(self) -> SourceFile:
+        """The file of its weights, of several the first."""
+        return self.files[0]
+
+    @property
+    def name(self) -> str:
+        """What that file is called."""
+        return self.file.uri.rpartition("/")[2]
+
+    @property
+    def all_files(self) -> tuple[SourceFile, ...]:
+        """Every file that a merge depends on."""
+        config = (self.config_file,) if self.config_file else ()
+        return (*self.files, *config, *(beside.file for beside in self.beside))
+
+    def apart_from(self, files: Collection[str]) -> AdapterFile:
+        """The same without those files beside it that are another's, the base's, by uri."""
+        return dataclasses.replace(self, beside=tuple(of for of in self.beside if of.file.uri not in files))
 
     @property
     def trained_on(self) -> str | None:
@@ -60,6 +97,24 @@ class AdapterFile:
         stored: Stored = lambda module: None,
     ) -> Claims:
         """Its updates and problems, as ``config`` says; the others are as `shardmerge.adapters.claim` takes them."""
+        claims = self._own_claims(config, registered, stored)
+        claims.problems += self.problems
+        claims.warnings += self.notes
+        for beside in self.beside:
+            if beside.problem:
+                claims.problems.append(beside.problem)
+            tensors = _chosen(beside.tensors, config)
+            twice = [name for name in tensors if name in self.tensors]
+            if twice:
+                claims.problems.append(
+                    f"{beside.name} is beside the adapter and holds {len(twice)} tensors that {self.name} holds, too, "
+                    f"such as {twice[0]} {list(tensors[twice[0]].shape)}; if it is of another adapter, "
+                    f"{way_out(beside.name)}"
+                )
+            claim_beside(claims, beside.name, {name: ref for name, ref in tensors.items() if name not in twice})
+        return claims
+
+    def _own_claims(self, config: AdapterConfig, registered: Registered, stored: Stored) -> Claims:
         kind = self.format(config.format)
         scaled = config.alpha is not None or config.scaling is not None
         if self.config is not None and kind in ("peft", "mlx") and scaled:
@@ -79,12 +134,11 @@ class AdapterFile:
 
     def chosen(self, config: AdapterConfig) -> Mapping[str, TensorRef]:
         """Its tensors, or those that begin with the config's ``prefix``."""
-        prefix = config.prefix
-        return self.tensors if not prefix else {k: ref for k, ref in self.tensors.items() if k.startswith(prefix)}
+        return _chosen(self.tensors, config)
 
     def read_number(self, ref: TensorRef) -> float:
         """The value of a tensor of one number."""
-        reader = open_reader(self.file)
+        reader = open_reader(next(file for file in self.files if file.uri == ref.uri))
         try:
             data = bytearray(DTYPE_BITS[ref.dtype] // 8)
             reader.read_into(ref.offset, memoryview(data))
@@ -100,39 +154,190 @@ class AdapterFile:
         return float(value)
 
 
-def open_adapter(source: Source) -> AdapterFile:
-    """Find the weights and the config, and read the header. Raises `FormatError` or `SourceError`."""
-    name = _weights_name(source)
-    if name in WEIGHTS:
-        # Named by itself, it still has its config beside it, where PEFT wrote both.
-        source = directory_of(source)
-    names = source.names()
-    config = read_json(source, names, CONFIG_NAME) if CONFIG_NAME in names else None
-    file = source.stat(name)
-    metadata: Mapping[str, str] = {}
-    if name.endswith(PICKLES):
-        tensors = read_pickled(source.fetch(name), file.uri)
-    else:
-        shard = read_shard(source, name)
-        metadata, tensors = dict(shard.metadata), {ref.name: ref for ref in shard.tensors}
+def open_adapter(source: Source, ignore: Sequence[str] = ()) -> AdapterFile:
+    """Find the weights and the config, and read the headers. Raises `FormatError` or `SourceError`.
+
+    ``ignore`` are names of files of weights in the adapter's folder that are no part of it.
+    """
+    directory, named = _directory(source)
+    names = directory.names()
+    folder = adapter_folder.look(source.location, names, named, ignore)
+    config = read_json(directory, names, CONFIG_NAME) if CONFIG_NAME in names else None
+    parts = [_read(directory, name) for name in folder.weights]
+    tensors = _together(directory, folder, parts)
     if not tensors:
-        raise FormatError(f"{file.uri}: holds no tensors")
-    config_file = source.stat(CONFIG_NAME) if config is not None else None
-    return AdapterFile(source, file, config_file, config, tensors, metadata)
-
-
-def _weights_name(source: Source) -> str:
-    names = [name for name in source.names() if "/" not in name]
-    for usual in WEIGHTS:
-        if usual in names:
-            return usual
-    # Trainer checkpoints keep optimizer.pt and friends beside the adapter; only a sole candidate is no guess.
-    candidates = [name for name in names if name.endswith((".safetensors", *PICKLES))]
-    if len(candidates) == 1:
-        return candidates[0]
-    # PEFT saves an adapter that is not called "default" into a folder of its name.
-    nested = [name for name in source.names() if name.endswith(WEIGHTS)]
-    found = ", ".join(candidates or nested) or "none of that kind"
-    raise FormatError(
-        f"{source.location}: expected {' or '.join(WEIGHTS[:2])}, or one .safetensors or .pt file; found {found}"
+        raise FormatError(f"{parts[0].file.uri}: holds no tensors")
+    _check_index(directory, names, parts)
+    own = dict(zip(folder.weights, (part.tensors for part in parts), strict=True))
+    beside, problems, notes = _beside(directory, folder, own)
+    return AdapterFile(
+        directory,
+        tuple(part.file for part in parts),
+        directory.stat(CONFIG_NAME) if config is not None else None,
+        config,
+        tensors,
+        _metadata(directory, parts),
+        tuple(beside),
+        (*_no_such_files(folder, ignore), *problems),
+        (*notes, *_notes(folder)),
     )
+
+
+def _directory(source: Source) -> tuple[Source, str | None]:
+    """Where an adapter's files are, and which of them was named by itself.
+
+    By one of the usual names it still has its folder around it, with the config that PEFT wrote. Any other file is all.
+    """
+    directory = directory_of(source)
+    if directory is source:
+        return source, None
+    name = source.names()[0]
+    around = name in WEIGHTS or adapter_folder.is_shard(name)
+    return (directory if around else source), name
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One file of weights, as it was read."""
+
+    name: str
+    file: SourceFile
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorRef]
+
+
+def _read(source: Source, name: str) -> _Part:
+    file = source.stat(name)
+    if name.endswith(PICKLES):
+        return _Part(name, file, {}, read_pickled(source.fetch(name), file.uri))
+    shard = read_shard(source, name)
+    return _Part(name, file, dict(shard.metadata), {ref.name: ref for ref in shard.tensors})
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+def _together(source: Source, folder: Folder, parts: Sequence[_Part]) -> dict[str, TensorRef]:
+    """The tensors of all shards."""
+    tensors: dict[str, TensorRef] = {}
+    places: dict[str, str] = {}
+    for part in parts:
+        for name in part.tensors:
+            if name in places:
+                raise FormatError(
+                    f"{source.location}: the tensor {name!r} is stored twice, in {places[name]} and in {part.name}"
+                )
+            places[name] = part.name
+        tensors |= part.tensors
+    return tensors
+
+
+def _metadata(source: Source, parts: Sequence[_Part]) -> dict[str, str]:
+    metadata: dict[str, str] = {}
+    for part in parts:
+        for key, value in part.metadata.items():
+            if metadata.setdefault(key, value) != value:
+                raise FormatError(
+                    f"{source.location}: the metadata of its shards differ: {key!r:.80} is {metadata[key]!r:.80}, and "
+                    f"in {part.name} {value!r:.80}"
+                )
+    return metadata
+
+
+def _check_index(source: Source, names: Sequence[str], parts: Sequence[_Part]) -> None:
+    """Refuse shards that are not those of their index. An index of other files is that of a model beside them."""
+    there = {tensor: part.name for part in parts for tensor in part.tensors}
+    for index in INDEXES if adapter_folder.is_shard(parts[0].name) else ():
+        weight_map = read_index(source, index)[1] if index in names else {}
+        if not any(map(adapter_folder.is_shard, weight_map.values())):
+            continue
+        for tensor in sorted({*there, *weight_map}):
+            found, expected = there.get(tensor), weight_map.get(tensor)
+            if found != expected:
+                raise FormatError(
+                    f"{source.location}: {index} puts {tensor!r:.200} into {expected or 'no file'}, but "
+                    f"{f'it is in {found}' if found else 'it is not there'}; index and shards are not of one adapter"
+                )
+
+
+# --- files beside it --------------------------------------------------------------------------------------------------
+
+
+def _beside(
+    source: Source, folder: Folder, own: Mapping[str, Mapping[str, TensorRef]]
+) -> tuple[list[Beside], list[str], list[str]]:
+    """Files of weights beside the adapter's; what is wrong with them, and what is to be said of them."""
+    found = {name: _read_beside(source, name) for name in folder.beside}
+    known = {**own, **{name: of.tensors for name, of in found.items()}}
+    problems: list[str] = []
+    notes: list[str] = []
+    for name in folder.beside:
+        read = _read_in_its_place(name, known, own)
+        if read is None or found[name].problem:
+            continue
+        if _shapes(found.pop(name).tensors) == _shapes(known[read]):
+            notes.append(f"{name} holds the same tensors as {read}, which is read; {name} is not")
+        else:
+            problems.append(
+                f"{name} holds other tensors than {read}, which is read in its place; if it is of another adapter, "
+                f"{way_out(name)}"
+            )
+    return list(found.values()), problems, notes
+
+
+def _read_in_its_place(name: str, known: Collection[str], own: Collection[str]) -> str | None:
+    """The file of the same name in the other format, safetensors or pickle, that libraries load in place of this."""
+    if (twin := adapter_folder.twin_of(name)) in known:
+        return twin
+    return next((other for other in own if adapter_folder.twin_of(other) == name), None)
+
+
+def _shapes(tensors: Mapping[str, TensorRef]) -> dict[str, tuple[int, ...]]:
+    return {name: ref.shape for name, ref in tensors.items()}
+
+
+def _read_beside(source: Source, name: str) -> Beside:
+    said = f"{name} is beside the adapter, where trained weights are stored"
+    if not adapter_folder.is_readable(name):
+        return Beside(name, source.stat(name), {}, f"{said}, in a format that is not read here; {_unless(name)}")
+    try:
+        part = _read(source, name)
+    except FormatError as error:
+        return Beside(name, source.stat(name), {}, f"{said}, and cannot be read: {error}; {_unless(name)}")
+    return Beside(name, part.file, part.tensors)
+
+
+def way_out(name: str) -> str:
+    """What leaves a file out."""
+    return f"ignore_files: [{name}] in the adapter's entry of the config merges without it"
+
+
+def _unless(name: str) -> str:
+    return f"if the model needs none of it, {way_out(name)}"
+
+
+def _no_such_files(folder: Folder, ignore: Sequence[str]) -> list[str]:
+    return [
+        f"ignore_files names {name!r:.200}, which is not a file of weights in its folder; there are "
+        f"{', '.join(folder.known) or 'none'}"
+        for name in ignore
+        if name not in folder.known
+    ]
+
+
+def _notes(folder: Folder) -> list[str]:
+    notes = []
+    if folder.ignored:
+        notes.append(f"ignored, as ignore_files says: {', '.join(folder.ignored)}")
+    if folder.below:
+        more = ", …" if len(folder.below) > _SHOWN else ""
+        notes.append(
+            f"files of weights in folders below it are no part of it and are not merged: "
+            f"{', '.join(folder.below[:_SHOWN])}{more}"
+        )
+    return notes
+
+
+def _chosen(tensors: Mapping[str, TensorRef], config: AdapterConfig) -> Mapping[str, TensorRef]:
+    prefix = config.prefix
+    return tensors if not prefix else {k: ref for k, ref in tensors.items() if k.startswith(prefix)}

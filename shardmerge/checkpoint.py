@@ -82,7 +82,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
     weight_map: Mapping[str, str] = {}
     index_metadata: Mapping[str, Any] = {}
     if index_name:
-        index_metadata, weight_map = _read_index(source, index_name)
+        index_metadata, weight_map = read_index(source, index_name)
         files = sorted(set(weight_map.values()))
         if missing := sorted(set(files).difference(names)):
             raise FormatError(
@@ -173,7 +173,8 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number")
 
 
-def _read_index(source: Source, name: str) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+def read_index(source: Source, name: str) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    """The metadata of an index, and tensor → file. Raises `FormatError`."""
     where = f"{source.location}: {name}"
     index = read_json(source, [name], name, MAX_INDEX_BYTES, _no_constant)
     weight_map, metadata = index.get("weight_map"), index.get("metadata") or {}

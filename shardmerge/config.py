@@ -98,6 +98,11 @@ class AdapterConfig(_Section):
         description="Only tensors whose names begin so are merged: of an adapter for several models, those for this "
         "base.",
     )
+    ignore_files: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        description="Files of weights in the adapter's folder, by their exact names, that are no part of what is "
+        "merged. All others are merged or refused.",
+    )
     alpha: _Number | None = Field(
         default=None, description="For an adapter that carries no config: its alpha; the scaling is alpha / rank."
     )

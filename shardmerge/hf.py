@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +27,8 @@ GREEDY: Mapping[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_seq
 #: ``{"role": "system" | "user" | "assistant", "content": text}``
 Message = dict[str, str]
 
+#: Classes of transformers with a head that is not for text.
+_NO_TEXT = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering)")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _OFFLINE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -52,6 +56,20 @@ def check_directory(path: Path) -> None:
     if (path / "adapter_config.json").exists():
         # transformers would quietly load the adapter's base from somewhere else.
         raise FormatError(f"{path}: has an adapter_config.json; expected a merged model and no adapter beside it")
+    if (kind := _class_of(path)) and _NO_TEXT.search(kind):
+        raise FormatError(
+            f"{path}: is a {kind}, which writes no text; expected a language model. `shardmerge verify` checks any"
+            " merge"
+        )
+
+
+def _class_of(path: Path) -> str:
+    """The class that a config.json names; empty where it says nothing that could be read."""
+    try:
+        named = json.loads((path / "config.json").read_bytes())["architectures"][0]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return ""
+    return one_line(named) if isinstance(named, str) else ""
 
 
 def load_tokenizer(path: str) -> Any:

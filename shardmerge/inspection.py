@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from shardmerge.adapter_file import CONFIG_NAME, PICKLES, WEIGHTS, AdapterFile, open_adapter
+from shardmerge.adapter_file import CONFIG_NAME, AdapterFile, open_adapter
+from shardmerge.adapter_folder import PICKLES, WEIGHTS, is_shard
 from shardmerge.adapters import FAMILIES, METHODS, ModuleUpdate, Registered
 from shardmerge.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.config import AdapterConfig
@@ -40,7 +41,7 @@ def inspect_path(location: str) -> dict[str, Any]:
 
 def _is_adapter(source: Source) -> bool:
     names = [name for name in source.names() if "/" not in name]
-    if any(name in _ADAPTER_NAMES for name in names):
+    if any(name in _ADAPTER_NAMES or is_shard(name) for name in names):
         return True
     return not any(name.endswith(".safetensors") for name in names) and any(name.endswith(PICKLES) for name in names)
 
@@ -92,8 +93,10 @@ def _describe_adapter(adapter: AdapterFile, location: str) -> dict[str, Any]:
         "format": adapter.format(),
         "family": adapter.family,
         "updates": dict(Counter(update.family for update in updates)),
-        "bytes": adapter.file.size,
+        "bytes": sum(file.size for file in adapter.files),
         "tensors": len(adapter.tensors),
+        "files": len(adapter.files),
+        "trained beside it": [f"{of.name} ({len(of.tensors)} tensors)" for of in adapter.beside],
         "dtypes": _dtypes(adapter.tensors),
         "ranks": sorted({update.rank for update in updates if update.rank}),
         "settings": _settings(config),
@@ -167,7 +170,7 @@ base: {base}  # {base_comment}
 
 adapters:
   - path: {adapter}
-    weight: 1.0            # multiplies the adapter's own scaling{scale}
+    weight: 1.0            # multiplies the adapter's own scaling{scale}{beside}
 
 output:
   path: {output}
@@ -203,6 +206,10 @@ def starter_config(location: str, name: str) -> str:
         else "a directory, a .safetensors file or a Hub id",
         adapter=_quoted(location),
         scale=scale,
+        beside="".join(
+            f"\n    # {_one_line(text)}: trained with it, and merged too; ignore_files: [its name] leaves it out"
+            for text in found["trained beside it"]
+        ),
         output=_quoted((last.partition("@")[0] or last).removesuffix(".pt") + "-merged"),
     )
 

@@ -45,8 +45,10 @@ class Origin:
 
     def open_adapters(self) -> Iterator[tuple[AdapterFile, AdapterConfig]]:
         """The adapters in the order in which they were applied."""
+        of_base = {shard.file.uri for shard in open_checkpoint(_open("base", self.base)).shards}
         for entry in self.adapters:
-            yield open_adapter(_open("adapter", entry.path)), entry
+            adapter = open_adapter(_open("adapter", entry.path), entry.ignore_files)
+            yield adapter.apart_from(of_base), entry
 
 
 def read_origin(output: Path, base: str | None = None, adapters: Sequence[str] = ()) -> Origin:

@@ -20,6 +20,7 @@ PACKAGE = ROOT / "shardmerge"
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "spec", "choices", "naming", "version", "interrupt", "garbage", "pages", "patterns", "shown"),
     (
+        "adapter_folder",
         "config",
         "header",
         "durable",

@@ -110,6 +110,7 @@ def test_override_and_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "scaling": None,
         "expert_layout": "peft",
         "prefix": None,
+        "ignore_files": [],
     }
     first = contents(other)
     refused = invoke(monkeypatch, "run", config, "-s", f"output.path={other}", code=3)

@@ -34,7 +34,7 @@ from shardmerge.config import AdapterConfig
 from shardmerge.errors import ConfigError, FormatError, PlanError, ShardmergeError, SourceError
 from shardmerge.journal import sealed
 from shardmerge.sources import open_source
-from tests.builders import run_python, write_json
+from tests.builders import run_python, write_json, write_shards
 from tests.conftest import ROOT
 from tests.talkers import save_model, word_tokenizer
 
@@ -334,6 +334,33 @@ def test_resized_vocabulary(base: Path, tmp_path: Path) -> None:
     found = compare(output, prompts=["word1 more words"], max_new_tokens=4)
     assert found.same, found.differences
     assert found.figures["kl"] < 1e-9
+
+
+# --- more than one file -----------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_in_shards(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """PEFT itself loads one file only."""
+    sharded = rewritten(adapter, tmp_path / "sharded")
+    tensors = load_file(sharded / "adapter_model.safetensors")
+    (sharded / "adapter_model.safetensors").unlink()
+    write_shards(sharded, tensors, 3, stem="adapter_model")
+    assert_exact(told(merge(base, tmp_path / "out", sharded)))
+
+
+def test_weights_trained_in_full_beside_it(base: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = rewritten(adapter, tmp_path / "adapter")
+    layer = "base_model.model.model.layers.0"
+    norm = torch.rand(32) + 1
+    torch.save({f"{layer}.input_layernorm.weight": norm}, folder / "non_lora_state_dict.bin")
+    output = merge(base, tmp_path / "out", folder)
+    assert_exact(told(output))
+    torch.save({f"{layer}.input_layernorm.weight": norm * 1.5}, folder / "non_lora_state_dict.bin")
+    assert not told(output).same
+    shutil.copytree(folder, tmp_path / "other")
+    torch.save({"v_head.weight": torch.ones(1)}, tmp_path / "other" / "value_head.bin")
+    with pytest.raises(ConfigError, match=r"value_head.bin: transformers' model has no weight v_head.weight"):
+        told(output, adapters=[str(tmp_path / "other")])
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

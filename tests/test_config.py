@@ -117,6 +117,7 @@ def test_defaults(tmp_path: Path) -> None:
                 "format": "auto",
                 "expert_layout": "peft",
                 "prefix": None,
+                "ignore_files": (),
                 "alpha": None,
                 "scaling": None,
             },
@@ -177,7 +178,7 @@ def test_devices(device: str) -> None:
         ({"zzzzz": 1}, ["zzzzz: there is no such key; valid are base, adapters, output, tied, compute"]),
         (
             {"adapters": [{"path": "a", "wieght": 1}]},
-            ["adapters.0.wieght", "mean weight?", "path, weight, format, expert_layout, prefix, alpha, scaling"],
+            ["adapters.0.wieght", "mean weight?", "path, weight, format, expert_layout, prefix, ignore_files, alpha"],
         ),
         ({"adapters": ["a", {"path": "b", "rank": 1}]}, ["adapters.1.rank: there is no such key; valid are path"]),
         (

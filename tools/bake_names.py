@@ -11,10 +11,12 @@ The file's keys:
   for the rules of that key. A renaming is [from, to] or [from, to, [from, to]], the last pair leading back; others are
   {"from", "to", "ops", "group", "offset", "prefix", "back"}, see ``shardmerge.names.rules.Rule``.
 - ``types``: by model type, ``roles`` (role → class) and ``tie``: the default of tie_word_embeddings, or how it follows
-  from the config, see ``shardmerge.names.table.ties``.
+  from the config, see ``shardmerge.names.table.ties``; ``tasks`` (PEFT's task → class) and ``heads``, the tensors that
+  some class of the type has beside its plain model.
 - ``architectures``: by class, ``type``, ``prefix`` (base_model_prefix), ``parts`` ([path, class, key of its config]),
   ``conv1d``, ``experts``, ``transposed`` and ``gates``, ``output``, ``tied``, see
-  ``shardmerge.names.table.Architecture``.
+  ``shardmerge.names.table.Architecture``; of a class that has a task, ``head`` (tensor → dimensions: a number,
+  "labels", or [key of the config, default, times]) and ``needs``, see ``tools.bake_heads``.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from tools import bake_heads
 
 TARGET = Path(__file__).resolve().parent.parent / "shardmerge" / "data" / "names.json"
 
@@ -193,10 +197,15 @@ def bake() -> tuple[str, dict[str, str]]:
         _describe(model, architectures)
         if variant := _VARIANTS.get(_config_class(cls).__name__):
             _describe(build(cls, **variant), architectures)
+    types = model_types(found, architectures)
+    roles = {model_type: entry.get("roles", {}) for model_type, entry in types.items()}
+    for entries, of_heads in zip((types, architectures), bake_heads.bake(found, build, roles), strict=True):
+        for name, entry in of_heads.items():
+            entries[name] |= entry
     data = {
         "transformers": transformers.__version__,
         "rules": rules(),
-        "types": model_types(found, architectures),
+        "types": types,
         "architectures": {name: _without_empty(entry) for name, entry in architectures.items()},
     }
     return _pretty(data), failures

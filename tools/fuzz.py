@@ -64,7 +64,8 @@ def settings(data: bytes) -> None:
     config = read_json(source, [CONFIG_NAME], CONFIG_NAME)
     shapes = {f"{MODULE}.lora_A.weight": (4, 8), f"{MODULE}.lora_B.weight": (6, 4)}
     tensors = {name: TensorRef(name, "fuzzed", "F32", shape, 0, 96) for name, shape in shapes.items()}
-    AdapterFile(source, SourceFile("fuzzed", 96), None, config, tensors, {}).claims(AdapterConfig(path="fuzzed"))
+    adapter = AdapterFile(source, (SourceFile("fuzzed", 96),), None, config, tensors, {})
+    adapter.claims(AdapterConfig(path="fuzzed"))
 
 
 def pickled(data: bytes) -> None:

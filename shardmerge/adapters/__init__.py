@@ -34,7 +34,7 @@ from shardmerge.adapters.miss import Miss, MissBat
 from shardmerge.adapters.oft import Oft
 from shardmerge.adapters.osf import Osf
 from shardmerge.adapters.peanut import Peanut
-from shardmerge.adapters.peft import Context, PeftMethod, Registered, Stored
+from shardmerge.adapters.peft import Context, PeftMethod, Registered, Stored, claim_beside
 from shardmerge.adapters.peft_lora import LoraMethod
 from shardmerge.adapters.psoft import Psoft
 from shardmerge.adapters.pvera import Pvera
@@ -67,6 +67,7 @@ __all__ = [
     "Stored",
     "check_dtypes",
     "claim",
+    "claim_beside",
     "detect_format",
 ]
 

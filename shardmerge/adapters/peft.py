@@ -258,6 +258,20 @@ def claim_wholes(claims: Claims, tensors: Mapping[str, TensorRef], config: Confi
             claims.updates.append(ModuleUpdate(module, parameter, "replacement", factors, settings=settings))
 
 
+def claim_beside(claims: Claims, file: str, tensors: Mapping[str, TensorRef]) -> None:
+    """Whole tensors of a file beside the adapter: weights that were trained in full, in their own place in the model.
+
+    So a tied one was trained for both sides, but for PEFT's copy of a module, which is apart. The weight within a layer
+    that PEFT has wrapped is what LoRA adds to; see `claim_wholes`.
+    """
+    for name, ref in tensors.items():
+        plain = _SAVED.sub("", name)
+        module, _, parameter = module_name(_WRAPPED.sub("", plain)).rpartition(".")
+        copy = _WRAPPED.search(name) is not None
+        settings = (("saved", plain != name), ("copy", copy), ("as_in_memory", True), ("beside", file))
+        claims.updates.append(ModuleUpdate(module, parameter, "replacement", (("whole", ref),), settings=settings))
+
+
 def is_embedding(module: str) -> bool:
     """Whether a module is called as input embeddings and output heads are."""
     return module.rpartition(".")[2] in _EMBEDDINGS

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardmerge.adapter_file import CONFIG_NAME, AdapterFile
+from shardmerge.adapter_file import AdapterFile
+from shardmerge.comparison.beside import Whole, folder_for_peft, put_wholes
 from shardmerge.config import AdapterConfig
 from shardmerge.errors import ConfigError
 from shardmerge.hf import library, quiet, reason
@@ -45,6 +46,8 @@ class Attached:
     model: Any
     _peft: Any = None
     _formulas: list[Formula] = field(default_factory=list)
+    #: Weights that were trained in full.
+    _wholes: list[Whole] = field(default_factory=list)
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
@@ -55,13 +58,17 @@ class Attached:
     def aside(self) -> Iterator[None]:
         """Within, the model is the base alone."""
         with self._peft.disable_adapter() if self._peft is not None else contextlib.nullcontext():
-            for formula in self._formulas:
-                formula.on = False
+            self._switch(on=False)
             try:
                 yield
             finally:
-                for formula in self._formulas:
-                    formula.on = True
+                self._switch(on=True)
+
+    def _switch(self, *, on: bool) -> None:
+        for formula in self._formulas:
+            formula.on = on
+        for whole in self._wholes:
+            whole.put(trained=on)
 
 
 @dataclass
@@ -85,10 +92,11 @@ def attach(model: Any, adapters: Sequence[tuple[AdapterFile, AdapterConfig]], vo
     if model.get_input_embeddings().weight.shape[0] < vocabulary:
         # The adapter brings its own rows; PEFT only has to find room for them.
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    wholes = [whole for of in adapters for whole in put_wholes(model, *of)]
     by_peft = [of for of in adapters if _is_pefts(*of)]
     _check_composition(by_peft, len(adapters))
     formulas = [formula for of in adapters if not _is_pefts(*of) for formula in _formulas(model, *of)]
-    return Attached(model, _with_peft(model, by_peft) if by_peft else None, formulas)
+    return Attached(model, _with_peft(model, by_peft) if by_peft else None, formulas, wholes)
 
 
 def _is_pefts(adapter: AdapterFile, entry: AdapterConfig) -> bool:
@@ -129,10 +137,8 @@ def _with_peft(model: Any, adapters: Sequence[tuple[AdapterFile, AdapterConfig]]
     names = [f"compared{number}" for number in range(len(adapters))]
     for name, (adapter, entry) in zip(names, adapters, strict=True):
         where = adapter.source.location
-        adapter.source.fetch(CONFIG_NAME)
-        folder = str(adapter.source.fetch(adapter.file.uri.rpartition("/")[2]).parent)
         try:
-            with quiet():
+            with quiet(), folder_for_peft(adapter) as folder:
                 if wrapped is None:
                     wrapped = peft.PeftModel.from_pretrained(model, folder, adapter_name=name)
                 # Once more for the first, as only this says what was loaded.
@@ -223,7 +229,7 @@ def _find(model: Any, where: str, name: str) -> Any:
 
 
 def _read(adapter: AdapterFile) -> Mapping[str, Tensor]:
-    files = Files([adapter.file])
+    files = Files(adapter.files)
     try:
         return {name: Factor(files, ref).whole() for name, ref in adapter.tensors.items()}
     finally:

@@ -4,8 +4,9 @@ Adapters carry the module names of the transformers version that trained them; c
 that wrote them. ``shardmerge/data`` holds what transformers does to names and tensors on loading, as data.
 """
 
+from shardmerge.names.heads import LABELS, Head, head_for
 from shardmerge.names.places import Parameter, Place
 from shardmerge.names.resolver import Names
 from shardmerge.names.spoken import Speakers, Spoken
 
-__all__ = ["Names", "Parameter", "Place", "Speakers", "Spoken"]
+__all__ = ["LABELS", "Head", "Names", "Parameter", "Place", "Speakers", "Spoken", "head_for"]

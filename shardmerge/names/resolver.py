@@ -297,6 +297,11 @@ class Names:
             view = pieces.transpose(view, view.row_axis, view.row_axis + 1)
         return Parameter(name, view.shape, pieces.places(view), transposed, view.stacked)
 
+    def in_memory(self, stored: str) -> str:
+        """What a stored tensor is called in memory, without the base model's prefix."""
+        name = self._rules.forward(stored).name
+        return next((name.removeprefix(f"{prefix}.") for prefix in self._prefixes), name)
+
     # --- tied weights and the order of parameters ---
 
     def tied_heads(self) -> Mapping[str, str]:

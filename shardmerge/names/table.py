@@ -37,6 +37,10 @@ class Architecture:
     output: str = ""
     #: Tied weight → the embedding's.
     tied: Mapping[str, str] = field(default_factory=dict)
+    #: Tensors of its head → their dimensions, and one tensor of each part that not every class of its type has; see
+    #: `shardmerge.names.heads`.
+    head: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,9 @@ class Table:
     roles: Mapping[str, Mapping[str, str]]
     #: Model type → how its config says whether embeddings are tied.
     ties: Mapping[str, Any]
+    #: Model type → PEFT's task → the class that does it; and the tensors of all heads of the type.
+    tasks: Mapping[str, Mapping[str, str]]
+    heads: Mapping[str, tuple[str, ...]]
 
 
 #: Keys of configs that a whole model's text model may be inside of.
@@ -85,6 +92,8 @@ def table() -> Table:
         rules={key: tuple(_rule(rule) for rule in _followed(data["rules"], key)) for key in data["rules"]},
         roles={name: entry.get("roles", {}) for name, entry in data["types"].items()},
         ties={name: entry["tie"] for name, entry in data["types"].items() if "tie" in entry},
+        tasks={name: entry["tasks"] for name, entry in data["types"].items() if "tasks" in entry},
+        heads={name: tuple(entry["heads"]) for name, entry in data["types"].items() if "heads" in entry},
     )
 
 
@@ -104,6 +113,8 @@ def _architecture(name: str, entry: Mapping[str, Any]) -> Architecture:
         entry.get("gates", ""),
         entry.get("output", ""),
         entry.get("tied", {}),
+        entry.get("head", {}),
+        tuple(entry.get("needs", ())),
     )
 
 

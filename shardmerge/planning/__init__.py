@@ -16,6 +16,7 @@ from shardmerge.errors import PlanError, ShardmergeError
 from shardmerge.garbage import give_back, no_garbage_collection
 from shardmerge.names import Names
 from shardmerge.planning import aux_files
+from shardmerge.planning.heads import resolve_heads
 from shardmerge.planning.match import match, undone
 from shardmerge.planning.output_checks import absolute, check_place, check_space
 from shardmerge.planning.tied import resolve_ties
@@ -63,18 +64,23 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
     compute_dtype = dtype_code(config.compute.dtype)
     output = absolute(config.output.path)
 
-    names = Names(checkpoint.config, {name: weight.tensor.shape for name, weight in checkpoint.weights.items()})
+    names = _names(checkpoint, checkpoint.config.get("architectures"))
     matches = match(checkpoint, names, adapters)
+    heads = resolve_heads(checkpoint, names, matches, adapters)
+    if heads.architecture is not None:  # what is tied in the output is what that class ties
+        names = _names(checkpoint, [heads.architecture])
     untied = resolve_ties(
         checkpoint, names, matches.updates, [adapter.config or {} for _, adapter in adapters], config.tied
     )
-    vocabulary, misfits = resized(checkpoint, matches.updates, untied.added)
-    problems = [*matches.problems, *undone(matches.updates, config.adapters), *untied.problems, *misfits]
-    changes = dict(untied.changes)
+    vocabulary, misfits = resized(checkpoint, matches.updates, untied.added, heads.left_out)
+    problems = [*matches.problems, *heads.problems, *undone(matches.updates, config.adapters)]
+    problems += [*untied.problems, *misfits]
+    changes = {**untied.changes, **heads.changes}
     if vocabulary is not None:
         changes["vocab_size"] = vocabulary
     max_shard_size = None if config.output.max_shard_size == "same" else config.output.max_shard_size
-    layout = lay_out(checkpoint, dtype, max_shard_size, _replaced(matches.updates), untied.added)
+    added = [*untied.added, *heads.added]
+    layout = lay_out(checkpoint, dtype, max_shard_size, _replaced(matches.updates), added, heads.left_out)
     if dtype != "same" and _changes_dtype(layout.shards):
         changes["dtype"] = config.output.dtype
     aux = aux_files.collect(checkpoint, adapters, changes)
@@ -116,7 +122,13 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
         memory=memory,
         bytes_read=bytes_read(shards),
         bytes_written=written,
-        warnings=(*untied.notes, *matches.warnings, *_warnings(config, checkpoint, adapters), *aux.warnings),
+        warnings=(
+            *heads.notes,
+            *untied.notes,
+            *matches.warnings,
+            *_warnings(config, checkpoint, adapters),
+            *aux.warnings,
+        ),
         overwrite=overwrite,
         config=config.model_dump(mode="json"),
         fingerprint={},
@@ -140,7 +152,7 @@ def _open_all(config: MergeConfig) -> tuple[Checkpoint, list[tuple[AdapterConfig
 
     adapters = []
     for entry in config.adapters:
-        adapter = attempt(lambda entry=entry: open_adapter(open_source(entry.path)))  # type: ignore[misc]
+        adapter = attempt(lambda entry=entry: open_adapter(open_source(entry.path), entry.ignore_files))  # type: ignore[misc]
         if adapter is not None:
             adapters.append((entry, adapter))
     checkpoint = None
@@ -150,7 +162,8 @@ def _open_all(config: MergeConfig) -> tuple[Checkpoint, list[tuple[AdapterConfig
         raise errors[0] if isinstance(errors[0], PlanError) else type(errors[0])(f"{errors[0]}. Nothing was written")
     if errors or checkpoint is None:
         raise PlanError([str(error) for error in errors])
-    return checkpoint, adapters
+    of_base = {shard.file.uri for shard in checkpoint.shards}
+    return checkpoint, [(entry, adapter.apart_from(of_base)) for entry, adapter in adapters]
 
 
 def _base_location(config: MergeConfig, adapters: Sequence[tuple[AdapterConfig, AdapterFile]]) -> str:
@@ -163,6 +176,11 @@ def _base_location(config: MergeConfig, adapters: Sequence[tuple[AdapterConfig, 
         found = "; ".join(f"{path} was trained on {base}" for base, path in named.items())
         raise PlanError([f"base: auto: the adapters name different bases ({found}); give the base's path"])
     raise PlanError(["base: auto: no adapter says what it was trained on; give the base's path"])
+
+
+def _names(checkpoint: Checkpoint, architectures: Any) -> Names:
+    config = {**checkpoint.config, "architectures": architectures}
+    return Names(config, {name: weight.tensor.shape for name, weight in checkpoint.weights.items()})
 
 
 # --- assembling -------------------------------------------------------------------------------------------------------
@@ -208,7 +226,6 @@ def bytes_read(shards: Sequence[ShardPlan]) -> int:
 
 
 def _adapter_info(entry: AdapterConfig, adapter: AdapterFile) -> AdapterInfo:
-    files = [adapter.file] + ([adapter.config_file] if adapter.config_file else [])
     kind = adapter.format(entry.format)
     return AdapterInfo(
         location=adapter.source.location,
@@ -216,10 +233,10 @@ def _adapter_info(entry: AdapterConfig, adapter: AdapterFile) -> AdapterInfo:
         format=kind,
         family=adapter.family,
         weight=entry.weight,
-        nbytes=adapter.file.size,
-        tensors=len(adapter.tensors),
+        nbytes=sum(file.size for file in adapter.files) + sum(of.file.size for of in adapter.beside),
+        tensors=len(adapter.tensors) + sum(len(of.tensors) for of in adapter.beside),
         trained_on=adapter.trained_on,
-        files=tuple(files),
+        files=adapter.all_files,
     )
 
 

@@ -29,6 +29,8 @@ _TOKENIZER = re.compile(
 #: Folders of a training run or of other formats of the same model.
 _OTHER_FOLDERS = re.compile(r"(checkpoint-\d+|runs|logs|wandb|global_step\d+|onnx|openvino|coreml|original|gguf)(/.*)?")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
+#: What config.json says of a head.
+_HEAD_KEYS = ("architectures", "id2label", "label2id", "num_labels")
 
 
 @dataclass(slots=True)
@@ -42,7 +44,8 @@ def collect(
 ) -> AuxFiles:
     """The base's files; the tokenizer and template of the first adapter that has one, in place of the base's.
 
-    ``changes`` are what config.json must say: ``dtype``, by torch's name, ``vocab_size``, ``tie_word_embeddings``.
+    ``changes`` are what config.json must say: ``dtype``, by torch's name, ``vocab_size``, ``tie_word_embeddings``,
+    ``architectures`` and the labels.
     Without any, its bytes stay as they are.
     """
     result = AuxFiles()
@@ -128,6 +131,7 @@ def _with_changes(text: bytes, config: Mapping[str, Any], changes: Mapping[str, 
         changed["tie_word_embeddings"] = changes["tie_word_embeddings"]
         if isinstance(text_config := changed.get("text_config"), dict):
             changed["text_config"] = {**text_config, "tie_word_embeddings": changes["tie_word_embeddings"]}
+    changed |= {key: changes[key] for key in _HEAD_KEYS if key in changes}
     if changed == config:
         return None
     ending = "\n" if text.endswith(b"\n") else ""

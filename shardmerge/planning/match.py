@@ -14,9 +14,10 @@ from shardmerge.adapter_file import AdapterFile
 from shardmerge.adapters import FAMILIES, Claims, ModuleUpdate, check_dtypes
 from shardmerge.checkpoint import Checkpoint
 from shardmerge.config import AdapterConfig
-from shardmerge.names import Names, Speakers
+from shardmerge.names import LABELS, Names, Speakers, head_for
 from shardmerge.naming import nearest
 from shardmerge.planning.tied import tied_parameter
+from shardmerge.planning.unplaced import Unplaced, already_there, beside_of, first_of, named
 from shardmerge.planning.vocabulary import may_resize
 from shardmerge.spec import FACTOR_DTYPES, FLOAT_DTYPES, Parameter, Place, TensorRef, Update
 
@@ -31,6 +32,8 @@ class Matches:
     updates: defaultdict[str, list[Update]] = field(default_factory=lambda: defaultdict(list))
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    #: Whole tensors for which the base has no place, as one made for training has none.
+    unplaced: list[Unplaced] = field(default_factory=list)
     #: Tensors of the base that are factors, too: the stored tensor, the adapter's number, a name to speak of.
     read: list[tuple[str, int, str]] = field(default_factory=list)
 
@@ -103,6 +106,7 @@ class _Matching:
         self.number = number
         self.config = config
         self.adapter = adapter
+        self.head = head_for(checkpoint.config, (adapter.config or {}).get("task_type"))
         self.matches = matches
         self.unmatched: list[Callable[[], str]] = []
         self.misfits: list[str] = []
@@ -117,7 +121,8 @@ class _Matching:
         if claims.refused:
             return problems
         tensors = self.adapter.chosen(self.config)
-        problems += list_some(_empty(tensors, claims.told))
+        beside = {ref.name: ref for update in claims.updates if beside_of(update) for _, ref in update.factors}
+        problems += list_some(_empty({**tensors, **beside}, claims.told))
         problems += list_some([partial(self._leftover, name) for name in claims.leftovers(tensors)])
         if not claims.updates:
             return problems if claims.problems else [*problems, "holds nothing that could be merged"]
@@ -125,6 +130,7 @@ class _Matching:
         for update in sorted(claims.updates, key=_order):
             self._match(update)
         self._find_overlaps()
+        self.misfits += already_there(self.regions)
         self.matches.warnings += [f"adapter {self.config.path}: {warning}" for warning in claims.warnings]
         adding = [update for update in claims.updates if FAMILIES[update.family].adds]
         only = all(FAMILIES[update.family].adds or not _order(update) for update in claims.updates)
@@ -135,8 +141,11 @@ class _Matching:
     def _understood(self) -> tuple[Claims, list[str]]:
         """The adapter's claims, once it is known whose names it has; and why that is not certain."""
         claims = self.adapter.claims(self.config, self.speakers.registered_parameters, self._weight_of)
+        # A head that was made for training, and files beside the adapter, may have no place in any class's names.
         targets = [
-            (update.module, update.parameter) for update in claims.updates if not (update.flattened or update.optional)
+            (update.module, update.parameter)
+            for update in claims.updates
+            if not (update.flattened or update.optional or beside_of(update) or self._of_head(update))
         ]
         self.spoken, unclear = self.speakers.chosen(targets, self._exists)
         if self.spoken.note:
@@ -165,19 +174,19 @@ class _Matching:
                 update = update.changed(module=found)
             elif found:
                 names = ", ".join(found[:3])
-                self.unmatched.append(partial(self._unmatched, update, f"{update.module} may be any of {names}"))
+                self._place_nowhere(update, f"{update.module} may be any of {names}")
                 return
         everywhere = (self._found(name, update.parameter) for name in self.spoken.ours(update.module))
         parameter, called = next((found for found in everywhere if found[0] != ""), ("", update.parameter))
         update = update if called == update.parameter else update.changed(parameter=called)
         if isinstance(parameter, str):
             if not (update.optional and not parameter):
-                self.unmatched.append(partial(self._unmatched, update, parameter))
+                self._place_nowhere(update, parameter)
             return
         parameter = self.resized.get(parameter.name, parameter)
         oriented = update if _is_told(update) else FAMILIES[update.family].orient(update, parameter)
         if isinstance(oriented, str):
-            self.misfits.append(oriented)
+            self.misfits.append(named(update, oriented))
             return
         completed = self._with_base(self._as_stored(oriented, parameter))
         if isinstance(completed, str):
@@ -186,7 +195,7 @@ class _Matching:
         update = completed
         if self._is_taken(update, parameter):
             return
-        wrong = self._misfits(update, parameter)
+        wrong = [named(update, problem) for problem in self._misfits(update, parameter)]
         self.misfits += wrong
         if wrong or _is_told(update):
             return
@@ -201,6 +210,15 @@ class _Matching:
         for place in parameter.places:
             self.regions[place.tensor].append((place, update))
             self.matches.updates[place.tensor].append(self._update(update, parameter, place))
+
+    def _place_nowhere(self, update: ModuleUpdate, why: str) -> None:
+        """Say that an update has no place; of a whole tensor that was trained, one may yet be found."""
+        problem = partial(self._unmatched, update, why)
+        trained = update.setting("saved", False) or beside_of(update)
+        if trained and not _is_told(update):
+            self.matches.unplaced.append(Unplaced(self.number, update, why, problem))
+        else:
+            self.unmatched.append(problem)
 
     def _unflattened(self, name: str) -> str | list[str]:
         """The one module of the base whose name, or its end, is this with dots for some underscores; or all."""
@@ -263,7 +281,7 @@ class _Matching:
         other = self.taken.setdefault(key, update)
         if other is update:
             return False
-        names = " and ".join(of.first for of in (other, update))
+        names = " and ".join(map(first_of, (other, update)))
         self.misfits.append(f"{names} both update {parameter.name}; a weight is updated once by an adapter")
         return True
 
@@ -307,9 +325,19 @@ class _Matching:
                     f"{place.start} to {place.start + place.rows - 1} of its {update.parameter} by themselves"
                 )
                 break
-        if update.family == "replacement" and not problems:
+        if update.family == "replacement" and not problems and not self._has_label_rows(update):
             problems += may_resize(self.checkpoint, update, stored[0])
         return problems
+
+    def _of_head(self, update: ModuleUpdate) -> tuple[object, ...]:
+        """The dimensions of a tensor of the head that the adapter's task has; () for any other."""
+        shapes = {} if isinstance(self.head, str) else self.head.shapes
+        return shapes.get(f"{update.module}.{update.parameter}", ())
+
+    def _has_label_rows(self, update: ModuleUpdate) -> bool:
+        """Whether the rows of a tensor are the labels of the base's own head, of which training may have had others."""
+        is_there = not isinstance(self.head, str) and self.head.is_there
+        return is_there and self._of_head(update)[:1] == (LABELS,)
 
     def _weight_of(self, module: str) -> tuple[Parameter, str] | None:
         spoken = self.speakers if self.spoken is self.speakers.own else self.spoken
@@ -362,7 +390,8 @@ class _Matching:
             for (one, first), (other, second) in itertools.pairwise(ordered):
                 if _overlap(one, other):
                     self.misfits.append(
-                        f"{first.first} and {second.first} both update {target}; a weight is updated once by an adapter"
+                        f"{first_of(first)} and {first_of(second)} both update {target}; a weight is updated once by "
+                        "an adapter"
                     )
                     break
 
@@ -373,13 +402,7 @@ class _Matching:
         if why:
             return f"{update.first}: {why}"
         target = f"{update.module}.{update.parameter}"
-        hint = self._near(target)
-        if update.family == "replacement":
-            hint += (
-                "; if it is a head that was made for training, save the base with that head first, so that its config "
-                "knows it"
-            )
-        return f"{update.first} updates {target}, which is not in the base{hint}"
+        return f"{update.first} updates {target}, which is not in the base{self._near(target)}"
 
     def _near(self, name: str) -> str:
         found = nearest(name, self.checkpoint.weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from shardmerge.adapters import ModuleUpdate
@@ -35,13 +35,21 @@ def may_resize(checkpoint: Checkpoint, update: ModuleUpdate, stored: TensorRef) 
 
 
 def resized(
-    checkpoint: Checkpoint, updates: Mapping[str, Sequence[Update]], added: Sequence[TensorRef]
+    checkpoint: Checkpoint,
+    updates: Mapping[str, Sequence[Update]],
+    added: Sequence[TensorRef],
+    left_out: Collection[str] = (),
 ) -> tuple[int | None, list[str]]:
     """The new number of rows, if there is one, and what does not fit it."""
     old = vocabulary_size(checkpoint.config)
     rows: dict[str, int] = {}
     for name, weight in checkpoint.weights.items():
-        if old is not None and weight.tensor.shape[:1] == (old,) and len(weight.tensor.shape) == 2:
+        if (
+            old is not None
+            and name not in left_out
+            and weight.tensor.shape[:1] == (old,)
+            and len(weight.tensor.shape) == 2
+        ):
             rows[name] = old
     rows |= {ref.name: ref.shape[0] for ref in added}
     changed: dict[str, int] = {}
@@ -58,7 +66,8 @@ def resized(
     embeddings = {
         name: size for name, size in rows.items() if name in changed or is_embedding(name.removesuffix(".weight"))
     }
-    embeddings |= _biases(checkpoint, updates, changed, old)
+    biases = _biases(checkpoint, updates, changed, old)
+    embeddings |= {name: size for name, size in biases.items() if name not in left_out}
     if len(sizes) > 1 or len(set(embeddings.values())) > 1:
         found = ", ".join(f"{name} has {size}" for name, size in sorted(embeddings.items()))
         return None, [f"the adapter resizes the vocabulary, but not all of it: {found} rows"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardmerge import header
@@ -45,18 +45,27 @@ def lay_out(
     max_shard_size: int | None,
     replaced: Mapping[str, TensorRef] | None = None,
     added: Sequence[TensorRef] = (),
+    left_out: Collection[str] = (),
 ) -> Layout:
-    """Place every tensor of the base, or what is ``replaced`` by name; what is ``added`` comes last.
+    """Place every tensor of the base that is not ``left_out``, or what is ``replaced`` by name; ``added`` comes last.
 
     ``dtype`` is a code or ``same``; ``max_shard_size`` None keeps the shards.
     """
     replaced = replaced or {}
-    groups = [[Outgoing(replaced.get(ref.name, ref), ref) for ref in shard.tensors] for shard in checkpoint.shards]
+    groups = [
+        [Outgoing(replaced.get(ref.name, ref), ref) for ref in shard.tensors if ref.name not in left_out]
+        for shard in checkpoint.shards
+    ]
     groups[-1] += [Outgoing(replaced.get(ref.name, ref), ref) for ref in added]
     if max_shard_size is None:
+        kept = [
+            (shard, group) for shard, group in zip(checkpoint.shards, groups, strict=True) if group or not shard.tensors
+        ]
+        names = [shard.name for shard, _ in kept]
+        if len(kept) < len(groups):
+            names = _numbered(checkpoint, len(kept))
         shards = tuple(
-            _shard(shard.name, shard.metadata, group, dtype)
-            for shard, group in zip(checkpoint.shards, groups, strict=True)
+            _shard(name, shard.metadata, group, dtype) for name, (shard, group) in zip(names, kept, strict=True)
         )
         several = checkpoint.index_name is not None or len(shards) > 1
     else:
@@ -105,12 +114,16 @@ def _reshard(checkpoint: Checkpoint, tensors: Sequence[Outgoing], dtype: str, li
             filled = 0
         groups[-1].append(tensor)
         filled += size
-    stem, count = _stem(checkpoint), len(groups)
-    names = [f"{stem}-{number:05d}-of-{count:05d}{_SUFFIX}" for number in range(1, count + 1)]
-    if count == 1:
-        names = [stem + _SUFFIX]
-    metadata = checkpoint.shards[0].metadata
+    names, metadata = _numbered(checkpoint, len(groups)), checkpoint.shards[0].metadata
     return tuple(_shard(name, metadata, group, dtype) for name, group in zip(names, groups, strict=True))
+
+
+def _numbered(checkpoint: Checkpoint, count: int) -> list[str]:
+    """Names of so many shards."""
+    stem = _stem(checkpoint)
+    if count == 1:
+        return [stem + _SUFFIX]
+    return [f"{stem}-{number:05d}-of-{count:05d}{_SUFFIX}" for number in range(1, count + 1)]
 
 
 def _stem(checkpoint: Checkpoint) -> str:

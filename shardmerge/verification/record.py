@@ -142,7 +142,7 @@ def plan_again(record: Record, output: Path, base: str | None, adapters: Sequenc
     except ShardmergeError as error:
         findings.unverified.append(f"touched tensors: base or adapter cannot be read: {error}")
         return Again(base=_base_alone(config, findings), config=config)
-    scaled = [ScaledBy(open_adapter(open_source(entry.path)), entry) for entry in config.adapters]
+    scaled = [ScaledBy(open_adapter(open_source(entry.path), entry.ignore_files), entry) for entry in config.adapters]
     for kind, text in _differences(record, plan) or _of_digest(record, plan):
         if kind == "note":
             findings.notes.append(text)

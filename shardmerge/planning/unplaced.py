@@ -1,0 +1,77 @@
+"""Whole tensors of an adapter, or of a file beside it: those without a place, and those that are there already."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from shardmerge.adapter_file import way_out
+from shardmerge.adapters import FAMILIES, ModuleUpdate
+from shardmerge.spec import Place
+
+#: Tensors of a file that are named; of the rest only the number is.
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Unplaced:
+    """A whole tensor for which the base has no place."""
+
+    adapter: int
+    update: ModuleUpdate
+    #: Why, where something of its name is there.
+    why: str
+    #: Says so; it takes a search.
+    problem: Callable[[], str]
+
+
+def beside_of(update: ModuleUpdate) -> str:
+    """The file beside the adapter that an update is from; empty where it is the adapter's own."""
+    return str(update.setting("beside", ""))
+
+
+def first_of(update: ModuleUpdate) -> str:
+    """The name of one of an update's tensors, with that of the file where it is not the adapter's own."""
+    file = beside_of(update)
+    return f"{update.first} of {file}" if file else update.first
+
+
+def named(update: ModuleUpdate, problem: str) -> str:
+    """A problem of an update, with the file's name where that is not the adapter's own."""
+    file = beside_of(update)
+    return f"{file}: {problem}; if the model needs none of it, {way_out(file)}" if file else problem
+
+
+def without_place(file: str, updates: Sequence[ModuleUpdate]) -> str:
+    """The problem of a file beside an adapter, some of whose tensors have no place in the base."""
+    names = ", ".join(f"{update.first} {list(update.factor('whole').shape)}" for update in updates[:_SHOWN])
+    more = f" and {len(updates) - _SHOWN} more" if len(updates) > _SHOWN else ""
+    return (
+        f"{file} is beside the adapter, where trained weights are stored, and the base has no place for {names}{more}; "
+        f"if the model needs none of it, {way_out(file)}"
+    )
+
+
+def already_there(regions: Mapping[str, Iterable[tuple[Place, ModuleUpdate]]]) -> list[str]:
+    """Files beside the adapter that hold whole what the adapter also adds to: a copy of the base, or a merged model.
+
+    What PEFT itself calls the wrapped layer's own weight (``.base_layer.``) is what the adapter adds to.
+    """
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for target, of in regions.items():
+        updates = [update for _, update in of]
+        files = {beside_of(update) for update in updates if _replaces(update) and not update.setting("copy", False)}
+        if any(FAMILIES[update.family].order > 1 for update in updates):
+            for file in files - {""}:
+                found[file].append(target)
+    return [
+        f"{file} holds {', '.join(targets[:_SHOWN])}{', …' if len(targets) > _SHOWN else ''} whole, and the adapter "
+        "updates the same: nothing says whether its update is in there already (as in a merged model) or is to be "
+        f"added; if {file} is a merged model or a copy of the base, {way_out(file)}"
+        for file, targets in sorted(found.items())
+    ]
+
+
+def _replaces(update: ModuleUpdate) -> bool:
+    return FAMILIES[update.family].order == 1
