@@ -10,6 +10,7 @@ from typing import Any
 
 from shardmerge import patterns
 from shardmerge.adapters import AdapterContent, Claims, Registered, Stored, claim, detect_format
+from shardmerge.adapters.peft import is_number
 from shardmerge.checkpoint import read_json, read_shard
 from shardmerge.config import AdapterConfig
 from shardmerge.errors import FormatError
@@ -57,19 +58,28 @@ class AdapterFile:
         self,
         config: AdapterConfig,
         registered: Registered = lambda module: (),
-        stored: Stored = lambda module: None,
+        stored: Stored | None = None,
     ) -> Claims:
         """Its updates and problems, as ``config`` says; the others are as `shardmerge.adapters.claim` takes them."""
-        kind = self.format(config.format)
+        kind, adapter = self.format(config.format), self.config
         scaled = config.alpha is not None or config.scaling is not None
-        if self.config is not None and kind in ("peft", "mlx") and scaled:
+        if adapter is not None and config.alpha is not None and _has_no_alpha(adapter):
+            adapter = {**adapter, "lora_alpha": config.alpha}
+        elif adapter is not None and kind in ("peft", "mlx") and scaled:
             problem = f"it has its own {CONFIG_NAME}, so alpha and scaling must not be given; weight scales it"
             return Claims(problems=[problem], refused=True)
         tensors = self.chosen(config)
         if not tensors:
             return Claims(problems=[f"no tensor's name begins with prefix {config.prefix!r}"], refused=True)
         content = AdapterContent(
-            tensors, self.config, self.metadata, config.alpha, config.scaling, config.expert_layout, self.read_number
+            tensors,
+            adapter,
+            self.metadata,
+            config.alpha,
+            config.scaling,
+            None if config.expert_layout == "auto" else config.expert_layout,
+            self.read_number,
+            config.ignore_keys,
         )
         try:
             with patterns.bounded():
@@ -98,6 +108,12 @@ class AdapterFile:
         if not math.isfinite(value):
             raise FormatError(f"{ref.uri}: {ref.name} holds {value}")
         return float(value)
+
+
+def _has_no_alpha(adapter: Mapping[str, Any]) -> bool:
+    """Whether a LoRA's config holds the 0 that exporters write for "fill it in": with it the adapter is nothing."""
+    alpha = adapter.get("lora_alpha")
+    return adapter.get("peft_type") == "LORA" and is_number(alpha) and alpha == 0
 
 
 def open_adapter(source: Source) -> AdapterFile:

@@ -134,13 +134,13 @@ class _Matching:
 
     def _understood(self) -> tuple[Claims, list[str]]:
         """The adapter's claims, once it is known whose names it has; and why that is not certain."""
-        claims = self.adapter.claims(self.config, self.speakers.registered_parameters, self._weight_of)
+        claims = self.adapter.claims(self.config, self.speakers.registered_parameters, self._parameter_of)
         targets = [
             (update.module, update.parameter) for update in claims.updates if not (update.flattened or update.optional)
         ]
         self.spoken, unclear = self.speakers.chosen(targets, self._exists)
         if self.spoken.note:
-            claims = self.adapter.claims(self.config, self.spoken.registered_parameters, self._weight_of)
+            claims = self.adapter.claims(self.config, self.spoken.registered_parameters, self._parameter_of)
             self.matches.warnings.append(f"adapter {self.config.path}: {self.spoken.note}")
         return claims, [unclear] if unclear else []
 
@@ -311,9 +311,9 @@ class _Matching:
             problems += may_resize(self.checkpoint, update, stored[0])
         return problems
 
-    def _weight_of(self, module: str) -> tuple[Parameter, str] | None:
+    def _parameter_of(self, module: str, name: str) -> tuple[Parameter, str] | None:
         spoken = self.speakers if self.spoken is self.speakers.own else self.spoken
-        parameter = spoken.resolve(module, "weight")
+        parameter = spoken.resolve(module, name)
         return None if isinstance(parameter, str) else (parameter, self._stored(parameter.places[0].tensor).dtype)
 
     def _stored(self, name: str) -> TensorRef:
