@@ -13,6 +13,8 @@ import re
 import reprlib
 from typing import Any
 
+from shardmerge.adapters.peft import MISSING
+
 _PLAIN = frozenset({"eva", "orthogonal"})
 #: Those that PEFT takes in any case.
 _PLAIN_IN_ANY_CASE = frozenset({"gaussian", "mica"})
@@ -29,8 +31,10 @@ _CONVERT = (
 
 def initialisation_problems(key: str, value: Any) -> list[str]:
     """A check of ``init_lora_weights``: what is said of one that moves the base, and of one that nobody knows."""
-    if value is None or not isinstance(value, str):
-        return [] if value is None or isinstance(value, bool) else [_unknown(key, value)]
+    if value is MISSING or value is None or isinstance(value, bool):
+        return []
+    if not isinstance(value, str):
+        return [_unknown(key, value)]
     if value in _PLAIN or value.lower() in _PLAIN_IN_ANY_CASE:
         return []
     if value == "loftq":

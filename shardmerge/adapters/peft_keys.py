@@ -43,8 +43,8 @@ FOREIGN = frozenset(
 def unknown_key(key: str, value: Any) -> str:
     """What is said of a key that nobody knows."""
     return (
-        f"adapter_config.json: the key {key!r} is unknown to this version, and so is what it does to the weights (found "
-        f"{reprlib.repr(value)}); if whoever made the adapter says that it does nothing to them, name it in the "
+        f"adapter_config.json: the key {key!r} is unknown to this version, and so is what it does to the weights "
+        f"(found {reprlib.repr(value)}); if whoever made the adapter says that it does nothing to them, name it in the "
         "adapter's ignore_keys"
     )
 

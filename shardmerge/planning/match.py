@@ -179,6 +179,11 @@ class _Matching:
         if isinstance(oriented, str):
             self.misfits.append(oriented)
             return
+        if oriented.family == "lora" and parameter.experts and len(parameter.shape) == 2:
+            parameter = _as_matrix(parameter)
+            if isinstance(parameter, str):
+                self.misfits.append(f"{update.first}: {parameter}")
+                return
         completed = self._with_base(self._as_stored(oriented, parameter))
         if isinstance(completed, str):
             self.misfits.append(completed)
@@ -199,8 +204,15 @@ class _Matching:
             )
             self.resized[parameter.name] = parameter
         for place in parameter.places:
+            new = self._update(update, parameter, place)
+            if any(other.in_stack != new.in_stack for other in self.matches.updates[place.tensor]):
+                self.misfits.append(
+                    f"{update.first} updates {place.tensor} as one matrix and another adapter as experts', or the other "
+                    "way round; merge one after the other"
+                )
+                return
             self.regions[place.tensor].append((place, update))
-            self.matches.updates[place.tensor].append(self._update(update, parameter, place))
+            self.matches.updates[place.tensor].append(new)
 
     def _unflattened(self, name: str) -> str | list[str]:
         """The one module of the base whose name, or its end, is this with dots for some underscores; or all."""
@@ -398,6 +410,14 @@ def _dtype_of_whole(update: ModuleUpdate, stored: TensorRef) -> list[str]:
     if floats or whole.dtype == stored.dtype:
         return []
     return [f"{whole.name} is stored as {whole.dtype}, but the base's {stored.name} as {stored.dtype}"]
+
+
+def _as_matrix(parameter: Parameter) -> Parameter | str:
+    """Experts' biases (E, n) as one matrix, which they are to LoRA; a string where they are stored in parts."""
+    place, (experts, width) = parameter.places[0], parameter.shape
+    if parameter.places != (Place(place.tensor, width),):
+        return f"the base stores {parameter.name} in parts, which LoRA on all of it cannot update"
+    return dataclasses.replace(parameter, places=(Place(place.tensor, experts),), experts=False)
 
 
 def _has_experts(update: ModuleUpdate, parameter: Parameter) -> bool:
