@@ -207,8 +207,8 @@ class _Matching:
             new = self._update(update, parameter, place)
             if any(other.in_stack != new.in_stack for other in self.matches.updates[place.tensor]):
                 self.misfits.append(
-                    f"{update.first} updates {place.tensor} as one matrix and another adapter as experts', or the other "
-                    "way round; merge one after the other"
+                    f"{update.first} updates {place.tensor} as one matrix and another adapter as experts', or the "
+                    "other way round; merge one after the other"
                 )
                 return
             self.regions[place.tensor].append((place, update))
