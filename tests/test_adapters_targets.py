@@ -195,7 +195,9 @@ def adapted(case: Case, config: dict[str, Any]) -> set[str]:
         try:
             model = PeftModel.from_pretrained(copy.deepcopy(case.net), case.adapter).base_model.model
         except ValueError as error:
-            assert re.search("excluded|not found in the base model|No layers types compatible", str(error)), error
+            assert re.search(
+                "excluded|not found in the base model|No layers? types compatible|No layer types compatible", str(error)
+            ), error
             return set()
     return {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
