@@ -204,8 +204,7 @@ class PeftMethod(ABC):
         return not missing
 
     def _config_problems(self, config: Config) -> list[str]:
-        # An empty mapping is a sub-config with its defaults, and so not "unset".
-        problems = [f"{key}: {why}" for key, why in self.refused.items() if config.get(key) or config.get(key) == {}]
+        problems = [f"{key}: {why}" for key, why in self.refused.items() if _is_set(key, config.get(key))]
         problems += [
             unknown_key(key, value)
             for key, value in config.items()
@@ -228,6 +227,11 @@ class PeftMethod(ABC):
         bias = config.get("bias")
         if bias is not None and not (isinstance(bias, str) and (bias in ("none", "all") or bias.endswith("_only"))):
             yield f"bias must be none, all or …_only, found {reprlib.repr(bias)}"
+
+
+def _is_set(key: str, value: Any) -> bool:
+    """Whether a setting is on. Of an empty mapping PEFT makes a sub-config with its defaults, which is on, too."""
+    return bool(value) or (value == {} and key.endswith("_config"))
 
 
 def _key_pattern(roles: tuple[tuple[str, str], ...]) -> tuple[re.Pattern[str], list[str]]:
