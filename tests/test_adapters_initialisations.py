@@ -19,7 +19,7 @@ from torch import Tensor
 import shardmerge
 from tests.family_oracle import Case, Net, assert_same_outputs, refusal, unmerged, write_case
 from tests.peft_oracle import assert_same_bits, make_config, merge_to, stored
-from tests.test_adapters_targets import KINDS, SETTINGS
+from tests.test_adapters_targets import KINDS, SETTINGS, of_every_method
 
 TARGETS = ["wide", "square"]
 #: How PEFT loads: into weights of its own, or into empty ones (``low_cpu_mem_usage``).
@@ -169,7 +169,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("LORA", "LN_TUNING", "OSF")])
+@of_every_method("LORA", "LN_TUNING", "OSF")
 def test_no_other_method_moves_the_base_by_its_initialisation(tmp_path: Path, kind: str) -> None:
     """OSF is not here, whose base is a decomposition whatever its initialisation; LN tuning has none."""
     fields = KINDS[kind].__dataclass_fields__

@@ -245,6 +245,9 @@ MODELS = {
 }
 
 
+QUICK = ("gpt2", "gpt-oss")
+
+
 def trained(model: Model, folder: Path) -> tuple[Path, Path, Any]:
     """A base, an adapter on its parameters, and the base in memory."""
     from peft import get_peft_model
@@ -268,7 +271,9 @@ def trained(model: Model, folder: Path) -> tuple[Path, Path, Any]:
     return folder / "base", folder / "adapter", base
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
+)
 def test_parameters_of_two_dimensions_are_as_they_are_in_memory(tmp_path: Path, name: str) -> None:
     """All that are not square would not fit transposed; the square ones would."""
     from peft import PeftModel
