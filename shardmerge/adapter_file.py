@@ -12,6 +12,7 @@ from typing import Any
 from shardmerge import adapter_folder, patterns
 from shardmerge.adapter_folder import INDEXES, PICKLES, WEIGHTS, Folder
 from shardmerge.adapters import AdapterContent, Claims, Registered, Stored, claim, claim_beside, detect_format
+from shardmerge.adapters.peft import is_number
 from shardmerge.checkpoint import read_index, read_json, read_shard
 from shardmerge.config import AdapterConfig
 from shardmerge.errors import FormatError
@@ -94,7 +95,7 @@ class AdapterFile:
         self,
         config: AdapterConfig,
         registered: Registered = lambda module: (),
-        stored: Stored = lambda module: None,
+        stored: Stored | None = None,
     ) -> Claims:
         """Its updates and problems, as ``config`` says; the others are as `shardmerge.adapters.claim` takes them."""
         claims = self._own_claims(config, registered, stored)
@@ -114,17 +115,26 @@ class AdapterFile:
             claim_beside(claims, beside.name, {name: ref for name, ref in tensors.items() if name not in twice})
         return claims
 
-    def _own_claims(self, config: AdapterConfig, registered: Registered, stored: Stored) -> Claims:
-        kind = self.format(config.format)
+    def _own_claims(self, config: AdapterConfig, registered: Registered, stored: Stored | None) -> Claims:
+        kind, adapter = self.format(config.format), self.config
         scaled = config.alpha is not None or config.scaling is not None
-        if self.config is not None and kind in ("peft", "mlx") and scaled:
+        if adapter is not None and config.alpha is not None and _has_no_alpha(adapter):
+            adapter = {**adapter, "lora_alpha": config.alpha}
+        elif adapter is not None and kind in ("peft", "mlx") and scaled:
             problem = f"it has its own {CONFIG_NAME}, so alpha and scaling must not be given; weight scales it"
             return Claims(problems=[problem], refused=True)
         tensors = self.chosen(config)
         if not tensors:
             return Claims(problems=[f"no tensor's name begins with prefix {config.prefix!r}"], refused=True)
         content = AdapterContent(
-            tensors, self.config, self.metadata, config.alpha, config.scaling, config.expert_layout, self.read_number
+            tensors,
+            adapter,
+            self.metadata,
+            config.alpha,
+            config.scaling,
+            None if config.expert_layout == "auto" else config.expert_layout,
+            self.read_number,
+            config.ignore_keys,
         )
         try:
             with patterns.bounded():
@@ -152,6 +162,12 @@ class AdapterFile:
         if not math.isfinite(value):
             raise FormatError(f"{ref.uri}: {ref.name} holds {value}")
         return float(value)
+
+
+def _has_no_alpha(adapter: Mapping[str, Any]) -> bool:
+    """Whether a LoRA's config holds the 0 that exporters write for "fill it in": with it the adapter is nothing."""
+    alpha = adapter.get("lora_alpha")
+    return adapter.get("peft_type") == "LORA" and is_number(alpha) and alpha == 0
 
 
 def open_adapter(source: Source, ignore: Sequence[str] = ()) -> AdapterFile:

@@ -88,10 +88,11 @@ class AdapterConfig(_Section):
     format: Literal["auto", "peft", "pure-pytorch", "kohya", "mlx"] = Field(
         default="auto", description="How the adapter is stored."
     )
-    expert_layout: Literal["peft", "unsloth"] = Field(
-        default="peft",
+    expert_layout: Literal["auto", "peft", "unsloth"] = Field(
+        default="auto",
         description="How lora_B of fused experts is laid out: rank by rank as PEFT does it, or expert by expert as "
-        "unsloth's trainer does. The shapes are the same, so nothing in the file tells.",
+        "Unsloth's trainer did until September 2026. The shapes are the same. auto is what adapter_config.json says, "
+        "and where it says nothing, as PEFT does it; what Unsloth made and does not say is refused.",
     )
     prefix: str | None = Field(
         default=None,
@@ -103,8 +104,15 @@ class AdapterConfig(_Section):
         description="Files of weights in the adapter's folder, by their exact names, that are no part of what is "
         "merged. All others are merged or refused.",
     )
+    ignore_keys: tuple[str, ...] = Field(
+        default=(),
+        description="Keys of PEFT's adapter_config.json that are unknown to this version and do nothing to the "
+        "weights, as whoever made the adapter says.",
+    )
     alpha: _Number | None = Field(
-        default=None, description="For an adapter that carries no config: its alpha; the scaling is alpha / rank."
+        default=None,
+        description="For an adapter that carries no config, or one that says lora_alpha: 0: its alpha; the scaling is "
+        "alpha / rank.",
     )
     scaling: _Number | None = Field(default=None, description="For an adapter that carries no config: its scaling.")
 

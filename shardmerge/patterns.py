@@ -48,7 +48,8 @@ for line in sys.stdin:
     try:
         if texts is not None:
             known[number] = [getattr(re.compile(text), how) for text in texts]
-        answer = next((index for index, match in enumerate(known[number]) if match(name)), None)
+        found = ((index, match(name)) for index, match in enumerate(known[number]))
+        answer = next(([index, match.groupdict()] for index, match in found if match), None)
     except (re.error, OverflowError, RecursionError) as error:
         answer = str(error)
     print(json.dumps(answer), flush=True)
@@ -82,14 +83,15 @@ class _Session:
         answer = self._ask((text,), "match", "", self._number((text,), "match")[0])
         return answer if isinstance(answer, str) else None
 
-    def first(self, texts: tuple[str, ...], name: str, how: How) -> int | None:
+    def first(self, texts: tuple[str, ...], name: str, how: How) -> tuple[int, dict[str, str | None]] | None:
         number, exponent, logarithm = self._number(texts, how)
         # A step more for each letter, since what follows a repetition is compared letter by letter.
         steps = logarithm + (exponent + 1) * math.log(len(name) + 1)
         if steps < math.log(_STEPS) and self._affords(math.exp(steps)) and (matches := self._compiled_here(texts, how)):
-            return next((index for index, match in enumerate(matches) if match(name)), None)
+            found = ((index, match(name)) for index, match in enumerate(matches))
+            return next(((index, match.groupdict()) for index, match in found if match), None)
         answer = self._ask(texts, how, name, number)
-        return answer if isinstance(answer, int) else None
+        return (answer[0], answer[1]) if isinstance(answer, list) else None
 
     def _compiled_here(self, texts: tuple[str, ...], how: How) -> list[Callable[[str], Any]] | None:
         """What matches, unless it takes too long to compile."""
@@ -172,7 +174,18 @@ def first_match(texts: Sequence[str], name: str, how: How = "match") -> int | No
     ``how`` is the function of `re`. Raises `SlowPatternError`.
     """
     with bounded() as session:
-        return session.first(tuple(texts), name, how) if texts else None
+        found = session.first(tuple(texts), name, how) if texts else None
+    return None if found is None else found[0]
+
+
+def first_captured(texts: Sequence[str], name: str, group: str) -> str | None:
+    """What a named group holds in the first of some regular expressions that matches; None where there is nothing.
+
+    Raises `SlowPatternError`.
+    """
+    with bounded() as session:
+        found = session.first(tuple(texts), name, "match") if texts else None
+    return None if found is None else found[1].get(group)
 
 
 def problems(texts: Sequence[str]) -> Iterator[tuple[str, str]]:

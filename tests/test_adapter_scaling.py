@@ -83,7 +83,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "alpha is no multiple": {"r": 3, "lora_alpha": 7},
     "alpha is a fraction": {"lora_alpha": 0.5},
-    "alpha is zero": {"lora_alpha": 0},
+    "alpha is zero, but patterns": {"lora_alpha": 0, "alpha_pattern": {".*": 5}},
     "alpha is negative": {"lora_alpha": -8},
     "rslora": {"use_rslora": True},
     "rank_pattern": {"rank_pattern": {"q_proj": 2}},

@@ -134,9 +134,23 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "KaSA": ({"kasa_config": {"beta": 1}}, ["kasa_config", "KaSA"]),
     **{
         f"initialisation {name}": ({"init_lora_weights": name}, [f"init_lora_weights: {name!r}", "Convert", "PEFT"])
-        for name in ("pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "PiSSA", 7)
+        for name in ("pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "lora_ga")
     },
-    "an unknown key": ({"use_magic": True}, ["the key 'use_magic' is unknown", "remove it from the file"]),
+    "initialisation loftq": (
+        {"init_lora_weights": "loftq"},
+        ["'loftq' puts quantised weights", "No conversion undoes"],
+    ),
+    **{
+        f"unknown initialisation {name}": ({"init_lora_weights": name}, [f"init_lora_weights: {name!r}", "is unknown"])
+        for name in ("xavier", "PiSSA", "pissa_niter_", "Lora_GA", "LoftQ", "true", 7, 0)
+    },
+    **{
+        f"an unknown key {value!r}": (
+            {"use_magic": value},
+            ["the key 'use_magic' is unknown", f"found {value!r}", "ignore_keys"],
+        )
+        for value in (True, 1, "x", False, 0, "", [], {})
+    },
     "no rank": ({"r": ...}, ["r must be a whole number above zero, found nothing"]),
     "no alpha": ({"lora_alpha": ...}, ["lora_alpha must be a finite number, found nothing"]),
     **{
@@ -196,9 +210,12 @@ def test_every_wrong_setting_is_told() -> None:
         {"use_dora": False, "modules_to_save": None, "layer_replication": [], "target_parameters": None},
         {"rank_pattern": {}, "alpha_pattern": None},
         {"bias": None},
-        {"some_future_key": None, "another": False, "third": {}, "fourth": 0},
+        {"some_future_key": None, "merge_weights": False, "enable_lora": None},
         {"corda_config": {"a": 1}, "eva_config": {"a": 1}, "loftq_config": {"a": 1}, "megatron_core": "x"},
-        *({"init_lora_weights": value} for value in (True, False, "gaussian", "eva", "orthogonal", "loftq", None)),
+        *(
+            {"init_lora_weights": value}
+            for value in (True, False, "gaussian", "eva", "orthogonal", "mica", "MiCA", None)
+        ),
     ],
     ids=lambda changes: ",".join(changes) + str(changes.get("init_lora_weights", "")),
 )

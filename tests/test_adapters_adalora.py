@@ -160,7 +160,6 @@ def test_refused_tensors(tmp_path: Path, name: str, shape: tuple[int, ...] | Non
         ({"use_dora": True}, "AdaLoRA has no DoRA"),
         ({"target_parameters": ["wide.weight"]}, "target_parameters"),
         ({"layer_replication": [[0, 1]]}, "replicated layers"),
-        ({"init_lora_weights": "pissa"}, "changes the base's own weights"),
     ],
 )
 def test_refused_settings(tmp_path: Path, changes: dict[str, Any], part: str) -> None:

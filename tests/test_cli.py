@@ -108,9 +108,10 @@ def test_override_and_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "format": "auto",
         "alpha": None,
         "scaling": None,
-        "expert_layout": "peft",
+        "expert_layout": "auto",
         "prefix": None,
         "ignore_files": [],
+        "ignore_keys": [],
     }
     first = contents(other)
     refused = invoke(monkeypatch, "run", config, "-s", f"output.path={other}", code=3)

@@ -115,9 +115,10 @@ def test_defaults(tmp_path: Path) -> None:
                 "path": "sft",
                 "weight": 1.0,
                 "format": "auto",
-                "expert_layout": "peft",
+                "expert_layout": "auto",
                 "prefix": None,
                 "ignore_files": (),
+                "ignore_keys": (),
                 "alpha": None,
                 "scaling": None,
             },
@@ -178,7 +179,11 @@ def test_devices(device: str) -> None:
         ({"zzzzz": 1}, ["zzzzz: there is no such key; valid are base, adapters, output, tied, compute"]),
         (
             {"adapters": [{"path": "a", "wieght": 1}]},
-            ["adapters.0.wieght", "mean weight?", "path, weight, format, expert_layout, prefix, ignore_files, alpha"],
+            [
+                "adapters.0.wieght",
+                "mean weight?",
+                "path, weight, format, expert_layout, prefix, ignore_files, ignore_keys, alpha, scaling",
+            ],
         ),
         ({"adapters": ["a", {"path": "b", "rank": 1}]}, ["adapters.1.rank: there is no such key; valid are path"]),
         (

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardmerge import patterns
-from shardmerge.adapters.peft import matches, pattern_value
+from shardmerge.adapters.peft import pattern_value
+from shardmerge.adapters.peft_targets import matches
 from shardmerge.patterns import How, SlowPatternError, bounded, first_match, problems
 from tests.builders import untimed
 

@@ -192,24 +192,28 @@ class AdapterContent:
     metadata: Mapping[str, str]
     alpha: float | None
     scaling: float | None
-    #: How B of fused experts is laid out: ``peft`` or ``unsloth``.
-    expert_layout: str
+    #: How B of fused experts is laid out, ``peft`` or ``unsloth``; None where our config does not say.
+    expert_layout: str | None
     #: Reads a tensor of one number.
     read_number: kohya.ReadNumber
+    #: Keys of the config that our config says to leave out.
+    ignored: tuple[str, ...] = ()
 
 
 def claim(
     format_: str,
     content: AdapterContent,
     registered: Registered = lambda module: (),
-    stored: Stored = lambda module: None,
+    stored: Stored | None = None,
 ) -> Claims:
     """Read an adapter of a format: its updates, and everything that is wrong with it.
 
     ``registered`` tells in which order a module of the base registers parameters of its own, where that is known;
-    ``stored`` tells of a module's weight in the base, and its dtype.
+    ``stored`` tells of a module's parameter in the base, and its dtype, where there is a base.
     """
     tensors, config, alpha, scaling = content.tensors, content.config, content.alpha, content.scaling
+    if content.ignored and (config is None or format_ != "peft"):
+        return Claims(problems=["ignore_keys are of PEFT's adapter_config.json; this adapter has none"], refused=True)
     if format_ == "pure-pytorch":
         return pure_pytorch.claim(tensors, alpha, scaling)
     if format_ == "kohya":
@@ -220,7 +224,13 @@ def claim(
         return mlx.claim(tensors, config)
     peft_type = config.get("peft_type")
     if isinstance(peft_type, str) and (method := METHODS.get(peft_type)):
-        context = Context(config, registered=registered, stored=stored, expert_layout=content.expert_layout)
+        context = Context(
+            config,
+            registered=registered,
+            stored=stored,
+            expert_layout=content.expert_layout,
+            ignored=content.ignored,
+        )
         return method.claim(tensors, context)
     return Claims(problems=[_no_method(peft_type)], refused=True)
 

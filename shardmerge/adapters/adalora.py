@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, misshaped, oriented
 from shardmerge.adapters.peft import FLAG, MISSING, NUMBER, RANK, Check, Config, Context, Module, PeftMethod
-from shardmerge.adapters.peft_lora import LoraMethod, claim_tokens, initialisation_problems, token_problems
+from shardmerge.adapters.peft_lora import LoraMethod, claim_tokens, token_problems
 from shardmerge.naming import module_name
 from shardmerge.spec import Parameter, TensorRef, Update, Window
 
@@ -48,7 +48,6 @@ class AdaLora(Family, PeftMethod):
         "rank_pattern": lambda key, value: _pattern_problems(key, value),
         "fan_in_fan_out": FLAG,
         "trainable_token_indices": lambda key, value: token_problems(key, value),
-        "init_lora_weights": lambda key, value: initialisation_problems(key, value),
     }
     # AdaLoRA inherits LoRA's settings; those that are here, it does not read.
     inert: ClassVar[frozenset[str]] = LoraMethod.inert | {
@@ -56,6 +55,8 @@ class AdaLora(Family, PeftMethod):
         "beta1",
         "beta2",
         "deltaT",
+        "ensure_weight_tying",
+        "init_lora_weights",  # whatever it is, A and B are drawn at random
         "lora_bias",
         "orth_reg_weight",
         "r",
@@ -68,6 +69,7 @@ class AdaLora(Family, PeftMethod):
     refused: ClassVar[Mapping[str, str]] = {
         **LoraMethod.refused,
         "target_parameters": "AdaLoRA updates layers, not single parameters; PEFT would ignore it",
+        "use_bdlora": "AdaLoRA has no block-diagonal factors; PEFT would ignore it",
         "use_dora": "AdaLoRA has no DoRA; PEFT does not load it either",
     }
 

@@ -22,6 +22,7 @@ class Beft(LoraBias, PeftMethod):
 
     name: ClassVar[str] = "beft"
     peft_type: ClassVar[str] = "BEFT"
+    selectors: ClassVar[frozenset[str]] = frozenset()
     title: ClassVar[str] = "BEFT"
     paper: ClassVar[str] = "arXiv:2509.15974"
     roles: ClassVar[Mapping[str, str]] = {"beft_bias": "bias"}

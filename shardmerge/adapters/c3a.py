@@ -28,6 +28,7 @@ class C3a(Family, PeftMethod):
     zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"kernel"})
     adds: ClassVar[bool] = True
     peft_type: ClassVar[str] = "C3A"
+    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
     title: ClassVar[str] = "C3A"
     paper: ClassVar[str] = "arXiv:2407.19342"
     roles: ClassVar[Mapping[str, str]] = {"c3a_kernel": "kernel"}

@@ -38,6 +38,7 @@ class Frod(Family, PeftMethod):
     whole_numbers: ClassVar[frozenset[str]] = frozenset({"places"})
     streamed: ClassVar[frozenset[str]] = frozenset({"W"})
     peft_type: ClassVar[str] = "FROD"
+    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
     title: ClassVar[str] = "FRoD"
     paper: ClassVar[str] = "AAAI 2026, doi 10.1609/aaai.v40i31.39813"
     note: ClassVar[str] = "makes a weight's whole update at once, in memory that grows with the weight"

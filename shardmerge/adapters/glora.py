@@ -38,6 +38,7 @@ class Glora(Family, PeftMethod):
     by_rows: ClassVar[frozenset[str]] = frozenset({"A.Xd", "B.Xd", "A.zeros", "B.zeros"})
     rows_are_independent: ClassVar[bool] = True
     peft_type: ClassVar[str] = "GLORA"
+    selectors: ClassVar[frozenset[str]] = frozenset()
     title: ClassVar[str] = "GLoRA"
     paper: ClassVar[str] = "arXiv:2306.07967"
     roles: ClassVar[Mapping[str, str]] = {

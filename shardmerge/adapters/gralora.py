@@ -32,6 +32,7 @@ class Gralora(Family, PeftMethod):
     adds: ClassVar[bool] = True
     zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"B", "general_B"})
     peft_type: ClassVar[str] = "GRALORA"
+    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
     title: ClassVar[str] = "GraLoRA"
     paper: ClassVar[str] = "arXiv:2505.20355"
     roles: ClassVar[Mapping[str, str]] = {

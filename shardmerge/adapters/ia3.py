@@ -30,6 +30,7 @@ class Ia3(Family, PeftMethod):
     by_column_windows: ClassVar[bool] = True
     rows_are_independent: ClassVar[bool] = True
     peft_type: ClassVar[str] = "IA3"
+    selectors: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
     title: ClassVar[str] = "(IA)³"
     paper: ClassVar[str] = "arXiv:2205.05638"
     roles: ClassVar[Mapping[str, str]] = {"ia3_l": "l"}

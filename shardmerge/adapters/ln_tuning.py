@@ -18,6 +18,7 @@ class LnTuning(PeftMethod):
     """``peft_type: LN_TUNING``; its tensors replace the base's."""
 
     peft_type: ClassVar[str] = "LN_TUNING"
+    selectors: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
     title: ClassVar[str] = "LN tuning"
     paper: ClassVar[str] = "arXiv:2312.11420"
     roles: ClassVar[Mapping[str, str]] = {"ln_tuning_layers.weight": "weight?", "ln_tuning_layers.bias": "bias?"}

@@ -206,9 +206,12 @@ class LoraExperts(Family):
     adds: ClassVar[bool] = True
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        """A parameter of two dimensions is one expert, stored like a Linear layer's. Of three, see `_is_swapped`."""
+        """A parameter of two dimensions is one expert, (out, in) as it is in memory. Of three, see `_is_swapped`.
+
+        A Conv1D's weight is (in, out) in memory: what PEFT takes for its outputs are its inputs.
+        """
         if len(parameter.shape) == 2:
-            return dataclasses.replace(update, family="lora")
+            return dataclasses.replace(update, family="lora", transposes=bool(parameter.is_transposed))
         if len(parameter.shape) != 3:
             return update
         swapped = _is_swapped(update, parameter)

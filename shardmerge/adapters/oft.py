@@ -69,7 +69,12 @@ class Oft(Family, PeftMethod):
             lambda value: is_rank(value) and value <= _MOST_TERMS, f"a whole number from 1 to {_MOST_TERMS}"
         ),
     }
-    inert: ClassVar[frozenset[str]] = frozenset({"init_weights", "module_dropout"})
+    # alpha_pattern was a setting of all that LyCORIS made up to PEFT 0.14, and OFT has no alpha.
+    inert: ClassVar[frozenset[str]] = frozenset({"alpha_pattern", "init_weights", "module_dropout"})
+    refused: ClassVar[Mapping[str, str]] = {
+        "rank_pattern": "OFT of PEFT 0.14 and older, with another number of blocks for some modules; it means other "
+        "rotations, and must be trained again"
+    }
 
     def check_config(self, config: Config) -> list[str]:
         blocks, size = config.get("r") or 0, config.get("oft_block_size") or 0

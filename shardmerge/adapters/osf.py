@@ -48,6 +48,7 @@ class Osf(Family, PeftMethod):
     name: ClassVar[str] = "osf"
     by_rows: ClassVar[frozenset[str]] = frozenset({"U"})
     peft_type: ClassVar[str] = "OSF"
+    selectors: ClassVar[frozenset[str]] = frozenset()
     title: ClassVar[str] = "OSF"
     paper: ClassVar[str] = "arXiv:2504.07097"
     note: ClassVar[str] = "makes a weight's whole update at once, in memory that grows with the weight"

@@ -13,11 +13,13 @@ import re
 import reprlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from shardmerge.adapters.base import Claims, ModuleUpdate
+from shardmerge.adapters.peft_keys import FOREIGN, GENERAL, ignored_problems, unknown_key
+from shardmerge.adapters.peft_targets import SELECTORS, left_out, target_problems
 from shardmerge.naming import module_name
 from shardmerge.patterns import first_match
 from shardmerge.patterns import problems as regex_problems
@@ -26,29 +28,15 @@ from shardmerge.spec import Parameter, TensorRef
 Config = Mapping[str, Any]
 Check = Callable[[str, Any], list[str]]
 Registered = Callable[[str], tuple[str, ...]]
-Stored = Callable[[str], tuple[Parameter, str] | None]
+#: Of a module's parameter by name: where it is in the base, and its dtype.
+Stored = Callable[[str, str], tuple[Parameter, str] | None]
 
-#: Settings that no method's merge depends on.
-_INERT = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "ensure_weight_tying",
-        "exclude_modules",
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "peft_type",
-        "peft_version",
-        "revision",
-        "runtime_config",
-        "task_type",
-    }
-)
 #: Settings that are read here, for every method.
 _COMMON = frozenset({"bias", "modules_to_save", "target_modules", "fan_in_fan_out"})
 _WHOLE = re.compile(r"(?P<module>.+)\.(?P<parameter>[A-Za-z_]\w*)")
 _SAVED = re.compile(r"\.modules_to_save(\.(?!weight$|bias$)[^.]+)?(?=\.)")
+#: Wrappers of a module in the name of what is below it; not those that a name ends in.
+BELOW_WRAPPERS = re.compile(r"((?:\.base_layer)+)(?=\.(?!base_layer(?:\.|$)))")
 _WRAPPED = re.compile(r"(\.token_adapter)?\.base_layer(?=\.)")
 #: Modules that PEFT saves whole by itself when the vocabulary was resized or they were targeted.
 _EMBEDDINGS = frozenset(
@@ -69,6 +57,8 @@ class Module:
     prefix: str
     infix: str
     factors: dict[str, TensorRef] = field(default_factory=dict)
+    #: The module by whose name PEFT asks the settings; another where that one's wrapper brings this along.
+    asked: str = ""
 
     def key(self, end: str) -> str:
         """The key of another of its factors, ``lora_B.weight`` say."""
@@ -85,14 +75,16 @@ class Context:
     shared: Mapping[str, TensorRef] = field(default_factory=dict)
     #: Tells in which order a module registers parameters of its own; empty where nobody knows.
     registered: Registered = lambda module: ()
-    #: Tells of a module's weight in the base, and its dtype; None where there is none.
-    stored: Stored = lambda module: None
-    #: How B of fused experts is laid out: ``peft`` or ``unsloth``.
-    expert_layout: str = "peft"
+    #: Tells of a module's parameter in the base, None where there is none; None where no base is at hand.
+    stored: Stored | None = None
+    #: How B of fused experts is laid out, ``peft`` or ``unsloth``, where our config says it.
+    expert_layout: str | None = None
+    #: Keys of the config that our config says to leave out.
+    ignored: tuple[str, ...] = ()
 
     def weight(self, module: str) -> Parameter | None:
         """The base's weight of that module, if it has one."""
-        found = self.stored(module)
+        found = None if self.stored is None else self.stored(module, "weight")
         return None if found is None else found[0]
 
 
@@ -113,6 +105,10 @@ class PeftMethod(ABC):
     settings: ClassVar[Mapping[str, Check]] = {}
     #: Settings that only matter in training.
     inert: ClassVar[frozenset[str]] = frozenset()
+    #: Settings that narrow down the targets; see `shardmerge.adapters.peft_targets`.
+    selectors: ClassVar[frozenset[str]] = SELECTORS
+    #: Settings that are read, and that our config may yet say to leave out.
+    ignorable: ClassVar[frozenset[str]] = frozenset()
     #: Settings that, set, make the adapter something that cannot be merged; why, and the way out.
     refused: ClassVar[Mapping[str, str]] = {}
 
@@ -128,29 +124,47 @@ class PeftMethod(ABC):
         """Claim tensors whose keys are of another form: those that were saved whole."""
         claim_wholes(claims, tensors, config)
 
-    def covers(self, module: str, context: Context) -> bool:
-        """Whether the config says that the module is one of the adapter's."""
-        return is_target(module, context.config)
+    def left_out(self, module: str, context: Context) -> str:
+        """The setting that leaves the module out, with its verb; empty where the module is one of the adapter's."""
+        return left_out(module, context.config)
+
+    def unwrap(self, module: Module, context: Context) -> str:
+        """Tell what wraps the modules around a module, for `Module.asked`; a string says why that cannot be told."""
+        if BELOW_WRAPPERS.search(module.prefix):
+            return f"what its .base_layer stands for is not known: {self.peft_type} has no layers below wrapped ones"
+        return ""
 
     def claim(self, tensors: Mapping[str, TensorRef], context: Context) -> Claims:
         """Check the config, group the factors by module, and have each module claimed."""
-        config = context.config
-        claims = Claims(problems=[*self._config_problems(config), *self.check_config(config)])
+        read = _COMMON | self.selectors | self.settings.keys() | self.refused.keys()
+        problems = ignored_problems(context.ignored, context.config, read - self.ignorable)
+        config = {key: value for key, value in context.config.items() if key not in context.ignored}
+        claims = Claims(problems=[*problems, *self._config_problems(config), *self.check_config(config)])
+        if foreign := [key for key in config if key in FOREIGN and key not in self._known]:
+            claims.warnings.append(
+                f"adapter_config.json: {', '.join(foreign)} of another program's training are not read, as PEFT does "
+                "not read them"
+            )
         if claims.problems:
             claims.refused = True
             return claims
         modules, shared = self.grouped(tensors)
         # Each is looked into for every module.
-        lists = {key: config.get(key) for key in ("target_modules", "modules_to_save")}
+        lists = {key: config.get(key) for key in ("target_modules", "exclude_modules", "modules_to_save")}
         config = {**config, **{key: frozenset(of) for key, of in lists.items() if isinstance(of, list)}}
         context = dataclasses.replace(context, config=config, shared=shared)
         for module in modules:
+            if why := self.unwrap(module, context):
+                first = next(iter(module.factors.values()))
+                claims.problems.append(f"{first.name}: {why}")
+                claims.told |= {ref.name for ref in module.factors.values()}
+                continue
             if self._complete(claims, module):
                 self.claim_module(claims, module, context)
-            if not self.covers(module_name(module.prefix.partition(".base_layer.")[0]), context):
+            if why := self.left_out(module.asked, context):
                 claims.problems.append(
-                    f"adapter_config.json's target_modules do not cover {module.name}, for which the adapter has "
-                    "tensors; PEFT would ignore them"
+                    f"adapter_config.json's {why} {module.name}, for which the adapter has tensors; PEFT would ignore "
+                    "them"
                 )
         if modules:
             claims.told |= {ref.name for ref in shared.values() if 0 not in ref.shape}
@@ -169,9 +183,9 @@ class PeftMethod(ABC):
                 index = next(index for index in range(len(names)) if match[f"role{index}"] is not None)
                 infix = match[f"adapter{index}"] or ""
                 prefix = match["module"]
-                # A wrapped layer within a wrapped one, as of nn.MultiheadAttention, has the wrapper in its name.
-                plain = module_name(prefix).replace(".base_layer.", ".")
-                module = modules.setdefault((prefix, infix), Module(plain, prefix, infix))
+                # What is below a wrapped module has the wrapper in its name.
+                plain = BELOW_WRAPPERS.sub("", module_name(prefix))
+                module = modules.setdefault((prefix, infix), Module(plain, prefix, infix, asked=plain))
                 module.factors[names[index]] = ref
         return list(modules.values()), shared
 
@@ -191,27 +205,34 @@ class PeftMethod(ABC):
         return not missing
 
     def _config_problems(self, config: Config) -> list[str]:
-        problems = [f"{key}: {why}" for key, why in self.refused.items() if config.get(key)]
-        known = _INERT | _COMMON | self.inert | self.settings.keys() | self.refused.keys()
+        problems = [f"{key}: {why}" for key, why in self.refused.items() if _is_set(key, config.get(key))]
         problems += [
-            f"adapter_config.json: the key {key!r} is unknown to this version, and so is what it does to the weights; "
-            "if it does nothing to them, remove it from the file"
+            unknown_key(key, value)
             for key, value in config.items()
-            if value and key not in known
+            # PEFT writes null for what is not set, whatever its version.
+            if value is not None and key not in self._known and key not in FOREIGN
         ]
         problems += [f"adapter_config.json: {text}" for text in self._setting_problems(config)]
         return problems
 
+    @property
+    def _known(self) -> frozenset[str]:
+        """All settings that say something to this method, or nothing to any."""
+        own = self.inert | self.selectors | self.settings.keys() | self.refused.keys()
+        return GENERAL | _COMMON | own
+
     def _setting_problems(self, config: Config) -> Iterator[str]:
         for key, check in self.settings.items():
             yield from check(key, config.get(key, MISSING))
-        yield from _check_targets(config)
-        saved = config.get("modules_to_save")
-        if saved is not None and not is_strings(saved):
-            yield f"modules_to_save must be a list of strings, found {reprlib.repr(saved)}"
+        yield from target_problems(config)
         bias = config.get("bias")
         if bias is not None and not (isinstance(bias, str) and (bias in ("none", "all") or bias.endswith("_only"))):
             yield f"bias must be none, all or …_only, found {reprlib.repr(bias)}"
+
+
+def _is_set(key: str, value: Any) -> bool:
+    """Whether a setting is on. Of an empty mapping PEFT makes a sub-config with its defaults, which is on, too."""
+    return bool(value) or (value == {} and key.endswith("_config"))
 
 
 def _key_pattern(roles: tuple[tuple[str, str], ...]) -> tuple[re.Pattern[str], list[str]]:
@@ -301,28 +322,6 @@ def _whole_pattern(key: str) -> str:
     return rf"(.*\.)?({key})$"
 
 
-def is_target(module: str, config: Config) -> bool:
-    """Whether ``target_modules`` cover a module."""
-    targets = config.get("target_modules")
-    if targets is None or targets == "all-linear":
-        return True
-    return matches(targets, module)
-
-
-def matches(targets: str | Collection[str], module: str) -> bool:
-    """Whether a module is named by a regular expression, or by one of a list of ends of names."""
-    if isinstance(targets, str):
-        return first_match([targets], module, "fullmatch") is not None
-    return any(end in targets for end in _ends(module))
-
-
-def _ends(name: str) -> Iterator[str]:
-    """The name, and what is left of it after each of its dots."""
-    while name:
-        yield name
-        name = name.partition(".")[2]
-
-
 # --- checks of settings -----------------------------------------------------------------------------------------------
 
 MISSING: Any = object()
@@ -392,13 +391,3 @@ def pattern_of(valid: Callable[[Any], bool], expected: str) -> Check:
 
 RANK_PATTERN = pattern_of(is_rank, "a whole number above zero")
 NUMBER_PATTERN = pattern_of(is_number, "a finite number")
-
-
-def _check_targets(config: Config) -> list[str]:
-    targets = config.get("target_modules")
-    if isinstance(targets, str):
-        wrong = regex_problems([targets]) if targets != "all-linear" else ()
-        return [f"target_modules is no regular expression: {why}" for _, why in wrong]
-    if targets is None or is_strings(targets):
-        return []
-    return [f"target_modules must be a string or a list of strings, found {reprlib.repr(targets)}"]

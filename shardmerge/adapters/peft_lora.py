@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
-from shardmerge.adapters import grouped_experts
+from shardmerge.adapters import grouped_experts, peft_parameters
 from shardmerge.adapters.base import Claims, ModuleUpdate
 from shardmerge.adapters.lora import scaling_of
 from shardmerge.adapters.peft import (
+    BELOW_WRAPPERS,
     FLAG,
     MISSING,
     NUMBER,
@@ -33,15 +34,14 @@ from shardmerge.adapters.peft import (
     is_embedding,
     is_rank,
     is_strings,
-    matches,
     pattern_value,
 )
+from shardmerge.adapters.peft_inits import initialisation_problems
+from shardmerge.adapters.peft_targets import NOT_COVERED
 from shardmerge.naming import module_name
 from shardmerge.spec import TensorRef
 
 _CANNOT = "which cannot be merged"
-#: Initialisations after which B A is the whole update. Others move the base, or change what the factors mean.
-_PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal", "loftq", "mica", "true", "false")
 _TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?")
 
 
@@ -74,9 +74,13 @@ class LoraMethod(PeftMethod):
         "use_dora": FLAG,
         "lora_bias": FLAG,
         "target_parameters": checked(is_strings, "a list of strings"),
+        "lora_B_layout": peft_parameters.flat_problems,
+        "unsloth_fused_expert_lora": peft_parameters.marker_problems,
+        "ensure_weight_tying": FLAG,
         "trainable_token_indices": lambda key, value: token_problems(key, value),
-        "init_lora_weights": lambda key, value: initialisation_problems(key, value),
+        "init_lora_weights": initialisation_problems,
     }
+    ignorable: ClassVar[frozenset[str]] = frozenset({"init_lora_weights"})
     inert: ClassVar[frozenset[str]] = frozenset(
         {
             "corda_config",
@@ -86,6 +90,7 @@ class LoraMethod(PeftMethod):
             "lora_ga_config",
             "megatron_config",
             "megatron_core",
+            "merge_weights",  # of PEFT 0.2: when it merges by itself
             "monteclora_config",
             "qalora_group_size",
             "velora_config",
@@ -97,37 +102,72 @@ class LoraMethod(PeftMethod):
         "alora_invocation_tokens": f"activated LoRA acts on the tokens after its invocation only, {_CANNOT}; serve it "
         "with PEFT or vLLM",
         "arrow_config": f"Arrow routing chooses an adapter per token, {_CANNOT}",
+        "enable_lora": "LoRA of a part of a layer's outputs, of PEFT 0.2, whose factors are of another form",
         "use_qalora": "QALoRA pools the input by groups, so B A is not the update; PEFT cannot merge it either",
         "kasa_config": "KaSA truncates the base's singular values when it is loaded, so B A alone is not the update",
     }
 
-    def covers(self, module: str, context: Context) -> bool:
+    def check_config(self, config: Config) -> list[str]:
+        return peft_parameters.contradictions(config)
+
+    def left_out(self, module: str, context: Context) -> str:
         """A module is a target, or holds parameters that are, or is an output head that was tied to one."""
-        bare = _bare(module)[0]
-        if _targeted(bare, context):
-            return True
-        if context.config.get("ensure_weight_tying") and is_embedding(bare):
-            return True
-        only_parameters = context.config.get("target_parameters") and not context.config.get("target_modules")
-        names = (bare, *grouped_experts.names_of(bare))
-        return not only_parameters and any(super(LoraMethod, self).covers(name, context) for name in names)
+        name = peft_parameters.bare(module)[0]
+        if peft_parameters.targeted(name, context):
+            return ""
+        if context.config.get("ensure_weight_tying") and is_embedding(name):
+            return ""
+        if context.config.get("target_parameters") and not context.config.get("target_modules"):
+            return NOT_COVERED
+        why = super().left_out(name, context)
+        # Other trainers' targets may be the experts as a whole, or a part of them by its usual name.
+        by_other_names = why == NOT_COVERED and any(
+            not super(LoraMethod, self).left_out(other, context) for other in grouped_experts.names_of(name)
+        )
+        return "" if by_other_names else why
+
+    def unwrap(self, module: Module, context: Context) -> str:
+        """Each ``.base_layer.`` is of wrappers of the enclosing module's parameters, or of nn.MultiheadAttention's.
+
+        The wrapper of nn.MultiheadAttention is the only one that PEFT makes of a module with modules in it. It brings
+        along one of ``out_proj``, with its own rank and alpha.
+        """
+        names = BELOW_WRAPPERS.split(module_name(module.prefix))  # part, wrappers, part …
+        for place in range(1, len(names), 2):
+            around, depth = "".join(names[:place:2]), names[place].count(".base_layer")
+            parameters = peft_parameters.targeted(around, context)
+            if len(parameters) == depth:
+                continue
+            if parameters or names[place:] != [".base_layer", ".out_proj"] or not self._is_attention(around, context):
+                return (
+                    f"{around} is wrapped {depth} times, but adapter_config.json's target_parameters name "
+                    f"{len(parameters)} of its parameters, and it is no nn.MultiheadAttention that is a target"
+                )
+            module.asked = around
+        return ""
+
+    def _is_attention(self, module: str, context: Context) -> bool:
+        """Whether PEFT takes a module for an nn.MultiheadAttention: it is a target, and has q, k and v as one."""
+        stored = context.stored
+        known = stored is None or all(stored(module, name) for name in ("in_proj_weight", "out_proj.weight"))
+        return known and not self.left_out(module, context)
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         """One of the forms that LoRA takes, told by the factors that are there and the config."""
-        name, factors = module.name, module.factors
+        factors = module.factors
         if "embedding_A" in factors or "embedding_B" in factors:
             _claim_embedding(claims, module, context.config)
             return
         if not _paired(claims, module, "A", "B"):
             return
+        name, depth = peft_parameters.bare(module.name)
         if grouped_experts.is_stacked(name, factors):
-            grouped_experts.claim_stacked(
-                claims, name, factors, *rank_and_scaling(context.config, name), context.weight
-            )
-            return
-        bare, depth = _bare(name)
-        if depth or _targeted(bare, context):
-            _claim_parameter(claims, module, bare, depth, context)
+            scale = rank_and_scaling(context.config, name)
+            grouped_experts.claim_stacked(claims, name, factors, *scale, context.weight)
+        elif depth or peft_parameters.targeted(name, context):
+            parameter = peft_parameters.owner(module.name, context)
+            scale = rank_and_scaling(context.config, f"{name}.{parameter}")
+            peft_parameters.claim_parameter(claims, module, *scale, context)
         else:
             _claim_matrix(claims, module, context.config)
 
@@ -136,6 +176,7 @@ class LoraMethod(PeftMethod):
         if not claims.refused:
             scaled = partial(rank_and_scaling, context.config)
             grouped_experts.claim_grouped(claims, tensors, scaled, context.weight)
+            say_no_alpha(claims, context.config)
         return claims
 
     def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
@@ -156,6 +197,15 @@ def rank_and_scaling(config: Config, key: str) -> tuple[int, float]:
     return rank, scaling_of(alpha, rank, bool(config.get("use_rslora")))
 
 
+def say_no_alpha(claims: Claims, config: Config) -> None:
+    """Refuse what would write the base again and call it a merge: 0 is no alpha, and a module has no other."""
+    if config["lora_alpha"] == 0 and any(update.scaling == 0 for update in claims.updates):
+        claims.problems.append(
+            "lora_alpha in adapter_config.json is 0, so the adapter would change nothing; some exporters write 0 for "
+            "what they do not know. Give the alpha of the training as alpha beside the adapter's path"
+        )
+
+
 def _paired(claims: Claims, module: Module, one: str, other: str) -> bool:
     """Whether both factors are there; says which is not."""
     names = {role.removesuffix("?"): key for key, role in reversed(list(LoraMethod.roles.items()))}
@@ -168,8 +218,8 @@ def _paired(claims: Claims, module: Module, one: str, other: str) -> bool:
 
 def _claim_matrix(claims: Claims, module: Module, config: Config) -> None:
     """LoRA on a Linear layer, a Conv1D or a convolution."""
-    rank, scaling = rank_and_scaling(config, module.name)
-    if ".base_layer." in module.prefix:
+    rank, scaling = rank_and_scaling(config, module.asked)
+    if module.asked != module.name:
         # The out_proj of nn.MultiheadAttention: PEFT adds its update twice, when it merges and when it runs.
         scaling *= 2
     a, b = module.factors["A"], module.factors["B"]
@@ -295,71 +345,6 @@ def _claim_embedding(claims: Claims, module: Module, config: Config) -> None:
         _check_ranks(claims, a, b, rank, module.name)
 
 
-def _bare(module: str) -> tuple[str, int]:
-    """A module's name without the wrappers of its parameters, and how many there were."""
-    depth = 0
-    while module.endswith(".base_layer"):
-        module, depth = module.removesuffix(".base_layer"), depth + 1
-    return module, depth
-
-
-def _targeted(module: str, context: Context) -> list[str]:
-    """Parameters of a module that ``target_parameters`` names, in the order of registration or else the config's."""
-    targets = context.config.get("target_parameters")
-    if not targets:
-        return _all_targeted(module, context)
-    known = context.registered(module)
-    found = []
-    for target in targets:
-        owner, _, parameter = target.rpartition(".")
-        # A parameter by its bare name is of every module that has one of that name.
-        named = module == owner or module.endswith(f".{owner}") if owner else parameter in known
-        if named and parameter not in found:
-            found.append(parameter)
-    return [name for name in known if name in found] if known else found
-
-
-def _all_targeted(module: str, context: Context) -> list[str]:
-    """Trainers of fused experts may name those among ``target_modules``, and mean all their matrices."""
-    targets = context.config.get("target_modules")
-    if not isinstance(targets, (list, frozenset)) or not matches(targets, module):
-        return []
-    return [name for name in context.registered(module) if "bias" not in name]
-
-
-def _claim_parameter(claims: Claims, module: Module, bare: str, depth: int, context: Context) -> None:
-    """LoRA on a parameter of a module. Of several, PEFT nests the wrappers, the first registered innermost."""
-    a, b = module.factors["A"], module.factors["B"]
-    targets = _targeted(bare, context)
-    if len(targets) > 1 and not context.registered(bare):
-        claims.told |= {ref.name for ref in module.factors.values()}
-        claims.problems.append(
-            f"{a.name} belongs to one of {', '.join(targets)} of {bare}, but which cannot be told: the base is of an "
-            "architecture that is not known"
-        )
-        return
-    if depth >= len(targets):
-        claims.half(a, f"a parameter of {bare} in target_parameters that it could belong to")
-        claims.told.add(b.name)
-        return
-    parameter = targets[len(targets) - 1 - depth]
-    rank, scaling = rank_and_scaling(context.config, f"{bare}.{parameter}")
-    extra = [ref for role, ref in module.factors.items() if role not in ("A", "B")]
-    for ref in extra:
-        claims.told.add(ref.name)
-        claims.problems.append(f"{ref.name}: target_parameters know neither DoRA nor biases")
-    settings = (("peft_version", str(context.config.get("peft_version") or "")), ("layout", context.expert_layout))
-    claims.updates.append(
-        ModuleUpdate(bare, parameter, "lora-experts", (("A", a), ("B", b)), scaling, rank, settings=settings),
-    )
-    if 0 in a.shape or 0 in b.shape:
-        return
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
-        claims.misfit(
-            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (r·E, in) and (out, r·E) with r = {rank}"
-        )
-
-
 def claim_tokens(claims: Claims, tensors: Mapping[str, TensorRef], indices: Any) -> None:
     """Rows of trained tokens. ``indices`` is a list for the input embedding, or a list for each module by name."""
     for name, ref in tensors.items():
@@ -400,26 +385,11 @@ def token_problems(key: str, value: Any) -> list[str]:
     return _indices_problem(key, value)
 
 
-def initialisation_problems(key: str, value: Any) -> list[str]:
-    """A check of the setting: some initialisations move the base's weights."""
-    name = str(value).lower()
-    if value is MISSING or value is None or name.startswith(_PLAIN_INITIALISATIONS):
-        return []
-    return [
-        f"{key}: {value!r}: this initialisation changes the base's own weights, so B A alone is not the update. "
-        "Convert the adapter with PEFT first (save_pretrained with path_initial_model_for_weight_conversion), which "
-        "sets init_lora_weights to true"
-    ]
-
-
 # --- factors without a config -----------------------------------------------------------------------------------------
 
 
 def claim_bare(
-    tensors: Mapping[str, TensorRef],
-    alpha: float | None,
-    scaling: float | None,
-    stored: Stored = lambda module: None,
+    tensors: Mapping[str, TensorRef], alpha: float | None, scaling: float | None, stored: Stored | None = None
 ) -> Claims:
     """PEFT's keys without a config: the rank is in the shapes, alpha or scaling must be given."""
     if alpha is None and scaling is None:
@@ -439,8 +409,12 @@ def claim_bare(
             "use_dora": "magnitude" in module.factors,
             "lora_bias": "bias" in module.factors,
         }
-        before = len(claims.updates)
-        method.claim_module(claims, module, Context(config, stored=stored))
+        before, context = len(claims.updates), Context(config, stored=stored)
+        if why := method.unwrap(module, context):
+            claims.problems.append(f"{next(iter(module.factors.values())).name}: {why}")
+            claims.told |= {ref.name for ref in module.factors.values()}
+            continue
+        method.claim_module(claims, module, context)
         if scaling is not None:
             claims.updates[before:] = [dataclasses.replace(of, scaling=scaling) for of in claims.updates[before:]]
     return claims

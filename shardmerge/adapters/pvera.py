@@ -31,6 +31,7 @@ class Pvera(Factored, PeftMethod):
     zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"lambda_b"})
     adds: ClassVar[bool] = True
     peft_type: ClassVar[str] = "PVERA"
+    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
     title: ClassVar[str] = "PVeRA"
     paper: ClassVar[str] = "arXiv:2512.07703"
     roles: ClassVar[Mapping[str, str]] = {"pvera_lambda_b": "lambda_b", "pvera_lambda_d": "lambda_d"}

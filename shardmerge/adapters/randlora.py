@@ -53,6 +53,7 @@ class RandLora(Family, PeftMethod):
     by_column_windows: ClassVar[bool] = True
     adds: ClassVar[bool] = True
     peft_type: ClassVar[str] = "RANDLORA"
+    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
     title: ClassVar[str] = "RandLoRA"
     paper: ClassVar[str] = "arXiv:2502.00987"
     # PEFT saves A and B, which all modules share, once more for every module.

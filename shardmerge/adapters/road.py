@@ -35,6 +35,7 @@ class Road(Family, PeftMethod):
 
     name: ClassVar[str] = "road"
     peft_type: ClassVar[str] = "ROAD"
+    selectors: ClassVar[frozenset[str]] = frozenset()
     title: ClassVar[str] = "RoAd"
     paper: ClassVar[str] = "arXiv:2409.00119"
     roles: ClassVar[Mapping[str, str]] = {"road_theta": "theta", "road_alpha": "alpha"}

@@ -29,6 +29,7 @@ class Shira(Family, PeftMethod):
     by_column_windows: ClassVar[bool] = True
     adds: ClassVar[bool] = True
     peft_type: ClassVar[str] = "SHIRA"
+    selectors: ClassVar[frozenset[str]] = frozenset()
     title: ClassVar[str] = "SHiRA"
     paper: ClassVar[str] = "arXiv:2406.13175"
     roles: ClassVar[Mapping[str, str]] = {"shira_weight": "numbers", "shira_indices": "places"}

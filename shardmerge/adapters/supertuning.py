@@ -31,6 +31,7 @@ class SuperTuning(Family, PeftMethod):
     zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"values", "B"})
     adds: ClassVar[bool] = True
     peft_type: ClassVar[str] = "SUPERTUNING"
+    selectors: ClassVar[frozenset[str]] = frozenset()
     title: ClassVar[str] = "Super-Tuning"
     paper: ClassVar[str] = "arXiv:2607.09287"
     roles: ClassVar[Mapping[str, str]] = {

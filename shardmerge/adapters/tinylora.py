@@ -38,6 +38,7 @@ class TinyLora(Factored, PeftMethod):
     rows_are_independent: ClassVar[bool] = True
     adds: ClassVar[bool] = True
     peft_type: ClassVar[str] = "TINYLORA"
+    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
     title: ClassVar[str] = "TinyLoRA"
     paper: ClassVar[str] = "arXiv:2602.04118"
     roles: ClassVar[Mapping[str, str]] = {"tinylora_A": "A", "tinylora_B": "B", "tinylora_P": "P?"}

@@ -18,6 +18,7 @@ class TrainableTokensMethod(PeftMethod):
     """``peft_type: TRAINABLE_TOKENS``."""
 
     peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
+    selectors: ClassVar[frozenset[str]] = frozenset()
     title: ClassVar[str] = "Trainable tokens"
     roles: ClassVar[Mapping[str, str]] = {"trainable_tokens_delta": "rows"}
     settings: ClassVar[Mapping[str, Check]] = {"token_indices": lambda key, value: token_problems(key, value)}

@@ -33,6 +33,7 @@ class UniLora(Factored, PeftMethod):
     zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"theta"})
     adds: ClassVar[bool] = True
     peft_type: ClassVar[str] = "UNILORA"
+    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
     title: ClassVar[str] = "Uni-LoRA"
     paper: ClassVar[str] = "arXiv:2506.00799"
     roles: ClassVar[Mapping[str, str]] = {

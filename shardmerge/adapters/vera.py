@@ -40,6 +40,7 @@ class Vera(Family, PeftMethod):
     rows_are_independent: ClassVar[bool] = True
     adds: ClassVar[bool] = True
     peft_type: ClassVar[str] = "VERA"
+    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
     title: ClassVar[str] = "VeRA"
     paper: ClassVar[str] = "arXiv:2310.11454"
     roles: ClassVar[Mapping[str, str]] = {"vera_lambda_b": "lambda_b", "vera_lambda_d": "lambda_d"}
@@ -186,7 +187,8 @@ def sized(claims: Claims, family: Family, context: Context) -> Claims:
     rows, columns = 0, 0
     dtypes: dict[str, None] = {}
     for update in claims.updates:
-        stored = context.stored(update.module) if update.family == family.name and update.fits else None
+        asked = update.family == family.name and update.fits and context.stored is not None
+        stored = context.stored(update.module, "weight") if asked and context.stored else None
         if stored is None or len(stored[0].shape) != 2:
             continue  # where it is no matrix of the base, the match says so
         oriented_update = family.orient(update, stored[0])

@@ -140,7 +140,7 @@ class _Matching:
 
     def _understood(self) -> tuple[Claims, list[str]]:
         """The adapter's claims, once it is known whose names it has; and why that is not certain."""
-        claims = self.adapter.claims(self.config, self.speakers.registered_parameters, self._weight_of)
+        claims = self.adapter.claims(self.config, self.speakers.registered_parameters, self._parameter_of)
         # A head that was made for training, and files beside the adapter, may have no place in any class's names.
         targets = [
             (update.module, update.parameter)
@@ -149,7 +149,7 @@ class _Matching:
         ]
         self.spoken, unclear = self.speakers.chosen(targets, self._exists)
         if self.spoken.note:
-            claims = self.adapter.claims(self.config, self.spoken.registered_parameters, self._weight_of)
+            claims = self.adapter.claims(self.config, self.spoken.registered_parameters, self._parameter_of)
             self.matches.warnings.append(f"adapter {self.config.path}: {self.spoken.note}")
         return claims, [unclear] if unclear else []
 
@@ -188,6 +188,11 @@ class _Matching:
         if isinstance(oriented, str):
             self.misfits.append(named(update, oriented))
             return
+        if oriented.family == "lora" and parameter.experts and len(parameter.shape) == 2:
+            parameter = _as_matrix(parameter)
+            if isinstance(parameter, str):
+                self.misfits.append(f"{update.first}: {parameter}")
+                return
         completed = self._with_base(self._as_stored(oriented, parameter))
         if isinstance(completed, str):
             self.misfits.append(completed)
@@ -208,8 +213,15 @@ class _Matching:
             )
             self.resized[parameter.name] = parameter
         for place in parameter.places:
+            new = self._update(update, parameter, place)
+            if any(other.in_stack != new.in_stack for other in self.matches.updates[place.tensor]):
+                self.misfits.append(
+                    f"{update.first} updates {place.tensor} as one matrix and another adapter as experts', or the "
+                    "other way round; merge one after the other"
+                )
+                return
             self.regions[place.tensor].append((place, update))
-            self.matches.updates[place.tensor].append(self._update(update, parameter, place))
+            self.matches.updates[place.tensor].append(new)
 
     def _place_nowhere(self, update: ModuleUpdate, why: str) -> None:
         """Say that an update has no place; of a whole tensor that was trained, one may yet be found."""
@@ -339,9 +351,9 @@ class _Matching:
         is_there = not isinstance(self.head, str) and self.head.is_there
         return is_there and self._of_head(update)[:1] == (LABELS,)
 
-    def _weight_of(self, module: str) -> tuple[Parameter, str] | None:
+    def _parameter_of(self, module: str, name: str) -> tuple[Parameter, str] | None:
         spoken = self.speakers if self.spoken is self.speakers.own else self.spoken
-        parameter = spoken.resolve(module, "weight")
+        parameter = spoken.resolve(module, name)
         return None if isinstance(parameter, str) else (parameter, self._stored(parameter.places[0].tensor).dtype)
 
     def _stored(self, name: str) -> TensorRef:
@@ -421,6 +433,14 @@ def _dtype_of_whole(update: ModuleUpdate, stored: TensorRef) -> list[str]:
     if floats or whole.dtype == stored.dtype:
         return []
     return [f"{whole.name} is stored as {whole.dtype}, but the base's {stored.name} as {stored.dtype}"]
+
+
+def _as_matrix(parameter: Parameter) -> Parameter | str:
+    """Experts' biases (E, n) as one matrix, which they are to LoRA; a string where they are stored in parts."""
+    place, (experts, width) = parameter.places[0], parameter.shape
+    if parameter.places != (Place(place.tensor, width),):
+        return f"the base stores {parameter.name} in parts, which LoRA on all of it cannot update"
+    return dataclasses.replace(parameter, places=(Place(place.tensor, experts),), experts=False)
 
 
 def _has_experts(update: ModuleUpdate, parameter: Parameter) -> bool:

@@ -4,8 +4,9 @@ On purpose no code of ``shardmerge.adapters`` is called: a mistake there must no
 
 - PEFT: α / r, or α / √r with ``use_rslora``. α and r are ``lora_alpha`` and ``r``, or the value of the first key of
   ``alpha_pattern`` and ``rank_pattern`` that, as a regular expression, matches the end of the module's name (of a
-  parameter in ``target_parameters``: the module's and the parameter's). A layer wrapped within a wrapped one, the
-  out_proj of nn.MultiheadAttention, gets its update twice.
+  parameter in ``target_parameters``: the module's and the parameter's). The out_proj of an nn.MultiheadAttention that
+  is a target gets its update twice, and its α and r by the name of that. An ``lora_alpha`` of 0 is our config's
+  ``alpha``.
 - PEFT's keys without a config, and pure PyTorch: our config's ``scaling``, or its ``alpha`` / r.
 - kohya: our config's ``scaling``, or α / r with our config's ``alpha`` or the file's; 1 where there is none, or where
   the file's is 0.
@@ -56,7 +57,7 @@ class ScaledBy:
             return 1.0 if alpha is None else alpha / _rank(update)
         if entry.alpha is None:
             raise ValueError("neither alpha nor scaling is known")
-        twice = 2 if kind == "peft" and ".base_layer." in _owner(update) else 1
+        twice = 2 if kind == "peft" and _attention(_owner(update), {}) else 1
         return twice * entry.alpha / self._bare_rank(update)
 
     def _peft(self, update: Update, config: Mapping[str, Any]) -> float:
@@ -67,10 +68,11 @@ class ScaledBy:
             while module.endswith(".base_layer"):
                 module = module.removesuffix(".base_layer")
             module = f"{module}.{update.parameter}"
-        twice = 2 if ".base_layer." in owner and not of_parameter else 1
-        module = module.replace(".base_layer.", ".")
+        attention = "" if of_parameter else _attention(module, config)
+        twice = 2 if attention else 1
+        module = _unwrapped(attention or module)
         rank = _by_pattern(config.get("rank_pattern"), module, config["r"])
-        alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+        alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"] or self.entry.alpha or 0)
         return twice * float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     def _bare_rank(self, update: Update) -> int:
@@ -93,6 +95,25 @@ def _rank(update: Update) -> int:
 def _owner(update: Update) -> str:
     """What stands before the factor's name in the adapter's key."""
     return update.factors[0][1].name.rpartition(".lora_")[0]
+
+
+def _attention(module: str, config: Mapping[str, Any]) -> str:
+    """The nn.MultiheadAttention whose wrapper a module, by its name in the file, is below; empty where there is none.
+
+    A module whose own parameters are in ``target_parameters`` is wrapped, too, but is no target itself.
+    """
+    around, _, inside = module.rpartition(".base_layer.")
+    targets = config.get("target_modules")
+    if inside != "out_proj" or (targets is None and config.get("target_parameters")):
+        return ""
+    name = _unwrapped(around)
+    if isinstance(targets, str):
+        return around if targets == "all-linear" or re.fullmatch(targets, name) else ""
+    return around if targets is None or any(f".{name}".endswith(f".{target}") for target in targets) else ""
+
+
+def _unwrapped(module: str) -> str:
+    return re.sub(r"(\.base_layer)+(?=\.)", "", module)
 
 
 def _by_pattern(pattern: Any, module: str, default: Any) -> Any:
