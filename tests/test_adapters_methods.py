@@ -171,6 +171,21 @@ def frod_exact(case: Case) -> dict[str, Tensor]:
     return _changed(case, change, diagonals)
 
 
+def kasa_exact(case: Case) -> dict[str, Tensor]:
+    """W without its r smallest singular values, as PEFT keeps it, and the update in float64."""
+    config = _adapter(case)[1]
+    left, right, diagonal = (_weights(case, factor) for factor in ("lora_B.weight", "lora_A.weight", "lora_diag"))
+
+    def change(module: str, weight: Tensor) -> Tensor:
+        rank = len(diagonal[module])
+        u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
+        cut = ((u[:, :-rank] * s[:-rank]) @ v[:-rank]).to(case.net.get_parameter(f"{module}.weight").dtype)
+        update = left[module] @ torch.diag(diagonal[module]) @ right[module]
+        return torch.as_tensor(cut.double() + config["lora_alpha"] / rank * update)
+
+    return _changed(case, change, diagonal)
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 F32 = ("float32",)
@@ -197,6 +212,9 @@ ROWS = [
     Row("OFT", {"oft_block_size": 32}, TALL, make=Tall, tiles=True),
     Row("BOFT", {"boft_block_size": 4}, scale=0.3, dtypes=ALL),
     Row("BOFT", {"boft_block_size": 0, "boft_block_num": 2}, scale=0.3),
+    # Without its kernel, as here, PEFT trains and loads one factor; 3 would not even divide the layers' blocks.
+    Row("BOFT", {"boft_block_size": 4, "boft_n_butterfly_factor": 3}, scale=0.3),
+    Row("BOFT", {"boft_block_size": 3, "boft_n_butterfly_factor": 2}, ("conv",), make=Square, scale=0.3),
     Row("BOFT", {"boft_block_size": 2}, ("conv", "point"), make=Square, scale=0.3),
     Row("BOFT", {"boft_block_size": 12}, (*TALL, "conv"), make=Tall, scale=0.3, tiles=True),
     *(Row("Road", {"variant": f"road_{n}", "group_size": 8}, bits=F32, scale=0.5, dtypes=ALL) for n in (1, 2, 4)),
@@ -249,6 +267,10 @@ ROWS = [
     *(Row("Peanut", {"r": 4, "act_fn": of}, bits=()) for of in ("mish", "quick_gelu", "relu2", "relu6")),
     *(Row("Peanut", {"r": 4, "act_fn": of}, bits=()) for of in ("leaky_relu", "sigmoid", "linear")),
     Row("Peanut", {"r": 4, "depth": 1}, TALL, (), make=Tall),
+    Row("Lora", {"r": 4, "kasa_config": {}}, bits=F32, exact=kasa_exact, dtypes=ALL),
+    Row("Lora", {"r": 4, "kasa_config": {}, "rank_pattern": {"square": 3}, "use_rslora": True}, ("square", "head")),
+    Row("Lora", {"r": 4, "kasa_config": {}, "lora_bias": True}, ("wide", "narrow")),
+    Row("Lora", {"r": 7, "kasa_config": {}}, TALL, make=Tall, tiles=True),
     Row("OSF", {"effective_rank": 6}, scale=0.05, dtypes=ALL),
     Row("OSF", {"effective_rank": 0.3, "rank_pattern": {"sq": 5}}, scale=0.05),
     Row("OSF", {}, TALL, make=Tall, scale=0.05, tiles=True),
@@ -357,7 +379,6 @@ def row_of(method: str, **settings: Any) -> Row:
         (row_of("OFT"), {"oft_block_size": None}, ["oft_block_size must be a whole number", "0.14"]),
         (row_of("OFT"), {"num_cayley_neumann_terms": 1001}, ["from 1 to 1000"]),
         (row_of("BOFT"), {"boft_block_size": 5}, ["do not divide its 24 inputs"]),
-        (row_of("BOFT"), {"boft_n_butterfly_factor": 1 << 30}, ["do not divide its 24 inputs"]),
         (row_of("Road"), {"group_size": 7}, ["an even number above zero"]),
         (row_of("Road"), {"group_size": 10}, ["56 outputs, which groups of 10 do not divide"]),
         (row_of("Road"), {"variant": "road_2"}, ["road_theta is [28]", "expected [56]"]),
@@ -465,6 +486,9 @@ def test_boft_of_several_butterflies(factors: int, tmp_path: Path, monkeypatch: 
         assert (ours[name] - exact[name]).abs().max() < 1e-6 * exact[name].abs().max()
     assert_same_outputs(case, ours)
     assert_tiles_agree(case, tmp_path / "tiles", ours)
+    said = refusal(case, boft_n_butterfly_factor=5 - factors)
+    assert f"expected [{5 - factors}, 24, 4, 4]" in said or f"{5 - factors} butterfly factors" in said
+    assert "do not divide its 96 inputs" in refusal(case, boft_n_butterfly_factor=1 << 30)
 
 
 def _tall_with_even_blocks(self: Tall) -> None:

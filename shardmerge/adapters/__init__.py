@@ -26,11 +26,12 @@ from shardmerge.adapters.gralora import Gralora
 from shardmerge.adapters.hira import Hira
 from shardmerge.adapters.hra import Hra
 from shardmerge.adapters.ia3 import Ia3
+from shardmerge.adapters.kasa import Kasa
 from shardmerge.adapters.ln_tuning import LnTuning
 from shardmerge.adapters.loha import Loha, LohaTucker
 from shardmerge.adapters.lokr import Lokr
 from shardmerge.adapters.lora import Dora, Lora, LoraBias, LoraBlocks, LoraExperts
-from shardmerge.adapters.miss import Miss, MissBat
+from shardmerge.adapters.miss import Bone, Miss, MissBat
 from shardmerge.adapters.oft import Oft
 from shardmerge.adapters.osf import Osf
 from shardmerge.adapters.peanut import Peanut
@@ -79,6 +80,7 @@ FAMILIES: Mapping[str, Family] = {
         LoraExperts(),
         LoraBlocks(),
         LoraBias(),
+        Kasa(),
         Replacement(),
         Overwrite(),
         TokenRows(),
@@ -144,6 +146,7 @@ METHODS: Mapping[str, PeftMethod] = {
         RandLora(),
         VbLora(),
         Miss(),
+        Bone(),
         Shira(),
         Delora(),
         LnTuning(),

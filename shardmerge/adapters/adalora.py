@@ -56,14 +56,18 @@ class AdaLora(Family, PeftMethod):
         "beta1",
         "beta2",
         "deltaT",
+        "kasa_config",
         "lora_bias",
+        "monteclora_config",
         "orth_reg_weight",
         "r",
         "target_r",
         "tfinal",
         "tinit",
         "total_step",
+        "use_bdlora",
         "use_rslora",
+        "velora_config",
     }
     refused: ClassVar[Mapping[str, str]] = {
         **LoraMethod.refused,

@@ -351,6 +351,7 @@ OPTIONAL_NUMBER = checked(is_number, "a finite number")
 FLAG = checked(lambda value: isinstance(value, bool), "true or false")
 TEXT = checked(lambda value: isinstance(value, str), "a string")
 STRINGS = checked(lambda value: isinstance(value, str) or is_strings(value), "a string or a list of strings")
+SUBCONFIG = checked(lambda value: isinstance(value, dict), "a mapping of settings, or null")
 ANYTHING = checked(lambda value: True, "anything")
 
 

@@ -23,6 +23,7 @@ from shardmerge.adapters.peft import (
     NUMBER_PATTERN,
     RANK,
     RANK_PATTERN,
+    SUBCONFIG,
     Check,
     Config,
     Context,
@@ -51,13 +52,14 @@ class LoraMethod(PeftMethod):
     title: ClassVar[str] = "LoRA, rsLoRA, DoRA"
     note: ClassVar[str] = (
         "Linear, Conv1D, convolutions, embeddings, `nn.MultiheadAttention`, fused experts (`target_parameters`); "
-        "BD-LoRA, MiCA, MonteCLoRA; `lora_bias`, trained biases and tokens, `modules_to_save`"
+        "BD-LoRA, MiCA, MonteCLoRA, VeLoRA, KaSA; `lora_bias`, trained biases and tokens, `modules_to_save`"
     )
     paper: ClassVar[str] = "arXiv:2106.09685, 2312.03732, 2402.09353"
     roles: ClassVar[Mapping[str, str]] = {
         "lora_A.weight": "A?",
         "lora_B.weight": "B?",
         "lora_B.bias": "bias?",
+        "lora_diag": "diagonal?",
         "lora_embedding_A": "embedding_A?",
         "lora_embedding_B": "embedding_B?",
         "lora_magnitude_vector": "magnitude?",
@@ -75,6 +77,9 @@ class LoraMethod(PeftMethod):
         "target_parameters": checked(is_strings, "a list of strings"),
         "trainable_token_indices": lambda key, value: token_problems(key, value),
         "init_lora_weights": lambda key, value: initialisation_problems(key, value),
+        "kasa_config": SUBCONFIG,
+        "monteclora_config": SUBCONFIG,
+        "velora_config": SUBCONFIG,
     }
     inert: ClassVar[frozenset[str]] = frozenset(
         {
@@ -85,9 +90,7 @@ class LoraMethod(PeftMethod):
             "lora_ga_config",
             "megatron_config",
             "megatron_core",
-            "monteclora_config",
             "qalora_group_size",
-            "velora_config",
         }
     )
     refused: ClassVar[Mapping[str, str]] = {
@@ -97,8 +100,12 @@ class LoraMethod(PeftMethod):
         "with PEFT or vLLM",
         "arrow_config": f"Arrow routing chooses an adapter per token, {_CANNOT}",
         "use_qalora": "QALoRA pools the input by groups, so B A is not the update; PEFT cannot merge it either",
-        "kasa_config": "KaSA truncates the base's singular values when it is loaded, so B A alone is not the update",
     }
+
+    def check_config(self, config: Config) -> list[str]:
+        if len(names := variants(config)) > 1:
+            return [f"adapter_config.json sets {' and '.join(names)}, but PEFT knows no adapter that is more than one"]
+        return []
 
     def covers(self, module: str, context: Context) -> bool:
         """A module is a target, or holds parameters that are, or is an output head that was tied to one."""
@@ -139,10 +146,23 @@ class LoraMethod(PeftMethod):
 
     def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
         claim_tokens(claims, tensors, config.get("trainable_token_indices"))
-        if config.get("monteclora_config"):
-            # What drew the perturbations of training; PEFT's merge leaves it out, and so does its forward pass then.
-            claims.told |= {name for name in tensors if ".lora_monteclora_sampler." in name}
+        for key, state in _TRAINING_STATE.items():
+            if config.get(key) is not None:
+                claims.told |= {name for name in tensors if f".{state}." in f"{name}."}
         super().claim_rest(claims, tensors, config)
+
+
+#: Variants, by the setting, → what they save that only training reads: PEFT's merge leaves it out, and so does its
+#: forward pass then. MonteCLoRA draws perturbations, VeLoRA compresses what the backward pass needs.
+_TRAINING_STATE = {"monteclora_config": "lora_monteclora_sampler", "velora_config": "lora_velora_embed"}
+#: Settings that choose a variant of LoRA, of which an adapter is one at most.
+_VARIANTS = ("use_dora", "use_bdlora", "kasa_config", *_TRAINING_STATE)
+
+
+def variants(config: Config) -> list[str]:
+    """The variants that an adapter is of, by the settings that choose them. A config without settings counts."""
+    chosen = [name for name in _VARIANTS if config.get(name) not in (None, False)]
+    return [*chosen, *(["init_lora_weights: mica"] if config.get("init_lora_weights") == "mica" else [])]
 
 
 # --- the forms of LoRA ------------------------------------------------------------------------------------------------
@@ -177,7 +197,8 @@ def _claim_matrix(claims: Claims, module: Module, config: Config) -> None:
     if isinstance(config.get("use_bdlora"), dict):
         _claim_blocks(claims, module, config["use_bdlora"], update)
         return
-    claims.updates.append(_with_magnitude(claims, module, config, update))
+    update = _with_magnitude(claims, module, config, update)
+    claims.updates.append(_with_diagonal(claims, module, config, update))
     if 0 in a.shape or 0 in b.shape:
         return  # an empty tensor is told of as such
     if len(a.shape) < 2 or len(b.shape) != len(a.shape) or any(size != 1 for size in b.shape[2:]):
@@ -259,6 +280,23 @@ def _with_magnitude(claims: Claims, module: Module, config: Config, update: Modu
     return dataclasses.replace(update, family="dora", factors=(*update.factors, ("magnitude", flat)))
 
 
+def _with_diagonal(claims: Claims, module: Module, config: Config, update: ModuleUpdate) -> ModuleUpdate:
+    """KaSA, where the config says so and d is there."""
+    diagonal, wanted = module.factors.get("diagonal"), config.get("kasa_config") is not None
+    if wanted and diagonal is None:
+        claims.problems.append(f"adapter_config.json says kasa_config, but {module.key('lora_diag')} is missing")
+    elif diagonal is not None and not wanted:
+        claims.told.add(diagonal.name)
+        claims.problems.append(
+            f"{diagonal.name} is a diagonal of KaSA, but adapter_config.json does not say kasa_config; PEFT would "
+            "ignore it"
+        )
+    elif diagonal is not None:
+        factors = (*update.factors, ("diagonal", diagonal))
+        return update.changed(family="kasa", factors=factors, of_base=(("W", "weight"),))
+    return update
+
+
 def _claim_bias(claims: Claims, module: Module, config: Config, scaling: float) -> None:
     bias = module.factors.get("bias")
     if bias is not None and config.get("lora_bias"):
@@ -285,7 +323,8 @@ def _claim_embedding(claims: Claims, module: Module, config: Config) -> None:
     rank, scaling = rank_and_scaling(config, module.name)
     a, b = module.factors["embedding_A"], module.factors["embedding_B"]
     update = ModuleUpdate(module.name, "weight", "lora", (("A", a), ("B", b)), scaling, rank, transposes=True)
-    claims.updates.append(_with_magnitude(claims, module, config, update))
+    update = _with_magnitude(claims, module, config, update)
+    claims.updates.append(_with_diagonal(claims, module, config, update))
     if 0 in a.shape or 0 in b.shape:
         return
     if len(a.shape) != 2 or len(b.shape) != 2:
@@ -339,6 +378,8 @@ def _claim_parameter(claims: Claims, module: Module, bare: str, depth: int, cont
     for ref in extra:
         claims.told.add(ref.name)
         claims.problems.append(f"{ref.name}: target_parameters know neither DoRA nor biases")
+    if names := variants(context.config):
+        claims.problems.append(f"{bare}.{parameter}: adapter_config.json sets {names[0]}, which target_parameters lack")
     settings = (("peft_version", str(context.config.get("peft_version") or "")), ("layout", context.expert_layout))
     claims.updates.append(
         ModuleUpdate(bare, parameter, "lora-experts", (("A", a), ("B", b)), scaling, rank, settings=settings),

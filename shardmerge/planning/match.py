@@ -179,6 +179,8 @@ class _Matching:
         if isinstance(oriented, str):
             self.misfits.append(oriented)
             return
+        if oriented.experts and not parameter.experts:
+            parameter = _as_stack(parameter)
         completed = self._with_base(self._as_stored(oriented, parameter))
         if isinstance(completed, str):
             self.misfits.append(completed)
@@ -402,6 +404,14 @@ def _dtype_of_whole(update: ModuleUpdate, stored: TensorRef) -> list[str]:
 
 def _has_experts(update: ModuleUpdate, parameter: Parameter) -> bool:
     return update.experts or parameter.experts
+
+
+def _as_stack(parameter: Parameter) -> Parameter:
+    """A tensor (E, rows, columns) whose name does not say so, seen as a stack of experts: they have its rows."""
+    if len(parameter.shape) != 3:
+        return parameter  # of which the family says that it does not hold experts' matrices
+    places = tuple(dataclasses.replace(place, rows=parameter.shape[1]) for place in parameter.places)
+    return dataclasses.replace(parameter, places=places, experts=True)
 
 
 def _shape(update: ModuleUpdate, parameter: Parameter) -> tuple[int, ...]:
