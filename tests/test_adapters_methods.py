@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import sys
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ from tests.family_oracle import (
     assert_same_outputs,
     assert_tiles_agree,
     exact_weights,
+    merged_by_peft,
     merged_by_us,
     refusal,
     unmerged,
@@ -444,6 +447,31 @@ def test_methods_without_a_merge_are_refused_with_the_way_out(peft_type: str, tm
     said = refusal(row_of("Beft").case(tmp_path), peft_type=peft_type)
     assert f"peft_type {peft_type}: " in said
     assert any(way in said for way in ("load both with PEFT", "merge it with PEFT", "merge one of them"))
+
+
+def test_the_rows_of_adamss_are_in_none_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groupings of the same sizes load the same files without a word, and merge to different weights."""
+
+    class Grouping:
+        shift = 0
+
+        def __init__(self, n_clusters: int, **_: Any) -> None:
+            self.count = n_clusters
+
+        def fit_predict(self, vectors: Any) -> Any:
+            return (torch.arange(len(vectors)) // (len(vectors) // self.count)).roll(self.shift).numpy()
+
+    clusters = types.ModuleType("sklearn.cluster")
+    clusters.KMeans = Grouping  # type: ignore[attr-defined]
+    for name, module in (("sklearn", types.ModuleType("sklearn")), ("sklearn.cluster", clusters)):
+        monkeypatch.setitem(sys.modules, name, module)
+    case = write_case(tmp_path, peft.AdamssConfig(r=6, num_subspaces=4, target_modules=["square"]))
+    assert not [name for name, tensor in _adapter(case)[0].items() if not tensor.is_floating_point()]
+    merged = [merged_by_peft(case)["square.weight"]]
+    Grouping.shift = 5
+    merged.append(merged_by_peft(case)["square.weight"])
+    assert not torch.allclose(merged[0], merged[1], atol=1e-3)
+    assert "which rows each of its subspaces has is not in its files" in refusal(case)
 
 
 def test_oft_on_a_convolution_of_more_than_one_point(tmp_path: Path) -> None:
