@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardmerge import patterns
-from shardmerge.adapters import AdapterContent, Claims, Registered, Stored, claim, detect_format
+from shardmerge.adapters import AdapterContent, Claims, Ordered, Registered, Stored, claim, detect_format, no_order
 from shardmerge.checkpoint import read_json, read_shard
 from shardmerge.config import AdapterConfig
 from shardmerge.errors import FormatError
@@ -58,6 +58,7 @@ class AdapterFile:
         config: AdapterConfig,
         registered: Registered = lambda module: (),
         stored: Stored = lambda module: None,
+        ordered: Ordered = no_order,
     ) -> Claims:
         """Its updates and problems, as ``config`` says; the others are as `shardmerge.adapters.claim` takes them."""
         kind = self.format(config.format)
@@ -73,7 +74,7 @@ class AdapterFile:
         )
         try:
             with patterns.bounded():
-                return claim(kind, content, registered, stored)
+                return claim(kind, content, registered, stored, ordered)
         except patterns.SlowPatternError as error:
             return Claims(problems=[f"{CONFIG_NAME}: {error}"], refused=True)
 

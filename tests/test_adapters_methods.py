@@ -394,7 +394,7 @@ def row_of(method: str, **settings: Any) -> Row:
         (row_of("FourierFT"), {"n_frequency": 50}, ["fourierft_spectrum is [100]", "expected [50]"]),
         (row_of("WaveFT"), {"wavelet_family": "db11"}, ["a wavelet that PEFT has the filters of"]),
         (row_of("Pvera"), {"sample_at_inference": True}, ["draws its weights at random", "merge the mean"]),
-        (row_of("UniLora"), {"save_indices": False}, ["save_indices is not true", "save it again"]),
+        (row_of("UniLora"), {"save_indices": False}, ["does not say save_indices", "PEFT would ignore it"]),
         (row_of("Supertuning"), {"sparsity": 0.8}, ["supertuning_values is [134]", "expected [268]"]),
         (row_of("Supertuning"), {"r": 3}, ["adapter_config.json says r 3"]),
         (row_of("Deft"), {"para": True}, ["says para, so PEFT would ignore it"]),

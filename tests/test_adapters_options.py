@@ -145,7 +145,7 @@ REFUSED = {
     ("PVERA", "save_projection=False"): "save it again with save_projection: true",
     ("SUPERTUNING", "save_precomputed_indices=False"): "save it again with save_precomputed_indices: true",
     ("TINYLORA", "save_projection=False"): "save it again with save_projection: true",
-    ("UNILORA", "save_indices=False"): "save_indices is not true",
+    ("UNILORA", "save_indices=False"): "the order of the modules is not known of the base's architecture",
 }
 #: What PEFT itself cannot make, load or merge, and what it says.
 IMPOSSIBLE = {

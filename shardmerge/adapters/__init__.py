@@ -35,7 +35,7 @@ from shardmerge.adapters.miss import Bone, Miss, MissBat
 from shardmerge.adapters.oft import Oft
 from shardmerge.adapters.osf import Osf
 from shardmerge.adapters.peanut import Peanut
-from shardmerge.adapters.peft import Context, PeftMethod, Registered, Stored
+from shardmerge.adapters.peft import Context, Ordered, PeftMethod, Registered, Stored, no_order
 from shardmerge.adapters.peft_lora import LoraMethod
 from shardmerge.adapters.psoft import Psoft
 from shardmerge.adapters.pvera import Pvera
@@ -47,6 +47,7 @@ from shardmerge.adapters.supertuning import SuperTuning
 from shardmerge.adapters.tinylora import TinyLora
 from shardmerge.adapters.trainable_tokens import TrainableTokensMethod
 from shardmerge.adapters.unilora import UniLora
+from shardmerge.adapters.unilora_seeded import UniLoraSeeded
 from shardmerge.adapters.vblora import VbLora
 from shardmerge.adapters.vera import Vera, VeraSeeded
 from shardmerge.adapters.waveft import WaveFt
@@ -63,12 +64,14 @@ __all__ = [
     "Factors",
     "Family",
     "ModuleUpdate",
+    "Ordered",
     "PeftMethod",
     "Registered",
     "Stored",
     "check_dtypes",
     "claim",
     "detect_format",
+    "no_order",
 ]
 
 #: What can be done to a weight, by name.
@@ -113,6 +116,7 @@ FAMILIES: Mapping[str, Family] = {
         WaveFt(),
         Pvera(),
         UniLora(),
+        UniLoraSeeded(),
         TinyLora(),
         SuperTuning(),
         Deft(),
@@ -204,11 +208,12 @@ def claim(
     content: AdapterContent,
     registered: Registered = lambda module: (),
     stored: Stored = lambda module: None,
+    ordered: Ordered = no_order,
 ) -> Claims:
     """Read an adapter of a format: its updates, and everything that is wrong with it.
 
     ``registered`` tells in which order a module of the base registers parameters of its own, where that is known;
-    ``stored`` tells of a module's weight in the base, and its dtype.
+    ``stored`` tells of a module's weight in the base, and its dtype; ``ordered`` of its Linear layers in their order.
     """
     tensors, config, alpha, scaling = content.tensors, content.config, content.alpha, content.scaling
     if format_ == "pure-pytorch":
@@ -221,7 +226,7 @@ def claim(
         return mlx.claim(tensors, config)
     peft_type = config.get("peft_type")
     if isinstance(peft_type, str) and (method := METHODS.get(peft_type)):
-        context = Context(config, registered=registered, stored=stored, expert_layout=content.expert_layout)
+        context = Context(config, {}, registered, stored, content.expert_layout, ordered)
         return method.claim(tensors, context)
     return Claims(problems=[_no_method(peft_type)], refused=True)
 

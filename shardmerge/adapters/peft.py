@@ -21,12 +21,13 @@ from shardmerge.adapters.base import Claims, ModuleUpdate
 from shardmerge.naming import module_name
 from shardmerge.patterns import first_match
 from shardmerge.patterns import problems as regex_problems
-from shardmerge.spec import Parameter, TensorRef
+from shardmerge.spec import ModuleOrder, Parameter, TensorRef
 
 Config = Mapping[str, Any]
 Check = Callable[[str, Any], list[str]]
 Registered = Callable[[str], tuple[str, ...]]
 Stored = Callable[[str], tuple[Parameter, str] | None]
+Ordered = Callable[[], "ModuleOrder | str"]
 
 #: Settings that no method's merge depends on.
 _INERT = frozenset(
@@ -76,6 +77,11 @@ class Module:
         return f"{self.prefix}.{factor}{f'.{self.infix}' if self.infix else ''}{dot}{rest}"
 
 
+def no_order() -> ModuleOrder | str:
+    """Where nobody knows the base."""
+    return "the base is not known"
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """What a module's factors are read against."""
@@ -89,6 +95,8 @@ class Context:
     stored: Stored = lambda module: None
     #: How B of fused experts is laid out: ``peft`` or ``unsloth``.
     expert_layout: str = "peft"
+    #: Tells of the base's Linear layers in the order of the model; a string says why it is not known.
+    ordered: Ordered = no_order
 
     def in_base(self, module: str) -> bool:
         """Whether the base has a weight of that module."""

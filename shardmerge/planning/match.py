@@ -134,13 +134,14 @@ class _Matching:
 
     def _understood(self) -> tuple[Claims, list[str]]:
         """The adapter's claims, once it is known whose names it has; and why that is not certain."""
-        claims = self.adapter.claims(self.config, self.speakers.registered_parameters, self._weight_of)
+        order = self.names.module_order
+        claims = self.adapter.claims(self.config, self.speakers.registered_parameters, self._weight_of, order)
         targets = [
             (update.module, update.parameter) for update in claims.updates if not (update.flattened or update.optional)
         ]
         self.spoken, unclear = self.speakers.chosen(targets, self._exists)
         if self.spoken.note:
-            claims = self.adapter.claims(self.config, self.spoken.registered_parameters, self._weight_of)
+            claims = self.adapter.claims(self.config, self.spoken.registered_parameters, self._weight_of, order)
             self.matches.warnings.append(f"adapter {self.config.path}: {self.spoken.note}")
         return claims, [unclear] if unclear else []
 
