@@ -196,6 +196,10 @@ TALL = ("tall", "wide")
 SWAPPED = ("wide", "narrow")
 ROWS = [
     Row("LNTuning", {}, ("norm", "wide"), dtypes=ALL),
+    Row("Lora", {"r": 4, "kasa_config": {}}, bits=F32, exact=kasa_exact, dtypes=ALL),
+    Row("Lora", {"r": 4, "kasa_config": {}, "rank_pattern": {"square": 3}, "use_rslora": True}, ("square", "head")),
+    Row("Lora", {"r": 4, "kasa_config": {}, "lora_bias": True}, ("wide", "narrow")),
+    Row("Lora", {"r": 7, "kasa_config": {}}, TALL, make=Tall, tiles=True),
     Row("Hira", {"r": 4}, (*LINEARS, "head", "embed", "conv1", "conv2"), F32, ALL),
     Row("Hira", {"r": 4}, ("conv",), F32, make=Deep),
     Row("Hira", {"r": 5}, (*TALL, "conv"), F32, make=Tall, tiles=True),
@@ -270,10 +274,6 @@ ROWS = [
     *(Row("Peanut", {"r": 4, "act_fn": of}, bits=()) for of in ("mish", "quick_gelu", "relu2", "relu6")),
     *(Row("Peanut", {"r": 4, "act_fn": of}, bits=()) for of in ("leaky_relu", "sigmoid", "linear")),
     Row("Peanut", {"r": 4, "depth": 1}, TALL, (), make=Tall),
-    Row("Lora", {"r": 4, "kasa_config": {}}, bits=F32, exact=kasa_exact, dtypes=ALL),
-    Row("Lora", {"r": 4, "kasa_config": {}, "rank_pattern": {"square": 3}, "use_rslora": True}, ("square", "head")),
-    Row("Lora", {"r": 4, "kasa_config": {}, "lora_bias": True}, ("wide", "narrow")),
-    Row("Lora", {"r": 7, "kasa_config": {}}, TALL, make=Tall, tiles=True),
     Row("OSF", {"effective_rank": 6}, scale=0.05, dtypes=ALL),
     Row("OSF", {"effective_rank": 0.3, "rank_pattern": {"sq": 5}}, scale=0.05),
     Row("OSF", {}, TALL, make=Tall, scale=0.05, tiles=True),
