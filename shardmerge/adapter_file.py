@@ -11,7 +11,17 @@ from typing import Any
 
 from shardmerge import adapter_folder, patterns
 from shardmerge.adapter_folder import INDEXES, PICKLES, WEIGHTS, Folder
-from shardmerge.adapters import AdapterContent, Claims, Registered, Stored, claim, claim_beside, detect_format
+from shardmerge.adapters import (
+    AdapterContent,
+    Claims,
+    Ordered,
+    Registered,
+    Stored,
+    claim,
+    claim_beside,
+    detect_format,
+    no_order,
+)
 from shardmerge.adapters.peft import is_number
 from shardmerge.checkpoint import read_index, read_json, read_shard
 from shardmerge.config import AdapterConfig
@@ -96,9 +106,10 @@ class AdapterFile:
         config: AdapterConfig,
         registered: Registered = lambda module: (),
         stored: Stored | None = None,
+        ordered: Ordered = no_order,
     ) -> Claims:
         """Its updates and problems, as ``config`` says; the others are as `shardmerge.adapters.claim` takes them."""
-        claims = self._own_claims(config, registered, stored)
+        claims = self._own_claims(config, registered, stored, ordered)
         claims.problems += self.problems
         claims.warnings += self.notes
         for beside in self.beside:
@@ -115,7 +126,9 @@ class AdapterFile:
             claim_beside(claims, beside.name, {name: ref for name, ref in tensors.items() if name not in twice})
         return claims
 
-    def _own_claims(self, config: AdapterConfig, registered: Registered, stored: Stored | None) -> Claims:
+    def _own_claims(
+        self, config: AdapterConfig, registered: Registered, stored: Stored | None, ordered: Ordered
+    ) -> Claims:
         kind, adapter = self.format(config.format), self.config
         scaled = config.alpha is not None or config.scaling is not None
         if adapter is not None and config.alpha is not None and _has_no_alpha(adapter):
@@ -138,7 +151,7 @@ class AdapterFile:
         )
         try:
             with patterns.bounded():
-                return claim(kind, content, registered, stored)
+                return claim(kind, content, registered, stored, ordered)
         except patterns.SlowPatternError as error:
             return Claims(problems=[f"{CONFIG_NAME}: {error}"], refused=True)
 

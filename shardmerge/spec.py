@@ -250,6 +250,19 @@ class Parameter:
 
 
 @dataclass(frozen=True, slots=True)
+class ModuleOrder:
+    """The Linear layers of a model in the order in which its class registers them."""
+
+    #: The class.
+    architecture: str
+    modules: tuple[str, ...]
+    #: Modules with a matrix whose place is not known, or that are no Linear layers.
+    others: tuple[str, ...]
+    #: Linear layers that the class has and the checkpoint has no weight of.
+    absent: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Window:
     """The part of a module's matrix (of one expert's) that a tile holds."""
 

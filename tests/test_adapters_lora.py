@@ -19,6 +19,7 @@ from tests.family_oracle import (
     assert_equals_peft,
     assert_no_worse_than_peft,
     assert_same_outputs,
+    assert_tiles_agree,
     exact_weights,
     merged_by_peft,
     merged_by_us,
@@ -271,6 +272,53 @@ def test_experts_of_an_unknown_architecture(tmp_path: Path, dtype: str, target: 
     assert_no_worse_than_peft(case, tmp_path / "out")
     if dtype == "float32":
         assert_same_outputs(case, stored(tmp_path / "out"))
+
+
+class Parallel(nn.Module):
+    """Experts whose parameter is called as that of a convolution is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 40, 24) * 0.1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.einsum("bli,eoi->blo", hidden, self.weight)
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(37, 24)
+        self.experts = Parallel()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.as_tensor(self.experts(self.embed(tokens)))
+
+
+class Kernel(nn.Module):
+    """A convolution, whose kernels PEFT takes for experts where they are targeted as a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(37, 24)
+        self.experts = nn.Conv1d(24, 5, 3, padding=1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.as_tensor(self.experts(self.embed(tokens).transpose(1, 2)))
+
+
+@pytest.mark.parametrize("make", [Stack, Kernel])
+def test_every_row_of_a_stack_that_is_called_a_weight(tmp_path: Path, make: type[nn.Module]) -> None:
+    """The name alone says a tensor of as many rows as there are experts."""
+    from peft import LoraConfig
+
+    config = LoraConfig(r=3, lora_alpha=13, target_modules=[], target_parameters=["experts.weight"])
+    case = write_case(tmp_path, config, make=make)
+    ours = assert_no_worse_than_peft(case, tmp_path / "out")
+    assert bool((ours["experts.weight"] != case.net.state_dict()["experts.weight"]).any(dim=2).all())
+    if make is Stack:
+        assert_same_outputs(case, ours)
+        assert_tiles_agree(case, tmp_path / "tiles", ours)
 
 
 def test_two_parameters_of_an_unknown_architecture_are_refused(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import sys
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ from tests.family_oracle import (
     assert_same_outputs,
     assert_tiles_agree,
     exact_weights,
+    merged_by_peft,
     merged_by_us,
     refusal,
     unmerged,
@@ -171,6 +174,21 @@ def frod_exact(case: Case) -> dict[str, Tensor]:
     return _changed(case, change, diagonals)
 
 
+def kasa_exact(case: Case) -> dict[str, Tensor]:
+    """W without its r smallest singular values, as PEFT keeps it, and the update in float64."""
+    config = _adapter(case)[1]
+    left, right, diagonal = (_weights(case, factor) for factor in ("lora_B.weight", "lora_A.weight", "lora_diag"))
+
+    def change(module: str, weight: Tensor) -> Tensor:
+        rank = len(diagonal[module])
+        u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
+        cut = ((u[:, :-rank] * s[:-rank]) @ v[:-rank]).to(case.net.get_parameter(f"{module}.weight").dtype)
+        update = left[module] @ torch.diag(diagonal[module]) @ right[module]
+        return torch.as_tensor(cut.double() + config["lora_alpha"] / rank * update)
+
+    return _changed(case, change, diagonal)
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 F32 = ("float32",)
@@ -178,6 +196,10 @@ TALL = ("tall", "wide")
 SWAPPED = ("wide", "narrow")
 ROWS = [
     Row("LNTuning", {}, ("norm", "wide"), dtypes=ALL),
+    Row("Lora", {"r": 4, "kasa_config": {}}, bits=F32, exact=kasa_exact, dtypes=ALL),
+    Row("Lora", {"r": 4, "kasa_config": {}, "rank_pattern": {"square": 3}, "use_rslora": True}, ("square", "head")),
+    Row("Lora", {"r": 4, "kasa_config": {}, "lora_bias": True}, ("wide", "narrow")),
+    Row("Lora", {"r": 7, "kasa_config": {}}, TALL, make=Tall, tiles=True),
     Row("Hira", {"r": 4}, (*LINEARS, "head", "embed", "conv1", "conv2"), F32, ALL),
     Row("Hira", {"r": 4}, ("conv",), F32, make=Deep),
     Row("Hira", {"r": 5}, (*TALL, "conv"), F32, make=Tall, tiles=True),
@@ -197,6 +219,9 @@ ROWS = [
     Row("OFT", {"oft_block_size": 32}, TALL, make=Tall, tiles=True),
     Row("BOFT", {"boft_block_size": 4}, scale=0.3, dtypes=ALL),
     Row("BOFT", {"boft_block_size": 0, "boft_block_num": 2}, scale=0.3),
+    # Without its kernel, as here, PEFT trains and loads one factor; 3 would not even divide the layers' blocks.
+    Row("BOFT", {"boft_block_size": 4, "boft_n_butterfly_factor": 3}, scale=0.3),
+    Row("BOFT", {"boft_block_size": 3, "boft_n_butterfly_factor": 2}, ("conv",), make=Square, scale=0.3),
     Row("BOFT", {"boft_block_size": 2}, ("conv", "point"), make=Square, scale=0.3),
     Row("BOFT", {"boft_block_size": 12}, (*TALL, "conv"), make=Tall, scale=0.3, tiles=True),
     *(Row("Road", {"variant": f"road_{n}", "group_size": 8}, bits=F32, scale=0.5, dtypes=ALL) for n in (1, 2, 4)),
@@ -357,7 +382,6 @@ def row_of(method: str, **settings: Any) -> Row:
         (row_of("OFT"), {"oft_block_size": None}, ["oft_block_size must be a whole number", "0.14"]),
         (row_of("OFT"), {"num_cayley_neumann_terms": 1001}, ["from 1 to 1000"]),
         (row_of("BOFT"), {"boft_block_size": 5}, ["do not divide its 24 inputs"]),
-        (row_of("BOFT"), {"boft_n_butterfly_factor": 1 << 30}, ["do not divide its 24 inputs"]),
         (row_of("Road"), {"group_size": 7}, ["an even number above zero"]),
         (row_of("Road"), {"group_size": 10}, ["56 outputs, which groups of 10 do not divide"]),
         (row_of("Road"), {"variant": "road_2"}, ["road_theta is [28]", "expected [56]"]),
@@ -370,7 +394,7 @@ def row_of(method: str, **settings: Any) -> Row:
         (row_of("FourierFT"), {"n_frequency": 50}, ["fourierft_spectrum is [100]", "expected [50]"]),
         (row_of("WaveFT"), {"wavelet_family": "db11"}, ["a wavelet that PEFT has the filters of"]),
         (row_of("Pvera"), {"sample_at_inference": True}, ["draws its weights at random", "merge the mean"]),
-        (row_of("UniLora"), {"save_indices": False}, ["save_indices is not true", "save it again"]),
+        (row_of("UniLora"), {"save_indices": False}, ["does not say save_indices", "PEFT would ignore it"]),
         (row_of("Supertuning"), {"sparsity": 0.8}, ["supertuning_values is [134]", "expected [268]"]),
         (row_of("Supertuning"), {"r": 3}, ["adapter_config.json says r 3"]),
         (row_of("Deft"), {"para": True}, ["says para, so PEFT would ignore it"]),
@@ -425,6 +449,31 @@ def test_methods_without_a_merge_are_refused_with_the_way_out(peft_type: str, tm
     assert any(way in said for way in ("load both with PEFT", "merge it with PEFT", "merge one of them"))
 
 
+def test_the_rows_of_adamss_are_in_none_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groupings of the same sizes load the same files without a word, and merge to different weights."""
+
+    class Grouping:
+        shift = 0
+
+        def __init__(self, n_clusters: int, **_: Any) -> None:
+            self.count = n_clusters
+
+        def fit_predict(self, vectors: Any) -> Any:
+            return (torch.arange(len(vectors)) // (len(vectors) // self.count)).roll(self.shift).numpy()
+
+    clusters = types.ModuleType("sklearn.cluster")
+    clusters.KMeans = Grouping  # type: ignore[attr-defined]
+    for name, module in (("sklearn", types.ModuleType("sklearn")), ("sklearn.cluster", clusters)):
+        monkeypatch.setitem(sys.modules, name, module)
+    case = write_case(tmp_path, peft.AdamssConfig(r=6, num_subspaces=4, target_modules=["square"]))
+    assert not [name for name, tensor in _adapter(case)[0].items() if not tensor.is_floating_point()]
+    merged = [merged_by_peft(case)["square.weight"]]
+    Grouping.shift = 5
+    merged.append(merged_by_peft(case)["square.weight"])
+    assert not torch.allclose(merged[0], merged[1], atol=1e-3)
+    assert "which rows each of its subspaces has is not in its files" in refusal(case)
+
+
 def test_oft_on_a_convolution_of_more_than_one_point(tmp_path: Path) -> None:
     """PEFT's forward of an untrained adapter, which ought to do nothing, already differs from the base's."""
     case = write_case(tmp_path, peft.OFTConfig(oft_block_size=6, target_modules=["conv"]), make=Square, scale=0)
@@ -465,6 +514,9 @@ def test_boft_of_several_butterflies(factors: int, tmp_path: Path, monkeypatch: 
         assert (ours[name] - exact[name]).abs().max() < 1e-6 * exact[name].abs().max()
     assert_same_outputs(case, ours)
     assert_tiles_agree(case, tmp_path / "tiles", ours)
+    said = refusal(case, boft_n_butterfly_factor=5 - factors)
+    assert f"expected [{5 - factors}, 24, 4, 4]" in said or f"{5 - factors} butterfly factors" in said
+    assert "do not divide its 96 inputs" in refusal(case, boft_n_butterfly_factor=1 << 30)
 
 
 def _tall_with_even_blocks(self: Tall) -> None:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import shardmerge
 from tests.family_oracle import (
     DTYPES,
     LINEARS,
+    Case,
     Tall,
     assert_equals_peft,
     assert_same_outputs,
     assert_tiles_agree,
     change_tensors,
+    merged_by_peft,
+    merged_by_us,
     refusal,
     write_case,
 )
+from tests.peft_oracle import assert_same_bits
 
 
 def config(*targets: str, **settings: Any) -> Any:
@@ -143,3 +149,60 @@ def test_a_tensor_of_no_update_is_refused(tmp_path: Path) -> None:
 
     change_tensors(case, change)
     assert "miss_blocks belongs to no update" in refusal(case)
+
+
+# --- Bone, as it was called before ------------------------------------------------------------------------------------
+
+
+def as_bone(case: Case) -> None:
+    """What PEFT's script for converting one does, the other way round."""
+    file = case.adapter / "adapter_config.json"
+    kept = {"r", "init_weights", "target_modules", "modules_to_save", "bias", "exclude_modules", "layers_to_transform"}
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key in kept}
+    file.write_text(json.dumps({**config, "peft_type": "BONE", "task_type": None, "layers_pattern": None}))
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.replace("miss_block", "bone_block")] = tensors.pop(name)
+
+    change_tensors(case, rename)
+
+
+def bone(weight: Tensor, block: Tensor) -> Tensor:
+    """The merge of peft/tuners/bone/layer.py of 0.14 to 0.17, in float64, number by number."""
+    rows, columns = weight.shape
+    if block.dim() == 2:
+        return weight + torch.stack([block[column % len(block)] for column in range(columns)], dim=1)
+    size = block.shape[-1]
+    changed = weight.clone()
+    for row in range(0, rows, size):
+        for column in range(0, columns, size):
+            part = weight[row : row + size, column : column + size]
+            changed[row : row + size, column : column + size] += part @ block[row // size] + block[row // size]
+    return changed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("way", ["plain", "rest", "random", "bat"])
+def test_bone(tmp_path: Path, way: str, dtype: str) -> None:
+    """The bits are those of the adapter that PEFT converts it to; and what the old class computed."""
+    targets, settings = WAYS[way]
+    case = write_case(tmp_path, config(*targets, **settings), dtype=dtype)
+    converted = dict(merged_by_peft(case))
+    as_bone(case)
+    ours = merged_by_us(case, tmp_path / "out")
+    assert_same_bits(ours, converted)
+    blocks = load_file(case.adapter / "adapter_model.safetensors")
+    for module in targets:
+        before = case.net.get_parameter(f"{module}.weight").double()
+        exact = bone(before, blocks[f"base_model.model.{module}.bone_block"].double())
+        found = ours[f"{module}.weight"].double()
+        assert (found - exact).norm() <= (exact - before).norm() * (1e-6 if dtype == "float32" else 0.02)
+
+
+def test_bone_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    case = write_case(tmp_path, config("wide"))
+    as_bone(case)
+    assert "bone_block is [8, 56]; expected [7, 56]" in refusal(case, r=7)
+    assert "init_weights must be true, false or 'bat'" in refusal(case, r=8, init_weights="mini")
+    assert "mini_r" in refusal(case, init_weights=True, mini_r=4), "Bone had no such setting"

@@ -197,7 +197,8 @@ def test_torch_is_imported_at_once_only_where_it_computes() -> None:
 
 @pytest.mark.parametrize("library", FOREIGN)
 def test_foreign_libraries_are_imported_by_one_room_and_late(library: str) -> None:
-    wrong = [str(found) for found in _of(library) if found.module != "hf" or not found.deferred]
+    rooms = {"hf"} | ({"adapters.unilora_seeded"} if library == "numpy" else set())  # it has PEFT's generator
+    wrong = [str(found) for found in _of(library) if found.module not in rooms or not found.deferred]
     assert not wrong
 
 

@@ -26,15 +26,16 @@ from shardmerge.adapters.gralora import Gralora
 from shardmerge.adapters.hira import Hira
 from shardmerge.adapters.hra import Hra
 from shardmerge.adapters.ia3 import Ia3
+from shardmerge.adapters.kasa import Kasa
 from shardmerge.adapters.ln_tuning import LnTuning
 from shardmerge.adapters.loha import Loha, LohaTucker
 from shardmerge.adapters.lokr import Lokr
 from shardmerge.adapters.lora import Dora, Lora, LoraBias, LoraBlocks, LoraExperts, LoraGated
-from shardmerge.adapters.miss import Miss, MissBat
+from shardmerge.adapters.miss import Bone, Miss, MissBat
 from shardmerge.adapters.oft import Oft
 from shardmerge.adapters.osf import Osf
 from shardmerge.adapters.peanut import Peanut
-from shardmerge.adapters.peft import Context, PeftMethod, Registered, Stored, claim_beside
+from shardmerge.adapters.peft import Context, Ordered, PeftMethod, Registered, Stored, claim_beside, no_order
 from shardmerge.adapters.peft_lora import LoraMethod
 from shardmerge.adapters.psoft import Psoft
 from shardmerge.adapters.pvera import Pvera
@@ -46,6 +47,7 @@ from shardmerge.adapters.supertuning import SuperTuning
 from shardmerge.adapters.tinylora import TinyLora
 from shardmerge.adapters.trainable_tokens import TrainableTokensMethod
 from shardmerge.adapters.unilora import UniLora
+from shardmerge.adapters.unilora_seeded import UniLoraSeeded
 from shardmerge.adapters.vblora import VbLora
 from shardmerge.adapters.vera import Vera, VeraSeeded
 from shardmerge.adapters.waveft import WaveFt
@@ -62,6 +64,7 @@ __all__ = [
     "Factors",
     "Family",
     "ModuleUpdate",
+    "Ordered",
     "PeftMethod",
     "Registered",
     "Stored",
@@ -69,6 +72,7 @@ __all__ = [
     "claim",
     "claim_beside",
     "detect_format",
+    "no_order",
 ]
 
 #: What can be done to a weight, by name.
@@ -81,6 +85,7 @@ FAMILIES: Mapping[str, Family] = {
         LoraBlocks(),
         LoraGated(),
         LoraBias(),
+        Kasa(),
         Replacement(),
         Overwrite(),
         TokenRows(),
@@ -113,6 +118,7 @@ FAMILIES: Mapping[str, Family] = {
         WaveFt(),
         Pvera(),
         UniLora(),
+        UniLoraSeeded(),
         TinyLora(),
         SuperTuning(),
         Deft(),
@@ -146,6 +152,7 @@ METHODS: Mapping[str, PeftMethod] = {
         RandLora(),
         VbLora(),
         Miss(),
+        Bone(),
         Shira(),
         Delora(),
         LnTuning(),
@@ -205,11 +212,13 @@ def claim(
     content: AdapterContent,
     registered: Registered = lambda module: (),
     stored: Stored | None = None,
+    ordered: Ordered = no_order,
 ) -> Claims:
     """Read an adapter of a format: its updates, and everything that is wrong with it.
 
     ``registered`` tells in which order a module of the base registers parameters of its own, where that is known;
-    ``stored`` tells of a module's parameter in the base, and its dtype, where there is a base.
+    ``stored`` tells of a module's parameter in the base, and its dtype, where there is a base; ``ordered``
+    of its Linear layers in their order.
     """
     tensors, config, alpha, scaling = content.tensors, content.config, content.alpha, content.scaling
     if content.ignored and (config is None or format_ != "peft"):
@@ -230,6 +239,7 @@ def claim(
             stored=stored,
             expert_layout=content.expert_layout,
             ignored=content.ignored,
+            ordered=ordered,
         )
         return method.claim(tensors, context)
     return Claims(problems=[_no_method(peft_type)], refused=True)

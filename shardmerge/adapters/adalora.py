@@ -57,14 +57,18 @@ class AdaLora(Family, PeftMethod):
         "deltaT",
         "ensure_weight_tying",
         "init_lora_weights",  # whatever it is, A and B are drawn at random
+        "kasa_config",
         "lora_bias",
+        "monteclora_config",
         "orth_reg_weight",
         "r",
         "target_r",
         "tfinal",
         "tinit",
         "total_step",
+        "use_bdlora",
         "use_rslora",
+        "velora_config",
     }
     refused: ClassVar[Mapping[str, str]] = {
         **LoraMethod.refused,

@@ -6,8 +6,10 @@ s is (out, 1), or (1, out) on a convolution, and scales the outputs without the 
 butterflies of the fast Fourier transform do: within b·2ⁱ inputs, seen as rows of b/2, the even rows go before the
 odd. Liu et al. 2023, arXiv:2311.06243. Source: peft/tuners/boft/layer.py, 0.21.
 
-Without CUDA PEFT knows m = 1 only, where P is the identity; for larger m it multiplies the F_i first, we rotate W by
-one after the other, so the last bits may differ. Else on bits, see `shardmerge.adapters.blocks`.
+Where PEFT cannot build its CUDA kernel it trains, saves and loads m = 1, where P is the identity, though the config
+keeps the ``boft_n_butterfly_factor`` that was asked for; so one factor in the file is all that there is. For larger m
+it multiplies the F_i first, we rotate W by one after the other, so the last bits may differ. Else on bits, see
+`shardmerge.adapters.blocks`.
 """
 
 from __future__ import annotations
@@ -53,16 +55,18 @@ class Boft(Family, PeftMethod):
         return []
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
-        config, scale = context.config, module.factors["scale"]
+        config, blocks, scale = context.config, module.factors["blocks"], module.factors["scale"]
+        # Without its kernel PEFT makes and loads one factor, whatever the config says.
+        alone = blocks.shape[:1] == (1,)
         settings = (
             ("size", config.get("boft_block_size") or 0),
             ("count", config.get("boft_block_num") or 0),
-            ("butterflies", config["boft_n_butterfly_factor"]),
+            ("butterflies", 1 if alone else config["boft_n_butterfly_factor"]),
         )
         # Dense, (out, 1) and (1, out) are the same bytes.
         if len(scale.shape) == 2 and 1 in scale.shape and scale.strides is None:
             scale = dataclasses.replace(scale, shape=(math.prod(scale.shape),))
-        factors = (("blocks", module.factors["blocks"]), ("scale", scale))
+        factors = (("blocks", blocks), ("scale", scale))
         claims.updates.append(ModuleUpdate(module.name, "weight", self.name, factors, settings=settings))
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:

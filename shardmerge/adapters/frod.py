@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, misshaped
 from shardmerge.adapters.factored import PART_ROWS, parts_of
+from shardmerge.adapters.osf import stored_dtype
 from shardmerge.adapters.peft import Check, Context, Module, PeftMethod
 from shardmerge.errors import FormatError
 from shardmerge.spec import Update, Window
@@ -104,7 +105,7 @@ class Frod(Family, PeftMethod):
 
         lengths = factors.kept("squares", lambda: torch.zeros(0)).sqrt()
         middle = factors.kept("middle", lambda: _middle(factors, update))
-        stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(update.factor("W").dtype, torch.float32)
+        stored = stored_dtype(update)
         for rows, _ in parts_of(window.rows):
             part = tile[rows]
             directions = _in_basis(part, factors).div_(lengths)

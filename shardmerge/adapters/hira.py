@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 from shardmerge.adapters.base import Claims, Factors, ModuleUpdate
 from shardmerge.adapters.lora import Lora
 from shardmerge.adapters.peft import RANK, RANK_PATTERN, Check, Context, Module, PeftMethod, pattern_value
-from shardmerge.spec import Update, Window
+from shardmerge.spec import Parameter, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +75,22 @@ class Hira(Lora, PeftMethod):
                 f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} have rank {a.shape[0]} and {b.shape[1]}, but "
                 f"adapter_config.json says {rank} for {module.name} (r and rank_pattern)"
             )
+
+    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
+        """As for LoRA, but where only the setting could say it, it does not.
+
+        Other methods of PEFT save ``fan_in_fan_out`` as the layers turned out to be; HiRA saves what was asked for, and
+        goes by the layer's class.
+        """
+        square = len(parameter.shape) == 2 and parameter.shape[0] == parameter.shape[1]
+        unclear = square and parameter.is_transposed is None and not update.transposes
+        if unclear and update.setting("fan_in_fan_out"):
+            return (
+                f"{update.module}: adapter_config.json says fan_in_fan_out, but PEFT's HiRA goes by the layer's class, "
+                f"and whether {list(parameter.shape)} is of a Conv1D cannot be known in an architecture that is not; "
+                "merge it with PEFT"
+            )
+        return super().orient(update, parameter)
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         self.product(factors, update, window, scratch)

@@ -4,6 +4,9 @@ W is (out, in), M (r, out). ``init_weights`` is more than its name says. With ``
 divisor of out, and M[j mod r, o mod m] is added. With ``bat`` M is (out / r, r, r), r divides in and out, and of
 every r × r block of W, numbered (p, q), W'[p, q] = W[p, q] + W[p, q] M[p] + M[p].
 Kang et al. 2024, arXiv:2409.15371. Source: peft/tuners/miss/layer.py, 0.21. The bits are those of PEFT's merge.
+
+Older versions of PEFT (from 0.14) have plain MiSS and Bat as ``peft_type: BONE`` with factors ``bone_block``. The
+formulas are the same, and PEFT's way of converting such an adapter is to rename both (scripts/convert-bone-to-miss.py).
 """
 
 from __future__ import annotations
@@ -70,6 +73,19 @@ class Miss(Family, PeftMethod):
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         slab = slab_elements(update.columns)
         return 2 * slab * itemsize + 2 * 8 * max(1, slab // max(1, update.columns))
+
+
+class Bone(Miss):
+    """``peft_type: BONE``, as MiSS was called before."""
+
+    peft_type: ClassVar[str] = "BONE"
+    title: ClassVar[str] = "Bone"
+    roles: ClassVar[Mapping[str, str]] = {"bone_block": "M"}
+    settings: ClassVar[Mapping[str, Check]] = {
+        "r": RANK,
+        "init_weights": checked(lambda value: isinstance(value, bool) or value == "bat", "true, false or 'bat'"),
+    }
+    inert: ClassVar[frozenset[str]] = frozenset()
 
 
 class MissBat(Miss):

@@ -22,7 +22,7 @@ from shardmerge.patterns import problems as regex_problems
 from shardmerge.spec import MIN_TILE_ROWS, Update, Window, even_rows
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 
 def _is_rank(value: Any) -> bool:
@@ -102,6 +102,13 @@ def svd_bytes(update: Update) -> int:
     return 4 * (2 * update.rows * update.columns + both + 6 * smaller * smaller)
 
 
+def stored_dtype(update: Update) -> dtype:
+    """The dtype in which PEFT keeps what it makes of W: W's own."""
+    import torch
+
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(update.factor("W").dtype, torch.float32)
+
+
 def _wanted(config: Config, module: str) -> float | None:
     """The config's word on how many singular values are kept."""
     pattern = config.get("rank_pattern") or {}
@@ -121,8 +128,7 @@ def _smaller(weight: Tensor, update: Update) -> Tensor:
     """U₀ ∘ S₀ (out, m − k), and below it V₀ᵀ (in, m − k)."""
     import torch
 
-    rest = update.factor("S").shape[0]
-    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(update.factor("W").dtype, torch.float32)
+    rest, dtype = update.factor("S").shape[0], stored_dtype(update)
     parts = torch.linalg.svd(weight.float(), full_matrices=False)
     first = len(parts[1]) - rest
     u, s, v = (of.to(dtype).to(weight.dtype) for of in (parts[0][:, first:], parts[1][first:], parts[2][first:]))

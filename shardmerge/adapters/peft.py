@@ -23,13 +23,14 @@ from shardmerge.adapters.peft_targets import SELECTORS, left_out, target_problem
 from shardmerge.naming import module_name
 from shardmerge.patterns import first_match
 from shardmerge.patterns import problems as regex_problems
-from shardmerge.spec import Parameter, TensorRef
+from shardmerge.spec import ModuleOrder, Parameter, TensorRef
 
 Config = Mapping[str, Any]
 Check = Callable[[str, Any], list[str]]
 Registered = Callable[[str], tuple[str, ...]]
 #: Of a module's parameter by name: where it is in the base, and its dtype.
 Stored = Callable[[str, str], tuple[Parameter, str] | None]
+Ordered = Callable[[], "ModuleOrder | str"]
 
 #: Settings that are read here, for every method.
 _COMMON = frozenset({"bias", "modules_to_save", "target_modules", "fan_in_fan_out"})
@@ -66,6 +67,11 @@ class Module:
         return f"{self.prefix}.{factor}{f'.{self.infix}' if self.infix else ''}{dot}{rest}"
 
 
+def no_order() -> ModuleOrder | str:
+    """Where nobody knows the base."""
+    return "the base is not known"
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """What a module's factors are read against."""
@@ -81,6 +87,8 @@ class Context:
     expert_layout: str | None = None
     #: Keys of the config that our config says to leave out.
     ignored: tuple[str, ...] = ()
+    #: Tells of the base's Linear layers in the order of the model; a string says why it is not known.
+    ordered: Ordered = no_order
 
     def weight(self, module: str) -> Parameter | None:
         """The base's weight of that module, if it has one."""
@@ -365,6 +373,7 @@ OPTIONAL_NUMBER = checked(is_number, "a finite number")
 FLAG = checked(lambda value: isinstance(value, bool), "true or false")
 TEXT = checked(lambda value: isinstance(value, str), "a string")
 STRINGS = checked(lambda value: isinstance(value, str) or is_strings(value), "a string or a list of strings")
+SUBCONFIG = checked(lambda value: isinstance(value, dict), "a mapping of settings, or null")
 ANYTHING = checked(lambda value: True, "anything")
 
 

@@ -24,6 +24,7 @@ from shardmerge.adapters.peft import (
     NUMBER_PATTERN,
     RANK,
     RANK_PATTERN,
+    SUBCONFIG,
     Check,
     Config,
     Context,
@@ -38,6 +39,7 @@ from shardmerge.adapters.peft import (
 )
 from shardmerge.adapters.peft_inits import initialisation_problems
 from shardmerge.adapters.peft_targets import NOT_COVERED
+from shardmerge.adapters.peft_variants import TRAINING_STATE, variants
 from shardmerge.naming import module_name
 from shardmerge.spec import TensorRef
 
@@ -52,13 +54,14 @@ class LoraMethod(PeftMethod):
     title: ClassVar[str] = "LoRA, rsLoRA, DoRA"
     note: ClassVar[str] = (
         "Linear, Conv1D, convolutions, embeddings, `nn.MultiheadAttention`, fused experts (`target_parameters`); "
-        "BD-LoRA, MiCA, MonteCLoRA; `lora_bias`, trained biases and tokens, `modules_to_save`"
+        "BD-LoRA, MiCA, MonteCLoRA, VeLoRA, KaSA; `lora_bias`, trained biases and tokens, `modules_to_save`"
     )
     paper: ClassVar[str] = "arXiv:2106.09685, 2312.03732, 2402.09353"
     roles: ClassVar[Mapping[str, str]] = {
         "lora_A.weight": "A?",
         "lora_B.weight": "B?",
         "lora_B.bias": "bias?",
+        "lora_diag": "diagonal?",
         "lora_embedding_A": "embedding_A?",
         "lora_embedding_B": "embedding_B?",
         "lora_magnitude_vector": "magnitude?",
@@ -79,6 +82,9 @@ class LoraMethod(PeftMethod):
         "ensure_weight_tying": FLAG,
         "trainable_token_indices": lambda key, value: token_problems(key, value),
         "init_lora_weights": initialisation_problems,
+        "kasa_config": SUBCONFIG,
+        "monteclora_config": SUBCONFIG,
+        "velora_config": SUBCONFIG,
     }
     ignorable: ClassVar[frozenset[str]] = frozenset({"init_lora_weights"})
     inert: ClassVar[frozenset[str]] = frozenset(
@@ -91,9 +97,7 @@ class LoraMethod(PeftMethod):
             "megatron_config",
             "megatron_core",
             "merge_weights",  # of PEFT 0.2: when it merges by itself
-            "monteclora_config",
             "qalora_group_size",
-            "velora_config",
         }
     )
     refused: ClassVar[Mapping[str, str]] = {
@@ -104,10 +108,11 @@ class LoraMethod(PeftMethod):
         "arrow_config": f"Arrow routing chooses an adapter per token, {_CANNOT}",
         "enable_lora": "LoRA of a part of a layer's outputs, of PEFT 0.2, whose factors are of another form",
         "use_qalora": "QALoRA pools the input by groups, so B A is not the update; PEFT cannot merge it either",
-        "kasa_config": "KaSA truncates the base's singular values when it is loaded, so B A alone is not the update",
     }
 
     def check_config(self, config: Config) -> list[str]:
+        if len(names := variants(config)) > 1:
+            return [f"adapter_config.json sets {' and '.join(names)}, but PEFT knows no adapter that is more than one"]
         return peft_parameters.contradictions(config)
 
     def left_out(self, module: str, context: Context) -> str:
@@ -181,9 +186,9 @@ class LoraMethod(PeftMethod):
 
     def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
         claim_tokens(claims, tensors, config.get("trainable_token_indices"))
-        if config.get("monteclora_config"):
-            # What drew the perturbations of training; PEFT's merge leaves it out, and so does its forward pass then.
-            claims.told |= {name for name in tensors if ".lora_monteclora_sampler." in name}
+        for key, state in TRAINING_STATE.items():
+            if config.get(key) is not None:
+                claims.told |= {name for name in tensors if f".{state}." in f"{name}."}
         super().claim_rest(claims, tensors, config)
 
 
@@ -228,7 +233,8 @@ def _claim_matrix(claims: Claims, module: Module, config: Config) -> None:
     if isinstance(config.get("use_bdlora"), dict):
         _claim_blocks(claims, module, config["use_bdlora"], update)
         return
-    claims.updates.append(_with_magnitude(claims, module, config, update))
+    update = _with_magnitude(claims, module, config, update)
+    claims.updates.append(_with_diagonal(claims, module, config, update))
     if 0 in a.shape or 0 in b.shape:
         return  # an empty tensor is told of as such
     if len(a.shape) < 2 or len(b.shape) != len(a.shape) or any(size != 1 for size in b.shape[2:]):
@@ -310,6 +316,23 @@ def _with_magnitude(claims: Claims, module: Module, config: Config, update: Modu
     return dataclasses.replace(update, family="dora", factors=(*update.factors, ("magnitude", flat)))
 
 
+def _with_diagonal(claims: Claims, module: Module, config: Config, update: ModuleUpdate) -> ModuleUpdate:
+    """KaSA, where the config says so and d is there."""
+    diagonal, wanted = module.factors.get("diagonal"), config.get("kasa_config") is not None
+    if wanted and diagonal is None:
+        claims.problems.append(f"adapter_config.json says kasa_config, but {module.key('lora_diag')} is missing")
+    elif diagonal is not None and not wanted:
+        claims.told.add(diagonal.name)
+        claims.problems.append(
+            f"{diagonal.name} is a diagonal of KaSA, but adapter_config.json does not say kasa_config; PEFT would "
+            "ignore it"
+        )
+    elif diagonal is not None:
+        factors = (*update.factors, ("diagonal", diagonal))
+        return update.changed(family="kasa", factors=factors, of_base=(("W", "weight"),))
+    return update
+
+
 def _claim_bias(claims: Claims, module: Module, config: Config, scaling: float) -> None:
     bias = module.factors.get("bias")
     if bias is not None and config.get("lora_bias"):
@@ -336,7 +359,8 @@ def _claim_embedding(claims: Claims, module: Module, config: Config) -> None:
     rank, scaling = rank_and_scaling(config, module.name)
     a, b = module.factors["embedding_A"], module.factors["embedding_B"]
     update = ModuleUpdate(module.name, "weight", "lora", (("A", a), ("B", b)), scaling, rank, transposes=True)
-    claims.updates.append(_with_magnitude(claims, module, config, update))
+    update = _with_magnitude(claims, module, config, update)
+    claims.updates.append(_with_diagonal(claims, module, config, update))
     if 0 in a.shape or 0 in b.shape:
         return
     if len(a.shape) != 2 or len(b.shape) != 2:

@@ -21,6 +21,7 @@ from typing import Any
 from shardmerge.adapters.base import Claims, ModuleUpdate
 from shardmerge.adapters.peft import MISSING, Context, Module, is_rank
 from shardmerge.adapters.peft_targets import matches
+from shardmerge.adapters.peft_variants import variants
 
 #: The file's word for a layout → ours.
 LAYOUTS: Mapping[str, str] = {"rank_major": "peft", "grouped_by_expert": "unsloth"}
@@ -85,6 +86,8 @@ def claim_parameter(claims: Claims, module: Module, rank: int, scaling: float, c
     for ref in extra:
         claims.told.add(ref.name)
         claims.problems.append(f"{ref.name}: target_parameters know neither DoRA nor biases")
+    if names := variants(context.config):
+        claims.problems.append(f"{name}.{parameter}: adapter_config.json sets {names[0]}, which target_parameters lack")
     settings = (("peft_version", str(context.config.get("peft_version") or "")), ("layout", "peft"))
     claims.updates.append(
         ModuleUpdate(name, parameter, "lora-experts", (("A", a), ("B", b)), scaling, rank, settings=settings),

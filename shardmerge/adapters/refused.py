@@ -26,6 +26,7 @@ REFUSED_TYPES: Mapping[str, str] = {
     "SHADOW": "it runs a second, smaller model beside the base, which changes what goes from layer to layer, so "
     f"no weight is equal to it; {_BESIDE}",
     "LILY": f"a router mixes shared matrices anew for every input, so no weight is equal to it; {_BESIDE}",
-    "ADAMSS": "which rows each of its subspaces has is not in its files; PEFT finds them again by k-means on the "
-    "base's singular vectors when it loads the adapter, so merge it with PEFT",
+    "ADAMSS": "which rows each of its subspaces has is not in its files: when PEFT loads it, scikit-learn's k-means "
+    "groups them anew by W's singular vectors, and nothing in the files shows whether they are the groups of the "
+    "training; merge it with PEFT, and with the scikit-learn of the training",
 }

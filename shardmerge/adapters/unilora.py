@@ -3,9 +3,8 @@
 W is (out, in). θ, (d), is shared by all modules; I_A (r, in) and I_B (out, r) are the numbers of its elements, S_A
 and S_B their scales. Li et al. 2025, arXiv:2506.00799. Source: peft/tuners/unilora/layer.py and model.py, 0.21.
 
-Without ``save_indices`` I and S are not in the file: PEFT deals one shuffled list to the modules in the order in
-which its process finds them, which neither file tells. Such adapters are refused. The bits are those of PEFT's merge,
-for every dtype of the base.
+Without ``save_indices`` I and S are not in the file, and are drawn again: see `shardmerge.adapters.unilora_seeded`.
+The bits are those of PEFT's merge, for every dtype of the base.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.base import Claims, Factors, ModuleUpdate, misshaped, oriented
 from shardmerge.adapters.factored import Factored
-from shardmerge.adapters.peft import RANK, Check, Config, Context, Module, PeftMethod
+from shardmerge.adapters.peft import FLAG, RANK, Check, Context, Module, PeftMethod, checked
+from shardmerge.adapters.unilora_seeded import deal
 from shardmerge.errors import FormatError
-from shardmerge.spec import Parameter, RowRange, Update
+from shardmerge.spec import Parameter, RowRange, TensorRef, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,20 +43,38 @@ class UniLora(Factored, PeftMethod):
         "unilora_scales_B": "scales_B",
     }
     shared_roles: ClassVar[Mapping[str, str]] = {"unilora_theta_d": "theta"}
-    settings: ClassVar[Mapping[str, Check]] = {"r": RANK, "theta_d_length": RANK}
-    inert: ClassVar[frozenset[str]] = frozenset(
-        {"init_theta_d_bound", "init_weights", "proj_seed", "save_indices", "unilora_dropout"}
-    )
+    settings: ClassVar[Mapping[str, Check]] = {
+        "r": RANK,
+        "theta_d_length": RANK,
+        "save_indices": FLAG,
+        "proj_seed": checked(lambda value: type(value) is int and 0 <= value < 1 << 64, "a whole number of 64 bits"),
+    }
+    inert: ClassVar[frozenset[str]] = frozenset({"init_theta_d_bound", "init_weights", "unilora_dropout"})
 
-    def check_config(self, config: Config) -> list[str]:
-        if config.get("save_indices"):
-            return []
-        return [
-            "adapter_config.json: save_indices is not true, so which number of the shared vector goes where is "
-            "not in the file; load it with PEFT, set save_indices in the adapter's config, and save it again"
-        ]
+    def claim(self, tensors: Mapping[str, TensorRef], context: Context) -> Claims:
+        claims = super().claim(tensors, context)
+        theta = next((ref for name, ref in tensors.items() if self._shared_role(name)), None)
+        if claims.refused or context.config.get("save_indices"):
+            return claims
+        if theta is None:
+            claims.problems.append("base_model.unilora_theta_d, which all modules share, is missing")
+            return claims
+        dealt = deal(theta, context, lambda module: self.covers(module, context))
+        if isinstance(dealt, str):
+            claims.told.add(theta.name)
+            claims.problems.append(f"{theta.name}: {dealt}")
+        else:
+            claims.updates += dealt
+        return claims
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        if not context.config.get("save_indices"):
+            names = {ref.name for ref in module.factors.values()}
+            claims.told |= names
+            claims.problems.append(
+                f"{min(names)} is there, but adapter_config.json does not say save_indices; PEFT would ignore it"
+            )
+            return
         if "theta" not in context.shared:
             claims.half(module.factors["indices_A"], "base_model.unilora_theta_d, which all modules share")
             claims.told |= {ref.name for ref in module.factors.values()}

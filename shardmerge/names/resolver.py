@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from shardmerge.names import conversions, divided, pieces
+from shardmerge.names import conversions, divided, order, pieces
 from shardmerge.names import table as tables
 from shardmerge.names.dialects import below, join
 from shardmerge.names.divided import Experts
@@ -16,6 +16,7 @@ from shardmerge.names.index import Index, number_in
 from shardmerge.names.pieces import RefusalError, View
 from shardmerge.names.places import Parameter
 from shardmerge.names.rules import Rules, compose
+from shardmerge.spec import ModuleOrder
 
 #: Prefixes of base models that are tried where the architecture is not known.
 _COMMON_PREFIXES = ("model", "transformer")
@@ -353,6 +354,12 @@ class Names:
         renamed = self._rules.forward(f"{module}.gate_up_proj").name.rpartition(".")[0]
         found = self._experts_of(module) or self._experts_of(renamed)
         return found.parameters if found else ()
+
+    def module_order(self) -> ModuleOrder | str:
+        """The Linear layers in the order in which transformers registers them; a string says why it is not known."""
+        classes = {part.path: part.architecture.name for part in self._parts}
+        in_memory = (*self._index.renamed, *self._index.targets)
+        return order.module_order(classes, in_memory, self.resolve, self._with_other_prefix)
 
 
 def _agreed(name: str, readings: list[Parameter]) -> Parameter | str:

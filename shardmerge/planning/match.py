@@ -140,7 +140,8 @@ class _Matching:
 
     def _understood(self) -> tuple[Claims, list[str]]:
         """The adapter's claims, once it is known whose names it has; and why that is not certain."""
-        claims = self.adapter.claims(self.config, self.speakers.registered_parameters, self._parameter_of)
+        order = self.names.module_order
+        claims = self.adapter.claims(self.config, self.speakers.registered_parameters, self._parameter_of, order)
         # A head that was made for training, and files beside the adapter, may have no place in any class's names.
         targets = [
             (update.module, update.parameter)
@@ -149,7 +150,7 @@ class _Matching:
         ]
         self.spoken, unclear = self.speakers.chosen(targets, self._exists)
         if self.spoken.note:
-            claims = self.adapter.claims(self.config, self.spoken.registered_parameters, self._parameter_of)
+            claims = self.adapter.claims(self.config, self.spoken.registered_parameters, self._parameter_of, order)
             self.matches.warnings.append(f"adapter {self.config.path}: {self.spoken.note}")
         return claims, [unclear] if unclear else []
 
@@ -193,6 +194,8 @@ class _Matching:
             if isinstance(parameter, str):
                 self.misfits.append(f"{update.first}: {parameter}")
                 return
+        if oriented.experts and not parameter.experts:
+            parameter = _as_stack(parameter)
         completed = self._with_base(self._as_stored(oriented, parameter))
         if isinstance(completed, str):
             self.misfits.append(completed)
@@ -445,6 +448,14 @@ def _as_matrix(parameter: Parameter) -> Parameter | str:
 
 def _has_experts(update: ModuleUpdate, parameter: Parameter) -> bool:
     return update.experts or parameter.experts
+
+
+def _as_stack(parameter: Parameter) -> Parameter:
+    """A tensor (E, rows, columns) whose name does not say so, seen as a stack of experts: they have its rows."""
+    if len(parameter.shape) != 3:
+        return parameter  # of which the family says that it does not hold experts' matrices
+    places = tuple(dataclasses.replace(place, rows=parameter.shape[1]) for place in parameter.places)
+    return dataclasses.replace(parameter, places=places, experts=True)
 
 
 def _shape(update: ModuleUpdate, parameter: Parameter) -> tuple[int, ...]:

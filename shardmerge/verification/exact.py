@@ -65,6 +65,7 @@ MIXES = frozenset(
         "frod",  # W in another basis
         "glora-bias",  # W C
         "hra",  # W H, reflections
+        "kasa",  # W is cut
         "miss-bat",  # W times blocks
         "oft",  # W R, rotations
         "osf",  # the smaller part of W is taken away
@@ -78,6 +79,8 @@ COARSE: Mapping[str, int] = {
     # The factors of W's decomposition are rounded to W's 16 bits. Where LAPACK gives another last bit than it gave the
     # merge (another CPU, another number of threads), some of them are rounded to the other side.
     "osf": 1024,
+    # For the same reason, but here it is W itself that is rounded: the larger entries of a row move by a whole unit.
+    "kasa": 4096,
 }
 
 
