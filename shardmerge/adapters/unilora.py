@@ -59,7 +59,7 @@ class UniLora(Factored, PeftMethod):
         if theta is None:
             claims.problems.append("base_model.unilora_theta_d, which all modules share, is missing")
             return claims
-        dealt = deal(theta, context, lambda module: self.covers(module, context))
+        dealt = deal(theta, context, lambda module: not self.left_out(module, context))
         if isinstance(dealt, str):
             claims.told.add(theta.name)
             claims.problems.append(f"{theta.name}: {dealt}")
