@@ -162,7 +162,8 @@ def renamed(folder: Path, names: Mapping[str, str]) -> None:
     tensors = {}
     for key, tensor in load_file(file).items():
         module, end = key.removeprefix("base_model.model.").split(".lora_")
-        tensors[f"base_model.model.{names[module]}.lora_{end}"] = tensor
+        bare = module.removesuffix(".base_layer")  # of experts' parameters
+        tensors[f"base_model.model.{names[bare]}{module[len(bare) :]}.lora_{end}"] = tensor
     save_file(tensors, file)
 
 
