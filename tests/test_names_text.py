@@ -41,7 +41,15 @@ CONVERTED = {
     "Nemotron3_5TranscribeForConditionalGeneration",
 }
 #: LoRA's targets, where not all Linear layers can be.
-TARGETS = {"Llama4ForConditionalGeneration": r".*_proj"}  # PEFT cannot wrap its router
+TARGETS = {
+    "FuyuForCausalLM": r".*(dense|query_key_value|dense_h_to_4h|dense_4h_to_h)",  # else PEFT lists whole names
+    "Llama4ForConditionalGeneration": r".*_proj",  # PEFT cannot wrap its router
+    # PEFT refuses a Mamba layer's out_proj.
+    **dict.fromkeys(
+        ("Nemotron3_5TranscribeForConditionalGeneration", "NemotronH_Omni_Reasoning_V3"),
+        r".*\.(in|up|down|[qkvo])_proj",
+    ),
+}
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in text_zoo.multimodal()]
 
 
@@ -154,7 +162,8 @@ def renamed(folder: Path, names: Mapping[str, str]) -> None:
     tensors = {}
     for key, tensor in load_file(file).items():
         module, end = key.removeprefix("base_model.model.").split(".lora_")
-        tensors[f"base_model.model.{names[module]}.lora_{end}"] = tensor
+        bare = module.removesuffix(".base_layer")  # of experts' parameters
+        tensors[f"base_model.model.{names[bare]}{module[len(bare) :]}.lora_{end}"] = tensor
     save_file(tensors, file)
 
 

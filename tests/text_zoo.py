@@ -49,6 +49,7 @@ _SIZES: Mapping[str, int] = {
 }
 #: What some types demand besides.
 _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
+    "deepseek_v3": {"num_key_value_heads": 4, "n_group": 1, "topk_group": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16},
@@ -139,7 +140,10 @@ def pair(name: str) -> Pair:
     paths = [where for where, other in around.named_modules() if type(other) is type(module)]
     if len(paths) != 1:
         raise LookupError(f"{name} holds {type(module).__name__} {len(paths)} times")
-    return Pair(around, alone, (path, paths[0]), (_head(text), _head(around)))
+    # A class that holds the text-only class whole need not say that its head is an output head.
+    whole = [where for where, other in around.named_modules() if type(other) is alone]
+    head = f"{whole[0]}.{_head(text)}" if whole else _head(around)
+    return Pair(around, alone, (path, paths[0]), (_head(text), head))
 
 
 def _head(model: Any) -> str:
