@@ -14,7 +14,6 @@ from shardmerge import checksums
 from shardmerge.sources import HUB_SCHEME, open_reader
 from shardmerge.spec import AuxFile, Fingerprint, MergePlan, SourceFile
 
-
 #: Bytes of a file that is read twice, once to know it and once to copy it. The largest tokenizer has a third of it.
 _MOST_READ = 100_000_000
 

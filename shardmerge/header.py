@@ -55,7 +55,7 @@ def read_header(
     length = int.from_bytes(head[:LENGTH_BYTES], "little")
     is_header = len(head) >= LENGTH_BYTES and 0 < length <= MAX_HEADER_BYTES
     if not is_header and (known := recognise.what_is(head[: recognise.HEAD_BYTES])):
-        raise FormatError(f"{where} {known}")
+        raise FormatError(f"{where}: {known}")
     if len(head) < LENGTH_BYTES:
         raise FormatError(f"{where}: {len(head)} bytes long, too short for a safetensors file")
     if length > MAX_HEADER_BYTES:

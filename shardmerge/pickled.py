@@ -101,7 +101,7 @@ def _read_archive(path: Path) -> tuple[bytes, dict[str, tuple[int, int]]]:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception:  # of a damaged directory, zipfile lets pass through what struct, str and int raise
         if known := _recognised(path):
-            raise FormatError(f"{path} {known}") from None
+            raise FormatError(f"{path}: {known}") from None
         raise FormatError(
             f"{path}: not the zip archive that torch.save writes since PyTorch 1.6, or it was cut. Load it where it "
             "came from and save it again, best as safetensors"
@@ -116,7 +116,7 @@ def _recognised(path: Path) -> str | None:
     except OSError:
         return None
     if recognise.is_safetensors(head):
-        return "is a safetensors file; give it the ending .safetensors"
+        return "it is a safetensors file; give it the ending .safetensors"
     return None if head.startswith((b"PK", b"\x80")) else recognise.what_is(head)
 
 

@@ -18,16 +18,28 @@ _POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://haws
 _FETCH = "fetch the file itself with `git lfs pull` in the clone, or with `hf download`"
 _AGAIN = "download the file again"
 _HTML = re.compile(rb"<(!doctype html|html|head|body)[\s>]", re.IGNORECASE)
-_ANSWERS = (b"entry not found", b"invalid username or password", b"access to model", b"repository not found", b"not found")
+_ANSWERS = (
+    b"entry not found",
+    b"invalid username or password",
+    b"access to model",
+    b"repository not found",
+    b"not found",
+)
 #: First bytes of other formats → what has them.
 _MAGIC: tuple[tuple[bytes, str], ...] = (
-    (b"GGUF", "is a GGUF file, llama.cpp's format; give the safetensors files that it was made of"),
-    (b"\x89HDF\r\n\x1a\n", "is an HDF5 file, as Keras writes them; give the model as safetensors"),
-    (b"PK\x03\x04", "is a zip archive, as torch.save writes them; give it the ending .pt or .bin if it was saved by it"),
-    (b"\x1f\x8b", "is compressed by gzip; decompress it first"),
-    (b"\x28\xb5\x2f\xfd", "is compressed by zstd; decompress it first"),
-    (b"\x93NUMPY", "is an array of NumPy; save it as safetensors"),
-    (b"\x80\x02", "is a pickle of the time before PyTorch 1.6; load it where it came from and save it as safetensors"),
+    (b"GGUF", "it is a GGUF file, llama.cpp's format; give the safetensors files that it was made of"),
+    (b"\x89HDF\r\n\x1a\n", "it is an HDF5 file, as Keras writes them; give the model as safetensors"),
+    (
+        b"PK\x03\x04",
+        "it is a zip archive; if torch.save wrote it, give it the ending .pt or .bin",
+    ),
+    (b"\x1f\x8b", "it is compressed by gzip; decompress it first"),
+    (b"\x28\xb5\x2f\xfd", "it is compressed by zstd; decompress it first"),
+    (b"\x93NUMPY", "it is an array of NumPy; save it as safetensors"),
+    (
+        b"\x80\x02",
+        "it is a pickle of before PyTorch 1.6; load it where it came from, and save it as safetensors",
+    ),
 )
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 #: Parts of a pipeline that adapters are trained on, the likeliest first.
@@ -40,16 +52,14 @@ def is_pointer(head: bytes) -> bool:
 
 
 def what_is(head: bytes) -> str | None:
-    """``is …; what to do``, of a file that begins with ``head``; None where nothing is recognised.
+    """``it is …; what to do``, of a file that begins with ``head``; None where nothing is recognised.
 
     ``head`` is all of the file if it is shorter than `HEAD_BYTES`.
     """
     if is_pointer(head):
-        return f"is a Git LFS pointer, a few lines of text in place of the file; {_FETCH}"
-    if not head:
-        return f"is empty: its download did not begin; {_AGAIN}"
-    if len(head) >= 8 and not head.strip(b"\0"):
-        return f"begins with zeros only: its download is incomplete; {_AGAIN}"
+        return f"it is a Git LFS pointer, a few lines of text in place of the file; {_FETCH}"
+    if len(head) == HEAD_BYTES and not head.strip(b"\0"):
+        return f"it begins with zeros only: its download is incomplete; {_AGAIN}"
     for magic, meaning in _MAGIC:
         if head.startswith(magic):
             return meaning
@@ -59,11 +69,11 @@ def what_is(head: bytes) -> str | None:
 def _what_text_is(head: bytes) -> str | None:
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if _HTML.match(text):
-        return f"is an HTML page: a website's answer was saved in place of the file; {_AGAIN}, logged in if need be"
-    if text.startswith(b"<?xml") or text.startswith(b"<Error>"):
-        return f"is XML: a server's answer was saved in place of the file; {_AGAIN}"
-    if text.lower().startswith((*_ANSWERS, b'{"error"')):
-        return f"is a server's answer, {_shown(text)}, saved in place of the file; {_AGAIN}, logged in if need be"
+        return f"it is an HTML page: a website's answer was saved in place of the file; {_AGAIN}, logged in if need be"
+    if text.startswith((b"<?xml", b"<Error>")):
+        return f"it is XML: a server's answer was saved in place of the file; {_AGAIN}"
+    if text.lower().startswith(_ANSWERS):
+        return f"it is a server's answer, {_shown(text)}, saved in place of the file; {_AGAIN}, logged in if need be"
     return None
 
 

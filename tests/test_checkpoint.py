@@ -281,7 +281,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "index metadata is a list": (index_text('{"weight_map": {"a": "b.safetensors"}, "metadata": [1]}'), ["expected"]),
     "a shard is a pointer": (
         lambda base: (base / FIRST).write_text("version https://git-lfs.github.com/spec/v1\n"),
-        [FIRST, "is a Git LFS pointer", "git lfs pull"],
+        [f"{FIRST}: it is a Git LFS pointer", "git lfs pull"],
     ),
     "a shard is not a safetensors file": (
         lambda base: (base / FIRST).write_text("some other text"),

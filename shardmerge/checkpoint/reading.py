@@ -106,7 +106,7 @@ def read_json_value(
         raise FormatError(f"{where} has the key {error} twice, and not with the same value; remove one") from None
     except (ValueError, RecursionError) as error:
         if known := recognise.what_is(text[: recognise.HEAD_BYTES]):
-            raise FormatError(f"{where} {known}") from None
+            raise FormatError(f"{where}: {known}") from None
         raise FormatError(f"{where} is not JSON: {error}") from None
     return value
 

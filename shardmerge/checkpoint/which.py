@@ -170,7 +170,9 @@ def _difference(source: Source, shards: Sequence[Shard], whole: Shard, is_all: b
     for name, (_, ref) in of_shards.items():
         other = of_whole[name]
         if (ref.dtype, ref.shape) != (other.dtype, other.shape):
-            return f"{name!r:.200} is {ref.dtype} {list(ref.shape)} in the shards, {other.dtype} {list(other.shape)} there"
+            return (
+                f"{name!r:.200} is {ref.dtype} {list(ref.shape)} in the shards, {other.dtype} {list(other.shape)} there"
+            )
     for name, (file, ref) in of_shards.items():
         if not _equal_bytes(source, file, ref, whole.name, of_whole[name]):
             return f"{name!r:.200} has other values"
@@ -201,7 +203,9 @@ def _refuse_what_is_no_model(source: Source, names: Sequence[str], files: Sequen
 def _without_index(source: Source, files: Sequence[str]) -> Choice:
     usual = [name for name in _WHOLE if name in files]
     if len(usual) > 1:
-        raise FormatError(f"{source.location}: {' and '.join(usual)} are two models; {_take(source, usual[0])}, or the other")
+        raise FormatError(
+            f"{source.location}: {' and '.join(usual)} are two models; {_take(source, usual[0])}, or the other"
+        )
     if usual:
         return Choice((usual[0],), notes=_beside(source, files, usual[0]))
     if strange := [name for name in files if not name.isprintable()]:

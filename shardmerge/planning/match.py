@@ -16,6 +16,7 @@ from shardmerge.checkpoint import Checkpoint
 from shardmerge.config import AdapterConfig
 from shardmerge.names import Names, Speakers
 from shardmerge.naming import nearest
+from shardmerge.planning.quantised import has_packed, is_quantised
 from shardmerge.planning.tied import tied_parameter
 from shardmerge.planning.vocabulary import may_resize
 from shardmerge.spec import FACTOR_DTYPES, FLOAT_DTYPES, Parameter, Place, TensorRef, Update
@@ -273,6 +274,9 @@ class _Matching:
         family = FAMILIES[update.family]
         stored = [self._stored(place.tensor) for place in parameter.places]
         problems = [problem for ref in stored for problem in check_dtypes(update, ref, family)][:1]
+        told = [is_quantised(self.checkpoint, update.module, update.parameter, ref) for ref in stored]
+        if packed := next(filter(None, told), None):
+            return [packed]
         if family.is_source:
             problems = _dtype_of_whole(update, stored[0])
         problems += family.check(update, _shape(update, parameter))
@@ -372,6 +376,8 @@ class _Matching:
     def _unmatched(self, update: ModuleUpdate, why: str) -> str:
         if why:
             return f"{update.first}: {why}"
+        if packed := has_packed(self.checkpoint, update.module, update.parameter):
+            return packed
         target = f"{update.module}.{update.parameter}"
         hint = self._near(target)
         if update.family == "replacement":

@@ -74,7 +74,9 @@ def _folders_of(manifest: Any) -> Iterator[str]:
     elif isinstance(manifest, dict):
         types = manifest.get("types")
         yield from types if isinstance(types, dict) else ()
-        yield from (key for key, value in manifest.items() if isinstance(value, list) and len(value) == 2 and any(value))
+        yield from (
+            key for key, value in manifest.items() if isinstance(value, list) and len(value) == 2 and any(value)
+        )
 
 
 def is_below(name: str, folders: Collection[str]) -> bool:

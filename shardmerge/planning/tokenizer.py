@@ -1,6 +1,6 @@
 """Whose tokenizer the output gets. It comes whole from one side: files of two mixed are a third that nobody trained.
 
-Which file wins over which, in transformers 5.23 (`tokenization_utils_base`, `processing_utils`): ``chat_template.jinja``
+Which file wins over which, in transformers 5.23 (tokenization_utils_base, processing_utils): ``chat_template.jinja``
 and ``additional_chat_templates/`` over a template in ``tokenizer_config.json``; ``chat_template.json`` over all of them
 for a processor; ``special_tokens_map.json`` and ``added_tokens.json`` over ``tokenizer_config.json`` where that has no
 ``added_tokens_decoder``; ``tokenizer.json`` over ``tokenizer.model``, ``vocab.json`` and ``merges.txt``, which slow
@@ -25,7 +25,9 @@ _TEMPLATE = re.compile(r"chat_template\.(jinja|json)|additional_chat_templates/[
 _DEFAULT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _CODE = re.compile(r"tokenization[^/]*\.py")
 #: A vocabulary in one file.
-_WHOLE = re.compile(r"tokenizer(\.[^/]*)?\.json|tekken\.json|[^/]+\.(model|tiktoken)(\.v\d[^/]*)?|prophetnet\.tokenizer")
+_WHOLE = re.compile(
+    r"tokenizer(\.[^/]*)?\.json|tekken\.json|[^/]+\.(model|tiktoken)(\.v\d[^/]*)?|prophetnet\.tokenizer"
+)
 #: Vocabularies in several files, as slow tokenizers have them (``vocab_files_names`` of transformers' classes).
 _PART = re.compile(
     r"vocab[^/]*\.(json|txt|bpe)|target_vocab\.json|merges\.txt|bpe\.codes|dict\.txt|encoder\.json|[^/]+\.spm"
