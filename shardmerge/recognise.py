@@ -24,6 +24,7 @@ _ANSWERS = (
     b"access to model",
     b"repository not found",
     b"not found",
+    b'{"error"',
 )
 #: First bytes of other formats → what has them.
 _MAGIC: tuple[tuple[bytes, str], ...] = (

@@ -43,10 +43,13 @@ TEMPLATES: Mapping[str, Callable[[Path], None]] = {
     "none": lambda folder: None,
     "inline": lambda folder: change(folder / "tokenizer_config.json", chat_template=template("ADAPTER")),
     "file": lambda folder: write(folder, "chat_template.jinja", template("ADAPTER")),
-    "several": lambda folder: [
-        write(folder, "chat_template.jinja", template("ADAPTER")),
-        write(folder, "additional_chat_templates/rag.jinja", template("ADAPTER RAG")),
-    ][0],
+    "several": lambda folder: write_all(
+        folder,
+        {
+            "chat_template.jinja": template("ADAPTER"),
+            "additional_chat_templates/rag.jinja": template("ADAPTER RAG"),
+        },
+    ),
     "named inline": lambda folder: change(
         folder / "tokenizer_config.json",
         chat_template=[
@@ -60,6 +63,11 @@ TEMPLATES: Mapping[str, Callable[[Path], None]] = {
 def write(folder: Path, name: str, text: str) -> None:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(text)
+
+
+def write_all(folder: Path, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
+        write(folder, name, text)
 
 
 def change(path: Path, **values: Any) -> None:
@@ -172,8 +180,8 @@ def test_the_first_adapter_that_has_a_whole_one(tmp_path: Path) -> None:
     write_tokenizer(place.base, word_level(), "PreTrainedTokenizerFast", "</s>", OF_BASE)
     adapters = [write_peft(tmp_path / name) for name in ("template", "first", "second")]
     write(adapters[0], "chat_template.jinja", template("TEMPLATE"))
-    for folder, eos, kind in zip(adapters[1:], ("<|end|>", "<pad>"), (byte_level, word_level), strict=True):
-        write_tokenizer(folder, kind(), "PreTrainedTokenizerFast", eos)
+    write_tokenizer(adapters[1], byte_level(), "PreTrainedTokenizerFast", "<|end|>")
+    write_tokenizer(adapters[2], word_level(), "PreTrainedTokenizerFast", "<pad>")
     plan = shardmerge.plan(place.config(adapters=[str(path) for path in adapters]))
     assert facts(laid_out(plan, tmp_path / "out")) == facts(reference(adapters[1], place.base, tmp_path / "reference"))
     notes = "\n".join(warning for warning in plan.warnings if "left out" in warning)

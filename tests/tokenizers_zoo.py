@@ -18,7 +18,7 @@ Texts = Mapping[str, str | bytes]
 def word_level(words: int = 20) -> dict[str, str | bytes]:
     vocab = {word: number for number, word in enumerate([*SPECIAL, *(f"w{index}" for index in range(words))])}
     made = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
     return {"tokenizer.json": made.to_str()}
 
 
@@ -29,7 +29,7 @@ def byte_level(text: str = "hello", with_json: bool = True) -> dict[str, str | b
     tokens = [*SPECIAL, *alphabet, *("".join(pair) for pair in merges)]
     vocab = {token: number for number, token in enumerate(tokens)}
     made = Tokenizer(models.BPE(vocab, merges))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     files: dict[str, str | bytes] = {
         "vocab.json": json.dumps(vocab),
         "merges.txt": "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges),

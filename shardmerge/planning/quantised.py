@@ -51,7 +51,7 @@ def has_packed(checkpoint: Checkpoint, module: str, parameter: str) -> str | Non
     packed = [ref for ref in _below(checkpoint, module, parameter) if _COMPANION.fullmatch(_last(ref))]
     if all(ref.dtype in FLOAT_DTYPES for ref in packed):
         return None
-    return _told(checkpoint, module, parameter, list(dict.fromkeys(map(_last, packed)))[:_SHOWN])
+    return _told(checkpoint, module, parameter, sorted(set(map(_last, packed)))[:_SHOWN])
 
 
 def _told(checkpoint: Checkpoint, module: str, parameter: str, names: Sequence[str]) -> str:
@@ -70,11 +70,14 @@ def _below(checkpoint: Checkpoint, module: str, parameter: str) -> Sequence[Tens
     several parameters, those that begin as this one are taken, where there are any.
     """
     parts = module.split(".")
+    stored = {f".{name}": weight.tensor for name, weight in checkpoint.weights.items()}
     for start in range(len(parts)):
         tail = f".{'.'.join(parts[start:])}."
         if start and not re.search(r"\.\d+\.", tail):
             break  # without the number of a layer it may be any module
-        found = [weight.tensor for name, weight in checkpoint.weights.items() if tail in f".{name}"]
+        # Of a fused parameter that is named as a module, MXFP4 stores ``…_blocks`` and ``…_scales``.
+        ends = (tail, f"{tail[:-1]}_blocks", f"{tail[:-1]}_scales")
+        found = [ref for name, ref in stored.items() if any(end in name for end in ends)]
         if found:
             return [ref for ref in found if f"{tail}{parameter}" in f".{ref.name}"] or found
     return ()
