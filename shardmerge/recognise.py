@@ -92,8 +92,10 @@ def _shown(text: bytes) -> str:
 
 
 def parts_with_weights(names: Iterable[str]) -> list[str]:
-    """Folders below a directory that hold safetensors themselves, the likeliest model first."""
-    folders = {name.rpartition("/")[0] for name in names if name.endswith(".safetensors") and "/" in name}
+    """Folders below a directory that hold weights themselves, safetensors if any do, the likeliest model first."""
+    below = [name for name in names if "/" in name]
+    folders = {name.rpartition("/")[0] for name in below if name.endswith(".safetensors")}
+    folders = folders or {name.rpartition("/")[0] for name in below if name.endswith(_WEIGHTS)}
     return sorted(folders, key=lambda folder: (folder.count("/"), _LIKELY.get(folder, len(_LIKELY)), folder))
 
 

@@ -173,6 +173,13 @@ def test_verify_reports_an_adapter_in_the_output(tmp_path: Path) -> None:
         shardmerge.verify(place.output)
 
 
+def test_verify_reports_a_template_in_the_output(tmp_path: Path) -> None:
+    place = make_place(tmp_path, aux={})
+    shardmerge.merge(place.config())
+    (place.output / "chat_template.jinja").write_text("x")
+    assert [note for note in verify_output(place.output).notes if note.startswith("chat_template.jinja is no file of")]
+
+
 def test_transformers_loads_the_output_of_such_a_base(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 

@@ -237,6 +237,18 @@ def test_names_of_indexes(name: str) -> None:
     assert index_of_stem(stem_of_index(name)) == name
 
 
+@pytest.mark.parametrize("ending", [".aria2", ".part", ".crdownload", ".incomplete"])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_download_that_goes_on(tmp_path: Path, ending: str, shards: int) -> None:
+    """The file has its size and its header already, and holes."""
+    base = write_base(tmp_path / "base", shards=shards)
+    name = WHOLE if shards == 1 else shard_names(2)[1]
+    (base / (name + ending)).write_text("x")
+    assert f"{name}{ending} is there: the download of that file is incomplete" in refusal(base)
+    if shards == 1:
+        assert f"{name}{ending}" in refusal(base / WHOLE)
+
+
 # --- directories that are no model ------------------------------------------------------------------------------------
 
 
@@ -250,6 +262,14 @@ def pipeline(folder: Path) -> Path:
 def sentence_transformer(folder: Path) -> Path:
     write_base(folder / "0_Transformer", shards=1)
     write_json(folder / "modules.json", [])
+    return folder
+
+
+def pickled_pipeline(folder: Path) -> Path:
+    for name in ("vae", "unet"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "diffusion_pytorch_model.bin").write_bytes(b"x")
+    write_json(folder / "model_index.json", {"_class_name": "X"})
     return folder
 
 
@@ -280,6 +300,7 @@ def pipeline_beside_files(folder: Path) -> Path:
 DIRECTORIES: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "pipeline": (pipeline, ["pipeline of diffusers", "transformer/, vae/"]),
     "pipeline beside its single files": (pipeline_beside_files, ["pipeline", "transformer/", "flux1.safetensors"]),
+    "pipeline of pickles": (pickled_pipeline, ["pipeline", "unet/, vae/"]),
     "sentence-transformers": (sentence_transformer, ["sentence-transformers", "0_Transformer/"]),
     "cache of the Hub": (in_snapshots, ["weights are in folders", "snapshots/abc/"]),
     "adapter": (adapter, ["it is an adapter"]),

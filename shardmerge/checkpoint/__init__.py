@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,10 @@ __all__ = [
     "read_shard",
     "stem_of_index",
 ]
+
+
+#: Endings of what lies beside a file while it is downloaded.
+_UNFINISHED = (".aria2", ".part", ".crdownload", ".incomplete")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +93,18 @@ def open_checkpoint(source: Source) -> Checkpoint:
         raise FormatError(f"{source.location}: an index alone is no model; give the directory {directory.location}")
     config = read_json(directory, directory.names(), "config.json")
     choice = choose(source, names, None if directory is not source else config.get("transformers_weights"))
+    _refuse_unfinished(source, directory.names(), choice)
     shards = tuple(read_shard(source, name) for name in choice.files)
     weights = _weights(source, shards)
     _check_index(source, choice, weights)
     return Checkpoint(source, shards, weights, choice.index_name, choice.index_metadata, config, choice.notes)
+
+
+def _refuse_unfinished(source: Source, names: Sequence[str], choice: Choice) -> None:
+    """aria2 and browsers write a file at its full size, with holes, and another beside it until it is done."""
+    marks = [name + ending for name in choice.files for ending in _UNFINISHED]
+    if found := sorted(set(marks).intersection(names)):
+        raise FormatError(f"{source.location}: {found[0]} is there: the download of that file is incomplete; resume it")
 
 
 def _weights(source: Source, shards: tuple[Shard, ...]) -> dict[str, Weight]:

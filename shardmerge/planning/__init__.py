@@ -88,7 +88,8 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
         from shardmerge.planning import gguf_file
 
         file = gguf_file.lay_out(layout, matches.updates, aux.files, output.name, config.output.quantization)
-        layout, problems = file.layout, [*problems, *file.problems]
+        left_out = [note for note in aux.of_tokenizer if file.problems and "tokenizer.model" in note]
+        layout, problems = file.layout, [*problems, *file.problems, *left_out]
         aux.files[:] = file.aux
         aux.warnings += file.warnings
         made_of = file.made_of

@@ -30,6 +30,8 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 class AuxFiles:
     files: list[AuxFile] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    #: Of the warnings, which files of a tokenizer were left out.
+    of_tokenizer: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -49,7 +51,8 @@ def collect(
     base = _model_directory(checkpoint)
     chosen = {} if base is None else _of_base(checkpoint, base, copies_weights, result)
     sources = [(config.path, adapter.source) for config, adapter in adapters]
-    has_own_template = take_tokenizer(chosen, sources, result.warnings)
+    has_own_template = take_tokenizer(chosen, sources, result.of_tokenizer)
+    result.warnings += result.of_tokenizer
     for name, (source, stored) in sorted(chosen.items()):
         content = None
         if name == "config.json" and changes:

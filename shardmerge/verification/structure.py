@@ -14,6 +14,7 @@ from shardmerge.checkpoint import is_index
 from shardmerge.errors import FormatError, SourceError
 from shardmerge.journal import RECORD_NAME
 from shardmerge.names import Names
+from shardmerge.planning.tokenizer import is_tokenizer
 from shardmerge.planning.vocabulary import vocabulary_size
 from shardmerge.sources import LocalSource, open_reader
 from shardmerge.spec import DTYPE_NAMES, FLOAT_DTYPES, AuxFile, MergePlan, ShardPlan, SourceFile, TensorInfo
@@ -104,6 +105,10 @@ def _check_names(output: Path, record: Record, findings: Findings) -> None:
         is_loaded = path.name.endswith(".safetensors") or is_index(path.name) or path.name == "adapter_config.json"
         if is_loaded and path.name not in own:
             findings.problem(STRUCTURE, f"{path.name} is no file of this merge", file=path.name)
+        elif is_tokenizer(path.name) and path.name not in own:
+            findings.notes.append(
+                f"{path.name} is no file of this merge, and may win over its tokenizer or chat template"
+            )
 
 
 def _check_tensors(shards: Iterable[Stored], findings: Findings) -> None:
