@@ -248,7 +248,7 @@ def test_folders_that_a_model_is_made_of_are_copied_whole(tmp_path: Path, manife
 def test_a_manifest_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     place = make_place(tmp_path)
     weights(place.base, {"modules.json": "version https://git-lfs.github.com/spec/v1\n"})
-    with pytest.raises(shardmerge.FormatError, match=r"modules\.json: it is a Git LFS pointer"):
+    with pytest.raises(shardmerge.FormatError, match=r"modules\.json: it is a Git LFS pointer.*Nothing was written"):
         shardmerge.plan(place.config())
 
 

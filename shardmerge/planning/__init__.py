@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from shardmerge.adapter_file import AdapterFile, open_adapter
 from shardmerge.checkpoint import Checkpoint, Shard, open_checkpoint
 from shardmerge.config import AdapterConfig, MergeConfig
-from shardmerge.errors import PlanError, ShardmergeError
+from shardmerge.errors import FormatError, PlanError, ShardmergeError
 from shardmerge.garbage import give_back, no_garbage_collection
 from shardmerge.names import Names
 from shardmerge.planning import aux_files
@@ -80,7 +80,10 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
         changes["dtype"] = config.output.dtype
     if (weights := _renamed_weights(checkpoint, layout)) is not None:
         changes["transformers_weights"] = weights
-    aux = aux_files.collect(checkpoint, adapters, changes, config.output.format != "gguf")
+    try:
+        aux = aux_files.collect(checkpoint, adapters, changes, config.output.format != "gguf")
+    except FormatError as error:
+        raise FormatError(f"{error}. Nothing was written") from None
     problems += aux.problems
     index_metadata = _index_metadata(checkpoint, layout)
     made_of: Mapping[str, str] = {}
