@@ -14,6 +14,9 @@ from shardmerge import checksums
 from shardmerge.sources import HUB_SCHEME, open_reader
 from shardmerge.spec import AuxFile, Fingerprint, MergePlan, SourceFile
 
+#: Bytes of a file that is read twice, once to know it and once to copy it. The largest tokenizer has a third of it.
+_MOST_READ = 100_000_000
+
 
 def with_contents(plan: MergePlan, torch_version: str) -> Fingerprint:
     """The plan's fingerprint, in which files that are read whole are known by what is in them.
@@ -29,7 +32,11 @@ def with_contents(plan: MergePlan, torch_version: str) -> Fingerprint:
         **plan.fingerprint,
         "adapters": adapters,
         # Of files that are no part of the output, but of which a part of it was made, the plan knows the contents.
-        "files": {**plan.fingerprint["files"], **{aux.name: _aux_content(aux) for aux in plan.aux}},
+        # Weights among the files that are copied are as large as the base's, and known as it is.
+        "files": {
+            **plan.fingerprint["files"],
+            **{aux.name: _aux_content(aux) for aux in plan.aux if aux.source.size <= _MOST_READ},
+        },
         # Another torch may round a product differently, and then the shards were not those of one run.
         "program": {**plan.fingerprint["program"], "torch": torch_version},
     }

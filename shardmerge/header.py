@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from shardmerge import recognise
 from shardmerge.errors import FormatError
 from shardmerge.naming import fault
 from shardmerge.spec import DTYPE_BITS, TensorInfo, tensor_nbytes
@@ -51,13 +52,16 @@ def read_header(
     the offset at which data begins. Raises `FormatError`, naming ``where``.
     """
     head = read(0, FIRST_READ)
+    length = int.from_bytes(head[:LENGTH_BYTES], "little")
+    is_header = len(head) >= LENGTH_BYTES and 0 < length <= MAX_HEADER_BYTES
+    if not is_header and (known := recognise.what_is(head[: recognise.HEAD_BYTES])):
+        raise FormatError(f"{where}: {known}")
     if len(head) < LENGTH_BYTES:
         raise FormatError(f"{where}: {len(head)} bytes long, too short for a safetensors file")
-    length = int.from_bytes(head[:LENGTH_BYTES], "little")
     if length > MAX_HEADER_BYTES:
         raise FormatError(
             f"{where}: its first 8 bytes announce a header of {length} bytes, more than the format's limit of "
-            f"{MAX_HEADER_BYTES}; this is no safetensors file"
+            f"{MAX_HEADER_BYTES}; this is not a safetensors file"
         )
     data_start = LENGTH_BYTES + length
     if data_start > file_size:

@@ -25,7 +25,7 @@ from shardmerge.spec import TensorRef
 _ADAPTER_NAMES = (*WEIGHTS, CONFIG_NAME)
 
 
-_SHOWN_LAST = ("bytes", "dtypes", "updates", "targets", "settings", "problems")
+_SHOWN_LAST = ("bytes", "dtypes", "updates", "targets", "settings", "notes", "problems")
 
 
 def inspect_path(location: str) -> dict[str, Any]:
@@ -74,6 +74,7 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "tensors": len(tensors),
         "dtypes": _dtypes(tensors),
         "tie_word_embeddings": checkpoint.ties_embeddings,
+        "notes": list(checkpoint.notes),
     }
 
 
@@ -147,6 +148,7 @@ def describe(found: Mapping[str, Any]) -> str:
     text = table(rows)
     if found["kind"] == "adapter" and found["scalings"] is None:
         text += "\nit carries no config: a merge must be given its alpha or scaling"
+    text = "\n".join([text, *(f"note: {note}" for note in found.get("notes", []))])
     return "\n".join([text, *(f"problem: {problem}" for problem in found.get("problems", []))])
 
 

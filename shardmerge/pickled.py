@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shardmerge import recognise
 from shardmerge.errors import FormatError, SourceError
 from shardmerge.naming import fault
 from shardmerge.spec import DTYPE_BITS, TensorRef, tensor_nbytes
@@ -99,10 +100,24 @@ def _read_archive(path: Path) -> tuple[bytes, dict[str, tuple[int, int]]]:
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception:  # of a damaged directory, zipfile lets pass through what struct, str and int raise
+        if known := _recognised(path):
+            raise FormatError(f"{path}: {known}") from None
         raise FormatError(
             f"{path}: not the zip archive that torch.save writes since PyTorch 1.6, or it was cut. Load it where it "
             "came from and save it again, best as safetensors"
         ) from None
+
+
+def _recognised(path: Path) -> str | None:
+    """What a file is that no archive of torch.save is; None for one that was cut, or is older than the archive."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(recognise.HEAD_BYTES)
+    except OSError:
+        return None
+    if recognise.is_safetensors(head):
+        return "it is a safetensors file; give it the ending .safetensors"
+    return None if head.startswith((b"PK", b"\x80")) else recognise.what_is(head)
 
 
 def _check_entries(path: Path, archive: zipfile.ZipFile, pickle: str) -> None:

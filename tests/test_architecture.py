@@ -18,7 +18,19 @@ PACKAGE = ROOT / "shardmerge"
 
 #: Rooms by level, a room being a module or a folder. Imports go to a lower level, or stay within a folder.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "spec", "choices", "naming", "version", "interrupt", "garbage", "pages", "patterns", "shown"),
+    (
+        "errors",
+        "spec",
+        "choices",
+        "naming",
+        "version",
+        "interrupt",
+        "garbage",
+        "pages",
+        "patterns",
+        "shown",
+        "recognise",
+    ),
     (
         "adapter_folder",
         "config",

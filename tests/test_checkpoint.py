@@ -279,9 +279,13 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "index is empty": (index_text('{"weight_map": {}}'), [INDEX, "expected", "weight_map"]),
     "index maps from a list": (index_text('{"weight_map": []}'), [INDEX, "expected", "weight_map"]),
     "index metadata is a list": (index_text('{"weight_map": {"a": "b.safetensors"}, "metadata": [1]}'), ["expected"]),
-    "a shard is no safetensors file": (
+    "a shard is a pointer": (
         lambda base: (base / FIRST).write_text("version https://git-lfs.github.com/spec/v1\n"),
-        [FIRST, "no safetensors file"],
+        [f"{FIRST}: it is a Git LFS pointer", "git lfs pull"],
+    ),
+    "a shard is not a safetensors file": (
+        lambda base: (base / FIRST).write_text("some other text"),
+        [FIRST, "not a safetensors file"],
     ),
     "a shard is cut": (lambda base: os.truncate(base / FIRST, 2000), [FIRST, "cut"]),
     "config.json is no JSON": (lambda base: (base / "config.json").write_text("{,}"), ["config.json is not"]),

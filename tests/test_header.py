@@ -56,9 +56,9 @@ REFUSED: dict[str, tuple[bytes, list[str]]] = {
     "seven bytes": (b"1234567", ["7 bytes long", "too short"]),
     "length above the limit": (
         (MAX_HEADER_BYTES + 1).to_bytes(8, "little"),
-        [str(MAX_HEADER_BYTES + 1), str(MAX_HEADER_BYTES), "no safetensors file"],
+        [str(MAX_HEADER_BYTES + 1), str(MAX_HEADER_BYTES), "not a safetensors file"],
     ),
-    "text instead of a length": (b"version https://git-lfs", ["no safetensors file"]),
+    "text instead of a length": (b"some lines of a text", ["not a safetensors file"]),
     "header ends after the file": (raw_file({"a": ONE})[:-1], ["the header ends at byte", "cut?"]),
     "not JSON": (raw_file(b"{no json}"), ["the header is not JSON"]),
     "not UTF-8": (raw_file(b'{"\xff":{}}'), ["the header is not JSON"]),

@@ -49,7 +49,7 @@ def test_every_file_of_the_base(tmp_path: Path) -> None:
     "name",
     [
         "pytorch_model.bin",
-        "pytorch\nmodel.bin",
+        "pytorch_model\n.bin",
         "pytorch_model-00001-of-00002.bin",
         "pytorch_model.bin.index.json",
         "model.safetensors.index.fp16.json",
@@ -65,8 +65,6 @@ def test_every_file_of_the_base(tmp_path: Path) -> None:
         "optimizer.pt",
         "rng_state.pth",
         "last.ckpt",
-        "arrays.npz",
-        "state.pkl",
         "model.safetensors.tmp",
         "shardmerge.json",
         ".gitattributes",
@@ -86,7 +84,16 @@ def test_left_out(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["vocab.json", "merges.txt", "tokenizer.model", "preprocessor_config.json", "code/ops.py", "assets/deep/logo.png"],
+    [
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
+        "preprocessor_config.json",
+        "code/ops.py",
+        "assets/deep/logo.png",
+        "arrays.npz",
+        "model_head.pkl",
+    ],
 )
 def test_taken_along(tmp_path: Path, name: str) -> None:
     place = make_place(tmp_path)
@@ -100,7 +107,7 @@ def test_folder_of_another_model_is_left_out_with_a_word(tmp_path: Path) -> None
     plan = shardmerge.plan(place.config())
     assert sources(plan).keys() == {*AUX_FILES, "config.json", "code/ops.py"}
     assert [warning for warning in plan.warnings if "draft" in warning] == [
-        "folders of the base with weights of their own are not copied: draft"
+        "weights of the base that are not the model's own are not copied: draft/, onnx/"
     ]
 
 
@@ -160,10 +167,14 @@ def test_tokenizer_and_template_of_the_adapter_win(tmp_path: Path) -> None:
         "additional_chat_templates/tool.jinja": "own",
     }
     add(place.adapter, {**own, "LICENSE": "own", "README.md": "own", "config.json": "{}", "modeling_y.py": "own"})
-    found = sources(shardmerge.plan(place.config()))
-    assert found.keys() == {*AUX_FILES, "config.json", *own}
+    plan = shardmerge.plan(place.config())
+    found = sources(plan)
+    gone = {"special_tokens_map.json", "tokenizer_config.json"}
+    assert found.keys() == {*AUX_FILES, "config.json", *own} - gone
     for name in found:
         assert found[name] == str((place.adapter if name in own else place.base) / name)
+    (note,) = (warning for warning in plan.warnings if "the tokenizer is the one of adapter" in warning)
+    assert all(name in note for name in gone)
     shardmerge.merge(place.config())
     assert (place.output / "chat_template.jinja").read_text() == "own"
     assert (place.output / "additional_chat_templates" / "tool.jinja").read_text() == "own"
@@ -188,23 +199,26 @@ def test_lone_adapter_file_brings_no_tokenizer(tmp_path: Path) -> None:
     assert sources(shardmerge.plan(config))["tokenizer.json"] == str(place.base / "tokenizer.json")
 
 
+VOCABULARY = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}}
+#: The same, as later versions of tokenizers write it, and with a token that was added.
+ADDED = {"added_tokens": [{"id": 3}], "model": {**VOCABULARY["model"], "merges": [["a", "b"]]}, "padding": None}
+OTHER = {"model": {**VOCABULARY["model"], "vocab": {"b": 0, "a": 1, "ab": 2}}}
+
+
 @pytest.mark.parametrize(
-    ("own", "warned"),
-    [
-        ({"tokenizer.json": "own"}, True),
-        ({"tokenizer.json": AUX_FILES["tokenizer.json"]}, False),
-        ({"tokenizer.json": "own", "tokenizer.model": "own"}, False),
-        ({"chat_template.jinja": "own"}, False),
-    ],
-    ids=["another", "the same", "with its model", "a template alone"],
+    ("own", "is_kept"),
+    [(VOCABULARY, True), (ADDED, True), (OTHER, False), ({}, False)],
+    ids=["the same bytes", "the same vocabulary", "another vocabulary", "odd"],
 )
-def test_tokenizer_that_leaves_the_base_with_another(tmp_path: Path, own: dict[str, str], warned: bool) -> None:
+def test_files_of_the_same_vocabulary_stay(tmp_path: Path, own: dict[str, Any], is_kept: bool) -> None:
+    """llama.cpp's converter prefers tokenizer.model, which holds the vocabulary and nothing else."""
     place = make_place(tmp_path)
-    add(place.base, {"tokenizer.model": "base"})
-    add(place.adapter, own)
-    warnings = [warning for warning in shardmerge.plan(place.config()).warnings if "tokenizer.model" in warning]
-    assert bool(warnings) == warned
-    assert all(str(place.adapter) in warning for warning in warnings)
+    add(place.base, {"tokenizer.json": json.dumps(VOCABULARY), "tokenizer.model": "base", "merges.txt": "base"})
+    add(place.adapter, {"tokenizer.json": json.dumps(own), "tokenizer_config.json": "{}"})
+    plan = shardmerge.plan(place.config())
+    assert ("tokenizer.model" in sources(plan)) == ("merges.txt" in sources(plan)) == is_kept
+    notes = [warning for warning in plan.warnings if "left out" in warning]
+    assert [("tokenizer.model" in note, str(place.adapter) in note) for note in notes] == [(not is_kept, True)]
 
 
 # --- config.json and the dtype ----------------------------------------------------------------------------------------

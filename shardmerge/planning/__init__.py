@@ -6,13 +6,14 @@ No tensor data is read here, nothing is written, and torch is not imported.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from shardmerge.adapter_file import AdapterFile, open_adapter
 from shardmerge.checkpoint import Checkpoint, Shard, open_checkpoint
 from shardmerge.config import AdapterConfig, MergeConfig
-from shardmerge.errors import PlanError, ShardmergeError
+from shardmerge.errors import FormatError, PlanError, ShardmergeError
 from shardmerge.garbage import give_back, no_garbage_collection
 from shardmerge.names import Names
 from shardmerge.planning import aux_files
@@ -22,7 +23,7 @@ from shardmerge.planning.output_checks import absolute, check_place, check_space
 from shardmerge.planning.tied import resolve_ties
 from shardmerge.planning.tiling import tile_all
 from shardmerge.planning.vocabulary import resized
-from shardmerge.sinks import lay_out
+from shardmerge.sinks import Layout, lay_out
 from shardmerge.sources import open_source
 from shardmerge.spec import (
     AdapterInfo,
@@ -83,13 +84,21 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
     layout = lay_out(checkpoint, dtype, max_shard_size, _replaced(matches.updates), added, heads.left_out)
     if dtype != "same" and _changes_dtype(layout.shards):
         changes["dtype"] = config.output.dtype
-    aux = aux_files.collect(checkpoint, adapters, changes)
+    if (weights := _renamed_weights(checkpoint, layout)) is not None:
+        changes["transformers_weights"] = weights
+    try:
+        aux = aux_files.collect(checkpoint, adapters, changes, config.output.format != "gguf")
+    except FormatError as error:
+        raise FormatError(f"{error}. Nothing was written") from None
+    problems += aux.problems
+    index_metadata = _index_metadata(checkpoint, layout)
     made_of: Mapping[str, str] = {}
     if config.output.format == "gguf":
         from shardmerge.planning import gguf_file
 
         file = gguf_file.lay_out(layout, matches.updates, aux.files, output.name, config.output.quantization)
-        layout, problems = file.layout, [*problems, *file.problems]
+        left_out = [note for note in aux.of_tokenizer if file.problems and "tokenizer.model" in note]
+        layout, problems = file.layout, [*problems, *file.problems, *left_out]
         aux.files[:] = file.aux
         aux.warnings += file.warnings
         made_of = file.made_of
@@ -117,7 +126,7 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
         compute_device=config.compute.device,
         shards=shards,
         index_name=layout.index_name,
-        index_metadata=tuple(checkpoint.index_metadata.items()),
+        index_metadata=tuple(index_metadata.items()),
         aux=tuple(aux.files),
         memory=memory,
         bytes_read=bytes_read(shards),
@@ -204,6 +213,26 @@ def _replaced(updates: Mapping[str, Sequence[Update]]) -> dict[str, TensorRef]:
     }
 
 
+def _index_metadata(checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
+    """The metadata of the base's index, in which a number of parameters follows what was added or resized.
+
+    transformers counts a model's parameters, which need not be the elements that are stored, so the difference counts.
+    """
+    metadata = dict(checkpoint.index_metadata)
+    if type(count := metadata.get("total_parameters")) is int:
+        before = sum(math.prod(weight.tensor.shape) for weight in checkpoint.weights.values())
+        now = sum(math.prod(tensor.out.shape) for shard in layout.shards for tensor in shard.tensors)
+        metadata["total_parameters"] = count + now - before
+    return metadata
+
+
+def _renamed_weights(checkpoint: Checkpoint, layout: Layout) -> str | None:
+    """What config.json must name as the model's weights, where it names a file that the output has not."""
+    main = layout.index_name or layout.shards[0].name
+    named = checkpoint.config.get("transformers_weights")
+    return None if named is None or named == main else main
+
+
 def _aux_bytes(file: AuxFile) -> int:
     return file.source.size if file.content is None else len(file.content.encode())
 
@@ -250,6 +279,7 @@ def _warnings(
         trained_on = adapter.trained_on
         if trained_on and config.base != "auto" and not _same_model(trained_on, checkpoint.source.location):
             warnings.append(f"adapter {entry.path} says it was trained on {trained_on}, not on {config.base}")
+    warnings += checkpoint.notes
     for source in (checkpoint.source, *(adapter.source for _, adapter in adapters)):
         if source.note:
             warnings.append(source.note)

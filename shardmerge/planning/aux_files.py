@@ -6,28 +6,23 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any
 
+from shardmerge import recognise
 from shardmerge.adapter_file import AdapterFile
-from shardmerge.checkpoint import Checkpoint
+from shardmerge.checkpoint import Checkpoint, read_json
 from shardmerge.config import AdapterConfig
 from shardmerge.journal import RECORD_NAME
+from shardmerge.planning.other_weights import is_adapter, is_below, is_weights, needed_folders, sort_out
+from shardmerge.planning.tokenizer import Files, take_tokenizer, without_template
 from shardmerge.planning.vocabulary import vocabulary_size
-from shardmerge.sources import Source, directory_of
+from shardmerge.sources import LocalSource, Source, directory_of
 from shardmerge.spec import AuxFile
 
-_WEIGHTS = re.compile(
-    r".*(\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data|h5|msgpack|ot|npz|pickle|pkl|tflite|mlmodel|nemo)"
-    r"|\.(safetensors|bin|h5|msgpack)\.index(\.[^./]+)?\.json)(\.tmp|\.lock)?",
-    re.DOTALL,  # a name may hold the end of a line
-)
-_TOKENIZER = re.compile(
-    r"(tokenizer[^/]*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|spiece\.model"
-    r"|sentencepiece[^/]*\.model|[^/]+\.tiktoken|chat_template\.(jinja|json)|additional_chat_templates/[^/]+\.jinja)"
-)
 #: Folders of a training run or of other formats of the same model.
 _OTHER_FOLDERS = re.compile(r"(checkpoint-\d+|runs|logs|wandb|global_step\d+|onnx|openvino|coreml|original|gguf)(/.*)?")
+#: Files that may hold a chat template among other things, which some programs prefer to a file of its own.
+_HOLD_TEMPLATES = ("tokenizer_config.json", "processor_config.json")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 #: What config.json says of a head.
 _HEAD_KEYS = ("architectures", "id2label", "label2id", "num_labels")
@@ -37,38 +32,71 @@ _HEAD_KEYS = ("architectures", "id2label", "label2id", "num_labels")
 class AuxFiles:
     files: list[AuxFile] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    #: Of the warnings, which files of a tokenizer were left out.
+    of_tokenizer: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
 def collect(
-    checkpoint: Checkpoint, adapters: Sequence[tuple[AdapterConfig, AdapterFile]], changes: Mapping[str, Any]
+    checkpoint: Checkpoint,
+    adapters: Sequence[tuple[AdapterConfig, AdapterFile]],
+    changes: Mapping[str, Any],
+    copies_weights: bool = True,
 ) -> AuxFiles:
     """The base's files; the tokenizer and template of the first adapter that has one, in place of the base's.
 
     ``changes`` are what config.json must say: ``dtype``, by torch's name, ``vocab_size``, ``tie_word_embeddings``,
-    ``architectures`` and the labels.
-    Without any, its bytes stay as they are.
+    ``transformers_weights``, ``architectures`` and the labels. Without any, its bytes stay as they are. ``copies_weights``: whether weights beside the
+    model's go along, too.
     """
     result = AuxFiles()
-    chosen: dict[str, tuple[Source, str]] = {}
     base = _model_directory(checkpoint)
-    if base is not None:
-        chosen = {name: (base, name) for name in base.names() if not _is_weights(name) and name != RECORD_NAME}
-        _leave_other_models(chosen, base, result)
-    for config, adapter in adapters:
-        own = [name for name in adapter.source.names() if _TOKENIZER.fullmatch(name) and not _is_weights(name)]
-        if own:
-            _take_tokenizer(chosen, own, config, adapter, result)
-            break
+    chosen = {} if base is None else _of_base(checkpoint, base, copies_weights, result)
+    sources = [(config.path, adapter.source) for config, adapter in adapters]
+    has_own_template = take_tokenizer(chosen, sources, result.of_tokenizer)
+    result.warnings += result.of_tokenizer
     for name, (source, stored) in sorted(chosen.items()):
         content = None
         if name == "config.json" and changes:
             content = _with_changes(source.read(stored, 0, 1 << 26), checkpoint.config, changes)
+        elif name in _HOLD_TEMPLATES and has_own_template and source is base:
+            content = without_template(read_json(base, [stored], stored))
         result.files.append(AuxFile(name, source.stat(stored), content))
+    result.problems = _pointers(chosen)
     return result
 
 
-def _is_weights(name: str) -> bool:
-    return _WEIGHTS.fullmatch(name) is not None
+def _of_base(checkpoint: Checkpoint, base: Source, copies_weights: bool, result: AuxFiles) -> Files:
+    """All that the base's directory holds but its weights, and of those what the model needs."""
+    names = base.names()
+    needed = needed_folders(base, names)
+    weights = sort_out(checkpoint, base, names, needed, copies_weights)
+    result.warnings += weights.notes
+    with_weights = {name.rpartition("/")[0] for name in names if "/" in name and is_weights(name)}
+    chosen: Files = {name: (base, name) for name in weights.copied}
+    for name in names:
+        # Half of another model helps nobody.
+        folder = name.rpartition("/")[0]
+        of_another = folder and (folder in with_weights or _OTHER_FOLDERS.fullmatch(folder))
+        if is_weights(name) or is_adapter(name) or name == RECORD_NAME:
+            continue
+        if not of_another or is_below(name, needed):
+            chosen[name] = (base, name)
+    return chosen
+
+
+def _pointers(chosen: Files) -> list[str]:
+    """Files that stand for others which were not fetched: a tokenizer or a config among them breaks the output."""
+    found = sorted(
+        name
+        for name, (source, stored) in chosen.items()
+        if isinstance(source, LocalSource)  # the Hub gives the files themselves
+        and source.stat(stored).size <= recognise.POINTER_BYTES
+        and recognise.is_pointer(source.read(stored, 0, recognise.HEAD_BYTES))
+    )
+    if not found:
+        return []
+    return [f"files that would be copied are Git LFS pointers: {', '.join(found)}; fetch them with `git lfs pull`"]
 
 
 def _model_directory(checkpoint: Checkpoint) -> Source | None:
@@ -76,45 +104,6 @@ def _model_directory(checkpoint: Checkpoint) -> Source | None:
     directory = directory_of(checkpoint.source)
     alone = directory is not checkpoint.source and "config.json" not in directory.names()
     return None if alone else directory
-
-
-def _leave_other_models(chosen: dict[str, tuple[Source, str]], base: Source, result: AuxFiles) -> None:
-    """Leave out folders that hold weights of their own: they are another model, and copying half of it helps nobody."""
-    folders = {name.rpartition("/")[0] for name in base.names() if "/" in name and _is_weights(name)}
-    for name in list(chosen):
-        folder = name.rpartition("/")[0]
-        if folder and (folder in folders or _OTHER_FOLDERS.fullmatch(folder)):
-            del chosen[name]
-    kept_out = sorted(folder for folder in folders if not _OTHER_FOLDERS.fullmatch(folder))
-    if kept_out:
-        result.warnings.append(
-            f"folders of the base with weights of their own are not copied: {', '.join(kept_out[:5])}"
-        )
-
-
-def _take_tokenizer(
-    chosen: dict[str, tuple[Source, str]],
-    names: Sequence[str],
-    config: AdapterConfig,
-    adapter: AdapterFile,
-    result: AuxFiles,
-) -> None:
-    def differs(name: str) -> bool:
-        if name not in chosen:
-            return True
-        source, stored = chosen[name]
-        size = adapter.source.stat(name).size
-        return source.stat(stored).size != size or source.read(stored, 0, size) != adapter.source.read(name, 0, size)
-
-    changed = [name for name in names if differs(name)]
-    for name in names:
-        chosen[name] = (adapter.source, name)
-    kept = [name for name in chosen if PurePosixPath(name).name == "tokenizer.model" and name not in names]
-    if "tokenizer.json" in changed and kept:
-        result.warnings.append(
-            f"adapter {config.path} has a tokenizer.json that differs from the base's, but no {kept[0]}; the base's "
-            f"{kept[0]} is kept, and programs that prefer it (llama.cpp's converter) will see the base's vocabulary"
-        )
 
 
 def _with_changes(text: bytes, config: Mapping[str, Any], changes: Mapping[str, Any]) -> str | None:
@@ -132,6 +121,8 @@ def _with_changes(text: bytes, config: Mapping[str, Any], changes: Mapping[str, 
         if isinstance(text_config := changed.get("text_config"), dict):
             changed["text_config"] = {**text_config, "tie_word_embeddings": changes["tie_word_embeddings"]}
     changed |= {key: changes[key] for key in _HEAD_KEYS if key in changes}
+    if "transformers_weights" in changes:
+        changed["transformers_weights"] = changes["transformers_weights"]
     if changed == config:
         return None
     ending = "\n" if text.endswith(b"\n") else ""

@@ -16,6 +16,7 @@ from shardmerge.checkpoint import Checkpoint
 from shardmerge.config import AdapterConfig
 from shardmerge.names import LABELS, Names, Speakers, head_for
 from shardmerge.naming import nearest
+from shardmerge.planning.quantised import has_packed, is_quantised
 from shardmerge.planning.tied import tied_parameter
 from shardmerge.planning.unplaced import Unplaced, already_there, beside_of, first_of, named
 from shardmerge.planning.vocabulary import may_resize
@@ -306,6 +307,9 @@ class _Matching:
         family = FAMILIES[update.family]
         stored = [self._stored(place.tensor) for place in parameter.places]
         problems = [problem for ref in stored for problem in check_dtypes(update, ref, family)][:1]
+        told = [is_quantised(self.checkpoint, update.module, update.parameter, ref) for ref in stored]
+        if packed := next(filter(None, told), None):
+            return [packed]
         if family.is_source:
             problems = _dtype_of_whole(update, stored[0])
         problems += family.check(update, _shape(update, parameter))
@@ -416,6 +420,8 @@ class _Matching:
     def _unmatched(self, update: ModuleUpdate, why: str) -> str:
         if why:
             return f"{update.first}: {why}"
+        if packed := has_packed(self.checkpoint, update.module, update.parameter):
+            return packed
         target = f"{update.module}.{update.parameter}"
         return f"{update.first} updates {target}, which is not in the base{self._near(target)}"
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardmerge import header
-from shardmerge.checkpoint import INDEX_SUFFIX, Checkpoint
+from shardmerge.checkpoint import Checkpoint, index_of_stem, stem_of_index
 from shardmerge.spec import DTYPE_BITS, FLOAT_DTYPES, PAGE, ShardPlan, TensorInfo, TensorPlan, TensorRef, tensor_nbytes
 
 _NUMBERED_STEM = re.compile(r"-\d{5}-of-\d{5}$")
@@ -71,7 +71,7 @@ def lay_out(
     else:
         shards = _reshard(checkpoint, [tensor for group in groups for tensor in group], dtype, max_shard_size)
         several = len(shards) > 1
-    return Layout(shards, (checkpoint.index_name or _stem(checkpoint) + INDEX_SUFFIX) if several else None)
+    return Layout(shards, (checkpoint.index_name or index_of_stem(_stem(checkpoint))) if several else None)
 
 
 def _shard(name: str, metadata: header.Metadata, group: Sequence[Outgoing], dtype: str) -> ShardPlan:
@@ -129,5 +129,5 @@ def _numbered(checkpoint: Checkpoint, count: int) -> list[str]:
 def _stem(checkpoint: Checkpoint) -> str:
     """``model`` of ``model.safetensors.index.json`` or of ``model-00001-of-00003.safetensors``."""
     if checkpoint.index_name:
-        return checkpoint.index_name.removesuffix(INDEX_SUFFIX)
+        return stem_of_index(checkpoint.index_name)
     return _NUMBERED_STEM.sub("", checkpoint.shards[0].name.removesuffix(_SUFFIX))

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge import header
-from shardmerge.checkpoint import INDEX_SUFFIX
+from shardmerge.checkpoint import is_index
 from shardmerge.errors import FormatError, SourceError
 from shardmerge.journal import RECORD_NAME
 from shardmerge.names import Names
+from shardmerge.planning.tokenizer import is_tokenizer
 from shardmerge.planning.vocabulary import vocabulary_size
 from shardmerge.sources import LocalSource, open_reader
 from shardmerge.spec import DTYPE_NAMES, FLOAT_DTYPES, AuxFile, MergePlan, ShardPlan, SourceFile, TensorInfo
@@ -100,9 +101,14 @@ def _check_names(output: Path, record: Record, findings: Findings) -> None:
             findings.problem(STRUCTURE, f"{name} is missing", file=name)
     findings.files += sum((output / name).is_file() for name in own - record.shards.keys())
     for path in sorted(output.iterdir()):
-        # Such a file may be loaded in place of the merge's, or beside it.
-        if path.name.endswith((".safetensors", INDEX_SUFFIX)) and path.name not in own:
+        # Such a file may be loaded in place of the merge's, or beside it; or it makes transformers look for an adapter.
+        is_loaded = path.name.endswith(".safetensors") or is_index(path.name) or path.name == "adapter_config.json"
+        if is_loaded and path.name not in own:
             findings.problem(STRUCTURE, f"{path.name} is no file of this merge", file=path.name)
+        elif is_tokenizer(path.name) and path.name not in own:
+            findings.notes.append(
+                f"{path.name} is no file of this merge, and may win over its tokenizer or chat template"
+            )
 
 
 def _check_tensors(shards: Iterable[Stored], findings: Findings) -> None:
@@ -116,12 +122,14 @@ def _check_tensors(shards: Iterable[Stored], findings: Findings) -> None:
 
 
 def _check_index(output: Path, record: Record, shards: list[Stored], findings: Findings) -> None:
-    names = [name for name in record.files if name.endswith(INDEX_SUFFIX) and (output / name).is_file()]
-    if not names:
-        if len(record.shards) > 1 and not any(name.endswith(INDEX_SUFFIX) for name in record.files):
+    # The last file is what makes an output a model; files that were copied may have an index of their own.
+    name = record.files[-1] if record.files else ""
+    if not is_index(name):
+        if len(record.shards) > 1:
             findings.problem(STRUCTURE, f"{RECORD_NAME} has several shards, but no index")
         return
-    name = names[0]
+    if not (output / name).is_file():
+        return  # that is told already
     try:
         index = json.loads((output / name).read_bytes())
         weight_map, total = index["weight_map"], index["metadata"]["total_size"]

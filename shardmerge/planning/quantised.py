@@ -1,0 +1,113 @@
+"""Weights that the base stores quantised: under which names, as what, and by which method config.json says.
+
+A quantised module has no ``weight`` of floats: it has packed numbers with their scales beside them (``weight_packed``
+and ``weight_scale`` of compressed-tensors, ``qweight`` of GPTQ and AWQ, ``weight.absmax`` of bitsandbytes,
+``…_blocks`` of MXFP4). To say that ``weight`` is missing would name the wrong cause.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shardmerge.checkpoint import Checkpoint
+from shardmerge.spec import FLOAT_DTYPES, TensorRef
+
+#: Last parts of names that go with packed numbers, or are them.
+_COMPANION = re.compile(
+    r"(weight_)?(packed|scale|scale_inv|scale_2|global_scale|zero_point|g_idx|shape)|qweight|qzeros|scales|W_q|SCB"
+    r"|codes|codebooks|\w+_(blocks|scales)"
+)
+#: What stands beside a ``weight``, or below its name, that means nothing without it.
+_BESIDE = ("weight_scale", "weight_scale_inv", "weight_scale_2", "SCB", "scales", "weight.absmax", "weight_scales")
+_SECTIONS = ("quantization_config", "compression_config", "quantization")
+#: Methods of one kind of number.
+_NUMBERS = {"fp8": "FP8", "fbgemm_fp8": "FP8", "mxfp4": "MXFP4", "bitnet": "ternary numbers"}
+#: Names of tensors that a message lists.
+_SHOWN = 4
+_UNNAMED = "a method that config.json does not name"
+_WAY_OUT = (
+    "only F32, F16 and BF16 weights can be merged into, so merge into the model as it was before it was quantised, or "
+    "dequantise it first"
+)
+
+
+def is_quantised(checkpoint: Checkpoint, module: str, parameter: str, stored: TensorRef) -> str | None:
+    """That the tensor which a module's parameter is stored as holds no floats by itself; None where it does.
+
+    Floats that have a scale beside them are no weights either.
+    """
+    owner = stored.name.removesuffix(".weight")
+    beside = [name for name in _BESIDE if f"{owner}.{name}" in checkpoint.weights] if owner != stored.name else []
+    is_scaled = stored.dtype in FLOAT_DTYPES and any(name.startswith("weight_scale") for name in beside)
+    if not beside or (stored.dtype in FLOAT_DTYPES and not is_scaled):
+        return None
+    return _told(checkpoint, module, parameter, [f"weight of {stored.dtype}", *beside])
+
+
+def has_packed(checkpoint: Checkpoint, module: str, parameter: str) -> str | None:
+    """That a parameter which the base does not store is there packed; None where nothing of the module is packed."""
+    packed = [ref for ref in _below(checkpoint, module, parameter) if _COMPANION.fullmatch(_last(ref))]
+    if all(ref.dtype in FLOAT_DTYPES for ref in packed):
+        return None
+    return _told(checkpoint, module, parameter, sorted(set(map(_last, packed)))[:_SHOWN])
+
+
+def _told(checkpoint: Checkpoint, module: str, parameter: str, names: Sequence[str]) -> str:
+    what = f"its {parameter} is quantised, stored as {_method(checkpoint.config)} ({', '.join(names)})"
+    return f"{module}: {what}; {_WAY_OUT}"
+
+
+def _last(ref: TensorRef) -> str:
+    return ref.name.rpartition(".")[2]
+
+
+def _below(checkpoint: Checkpoint, module: str, parameter: str) -> Sequence[TensorRef]:
+    """What the base stores of a module, found by the longest end of its name that is in the base.
+
+    Trainers and checkpoints disagree on prefixes, and the rules for names know of ``weight`` only. Of a module with
+    several parameters, those that begin as this one are taken, where there are any.
+    """
+    parts = module.split(".")
+    stored = {f".{name}": weight.tensor for name, weight in checkpoint.weights.items()}
+    for start in range(len(parts)):
+        tail = f".{'.'.join(parts[start:])}."
+        if start and not re.search(r"\.\d+\.", tail):
+            break  # without the number of a layer it may be any module
+        # Of a fused parameter that is named as a module, MXFP4 stores ``…_blocks`` and ``…_scales``.
+        ends = (tail, f"{tail[:-1]}_blocks", f"{tail[:-1]}_scales")
+        found = [ref for name, ref in stored.items() if any(end in name for end in ends)]
+        if found:
+            return [ref for ref in found if f"{tail}{parameter}" in f".{ref.name}"] or found
+    return ()
+
+
+def _method(config: Mapping[str, Any]) -> str:
+    """``INT4 by compressed-tensors``."""
+    inner = config.get("text_config")
+    sections = [config, inner if isinstance(inner, dict) else {}]
+    for section in (section.get(key) for section in sections for key in _SECTIONS):
+        if isinstance(section, dict) and section:
+            method = str(
+                section.get("quant_method") or section.get("mode") or "a method that config.json does not name"
+            )
+            return f"{_numbers(section, method)} by {method}"
+    return "packed numbers by a method that config.json does not name"
+
+
+def _numbers(section: Mapping[str, Any], method: str) -> str:
+    groups = section.get("config_groups")
+    of_groups = list(groups.values()) if isinstance(groups, dict) else []
+    weights = [group.get("weights") for group in of_groups if isinstance(group, dict)]
+    found = {
+        f"{str(one.get('type', 'int')).upper()}{one.get('num_bits', '')}" for one in weights if isinstance(one, dict)
+    }
+    if found:
+        return " or ".join(sorted(found)).replace("FLOAT", "FP")
+    if section.get("load_in_4bit"):
+        return str(section.get("bnb_4bit_quant_type", "4 bits")).upper()
+    if section.get("load_in_8bit"):
+        return "INT8"
+    bits = section.get("bits", section.get("w_bit"))
+    return f"INT{bits}" if type(bits) is int else _NUMBERS.get(method, "packed numbers")

@@ -1,0 +1,124 @@
+"""What a file is whose name promises something else: seen from its first bytes, or from the names beside it.
+
+A message that says what is missing helps nobody whose file is a Git LFS pointer. All readers of headers, pickles and
+JSON ask here before they report what they did not find.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+#: First bytes that are enough to recognise any file below.
+HEAD_BYTES = 512
+#: No Git LFS pointer is longer (its specification, "The Pointer").
+POINTER_BYTES = 1024
+#: What the specification of Git LFS lets a pointer begin with; the second is of the time before its release.
+_POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/", b"# xet version ")
+_FETCH = "fetch the file itself with `git lfs pull` in the clone, or with `hf download`"
+_AGAIN = "download the file again"
+_HTML = re.compile(rb"<(!doctype html|html|head|body)[\s>]", re.IGNORECASE)
+_ANSWERS = (
+    b"entry not found",
+    b"invalid username or password",
+    b"access to model",
+    b"repository not found",
+    b"not found",
+    b'{"error"',
+)
+#: First bytes of other formats → what has them.
+_MAGIC: tuple[tuple[bytes, str], ...] = (
+    (b"GGUF", "it is a GGUF file, llama.cpp's format; give the safetensors files that it was made of"),
+    (b"\x89HDF\r\n\x1a\n", "it is an HDF5 file, as Keras writes them; give the model as safetensors"),
+    (
+        b"PK\x03\x04",
+        "it is a zip archive; if torch.save wrote it, give it the ending .pt or .bin",
+    ),
+    (b"\x1f\x8b", "it is compressed by gzip; decompress it first"),
+    (b"\x28\xb5\x2f\xfd", "it is compressed by zstd; decompress it first"),
+    (b"\x93NUMPY", "it is an array of NumPy; save it as safetensors"),
+    (
+        b"\x80\x02",
+        "it is a pickle of before PyTorch 1.6; load it where it came from, and save it as safetensors",
+    ),
+)
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+#: Parts of a pipeline that adapters are trained on, the likeliest first.
+_LIKELY = {name: place for place, name in enumerate(("transformer", "unet", "transformer_2", "prior", "text_encoder"))}
+
+
+def is_pointer(head: bytes) -> bool:
+    """Whether a file that begins so stands for another: a pointer of Git LFS or of Xet."""
+    return head.startswith(_POINTERS)
+
+
+def what_is(head: bytes) -> str | None:
+    """``it is …; what to do``, of a file that begins with ``head``; None where nothing is recognised.
+
+    ``head`` is all of the file if it is shorter than `HEAD_BYTES`.
+    """
+    if is_pointer(head):
+        return f"it is a Git LFS pointer, a few lines of text in place of the file; {_FETCH}"
+    if len(head) == HEAD_BYTES and not head.strip(b"\0"):
+        return f"it begins with zeros only: its download is incomplete; {_AGAIN}"
+    for magic, meaning in _MAGIC:
+        if head.startswith(magic):
+            return meaning
+    return _what_text_is(head)
+
+
+def _what_text_is(head: bytes) -> str | None:
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if _HTML.match(text):
+        return f"it is an HTML page: a website's answer was saved in place of the file; {_AGAIN}, logged in if need be"
+    if text.startswith((b"<?xml", b"<Error>")):
+        return f"it is XML: a server's answer was saved in place of the file; {_AGAIN}"
+    if text.lower().startswith(_ANSWERS):
+        return f"it is a server's answer, {_shown(text)}, saved in place of the file; {_AGAIN}, logged in if need be"
+    return None
+
+
+def is_safetensors(head: bytes) -> bool:
+    """Whether a file that begins with ``head`` has the header of a safetensors file: its length, then JSON."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000
+
+
+def _shown(text: bytes) -> str:
+    line = text.splitlines()[0][:60].decode(errors="replace")
+    return repr(line)
+
+
+# --- directories ------------------------------------------------------------------------------------------------------
+
+
+def parts_with_weights(names: Iterable[str]) -> list[str]:
+    """Folders below a directory that hold weights themselves, safetensors if any do, the likeliest model first."""
+    below = [name for name in names if "/" in name]
+    folders = {name.rpartition("/")[0] for name in below if name.endswith(".safetensors")}
+    folders = folders or {name.rpartition("/")[0] for name in below if name.endswith(_WEIGHTS)}
+    return sorted(folders, key=lambda folder: (folder.count("/"), _LIKELY.get(folder, len(_LIKELY)), folder))
+
+
+def what_directory_is(names: Sequence[str]) -> str:
+    """What a directory without safetensors of a model is, and what to give instead."""
+    top = {name for name in names if "/" not in name}
+    parts = parts_with_weights(names)
+    if parts and "model_index.json" in top:
+        return f"it is a pipeline of diffusers, whose models are in folders; give that of the model: {_listed(parts)}"
+    if parts and "modules.json" in top:
+        return f"it is a model of sentence-transformers, in folders; give that of the transformer: {_listed(parts)}"
+    if "adapter_config.json" in top:
+        return "it is an adapter; give the model that it was trained on"
+    if parts:
+        return f"its weights are in folders; give one: {_listed(parts)}"
+    others = sorted(name for name in top if name.endswith(_WEIGHTS))
+    if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in others):
+        return f"it holds pickled weights; convert them to safetensors first ({_listed(others)})"
+    if others:
+        return f"it holds weights of another format; give the model as safetensors ({_listed(others)})"
+    return "nothing to merge into"
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    shown = [name if "." in name else f"{name}/" for name in names[:most]]
+    return ", ".join(shown) + (" …" if len(names) > most else "")
