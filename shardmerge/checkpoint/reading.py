@@ -132,6 +132,7 @@ def _no_constant(name: str) -> Any:
 
 
 def read_index(source: Source, name: str) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    """The metadata of an index, and tensor → file. Raises `FormatError`."""
     where = f"{source.location}: {name}"
     index = read_json(source, [name], name, MAX_INDEX_BYTES, _no_constant)
     weight_map, metadata = index.get("weight_map"), index.get("metadata") or {}

@@ -46,8 +46,8 @@ def collect(
     """The base's files; the tokenizer and template of the first adapter that has one, in place of the base's.
 
     ``changes`` are what config.json must say: ``dtype``, by torch's name, ``vocab_size``, ``tie_word_embeddings``,
-    ``transformers_weights``, ``architectures`` and the labels. Without any, its bytes stay as they are. ``copies_weights``: whether weights beside the
-    model's go along, too.
+    ``transformers_weights``, ``architectures`` and the labels. Without any, its bytes stay as they are.
+    ``copies_weights``: whether weights beside the model's go along, too.
     """
     result = AuxFiles()
     base = _model_directory(checkpoint)
