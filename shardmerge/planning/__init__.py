@@ -82,7 +82,10 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
     if config.output.format == "gguf":
         from shardmerge.planning import gguf_file
 
-        file = gguf_file.lay_out(layout, matches.updates, aux.files, output.name, config.output.quantization)
+        out = config.output
+        file = gguf_file.lay_out(
+            layout, matches.updates, aux.files, output.name, out.quantization, out.allow_config_loss
+        )
         layout, problems = file.layout, [*problems, *file.problems]
         aux.files[:] = file.aux
         aux.warnings += file.warnings
