@@ -369,10 +369,17 @@ def test_what_is_refused_would_be_computed_otherwise(name: str, tmp_path: Path) 
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 #: Keys of published models' config.json, as they are on the Hub; a few values where they matter.
-_COMMON = dict.fromkeys(
-    ["_name_or_path", "attention_dropout", "bos_token_id", "eos_token_id", "initializer_range", "tie_word_embeddings"]
-    + ["torch_dtype", "transformers_version", "use_cache"]
-)
+_COMMON: Mapping[str, Any] = {
+    "_name_or_path": "a/model",
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.0",
+    "use_cache": True,
+}
 PUBLISHED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "Llama-2": ("llama", {**_COMMON, "pretraining_tp": 1, "rope_scaling": None, "hidden_act": "silu"}),
     "Llama-1-as-converted": ("llama", {"max_sequence_length": 2048, "pad_token_id": -1}),

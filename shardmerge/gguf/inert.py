@@ -7,7 +7,17 @@ written by ``PreTrainedConfig`` of one version of transformers or another, or by
 from __future__ import annotations
 
 _BOOKKEEPING = frozenset(
-    {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "auto_map", "tokenizer_class", "dtype"}
+    {
+        "_name_or_path",
+        "name_or_path",
+        "_model_name_or_path",
+        "model_max_length",
+        "_commit_hash",
+        "transformers_version",
+        "auto_map",
+        "tokenizer_class",
+        "dtype",
+    }
     | {"torch_dtype", "use_bfloat16", "torchscript", "_attn_implementation", "attn_implementation", "prefix"}
     | {"_attn_implementation_autoset", "_attn_implementation_internal", "_experts_implementation_internal"}
     | {"experts_implementation", "_flash_attn_2_enabled", "_auto_class", "return_dict", "use_return_dict"}
