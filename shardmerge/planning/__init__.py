@@ -43,7 +43,7 @@ from shardmerge.version import __version__
 __all__ = ["bytes_read", "make_plan"]
 
 #: Raised when the same plan comes to mean other bytes, so that unfinished work of an older version is not mixed in.
-_DIGEST_VERSION = 3
+_DIGEST_VERSION = 4
 
 Opened = TypeVar("Opened")
 
