@@ -107,6 +107,11 @@ def _config_options(command: Command) -> Command:
             "--overwrite", is_flag=True, help="Replace a finished merge, or an unfinished one of another config."
         ),
         click.option(
+            "--allow-config-loss",
+            is_flag=True,
+            help="Write a GGUF file also where llama.cpp does not know a setting of config.json.",
+        ),
+        click.option(
             "-s", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config, by dotted path."
         ),
         click.argument("config", type=click.Path(dir_okay=False, path_type=Path)),
@@ -121,7 +126,9 @@ def _load(config: Path, overrides: tuple[str, ...]) -> MergeConfig:
     return MergeConfig.from_file(config, overrides)
 
 
-def _plan(config: Path, overrides: tuple[str, ...], *, overwrite: bool) -> MergePlan:
+def _plan(config: Path, overrides: tuple[str, ...], *, overwrite: bool, allow_config_loss: bool) -> MergePlan:
+    if allow_config_loss:
+        overrides = (*overrides, "output.allow_config_loss=true")
     with no_garbage_collection():  # the modules are many objects, too
         from shardmerge.api import plan
 
@@ -131,9 +138,12 @@ def _plan(config: Path, overrides: tuple[str, ...], *, overwrite: bool) -> Merge
 @cli.command()
 @_config_options
 @click.option("--quiet", is_flag=True, help="No progress and no table; only errors and notes.")
-def run(config: Path, overrides: tuple[str, ...], overwrite: bool, as_json: bool, quiet: bool) -> None:
+def run(
+    config: Path, overrides: tuple[str, ...], allow_config_loss: bool, overwrite: bool, as_json: bool, quiet: bool
+) -> None:
     """Merge as CONFIG says. Run it again to take up an interrupted merge."""
-    _carry_out(_plan(config, overrides, overwrite=overwrite), as_json=as_json, quiet=quiet)
+    planned = _plan(config, overrides, overwrite=overwrite, allow_config_loss=allow_config_loss)
+    _carry_out(planned, as_json=as_json, quiet=quiet)
 
 
 def _carry_out(planned: MergePlan, *, as_json: bool, quiet: bool) -> None:
@@ -161,11 +171,11 @@ def _carry_out(planned: MergePlan, *, as_json: bool, quiet: bool) -> None:
 
 @cli.command()
 @_config_options
-def plan(config: Path, overrides: tuple[str, ...], overwrite: bool, as_json: bool) -> None:
+def plan(config: Path, overrides: tuple[str, ...], allow_config_loss: bool, overwrite: bool, as_json: bool) -> None:
     """Say what `run` would do, and every reason why it would not. Reads headers only."""
     from shardmerge.report import describe_plan, plan_summary
 
-    planned = _plan(config, overrides, overwrite=overwrite)
+    planned = _plan(config, overrides, overwrite=overwrite, allow_config_loss=allow_config_loss)
     if as_json:
         _print_json(plan_summary(planned))
     else:
@@ -177,6 +187,7 @@ def plan(config: Path, overrides: tuple[str, ...], overwrite: bool, as_json: boo
 @click.option("-o", "--output", required=True, metavar="DIR", help="Where to; a directory that is empty or not there.")
 @click.option("--format", "format_", type=click.Choice(get_args(Format)), default="safetensors", show_default=True)
 @click.option("--quantization", type=click.Choice(get_args(Quantization)), help="Of a GGUF file.  [default: q8_0]")
+@click.option("--allow-config-loss", is_flag=True, help="Of a GGUF file: though llama.cpp does not know a setting.")
 @click.option("--dtype", type=click.Choice(get_args(OutputDtype)), default="same", show_default=True)
 @click.option("--max-shard-size", metavar="SIZE", default="same", show_default=True, help="For example 5GB.")
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run has written there.")
@@ -187,6 +198,7 @@ def export(
     output: str,
     format_: str,
     quantization: str | None,
+    allow_config_loss: bool,
     dtype: str,
     max_shard_size: str,
     overwrite: bool,
@@ -199,7 +211,11 @@ def export(
 
     if quantization and format_ != "gguf":
         raise ConfigError("--quantization is for --format gguf")
-    place = {"path": output, "format": format_, "dtype": dtype, "max_shard_size": max_shard_size}
+    if allow_config_loss and format_ != "gguf":
+        raise ConfigError("--allow-config-loss is for --format gguf")
+    place: dict[str, Any] = {"path": output, "format": format_, "dtype": dtype, "max_shard_size": max_shard_size}
+    if allow_config_loss:
+        place["allow_config_loss"] = True
     if quantization:
         place["quantization"] = quantization
     config = ExportConfig.from_dict({"base": model, "output": place}, "export")

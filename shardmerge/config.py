@@ -147,6 +147,11 @@ class OutputConfig(_Section):
         description="A checkpoint, or one file for llama.cpp and Ollama (needs `shardmerge[gguf]`).",
     )
     quantization: Quantization = Field(default="q8_0", description="What most weights of a GGUF file are stored in.")
+    allow_config_loss: bool = Field(
+        default=False,
+        description="Write a GGUF file though llama.cpp does not know settings of config.json, and so computes "
+        "something else than transformers does; a note names each of them.",
+    )
     sha256: bool = Field(
         default=False, description="Write down the sha256 of every shard, too; xxh3_128 is always written down."
     )

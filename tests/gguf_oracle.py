@@ -170,6 +170,8 @@ def plan(folder: Path, quantization: str, name: str) -> tuple[Layout, bytes, tup
     model, problems = ours.read_model(checkpoint.config)
     if model is None:
         raise RefusedError(problems)
+    if lost := ours.losses(model):
+        raise RefusedError(lost)
     layout = ours.lay_out(model, [shard.tensors for shard in checkpoint.shards], quantization)
     description = ours.describe(model, layout, quantization, contents_of(folder), name)
     if layout.problems or description.problems:

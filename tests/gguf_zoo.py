@@ -63,6 +63,7 @@ _LONG = {
     "short_factor": [1.0 + 0.1 * step for step in range(8)],
 }
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+_GEMMA2 = {"head_dim": 16, "query_pre_attn_scalar": 16}
 _GEMMA3 = {"head_dim": 16, "sliding_window": 32, "query_pre_attn_scalar": 16}
 
 KINDS: Mapping[str, Kind] = {
@@ -81,8 +82,8 @@ KINDS: Mapping[str, Kind] = {
     "qwen2-yarn": Kind("Qwen2ForCausalLM", "Qwen2Config", "spm", {"rope_parameters": _YARN}),
     "qwen3": Kind("Qwen3ForCausalLM", "Qwen3Config", "spm", {"head_dim": 32}),
     "qwen3-moe": Kind("Qwen3MoeForCausalLM", "Qwen3MoeConfig", "qwen3", {"head_dim": 16, **_MOE}),
-    "gemma2": Kind("Gemma2ForCausalLM", "Gemma2Config", "spm", {"head_dim": 16, "sliding_window": 32}),
-    "gemma2-f16": Kind("Gemma2ForCausalLM", "Gemma2Config", "spm", {"head_dim": 16}, dtype="float16"),
+    "gemma2": Kind("Gemma2ForCausalLM", "Gemma2Config", "spm", {**_GEMMA2, "sliding_window": 32}),
+    "gemma2-f16": Kind("Gemma2ForCausalLM", "Gemma2Config", "spm", _GEMMA2, dtype="float16"),
     "gemma3": Kind("Gemma3ForCausalLM", "Gemma3TextConfig", "spm", _GEMMA3),
     "gemma3-multimodal": Kind(
         "Gemma3ForConditionalGeneration",
@@ -109,7 +110,7 @@ KINDS: Mapping[str, Kind] = {
         "Phi3ForCausalLM",
         "Phi3Config",
         "spm",
-        {"rope_parameters": _LONG, "original_max_position_embeddings": 64, "sliding_window": 48},
+        {"rope_parameters": _LONG, "original_max_position_embeddings": 64, "sliding_window": 256},
     ),
 }
 

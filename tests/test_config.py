@@ -132,6 +132,7 @@ def test_defaults(tmp_path: Path) -> None:
             "quantization": "q8_0",
             "rounding": "nearest",
             "seed": 0,
+            "allow_config_loss": False,
             "sha256": False,
         },
         "compute": {"device": "auto", "dtype": "float32", "max_memory": "auto"},

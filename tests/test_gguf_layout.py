@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from shardmerge.gguf.defaults import DEFAULTS
 from shardmerge.gguf.formats import TYPES, padded
 from shardmerge.gguf.layout import Layout, OutputTensor, Part, RopeScaling, lay_out
-from shardmerge.gguf.model import DEFAULTS, read_model
+from shardmerge.gguf.model import read_model
 from shardmerge.spec import RowRange, TensorRef, jsonable
 from tests.builders import run_python
 
@@ -100,7 +101,7 @@ def test_heads_are_turned_by_a_group_of_rows() -> None:
 
 
 def test_a_bias_is_a_vector_of_float32_and_turned_whole() -> None:
-    layout = laid_out(model__layers__0__self_attn__q_proj__bias=(64,))
+    layout = laid_out(LLAMA | {"attention_bias": True}, model__layers__0__self_attn__q_proj__bias=(64,))
     bias = tensor(layout, "blk.0.attn_q.bias")
     assert (bias.kind, bias.shape, bias.rows, bias.columns, bias.group) == ("F32", (64,), 1, 64, 1)
     assert bias.shuffle == (4, 2, 8)
@@ -248,11 +249,8 @@ def test_a_head_of_its_own_where_llama_cpp_has_none() -> None:
         ({"num_hidden_layers": 1 << 40}, "num_hidden_layers is"),
         ({"vocab_size": True}, "vocab_size is True"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported for LlamaForCausalLM"),
         ({"rope_scaling": {"type": "linear"}}, "needs a factor"),
         ({"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "rope settings by kind of layer"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     ],
 )
 def test_configs_that_cannot_be_written_are_told(changes: dict[str, Any], message: str) -> None:

@@ -626,3 +626,15 @@ def test_verify_finds_an_infinity_that_neither_has(tmp_path: Path) -> None:
     save_file(tensors, file)
     with pytest.raises(VerifyError, match="row 118, column 1: holds inf"):
         shardmerge.verify(str(tmp_path / "out"))
+
+
+def test_what_a_gguf_file_cannot_hold_is_told(smollm2: Path, tmp_path: Path) -> None:
+    """A scale of Q8_0 is a float16."""
+    base = make_for_gguf("llama3-rope", tmp_path / "base", smollm2)
+    huge = torch.full((1, 64), 1e6), torch.full((80, 1), 1e6)
+    adapter = write_adapter(tmp_path / "adapter", {"model.layers.0.mlp.up_proj": huge})
+    config = make_config(tmp_path / "out", base, [adapter])
+    config["output"] |= {"format": "gguf", "quantization": "q8_0"}
+    with pytest.raises(NonFiniteError, match=r"more than float32 in Q8_0 can hold.*output\.quantization may hold it"):
+        shardmerge.merge(config)
+    assert _is_not_there(tmp_path / "out")

@@ -12,6 +12,7 @@ from shardmerge.gguf.layout import Layout, OutputTensor, Part, lay_out
 from shardmerge.gguf.metadata import Description, describe
 from shardmerge.gguf.model import Model, read_model
 from shardmerge.gguf.ollama import modelfile
+from shardmerge.gguf.settings import losses, notes
 from shardmerge.gguf.values import KeyValue
 from shardmerge.gguf.writer import encode_header
 
@@ -28,7 +29,9 @@ __all__ = [
     "describe",
     "encode_header",
     "lay_out",
+    "losses",
     "modelfile",
+    "notes",
     "read_model",
     "wanted",
 ]

@@ -237,6 +237,12 @@ class _Maker:
             self.problems.append(f"{stored.name}: config.json says that there are {self._model.layers} layers")
             return []
         stem = rest.removesuffix(f".{suffix}")
+        if suffix == "bias" and stem in self._architecture.layer and stem not in self._model.biases:
+            self.problems.append(
+                f"{stored.name}: by its config.json {self._architecture.hf_class} has no such bias, so transformers "
+                "leaves it out, and llama.cpp would add it"
+            )
+            return []
         if suffix in ("weight", "bias") and (target := self._architecture.layer.get(stem)) is not None:
             return self._one(stored, f"blk.{layer}.{target}.{suffix}", stem)
         experts = self._architecture.experts

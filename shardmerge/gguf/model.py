@@ -14,112 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardmerge.gguf.architectures import ARCHITECTURES, Architecture
-
-#: What transformers' config class of a ``model_type`` assumes. Source: its configuration_*.py; a test compares.
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "llama": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-    },
-    "mistral": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-6,
-    },
-    "mixtral": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-    },
-    "qwen2": {
-        "vocab_size": 151936,
-        "hidden_size": 4096,
-        "intermediate_size": 22016,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-    },
-    "qwen3": {
-        "vocab_size": 151936,
-        "hidden_size": 4096,
-        "intermediate_size": 22016,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-    },
-    "qwen3_moe": {
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768,
-    },
-    "gemma2": {
-        "vocab_size": 256000,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-6,
-        "sliding_window": 4096,
-        "final_logit_softcapping": 30.0,
-        "attn_logit_softcapping": 50.0,
-    },
-    "gemma3_text": {
-        "vocab_size": 262208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-6,
-        "sliding_window": 4096,
-    },
-    "phi3": {
-        "vocab_size": 32064,
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 4096,
-        "original_max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-    },
-}
+from shardmerge.gguf.defaults import DEFAULTS
 
 #: Above these a config is broken, and believing it would take memory without end.
 _MOST = (1 << 31) - 1
@@ -181,6 +76,10 @@ class Model:
     attention_softcap: float | None
     final_softcap: float | None
     causal: bool
+    #: Tensors of a layer that have a bias, by their names in transformers.
+    biases: frozenset[str]
+    #: The config's own, or its text part's, with transformers' defaults.
+    settings: Mapping[str, Any]
 
     @property
     def rope_dimensions(self) -> int:
@@ -310,7 +209,23 @@ def _read(architecture: Architecture, settings: Mapping[str, Any], reader: _Read
         attention_softcap,
         final_softcap,
         settings.get("is_causal") is not False,
+        _biases(architecture.model_type, settings),
+        settings,
     )
+
+
+_ATTENTION = frozenset({f"self_attn.{name}_proj" for name in "qkvo"})
+_MLP = frozenset({f"mlp.{name}_proj" for name in ("gate", "up", "down")})
+
+
+def _biases(model_type: str, settings: Mapping[str, Any]) -> frozenset[str]:
+    """The layers' biases that transformers makes and llama.cpp adds."""
+    if model_type == "qwen2":
+        return _ATTENTION - {"self_attn.o_proj"}
+    if model_type != "llama":
+        return frozenset()
+    attention, mlp = (bool(settings.get(key)) for key in ("attention_bias", "mlp_bias"))
+    return (_ATTENTION if attention else frozenset()) | (_MLP if mlp else frozenset())
 
 
 def _rope(model_type: str, settings: Mapping[str, Any], context: int) -> tuple[Rope | None, float | None]:
@@ -356,28 +271,32 @@ def _made(settings: dict[str, Any]) -> Rope | None:
     return Rope(kind, float(theta), settings)
 
 
+#: Whose heads make up the hidden size in llama.cpp, and whose attention has biases in transformers only.
+_OF_WHOLE_WIDTH = frozenset({"qwen2", "phi3"})
+_WITHOUT_BIASES = frozenset({"qwen3", "qwen3_moe", "gemma2", "gemma3_text"})
+
+
 def _what_it_cannot_say(model: Model, settings: Mapping[str, Any]) -> list[str]:
-    """What a config asks for and llama.cpp, or its converter, does not do for this architecture."""
+    """Why llama.cpp would not load a file of this model, or could not be told its numbers."""
     architecture, rope, problems = model.architecture, model.rope, []
     if any(key in rope.settings for key in ("full_attention", "sliding_attention")):
         problems.append(f"config.json: rope settings by kind of layer are not supported for {architecture.hf_class}")
-    elif rope.kind != "default" and rope.kind not in architecture.rope_types:
-        known = ", ".join(sorted({"default", *architecture.rope_types}))
-        problems.append(
-            f"config.json: rope type {rope.kind!r} is not supported for {architecture.hf_class} in GGUF: {known}"
-        )
     elif rope.kind in ("linear", "yarn") and not isinstance(rope.settings.get("factor"), (int, float)):
         problems.append(f"config.json: rope type {rope.kind!r} needs a factor, a number")
     if architecture.name == "phi3":
         problems += _phi3_problems(model)
-    elif isinstance(partial := rope.settings.get("partial_rotary_factor"), (int, float)) and partial != 1:
-        problems.append(f"config.json: partial_rotary_factor is {partial}; {architecture.hf_class} rotates whole heads")
     if model.hidden % model.heads and model.head_dim is None:
         problems.append(f"config.json: hidden_size {model.hidden} is no multiple of the {model.heads} attention heads")
-    if architecture.name == "gemma3" and settings.get("use_bidirectional_attention"):
-        problems.append("config.json: use_bidirectional_attention is not supported: that is an embedding model")
-    if architecture.name == "gemma3" and model.attention_softcap is not None:
-        problems.append("config.json: attn_logit_softcapping is set; llama.cpp's Gemma 3 has none")
+    if architecture.model_type in _OF_WHOLE_WIDTH and model.head_dim not in (None, model.hidden // model.heads):
+        problems.append(
+            f"config.json: head_dim is {model.head_dim}, but llama.cpp's {architecture.hf_class} has heads of "
+            f"hidden_size / num_attention_heads = {model.hidden // model.heads}, and would not load the file"
+        )
+    if architecture.model_type in _WITHOUT_BIASES and settings.get("attention_bias"):
+        problems.append(
+            f"config.json: attention_bias is true; llama.cpp's {architecture.hf_class} has no biases, and would not "
+            "load the file"
+        )
     if architecture.model_type == "qwen3_moe":
         sparse = settings.get("decoder_sparse_step", 1) == 1 and not settings.get("mlp_only_layers")
         if not sparse:

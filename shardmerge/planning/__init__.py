@@ -45,7 +45,7 @@ from shardmerge.version import __version__
 __all__ = ["bytes_read", "make_plan"]
 
 #: Raised when the same plan comes to mean other bytes, so that unfinished work of an older version is not mixed in.
-_DIGEST_VERSION = 3
+_DIGEST_VERSION = 4
 
 Opened = TypeVar("Opened")
 
@@ -96,7 +96,10 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
     if config.output.format == "gguf":
         from shardmerge.planning import gguf_file
 
-        file = gguf_file.lay_out(layout, matches.updates, aux.files, output.name, config.output.quantization)
+        out = config.output
+        file = gguf_file.lay_out(
+            layout, matches.updates, aux.files, output.name, out.quantization, out.allow_config_loss
+        )
         left_out = [note for note in aux.of_tokenizer if file.problems and "tokenizer.model" in note]
         layout, problems = file.layout, [*problems, *file.problems, *left_out]
         aux.files[:] = file.aux

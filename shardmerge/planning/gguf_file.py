@@ -24,6 +24,9 @@ from shardmerge.spec import (
     row_nbytes,
 )
 
+_ALLOW = "output.allow_config_loss: true (--allow-config-loss) writes a file that computes something else"
+_ALLOWED = "The file was asked for without it (allow_config_loss), so it computes something else than transformers does"
+
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
@@ -47,9 +50,16 @@ class _Merged:
 
 
 def lay_out(
-    checkpoint: Layout, updates: Mapping[str, Sequence[Update]], aux: Sequence[AuxFile], name: str, quantization: str
+    checkpoint: Layout,
+    updates: Mapping[str, Sequence[Update]],
+    aux: Sequence[AuxFile],
+    name: str,
+    quantization: str,
+    allow_loss: bool = False,
 ) -> GgufFile:
     """Lay out ``name``-``quantization``.gguf instead of the merged ``checkpoint``, which ``aux`` would lie beside.
+
+    What of the config the file would not say is a problem, or with ``allow_loss`` a warning.
 
     Weights are rounded to what the checkpoint would hold before they are quantised: so the file is the one that
     converting the checkpoint would give.
@@ -69,7 +79,9 @@ def lay_out(
     layout = gguf.lay_out(model, merged, kind)
     description = gguf.describe(model, layout, kind, contents, name)
     lost = [f"{target} is updated, but is no part of the GGUF file" for target in layout.dropped if updates.get(target)]
-    problems = (*problems, *layout.problems, *description.problems, *lost)
+    of_config = gguf.losses(model)
+    refused = () if allow_loss else tuple(f"{loss}. {_ALLOW}" for loss in of_config)
+    problems = (*problems, *refused, *layout.problems, *description.problems, *lost)
     if problems:
         return GgufFile(nothing, problems=problems)
     stored = {tensor.source.name: tensor for shard in checkpoint.shards for tensor in shard.tensors}
@@ -80,7 +92,8 @@ def lay_out(
     config_file = next(file.source for file in aux if file.name == "config.json")
     beside = AuxFile("Modelfile", config_file, text)
     made_of = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    return GgufFile(Layout((shard,), None), (beside,), warnings=description.warnings, made_of=made_of)
+    warnings = (*description.warnings, *gguf.notes(model), *(f"{loss}. {_ALLOWED}" for loss in of_config))
+    return GgufFile(Layout((shard,), None), (beside,), warnings=warnings, made_of=made_of)
 
 
 def _content(file: AuxFile) -> bytes:
