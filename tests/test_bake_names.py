@@ -108,7 +108,7 @@ def ties(name: str, model: Any) -> list[str]:
     config = names_zoo.config_of(model)
     bare = {key: value for key, value in config.items() if key != "tie_word_embeddings"}
     expected = {head: source for head, source in expected.items() if source in shapes}
-    found = [Names(each, shapes).tied_heads() for each in (config, bare)]
+    found = [Names(each, shapes).tied for each in (config, bare)]
     return [f"{name}: tied: {each}, not {expected}" for each in found if each != expected]
 
 

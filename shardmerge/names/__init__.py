@@ -6,5 +6,6 @@ that wrote them. ``shardmerge/data`` holds what transformers does to names and t
 
 from shardmerge.names.places import Parameter, Place
 from shardmerge.names.resolver import Names
+from shardmerge.names.ties import Tie, is_head
 
-__all__ = ["Names", "Parameter", "Place"]
+__all__ = ["Names", "Parameter", "Place", "Tie", "is_head"]

@@ -30,8 +30,10 @@ class Architecture:
     experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     #: Whether those keep their matrices as (in, out).
     transposed_experts: bool = False
-    #: Tied weight → the embedding's.
+    #: Tied weight → the one that it is, # standing for the same number in both.
     tied: Mapping[str, str] = field(default_factory=dict)
+    #: Weights that are tied to others of other numbers, # standing for them: how many there are, nothing here says.
+    across: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ def _architecture(name: str, entry: Mapping[str, Any]) -> Architecture:
         {module: tuple(names) for module, names in entry.get("experts", {}).items()},
         entry.get("transposed", False),
         entry.get("tied", {}),
+        frozenset(entry.get("across", ())),
     )
 
 

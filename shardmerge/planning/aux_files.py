@@ -13,6 +13,7 @@ from shardmerge.adapter_file import AdapterFile
 from shardmerge.checkpoint import Checkpoint
 from shardmerge.config import AdapterConfig
 from shardmerge.journal import RECORD_NAME
+from shardmerge.planning.tied import without_ties
 from shardmerge.planning.vocabulary import vocabulary_size
 from shardmerge.sources import Source, directory_of
 from shardmerge.spec import AuxFile
@@ -123,11 +124,7 @@ def _with_changes(text: bytes, config: Mapping[str, Any], changes: Mapping[str, 
         old = vocabulary_size(config)
         changed = _replace(changed, ("vocab_size",), lambda value: value == old, changes["vocab_size"])
     if "tie_word_embeddings" in changes:
-        changed = _replace(changed, ("tie_word_embeddings",), lambda value: True, False)
-        # Where the key is missing, the architecture's default holds, which may be the other.
-        changed["tie_word_embeddings"] = changes["tie_word_embeddings"]
-        if isinstance(text_config := changed.get("text_config"), dict):
-            changed["text_config"] = {**text_config, "tie_word_embeddings": changes["tie_word_embeddings"]}
+        changed = without_ties(changed)
     if changed == config:
         return None
     ending = "\n" if text.endswith(b"\n") else ""
