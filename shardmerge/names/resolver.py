@@ -272,6 +272,14 @@ class Names:
         return dict(sorted((other, tie.main) for tie in self.ties for other in tie.others))
 
     @cached_property
+    def tied_as_spoken(self) -> Mapping[str, str]:
+        """Other names of weights, here and in memory → here."""
+        return {
+            **{name: name for name in self.tied},
+            **{spoken: name for tie in self.ties for spoken, name in tie.spoken},
+        }
+
+    @cached_property
     def across(self) -> frozenset[str]:
         """Names in memory, # for numbers, of weights tied across numbers: to how many, the table cannot say."""
         prefixes = {part.path: f"{part.path}." if part.path else "" for part in self._tying_parts}

@@ -48,6 +48,8 @@ class Tie:
     main: str
     #: The others, stored or not. None are known where nobody knows what a head would be called.
     others: tuple[str, ...]
+    #: In memory, what those are called that are called otherwise there, and their names here.
+    spoken: tuple[tuple[str, str], ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -161,4 +163,5 @@ def tie_of(
     named = {name: found or style(name) for name, found in members.items()}
     main = named[there[0]]
     others = dict.fromkeys(name for name in named.values() if name != main)
-    return Tie(named[source], main, tuple(others)) if others else None
+    spoken = tuple((name, here) for name, here in named.items() if here in others and here != name)
+    return Tie(named[source], main, tuple(others), spoken) if others else None

@@ -47,9 +47,9 @@ class Untied:
 
 def tied_parameter(names: Names, module: str, parameter: str) -> Parameter | None:
     """The parameter of a module that is tied and so not stored: the stored one's, by the module's name."""
-    target, tied = f"{module}.{parameter}", names.tied
-    alike = [name for name in tied if target.endswith(f".{name}") or name.endswith(f".{target}")]
-    name = target if target in tied else alike[0] if len(alike) == 1 else None
+    target, spoken = f"{module}.{parameter}", names.tied_as_spoken
+    alike = {of for name, of in spoken.items() if target.endswith(f".{name}") or name.endswith(f".{target}")}
+    name = spoken.get(target) or (alike.pop() if len(alike) == 1 else None)
     if name is None and not names.knows_ties and stands_for(names, target):
         name = target
     main = None if name is None else stands_for(names, name)
