@@ -24,11 +24,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 SAMPLE = (
+    "BartForConditionalGeneration",
     "BertForMaskedLM",
     "CLIPModel",
     "CLIPVisionModel",
     "DeepseekV3ForCausalLM",
     "Dinov2Model",
+    "DiffusionGemmaForBlockDiffusion",
     "Ernie4_5_VLMoeForConditionalGeneration",
     "GPT2LMHeadModel",
     "GPTNeoXForCausalLM",
@@ -54,6 +56,7 @@ SAMPLE = (
     "Qwen3VLMoeForConditionalGeneration",
     "SiglipModel",
     "Step3p7ForConditionalGeneration",
+    "SeamlessM4TModel",
     "T5ForConditionalGeneration",
     "ViTForImageClassification",
     "WhisperForConditionalGeneration",

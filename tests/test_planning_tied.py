@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import shardmerge
 from shardmerge import PlanError
 from shardmerge.errors import FormatError
 from shardmerge.names import Names
+from shardmerge.names.table import table
 from shardmerge.planning.tied import tied_parameter
 from tests import zoo
 from tests.builders import (
@@ -613,6 +616,24 @@ def test_ties_across_numbers_cannot_be_undone(tmp_path: Path) -> None:
     found, _, warnings = merged(place, tied="peft")
     assert not torch.equal(found["class_embed.0.weight"], base["class_embed.0.weight"])
     assert any("stays one tensor" in warning for warning in warnings)
+
+
+def test_a_tie_of_what_is_stored_in_parts_cannot_be_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No class has one today."""
+    known = table().architectures
+    experts = "model.layers.0.mlp.experts.gate_up_proj"
+    tied = {**known["MixtralForCausalLM"].tied, "model.twin": experts}
+    monkeypatch.setitem(known, "MixtralForCausalLM", dataclasses.replace(known["MixtralForCausalLM"], tied=tied))  # type: ignore[arg-type]
+    base = {"model.embed_tokens.weight": BASE}
+    for expert, part in itertools.product(range(2), ("w1", "w3")):
+        base[f"model.layers.0.block_sparse_moe.experts.{expert}.{part}.weight"] = torch.ones(6, HIDDEN)
+    place = make(tmp_path, embedding())
+    for file in place.base.glob("*.safetensors*"):
+        file.unlink()
+    config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "tie_word_embeddings": True}
+    write_base(place.base, base, shards=1, config=config)
+    with pytest.raises(PlanError, match=f"{experts}, which is tied as well, is not stored as one tensor"):
+        shardmerge.plan(place.config())
 
 
 # --- several adapters -------------------------------------------------------------------------------------------------

@@ -174,10 +174,9 @@ def inputs(model: Any) -> list[dict[str, Any]]:
     every = {key: value for key, value in more.items() if key in takes}
     found = [{**base, **without_pixels}, {**base, **every}, base, every]
     if "input_features" in takes:
-        for mels in {
-            getattr(part, "num_mel_bins", None) or getattr(part, "input_feat_per_channel", 80)
-            for part in _parts(model.config)
-        }:
+        keys = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
+        sizes = {getattr(part, key, None) for part in _parts(model.config) for key in keys} - {None}
+        for mels in map(int, sizes):
             frames = 2 * getattr(model.config, "max_source_positions", 40)
             features = torch.randn(1, mels, frames, generator=random)
             found += [{**without_pixels, "input_features": features}]

@@ -257,14 +257,24 @@ class Names:
         """
         if not self.knows_ties:
             return tuple(tying.guessed(self._config, self._shapes))
+        groups = self._tied_in_memory
+        found = (tying.tie_of(source, groups[source], self._stored_whole, self._style) for source in sorted(groups))
+        return tuple(tie for tie in found if tie)
+
+    @cached_property
+    def tied_in_parts(self) -> frozenset[str]:
+        """Names in memory of tied weights that the checkpoint does not store as one tensor, or not by themselves."""
+        names = (name for source, targets in self._tied_in_memory.items() for name in (source, *targets))
+        return frozenset(name for name in names if not self._stored_whole(name) and self._resolved(name) != "")
+
+    @cached_property
+    def _tied_in_memory(self) -> Mapping[str, list[str]]:
         pairs: dict[str, str] = {}
         for part in self._tying_parts:
             prefix = f"{part.path}." if part.path else ""
             declared = {prefix + target: prefix + source for target, source in part.architecture.tied.items()}
             pairs |= dict(tying.expanded(declared, self._numbers if any("#" in name for name in declared) else {}))
-        groups = tying.grouped(pairs)
-        found = (tying.tie_of(source, groups[source], self._stored_whole, self._style) for source in sorted(groups))
-        return tuple(tie for tie in found if tie)
+        return tying.grouped(pairs)
 
     @cached_property
     def tied(self) -> Mapping[str, str]:
@@ -304,10 +314,13 @@ class Names:
             yield name
             yield from self._with_other_prefix(name)
 
+    def _resolved(self, name: str) -> Parameter | str:
+        module, _, parameter = name.rpartition(".")
+        return self.resolve(module, parameter)
+
     def _stored_whole(self, name: str) -> str | None:
         """The stored tensor that is all of a parameter, and nothing else."""
-        module, _, parameter = name.rpartition(".")
-        found = self.resolve(module, parameter)
+        found = self._resolved(name)
         if not isinstance(found, Parameter) or len(found.places) != 1:
             return None
         tensor = found.places[0].tensor

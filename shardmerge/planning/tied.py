@@ -278,6 +278,8 @@ class _Resolving:
                 f"the model cannot be untied: so would {across[0]}, and how many are tied to it the model's code alone "
                 "can say"
             )
+        if parts := sorted(self.names.tied_in_parts - self._after.tied_in_parts):
+            return f"the model cannot be untied: {parts[0]}, which is tied as well, is not stored as one tensor"
         if still := [name for name in self.joined[tie] if name in self._after.tied]:
             return f"{still[0]} stays tied whatever config.json says"
         return None
