@@ -176,11 +176,11 @@ class MergeConfig(_Section):
     )
     adapters: Annotated[tuple[AdapterConfig, ...], AfterValidator(_some)]
     output: OutputConfig
-    tied: Literal["untie", "peft"] = Field(
-        default="untie",
-        description="Where the base ties its output head to the input embedding and an adapter updates one of them: "
-        "untie writes both, so that the merged model computes what base and adapter computed; peft does as PEFT's "
-        "merge does.",
+    tied: Literal["auto", "untie", "peft"] = Field(
+        default="auto",
+        description="Where the base ties weights, its output head to the input embedding say, and an adapter updates "
+        "one of them: untie writes each, so that the merged model computes what base and adapter computed; peft does "
+        "as PEFT's merge does; auto unties, and where the architecture is not known refuses until one is chosen.",
     )
     compute: ComputeConfig = Field(default_factory=lambda: ComputeConfig.model_validate({}))
 

@@ -190,7 +190,10 @@ def combinations(model: Any) -> Iterator[tuple[str, Outcome]]:
 
 
 def tied(model: Any) -> dict[str, str]:
-    """Names in memory of the weights that transformers ties to an embedding → the embedding's."""
-    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
+    """Names in memory of the weights that transformers ties → the one that each is; but for ties across numbers."""
     pairs = getattr(model, "all_tied_weights_keys", {})  # some base classes are never finished
-    return {head: source for head, source in pairs.items() if source in embeddings and head.endswith("weight")}
+    return {target: source for target, source in pairs.items() if _numbers(target) == _numbers(source)}
+
+
+def _numbers(name: str) -> list[str]:
+    return [segment for segment in name.split(".") if segment.isdecimal()]

@@ -24,11 +24,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 SAMPLE = (
+    "BartForConditionalGeneration",
     "BertForMaskedLM",
     "CLIPModel",
     "CLIPVisionModel",
     "DeepseekV3ForCausalLM",
     "Dinov2Model",
+    "DiffusionGemmaForBlockDiffusion",
     "Ernie4_5_VLMoeForConditionalGeneration",
     "GPT2LMHeadModel",
     "GPTNeoXForCausalLM",
@@ -54,6 +56,7 @@ SAMPLE = (
     "Qwen3VLMoeForConditionalGeneration",
     "SiglipModel",
     "Step3p7ForConditionalGeneration",
+    "SeamlessM4TModel",
     "T5ForConditionalGeneration",
     "ViTForImageClassification",
     "WhisperForConditionalGeneration",
@@ -108,7 +111,7 @@ def ties(name: str, model: Any) -> list[str]:
     config = names_zoo.config_of(model)
     bare = {key: value for key, value in config.items() if key != "tie_word_embeddings"}
     expected = {head: source for head, source in expected.items() if source in shapes}
-    found = [Names(each, shapes).tied_heads() for each in (config, bare)]
+    found = [Names(each, shapes).tied for each in (config, bare)]
     return [f"{name}: tied: {each}, not {expected}" for each in found if each != expected]
 
 

@@ -123,7 +123,7 @@ def test_defaults(tmp_path: Path) -> None:
                 "scaling": None,
             },
         ),
-        "tied": "untie",
+        "tied": "auto",
         "output": {
             "path": "merged",
             "dtype": "same",

@@ -455,18 +455,18 @@ EMBEDDING = "model.embed_tokens.weight"
     ],
 )
 def test_tied_heads_follow_the_config_and_its_default(more: dict[str, Any], tied: bool) -> None:
-    heads = Names(config("LlamaForCausalLM", **more), {EMBEDDING: (50, 8)}).tied_heads()
+    heads = Names(config("LlamaForCausalLM", **more), {EMBEDDING: (50, 8)}).tied
     assert heads == ({"lm_head.weight": EMBEDDING} if tied else {})
 
 
 def test_tied_heads_by_the_classes_default() -> None:
-    assert Names(config("GemmaForCausalLM"), {EMBEDDING: (50, 8)}).tied_heads() == {"lm_head.weight": EMBEDDING}
-    assert Names(config("GPT2LMHeadModel"), {"wte.weight": (50, 8)}).tied_heads() == {"lm_head.weight": "wte.weight"}
+    assert Names(config("GemmaForCausalLM"), {EMBEDDING: (50, 8)}).tied == {"lm_head.weight": EMBEDDING}
+    assert Names(config("GPT2LMHeadModel"), {"wte.weight": (50, 8)}).tied == {"lm_head.weight": "wte.weight"}
 
 
 def test_a_stored_head_is_tied_all_the_same() -> None:
     shapes: Shapes = {EMBEDDING: (50, 8), "lm_head.weight": (50, 8)}
-    assert Names(config("GemmaForCausalLM"), shapes).tied_heads() == {"lm_head.weight": EMBEDDING}
+    assert Names(config("GemmaForCausalLM"), shapes).tied == {"lm_head.weight": EMBEDDING}
 
 
 @pytest.mark.parametrize(
@@ -479,11 +479,11 @@ def test_a_stored_head_is_tied_all_the_same() -> None:
 def test_a_tied_head_has_the_name_of_its_checkpoints_style(embedding: str, head: str) -> None:
     for flag in ({"tie_word_embeddings": True}, {"text_config": {"tie_word_embeddings": True}}):
         names = Names(config("LlavaForConditionalGeneration", **flag), {embedding: (50, 8)})
-        assert names.tied_heads() == {head: embedding}
+        assert names.tied == {head: embedding}
 
 
 def test_an_encoder_and_a_decoder_share_an_embedding() -> None:
-    heads = Names(config("T5ForConditionalGeneration"), {"shared.weight": (50, 8)}).tied_heads()
+    heads = Names(config("T5ForConditionalGeneration"), {"shared.weight": (50, 8)}).tied
     assert heads["lm_head.weight"] == heads["encoder.embed_tokens.weight"] == "shared.weight"
 
 
@@ -511,7 +511,7 @@ def test_a_config_of_wrong_types_is_no_bug(base: dict[str, Any]) -> None:
         module, _, parameter = name.rpartition(".")
         assert names.resolve(module, parameter) is not None
     assert names.registered_parameters("%s") == ()
-    names.tied_heads()
+    assert names.tied is not None
     targets = [
         (module, "weight") for module in ("a.layers.0.b", "layers.99999999999999999999.b", "", "0", "..", "lm_head")
     ]

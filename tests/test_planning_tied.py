@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from torch import Tensor
 
 import shardmerge
 from shardmerge import PlanError
+from shardmerge.errors import FormatError
 from shardmerge.names import Names
+from shardmerge.names.table import table
 from shardmerge.planning.tied import tied_parameter
 from tests import zoo
 from tests.builders import (
@@ -418,3 +422,312 @@ def test_a_weight_scales_what_was_learned_and_not_the_copy_of_the_base(tmp_path:
     place = make(tmp_path, {**embedding(), **copy})
     found, _, _ = merged(place, adapters=[{"path": str(place.adapter), "weight": 0.5}])
     assert torch.allclose(found[EMBED], BASE + 0.5 * delta(embedding()), rtol=0, atol=1e-6)
+
+
+# --- a head that is stored with values of its own ---------------------------------------------------------------------
+
+
+def copies(module: str, tensor: Tensor = BASE) -> dict[str, Tensor]:
+    """What PEFT saves of a targeted embedding or head besides the factors."""
+    return {f"{P}{module}.base_layer.weight": tensor.clone()}
+
+
+def with_head(place: Place, head_weight: Tensor, **config: Any) -> Place:
+    """The base has a head, though its config says that it is tied."""
+    tensors = {**llama_tensors(tied=True), HEAD: head_weight}
+    write_base(place.base, tensors, config=model_config(tie_word_embeddings=True, vocab_size=VOCAB, **config))
+    return place
+
+
+OTHER = random_tensor((VOCAB, HIDDEN), 77)
+
+
+@pytest.mark.parametrize("tied", ["auto", "untie", "peft"])
+@pytest.mark.parametrize("side", ["embedding", "head"])
+def test_a_head_of_other_values_is_nobodys_copy(tmp_path: Path, side: str, tied: str) -> None:
+    """As transformers 5 loads it: it compares the values and ties only what is equal."""
+    trained = {**embedding(), **copies("model.embed_tokens")}
+    if side == "head":
+        trained = {**head(), **copies("lm_head", OTHER)}
+    found, told, _ = merged(with_head(make(tmp_path, trained), OTHER), tied=tied)
+    wanted = {EMBED: BASE, HEAD: OTHER + delta(head())}
+    if side == "embedding":
+        wanted = {EMBED: BASE + delta(embedding()), HEAD: OTHER}
+    for name, tensor in wanted.items():
+        assert torch.allclose(found[name], tensor, rtol=0, atol=1e-6), name
+    assert told["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("tied", ["auto", "peft"])
+def test_a_head_of_equal_values_is_tied(tmp_path: Path, tied: str) -> None:
+    place = with_head(make(tmp_path, {**embedding(), **copies("model.embed_tokens", OTHER)}), BASE.clone())
+    found, told, _ = merged(place, tied=tied)
+    assert torch.allclose(found[EMBED], OTHER + delta(embedding()), rtol=0, atol=1e-6)
+    assert torch.allclose(found[HEAD], found[EMBED] if tied == "peft" else OTHER, rtol=0, atol=1e-6)
+    assert told["tie_word_embeddings"] is (tied == "peft")
+
+
+def test_a_resized_vocabulary_beside_a_head_of_other_values(tmp_path: Path) -> None:
+    """Both were saved, and neither is the other's."""
+    tensors = {**peft_tensors((Q0,)), **saved("model.embed_tokens", MORE), **saved("lm_head", MORE, 6)}
+    found, told, _ = merged(with_head(make(tmp_path, tensors), OTHER))
+    assert torch.equal(found[EMBED], random_tensor((MORE, HIDDEN), 5))
+    assert torch.equal(found[HEAD], random_tensor((MORE, HIDDEN), 6)) and told["vocab_size"] == MORE
+
+
+def test_the_last_row_alone_is_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values are compared to the end, a block at a time."""
+    monkeypatch.setattr("shardmerge.planning.tied._BLOCK", 1000)
+    almost = BASE.clone()
+    almost[-1, -1] += 1
+    place = with_head(make(tmp_path, {**embedding(), **copies("model.embed_tokens", OTHER)}), almost)
+    assert torch.equal(merged(place)[0][HEAD], almost)
+
+
+def test_only_the_head_is_stored(tmp_path: Path) -> None:
+    """transformers ties the embedding to it then; untied, both must be there."""
+    place = make(tmp_path, embedding())
+    stored_head = {HEAD if name == EMBED else name: tensor for name, tensor in llama_tensors(tied=True).items()}
+    write_base(place.base, stored_head, config=model_config(tie_word_embeddings=True, vocab_size=VOCAB))
+    found, told, _ = merged(place)
+    assert torch.allclose(found[EMBED], BASE + delta(embedding()), rtol=0, atol=1e-6)
+    assert torch.equal(found[HEAD], BASE) and told["tie_word_embeddings"] is False
+
+
+def test_only_the_head_is_stored_and_stays_tied(tmp_path: Path) -> None:
+    place = make(tmp_path, tokens("model.embed_tokens"), trainable_token_indices=[3, 60])
+    stored_head = {HEAD if name == EMBED else name: tensor for name, tensor in llama_tensors(tied=True).items()}
+    write_base(place.base, stored_head, config=model_config(tie_word_embeddings=True, vocab_size=VOCAB))
+    found, told, _ = merged(place)
+    assert EMBED not in found and told["tie_word_embeddings"] is True
+    assert torch.equal(found[HEAD][[3, 60]], random_tensor((2, HIDDEN), 7))
+
+
+# --- architectures that the table does not know -----------------------------------------------------------------------
+
+
+def unknown(place: Place, tensors: dict[str, Tensor] | None = None, **config: Any) -> Place:
+    """A base of its own code."""
+    there = llama_tensors(tied=True) if tensors is None else tensors
+    write_base(place.base, there, config={"model_type": "of-its-own-code", "vocab_size": VOCAB, **config})
+    return place
+
+
+@pytest.mark.parametrize("says", [{}, {"tie_word_embeddings": True}, {"text_config": {"tie_word_embeddings": True}}])
+@pytest.mark.parametrize("tensors", [embedding(), head(), {**embedding(), **copies("model.embed_tokens")}])
+def test_a_tie_that_nobody_knows_of_is_asked_for(tmp_path: Path, tensors: dict[str, Tensor], says: Any) -> None:
+    place = unknown(make(tmp_path, tensors), **says)
+    with pytest.raises(PlanError, match=r"which shardmerge does not know: choose tied: peft, .* or tied: untie"):
+        shardmerge.plan(place.config())
+
+
+@pytest.mark.parametrize("tensors", [embedding(), head()], ids=["embedding", "head"])
+def test_a_tie_that_nobody_knows_of_is_undone_on_request(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    found, told, _ = merged(unknown(make(tmp_path, tensors)), tied="untie")
+    touched = EMBED if tensors.keys() == embedding().keys() else HEAD
+    both = {EMBED: BASE, HEAD: BASE, touched: BASE + delta(tensors)}
+    for name, wanted in both.items():
+        assert torch.allclose(found[name], wanted, rtol=0, atol=1e-6), name
+    assert told["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("tensors", [embedding(), head()], ids=["embedding", "head"])
+def test_a_tie_that_nobody_knows_of_is_kept_on_request(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    found, told, _ = merged(unknown(make(tmp_path, tensors)), tied="peft")
+    assert torch.allclose(found[EMBED], BASE + delta(tensors), rtol=0, atol=1e-6) and HEAD not in found
+    assert "tie_word_embeddings" not in told
+
+
+@pytest.mark.parametrize("tied", ["auto", "untie"])
+def test_a_head_whose_name_nobody_knows(tmp_path: Path, tied: str) -> None:
+    tensors = {name.replace("model.embed_tokens", "trunk.vocabulary"): of for name, of in embedding().items()}
+    base = {name.replace("model.embed_tokens", "trunk.vocabulary"): of for name, of in llama_tensors(tied=True).items()}
+    place = unknown(make(tmp_path, tensors), base)
+    with pytest.raises(PlanError, match="what its output head is called is not known"):
+        shardmerge.plan(place.config(tied=tied))
+    found, _, _ = merged(place, tied="peft")
+    assert torch.allclose(found["trunk.vocabulary.weight"], BASE + delta(embedding()), rtol=0, atol=1e-6)
+
+
+def test_a_head_that_the_adapter_names(tmp_path: Path) -> None:
+    """Its convention is none of ours."""
+    tensors = {name.replace("lm_head", "trunk.output_layer"): of for name, of in head().items()}
+    base = {name.replace("model.embed_tokens", "trunk.vocabulary"): of for name, of in llama_tensors(tied=True).items()}
+    found, _, _ = merged(unknown(make(tmp_path, tensors), base), tied="untie")
+    assert torch.allclose(found["trunk.output_layer.weight"], BASE + delta(head()), rtol=0, atol=1e-6)
+    assert torch.equal(found["trunk.vocabulary.weight"], BASE)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "base", "config"),
+    [
+        (peft_tensors((Q0,)), llama_tensors(tied=True), {"tie_word_embeddings": True}),
+        (embedding(), llama_tensors(tied=True), {"tie_word_embeddings": False}),
+        (embedding(), llama_tensors(), {}),
+        (head(), llama_tensors(), {"tie_word_embeddings": False}),
+        (head(), llama_tensors(), {"tie_word_embeddings": True}),
+        (tokens("model.embed_tokens"), llama_tensors(tied=True), {}),
+        ({**peft_tensors((Q0,)), **saved("model.embed_tokens", VOCAB + 3)}, llama_tensors(tied=True), {}),
+    ],
+    ids=["neither", "not tied", "head stored", "not tied, stored", "stored apart", "tokens", "resized"],
+)
+def test_nothing_to_ask(tmp_path: Path, tensors: Any, base: Any, config: Any) -> None:
+    """Where it is not tied, or one tensor was trained for both sides."""
+    place = make(tmp_path, tensors, trainable_token_indices=[3, 60])
+    found, told, _ = merged(unknown(place, base, **config))
+    assert found.keys() == base.keys()
+    assert told.get("tie_word_embeddings") == config.get("tie_word_embeddings")
+
+
+def test_equal_head_of_an_architecture_that_nobody_knows(tmp_path: Path) -> None:
+    base = {**llama_tensors(tied=True), HEAD: BASE.clone()}
+    place = unknown(make(tmp_path, head()), base, tie_word_embeddings=True)
+    with pytest.raises(PlanError, match="choose tied: peft"):
+        shardmerge.plan(place.config())
+    found, told, _ = merged(place, tied="untie")
+    assert torch.allclose(found[HEAD], BASE + delta(head()), rtol=0, atol=1e-6)
+    assert torch.equal(found[EMBED], BASE) and told["tie_word_embeddings"] is False
+
+
+def test_code_that_comes_with_a_model_of_a_known_type(tmp_path: Path) -> None:
+    """MPT's own code has no head at all, whatever transformers makes of the type."""
+    place = make(tmp_path, embedding())
+    config = {**model_config(tie_word_embeddings=True, vocab_size=VOCAB), "architectures": ["MyForCausalLM"]}
+    write_base(place.base, llama_tensors(tied=True), config={**config, "auto_map": {"AutoModelForCausalLM": "my.My"}})
+    with pytest.raises(PlanError, match="whether llama ties an output head to it is up to the model's code"):
+        shardmerge.plan(place.config())
+
+
+def test_ties_across_numbers_cannot_be_undone(tmp_path: Path) -> None:
+    place = make(
+        tmp_path,
+        {
+            f"{P}class_embed.0.lora_A.weight": random_tensor((RANK, HIDDEN), 1),
+            f"{P}class_embed.0.lora_B.weight": random_tensor((7, RANK), 2),
+        },
+    )
+    base = {"class_embed.0.weight": random_tensor((7, HIDDEN), 3), "model.decoder.norm.weight": torch.ones(4)}
+    for file in place.base.glob("*.safetensors*"):
+        file.unlink()
+    config = {"model_type": "deformable_detr", "architectures": ["DeformableDetrForObjectDetection"]}
+    write_base(place.base, base, shards=1, config=config)
+    with pytest.raises(PlanError, match=r"class_embed\.0\.weight, to which the model ties the same of other numbers"):
+        shardmerge.plan(place.config())
+    found, _, warnings = merged(place, tied="peft")
+    assert not torch.equal(found["class_embed.0.weight"], base["class_embed.0.weight"])
+    assert any("stays one tensor" in warning for warning in warnings)
+
+
+def test_a_tie_of_what_is_stored_in_parts_cannot_be_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No class has one today."""
+    known = table().architectures
+    experts = "model.layers.0.mlp.experts.gate_up_proj"
+    tied = {**known["MixtralForCausalLM"].tied, "model.twin": experts}
+    monkeypatch.setitem(known, "MixtralForCausalLM", dataclasses.replace(known["MixtralForCausalLM"], tied=tied))  # type: ignore[arg-type]
+    base = {"model.embed_tokens.weight": BASE}
+    for expert, part in itertools.product(range(2), ("w1", "w3")):
+        base[f"model.layers.0.block_sparse_moe.experts.{expert}.{part}.weight"] = torch.ones(6, HIDDEN)
+    place = make(tmp_path, embedding())
+    for file in place.base.glob("*.safetensors*"):
+        file.unlink()
+    config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "tie_word_embeddings": True}
+    write_base(place.base, base, shards=1, config=config)
+    with pytest.raises(PlanError, match=f"{experts}, which is tied as well, is not stored as one tensor"):
+        shardmerge.plan(place.config())
+
+
+# --- several adapters -------------------------------------------------------------------------------------------------
+
+
+def two(tmp_path: Path, first: dict[str, Tensor], second: dict[str, Tensor], *config: dict[str, Any]) -> dict[str, Any]:
+    """A plan's config of two adapters on a base that is not tied."""
+    configs = [*config, {}, {}]
+    place = make(tmp_path, first, **configs[0])
+    write_base(place.base, llama_tensors(), config=model_config(vocab_size=VOCAB))
+    more = write_peft(tmp_path / "second", second, config=peft_config(target_modules=None, **configs[1]))
+    return place.config(adapters=[str(place.adapter), str(more)])
+
+
+def result(config: dict[str, Any]) -> dict[str, Tensor]:
+    shardmerge.merge(config)
+    return read_tensors(Path(config["output"]["path"]))
+
+
+def test_two_adapters_with_copies_of_the_same_base_both_add(tmp_path: Path) -> None:
+    both = [{**embedding(seed), **copies("model.embed_tokens", llama_tensors()[EMBED])} for seed in (1, 11)]
+    found = result(two(tmp_path, *both))[EMBED]
+    wanted = llama_tensors()[EMBED] + delta(embedding(1)) + delta(embedding(11))
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-6)
+
+
+def test_two_adapters_on_a_resized_vocabulary(tmp_path: Path) -> None:
+    """The second's copy is the first's."""
+    grown = random_tensor((MORE, HIDDEN), 5)
+    larger = {**copies("model.embed_tokens", grown), **saved("lm_head", MORE, 6)}
+    factors = [
+        {
+            f"{P}model.embed_tokens.lora_embedding_A": random_tensor((RANK, MORE), seed, std=0.3),
+            f"{P}model.embed_tokens.lora_embedding_B": random_tensor((HIDDEN, RANK), seed + 1, std=0.3),
+        }
+        for seed in (1, 11)
+    ]
+    found = result(two(tmp_path, {**factors[0], **larger}, {**factors[1], **copies("model.embed_tokens", grown)}))
+    deltas = [2 * (b @ a).T for a, b in (list(of.values()) for of in factors)]
+    assert torch.allclose(found[EMBED], grown + deltas[0] + deltas[1], rtol=0, atol=1e-5)
+
+
+def test_a_later_copy_of_another_base_is_refused(tmp_path: Path) -> None:
+    config = two(tmp_path, embedding(), {**embedding(11), **copies("model.embed_tokens", OTHER)})
+    with pytest.raises(FormatError, match=r"copy of model\.embed_tokens\.weight differs from the base's in rows"):
+        shardmerge.merge(config)
+
+
+def test_a_later_copy_of_another_size_is_refused(tmp_path: Path) -> None:
+    config = two(tmp_path, embedding(), copies("model.embed_tokens", random_tensor((MORE, HIDDEN), 5)))
+    with pytest.raises(
+        PlanError, match=f"has {MORE} rows, but for adapter .* it has {VOCAB}: they were trained on diff"
+    ):
+        shardmerge.plan(config)
+
+
+def test_a_copy_after_a_trained_whole_is_refused(tmp_path: Path) -> None:
+    first = {"modules_to_save": ["embed_tokens"]}
+    second = {**embedding(), **copies("model.embed_tokens", llama_tensors()[EMBED])}
+    with pytest.raises(PlanError, match="would undo"):
+        shardmerge.plan(two(tmp_path, saved("model.embed_tokens"), second, first))
+
+
+def test_a_first_adapters_copy_is_what_peft_loads(tmp_path: Path) -> None:
+    """Though it is not the base's."""
+    second = {f"{P}{Q0}.lora_A.weight": torch.ones(RANK, HIDDEN), f"{P}{Q0}.lora_B.weight": torch.ones(HIDDEN, RANK)}
+    found = result(two(tmp_path, {**embedding(), **copies("model.embed_tokens", OTHER)}, second))
+    assert torch.allclose(found[EMBED], OTHER + delta(embedding()), rtol=0, atol=1e-6)
+
+
+def rows(*indices: int) -> dict[str, Any]:
+    return {"trainable_token_indices": list(indices)}
+
+
+@pytest.mark.parametrize(
+    ("first", "config"),
+    [
+        (embedding(), {}),
+        (saved("model.embed_tokens"), {"modules_to_save": ["embed_tokens"]}),
+        (tokens("model.embed_tokens"), rows(60, 4)),
+    ],
+    ids=["LoRA", "saved", "the same token"],
+)
+def test_later_trained_tokens_undo_what_was_done_before(tmp_path: Path, first: Any, config: Any) -> None:
+    with pytest.raises(PlanError, match=r"replaces rows of model\.embed_tokens\.weight, which would undo"):
+        shardmerge.plan(two(tmp_path, first, tokens("model.embed_tokens", 17), config, rows(3, 60)))
+
+
+def test_other_tokens_and_what_comes_after_them_undo_nothing(tmp_path: Path) -> None:
+    copy = {f"{P}model.embed_tokens.token_adapter.base_layer.weight": llama_tensors()[EMBED]}
+    first, second = {**tokens("model.embed_tokens"), **copy}, {**tokens("model.embed_tokens", 17), **copy}
+    config = two(tmp_path, first, second, rows(3, 60), rows(4, 5))
+    third = write_peft(tmp_path / "third", embedding(), config=peft_config(target_modules=None))
+    found = result({**config, "adapters": [*config["adapters"], str(third)]})[EMBED]
+    wanted = llama_tensors()[EMBED].clone()
+    wanted[[3, 60]], wanted[[4, 5]] = random_tensor((2, HIDDEN), 7), random_tensor((2, HIDDEN), 17)
+    assert torch.allclose(found, wanted + delta(embedding()), rtol=0, atol=1e-6)

@@ -14,7 +14,7 @@ The file's keys:
   from the config, see ``shardmerge.names.table.ties``; ``tasks`` (PEFT's task → class) and ``heads``, the tensors that
   some class of the type has beside its plain model.
 - ``architectures``: by class, ``type``, ``prefix`` (base_model_prefix), ``parts`` ([path, class, key of its config]),
-  ``conv1d``, ``experts``, ``transposed`` and ``gates``, ``output``, ``tied``, see
+  ``conv1d``, ``experts``, ``transposed`` and ``gates``, ``output``, ``tied`` and ``across``, see
   ``shardmerge.names.table.Architecture``; of a class that has a task, ``head`` (tensor → dimensions: a number,
   "labels", or [key of the config, default, times]) and ``needs``, see ``tools.bake_heads``.
 """
@@ -152,6 +152,7 @@ _ATTRIBUTES: dict[str, dict[str, Any]] = {
 
 #: Configs with which some classes have parts that their default lacks, to be asked as well.
 _VARIANTS: dict[str, dict[str, Any]] = {
+    "DeformableDetrConfig": {"with_box_refine": True, "two_stage": True},
     "GPT2Config": {"add_cross_attention": True},
     "Gemma4TextConfig": {
         "enable_moe_block": True,
@@ -341,7 +342,9 @@ def _describe(model: PreTrainedModel, architectures: dict[str, Any]) -> None:
     entry["conv1d"] = sorted(conv1d)
     entry["experts"] = dict(sorted(experts.items()))
     entry["output"] = _output(model)
-    entry["tied"] = _tied(model)
+    tied, across = _ties(model)
+    entry["tied"] = {**entry.get("tied", {}), **tied}
+    entry["across"] = sorted({*entry.get("across", ()), *across})
     for _, part in children:
         _describe(part, architectures)
 
@@ -366,8 +369,8 @@ def _own_modules(model: PreTrainedModel, children: set[str]) -> Iterator[tuple[s
 
 def _config_key(config: Any, part: Any) -> str | None:
     """Where in a model's config its part's config lies: "" the same one, None unknown."""
-    if part is config:
-        return ""
+    if part is config or type(part) is type(config):
+        return ""  # or a copy, with changes that are no part of the file
     own: list[tuple[str, Any]] = [
         (key, value) for key, value in vars(config).items() if isinstance(value, transformers.PretrainedConfig)
     ]
@@ -411,29 +414,36 @@ def _template(path: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "#", path)
 
 
-def _tied(model: PreTrainedModel) -> dict[str, str]:
-    """The class's own tied weights whose source is an embedding: tied weight → embedding."""
-    if not getattr(model, "_tied_weights_keys", None):
-        return {}
+def _ties(model: PreTrainedModel) -> tuple[dict[str, str], set[str]]:
+    """The class's own ties, whatever they are of: tied weight → the one that it is; and weights tied across numbers.
+
+    In both # stands for numbers where the class declares patterns or whole modules. Where a number of the one is that
+    of the other, a checkpoint that has the one tells of the other. Across numbers (``class_embed.3`` is
+    ``class_embed.0``) the model's config alone says how many there are, which the table does not know.
+    """
+    declared = getattr(model, "_tied_weights_keys", None)
+    if not declared:
+        return {}, set()
     before = getattr(model.config, "tie_word_embeddings", None)
     try:
         model.config.tie_word_embeddings = True
         pairs = model.get_expanded_tied_weights_keys(all_submodels=False)
     except Exception:  # patterns that do not fit the default config
-        return {}
+        return {}, set()
     finally:
         if before is not None:
             model.config.tie_word_embeddings = before
-    embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    return {
-        target: source
-        for target, source in sorted(pairs.items())
-        if target.endswith("weight") and _is_embedding(source, embeddings)
-    }
+    there = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+    pairs = {target: source for target, source in sorted(pairs.items()) if {target, source} <= there}
+    if pairs == {target: declared.get(target) for target in pairs}:
+        return pairs, set()
+    alike = {target for target, source in pairs.items() if _numbers(target) == _numbers(source)}
+    across = {_template(name) for target in pairs.keys() - alike for name in (target, pairs[target])}
+    return {_template(target): _template(pairs[target]) for target in sorted(alike)}, across
 
 
-def _is_embedding(name: str, embeddings: set[str]) -> bool:
-    return name.rpartition(".")[0] in embeddings
+def _numbers(name: str) -> list[str]:
+    return [segment for segment in name.split(".") if segment.isdecimal()]
 
 
 # --- model types ------------------------------------------------------------------------------------------------------
@@ -468,7 +478,7 @@ def model_types(found: dict[str, type[PreTrainedModel]], architectures: dict[str
                     entries.setdefault(model_type, {}).setdefault("roles", {}).setdefault(role, name)
     configs = {_config_class(cls).model_type: _config_class(cls) for cls in found.values()}
     for name, cls in found.items():
-        if architectures.get(name, {}).get("tied"):
+        if architectures.get(name, {}).get("tied") or architectures.get(name, {}).get("across"):
             config = _config_class(cls)
             configs[config.model_type] = config
     for model_type, config in sorted(configs.items()):

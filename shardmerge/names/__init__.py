@@ -8,5 +8,6 @@ from shardmerge.names.heads import LABELS, Head, head_for
 from shardmerge.names.places import Parameter, Place
 from shardmerge.names.resolver import Names
 from shardmerge.names.spoken import Speakers, Spoken
+from shardmerge.names.ties import Tie, is_head
 
-__all__ = ["LABELS", "Head", "Names", "Parameter", "Place", "Speakers", "Spoken", "head_for"]
+__all__ = ["LABELS", "Head", "Names", "Parameter", "Place", "Speakers", "Spoken", "Tie", "head_for", "is_head"]

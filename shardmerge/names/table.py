@@ -35,12 +35,14 @@ class Architecture:
     gates: str = ""
     #: The module that is the output head, "" where there is none.
     output: str = ""
-    #: Tied weight → the embedding's.
+    #: Tied weight → the one that it is, # standing for the same number in both.
     tied: Mapping[str, str] = field(default_factory=dict)
     #: Tensors of its head → their dimensions, and one tensor of each part that not every class of its type has; see
     #: `shardmerge.names.heads`.
     head: Mapping[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    #: Weights that are tied to others of other numbers, # standing for them: how many there are, nothing here says.
+    across: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,7 @@ def _architecture(name: str, entry: Mapping[str, Any]) -> Architecture:
         entry.get("tied", {}),
         entry.get("head", {}),
         tuple(entry.get("needs", ())),
+        frozenset(entry.get("across", ())),
     )
 
 

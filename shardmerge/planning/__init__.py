@@ -18,8 +18,9 @@ from shardmerge.garbage import give_back, no_garbage_collection
 from shardmerge.names import Names
 from shardmerge.planning import aux_files
 from shardmerge.planning.heads import resolve_heads
-from shardmerge.planning.match import match, undone
+from shardmerge.planning.match import match
 from shardmerge.planning.output_checks import absolute, check_place, check_space
+from shardmerge.planning.several import undone
 from shardmerge.planning.tied import resolve_ties
 from shardmerge.planning.tiling import tile_all
 from shardmerge.planning.vocabulary import resized

@@ -14,6 +14,7 @@ from shardmerge.checkpoint import Checkpoint, read_json
 from shardmerge.config import AdapterConfig
 from shardmerge.journal import RECORD_NAME
 from shardmerge.planning.other_weights import is_adapter, is_below, is_weights, needed_folders, sort_out
+from shardmerge.planning.tied import without_ties
 from shardmerge.planning.tokenizer import Files, take_tokenizer, without_template
 from shardmerge.planning.vocabulary import vocabulary_size
 from shardmerge.sources import LocalSource, Source, directory_of
@@ -115,11 +116,7 @@ def _with_changes(text: bytes, config: Mapping[str, Any], changes: Mapping[str, 
         old = vocabulary_size(config)
         changed = _replace(changed, ("vocab_size",), lambda value: value == old, changes["vocab_size"])
     if "tie_word_embeddings" in changes:
-        changed = _replace(changed, ("tie_word_embeddings",), lambda value: True, False)
-        # Where the key is missing, the architecture's default holds, which may be the other.
-        changed["tie_word_embeddings"] = changes["tie_word_embeddings"]
-        if isinstance(text_config := changed.get("text_config"), dict):
-            changed["text_config"] = {**text_config, "tie_word_embeddings": changes["tie_word_embeddings"]}
+        changed = without_ties(changed)
     changed |= {key: changes[key] for key in _HEAD_KEYS if key in changes}
     if "transformers_weights" in changes:
         changed["transformers_weights"] = changes["transformers_weights"]

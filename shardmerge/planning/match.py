@@ -17,13 +17,11 @@ from shardmerge.config import AdapterConfig
 from shardmerge.names import LABELS, Names, Speakers, head_for
 from shardmerge.naming import nearest
 from shardmerge.planning.quantised import has_packed, is_quantised
-from shardmerge.planning.tied import tied_parameter
+from shardmerge.planning.several import compare_copies, in_order, list_some, order_of, overlap, read_too_late
+from shardmerge.planning.tied import stands_for, tied_parameter
 from shardmerge.planning.unplaced import Unplaced, already_there, beside_of, first_of, named
 from shardmerge.planning.vocabulary import may_resize
 from shardmerge.spec import FACTOR_DTYPES, FLOAT_DTYPES, Parameter, Place, TensorRef, Update
-
-#: Problems of one kind that are listed one by one; of the rest only the number is said.
-_LISTED = 10
 
 
 @dataclass(slots=True)
@@ -45,47 +43,12 @@ def match(checkpoint: Checkpoint, names: Names, adapters: Sequence[tuple[Adapter
     for number, (config, adapter) in enumerate(adapters):
         one = _Matching(checkpoint, names, number, config, adapter, matches)
         matches.problems += [f"adapter {config.path}: {problem}" for problem in one.run()]
-    for updates in matches.updates.values():
-        # A frozen copy is compared with the base, so it comes before anything has been added.
-        updates.sort(key=lambda update: (_order(update) > 0, update.adapter, _order(update)))
-    matches.problems += _read_too_late(matches, adapters)
+    configs = [config for config, _ in adapters]
+    matches.problems += compare_copies(matches.updates, names.ties, configs)
+    for target, updates in matches.updates.items():
+        matches.updates[target] = in_order(updates)
+    matches.problems += read_too_late(matches.updates, matches.read, configs)
     return matches
-
-
-def _order(update: Update | ModuleUpdate) -> int:
-    return FAMILIES[update.family].order
-
-
-def undone(updates: Mapping[str, Sequence[Update]], adapters: Sequence[AdapterConfig]) -> list[str]:
-    """A whole tensor in place of the base's would undo what an adapter before it did."""
-    problems = []
-    for target, of_target in updates.items():
-        wholes = [update for update in of_target if update.family in ("replacement", "overwrite")]
-        lost = (
-            (before, update)
-            for update in wholes
-            for before in of_target
-            if before.adapter < update.adapter and _order(before) and _overlap(before.place, update.place)
-        )
-        for before, update in itertools.islice(lost, 1):
-            problems.append(
-                f"adapter {adapters[update.adapter].path} replaces {target} whole, which would undo what adapter "
-                f"{adapters[before.adapter].path} does to it; put it first, if that is what is meant"
-            )
-    return list_some(problems)
-
-
-def _read_too_late(matches: Matches, adapters: Sequence[tuple[AdapterConfig, AdapterFile]]) -> list[str]:
-    """An update that is made from the base's own weight would not see what an adapter before it did to it."""
-    problems = []
-    for target, number, name in matches.read:
-        before = [update.adapter for update in matches.updates.get(target, ()) if _order(update)]
-        if before and min(before) < number:
-            problems.append(
-                f"adapter {adapters[number][0].path}: {name} needs {target} as it is in the base, which adapter "
-                f"{adapters[min(before)][0].path} changes before; put it first, or merge one after the other"
-            )
-    return list_some(problems)
 
 
 class _Matching:
@@ -128,13 +91,13 @@ class _Matching:
         if not claims.updates:
             return problems if claims.problems else [*problems, "holds nothing that could be merged"]
         # What replaces comes first: a resized embedding may then be updated.
-        for update in sorted(claims.updates, key=_order):
+        for update in sorted(claims.updates, key=order_of):
             self._match(update)
         self._find_overlaps()
         self.misfits += already_there(self.regions)
         self.matches.warnings += [f"adapter {self.config.path}: {warning}" for warning in claims.warnings]
         adding = [update for update in claims.updates if FAMILIES[update.family].adds]
-        only = all(FAMILIES[update.family].adds or not _order(update) for update in claims.updates)
+        only = all(FAMILIES[update.family].adds or not order_of(update) for update in claims.updates)
         if only and adding and not any(update.scaling * self.config.weight for update in adding):
             self.matches.warnings.append(f"adapter {self.config.path}: every scaling is zero, so it changes nothing")
         return problems + list_some(self.unmatched) + list_some(self.misfits)
@@ -293,7 +256,7 @@ class _Matching:
 
     def _is_taken(self, update: ModuleUpdate, parameter: Parameter) -> bool:
         """Whether the adapter has updated this parameter before. A replaced or compared one may be updated, too."""
-        key = parameter.name, min(_order(update), 2)
+        key = parameter.name, min(order_of(update), 2)
         other = self.taken.setdefault(key, update)
         if other is update:
             return False
@@ -364,9 +327,9 @@ class _Matching:
         return None if isinstance(parameter, str) else (parameter, self._stored(parameter.places[0].tensor).dtype)
 
     def _stored(self, name: str) -> TensorRef:
-        """A stored tensor; of a head that is tied and so not stored, the embedding's."""
-        weight = self.checkpoint.weights.get(name) or self.checkpoint.weights[self.names.tied_heads()[name]]
-        return weight.tensor
+        """A stored tensor; of one that is tied and so not stored, the one that is."""
+        weights = self.checkpoint.weights
+        return weights[name if name in weights else stands_for(self.names, name) or name].tensor
 
     def _update(self, update: ModuleUpdate, parameter: Parameter, place: Place) -> Update:
         shape = _shape(update, parameter)
@@ -395,7 +358,7 @@ class _Matching:
             # A replaced tensor may be updated, too, but not replaced by two.
             kinds: defaultdict[int, list[tuple[Place, ModuleUpdate]]] = defaultdict(list)
             for place, update in regions:
-                kinds[min(_order(update), 2)].append((place, update))
+                kinds[min(order_of(update), 2)].append((place, update))
             for kind in (1, 2):
                 self._find_overlaps_of(target, kinds[kind])
 
@@ -407,7 +370,7 @@ class _Matching:
         for group in by_expert.values() or [[]]:
             ordered = sorted([*everywhere, *group], key=lambda item: item[0].stored_start)
             for (one, first), (other, second) in itertools.pairwise(ordered):
-                if _overlap(one, other):
+                if overlap(one, other):
                     self.misfits.append(
                         f"{first_of(first)} and {first_of(second)} both update {target}; a weight is updated once by "
                         "an adapter"
@@ -472,12 +435,6 @@ def _shape(update: ModuleUpdate, parameter: Parameter) -> tuple[int, ...]:
     return (*shape[:-2], shape[-1], shape[-2])
 
 
-def _overlap(one: Place, other: Place) -> bool:
-    if one.expert is not None and other.expert is not None and one.expert != other.expert:
-        return False
-    return one.stored_start < other.stored_start + other.rows and other.stored_start < one.stored_start + one.rows
-
-
 def _empty(tensors: Mapping[str, TensorRef], told: Set[str]) -> list[str]:
     return [
         f"{ref.name} is empty, {list(ref.shape)}: it was saved under ZeRO-3 without gathering its parts; save it again "
@@ -485,14 +442,3 @@ def _empty(tensors: Mapping[str, TensorRef], told: Set[str]) -> list[str]:
         for ref in tensors.values()
         if 0 in ref.shape and ref.name not in told
     ]
-
-
-def list_some(problems: Sequence[str | Callable[[], str]]) -> list[str]:
-    """The first problems of a kind; a wrong prefix gives the same one for every layer.
-
-    A problem that takes a search to say is given as a function, so that only those that are listed are searched for.
-    """
-    listed = [problem if isinstance(problem, str) else problem() for problem in problems[:_LISTED]]
-    if len(problems) > _LISTED:
-        listed.append(f"… and {len(problems) - _LISTED} more like the last")
-    return listed

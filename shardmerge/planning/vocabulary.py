@@ -51,7 +51,7 @@ def resized(
             and len(weight.tensor.shape) == 2
         ):
             rows[name] = old
-    rows |= {ref.name: ref.shape[0] for ref in added}
+    rows |= {ref.name: ref.shape[0] for ref in added if len(ref.shape) == 2}
     changed: dict[str, int] = {}
     for name, of in updates.items():
         for update in of:

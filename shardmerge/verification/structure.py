@@ -328,12 +328,15 @@ def _dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iter
 
 def _ties(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str]]:
     shapes = {name: info.shape for name, info in tensors.items()}
-    tied = Names(config, shapes).tied_heads()
+    names = Names(config, shapes)
+    if not names.knows_ties:
+        return
+    tied = names.tied
     inner = config.get("text_config")
     if_tied = {**config, "tie_word_embeddings": True}
     if isinstance(inner, dict):
         if_tied["text_config"] = {**inner, "tie_word_embeddings": True}
-    for head, embedding in Names(if_tied, shapes).tied_heads().items():
+    for head, embedding in Names(if_tied, shapes).tied.items():
         if head not in tied and head not in tensors:
             yield "tie_word_embeddings", f"config.json says that {head} is not tied to {embedding}, but it is not there"
         elif head in tied and head in tensors and tensors[head].shape != tensors[embedding].shape:

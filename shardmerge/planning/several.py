@@ -1,0 +1,147 @@
+"""Several adapters on one tensor: in which order, and what the one would undo of the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+
+from shardmerge.adapters import FAMILIES, ModuleUpdate
+from shardmerge.config import AdapterConfig
+from shardmerge.names import Tie
+from shardmerge.spec import Place, Update
+
+#: Families that put a whole tensor in the place of the base's.
+WHOLE = ("replacement", "overwrite")
+#: Problems of one kind that are listed one by one; of the rest only the number is said.
+_LISTED = 10
+
+
+def order_of(update: Update | ModuleUpdate) -> int:
+    return FAMILIES[update.family].order
+
+
+def in_order(updates: Sequence[Update]) -> list[Update]:
+    """As they are applied: a frozen copy is compared with the base, so it comes before anything has been added."""
+    return sorted(updates, key=lambda update: (order_of(update) > 0, update.adapter, order_of(update)))
+
+
+def overlap(one: Place, other: Place) -> bool:
+    """Whether two places in a stored tensor have a row in common."""
+    if one.expert is not None and other.expert is not None and one.expert != other.expert:
+        return False
+    return one.stored_start < other.stored_start + other.rows and other.stored_start < one.stored_start + one.rows
+
+
+# --- copies of the base -----------------------------------------------------------------------------------------------
+
+
+def compare_copies(
+    updates: MutableMapping[str, list[Update]], ties: Sequence[Tie], adapters: Sequence[AdapterConfig]
+) -> list[str]:
+    """Make later adapters' copies of a weight comparisons, and say which cannot agree.
+
+    PEFT saves the weight of an embedding that it wraps beside the factors, and puts it in the base's place when it
+    loads them. What the first adapter brings is taken so, too: it is what that adapter was trained on. A later one's
+    must be the same, since it was not trained on anything else.
+    """
+    problems: list[str] = []
+    tied = [tie.names for tie in ties]
+    alone = [(name,) for name in updates if not any(name in names for names in tied)]
+    for names in (*tied, *alone):
+        of = sorted((u for name in names for u in updates.get(name, ()) if order_of(u)), key=lambda u: u.adapter)
+        for copy in [u for u in of if u.setting("copy", False) and u.adapter > of[0].adapter]:
+            mine = updates[copy.target]
+            if not _is_replaced(mine, copy):
+                problems += _other_size(copy, of, adapters)
+                factors = (("copy", copy.factor("whole")),)
+                mine[mine.index(copy)] = dataclasses.replace(copy, family="frozen-copy", factors=factors)
+    return list_some(problems)
+
+
+def _is_replaced(updates: Sequence[Update], copy: Update) -> bool:
+    """Whether an adapter before has trained the whole weight, which then is lost: `undone` says so."""
+    return any(
+        update.adapter < copy.adapter and update.family in WHOLE and not update.setting("copy", False)
+        for update in updates
+    )
+
+
+def _other_size(update: Update, of: Sequence[Update], adapters: Sequence[AdapterConfig]) -> Iterator[str]:
+    """A copy of another number of rows than the weight has by then cannot be the same."""
+    before = next(other for other in of if other.adapter < update.adapter and order_of(other))
+    if update.family == "replacement" and before.place.rows != update.place.rows:
+        copy = update.factor("whole")
+        yield (
+            f"adapter {adapters[update.adapter].path}: {copy.name}, its copy of {update.target}, has "
+            f"{update.place.rows} rows, but for adapter {adapters[before.adapter].path} it has {before.place.rows}: "
+            "they were trained on different bases"
+        )
+
+
+# --- what is lost -----------------------------------------------------------------------------------------------------
+
+
+def undone(updates: Mapping[str, Sequence[Update]], adapters: Sequence[AdapterConfig]) -> list[str]:
+    """A whole tensor, or trained rows, in place of the base's would undo what an adapter before did to them."""
+    problems = []
+    for target, of_target in updates.items():
+        lost = (
+            (before, update)
+            for update in of_target
+            for before in of_target
+            if before.adapter < update.adapter and order_of(before) and _undoes(update, before)
+        )
+        for before, update in itertools.islice(lost, 1):
+            what = f"rows of {target}" if update.family == "token-rows" else f"{target} whole"
+            problems.append(
+                f"adapter {adapters[update.adapter].path} replaces {what}, which would undo what adapter "
+                f"{adapters[before.adapter].path} does to it; put it first, if that is what is meant"
+            )
+    return list_some(problems)
+
+
+def _undoes(update: Update, before: Update) -> bool:
+    if update.family in WHOLE:
+        return overlap(before.place, update.place)
+    if update.family != "token-rows" or before.setting("copy", False):
+        return False
+    rows = set(update.setting("indices"))
+    if before.family == "token-rows":
+        return not rows.isdisjoint(before.setting("indices"))
+    place = before.place
+    if place.transposed or place.shuffle or update.place.transposed or update.place.shuffle:
+        return True
+    shift = update.place.stored_start - update.place.start
+    return any(place.stored_start <= row + shift < place.stored_start + place.rows for row in rows)
+
+
+def read_too_late(
+    updates: Mapping[str, Sequence[Update]],
+    read: Sequence[tuple[str, int, str]],
+    adapters: Sequence[AdapterConfig],
+) -> list[str]:
+    """An update that is made from the base's own weight would not see what an adapter before it did to it.
+
+    ``read`` has the stored tensor, the adapter's number, and a name to speak of.
+    """
+    problems = []
+    for target, number, name in read:
+        before = [update.adapter for update in updates.get(target, ()) if order_of(update)]
+        if before and min(before) < number:
+            problems.append(
+                f"adapter {adapters[number].path}: {name} needs {target} as it is in the base, which adapter "
+                f"{adapters[min(before)].path} changes before; put it first, or merge one after the other"
+            )
+    return list_some(problems)
+
+
+def list_some(problems: Sequence[str | Callable[[], str]]) -> list[str]:
+    """The first problems of a kind; a wrong prefix gives the same one for every layer.
+
+    A problem that takes a search to say is given as a function, so that only those that are listed are searched for.
+    """
+    listed = [problem if isinstance(problem, str) else problem() for problem in problems[:_LISTED]]
+    if len(problems) > _LISTED:
+        listed.append(f"… and {len(problems) - _LISTED} more like the last")
+    return listed
