@@ -20,6 +20,7 @@ from shardmerge.adapters import (
     claim,
     claim_beside,
     detect_format,
+    method_of,
     no_order,
 )
 from shardmerge.adapters.peft import is_number
@@ -94,9 +95,9 @@ class AdapterFile:
     @property
     def family(self) -> str:
         """The method that made it, by PEFT's name where it has one."""
-        config = self.config or {}
-        kind = config.get("peft_type", config.get("fine_tune_type", "LORA"))
-        return str(kind)
+        if self.config is None:
+            return method_of(self.tensors)
+        return str(self.config.get("peft_type", self.config.get("fine_tune_type", "LORA")))
 
     def format(self, wanted: str = "auto") -> str:
         return detect_format(self.tensors, self.config) if wanted == "auto" else wanted

@@ -97,7 +97,7 @@ class AdapterConfig(_Section):
     prefix: str | None = Field(
         default=None,
         description="Only tensors whose names begin so are merged: of an adapter for several models, those for this "
-        "base.",
+        "base. Where the base has no modules by the whole names, they are looked for without it.",
     )
     ignore_files: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(),

@@ -13,7 +13,7 @@ import yaml
 
 from shardmerge.adapter_file import CONFIG_NAME, AdapterFile, open_adapter
 from shardmerge.adapter_folder import PICKLES, WEIGHTS, is_shard
-from shardmerge.adapters import FAMILIES, METHODS, ModuleUpdate, Registered
+from shardmerge.adapters import FAMILIES, METHODS, ModuleUpdate, Registered, looks_like_image_trainers
 from shardmerge.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.config import AdapterConfig
 from shardmerge.errors import FormatError
@@ -47,8 +47,10 @@ def _is_adapter(source: Source) -> bool:
 
 
 def _has_factors(checkpoint: Checkpoint) -> bool:
-    ends = (".A", ".lora_A", ".lora_down.weight", ".lora.down.weight", ".lora_a")
-    return any(".lora_A." in name or name.endswith(ends) for name in checkpoint.weights)
+    names = checkpoint.weights
+    return looks_like_image_trainers(names) or any(
+        ".lora_A." in name or name.endswith((".A", ".lora_A", ".lora_a")) for name in names
+    )
 
 
 def _dtypes(tensors: Mapping[str, TensorRef]) -> dict[str, dict[str, int]]:
@@ -80,9 +82,10 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _describe_adapter(adapter: AdapterFile, location: str) -> dict[str, Any]:
     config = adapter.config or {}
-    # Without a config the scale is not the adapter's to tell; 1 as scaling lets the rest be read.
-    needs_scale = adapter.config is None and adapter.format() != "kohya"
-    claims = adapter.claims(AdapterConfig(path=location, scaling=1.0 if needs_scale else None), _registered(adapter))
+    claims = adapter.claims(AdapterConfig(path=location), _registered(adapter))
+    needs_scale = claims.unscaled
+    if needs_scale:  # 1 as scaling lets the rest be read
+        claims = adapter.claims(AdapterConfig(path=location, scaling=1.0), _registered(adapter))
     updates = [update for update in claims.updates if FAMILIES[update.family].changes_weight]
     kinds = Counter(_kind(update) for update in updates)
     adding = [update for update in updates if FAMILIES[update.family].adds]

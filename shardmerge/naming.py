@@ -7,7 +7,8 @@ checkpoint has; those are stripped here, and only here.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterator
 
 #: What PEFT puts before the name of a module of the base.
 PEFT_PREFIX = "base_model.model."
@@ -19,11 +20,34 @@ _SUGGESTIONS = 3
 _CANDIDATES = 2_000
 
 
+#: As one segment of a pattern. DistributedDataParallel and DeepSpeed's engine leave ``module``, but models have modules
+#: of that name, too: it is a wrapper's where it can be nothing else, and elsewhere where the base has no such name.
+WRAPPER = rf"(?:module|{'|'.join(sorted(_WRAPPERS))})"
+#: What may stand before PEFT's prefix, and between two of them.
+_LEADING = re.compile(rf"(?:(?:module|model)\.)*{re.escape(PEFT_PREFIX)}|module\.")
+
+
+def unwrapped(name: str) -> str:
+    """A name without the segments that only wrappers leave."""
+    if any(wrapper in name for wrapper in _WRAPPERS):
+        return ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
+    return name
+
+
 def module_name(name: str) -> str:
     """The name of the module in the base, without PEFT's prefix and the wrappers' segments."""
-    if any(wrapper in name for wrapper in _WRAPPERS):
-        name = ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
-    return name.removeprefix(PEFT_PREFIX)
+    return unwrapped(name).removeprefix(PEFT_PREFIX)
+
+
+def peeled(name: str) -> Iterator[str]:
+    """A module's name, and what is left of it as more of the wrappers and prefixes before it are taken off.
+
+    ``module.base_model.model.h.0`` is then ``h.0``. Which of them is the module's name, only the base can say.
+    """
+    yield name
+    while match := _LEADING.match(name):
+        name = name[match.end() :]
+        yield name
 
 
 def fault(name: str) -> str:

@@ -134,8 +134,14 @@ def test_several_models_in_one_file_are_taken_one_at_a_time(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("alpha", "given", "scaling"),
-    [(2.0, {}, 0.5), (None, {}, 1.0), (0.0, {}, 1.0), (2.0, {"alpha": 12.0}, 3.0), (2.0, {"scaling": 0.25}, 0.25)],
-    ids=["in the file", "missing", "zero", "ours", "our scaling"],
+    [
+        (2.0, {}, 0.5),
+        (None, {}, 1.0),
+        (0.0, {"alpha": 12.0}, 3.0),
+        (2.0, {"alpha": 12.0}, 3.0),
+        (2.0, {"scaling": 0.25}, 0.25),
+    ],
+    ids=["in the file", "missing", "ours for zero", "ours", "our scaling"],
 )
 def test_scaling(alpha: float | None, given: dict[str, float], scaling: float) -> None:
     shapes = {"m.lora_down.weight": (4, 20), "m.lora_up.weight": (24, 4), **({} if alpha is None else {"m.alpha": ()})}
@@ -166,9 +172,12 @@ def test_what_does_not_fit(shapes: dict[str, tuple[int, ...]], part: str) -> Non
     assert claims.leftovers(refs) == []
 
 
-def test_the_middle_of_a_tucker_decomposition_is_left_over() -> None:
-    refs = refs_of({"m.lora_down.weight": (4, 20), "m.lora_up.weight": (24, 4), "m.lora_mid.weight": (4, 4, 3, 3)})
-    assert claim("kohya", content(refs)).leftovers(refs) == ["m.lora_mid.weight"]
+def test_an_alpha_of_zero_is_asked_about() -> None:
+    """kohya's modules take it for a scale of 1, its merge and other loaders for 0."""
+    refs = refs_of({"m.lora_down.weight": (4, 20), "m.lora_up.weight": (24, 4), "m.alpha": ()})
+    claims = claim("kohya", content(refs, numbers={"m.alpha": 0.0}))
+    (problem,) = claims.problems
+    assert "m.alpha holds 0" in problem and "give alpha (or scaling)" in problem
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "F64", "I64"])

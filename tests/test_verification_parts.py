@@ -242,7 +242,7 @@ def test_scalings_without_a_config(tmp_path: Path, scale: dict[str, float], scal
 
 @pytest.mark.parametrize(
     ("stored_alpha", "given", "scaling"),
-    [(6.0, {}, 1.5), (None, {}, 1.0), (0.0, {}, 1.0), (6.0, {"alpha": 2}, 0.5), (6.0, {"scaling": 3.0}, 3.0)],
+    [(6.0, {}, 1.5), (None, {}, 1.0), (6.0, {"alpha": 2}, 0.5), (6.0, {"scaling": 3.0}, 3.0)],
 )
 @pytest.mark.parametrize("style", ["lora_down.weight", "lora.down.weight"])
 def test_scalings_of_kohya(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardmerge.adapters import kohya, mlx, peft_lora, pure_pytorch
+from shardmerge.adapters import bare, kohya, mlx, pure_pytorch
 from shardmerge.adapters.adalora import AdaLora
 from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, check_dtypes
 from shardmerge.adapters.beft import Beft
@@ -18,6 +18,7 @@ from shardmerge.adapters.boft import Boft
 from shardmerge.adapters.c3a import C3a
 from shardmerge.adapters.deft import Deft
 from shardmerge.adapters.delora import Delora
+from shardmerge.adapters.difference import Difference
 from shardmerge.adapters.fourierft import FourierFt
 from shardmerge.adapters.frod import Frod
 from shardmerge.adapters.frozen import FrozenCopy
@@ -42,6 +43,7 @@ from shardmerge.adapters.pvera import Pvera
 from shardmerge.adapters.randlora import RandLora, RandLoraSeeded
 from shardmerge.adapters.refused import REFUSED_TYPES
 from shardmerge.adapters.road import Road
+from shardmerge.adapters.scales import ReadNumber, Scales
 from shardmerge.adapters.shira import Shira
 from shardmerge.adapters.supertuning import SuperTuning
 from shardmerge.adapters.tinylora import TinyLora
@@ -72,6 +74,8 @@ __all__ = [
     "claim",
     "claim_beside",
     "detect_format",
+    "looks_like_image_trainers",
+    "method_of",
     "no_order",
 ]
 
@@ -88,6 +92,7 @@ FAMILIES: Mapping[str, Family] = {
         Kasa(),
         Replacement(),
         Overwrite(),
+        Difference(),
         TokenRows(),
         FrozenCopy(),
         Ia3(),
@@ -132,9 +137,10 @@ FAMILIES: Mapping[str, Family] = {
 #: How adapters are stored: ``format`` in the config, and what it is.
 FORMATS: Mapping[str, str] = {
     "peft": "PEFT's `adapter_config.json` with `adapter_model.safetensors` or `.bin`, any method of the table below; "
-    "or its LoRA keys alone, with `alpha` or `scaling` in our config",
+    "or its LoRA keys alone, as diffusers and ComfyUI's trainers write them, with the scale in the file or our config",
     "pure-pytorch": "the `.pt` of a training loop that computes `x @ A @ B * scale`: `….A` (in, r), `….B` (r, out)",
-    "kohya": "LoRA of image trainers: `lora_down`, `lora_up` and `alpha` by module, names with dots or underscores",
+    "kohya": "image and video trainers' files: LoRA as `lora_down`, `lora_up` and `alpha` by module, LoKr and LoHa by "
+    "LyCORIS' names, whole differences (`diff`, `diff_b`, `w_norm`); names with dots or underscores",
     "mlx": "`adapters.safetensors` of mlx-lm: LoRA, DoRA, or whole tensors",
 }
 
@@ -189,6 +195,11 @@ def detect_format(tensors: Mapping[str, TensorRef], config: Mapping[str, Any] | 
     return "kohya" if kohya.looks_like(tensors) else "peft"
 
 
+#: What made an adapter without a config, by PEFT's name for it; and whether tensors' names are image trainers'.
+method_of = kohya.method
+looks_like_image_trainers = kohya.is_telling
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterContent:
     """What an adapter's files hold, and what our config says of its scale."""
@@ -202,7 +213,7 @@ class AdapterContent:
     #: How B of fused experts is laid out, ``peft`` or ``unsloth``; None where our config does not say.
     expert_layout: str | None
     #: Reads a tensor of one number.
-    read_number: kohya.ReadNumber
+    read_number: ReadNumber
     #: Keys of the config that our config says to leave out.
     ignored: tuple[str, ...] = ()
 
@@ -220,27 +231,28 @@ def claim(
     ``stored`` tells of a module's parameter in the base, and its dtype, where there is a base; ``ordered``
     of its Linear layers in their order.
     """
-    tensors, config, alpha, scaling = content.tensors, content.config, content.alpha, content.scaling
+    tensors, config = content.tensors, content.config
     if content.ignored and (config is None or format_ != "peft"):
         return Claims(problems=["ignore_keys are of PEFT's adapter_config.json; this adapter has none"], refused=True)
+    scales = Scales(content.alpha, content.scaling, content.metadata, content.read_number)
+    context = Context(
+        config or {},
+        registered=registered,
+        stored=stored,
+        expert_layout=content.expert_layout,
+        ignored=content.ignored,
+        ordered=ordered,
+    )
     if format_ == "pure-pytorch":
-        return pure_pytorch.claim(tensors, alpha, scaling)
+        return pure_pytorch.claim(tensors, scales)
     if format_ == "kohya":
-        return kohya.claim(tensors, content.read_number, alpha, scaling)
+        return kohya.claim(tensors, scales, context)
     if config is None:
-        return peft_lora.claim_bare(tensors, alpha, scaling, stored)
+        return bare.claim(tensors, scales, context)
     if format_ == "mlx":
         return mlx.claim(tensors, config)
     peft_type = config.get("peft_type")
     if isinstance(peft_type, str) and (method := METHODS.get(peft_type)):
-        context = Context(
-            config,
-            registered=registered,
-            stored=stored,
-            expert_layout=content.expert_layout,
-            ignored=content.ignored,
-            ordered=ordered,
-        )
         return method.claim(tensors, context)
     return Claims(problems=[_no_method(peft_type)], refused=True)
 

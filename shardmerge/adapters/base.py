@@ -83,6 +83,8 @@ class Claims:
     warnings: list[str] = field(default_factory=list)
     #: Whether the adapter as a whole was refused, so that listing its tensors one by one would only repeat it.
     refused: bool = False
+    #: Whether all that is missing is the scale, which our config can give.
+    unscaled: bool = False
     #: Tensors in no update that are accounted for: a problem tells of them, or they say nothing about the weights.
     told: set[str] = field(default_factory=set)
 

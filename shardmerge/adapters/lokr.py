@@ -9,7 +9,8 @@ Yeh et al. 2023, arXiv:2309.14859. Source: peft/tuners/lokr/layer.py, 0.21.
 
 On a convolution of one dimension whose w2 is whole, (b, d, k), PEFT multiplies a matrix with a tensor of three
 dimensions, in its forward as in its merge: there row o is made of w1[o mod a] and w2[o div a], and its columns of
-(d, c, k), not (c, d, k); and so it is here. The bits are those of PEFT's merge.
+(d, c, k), not (c, d, k); and so it is here, unless the setting ``kronecker`` says otherwise. The bits are those of
+PEFT's merge.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Lokr(Family, PeftMethod):
 
         first = factors.kept("w1", lambda: _first(factors, update))
         a, c, b, rest = _sizes(update)
-        mixed = len(update.shape) == 3 and update.has("w2")
+        mixed = len(update.shape) == 3 and update.has("w2") and not update.setting("kronecker", False)
         for part in _parts(window.rows, update):
             out = scratch[part.start - window.rows.start : part.stop - window.rows.start]
             rows = torch.arange(part.start, part.stop, device=tile.device)
@@ -173,7 +174,7 @@ def _misfits(update: ModuleUpdate) -> list[str]:
     problems = []
     for role, ref in update.factors:
         shape = list(ref.shape)
-        dims = roles.get(role, 2) or max(2, min(4, len(shape)))
+        dims = roles.get(role, 2) or max(2, min(5, len(shape)))
         if len(shape) != dims:
             problems.append(f"{ref.name} is {shape}; expected {dims} dimensions")
     if problems:

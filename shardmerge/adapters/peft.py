@@ -13,14 +13,14 @@ import re
 import reprlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from shardmerge.adapters.base import Claims, ModuleUpdate
 from shardmerge.adapters.peft_keys import FOREIGN, GENERAL, ignored_problems, unknown_key
 from shardmerge.adapters.peft_targets import SELECTORS, left_out, target_problems
-from shardmerge.naming import module_name
+from shardmerge.naming import WRAPPER, module_name, peeled, unwrapped
 from shardmerge.patterns import first_match
 from shardmerge.patterns import problems as regex_problems
 from shardmerge.spec import ModuleOrder, Parameter, TensorRef
@@ -157,6 +157,7 @@ class PeftMethod(ABC):
             claims.refused = True
             return claims
         modules, shared = self.grouped(tensors)
+        claims.problems += _anchored(config, modules)
         # Each is looked into for every module.
         lists = {key: config.get(key) for key in ("target_modules", "exclude_modules", "modules_to_save")}
         config = {**config, **{key: frozenset(of) for key, of in lists.items() if isinstance(of, list)}}
@@ -169,7 +170,9 @@ class PeftMethod(ABC):
                 continue
             if self._complete(claims, module):
                 self.claim_module(claims, module, context)
-            if why := self.left_out(module.asked, context):
+            # Wrappers before PEFT's prefix were not there when the config was written.
+            reasons = [self.left_out(name, context) for name in peeled(module.asked)]
+            if why := all(reasons) and reasons[-1]:
                 claims.problems.append(
                     f"adapter_config.json's {why} {module.name}, for which the adapter has tensors; PEFT would ignore "
                     "them"
@@ -185,9 +188,9 @@ class PeftMethod(ABC):
         modules: dict[tuple[str, str], Module] = {}
         shared: dict[str, TensorRef] = {}
         for name, ref in tensors.items():
-            if role := self._shared_role(name):
+            if role := self._shared_role(unwrapped(name)):
                 shared[role] = ref
-            elif match := pattern.fullmatch(name):
+            elif match := pattern.fullmatch(unwrapped(name)):
                 index = next(index for index in range(len(names)) if match[f"role{index}"] is not None)
                 infix = match[f"adapter{index}"] or ""
                 prefix = match["module"]
@@ -199,7 +202,7 @@ class PeftMethod(ABC):
 
     def _shared_role(self, name: str) -> str | None:
         for key, role in self.shared_roles.items():
-            if re.fullmatch(rf"(base_model\.)?(model\.)?{re.escape(key)}(\.[^.]+)?", name):
+            if re.fullmatch(rf"((module|model|base_model)\.)*{re.escape(key)}(\.[^.]+)?", name):
                 return role
         return None
 
@@ -243,14 +246,30 @@ def _is_set(key: str, value: Any) -> bool:
     return bool(value) or (value == {} and key.endswith("_config"))
 
 
+def _anchored(config: Config, modules: Collection[Module]) -> list[str]:
+    """Patterns of whole names say nothing certain where wrappers stand before a module's name."""
+    anchored = [key for of in ("rank_pattern", "alpha_pattern") for key in config.get(of) or () if key.startswith("^")]
+    wrapped = [module for module in modules if len(list(peeled(module.asked))) > 1]
+    if not anchored or not wrapped:
+        return []
+    return [
+        f"{wrapped[0].prefix} has a wrapper's name before the module's, and adapter_config.json's pattern "
+        f"{reprlib.repr(anchored[0])} is of whole names, so that what it matches cannot be told; save the adapter with "
+        "PEFT's save_pretrained"
+    ]
+
+
 def _key_pattern(roles: tuple[tuple[str, str], ...]) -> tuple[re.Pattern[str], list[str]]:
-    """``lora_A.weight`` matches itself and ``lora_A.<adapter>.weight``; ``ia3_l`` itself and ``ia3_l.<adapter>``."""
+    """``lora_A.weight`` matches itself and ``lora_A.<adapter>.weight``; ``ia3_l`` itself and ``ia3_l.<adapter>``.
+
+    A factor may be wrapped, too: ``lora_A.module.<adapter>.weight``, ``lora_A.<adapter>.module.weight``.
+    """
     parts, names = [], []
     for index, (key, role) in enumerate(roles):
         factor, dot, end = key.partition(".")
         parts.append(
-            rf"(?P<role{index}>{re.escape(factor)}(?:\.(?P<adapter{index}>(?!weight$|bias$)[^.]+))?"
-            rf"{re.escape(dot + end)})"
+            rf"(?P<role{index}>{re.escape(factor)}(?:\.{WRAPPER})*?(?:\.(?P<adapter{index}>(?!weight$|bias$)[^.]+))??"
+            rf"(?:\.{WRAPPER})*?{re.escape(dot + end)})"
         )
         names.append(role.removesuffix("?"))
     return re.compile(rf"(?P<module>.+)\.(?:{'|'.join(parts)})"), names
@@ -265,13 +284,15 @@ def claim_wholes(claims: Claims, tensors: Mapping[str, TensorRef], config: Confi
     Where the vocabulary was resized, PEFT writes all that a trained embedding's wrapper holds, beside the tensor
     itself: the copy under ``modules_to_save`` and the untrained original. It reads neither, and nor do we.
     """
-    for name in claims.leftovers(tensors):
-        if ".original_module." in name and _SAVED.sub("", name.replace(".original_module.", ".")) in tensors:
-            claims.told.add(name)
+    known = {unwrapped(name) for name in tensors}
+    for written in claims.leftovers(tensors):
+        name = unwrapped(written)
+        if ".original_module." in name and _SAVED.sub("", name.replace(".original_module.", ".")) in known:
+            claims.told.add(written)
             continue
         plain = _SAVED.sub("", name)
-        if plain != name and plain in tensors:
-            claims.told.add(name)
+        if plain != name and plain in known:
+            claims.told.add(written)
             continue
         match = _WHOLE.fullmatch(_WRAPPED.sub("", plain))
         if match is None:
@@ -283,7 +304,7 @@ def claim_wholes(claims: Claims, tensors: Mapping[str, TensorRef], config: Confi
         wrapped = _WRAPPED.search(plain) is not None
         if saved or bias or embedding or wrapped:
             settings = (("saved", saved), ("copy", wrapped and not (saved or bias)), ("as_in_memory", True))
-            factors = (("whole", tensors[name]),)
+            factors = (("whole", tensors[written]),)
             claims.updates.append(ModuleUpdate(module, parameter, "replacement", factors, settings=settings))
 
 
@@ -294,10 +315,11 @@ def claim_beside(claims: Claims, file: str, tensors: Mapping[str, TensorRef]) ->
     that PEFT has wrapped is what LoRA adds to; see `claim_wholes`.
     """
     for name, ref in tensors.items():
-        plain = _SAVED.sub("", name)
+        whole = unwrapped(name)
+        plain = _SAVED.sub("", whole)
         module, _, parameter = module_name(_WRAPPED.sub("", plain)).rpartition(".")
-        copy = _WRAPPED.search(name) is not None
-        settings = (("saved", plain != name), ("copy", copy), ("as_in_memory", True), ("beside", file))
+        copy = _WRAPPED.search(whole) is not None
+        settings = (("saved", plain != whole), ("copy", copy), ("as_in_memory", True), ("beside", file))
         claims.updates.append(ModuleUpdate(module, parameter, "replacement", (("whole", ref),), settings=settings))
 
 

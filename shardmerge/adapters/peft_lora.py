@@ -30,7 +30,6 @@ from shardmerge.adapters.peft import (
     Context,
     Module,
     PeftMethod,
-    Stored,
     checked,
     is_embedding,
     is_rank,
@@ -40,7 +39,7 @@ from shardmerge.adapters.peft import (
 from shardmerge.adapters.peft_inits import initialisation_problems
 from shardmerge.adapters.peft_targets import NOT_COVERED
 from shardmerge.adapters.peft_variants import TRAINING_STATE, variants
-from shardmerge.naming import module_name
+from shardmerge.naming import module_name, unwrapped
 from shardmerge.spec import TensorRef
 
 _CANNOT = "which cannot be merged"
@@ -284,6 +283,11 @@ def _check_ranks(claims: Claims, a: TensorRef, b: TensorRef, rank: int, name: st
         hint = ""
         if len(b.shape) > 2 and b.shape[1] and not a.shape[0] % b.shape[1]:
             hint = "; they may be of a convolution of several groups, which PEFT cannot merge either"
+        elif a.shape[0] and a.shape[0] < b.shape[1] and not b.shape[1] % a.shape[0]:
+            hint = (
+                f"; A has 1/{b.shape[1] // a.shape[0]} of its rows, as where one process of several (FSDP, ZeRO-3) "
+                "saved only its own part of every factor: save the adapter again from the full, gathered state dict"
+            )
         claims.misfit(
             f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} disagree on the rank: expected (r, in) and (out, r)"
             + hint
@@ -372,7 +376,7 @@ def _claim_embedding(claims: Claims, module: Module, config: Config) -> None:
 def claim_tokens(claims: Claims, tensors: Mapping[str, TensorRef], indices: Any) -> None:
     """Rows of trained tokens. ``indices`` is a list for the input embedding, or a list for each module by name."""
     for name, ref in tensors.items():
-        match = _TOKENS.fullmatch(name)
+        match = _TOKENS.fullmatch(unwrapped(name))
         if match is None:
             continue
         module = module_name(match["module"])
@@ -407,38 +411,3 @@ def token_problems(key: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         return [problem for name, item in value.items() for problem in _indices_problem(f"{key}[{name!r}]", item)]
     return _indices_problem(key, value)
-
-
-# --- factors without a config -----------------------------------------------------------------------------------------
-
-
-def claim_bare(
-    tensors: Mapping[str, TensorRef], alpha: float | None, scaling: float | None, stored: Stored | None = None
-) -> Claims:
-    """PEFT's keys without a config: the rank is in the shapes, alpha or scaling must be given."""
-    if alpha is None and scaling is None:
-        problem = "there is no adapter_config.json beside it, so its scale is unknown: give alpha (or scaling)"
-        return Claims(problems=[problem], refused=True)
-    claims = Claims()
-    method = LoraMethod()
-    for module in method.grouped(tensors)[0]:
-        first = module.factors.get("A") or module.factors.get("embedding_A")
-        of_experts = (
-            first is not None and len(first.shape) == 3 and grouped_experts.is_stacked(module.name, module.factors)
-        )
-        rank = max((first.shape[of_experts:][:1] if first else ()) or (1,))
-        config = {
-            "r": max(rank, 1),
-            "lora_alpha": alpha if alpha is not None else (scaling or 0.0) * max(rank, 1),
-            "use_dora": "magnitude" in module.factors,
-            "lora_bias": "bias" in module.factors,
-        }
-        before, context = len(claims.updates), Context(config, stored=stored)
-        if why := method.unwrap(module, context):
-            claims.problems.append(f"{next(iter(module.factors.values())).name}: {why}")
-            claims.told |= {ref.name for ref in module.factors.values()}
-            continue
-        method.claim_module(claims, module, context)
-        if scaling is not None:
-            claims.updates[before:] = [dataclasses.replace(of, scaling=scaling) for of in claims.updates[before:]]
-    return claims

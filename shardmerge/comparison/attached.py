@@ -24,6 +24,7 @@ from shardmerge.errors import ConfigError
 from shardmerge.hf import library, quiet, reason
 from shardmerge.naming import module_name, nearest
 from shardmerge.verification.reading import Factor, Files
+from shardmerge.verification.scaling import alpha_said
 
 #: Methods whose layers have a ``scaling`` by adapter that ΔW is linear in, so that ``weight`` can be put on it.
 _SCALED = ("LORA", "LOHA", "LOKR")
@@ -172,32 +173,39 @@ def _weigh(model: nn.Module, name: str, weight: float) -> None:
 
 def _formulas(model: Any, adapter: AdapterFile, entry: AdapterConfig) -> list[Formula]:
     kind, where = adapter.format(entry.format), adapter.source.location
-    if kind not in _KEYS:
-        raise ConfigError(f"{where}: adapters of the format {kind} cannot be loaded beside their base here; {_VERIFY}")
+    if kind not in _KEYS or "lora_adapter_metadata" in adapter.metadata:
+        of = f"of the format {kind}" if kind not in _KEYS else "with lora_adapter_metadata in their header"
+        raise ConfigError(f"{where}: adapters {of} cannot be loaded beside their base here; {_VERIFY}")
     tensors = {name: tensor for name, tensor in _read(adapter).items() if name.startswith(entry.prefix or "")}
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if match := _KEYS[kind].fullmatch(name):
             pairs.setdefault(match["module"], {})[match["role"].lower()] = tensor
-        elif not (kind == "pure-pytorch" and ".original." in name):  # copies of the base
+        elif not _is_no_factor(kind, name):
             raise ConfigError(f"{where}: {name} is no factor of LoRA, which is all that can be rebuilt here; {_VERIFY}")
     if halves := [name for name, pair in pairs.items() if len(pair) < 2]:
         raise ConfigError(f"{where}: {halves[0]} has one factor, expected two")
     return [
-        _attach_pair(model, where, name, pair, _scale(kind, adapter, entry, pair), kind) for name, pair in pairs.items()
+        _attach_pair(model, where, name, pair, _scale(kind, adapter, entry, name, pair), kind)
+        for name, pair in pairs.items()
     ]
 
 
-def _scale(kind: str, adapter: AdapterFile, entry: AdapterConfig, pair: Mapping[str, Tensor]) -> float:
+def _is_no_factor(kind: str, name: str) -> bool:
+    """Whether it is a number, or a copy of the base."""
+    return name.endswith(".alpha") or (kind == "pure-pytorch" and ".original." in name)
+
+
+def _scale(kind: str, adapter: AdapterFile, entry: AdapterConfig, module: str, pair: Mapping[str, Tensor]) -> float:
     if kind == "mlx":
         scale = float((adapter.config or {})["lora_parameters"]["scale"])
     elif entry.scaling is not None:
         scale = entry.scaling
-    elif entry.alpha is not None:
-        a = pair["a"]
-        scale = entry.alpha / (a.shape[0] if kind == "peft" else a.shape[1])
     else:
-        raise ConfigError(f"{adapter.source.location}: the record gives neither alpha nor scaling for it")
+        a = pair["a"]
+        alpha = entry.alpha if entry.alpha is not None else alpha_said(adapter, f"{module}.alpha")
+        # Where nothing says it, the merge took 1.
+        scale = 1.0 if alpha is None else alpha / (a.shape[0] if kind == "peft" else a.shape[1])
     return scale * entry.weight
 
 

@@ -16,9 +16,10 @@ from shardmerge.checkpoint import Checkpoint
 from shardmerge.config import AdapterConfig
 from shardmerge.names import LABELS, Names, Speakers, head_for
 from shardmerge.naming import nearest
+from shardmerge.planning.modules import Modules
 from shardmerge.planning.quantised import has_packed, is_quantised
 from shardmerge.planning.several import compare_copies, in_order, list_some, order_of, overlap, read_too_late
-from shardmerge.planning.tied import stands_for, tied_parameter
+from shardmerge.planning.tied import stands_for
 from shardmerge.planning.unplaced import Unplaced, already_there, beside_of, first_of, named
 from shardmerge.planning.vocabulary import may_resize
 from shardmerge.spec import FACTOR_DTYPES, FLOAT_DTYPES, Parameter, Place, TensorRef, Update
@@ -65,6 +66,7 @@ class _Matching:
     ) -> None:
         self.checkpoint = checkpoint
         self.names = names
+        self.modules = Modules(names, checkpoint.weights, config.prefix)
         self.speakers = Speakers(names)
         self.spoken = self.speakers.own
         self.number = number
@@ -76,7 +78,6 @@ class _Matching:
         self.misfits: list[str] = []
         self.taken: dict[tuple[str, int], ModuleUpdate] = {}
         self.resized: dict[str, Parameter] = {}
-        self.flat: defaultdict[str, list[str]] = defaultdict(list)
         self.regions: defaultdict[str, list[tuple[Place, ModuleUpdate]]] = defaultdict(list)
 
     def run(self) -> list[str]:
@@ -95,6 +96,8 @@ class _Matching:
             self._match(update)
         self._find_overlaps()
         self.misfits += already_there(self.regions)
+        if several := self.modules.problem():
+            problems.append(several)
         self.matches.warnings += [f"adapter {self.config.path}: {warning}" for warning in claims.warnings]
         adding = [update for update in claims.updates if FAMILIES[update.family].adds]
         only = all(FAMILIES[update.family].adds or not order_of(update) for update in claims.updates)
@@ -105,49 +108,28 @@ class _Matching:
     def _understood(self) -> tuple[Claims, list[str]]:
         """The adapter's claims, once it is known whose names it has; and why that is not certain."""
         order = self.names.module_order
-        claims = self.adapter.claims(self.config, self.speakers.registered_parameters, self._parameter_of, order)
+        registered = partial(self.modules.registered, self.speakers.registered_parameters)
+        claims = self.adapter.claims(self.config, registered, self._parameter_of, order)
         # A head that was made for training, and files beside the adapter, may have no place in any class's names.
         targets = [
-            (update.module, update.parameter)
+            (self.modules.plain(update), update.parameter)
             for update in claims.updates
             if not (update.flattened or update.optional or beside_of(update) or self._of_head(update))
         ]
-        self.spoken, unclear = self.speakers.chosen(targets, self._exists)
+        self.spoken, unclear = self.speakers.chosen(targets, self.modules.exists)
         if self.spoken.note:
-            claims = self.adapter.claims(self.config, self.spoken.registered_parameters, self._parameter_of, order)
+            registered = partial(self.modules.registered, self.spoken.registered_parameters)
+            claims = self.adapter.claims(self.config, registered, self._parameter_of, order)
             self.matches.warnings.append(f"adapter {self.config.path}: {self.spoken.note}")
         return claims, [unclear] if unclear else []
 
-    def _exists(self, module: str, parameter: str) -> bool:
-        return self._found(module, parameter)[0] != ""
-
-    def _found(self, module: str, parameter: str) -> tuple[Parameter | str, str]:
-        """The parameter by a name of the base's own, and what it is called there."""
-        found = self.names.resolve(module, parameter)
-        if found == "" and parameter == "weight":
-            # nn.MultiheadAttention keeps q, k and v as one parameter of its own.
-            found = self.names.resolve(module, "in_proj_weight")
-            parameter = parameter if found == "" else "in_proj_weight"
-        if found == "":
-            found = tied_parameter(self.names, module, parameter) or ""
-        return found, parameter
-
     def _match(self, update: ModuleUpdate) -> None:
-        if update.flattened:
-            found = self._unflattened(update.module)
-            if isinstance(found, str):
-                update = update.changed(module=found)
-            elif found:
-                names = ", ".join(found[:3])
-                self._place_nowhere(update, f"{update.module} may be any of {names}")
-                return
-        everywhere = (self._found(name, update.parameter) for name in self.spoken.ours(update.module))
-        parameter, called = next((found for found in everywhere if found[0] != ""), ("", update.parameter))
-        update = update if called == update.parameter else update.changed(parameter=called)
-        if isinstance(parameter, str):
-            if not (update.optional and not parameter):
-                self._place_nowhere(update, parameter)
+        found = self.modules.find(update, self.spoken)
+        if isinstance(found, str):
+            if found or not update.optional:
+                self._place_nowhere(update, found)
             return
+        update, parameter = found
         parameter = self.resized.get(parameter.name, parameter)
         oriented = update if _is_told(update) else FAMILIES[update.family].orient(update, parameter)
         if isinstance(oriented, str):
@@ -198,24 +180,6 @@ class _Matching:
             self.matches.unplaced.append(Unplaced(self.number, update, why, problem))
         else:
             self.unmatched.append(problem)
-
-    def _unflattened(self, name: str) -> str | list[str]:
-        """The one module of the base whose name, or its end, is this with dots for some underscores; or all."""
-        if not self.flat:
-            for stored in self.checkpoint.weights:
-                module = stored.removesuffix(".weight")
-                if module != stored:
-                    self.flat[module.replace(".", "_")].append(module)
-        if found := self.flat.get(name, []):
-            return found[0] if len(found) == 1 else found
-        suffixes = [
-            module
-            for flat, modules in self.flat.items()
-            if flat.endswith(f"_{name}")
-            for module in modules
-            if module[len(module) - len(name) - 1] == "."
-        ]
-        return suffixes[0] if len(suffixes) == 1 else suffixes
 
     def _with_base(self, update: ModuleUpdate) -> ModuleUpdate | str:
         """The update with the base's own tensors that it needs among its factors; a string says why not."""
@@ -323,8 +287,8 @@ class _Matching:
 
     def _parameter_of(self, module: str, name: str) -> tuple[Parameter, str] | None:
         spoken = self.speakers if self.spoken is self.speakers.own else self.spoken
-        parameter = spoken.resolve(module, name)
-        return None if isinstance(parameter, str) else (parameter, self._stored(parameter.places[0].tensor).dtype)
+        parameter = self.modules.parameter(spoken.resolve, module, name)
+        return None if parameter is None else (parameter, self._stored(parameter.places[0].tensor).dtype)
 
     def _stored(self, name: str) -> TensorRef:
         """A stored tensor; of one that is tied and so not stored, the one that is."""

@@ -7,9 +7,9 @@ On purpose no code of ``shardmerge.adapters`` is called: a mistake there must no
   parameter in ``target_parameters``: the module's and the parameter's). The out_proj of an nn.MultiheadAttention that
   is a target gets its update twice, and its α and r by the name of that. An ``lora_alpha`` of 0 is our config's
   ``alpha``.
-- PEFT's keys without a config, and pure PyTorch: our config's ``scaling``, or its ``alpha`` / r.
-- kohya: our config's ``scaling``, or α / r with our config's ``alpha`` or the file's; 1 where there is none, or where
-  the file's is 0.
+- Without a config, whatever the keys: our config's ``scaling``, or α / r. α is our config's ``alpha``, else a number
+  beside the factors, else what the header's metadata says: PEFT's config as JSON, read as above, by its part of the
+  pipeline if it has several, or a number. Where nothing says it, the scale is 1.
 - MLX: ``lora_parameters.scale``.
 
 All of them times the adapter's ``weight`` in our config.
@@ -17,17 +17,22 @@ All of them times the adapter's ``weight`` in our config.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from shardmerge.adapter_file import AdapterFile
 from shardmerge.config import AdapterConfig
-from shardmerge.naming import module_name
+from shardmerge.naming import module_name, unwrapped
 from shardmerge.spec import Update
 
+#: How a factor's key ends, in any of the formats.
+_FACTOR = re.compile(r"(\.lora_[A-Za-z_]+(\..*)?|[._]lora(_linear_layer)?\.(down|up)\.weight|\.[AB])$")
+_ALPHAS = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")
 #: Families whose scaling is worked out here.
 SCALED = frozenset({"lora", "dora", "lora-experts", "lora-blocks", "lora-gated", "lora-bias"})
 
@@ -52,17 +57,18 @@ class ScaledBy:
             return self._peft(update, config)
         if entry.scaling is not None:
             return entry.scaling
-        if kind == "kohya":
-            alpha = self._kohya_alpha(update) if entry.alpha is None else entry.alpha
-            return 1.0 if alpha is None else alpha / _rank(update)
-        if entry.alpha is None:
-            raise ValueError("neither alpha nor scaling is known")
         twice = 2 if kind == "peft" and _attention(_owner(update), {}) else 1
-        return twice * entry.alpha / self._bare_rank(update)
+        alpha = entry.alpha
+        if alpha is None:
+            beside = _FACTOR.sub(".alpha", update.factors[0][1].name)
+            if beside not in self.adapter.tensors and (config := self._config_in_header(update)) is not None:
+                return self._peft(update, config)
+            alpha = alpha_said(self.adapter, beside)
+        return twice * (1.0 if alpha is None else alpha / self._rank(update))
 
     def _peft(self, update: Update, config: Mapping[str, Any]) -> float:
         owner = _owner(update)
-        module = module_name(owner)
+        module = module_name(owner).removeprefix(config.get("part", ""))
         of_parameter = any(key == "layout" for key, _ in update.settings)
         if of_parameter:
             while module.endswith(".base_layer"):
@@ -75,26 +81,41 @@ class ScaledBy:
         alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"] or self.entry.alpha or 0)
         return twice * float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
-    def _bare_rank(self, update: Update) -> int:
+    def _rank(self, update: Update) -> int:
+        """Rows of A; a factor that is stored transposed is seen the right way round. A bias has its A beside it."""
         if update.has("A"):
-            return _rank(update)
-        first = next(name for name in self.adapter.tensors if name.startswith(f"{_owner(update)}.lora_A"))
+            return update.factor("A").shape[0]
+        first = next(name for name in self.adapter.tensors if unwrapped(name).startswith(f"{_owner(update)}.lora_A"))
         return self.adapter.tensors[first].shape[0]
 
-    def _kohya_alpha(self, update: Update) -> float | None:
-        name = re.sub(r"(\.lora_down\.weight|[._]lora\.down\.weight)$", "", update.factor("A").name) + ".alpha"
-        ref = self.adapter.tensors.get(name)
-        return None if ref is None else self.adapter.read_number(ref) or None
+    def _config_in_header(self, update: Update) -> Mapping[str, Any] | None:
+        """The config that diffusers writes; ``transformer.r`` is said of modules that begin with ``transformer.``."""
+        said = _parsed(self.adapter.metadata.get("lora_adapter_metadata", "{}"))
+        module = module_name(_owner(update))
+        parts = [key.removesuffix("lora_alpha") for key in said if key == "lora_alpha" or key.endswith(".lora_alpha")]
+        part = next((part for part in parts if module.startswith(part)), None)
+        if part is None:
+            return None
+        config = {key.removeprefix(part): value for key, value in said.items() if key.startswith(part)}
+        return {**config, "part": part}
 
 
-def _rank(update: Update) -> int:
-    """Rows of A; a factor that is stored transposed is seen the right way round."""
-    return update.factor("A").shape[0]
+def alpha_said(adapter: AdapterFile, beside: str) -> float | None:
+    """α of a module by the adapter's file: the number of that name, or else the metadata's."""
+    if (ref := adapter.tensors.get(beside)) is not None:
+        return adapter.read_number(ref)
+    return next((float(adapter.metadata[key]) for key in _ALPHAS if key in adapter.metadata), None)
+
+
+@lru_cache(maxsize=4)
+def _parsed(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 def _owner(update: Update) -> str:
     """What stands before the factor's name in the adapter's key."""
-    return update.factors[0][1].name.rpartition(".lora_")[0]
+    return _FACTOR.sub("", unwrapped(update.factors[0][1].name))
 
 
 def _attention(module: str, config: Mapping[str, Any]) -> str:

@@ -1,0 +1,72 @@
+"""Parts of pipelines: what trainers of image and video models put before the names of a model's modules.
+
+A pipeline has a denoiser and text encoders, each a checkpoint of its own or a part of a single file. diffusers writes
+``unet.``, ``transformer.`` or ``text_encoder.`` before a module's name, ComfyUI ``diffusion_model.``; kohya's scripts
+write ``lora_unet_`` or ``lora_te1_``, and underscores for the dots behind it. Single files store the denoiser as
+``model.diffusion_model.``. Which model a name is of is only known from the base: GPT-2 calls itself ``transformer``.
+Source: diffusers, loaders/lora_pipeline.py; ComfyUI, comfy/lora.py; kohya-ss/sd-scripts, networks/lora.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+
+from shardmerge.spec import Parameter
+
+#: Tells of a module's weight in the base; None where there is none.
+Weight = Callable[[str], Parameter | None]
+#: Names of the denoiser, any of which another may stand for. Of two that fit, the longer comes first.
+DENOISERS = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "prior.")
+#: All other parts; each is only itself.
+_OTHERS = ("transformer_2.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
+_FLAT = re.compile(r"(?:lora_(?:unet|te\d*|transformer|prior_unet|prior_te)|lycoris)_")
+
+
+def part_of(module: str) -> str:
+    """The part that a dotted name begins with, its dot included; empty where there is none."""
+    return next((part for part in (*DENOISERS, *_OTHERS) if module.startswith(part)), "")
+
+
+def flat_part_of(module: str) -> str:
+    """The part before a name whose dots are underscores, as kohya's scripts write it; empty where there is none."""
+    match = _FLAT.match(module)
+    return match[0] if match else ""
+
+
+def other_names(module: str, of_base: Collection[str]) -> Iterator[str]:
+    """What a module may be called by a base whose names begin with the denoiser's names ``of_base``, or with none."""
+    part = part_of(module)
+    inner = module.removeprefix(part)
+    if part:
+        yield inner
+    if not part or part in DENOISERS:
+        yield from (other + inner for other in of_base)
+
+
+def is_own(module: str, weight: Weight) -> bool:
+    """Whether the base itself has a module of that name, so that its beginning is no part of a pipeline."""
+    parameter = weight(module)
+    if parameter is None:
+        return False
+    # Where the architecture is not known, a name may have been found without its beginning.
+    return parameter.is_transposed is not None or parameter.places[0].tensor.startswith(part_of(module))
+
+
+def problem_of_several(modules: Iterable[str], weight: Weight) -> str:
+    """What is wrong with an adapter of several parts, unless the base itself has their modules."""
+    parts = {flat_part_of(module) or part_of(module): module for module in modules}
+    parts.pop("", None)
+    if all(is_own(module, weight) for module in parts.values()):
+        return ""
+    return said_of_several(parts)
+
+
+def said_of_several(parts: Collection[str]) -> str:
+    """What is said of an adapter of these parts, if they are more than one."""
+    if len(parts) < 2:
+        return ""
+    return (
+        f"it holds factors of several models ({', '.join(sorted(parts))}); merge them one at a time: give the model's "
+        "own directory as base, and prefix for the adapter"
+    )

@@ -1,0 +1,166 @@
+"""The names by which an adapter may speak of a module → the one that the base knows.
+
+An adapter's names carry what stood around the model in training: wrappers, PEFT's prefix twice, the part of a pipeline.
+Any of that may also be the name of a module of the base (GPT-2 calls itself ``transformer``, some models have a
+``module``), so a name is first taken as it stands. Only where the base has nothing by it are the others tried, all of
+them, and those that are known must mean the same.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from functools import cached_property
+
+from shardmerge.adapters import ModuleUpdate, parts
+from shardmerge.names import Names, Spoken
+from shardmerge.naming import module_name, peeled
+from shardmerge.planning.tied import tied_parameter
+from shardmerge.spec import Parameter
+
+
+class Modules:
+    """The modules of one base, as one adapter calls them."""
+
+    def __init__(self, names: Names, stored: Collection[str], prefix: str | None) -> None:
+        """``stored`` are the names of the base's tensors, ``prefix`` what chose the adapter's."""
+        self._names = names
+        self._stored = stored
+        self._prefix = module_name(prefix) if prefix else ""
+        #: Parts of pipelines that were taken off names.
+        self._taken_off: set[str] = set()
+
+    def find(self, update: ModuleUpdate, spoken: Spoken) -> tuple[ModuleUpdate, Parameter] | str:
+        """The update by the name that led to a parameter, and that; else why not, "" where nothing is known."""
+        if update.flattened:
+            names = self._unflattened(update.module)
+            if len(names) > 1:
+                return f"{update.module} may be any of {', '.join(names[:3])}"
+            update = update.changed(module=names[0]) if names else update
+        found = self._named(update, spoken)
+        if found != "":
+            return found
+        others = [(other, self._named(update.changed(module=other), spoken)) for other in self._others(update.module)]
+        known = [(other, found) for other, found in others if found != ""]
+        refused = [found for _, found in known if isinstance(found, str)]
+        if refused or not known:
+            return refused[0] if refused else ""
+        meant = {found[1].places: other for other, found in known if not isinstance(found, str)}
+        if len(meant) > 1:
+            return f"{update.module} is ambiguous: it could be {' or '.join(sorted(meant.values()))}"
+        self._note(update.module, known[0][0])
+        return known[0][1]
+
+    def exists(self, module: str, parameter: str) -> bool:
+        """Whether the base has, or could have, a parameter by a name of its own."""
+        return self._found(module, parameter)[0] != ""
+
+    def plain(self, update: ModuleUpdate) -> str:
+        """A module's name by which to see whose names an adapter has: without what stood around the model."""
+        names = list(dict.fromkeys(self._less(update.module)))
+        if len(names) == 1:
+            return update.module
+        names += self._others(update.module)
+        inner = min(peeled(update.module), key=len)
+        return next((name for name in names if self.exists(name, update.parameter)), inner)
+
+    def registered(self, known: Callable[[str], tuple[str, ...]], module: str) -> tuple[str, ...]:
+        """What ``known`` tells of the order of a module's parameters, by any of the module's names."""
+        return next(filter(None, map(known, (module, *self._others(module)))), ())
+
+    def parameter(self, known: Callable[[str, str], Parameter | str], module: str, parameter: str) -> Parameter | None:
+        """What ``known`` tells of a module's parameter, by its name as it stands or without the wrappers before it."""
+        found = (known(name, parameter) for name in peeled(module))
+        return next((item for item in found if isinstance(item, Parameter)), None)
+
+    def problem(self) -> str:
+        """What is wrong with an adapter from whose names several parts were taken off."""
+        return parts.said_of_several(self._taken_off)
+
+    # --- one name ---
+
+    def _named(self, update: ModuleUpdate, spoken: Spoken) -> tuple[ModuleUpdate, Parameter] | str:
+        """What the base has by a module's name as it stands, in the words of whoever speaks."""
+        for read in self._readings(update):
+            for name in spoken.ours(read.module):
+                found, parameter = self._found(name, read.parameter)
+                if found != "":
+                    return found if isinstance(found, str) else (read.changed(parameter=parameter), found)
+        return ""
+
+    def _readings(self, update: ModuleUpdate) -> Iterator[ModuleUpdate]:
+        yield update
+        module, dot, parameter = update.module.rpartition(".")
+        if dot and update.setting("or_parameter", False):
+            yield update.changed(module=module, parameter=parameter)
+
+    def _found(self, module: str, parameter: str) -> tuple[Parameter | str, str]:
+        """The parameter by a name of the base's own, and what it is called there."""
+        found = self._names.resolve(module, parameter)
+        if found == "" and parameter == "weight":
+            # nn.MultiheadAttention keeps q, k and v as one parameter of its own.
+            found = self._names.resolve(module, "in_proj_weight")
+            parameter = parameter if found == "" else "in_proj_weight"
+        if found == "":
+            found = tied_parameter(self._names, module, parameter) or ""
+        return found, parameter
+
+    # --- other names ---
+
+    def _others(self, module: str) -> Iterator[str]:
+        """All names but the module's own that it may have; none twice."""
+        seen = {module}
+        for name in self._less(module):
+            for other in (name, *parts.other_names(name, self._parts_of_base)):
+                if other not in seen:
+                    seen.add(other)
+                    yield other
+
+    def _less(self, module: str) -> Iterator[str]:
+        """The name with less and less before it."""
+        for name in peeled(module):
+            yield name
+            yield name.replace(".module.", ".")
+            if self._prefix and name.startswith(self._prefix):
+                yield from peeled(name.removeprefix(self._prefix))
+            if part := parts.part_of(name):
+                yield from (part + inner for inner in peeled(name.removeprefix(part)))
+
+    @cached_property
+    def _parts_of_base(self) -> list[str]:
+        return [part for part in parts.DENOISERS if any(name.startswith(part) for name in self._stored)]
+
+    def _note(self, module: str, name: str) -> None:
+        for less in self._less(module):
+            part = parts.part_of(less)
+            if part and not name.startswith(part) and part != self._prefix:
+                self._taken_off.add(part)
+
+    # --- names without dots ---
+
+    @cached_property
+    def _flat(self) -> dict[str, list[str]]:
+        flat: defaultdict[str, list[str]] = defaultdict(list)
+        for stored in self._stored:
+            module = stored.removesuffix(".weight")
+            if module != stored:
+                flat[module.replace(".", "_")].append(module)
+        return flat
+
+    def _unflattened(self, name: str) -> list[str]:
+        """The modules of the base whose name, or its end, is this with dots for underscores; dots in it are dots."""
+        wanted = name.replace(".", "_")
+        dots = [place - len(name) for place, character in enumerate(name) if character == "."]
+
+        def fits(module: str) -> bool:
+            return all(module[place] == "." for place in dots)
+
+        if whole := self._flat.get(wanted, []):
+            return [module for module in whole if fits(module)]
+        return [
+            module
+            for flat, modules in self._flat.items()
+            if flat.endswith(f"_{wanted}")
+            for module in modules
+            if module[len(module) - len(name) - 1] == "." and fits(module)
+        ]
