@@ -33,9 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 RANK, ALPHA = 3, 5
 SCALE = ALPHA / RANK
 QUICK = (
-    "DeepseekV3ForCausalLM",
     "GptOssForCausalLM",
-    "MixtralForCausalLM",
     "Qwen3MoeForCausalLM",
     "Qwen3_5MoeForCausalLM",
 )

@@ -25,15 +25,18 @@ from tests.peft_oracle import assert_same_bits, merge_to, stored
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUICK = (
-    "Emu3ForConditionalGeneration",
     "Gemma3ForConditionalGeneration",
+    "Llama4ForConditionalGeneration",
+    "MllamaForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+)
+#: Classes that ``AutoModelForCausalLM`` makes the text-only class of, and whose checkpoints it reads (none of Emu3's).
+LOADED = {
     "Llama4ForConditionalGeneration",
     "MllamaForConditionalGeneration",
     "Qwen3_5ForConditionalGeneration",
     "Qwen3_5MoeForConditionalGeneration",
-)
-#: Classes that ``AutoModelForCausalLM`` makes the text-only class of, and whose checkpoints it reads (none of Emu3's).
-LOADED = {name for name in QUICK if not name.startswith(("Emu3", "Gemma3"))}
+}
 #: Their own names on disk, spoken to a checkpoint of the text model alone: refused, as conversions stand in between.
 CONVERTED = {
     "InklingForConditionalGeneration",
@@ -168,7 +171,7 @@ def renamed(folder: Path, names: Mapping[str, str]) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("layout", ["disk", "memory"])
+@pytest.mark.parametrize("layout", ["disk", pytest.param("memory", marks=pytest.mark.slow)])
 def test_an_adapter_of_the_text_model_alone(tmp_path: Path, name: str, layout: str) -> None:
     of = pair_of(name)
     text = text_zoo.small(of)

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import save_file
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import PreTrainedModel
 
 from shardmerge.names import table as tables
 from tests import names_zoo
@@ -130,12 +132,10 @@ def pair(name: str) -> Pair:
     alone = _text_class(name)
     if alone is None:
         raise LookupError(f"transformers has no causal class of the text model of {name}")
-    with torch.device("meta"), bake_names.no_init_weights():
+    with torch.device("meta"), no_init_weights():
         text: Any = alone(around.config.text_config)
     path, module = next(
-        (path, module)
-        for path, module in text.named_modules()
-        if path and isinstance(module, bake_names.PreTrainedModel)
+        (path, module) for path, module in text.named_modules() if path and isinstance(module, PreTrainedModel)
     )
     paths = [where for where, other in around.named_modules() if type(other) is type(module)]
     if len(paths) != 1:
@@ -175,7 +175,7 @@ def small(of: Pair) -> Any:
 def small_of(cls: Any, config: Any) -> Any:
     """A small model of a class, with what its config says but of sizes."""
     settings = config.to_dict()
-    changed = {key: size for key, size in _SIZES.items() if settings.get(key)}
+    changed: dict[str, Any] = {key: size for key, size in _SIZES.items() if settings.get(key)}
     layers = settings.get("layer_types")
     if isinstance(layers, list) and layers:
         changed["layer_types"] = _both_kinds(layers, changed["num_hidden_layers"])

@@ -57,8 +57,7 @@ def part(module: str, parameter: str, known: Known) -> View | None:
     if match := _PROJECTION.fullmatch(module):
         return _projection(match["at"], match["parts"], parameter, known)
     if found := _linear(module, parameter, known):
-        name, number, experts = found
-        return _expert(name, number, experts, known)
+        return _expert(*found, known)
     if parameter == "weight" and (match := _SINGLE.fullmatch(module)) and (experts := known.experts(match["at"])):
         return _single(match["at"], int(match["expert"]), _PARTS.get(match["part"], match["part"]), experts, known)
     return None
