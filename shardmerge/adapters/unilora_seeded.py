@@ -63,7 +63,8 @@ class UniLoraSeeded(Factored):
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         # While the list is made there are two of 64 bits and one of 32; of A's and some rows of B's indices, 64 bits.
-        count, length = update.setting("count"), update.setting("length")
+        count: int = update.setting("count")
+        length: int = update.setting("length")
         dealt = update.rank * (update.columns + update.rows)
         return super().kept_bytes(update, itemsize) + 20 * count + 24 * length + dealt * (8 + 2 * itemsize)
 
