@@ -138,6 +138,7 @@ REFUSED = {
     ("ADALORA", "alora_invocation_tokens=[1]"): "activated LoRA",
     ("ADALORA", "arrow_config={}"): "Arrow",
     ("LORA", "use_qalora=True"): "QALoRA pools the input",
+    ("ADALORA", "use_bdlora={'nblocks': 2}"): "AdaLoRA has no block-diagonal factors",
     ("ADALORA", "use_qalora=True"): "QALoRA pools the input",
     ("FROD", "save_projection=False"): "save it again with save_projection: true",
     ("HIRA", "fan_in_fan_out=True"): "goes by the layer's class",

@@ -74,6 +74,9 @@ def test_bits_of_16_bit_bases(dtype: str, tmp_path: Path) -> None:
         {"r": 1, "theta_d_length": 1},
         {"bias": "all"},
         {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["k_proj"]},  # a target, too, but what is saved whole takes no share
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": 0, "layers_pattern": "layers"},
     ],
     ids=str,
 )
@@ -141,9 +144,6 @@ def test_an_architecture_that_is_not_known(tmp_path: Path) -> None:
         ({"auto_mapping": None, "task_type": "SEQ_CLS"}, "task_type is SEQ_CLS, and the base LlamaForCausalLM"),
         ({"auto_mapping": None, "task_type": "FEATURE_EXTRACTION"}, "task_type is FEATURE_EXTRACTION"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "cover model.embed_tokens, whose place"),
-        ({"exclude_modules": ["k_proj"]}, "exclude_modules leave out some of target_modules"),
-        ({"layers_to_transform": [0]}, "layers_to_transform leave out some of target_modules"),
-        ({"modules_to_save": ["v_proj"]}, "v_proj is one both of target_modules and of modules_to_save"),
         ({"theta_d_length": 41}, "expected [41], theta_d_length"),
         ({"proj_seed": -1}, "proj_seed must be a whole number of 64 bits"),
         ({"save_indices": True}, "unilora_theta_d"),

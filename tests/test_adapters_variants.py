@@ -17,7 +17,8 @@ from peft import LoraConfig
 from peft.tuners.lora import layer as peft_layers
 
 import shardmerge
-from shardmerge.adapters.peft_lora import LoraMethod, variants
+from shardmerge.adapters.peft_lora import LoraMethod
+from shardmerge.adapters.peft_variants import variants
 from tests.family_oracle import Case, Swapped, assert_equals_peft, change_tensors, refusal, write_case
 from tests.peft_oracle import assert_same_bits, make_config, stored
 

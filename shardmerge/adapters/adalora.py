@@ -66,7 +66,6 @@ class AdaLora(Family, PeftMethod):
         "tfinal",
         "tinit",
         "total_step",
-        "use_bdlora",
         "use_rslora",
         "velora_config",
     }

@@ -63,7 +63,8 @@ class UniLoraSeeded(Factored):
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         # While the list is made there are two of 64 bits and one of 32; of A's and some rows of B's indices, 64 bits.
-        count, length = update.setting("count"), update.setting("length")
+        count: int = update.setting("count")
+        length: int = update.setting("length")
         dealt = update.rank * (update.columns + update.rows)
         return super().kept_bytes(update, itemsize) + 20 * count + 24 * length + dealt * (8 + 2 * itemsize)
 
@@ -107,21 +108,9 @@ def deal(theta: TensorRef, context: Context, covers: Callable[[str], bool]) -> l
         return f"{problem}, so which modules it had in which order is not known; {_SAVE}"
     if unknown := [module for module in (*order.others, *order.absent) if covers(module)]:
         return f"target_modules cover {unknown[0]}, whose place among {order.architecture}'s is not known; {_SAVE}"
-    if problem := _chosen_otherwise(config, [module for module in order.modules if covers(module)]):
-        return f"{problem}, so which modules share it is not known; {_SAVE}"
     if importlib.util.find_spec("numpy") is None:
         return "its indices were drawn by numpy, which is not installed: pip install numpy"
     return _dealt(theta, context, [module for module in order.modules if covers(module)])
-
-
-def _chosen_otherwise(config: Config, covered: list[str]) -> str | None:
-    """Which setting besides ``target_modules`` has a say in which modules are the adapter's."""
-    for key in ("exclude_modules", "layers_to_transform"):
-        if config.get(key) not in (None, [], frozenset()):
-            return f"{key} leave out some of target_modules"
-    saved = {name.rpartition(".")[2] for name in config.get("modules_to_save") or ()}
-    both = [module for module in covered if saved & set(module.split("."))]
-    return f"{both[0]} is one both of target_modules and of modules_to_save" if both else None
 
 
 def _other_class(config: Config, architecture: str) -> str | None:
