@@ -146,6 +146,18 @@ def test_a_length_that_rows_beyond_the_file_count_in(models: Any, tmp_path: Path
     assert differences(ours, tmp_path / "whole.gguf") == []
 
 
+def test_a_vocabulary_of_the_adapter_that_gguf_cannot_hold(models: Any, tmp_path: Path) -> None:
+    """The base's tokenizer.model is not the adapter's, so it is left out, and the message says so."""
+    base, adapter = models("gemma3")
+    own = shutil.copytree(adapter, tmp_path / "adapter")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        write_json(own / name, {})
+    with pytest.raises(shardmerge.PlanError) as raised:
+        shardmerge.plan(config(base, own, tmp_path / "Model", format="gguf"))
+    assert any("tokenizer.model is missing" in problem for problem in raised.value.problems)
+    assert any(f"the tokenizer is the one of adapter {own}" in problem for problem in raised.value.problems)
+
+
 def test_an_export_of_the_merge_is_the_merge(models: Any, tmp_path: Path) -> None:
     base, adapter = models("llama-spm")
     ours = as_gguf(base, adapter, tmp_path / "one" / "Model", "q8_0")
