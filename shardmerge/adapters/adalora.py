@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from shardmerge.adapters.base import Claims, Factors, Family, ModuleUpdate, misshaped, oriented
 from shardmerge.adapters.peft import FLAG, MISSING, NUMBER, RANK, Check, Config, Context, Module, PeftMethod
-from shardmerge.adapters.peft_lora import LoraMethod, claim_tokens, token_problems
+from shardmerge.adapters.peft_lora import LoraMethod
+from shardmerge.adapters.peft_tokens import claim_tokens, token_problems
 from shardmerge.naming import module_name
 from shardmerge.spec import Parameter, TensorRef, Update, Window
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import reprlib
 from collections.abc import Mapping
 from functools import partial
@@ -38,12 +37,12 @@ from shardmerge.adapters.peft import (
 )
 from shardmerge.adapters.peft_inits import initialisation_problems
 from shardmerge.adapters.peft_targets import NOT_COVERED
+from shardmerge.adapters.peft_tokens import claim_tokens, token_problems
 from shardmerge.adapters.peft_variants import TRAINING_STATE, variants
-from shardmerge.naming import module_name, unwrapped
+from shardmerge.naming import module_name
 from shardmerge.spec import TensorRef
 
 _CANNOT = "which cannot be merged"
-_TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?")
 
 
 class LoraMethod(PeftMethod):
@@ -79,7 +78,7 @@ class LoraMethod(PeftMethod):
         "lora_B_layout": peft_parameters.flat_problems,
         "unsloth_fused_expert_lora": peft_parameters.marker_problems,
         "ensure_weight_tying": FLAG,
-        "trainable_token_indices": lambda key, value: token_problems(key, value),
+        "trainable_token_indices": token_problems,
         "init_lora_weights": initialisation_problems,
         "kasa_config": SUBCONFIG,
         "monteclora_config": SUBCONFIG,
@@ -371,43 +370,3 @@ def _claim_embedding(claims: Claims, module: Module, config: Config) -> None:
         claims.misfit(f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (r, V) and (D, r)")
     else:
         _check_ranks(claims, a, b, rank, module.name)
-
-
-def claim_tokens(claims: Claims, tensors: Mapping[str, TensorRef], indices: Any) -> None:
-    """Rows of trained tokens. ``indices`` is a list for the input embedding, or a list for each module by name."""
-    for name, ref in tensors.items():
-        match = _TOKENS.fullmatch(unwrapped(name))
-        if match is None:
-            continue
-        module = module_name(match["module"])
-        of_module = indices
-        if isinstance(indices, dict):
-            found = [value for key, value in indices.items() if module == key or module.endswith(f".{key}")]
-            of_module = found[0] if len(found) == 1 else None
-        if not of_module:
-            claims.told.add(name)
-            claims.problems.append(f"{name}: the config does not say which tokens of {module} these are")
-        else:
-            settings = (("indices", tuple(of_module)),)
-            claims.updates.append(ModuleUpdate(module, "weight", "token-rows", (("rows", ref),), settings=settings))
-
-
-# --- the config -------------------------------------------------------------------------------------------------------
-
-
-def _indices_problem(where: str, value: Any) -> list[str]:
-    valid = isinstance(value, (list, tuple)) and all(type(index) is int and 0 <= index < 1 << 31 for index in value)
-    if not valid:
-        return [f"{where} must be a list of token numbers, found {reprlib.repr(value)}"]
-    if len(set(value)) < len(value):
-        return [f"{where} names a token twice"]
-    return []
-
-
-def token_problems(key: str, value: Any) -> list[str]:
-    """A check of the setting: a list of token numbers, or a list for each module."""
-    if value is MISSING or value is None:
-        return []
-    if isinstance(value, dict):
-        return [problem for name, item in value.items() for problem in _indices_problem(f"{key}[{name!r}]", item)]
-    return _indices_problem(key, value)

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from shardmerge.adapters.base import Claims
 from shardmerge.adapters.peft import Check, Config, Context, Module, PeftMethod
-from shardmerge.adapters.peft_lora import claim_tokens, token_problems
+from shardmerge.adapters.peft_tokens import claim_tokens, token_problems
 from shardmerge.spec import TensorRef
 
 
