@@ -185,7 +185,7 @@ class PeftMethod(ABC):
     def grouped(self, tensors: Mapping[str, TensorRef]) -> tuple[list[Module], dict[str, TensorRef]]:
         """Modules with their factors, in the file's order, and the tensors that all of them share."""
         pattern, names = _key_pattern(tuple(self.roles.items()))
-        modules: dict[tuple[str, str], Module] = {}
+        modules: dict[tuple[str, str, int], Module] = {}
         shared: dict[str, TensorRef] = {}
         for name, ref in tensors.items():
             if role := self._shared_role(unwrapped(name)):
@@ -196,7 +196,10 @@ class PeftMethod(ABC):
                 prefix = match["module"]
                 # What is below a wrapped module has the wrapper in its name.
                 plain = BELOW_WRAPPERS.sub("", module_name(prefix))
-                module = modules.setdefault((prefix, infix), Module(plain, prefix, infix, asked=plain))
+                key = (prefix, infix, 0)
+                while key in modules and names[index] in modules[key].factors:
+                    key = (prefix, infix, key[2] + 1)  # the same key but for its wrappers: a second update
+                module = modules.setdefault(key, Module(plain, prefix, infix, asked=plain))
                 module.factors[names[index]] = ref
         return list(modules.values()), shared
 
