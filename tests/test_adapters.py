@@ -126,6 +126,7 @@ def test_target_modules(targets: object, covered: bool) -> None:
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
+_VALUES: tuple[Any, ...] = (True, 1, "x", False, 0, "", [], {})
 UNSUPPORTED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "replication": ({"layer_replication": [[0, 2], [1, 3]]}, ["layer_replication", "replicated layers"]),
     "aLoRA": ({"alora_invocation_tokens": [1]}, ["alora_invocation_tokens", "cannot be merged"]),
@@ -149,7 +150,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], list[str]]] = {
             {"use_magic": value},
             ["the key 'use_magic' is unknown", f"found {value!r}", "ignore_keys"],
         )
-        for value in (True, 1, "x", False, 0, "", [], {})
+        for value in _VALUES
     },
     "no rank": ({"r": ...}, ["r must be a whole number above zero, found nothing"]),
     "no alpha": ({"lora_alpha": ...}, ["lora_alpha must be a finite number, found nothing"]),

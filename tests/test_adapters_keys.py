@@ -29,7 +29,10 @@ from tests.test_adapters_targets import KINDS, SETTINGS
 
 BASE, LORA = Base(), Lora(targets=("q_proj",))
 #: What PEFT wrote once and no longer knows, from 0.2.0 on; each says what it says by being there with its default.
-FORMER = {"LORA": {"merge_weights": False, "enable_lora": None}, "OFT": {"rank_pattern": {}, "alpha_pattern": {}}}
+FORMER: dict[str, dict[str, Any]] = {
+    "LORA": {"merge_weights": False, "enable_lora": None},
+    "OFT": {"rank_pattern": {}, "alpha_pattern": {}},
+}
 #: Sub-configs and lists as people and older versions write "not set".
 UNSET: dict[str, Any] = {
     "layer_replication": [],
