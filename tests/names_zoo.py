@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from shardmerge.names import Names, Parameter
+from shardmerge.names import Names, Parameter, Spoken
 
 State = dict[str, torch.Tensor]
 _EMBEDDING_ROWS = 16
@@ -152,7 +152,7 @@ class Outcome:
         return Counter(right=self.right, refused=len(self.refused), missing=len(self.missing), wrong=len(self.wrong))
 
 
-def check(names: Names, stored: State, spoken: State) -> Outcome:
+def check(names: Names | Spoken, stored: State, spoken: State) -> Outcome:
     """Resolve every name of ``spoken`` and put its tensor together from ``stored``."""
     outcome = Outcome()
     for name, tensor in spoken.items():

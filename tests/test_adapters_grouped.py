@@ -154,7 +154,7 @@ def product(b: Tensor, a: Tensor) -> Tensor:
 
 
 def shared_outer(of: Experts, *, shared: bool = True, parts: str = "132") -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for seed, path in enumerate(of.of):
         experts, hidden, width = of.sizes(path)
         outer = 1 if shared else experts
@@ -230,7 +230,7 @@ def test_experts_without_a_config_take_their_rank_from_the_factors(tmp_path: Pat
 
 
 def from_the_right(of: Experts) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for seed, path in enumerate(of.of):
         experts, hidden, width = of.sizes(path)
         a, b = random(experts, hidden, RANK, seed=seed), random(experts, RANK, 2 * width, seed=seed + 50)
@@ -276,7 +276,7 @@ def test_what_is_not_whole_is_refused(tmp_path: Path, change: Any, message: str)
 @pytest.mark.parametrize("name", ["GptOssForCausalLM", "Qwen3MoeForCausalLM"])
 def test_a_linear_per_expert(tmp_path: Path, name: str) -> None:
     of = Experts(tmp_path, name)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for seed, path in enumerate(of.of):
         experts, hidden, width = of.sizes(path)
         for part, (rows, columns) in (("gate_up_proj", (2 * width, hidden)), ("down_proj", (hidden, width))):
@@ -294,7 +294,7 @@ def test_a_linear_per_expert(tmp_path: Path, name: str) -> None:
 def test_fused_experts_among_target_modules(tmp_path: Path) -> None:
     """The experts' own parameters, as PEFT nests them, though the config names the module and no parameters."""
     of = Experts(tmp_path, "Qwen3_5MoeForCausalLM")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for seed, path in enumerate(of.of):
         experts, hidden, width = of.sizes(path)
         for part, inner, rows, columns in (("both", "base_layer.", 2 * width, hidden), ("down", "", hidden, width)):
@@ -347,7 +347,8 @@ def test_projections_by_themselves(tmp_path: Path, name: str) -> None:
     wide = {"q": keys * config.linear_key_head_dim, "v": values * config.linear_value_head_dim, "b": values}
     wide |= {"k": wide["q"], "z": wide["v"], "a": values}
     path, layer = next((path, of) for path, of in model.named_modules() if hasattr(of, "dt_bias"))
-    tensors, deltas = {}, {}
+    tensors: dict[str, Tensor] = {}
+    deltas: dict[str, Tensor] = {}
     for seed, (part, rows) in enumerate(wide.items()):
         a, b = random(RANK, config.hidden_size, seed=seed), random(rows, RANK, seed=seed + 20)
         tensors |= {f"{path}.in_proj_{part}.lora_A.weight": a, f"{path}.in_proj_{part}.lora_B.weight": b}

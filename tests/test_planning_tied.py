@@ -623,7 +623,7 @@ def test_a_tie_of_what_is_stored_in_parts_cannot_be_undone(tmp_path: Path, monke
     known = table().architectures
     experts = "model.layers.0.mlp.experts.gate_up_proj"
     tied = {**known["MixtralForCausalLM"].tied, "model.twin": experts}
-    monkeypatch.setitem(known, "MixtralForCausalLM", dataclasses.replace(known["MixtralForCausalLM"], tied=tied))  # type: ignore[arg-type]
+    monkeypatch.setitem(known, "MixtralForCausalLM", dataclasses.replace(known["MixtralForCausalLM"], tied=tied))
     base = {"model.embed_tokens.weight": BASE}
     for expert, part in itertools.product(range(2), ("w1", "w3")):
         base[f"model.layers.0.block_sparse_moe.experts.{expert}.{part}.weight"] = torch.ones(6, HIDDEN)

@@ -175,8 +175,8 @@ def inputs(model: Any) -> list[dict[str, Any]]:
     found = [{**base, **without_pixels}, {**base, **every}, base, every]
     if "input_features" in takes:
         keys = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
-        sizes = {getattr(part, key, None) for part in _parts(model.config) for key in keys} - {None}
-        for mels in map(int, sizes):
+        sizes = {getattr(part, key, None) for part in _parts(model.config) for key in keys}
+        for mels in (int(size) for size in sizes if size is not None):
             frames = 2 * getattr(model.config, "max_source_positions", 40)
             features = torch.randn(1, mels, frames, generator=random)
             found += [{**without_pixels, "input_features": features}]

@@ -172,10 +172,10 @@ class PeftMethod(ABC):
                 self.claim_module(claims, module, context)
             # Wrappers before PEFT's prefix were not there when the config was written.
             reasons = [self.left_out(name, context) for name in peeled(module.asked)]
-            if why := all(reasons) and reasons[-1]:
+            if all(reasons):
                 claims.problems.append(
-                    f"adapter_config.json's {why} {module.name}, for which the adapter has tensors; PEFT would ignore "
-                    "them"
+                    f"adapter_config.json's {reasons[-1]} {module.name}, for which the adapter has tensors; PEFT "
+                    "would ignore them"
                 )
         if modules:
             claims.told |= {ref.name for ref in shared.values() if 0 not in ref.shape}

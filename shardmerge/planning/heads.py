@@ -18,7 +18,8 @@ from shardmerge.adapters import ModuleUpdate
 from shardmerge.checkpoint import Checkpoint
 from shardmerge.config import AdapterConfig
 from shardmerge.names import LABELS, Head, Names, head_for
-from shardmerge.planning.match import Matches, list_some
+from shardmerge.planning.match import Matches
+from shardmerge.planning.several import list_some
 from shardmerge.planning.unplaced import Unplaced, beside_of, without_place
 from shardmerge.spec import FACTOR_DTYPES, FLOAT_DTYPES, Parameter, Place, TensorRef, Update
 

@@ -136,10 +136,11 @@ class _Matching:
             self.misfits.append(named(update, oriented))
             return
         if oriented.family == "lora" and parameter.experts and len(parameter.shape) == 2:
-            parameter = _as_matrix(parameter)
-            if isinstance(parameter, str):
-                self.misfits.append(f"{update.first}: {parameter}")
+            matrix = _as_matrix(parameter)
+            if isinstance(matrix, str):
+                self.misfits.append(f"{update.first}: {matrix}")
                 return
+            parameter = matrix
         if oriented.experts and not parameter.experts:
             parameter = _as_stack(parameter)
         completed = self._with_base(self._as_stored(oriented, parameter))
