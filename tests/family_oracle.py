@@ -110,7 +110,7 @@ def write_case(
         base, adapter = folder / "base", folder / "adapter"
         base.mkdir(parents=True)
         save_file({name: tensor.clone() for name, tensor in net.state_dict().items()}, base / "model.safetensors")
-        (base / "config.json").write_text("{}")
+        (base / "config.json").write_text(json.dumps({"tie_word_embeddings": False}))
         model = get_peft_model(copy.deepcopy(net), config)
         torch.manual_seed(1)
         for name, parameter in model.named_parameters():
