@@ -185,7 +185,7 @@ def test_an_adapter_of_the_text_model_alone(tmp_path: Path, name: str, layout: s
     if name in LOADED and layout == "disk":
         from transformers import AutoModelForCausalLM
 
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
         assert type(again) is of.alone
         torch.testing.assert_close(answer_of(again), answer, rtol=1e-4, atol=1e-4)
 
