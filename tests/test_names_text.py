@@ -155,6 +155,7 @@ def peft_adapter(folder: Path, text: Any, **settings: Any) -> tuple[State, torch
 
 
 def answer_of(model: Any) -> torch.Tensor:
+    model.eval()
     with torch.no_grad():
         return torch.as_tensor(model(input_ids=torch.arange(3, 23).view(2, 10)).logits)
 
