@@ -155,6 +155,7 @@ def peft_adapter(folder: Path, text: Any, **settings: Any) -> tuple[State, torch
 
 
 def answer_of(model: Any) -> torch.Tensor:
+    model.eval()
     with torch.no_grad():
         return torch.as_tensor(model(input_ids=torch.arange(3, 23).view(2, 10)).logits)
 
@@ -185,7 +186,7 @@ def test_an_adapter_of_the_text_model_alone(tmp_path: Path, name: str, layout: s
     if name in LOADED and layout == "disk":
         from transformers import AutoModelForCausalLM
 
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
         assert type(again) is of.alone
         torch.testing.assert_close(answer_of(again), answer, rtol=1e-4, atol=1e-4)
 
