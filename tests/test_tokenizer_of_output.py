@@ -114,10 +114,17 @@ def facts(folder: Path) -> dict[str, Any]:
     }
 
 
+#: Of each kind, itself and one other; the rest are slow.
+PAIRS = [
+    pytest.param(one, other, marks=[] if (second - first) % len(KINDS) < 2 else [pytest.mark.slow])
+    for (first, one), (second, other) in itertools.product(enumerate(KINDS), repeat=2)
+]
+
+
 # --- whole, from the adapter ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("of_base", "of_adapter"), list(itertools.product(KINDS, KINDS)))
+@pytest.mark.parametrize(("of_base", "of_adapter"), PAIRS)
 def test_adapter_brings_a_tokenizer(tmp_path: Path, of_base: str, of_adapter: str) -> None:
     """Every kind in place of every kind, with all that a base can have beside it; the template in each place once."""
     place = small_place(tmp_path)
