@@ -132,7 +132,6 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "aLoRA": ({"alora_invocation_tokens": [1]}, ["alora_invocation_tokens", "cannot be merged"]),
     "QALoRA": ({"use_qalora": True}, ["use_qalora", "QALoRA"]),
     "Arrow": ({"arrow_config": {"top_k": 2}}, ["arrow_config", "Arrow", "cannot be merged"]),
-    "KaSA": ({"kasa_config": {"beta": 1}}, ["kasa_config", "KaSA"]),
     **{
         f"initialisation {name}": ({"init_lora_weights": name}, [f"init_lora_weights: {name!r}", "Convert", "PEFT"])
         for name in ("pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "lora_ga")
