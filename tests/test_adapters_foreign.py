@@ -419,7 +419,11 @@ def test_several_methods_in_one_file(tmp_path: Path) -> None:
 
 
 def without(*roles: str) -> Callable[[dict[str, Tensor]], None]:
-    return lambda tensors: [tensors.pop(f"{Q}.{role}") for role in roles] and None
+    def change(tensors: dict[str, Tensor]) -> None:
+        for role in roles:
+            del tensors[f"{Q}.{role}"]
+
+    return change
 
 
 def put(role: str, *shape: int) -> Callable[[dict[str, Tensor]], None]:

@@ -172,7 +172,7 @@ class PeftMethod(ABC):
                 self.claim_module(claims, module, context)
             # Wrappers before PEFT's prefix were not there when the config was written.
             reasons = [self.left_out(name, context) for name in peeled(module.asked)]
-            if why := all(reasons) and reasons[-1]:
+            if why := reasons[-1] if all(reasons) else "":
                 claims.problems.append(
                     f"adapter_config.json's {why} {module.name}, for which the adapter has tensors; PEFT would ignore "
                     "them"
