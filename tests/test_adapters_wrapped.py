@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import shardmerge
 from shardmerge import PlanError
-from tests import zoo
+from tests import text_zoo, zoo
 from tests.family_oracle import Case, Net, change_tensors, merged_by_peft, write_case
 from tests.peft_oracle import _new_folder as new_folder
 from tests.peft_oracle import assert_same_bits, make_config, merge_to, stored
@@ -146,6 +146,23 @@ def test_every_method(tmp_path: Path, row: Row) -> None:
         assert_same_bits(stored(tmp_path / name / "out"), stored(merged(row)))
 
 
+@pytest.mark.parametrize("wrapper", ["DDP of compiled", "PEFT twice", "both sides"])
+def test_names_of_a_text_model_alone(tmp_path: Path, wrapper: str) -> None:
+    """Whose names an adapter has is seen without what stands before them."""
+    of = text_zoo.pair("Gemma3ForConditionalGeneration")
+    base = text_zoo.write_around(tmp_path / "base", of, text_zoo.small(of), "disk")
+    target = next(name for name in base if name.endswith("layers.0.self_attn.q_proj.weight"))
+    rows, columns = base[target].shape
+    a, b = torch.randn(4, columns), torch.randn(rows, 4)
+    key = f"{PEFT}model.layers.0.self_attn.q_proj.lora_{{}}.weight"
+    pair = {key.format("A"): a, key.format("B"): b}
+    save_file({WRAPPERS[wrapper](name): tensor for name, tensor in pair.items()}, tmp_path / "lora.safetensors")
+    merge_to(tmp_path / "out", tmp_path / "base", {"path": str(tmp_path / "lora.safetensors"), "scaling": 1.0})
+    ours = stored(tmp_path / "out")
+    assert torch.equal(ours[target], base[target] + b @ a)
+    assert_same_bits({**ours, target: base[target]}, base)
+
+
 def test_a_model_that_is_called_module(tmp_path: Path) -> None:
     """Of `module.x` and `x` the base has both, so the name is taken as it stands."""
     tensors = {"module.x.weight": torch.randn(24, 20), "x.weight": torch.randn(24, 20)}
@@ -187,7 +204,7 @@ def planned(folder: Path, pair: Mapping[str, Tensor]) -> str:
 def test_two_keys_of_one_factor_are_refused(tmp_path: Path) -> None:
     case = write_case(tmp_path, peft.LoraConfig(r=4, target_modules=["wide"], init_lora_weights=False))
     change_tensors(case, lambda tensors: tensors.update(_doubled(tensors)))
-    with pytest.raises(PlanError, match=r"belongs to no update|both update"):
+    with pytest.raises(PlanError, match=r"is there without .*lora_B|both update"):
         shardmerge.plan(make_config(tmp_path / "out", case.base, [case.adapter]))
 
 
