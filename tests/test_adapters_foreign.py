@@ -444,7 +444,10 @@ def put(role: str, *shape: int) -> Callable[[dict[str, Tensor]], None]:
         (loha(Q, tucker=False), put("hada_w2_b", 4, 20), ["is [4, 20]; expected [3, 20]"]),
         (loha(Q, tucker=False), put("alpha", 2), ["expected one number"]),
     ],
-    ids=str,
+    ids=[
+        *("w2_b is missing", "w1 is missing", "w1 twice", "another rank", "too large", "no matrix"),
+        *("hada_w2_a is missing", "half a core", "another width", "two alphas"),
+    ],
 )
 def test_factors_that_do_not_fit(
     tmp_path: Path,

@@ -141,6 +141,7 @@ ADAPTERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "MiSS, mini": (Tall, _of("Miss", *TALL, r=4, mini_r=8, init_weights="mini")),
     "SHiRA": (Tall, _of("Shira", *TALL, r=4)),
     "DeLoRA": (Tall, _of("Delora", *TALL, r=4)),
+    "KaSA": (Tall, _of("Lora", *TALL, r=5, kasa_config={"beta": 1e-4, "gamma": 1e-3})),
     "HiRA": (Tall, _of("Hira", *TALL, "conv", r=5)),
     "HRA": (Tall, _of("HRA", *TALL, r=5)),
     "HRA, orthogonal": (Tall, _of("HRA", *TALL, r=3, apply_GS=True)),
@@ -174,8 +175,9 @@ ADAPTERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
 PARTS = {
     "experts": ("mixtral", zoo.lora("q_proj", target_parameters=["experts.gate_up_proj", "experts.down_proj"])),
     "a part saved": ("nomic-bert", zoo.lora("o_proj", modules_to_save=["q_proj"])),
+    "UniLoRA, seeded": ("llama", zoo.peft("UniLoraConfig", "all-linear", r=3, theta_d_length=40)),
 }
-NAMES = (*ADAPTERS, *PARTS, "frozen copies", "gate and up in turn")
+NAMES = (*ADAPTERS, *PARTS, "frozen copies", "differences", "gate and up in turn")
 
 
 @cache
@@ -188,6 +190,10 @@ def files(name: str, dtype: str = "float32") -> tuple[Path, Path]:
         w, b, a = random(768, 96, seed=0), random(4, 768, seed=1), random(96, 4, seed=2)
         base = write_base(folder / "base", [{"m.weight": w, "n.weight": w + 1}])
         return base, write_pure(folder / "a.pt", {"m.A": a, "m.B": b, "n.original.weight": w + 1})
+    if name == "differences":
+        base = write_base(folder / "base", [{"m.weight": random(768, 96, seed=0)}])
+        save_file({"m.diff": random(768, 96, seed=1)}, folder / "lora.safetensors")
+        return base, folder / "lora.safetensors"
     if name == "gate and up in turn":
         return _in_turn(folder)
     make, config = ADAPTERS[name]
