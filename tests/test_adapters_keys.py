@@ -45,6 +45,7 @@ UNSET: dict[str, Any] = {
     "layers_pattern": "",
     "use_bdlora": False,
     "arrow_config": False,
+    "monteclora_config": False,
     "alpha_pattern": None,
     "rank_pattern": None,
 }

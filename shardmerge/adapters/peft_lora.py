@@ -81,7 +81,8 @@ class LoraMethod(PeftMethod):
         "trainable_token_indices": token_problems,
         "init_lora_weights": initialisation_problems,
         "kasa_config": SUBCONFIG,
-        "monteclora_config": SUBCONFIG,
+        # The one that PEFT takes for "not set" where it is false.
+        "monteclora_config": lambda key, value: [] if value is False else SUBCONFIG(key, value),
         "velora_config": SUBCONFIG,
     }
     ignorable: ClassVar[frozenset[str]] = frozenset({"init_lora_weights"})
@@ -185,7 +186,7 @@ class LoraMethod(PeftMethod):
     def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
         claim_tokens(claims, tensors, config.get("trainable_token_indices"))
         for key, state in TRAINING_STATE.items():
-            if config.get(key) is not None:
+            if config.get(key) not in (None, False):
                 claims.told |= {name for name in tensors if f".{state}." in f"{name}."}
         super().claim_rest(claims, tensors, config)
 
