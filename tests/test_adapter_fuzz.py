@@ -102,7 +102,8 @@ def add_a_stranger(tensors: Tensors, random: Random) -> Tensors | None:
 
 def rename_to_nothing(tensors: Tensors, random: Random) -> Tensors | None:
     old, new = random.choice([(".0.", ".9."), ("proj", "project"), ("model.", "mode1."), ("c_attn", "c_attention")])
-    renamed = {name: _PREFIX + name.removeprefix(_PREFIX).replace(old, new) for name in tensors}
+    starts = {name: _PREFIX if name.startswith(_PREFIX) else "" for name in tensors}  # twice the prefix is no damage
+    renamed = {name: start + name.removeprefix(start).replace(old, new) for name, start in starts.items()}
     return None if list(renamed) == list(renamed.values()) else {renamed[name]: tensors[name] for name in tensors}
 
 
