@@ -295,6 +295,19 @@ def test_differences_beside_lora_a(tmp_path: Path) -> None:
     place.assert_merged({f"{Q}.weight": changed(factors), "blocks.1.norm.weight": norm})
 
 
+@pytest.mark.parametrize("last", ["head", "head.head", "proj_out", "output"])
+def test_the_last_layer_of_an_image_model_is_no_output_head(tmp_path: Path, last: str) -> None:
+    """No vocabulary is spoken of, so there is no embedding that it could be tied to."""
+    factors, bias = pair(MLP, f"diffusion_model.{last}", ENDS["lora_down"]), rand(36, seed=4)
+    base = {
+        f"{last}.weight": rand(36, 24, seed=1),
+        f"{last}.bias": rand(36, seed=2),
+        "patch.weight": rand(16, 3, 2, 2, seed=3),
+    }
+    place = Place(tmp_path, {**factors, f"diffusion_model.{last}.diff_b": bias}, base)
+    place.assert_merged({f"{last}.weight": changed(factors), f"{last}.bias": bias})
+
+
 def test_a_tensor_that_is_set(tmp_path: Path) -> None:
     tensor = rand(36, 24, seed=9)
     place = Place(tmp_path, {f"diffusion_model.{MLP}.set_weight": tensor})

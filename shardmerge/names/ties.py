@@ -37,6 +37,9 @@ _HEADS = frozenset(
     }
 )
 
+#: Of these, names that models without a vocabulary have, too.
+_MISTAKABLE = frozenset({"head", "output", "output_layer", "output_projection", "proj_out"})
+
 
 @dataclass(frozen=True, slots=True)
 class Tie:
@@ -118,6 +121,9 @@ def guessed(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     found = [name for name, shape in shapes.items() if len(shape) == 2 and _is_of_vocabulary(name, shape, config)]
     heads = [name for name in found if is_head(name.removesuffix(".weight"))]
     embeddings = [name for name in found if name not in heads]
+    if not embeddings and tied is None and not _sizes(config):
+        # An image model's last layer may be called so, too, and nothing else speaks of a vocabulary.
+        found = [name for name in found if name.removesuffix(".weight").rpartition(".")[2] not in _MISTAKABLE]
     if heads and embeddings:
         if tied and len(heads) == len(embeddings) == 1 and shapes[heads[0]] == shapes[embeddings[0]]:
             yield Tie(embeddings[0], embeddings[0], (heads[0],))
@@ -131,10 +137,14 @@ def _is_of_vocabulary(name: str, shape: tuple[int, ...], config: Mapping[str, An
     module = name.removesuffix(".weight")
     if module == name:
         return False
+    return shape[0] in _sizes(config)[:1] or module.rpartition(".")[2] in (_HEAD_OF.keys() | _HEADS)
+
+
+def _sizes(config: Mapping[str, Any]) -> list[int]:
+    """The vocabularies of which config.json, or its text part, says the size."""
     inner = config.get("text_config")
     sections = (config, inner if isinstance(inner, Mapping) else {})
-    sizes = [section.get("vocab_size") for section in sections if type(section.get("vocab_size")) is int]
-    return shape[0] in sizes[:1] or module.rpartition(".")[2] in (_HEAD_OF.keys() | _HEADS)
+    return [size for section in sections if type(size := section.get("vocab_size")) is int]
 
 
 def head_of(embedding: str) -> str | None:
