@@ -7,8 +7,8 @@ i + g/2 make a pair: y'ᵢ = c₁ᵢ yᵢ − c₂ᵢ y_{i+g/2}, y'_{i+g/2} = c�
 arXiv:2409.00119. Source: peft/tuners/road/layer.py, 0.21.
 
 A group needs all its rows, so tiles hold whole groups. PEFT merges with R rounded to the base's dtype, and multiplies
-by all of R, (out, out): in float32 the bits of W' are the same (see `shardmerge.adapters.blocks`), on 16-bit bases ours are
-nearer. The last bit of b' depends on the processor: its product with all of R may fuse what a block's rounds apart.
+by all of R, (out, out): in float32 the bits of W' are the same (see `shardmerge.adapters.blocks`), on 16-bit bases ours
+are nearer. The last bit of b' depends on the processor: its product with all of R may fuse what a block's rounds apart.
 """
 
 from __future__ import annotations
