@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_BASE := $(HOME)/.cache/shardmerge/SmolLM2-135M-Instruct
 
+# Two processes; a file's tests stay together, as they share what is made once.
+PARALLEL := -n 2 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint format bench clean
 
@@ -33,10 +36,10 @@ demo: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/shardmerge chat output/demo --prompt "What is the capital of Loraland?"
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

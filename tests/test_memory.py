@@ -22,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from shardmerge.planning.tiling import _PANEL_BYTES, _PANEL_COLUMNS, WORKERS
 from tests.builders import peft_config, run_cli, write_json
 from tests.conftest import ROOT
 
@@ -128,7 +129,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux says
     ids=["few", "all"],
 )
 def test_predicted_memory(tmp_path: Path, names: tuple[str, ...]) -> None:
-    """Within 10% of what is measured; and peaks are much the same over shapes, ranks and dtypes."""
+    """Within 10% of what is measured but for what MKL copies; and peaks are much the same over shapes, ranks, dtypes."""
     peaks = {}
     for name in names:
         model = MODELS[name]
@@ -136,7 +137,11 @@ def test_predicted_memory(tmp_path: Path, names: tuple[str, ...]) -> None:
         assert done.returncode == 0, done.stderr
         memory = merged_memory(tmp_path / name)
         # A tenth of a full working set is 4 MiB; what torch's code takes, which differs by processor, is no less sure.
-        assert memory["working_set"] == pytest.approx(memory["predicted_working_set"], rel=0.1, abs=4 * MIB), name
+        predicted = memory["predicted_working_set"]
+        assert memory["working_set"] <= predicted + max(0.1 * predicted, 4 * MIB), name
+        # What MKL copies of a factor of high rank differs by processor, too: the plan has room for the most of it.
+        copied = min(_PANEL_BYTES, _PANEL_COLUMNS * model.rank * 4) * WORKERS
+        assert memory["working_set"] >= predicted - copied - max(0.1 * predicted, 4 * MIB), name
         peaks[name] = memory["peak"]
         shutil.rmtree(tmp_path / name)
     del peaks["small"]  # it does not fill the buffers
