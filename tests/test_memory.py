@@ -129,7 +129,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux says
     ids=["few", "all"],
 )
 def test_predicted_memory(tmp_path: Path, names: tuple[str, ...]) -> None:
-    """Within 10% of what is measured but for what MKL copies; and peaks are much the same over shapes, ranks, dtypes."""
+    """Within 10% of what is measured but for what MKL copies; and peaks are much the same whatever the model."""
     peaks = {}
     for name in names:
         model = MODELS[name]
