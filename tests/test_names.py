@@ -487,6 +487,31 @@ def test_an_encoder_and_a_decoder_share_an_embedding() -> None:
     assert heads["lm_head.weight"] == heads["encoder.embed_tokens.weight"] == "shared.weight"
 
 
+def test_a_tied_head_is_spoken_of_as_it_is_called_in_memory() -> None:
+    """On disk it would be ``output.weight``."""
+    names = Names(
+        config("MistralLarge4ForConditionalGeneration", tie_word_embeddings=True), {"tok_embeddings.weight": (50, 8)}
+    )
+    assert names.tied == {"output.weight": "tok_embeddings.weight"}
+    assert names.tied_as_spoken["lm_head.weight"] == "output.weight"
+
+
+def test_ties_of_biases_of_layers_and_across_numbers() -> None:
+    bert = Names(
+        config("BertForMaskedLM"), {"cls.predictions.bias": (50,), "bert.embeddings.word_embeddings.weight": (50, 8)}
+    )
+    assert bert.tied == {
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    }
+    query = "layers.7.self_attn.q_proj.weight"
+    gemma = Names(config("DiffusionGemmaForBlockDiffusion"), {f"model.decoder.{query}": (8, 8)})
+    assert gemma.tied == {f"model.encoder.language_model.{query}": f"model.decoder.{query}"}
+    zamba = Names(config("ZambaForCausalLM"), {"model.layers.2.shared_transf.self_attn.q_proj.weight": (8, 8)})
+    assert zamba.is_tied_across("model.layers.2.shared_transf.self_attn.q_proj.weight") and not zamba.tied
+    assert not zamba.is_tied_across("model.layers.2.mamba.in_proj.weight")
+
+
 # --- files from strangers ---------------------------------------------------------------------------------------------
 
 HOSTILE: list[Any] = [

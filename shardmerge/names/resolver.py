@@ -51,6 +51,11 @@ class Names:
         return self._architecture is not None
 
     @property
+    def config(self) -> Mapping[str, Any]:
+        """What the model's config.json says, of the class that these names are of."""
+        return self._config
+
+    @property
     def stored(self) -> Mapping[str, tuple[int, ...]]:
         """The stored tensors' shapes, by name."""
         return self._shapes

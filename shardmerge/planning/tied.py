@@ -287,8 +287,7 @@ class _Resolving:
     @cached_property
     def _after(self) -> Names:
         """The names of the same checkpoint, untied."""
-        shapes = {name: weight.tensor.shape for name, weight in self.checkpoint.weights.items()}
-        return Names(without_ties(self.checkpoint.config), shapes)
+        return Names(without_ties(self.names.config), self.names.stored)
 
     def _falls(self, tie: Tie) -> bool:
         """Whether it is undone when config.json says so."""
