@@ -31,7 +31,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -165,18 +165,23 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    return command(__doc__, TARGET, bake)
+
+
+def command(doc: str | None, target: Path, bake: Callable[[], tuple[str, dict[str, str]]]) -> int:
+    """Bake a file from the command line; with ``--check``, 1 where it is out of date."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the file is out of date")
     options = parser.parse_args()
     text, failures = bake()
     for name, reason in sorted(failures.items()):
-        print(f"not built: {name}: {reason}", file=sys.stderr)
+        print(f"left out: {name}: {reason}", file=sys.stderr)
     if options.check:
-        current = TARGET.read_text() if TARGET.exists() else ""
-        print("up to date" if current == text else f"{TARGET} is out of date: run python -m tools.bake_names")
+        current = target.read_text() if target.exists() else ""
+        print("up to date" if current == text else f"{target} is out of date: bake it again, without --check")
         return int(current != text)
-    TARGET.write_text(text)
-    print(f"{TARGET}: {len(text.encode()):,} bytes")
+    target.write_text(text)
+    print(f"{target}: {len(text.encode()):,} bytes")
     return 0
 
 

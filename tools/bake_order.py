@@ -13,7 +13,6 @@ to the order of its modules is left out, as is one that has no Linear layer.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shardmerge.names.order import arranged, child_of, parse
-from tools.bake_names import BuildError, build, classes, quiet
+from tools.bake_names import BuildError, build, classes, command, quiet
 
 #: Configs with which some classes have layers that their default lacks.
 _VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -42,19 +41,7 @@ TARGET = Path(__file__).resolve().parent.parent / "shardmerge" / "data" / "order
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the file is out of date")
-    options = parser.parse_args()
-    text, failures = bake()
-    for name, reason in sorted(failures.items()):
-        print(f"left out: {name}: {reason}", file=sys.stderr)
-    if options.check:
-        current = TARGET.read_text() if TARGET.exists() else ""
-        print("up to date" if current == text else f"{TARGET} is out of date: run python -m tools.bake_order")
-        return int(current != text)
-    TARGET.write_text(text)
-    print(f"{TARGET}: {len(text.encode()):,} bytes")
-    return 0
+    return command(__doc__, TARGET, bake)
 
 
 def bake() -> tuple[str, dict[str, str]]:
