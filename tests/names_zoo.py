@@ -190,10 +190,5 @@ def combinations(model: Any) -> Iterator[tuple[str, Outcome]]:
 
 
 def tied(model: Any) -> dict[str, str]:
-    """Names in memory of the weights that transformers ties → the one that each is; but for ties across numbers."""
-    pairs = getattr(model, "all_tied_weights_keys", {})  # some base classes are never finished
-    return {target: source for target, source in pairs.items() if _numbers(target) == _numbers(source)}
-
-
-def _numbers(name: str) -> list[str]:
-    return [segment for segment in name.split(".") if segment.isdecimal()]
+    """Names in memory of the weights that transformers ties → the one that each is."""
+    return dict(getattr(model, "all_tied_weights_keys", {}))  # some base classes are never finished
