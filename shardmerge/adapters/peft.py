@@ -398,10 +398,8 @@ COUNT = checked(is_count, "a whole number")
 NUMBER = checked(is_number, "a finite number", required=True)
 OPTIONAL_NUMBER = checked(is_number, "a finite number")
 FLAG = checked(lambda value: isinstance(value, bool), "true or false")
-TEXT = checked(lambda value: isinstance(value, str), "a string")
 STRINGS = checked(lambda value: isinstance(value, str) or is_strings(value), "a string or a list of strings")
 SUBCONFIG = checked(lambda value: isinstance(value, dict), "a mapping of settings, or null")
-ANYTHING = checked(lambda value: True, "anything")
 
 
 def pattern_of(valid: Callable[[Any], bool], expected: str) -> Check:

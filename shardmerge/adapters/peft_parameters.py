@@ -25,7 +25,6 @@ from shardmerge.adapters.peft_variants import variants
 
 #: The file's word for a layout → ours.
 LAYOUTS: Mapping[str, str] = {"rank_major": "peft", "grouped_by_expert": "unsloth"}
-_WORDS = {ours: word for word, ours in LAYOUTS.items()}
 _FLAT, _MARKER = "lora_B_layout", "unsloth_fused_expert_lora"
 _DIFFERENCE = (
     "peft (column k·E + e of lora_B is expert e's for rank k) or unsloth (column e·r + k is; Unsloth's trainer packed "

@@ -26,7 +26,6 @@ _SECTIONS = ("quantization_config", "compression_config", "quantization")
 _NUMBERS = {"fp8": "FP8", "fbgemm_fp8": "FP8", "mxfp4": "MXFP4", "bitnet": "ternary numbers"}
 #: Names of tensors that a message lists.
 _SHOWN = 4
-_UNNAMED = "a method that config.json does not name"
 _WAY_OUT = (
     "only F32, F16 and BF16 weights can be merged into, so merge into the model as it was before it was quantised, or "
     "dequantise it first"
