@@ -30,6 +30,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "patterns",
         "shown",
         "recognise",
+        "regular_files",
     ),
     (
         "adapter_folder",

@@ -1,0 +1,72 @@
+"""The command line: parse, construct, call, print. Results go to stdout, progress and messages to stderr."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from shardmerge.cli import describing, merging, proving, talking
+from shardmerge.cli.printing import Group
+from shardmerge.garbage import process_is_ours
+from shardmerge.interrupt import INTERRUPTED
+from shardmerge.version import __version__
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="shardmerge")
+def cli() -> None:
+    """Fold a trained adapter (LoRA and its relatives) into a model's weights, streaming.
+
+    Exit codes: 0 done; 1 a bug; 2 usage or config; 3 the plan is refused; 4 a file is malformed; 5 reading or writing
+    failed; 6 verification failed; 7 the output belongs to another merge; 130 interrupted.
+    """
+
+
+for _command in (
+    merging.run,
+    merging.plan,
+    merging.export,
+    proving.verify,
+    proving.compare,
+    describing.inspect,
+    describing.init,
+    talking.chat,
+):
+    cli.add_command(_command)
+
+
+def _on_termination(signum: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> NoReturn:
+    """The console script."""
+    signal.signal(signal.SIGTERM, _on_termination)
+    process_is_ours()
+    # Torch imports numpy, whose OpenBLAS starts a thread for every core, that waits for work at full speed at first. We
+    # give it none.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    try:
+        code = cli.main(standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("shardmerge: interrupted", err=True)
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone; pointing stdout elsewhere keeps the interpreter's last flush quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    _leave(code if isinstance(code, int) else 0)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process at once: to take torch apart would last longer than to plan a merge, and all is on the disk."""
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,55 @@
+"""``inspect`` and ``init``: what a path is, and a config to begin with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from shardmerge.cli.printing import json_option, print_json, say
+from shardmerge.errors import ConfigError
+from shardmerge.shown import one_line
+
+
+@click.command()
+@click.argument("path")
+@json_option
+def inspect(path: str, as_json: bool) -> None:
+    """Say what PATH is: a checkpoint or an adapter, of what kind, size, dtype, rank and scaling."""
+    from shardmerge.inspection import describe, inspect_path
+
+    found = inspect_path(path)
+    if as_json:
+        print_json(found)
+    else:
+        say(describe({**found, "problems": [one_line(text) for text in found.get("problems", [])]}))
+
+
+@click.command()
+@click.argument("adapter")
+@click.option("-o", "target", type=click.Path(path_type=Path), default=Path("config.yaml"), show_default=True)
+@json_option
+def init(adapter: str, target: Path, as_json: bool) -> None:
+    """Write a commented config for ADAPTER, from its own metadata. `-o -` prints it."""
+    from shardmerge.inspection import starter_config
+
+    printed = str(target) == "-"
+    text = starter_config(adapter, "config.yaml" if printed else str(target))
+    if not printed:
+        _write_new(target, text)
+    if as_json:
+        print_json({"config": text, "path": None if printed else str(target)})
+    elif printed:
+        click.echo(text, nl=False)
+    else:
+        click.echo(f"{target}: written; look it over, then: shardmerge plan {target}", err=True)
+
+
+def _write_new(target: Path, text: str) -> None:
+    try:
+        with open(target, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{target} exists already; nothing was written. Remove it, or name another with -o") from None
+    except OSError as error:
+        raise ConfigError(f"{target}: cannot be written: {error.strerror}") from None

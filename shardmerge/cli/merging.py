@@ -1,0 +1,142 @@
+"""``run``, ``plan`` and ``export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from shardmerge.choices import Format, OutputDtype, Quantization
+from shardmerge.cli.printing import Command, json_option, print_json, say
+from shardmerge.errors import ConfigError
+from shardmerge.garbage import no_garbage_collection
+from shardmerge.interrupt import ADVICE, INTERRUPTED, stopping_in_time
+from shardmerge.shown import one_line
+
+if TYPE_CHECKING:
+    from shardmerge.config import MergeConfig
+    from shardmerge.spec import MergePlan
+
+
+def _config_options(command: Command) -> Command:
+    """What `run` and `plan` share."""
+    for decorate in (
+        json_option,
+        click.option(
+            "--overwrite", is_flag=True, help="Replace a finished merge, or an unfinished one of another config."
+        ),
+        click.option(
+            "--allow-config-loss",
+            is_flag=True,
+            help="Write a GGUF file also where llama.cpp does not know a setting of config.json.",
+        ),
+        click.option(
+            "-s", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config, by dotted path."
+        ),
+        click.argument("config", type=click.Path(dir_okay=False, path_type=Path)),
+    ):
+        command = decorate(command)
+    return command
+
+
+def _load(config: Path, overrides: tuple[str, ...]) -> MergeConfig:
+    from shardmerge.config import MergeConfig
+
+    return MergeConfig.from_file(config, overrides)
+
+
+def _plan(config: Path, overrides: tuple[str, ...], *, overwrite: bool, allow_config_loss: bool) -> MergePlan:
+    if allow_config_loss:
+        overrides = (*overrides, "output.allow_config_loss=true")
+    with no_garbage_collection():  # the modules are many objects, too
+        from shardmerge.api import plan
+
+        return plan(_load(config, overrides), overwrite=overwrite)
+
+
+@click.command()
+@_config_options
+@click.option("--quiet", is_flag=True, help="No progress and no table; only errors and notes.")
+def run(
+    config: Path, overrides: tuple[str, ...], allow_config_loss: bool, overwrite: bool, as_json: bool, quiet: bool
+) -> None:
+    """Merge as CONFIG says. Run it again to take up an interrupted merge."""
+    planned = _plan(config, overrides, overwrite=overwrite, allow_config_loss=allow_config_loss)
+    _carry_out(planned, as_json=as_json, quiet=quiet)
+
+
+def _carry_out(planned: MergePlan, *, as_json: bool, quiet: bool) -> None:
+    """Merge, with progress and notes on stderr and the result on stdout."""
+    from shardmerge.api import merge
+    from shardmerge.progress import show_progress
+    from shardmerge.report import next_steps, size_table
+
+    for warning in planned.warnings:
+        say(f"note: {one_line(warning)}", err=True)
+    try:
+        with stopping_in_time(), show_progress(quiet=quiet) as progress:
+            report = merge(planned, progress=progress)
+    except KeyboardInterrupt:
+        click.echo(f"\nshardmerge: {ADVICE}", err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
+    for warning in report.warnings[len(planned.warnings) :]:
+        say(f"note: {one_line(warning)}", err=True)
+    if as_json:
+        print_json(report.to_json())
+    elif not quiet:
+        done = f"{report.targets} weights merged" if planned.adapters else "written"
+        say(f"{report.output}: {done}\n\n{size_table(report)}{next_steps(planned)}")
+
+
+@click.command()
+@_config_options
+def plan(config: Path, overrides: tuple[str, ...], allow_config_loss: bool, overwrite: bool, as_json: bool) -> None:
+    """Say what `run` would do, and every reason why it would not. Reads headers only."""
+    from shardmerge.report import describe_plan, plan_summary
+
+    planned = _plan(config, overrides, overwrite=overwrite, allow_config_loss=allow_config_loss)
+    if as_json:
+        print_json(plan_summary(planned))
+    else:
+        say(describe_plan(planned))
+
+
+@click.command()
+@click.argument("model")
+@click.option("-o", "--output", required=True, metavar="DIR", help="Where to; a directory that is empty or not there.")
+@click.option("--format", "format_", type=click.Choice(get_args(Format)), default="safetensors", show_default=True)
+@click.option("--quantization", type=click.Choice(get_args(Quantization)), help="Of a GGUF file.  [default: q8_0]")
+@click.option("--allow-config-loss", is_flag=True, help="Of a GGUF file: though llama.cpp does not know a setting.")
+@click.option("--dtype", type=click.Choice(get_args(OutputDtype)), default="same", show_default=True)
+@click.option("--max-shard-size", metavar="SIZE", default="same", show_default=True, help="For example 5GB.")
+@click.option("--overwrite", is_flag=True, help="Replace what an earlier run has written there.")
+@click.option("--quiet", is_flag=True, help="No progress and no table; only errors and notes.")
+@json_option
+def export(
+    model: str,
+    output: str,
+    format_: str,
+    quantization: str | None,
+    allow_config_loss: bool,
+    dtype: str,
+    max_shard_size: str,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Write MODEL, a finished merge or any checkpoint, in another format, dtype or shards. Streams like a merge."""
+    from shardmerge.api import plan
+    from shardmerge.config import ExportConfig
+
+    if quantization and format_ != "gguf":
+        raise ConfigError("--quantization is for --format gguf")
+    if allow_config_loss and format_ != "gguf":
+        raise ConfigError("--allow-config-loss is for --format gguf")
+    place: dict[str, Any] = {"path": output, "format": format_, "dtype": dtype, "max_shard_size": max_shard_size}
+    if allow_config_loss:
+        place["allow_config_loss"] = True
+    if quantization:
+        place["quantization"] = quantization
+    config = ExportConfig.from_dict({"base": model, "output": place}, "export")
+    _carry_out(plan(config, overwrite=overwrite), as_json=as_json, quiet=quiet)

@@ -1,0 +1,77 @@
+"""What every command shares: how results and errors are printed, and which exit code an error has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from shardmerge.errors import ConfigError, PlanError, ShardmergeError, VerifyError
+from shardmerge.shown import one_line, shown, shown_json
+
+_AS_JSON = "shardmerge.as_json"
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Group(click.Group):
+    """Turns shardmerge's errors into a message and an exit code, for every command."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # Looked for by hand, since a command line that is wrong is not parsed to its end.
+        ctx.meta[_AS_JSON] = "--json" in args
+        with reported(ctx):
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with reported(ctx):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def reported(ctx: click.Context) -> Iterator[None]:
+    """Whatever goes wrong within the block is reported, as JSON too where that is wanted."""
+    try:
+        yield
+    except ShardmergeError as error:
+        if ctx.meta[_AS_JSON]:
+            problems = error.problems if isinstance(error, PlanError) else [str(error)]
+            _print_error(type(error).__name__, error.exit_code, problems)
+        say(f"shardmerge: {_message(error)}", err=True)
+        raise click.exceptions.Exit(error.exit_code) from None
+    except click.UsageError as error:
+        if ctx.meta[_AS_JSON]:
+            _print_error("UsageError", error.exit_code, [error.format_message()])
+        raise
+
+
+def _message(error: ShardmergeError) -> str:
+    """What an error says, with lines only where it has them by itself."""
+    if isinstance(error, PlanError):
+        return "\n".join([str(error).partition("\n")[0], *(f"  - {one_line(text)}" for text in error.problems)])
+    # Of these two, lists are of what stands in the user's own config, and of what was made one line each.
+    return str(error) if isinstance(error, (ConfigError, VerifyError)) else one_line(str(error))
+
+
+def _print_error(name: str, exit_code: int, problems: Sequence[str]) -> None:
+    print_json({"error": name, "exit_code": exit_code, "problems": list(problems)})
+
+
+def _remember(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+    # `meta` is shared with the group's context, which tells the errors.
+    ctx.meta[_AS_JSON] = value
+    return value
+
+
+json_option = click.option("--json", "as_json", is_flag=True, callback=_remember, help="Print the result as JSON.")
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print what may hold a stranger's words: none of them reaches the terminal as a command."""
+    click.echo(shown(text), err=err)
+
+
+def print_json(value: Any) -> None:
+    click.echo(shown_json(json.dumps(value, indent=2, ensure_ascii=False)))

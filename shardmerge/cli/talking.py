@@ -1,0 +1,57 @@
+"""``chat``: talk to a merged model, or to its base."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import click
+
+from shardmerge.cli.printing import json_option, print_json
+from shardmerge.errors import ConfigError
+
+
+@click.command()
+@click.argument("output")
+@click.option("--prompt", help="Answer this and leave; - reads it from stdin.")
+@click.option("--template", help="Put the prompt where {} stands in this text, instead of the model's chat template.")
+@click.option("--system", help="What the model is told before the conversation.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--adapter-off", is_flag=True, help="Talk to the base that OUTPUT was merged from.")
+@click.option("--base", metavar="PLACE", help="With --adapter-off: where the base is now.")
+@json_option
+def chat(
+    output: str,
+    prompt: str | None,
+    template: str | None,
+    system: str | None,
+    max_new_tokens: int,
+    adapter_off: bool,
+    base: str | None,
+    as_json: bool,
+) -> None:
+    """Talk to the model in OUTPUT. Needs the extra: pip install 'shardmerge[hf]'.
+
+    On a terminal the arrow keys bring back earlier lines, and Ctrl-C stops an answer and not the program.
+    """
+    from shardmerge.chat import load, loop, once
+
+    if as_json and prompt is None:
+        raise ConfigError("--json is for one answer: give --prompt")
+    if base and not adapter_off:
+        raise ConfigError("--base says where the base is, to talk to it with --adapter-off")
+    # The loop outlives Ctrl-C, so that it can stop an answer; it must not take a termination for one.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    if adapter_off:
+        from shardmerge.origin import read_origin
+
+        output = str(read_origin(Path(output), base).base_folder())
+        click.echo(f"this is the base, without the adapter: {output}", err=True)
+    model = load(output, template)
+    if prompt is None:
+        loop(model, system=system, max_new_tokens=max_new_tokens)
+        return
+    asked, answer = once(model, prompt, system=system, max_new_tokens=max_new_tokens, quiet=as_json)
+    if as_json:
+        print_json({"model": output, "system": system, "prompt": asked, "answer": answer})

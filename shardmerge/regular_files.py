@@ -1,0 +1,70 @@
+"""Files of this machine that somebody else may have put there, opened so that none can make us wait or read for ever.
+
+A FIFO keeps its reader waiting until somebody writes, a device may have no end, and a file may be larger than memory.
+Whatever reads a file by its path opens it here, and small files (configs, records, journals) are read whole here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+
+class NotRegularError(OSError):
+    """A FIFO, a device, a socket or a directory is where a file was expected."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(errno.EINVAL, "is not a regular file", os.fspath(path))
+
+
+class TooLargeError(OSError):
+    """A file is larger than any file of its kind."""
+
+    def __init__(self, path: str | os.PathLike[str], limit: int) -> None:
+        super().__init__(errno.EFBIG, f"is larger than {limit:,} bytes", os.fspath(path))
+
+
+def open_regular(
+    path: str | os.PathLike[str], *, follow_link: bool = True, dir_fd: int | None = None
+) -> tuple[int, os.stat_result]:
+    """A read-only descriptor of a regular file, and its status.
+
+    ``follow_link`` False refuses a path whose last part is a link (`OSError` with ``ELOOP``). Raises `OSError`, among
+    them `NotRegularError`.
+    """
+    # O_NONBLOCK: to open a FIFO does not wait for its writer. To a regular file the flag means nothing.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_link else os.O_NOFOLLOW)
+    try:
+        fd = os.open(path, flags, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a device without a driver
+            raise NotRegularError(path) from None
+        raise
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise NotRegularError(path)
+        return fd, status
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def read_small(
+    path: str | os.PathLike[str], limit: int, *, follow_link: bool = True, dir_fd: int | None = None
+) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes.
+
+    Raises `OSError`, among them `NotRegularError` and `TooLargeError`; at most ``limit`` + 1 bytes are read, whatever
+    the file does meanwhile.
+    """
+    fd, _ = open_regular(path, follow_link=follow_link, dir_fd=dir_fd)
+    with open(fd, "rb", buffering=0) as file:
+        chunks, left = [], limit + 1
+        while left and (chunk := file.read(min(left, 1 << 20))):
+            chunks.append(chunk)
+            left -= len(chunk)
+    if not left:
+        raise TooLargeError(path, limit)
+    return b"".join(chunks)
