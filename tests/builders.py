@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
@@ -47,6 +48,11 @@ AUX_FILES: Mapping[str, str] = {
     "tokenizer.json": '{"model": {"type": "BPE"}}',
     "tokenizer_config.json": '{"model_max_length": 64}',
 }
+
+
+def slow_but(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """A test's rows, of which those that are not named as quick are slow."""
+    return [pytest.param(value, marks=() if value in quick else pytest.mark.slow) for value in values]
 
 
 def layer(number: int, module: str) -> str:

@@ -25,7 +25,7 @@ SIZES = {
     "max_position_embeddings": 256,
 }
 #: Models of the three dtypes.
-EVERY_TYPE = ("llama3-rope", "llama-spm", "mistral")
+EVERY_TYPE = ("llama-spm",)
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 SPM_VOCAB = 384
 

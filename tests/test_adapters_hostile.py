@@ -52,7 +52,7 @@ METHODS = {
     "delora": _config("DeloraConfig", "one", r=2),
 }
 #: In the ordinary suite; most of what a plan reads is the same for all.
-QUICK = ("adalora", "lokr", "vblora-top", "delora")
+QUICK = ("lokr", "delora")
 SHAPES = [(), (0,), (1,), (0, 3), (3, 0, 1), (5, 7), (1, 1, 1, 1), (2, 3, 4, 5, 6)]
 VALUES = [None, True, -1, 1.5, 10**30, float("inf"), "x", [], [1], {}, {"one": "x"}, {"(": 1}]
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import shardmerge
 from shardmerge import PlanError
+from tests.builders import slow_but
 from tests.peft_oracle import assert_same_bits, make_config, merge_to, stored
 from tests.zoo import Adapter, adapter_folder, base_folder, lora, merged_by_peft, peft
 
@@ -53,7 +54,7 @@ def _check(model: str, adapter: Adapter, output: Path) -> None:
     assert any(not ours[name].equal(base[name]) for name in ours)
 
 
-@pytest.mark.parametrize("model", ["gpt2", "gpt2-bare"])
+@pytest.mark.parametrize("model", slow_but(["gpt2", "gpt2-bare"], "gpt2"))
 @pytest.mark.parametrize("method", CONV1D)
 def test_matrices_stored_transposed(tmp_path: Path, method: str, model: str) -> None:
     _check(model, CONV1D[method], tmp_path / "out")

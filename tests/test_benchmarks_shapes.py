@@ -12,6 +12,7 @@ import shardmerge
 from benchmarks import making
 from benchmarks.making import Values, ensure, is_made, place
 from benchmarks.shapes import MERGED, REAL, SHAPES, nbytes
+from tests.builders import slow_but
 
 TINY = SHAPES["tiny"]
 
@@ -35,7 +36,7 @@ def test_small_shapes_are_not_real() -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
-@pytest.mark.parametrize("rank", [16, 8])
+@pytest.mark.parametrize("rank", slow_but([16, 8], 16))
 def test_made_shape_is_what_it_says(tmp_path: Path, name: str, rank: int) -> None:
     shape = SHAPES[name].with_rank(rank)
     made = ensure(shape, tmp_path)
@@ -53,6 +54,7 @@ def test_made_shape_is_what_it_says(tmp_path: Path, name: str, rank: int) -> Non
     assert {update.rank for _, update in plan.updates()} == {rank}
 
 
+@pytest.mark.slow
 def test_finished_shape_is_used_again_and_another_is_not(tmp_path: Path) -> None:
     made = ensure(TINY, tmp_path)
     stamp = {path: path.stat().st_mtime_ns for path in made.files()}

@@ -46,13 +46,12 @@ main()
 @pytest.mark.parametrize(
     ("number", "part", "shards", "reused"),
     [
-        (signal.SIGINT, 0.0, 2, 0),
-        (signal.SIGTERM, 0.3, 2, 0),
-        (signal.SIGINT, 0.7, 2, 1),
-        (signal.SIGTERM, 1.0, 2, 1),
-        (signal.SIGTERM, 0.5, 1, 0),
+        pytest.param(signal.SIGINT, 0.0, 2, 0, id="before the first byte", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 0.3, 2, 0, id="in the first shard", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 0.7, 2, 1, id="in the second shard"),
+        pytest.param(signal.SIGTERM, 1.0, 2, 1, id="before the commit", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 0.5, 1, 0, id="one file"),
     ],
-    ids=["before the first byte", "in the first shard", "in the second shard", "before the commit", "one file"],
 )
 def test_stopped_and_taken_up(tmp_path: Path, number: signal.Signals, part: float, shards: int, reused: int) -> None:
     place = make_place(tmp_path, shards=shards)

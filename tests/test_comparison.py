@@ -34,7 +34,7 @@ from shardmerge.config import AdapterConfig
 from shardmerge.errors import ConfigError, FormatError, PlanError, ShardmergeError, SourceError
 from shardmerge.journal import sealed
 from shardmerge.sources import open_source
-from tests.builders import run_python, write_json, write_shards
+from tests.builders import run_python, slow_but, write_json, write_shards
 from tests.conftest import ROOT
 from tests.talkers import save_model, word_tokenizer
 
@@ -227,7 +227,7 @@ def as_mlx(adapter: Path, folder: Path) -> dict[str, Any]:
 FORMATS = [as_pure, as_pure_with_alpha, as_bare, as_mlx]
 
 
-@pytest.mark.parametrize("write", FORMATS, ids=lambda write: write.__name__)
+@pytest.mark.parametrize("write", slow_but(FORMATS, as_mlx), ids=lambda write: write.__name__)
 def test_formula(
     base: Path, adapter: Path, merged: Path, tmp_path: Path, write: Callable[[Path, Path], dict[str, Any]]
 ) -> None:

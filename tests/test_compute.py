@@ -15,6 +15,7 @@ import shardmerge
 from shardmerge.adapters import FAMILIES
 from shardmerge.adapters.lora import Lora
 from shardmerge.threads import ComputeThreads
+from tests.builders import slow_but
 from tests.peft_oracle import make_config, random, stored, write_adapter, write_base
 
 WORKERS = 2
@@ -158,7 +159,7 @@ def test_close_ends_the_threads_though_there_is_work(monkeypatch: pytest.MonkeyP
     assert set(threading.enumerate()) == before
 
 
-@pytest.mark.parametrize("out", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("out", slow_but(["float32", "float16", "bfloat16"], "float32", "bfloat16"))
 @pytest.mark.parametrize("base", ["float32", "bfloat16"])
 def test_the_order_in_which_tiles_end_does_not_matter(
     base: str, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

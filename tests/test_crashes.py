@@ -47,6 +47,7 @@ from tests.builders import (
     llama_tensors,
     model_config,
     peft_tensors,
+    slow_but,
     write_json,
     write_peft,
     write_shards,
@@ -348,7 +349,7 @@ def test_a_gguf_file_is_not_taken_up_once_it_would_be_made_of_something_else(
 # --- steps that fail --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scene", some("new-shards", "shards-over-shards", "gguf-over-gguf"))
+@pytest.mark.parametrize("scene", some("shards-over-shards"))
 def test_a_merge_that_is_cut_at_any_step_is_taken_up(scene: str, stand: Stand) -> None:
     taken = stand.steps(SCENES[scene], WRITES)
     assert set(taken) >= {"open", "write", "pwrite", "fsync", "replace", "unlink", "mkdir", "rmdir"}
@@ -364,7 +365,7 @@ def test_a_merge_that_is_cut_at_any_step_is_taken_up(scene: str, stand: Stand) -
 _DISPENSABLE = ("posix_fallocate", "mkdir")
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT], ids=errno.errorcode.get)
+@pytest.mark.parametrize("code", slow_but([errno.EIO, errno.ENOSPC, errno.EDQUOT], errno.EIO), ids=errno.errorcode.get)
 @pytest.mark.parametrize("scene", some("new-shards"))
 def test_a_step_that_the_disk_refuses_is_an_output_error(scene: str, code: int, stand: Stand) -> None:
     taken = stand.steps(SCENES[scene], WRITES)
@@ -381,7 +382,9 @@ def test_a_step_that_the_disk_refuses_is_an_output_error(scene: str, code: int, 
         stand.check(output, SCENES[scene], where)
 
 
-@pytest.mark.parametrize("scene", ["new-shards", "shards-over-shards", "gguf-over-shards"])
+@pytest.mark.parametrize(
+    "scene", slow_but(["new-shards", "shards-over-shards", "gguf-over-shards"], "shards-over-shards")
+)
 def test_a_disk_that_refuses_everything_from_some_step_on(scene: str, stand: Stand) -> None:
     """As one does that was turned read-only, or came off: not even tidying up succeeds."""
     taken = stand.steps(SCENES[scene], WRITES)
@@ -434,7 +437,10 @@ def remount(disk: Path, pages: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={4 * pages}k", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("scene", ["new-shards", "shards-over-shards", "gguf-over-shards", "shards-over-gguf"])
+@pytest.mark.parametrize(
+    "scene",
+    slow_but(["new-shards", "shards-over-shards", "gguf-over-shards", "shards-over-gguf"], "shards-over-shards"),
+)
 def test_a_disk_of_any_size(scene: str, small_disk: Path, stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real file system says that it is full, wherever in the merge that is; with more space the merge goes on."""
     monkeypatch.setattr("shardmerge.planning.check_space", lambda output, needed: [])
@@ -472,10 +478,7 @@ THIRD = {
 }
 
 
-@pytest.mark.parametrize(
-    "scene",
-    [pytest.param(name, marks=pytest.mark.slow if name.endswith("over-gguf") else ()) for name in THIRD],
-)
+@pytest.mark.parametrize("scene", slow_but(THIRD, "gguf-over-shards"))
 def test_another_merge_may_take_over_what_was_cut_and_nothing_of_it_stays(scene: str, stand: Stand) -> None:
     third = THIRD[scene]
     steps, seen = ("replace", "unlink"), set()
@@ -493,9 +496,9 @@ def test_another_merge_may_take_over_what_was_cut_and_nothing_of_it_stays(scene:
 @pytest.mark.parametrize(
     ("finished", "taking"),
     [
-        pytest.param(ONE, TWO_B, id="file"),
+        pytest.param(ONE, TWO_B, id="file", marks=pytest.mark.slow),
         pytest.param(TWO, TWO_B, id="shards"),
-        pytest.param(GGUF, GGUF_B, id="gguf"),
+        pytest.param(GGUF, GGUF_B, id="gguf", marks=pytest.mark.slow),
         pytest.param(GGUF, TWO_B, id="gguf-by-shards", marks=pytest.mark.slow),
         pytest.param(TWO, GGUF, id="shards-by-gguf", marks=pytest.mark.slow),
     ],
@@ -540,7 +543,7 @@ def _killed(how: str, names: list[str], stand: Stand) -> None:
 
 
 def test_a_process_that_is_killed_at_any_step_leaves_what_can_be_taken_up(stand: Stand) -> None:
-    _killed("steps", ["new-file", "shards-over-shards"], stand)
+    _killed("steps", ["shards-over-file"], stand)
 
 
 @pytest.mark.slow
@@ -595,7 +598,7 @@ def _drive(folder: Path, how: str, names: list[str]) -> None:
 # --- a power failure --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scene", some("new-shards", "new-file", "shards-over-shards", "gguf-over-shards"))
+@pytest.mark.parametrize("scene", some("shards-over-shards"))
 def test_a_power_failure_after_any_step_leaves_what_can_be_taken_up(scene: str, stand: Stand) -> None:
     output = stand.begin(SCENES[scene])
     failure = PowerFailure(output.parent)

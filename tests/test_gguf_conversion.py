@@ -194,6 +194,7 @@ def test_older_configs(case: str, converter: Converter, models: dict[str, Path],
     assert compare(converter, folder, "Q8_0", tmp_path) == []
 
 
+@pytest.mark.slow
 def test_fused_experts(converter: Converter, models: dict[str, Path], tmp_path: Path) -> None:
     """transformers 5 may store all experts of a layer in one tensor."""
     folder = tmp_path / "model"

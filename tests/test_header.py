@@ -23,7 +23,7 @@ from shardmerge import header
 from shardmerge.errors import FormatError
 from shardmerge.header import FIRST_READ, MAX_ENTRY, MAX_HEADER_BYTES, Metadata, decode, encode, read_header, validate
 from shardmerge.spec import DTYPE_BITS, TensorInfo, tensor_nbytes
-from tests.builders import ROOT, llama_tensors, untimed
+from tests.builders import ROOT, llama_tensors, slow_but, untimed
 
 WHERE = "some/file.safetensors"
 deserialize: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = untyped_deserialize
@@ -411,8 +411,8 @@ MONSTERS: dict[str, tuple[Callable[[], bytes], str]] = {
     "1.6 million tensors": (of_tensors(1_600_000, 7), "names over 500,000 tensors"),
     "500,000 tensors": (of_tensors(500_000, 140), "500000 tensors"),
 }
-#: What takes more than two seconds.
-_SLOW = ("lists of metadata", "objects of metadata", "1.6 million tensors", "500,000 tensors")
+#: In the ordinary suite, one of each kind.
+_QUICK = ("lists in lists", "one name of wide letters", "a key again and again", "wide metadata")
 
 _READS = """
 import os, sys
@@ -433,9 +433,7 @@ print(resident("VmHWM") - before, said)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is measured as Linux tells it")
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in _SLOW else ()) for name in MONSTERS]
-)
+@pytest.mark.parametrize("name", slow_but(MONSTERS, *_QUICK))
 def test_memory_of_a_header_of_100_mb(tmp_path: Path, name: str) -> None:
     """Less than four times its length, whatever it says; the header itself twice while it is read is in that."""
     make, expected = MONSTERS[name]

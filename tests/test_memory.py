@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from shardmerge.planning.tiling import _PANEL_BYTES, _PANEL_COLUMNS, WORKERS
-from tests.builders import peft_config, run_cli, write_json
+from tests.builders import peft_config, run_cli, slow_but, write_json
 from tests.conftest import ROOT
 
 MIB = 1 << 20
@@ -125,7 +125,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux says
 
 @pytest.mark.parametrize(
     "names",
-    [("small", "many layers", "rank 256", "float32 output"), pytest.param(tuple(MODELS), marks=pytest.mark.slow)],
+    [("small", "many layers"), pytest.param(tuple(MODELS), marks=pytest.mark.slow)],
     ids=["few", "all"],
 )
 def test_predicted_memory(tmp_path: Path, names: tuple[str, ...]) -> None:
@@ -148,7 +148,7 @@ def test_predicted_memory(tmp_path: Path, names: tuple[str, ...]) -> None:
     assert max(peaks.values()) - min(peaks.values()) < 16 * MIB, peaks
 
 
-@pytest.mark.parametrize("max_memory", ["15MB", pytest.param("20MB", marks=pytest.mark.slow), "30MB"])
+@pytest.mark.parametrize("max_memory", slow_but(["15MB", "20MB", "30MB"], "15MB"))
 def test_max_memory_bounds_the_working_set(tmp_path: Path, max_memory: str) -> None:
     config = write_model(tmp_path, MODELS["rank 8"])
     done = run_cli("run", config, "--quiet", "-s", f"compute.max_memory={max_memory}")
@@ -189,7 +189,7 @@ def merged_peak(config: Path, *options: str) -> int:
 @pytest.mark.parametrize(
     ("model", "quantization"),
     [
-        ("SmolLM2", "q8_0"),
+        pytest.param("SmolLM2", "q8_0", marks=pytest.mark.slow),
         pytest.param("SmolLM2", "f16", marks=pytest.mark.slow),
         pytest.param("over a gigabyte", "q8_0", marks=pytest.mark.slow),
         pytest.param("over a gigabyte", "f16", marks=pytest.mark.slow),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.builders import Place, make_place, run_cli, run_python, snapshot, write_json, write_peft
+from tests.builders import Place, make_place, run_cli, run_python, slow_but, snapshot, write_json, write_peft
 from tests.refusals import REFUSALS, Refusal
 from tests.test_planning import EXIT_CODES
 
@@ -26,7 +26,7 @@ def config_file(place: Place, refusal: Refusal) -> Path:
     return write_json(place.folder / "config.yaml", refusal.setup(place))
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("name", slow_but(CHOSEN, CHOSEN[0], CHOSEN[-1]))
 def test_refusal_as_text(tmp_path: Path, name: str) -> None:
     refusal = REFUSALS[name]
     config = config_file(make_place(tmp_path), refusal)
@@ -41,7 +41,7 @@ def test_refusal_as_text(tmp_path: Path, name: str) -> None:
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("name", slow_but(CHOSEN, *CHOSEN[1:4]))
 def test_refusal_as_json(tmp_path: Path, name: str) -> None:
     refusal = REFUSALS[name]
     config = config_file(make_place(tmp_path), refusal)

@@ -527,6 +527,7 @@ def test_progress(models: Any, tmp_path: Path) -> None:
     assert [of.done for of in seen] == sorted(of.done for of in seen)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(models: Any, tmp_path: Path) -> None:
     source, adapter = models("llama-spm")
     base, wide = tmp_path / "base", 1024
