@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from typing import Any, NoReturn
 
 import click
@@ -50,6 +51,8 @@ def main() -> NoReturn:
     # Torch imports numpy, whose OpenBLAS starts a thread for every core, that waits for work at full speed at first. We
     # give it none.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Where numpy is not installed, importing torch warns of it. Nothing that we ask of torch needs numpy.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
     try:
         code = cli.main(standalone_mode=False)
         sys.stdout.flush()
