@@ -47,6 +47,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "windows",
         "checksums",
         "gguf",
+        "installation",
     ),
     ("checkpoint", "journal", "fingerprint", "jobs", "work"),
     ("adapter_file", "sinks", "factors", "fidelity", "nonfinite", "threads"),

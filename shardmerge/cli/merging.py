@@ -11,6 +11,7 @@ from shardmerge.choices import Format, OutputDtype, Quantization
 from shardmerge.cli.printing import Command, json_option, print_json, say
 from shardmerge.errors import ConfigError
 from shardmerge.garbage import no_garbage_collection
+from shardmerge.installation import first_time, needless_cuda
 from shardmerge.interrupt import ADVICE, INTERRUPTED, stopping_in_time
 from shardmerge.shown import one_line
 
@@ -72,6 +73,8 @@ def _carry_out(planned: MergePlan, *, as_json: bool, quiet: bool) -> None:
     from shardmerge.progress import show_progress
     from shardmerge.report import next_steps, size_table
 
+    if (note := needless_cuda()) and first_time(note):
+        say(f"note: {note}", err=True)
     for warning in planned.warnings:
         say(f"note: {one_line(warning)}", err=True)
     try:
