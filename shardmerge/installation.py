@@ -42,7 +42,7 @@ def needless_cuda(devices: Sequence[str] = _DEVICES) -> str | None:
         return None
     return (
         f"the installed torch is built for CUDA {version}, and this machine has no NVIDIA GPU. Merges work all the "
-        f"same; the CPU build takes about 4 GB less disk: {CPU_BUILD} (said once)"
+        f"same; the CPU build takes about 4 GB less disk: {CPU_BUILD}"
     )
 
 
