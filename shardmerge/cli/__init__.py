@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from shardmerge.cli import describing, merging, proving, talking
-from shardmerge.cli.printing import Group
+from shardmerge.cli.printing import Group, show_traceback, show_usage
 from shardmerge.garbage import process_is_ours
 from shardmerge.interrupt import INTERRUPTED
 from shardmerge.version import __version__
@@ -46,6 +46,7 @@ def _on_termination(signum: int, frame: Any) -> NoReturn:
 
 def main() -> NoReturn:
     """The console script."""
+    sys.excepthook = show_traceback
     signal.signal(signal.SIGTERM, _on_termination)
     process_is_ours()
     # Torch imports numpy, whose OpenBLAS starts a thread for every core, that waits for work at full speed at first. We
@@ -57,7 +58,7 @@ def main() -> NoReturn:
         code = cli.main(standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as error:
-        error.show()
+        show_usage(error)
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("shardmerge: interrupted", err=True)
