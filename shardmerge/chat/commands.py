@@ -32,8 +32,8 @@ def command(line: str) -> tuple[str, str] | None:
         near = difflib.get_close_matches(name.lower(), _COMMANDS, 1)
         meant = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(
-            f"there is no command {name}; {meant}/help lists them, and a line that begins with // goes to the model with "
-            "one slash"
+            f"there is no command {name}; {meant}/help lists them, and a line that begins with // goes to the model "
+            "with one slash"
         )
     if rest and not _COMMANDS[name]:
         raise ConfigError(f"{name} takes no text after it; nothing was done")

@@ -80,7 +80,7 @@ class Terminal:
         return unhandled
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        """Do what the signal does by itself, with the terminal as it was; and go on where a stop was ended by ``fg``."""
+        """Do what the signal does by itself, with the terminal as it was; go on where ``fg`` has ended a stop."""
         self.restore()
         signal.signal(number, signal.SIG_DFL)
         signal.pthread_kill(threading.get_ident(), number)

@@ -10,14 +10,14 @@ from typing import Any, NoReturn
 
 import click
 
-from shardmerge.cli import describing, merging, proving, talking
+from shardmerge.cli import describing, environment, merging, proving, talking
 from shardmerge.cli.printing import Group, show_traceback, show_usage
 from shardmerge.garbage import process_is_ours
 from shardmerge.interrupt import INTERRUPTED
 from shardmerge.version import __version__
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]}, epilog=environment.EPILOG)
 @click.version_option(__version__, prog_name="shardmerge")
 def cli() -> None:
     """Fold a trained adapter (LoRA and its relatives) into a model's weights, streaming.
@@ -25,6 +25,7 @@ def cli() -> None:
     Exit codes: 0 done; 1 a bug; 2 usage or config; 3 the plan is refused; 4 a file is malformed; 5 reading or writing
     failed; 6 verification failed; 7 the output belongs to another merge; 130 interrupted.
     """
+    environment.warn_of_unknown()
 
 
 for _command in (

@@ -23,8 +23,7 @@ def inspect(path: str, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        listed = {key: [one_line(text) for text in found.get(key, [])] for key in ("notes", "problems")}
-        say(describe({**found, **listed}))
+        say(describe({**found, "problems": [one_line(text) for text in found.get("problems", [])]}))
 
 
 @click.command()

@@ -72,7 +72,10 @@ def _loading(output: str, *, quiet: bool) -> Iterator[None]:
     from shardmerge.report import human_bytes, human_seconds
 
     size = sum(file.stat().st_size for file in Path(output).glob("*.safetensors") if file.is_file())
-    say(f"loading {one_line(output)} ({human_bytes(size)}), which takes as long as to read it, and some seconds", err=True)
+    say(
+        f"loading {one_line(output)} ({human_bytes(size)}), which takes as long as to read it, and some seconds",
+        err=True,
+    )
     started = time.monotonic()
     yield
     say(f"loaded in {human_seconds(time.monotonic() - started)}", err=True)
