@@ -42,7 +42,8 @@ class Engine:
         files = [*plan.base.files, *(file for adapter in plan.adapters for file in adapter.files)]
         self._sources, self._factors, self._shared = OpenReaders(files), OpenReaders(files), OpenReaders(files)
         self._worker: TileWorker | None = None
-        #: Seconds that each of the three threads has worked, or waited for the disk or for threads that compute.
+        #: Seconds that each of the three threads has worked, or waited for the disk, for torch's import, or for those
+        #: that compute.
         self.seconds = {"reading": 0.0, "working": 0.0, "writing": 0.0}
         self._import = threading.Thread(target=_import_compute, name="shardmerge-import", daemon=True)
         if any(tensor.tiles for shard in plan.shards for tensor in shard.tensors):

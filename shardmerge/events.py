@@ -1,8 +1,8 @@
 """What is done, step by step, as records of Python's ``logging``: the logger is called ``shardmerge``.
 
 A program that uses the library gets them as from any other (``logging.basicConfig(level="INFO")``); without that
-nothing is printed. A record has a text, and as attributes ``event``, a word, and ``facts``, what JSON can hold: sizes in
-bytes, times in seconds. There is one for a step or a shard; those for single tensors are of level DEBUG.
+nothing is printed. A record has a text, and as attributes ``event``, a word, and ``facts``, what JSON can hold: sizes
+in bytes, times in seconds. There is one for a step or a shard; those for single tensors are of level DEBUG.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
@@ -57,6 +57,6 @@ def compute_defaults() -> dict[str, Any]:
     return found
 
 
-def quiet_option(what: str) -> Command:
+def quiet_option(what: str) -> Callable[[Command], Command]:
     """``--quiet``; ``what`` is its help."""
     return click.option("--quiet", is_flag=True, envvar=QUIET, show_envvar=True, help=what)

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import click
@@ -41,6 +41,7 @@ def chat(
     the program. What an answer holds of commands to the terminal is shown as text; a pipe gets it as it is.
     """
     from shardmerge.chat import load, loop, once
+    from shardmerge.chat.terminal import Terminal
 
     if as_json and prompt is None:
         raise ConfigError("--json is for one answer: give --prompt")
@@ -53,7 +54,8 @@ def chat(
 
         output = str(read_origin(Path(output), base).base_folder())
         say(f"this is the base, without the adapter: {output}", err=True)
-    with _loading(output, quiet=as_json):
+    # What is typed meanwhile is the first line, which is shown when it is asked for.
+    with _loading(output, quiet=as_json), Terminal(sys.stdin).muted() if prompt is None else nullcontext():
         model = load(output, template)
     if prompt is None:
         loop(model, system=system, max_new_tokens=max_new_tokens)

@@ -292,7 +292,7 @@ def _warnings(
     checkpoint: Checkpoint,
     adapters: Sequence[tuple[AdapterConfig, AdapterFile]],
 ) -> list[str]:
-    warnings = []
+    warnings: list[str] = []
     for entry, adapter in adapters:
         trained_on = adapter.trained_on
         if trained_on and config.base != "auto" and not _same_model(trained_on, checkpoint.source.location):
