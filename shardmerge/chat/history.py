@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from shardmerge.installation import state_folder
 from shardmerge.shown import one_line
 
 #: Lines of history that are kept.
@@ -63,8 +64,5 @@ class History:
 
 
 def history_file() -> Path:
-    """Where lines are kept: a state of the user's, by the XDG base directories."""
-    state = os.environ.get("XDG_STATE_HOME", "")
-    # Only absolute paths count there.
-    folder = Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state"
-    return folder / "shardmerge" / "chat_history"
+    """Where lines are kept."""
+    return state_folder() / "chat_history"
