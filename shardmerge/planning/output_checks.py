@@ -102,7 +102,7 @@ def check_space(output: Path, needed: int) -> list[str]:
     if missing <= 0:
         return []
     problem = (
-        f"output.path {output}: too little disk: it takes {needed:,} bytes, {free:,} are free on that file "
+        f"output.path {output}: too little disk: shardmerge writes {needed:,} bytes, {free:,} are free on that file "
         f"system; {missing:,} are missing"
     )
     old = model_bytes(output)
