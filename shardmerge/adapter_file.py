@@ -27,6 +27,7 @@ from shardmerge.adapters.peft import is_number
 from shardmerge.checkpoint import read_index, read_json, read_shard
 from shardmerge.config import AdapterConfig
 from shardmerge.errors import FormatError
+from shardmerge.notices import Warned
 from shardmerge.pickled import read_pickled
 from shardmerge.sources import Source, directory_of, open_reader
 from shardmerge.spec import DTYPE_BITS, SourceFile, TensorRef
@@ -361,10 +362,8 @@ def _notes(folder: Folder) -> list[str]:
         notes.append(f"ignored, as ignore_files says: {', '.join(folder.ignored)}")
     if folder.below:
         more = ", …" if len(folder.below) > _SHOWN else ""
-        notes.append(
-            f"files of weights in folders below it are no part of it and are not merged: "
-            f"{', '.join(folder.below[:_SHOWN])}{more}"
-        )
+        below = f"{', '.join(folder.below[:_SHOWN])}{more}"
+        notes.append(Warned(f"files of weights in folders below it are no part of it and are not merged: {below}"))
     return notes
 
 

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from shardmerge.adapters import FAMILIES
 from shardmerge.config import MergeConfig
 from shardmerge.errors import ChangedError, FormatError, OutputError, ShardmergeError, SourceError, VerifyError
+from shardmerge.events import Stopwatch, notices
+from shardmerge.notices import Warned
 from shardmerge.planning import bytes_read, make_plan
 from shardmerge.report import (
     MergeReport,
@@ -35,6 +37,7 @@ from shardmerge.report import (
     sizes_by_format,
 )
 from shardmerge.spec import MergePlan, Receipt, ShardPlan
+from shardmerge.words import words_for
 
 if TYPE_CHECKING:
     from shardmerge.journal import Journal
@@ -47,7 +50,8 @@ Failure = TypeVar("Failure", bound=ShardmergeError)
 class Progress:
     """How far a merge is. Bytes are those of the shards' data as written.
 
-    Before a merge is taken up, ``doing`` is ``"checking"``, and bytes are those of the files of finished shards.
+    ``doing`` is ``"exporting"`` where there is no adapter, and ``"verifying"`` in a verification. Before a merge is
+    taken up, it is ``"checking"``, and bytes are those of the files of finished shards.
     """
 
     done: int
@@ -76,7 +80,9 @@ def plan(config: ConfigLike, *, overwrite: bool = False) -> MergePlan:
     ``overwrite`` allows an output directory that already holds a finished merge.
     Raises `ConfigError`, `PlanError` (with every problem), `FormatError` or `SourceError`.
     """
-    return make_plan(load_config(config), overwrite)
+    made = make_plan(load_config(config), overwrite)
+    notices(made.warnings)
+    return made
 
 
 def merge(
@@ -112,6 +118,7 @@ def verify(
     touched tensor ``rows`` rows are computed again, chosen by ``seed``; None computes all. Raises `VerifyError`, with
     the report, if anything is not as it must be; `SourceError` where reading fails, `ConfigError` for wrong arguments.
     """
+    from shardmerge.steps import verified
     from shardmerge.verification import summary, verify_output
 
     tell = progress or (lambda _: None)
@@ -120,6 +127,7 @@ def verify(
         tell(Progress(done, total, shard, number, shards, "verifying"))
 
     report = verify_output(Path(output), base=base, adapters=adapters, rows=rows, seed=seed, told=told)
+    verified(report)
     if not report.ok:
         error = VerifyError(summary(report))
         error.report = report
@@ -133,13 +141,16 @@ def _carry_out(plan: MergePlan, progress: Callable[[Progress], None], started: f
     from shardmerge.fingerprint import with_contents
     from shardmerge.journal import Journal
     from shardmerge.sinks import SafetensorsSink
+    from shardmerge.steps import ShardSteps, begun, committed
 
     torch_version = importlib.metadata.version("torch")  # to import it would take a second
     engine = Engine(plan)
     try:
         with Journal(Path(plan.output), plan.overwrite) as journal:
             try:
+                watch = Stopwatch()
                 journal.begin(with_contents(plan, torch_version))
+                begun(plan, journal.digest, watch.lap())
             except SourceError as error:
                 raise _and(error, "Nothing was changed") from None
             sink = SafetensorsSink(plan, journal)
@@ -147,10 +158,12 @@ def _carry_out(plan: MergePlan, progress: Callable[[Progress], None], started: f
 
             def merge_shard(shard: ShardPlan) -> Receipt:
                 counter.begin(shard)
+                steps = ShardSteps(shard, engine.seconds)
                 with sink.writer(shard) as writer:
                     receipt = engine.merge_shard(shard, writer, counter.advance)
                     writer.commit()
                 journal.record(receipt)
+                steps.finished(receipt)
                 return receipt
 
             try:
@@ -161,7 +174,9 @@ def _carry_out(plan: MergePlan, progress: Callable[[Progress], None], started: f
                 receipts = [(kept | made)[shard.name] for shard in plan.shards]
                 damaged, working_set = journal.damaged, engine.working_set
                 report = _report(plan, sink.files(), receipts, open_shards, damaged, working_set, started)
+                watch.lap()
                 sink.commit(record(plan, report, receipts, journal.digest, torch_version))
+                committed(plan, report, watch.lap())
             except FormatError as error:
                 # Something in the files themselves: no second run can succeed, so nothing is kept for one.
                 journal.discard()
@@ -191,6 +206,8 @@ def _and(error: Failure, state: str) -> Failure:
 
 def _take_up(plan: MergePlan, journal: Journal, progress: Callable[[Progress], None]) -> dict[str, Receipt]:
     """What an earlier run has finished and the disk has kept, by the shard's name."""
+    from shardmerge.steps import resumed
+
     found = journal.finished(plan.shards)
     done, total = 0, sum(shard.nbytes for shard in found)
     receipts: dict[str, Receipt] = {}
@@ -201,7 +218,9 @@ def _take_up(plan: MergePlan, journal: Journal, progress: Callable[[Progress], N
             done += count
             progress(Progress(done, total, name, number, len(found), "checking"))
 
+        watch = Stopwatch()
         receipt = journal.take_up(shard, plan.sha256, advance)
+        resumed(shard, receipt is not None, watch.lap())
         if receipt is not None:
             receipts[shard.name] = receipt
     return receipts
@@ -215,6 +234,7 @@ class _Counter:
         self._total = sum(shard.data_bytes for shard in plan.shards)
         self._done = 0
         self._shard = ""
+        self._doing = words_for(plan.adapters).doing
         self._progress = progress
 
     def skip(self, shards: Iterable[ShardPlan]) -> None:
@@ -227,7 +247,7 @@ class _Counter:
     def advance(self, count: int) -> None:
         self._done += count
         number, shards = self._numbers[self._shard], len(self._numbers)
-        self._progress(Progress(self._done, self._total, self._shard, number, shards))
+        self._progress(Progress(self._done, self._total, self._shard, number, shards, self._doing))
 
 
 def _report(
@@ -242,7 +262,8 @@ def _report(
     active = {number for receipt in receipts for number in receipt.active_adapters}
     active |= {of.adapter for _, of in changing_updates(plan) if not FAMILIES[of.family].zero_means_nothing}
     idle = [info.location for number, info in enumerate(plan.adapters) if number not in active]
-    warnings = [f"adapter {location} changes nothing: every lora_B is zero, as before training" for location in idle]
+    nothing = "changes nothing: every lora_B is zero, as before training"
+    warnings: list[str] = [Warned(f"adapter {location} {nothing}") for location in idle]
     warnings += [f"{name}: the disk had not kept what an earlier run wrote; it was made again" for name in damaged]
     by_kind = fidelity_by_kind(receipts)
     warnings += fidelity_warnings(plan, by_kind)
@@ -264,4 +285,5 @@ def _report(
         sizes=sizes_by_format(plan),
         fidelity=by_kind,
         warnings=(*plan.warnings, *warnings),
+        kind=words_for(plan.adapters).noun,
     )

@@ -37,6 +37,7 @@ from shardmerge.spec import (
 )
 from shardmerge.threads import Batch, ComputeThreads
 from shardmerge.windows import Part, locate, reaching
+from shardmerge.words import words_for
 from shardmerge.work import dtype_for, narrow_dtype, tile_dtype, work_bytes
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class TileWorker:
     def __init__(self, plan: MergePlan, buffers: Sequence[Buffer], open_file: Callable[[str], Reader]) -> None:
         """``open_file`` gives the reader of a uri, of an adapter or of the base; asked of one thread at a time."""
         self.plan = plan
-        device = resolve_device(plan.compute_device)
+        device = resolve_device(plan.compute_device, what=f"the {words_for(plan.adapters).noun}")
         self.dtype = dtype_code(plan.compute_dtype)
         #: Looks at how the updates come through the rounding.
         self.sampler = Sampler()

@@ -167,6 +167,14 @@ class ComputeConfig(_Section):
     )
 
 
+def checked_compute(key: str, value: Any) -> Any:
+    """A value of the section ``compute`` as the config holds it. `ConfigError` where it is wrong."""
+    try:
+        return getattr(ComputeConfig.model_validate({key: value}), key)
+    except ValidationError as error:
+        raise ConfigError("; ".join(map(_explain, error.errors()))) from None
+
+
 class MergeConfig(_Section):
     """A merge: what `shardmerge run` reads from YAML."""
 
@@ -202,11 +210,18 @@ class MergeConfig(_Section):
             raise ConfigError(f"{where}: the config is wrong; nothing was written:\n{listed}") from None
 
     @classmethod
-    def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> MergeConfig:
-        """Read YAML, put ``key.path=value`` overrides on top, validate."""
+    def from_file(
+        cls, path: str | Path, overrides: Sequence[str] = (), compute: Mapping[str, Any] | None = None
+    ) -> MergeConfig:
+        """Read YAML, put ``key.path=value`` overrides on top, validate.
+
+        ``compute`` has values of that section for keys of which neither says anything.
+        """
         value = _with_list(load_yaml(Path(path)))
         for override in overrides:
             _override(value, override)
+        if compute and isinstance(value.setdefault("compute", {}), dict):
+            value["compute"] = {**compute, **value["compute"]}
         return cls.from_dict(value, str(path))
 
 

@@ -8,6 +8,7 @@ what comes before the first of them is done meanwhile.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -41,6 +42,9 @@ class Engine:
         files = [*plan.base.files, *(file for adapter in plan.adapters for file in adapter.files)]
         self._sources, self._factors, self._shared = OpenReaders(files), OpenReaders(files), OpenReaders(files)
         self._worker: TileWorker | None = None
+        #: Seconds that each of the three threads has worked, or waited for the disk, for torch's import, or for those
+        #: that compute.
+        self.seconds = {"reading": 0.0, "working": 0.0, "writing": 0.0}
         self._import = threading.Thread(target=_import_compute, name="shardmerge-import", daemon=True)
         if any(tensor.tiles for shard in plan.shards for tensor in shard.tensors):
             self._import.start()
@@ -89,9 +93,9 @@ class Engine:
         pipeline.run(
             jobs(shard, self.plan.memory.buffer_bytes),
             self.buffers,
-            read,
-            work,
-            write,
+            self._timed("reading", read),
+            self._timed("working", work),
+            self._timed("writing", write),
             lambda job: advance(job.write_bytes),
         )
         writer.fill_up()
@@ -101,6 +105,14 @@ class Engine:
         self._must_be_done(shard)
         seen = self._worker.take() if self._worker else ((), {})
         return Receipt(shard.name, shard.nbytes, writer.checksums.hex(), *seen)
+
+    def _timed(self, stage: str, step: Callable[[Job, Buffer], None]) -> Callable[[Job, Buffer], None]:
+        def timed(job: Job, buffer: Buffer) -> None:
+            started = time.perf_counter()
+            step(job, buffer)
+            self.seconds[stage] += time.perf_counter() - started
+
+        return timed
 
     def _must_be_done(self, shard: ShardPlan) -> None:
         """Stop, before the shard is committed, where an update that the plan lists was not done to all of its place."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import logging
 import re
 import sys
 import warnings
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge.errors import ConfigError, FormatError, SourceError
-from shardmerge.shown import one_line
+from shardmerge.shown import one_line, shown
 
 #: What a prompt is put into where the tokenizer has no chat template; ``{}`` is the prompt's place.
 DEFAULT_TEMPLATE = "### Instruction:\n{}\n\n### Response:\n"
@@ -120,18 +121,31 @@ def reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings and no progress bars from transformers inside; both are put back as they were."""
-    logging = importlib.import_module("transformers.utils.logging")
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """No warnings and no progress bars from transformers inside; both are put back as they were.
+
+    Its errors are printed, in which a model's own words are escaped.
+    """
+    theirs = importlib.import_module("transformers.utils.logging")
+    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    handlers = [*logging.getLogger("transformers").handlers]
+    for handler in handlers:
+        handler.addFilter(_escape)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
-        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+        for handler in handlers:
+            handler.removeFilter(_escape)
+        theirs.set_verbosity(verbosity)
+        (theirs.enable_progress_bar if bars else theirs.disable_progress_bar)()
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    record.msg, record.args = shown(record.getMessage()), ()
+    return True
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from shardmerge.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.config import AdapterConfig
 from shardmerge.errors import FormatError
 from shardmerge.naming import module_name
-from shardmerge.report import human_bytes, table
+from shardmerge.report import human_bytes, labelled, table
 from shardmerge.sources import Source, open_source
 from shardmerge.spec import TensorRef
 
@@ -151,7 +151,7 @@ def describe(found: Mapping[str, Any]) -> str:
     text = table(rows)
     if found["kind"] == "adapter" and found["scalings"] is None:
         text += "\nit carries no config: a merge must be given its alpha or scaling"
-    text = "\n".join([text, *(f"note: {note}" for note in found.get("notes", []))])
+    text = "\n".join([text, *map(labelled, found.get("notes", []))])
     return "\n".join([text, *(f"problem: {problem}" for problem in found.get("problems", []))])
 
 

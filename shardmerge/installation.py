@@ -41,7 +41,7 @@ def needless_cuda(devices: Sequence[str] = _DEVICES) -> str | None:
     if version is None:
         return None
     return (
-        f"the installed torch is built for CUDA {version}, and this machine has no NVIDIA GPU. Merges work all the "
+        f"the installed torch is built for CUDA {version}, and this machine has no NVIDIA GPU. It works all the "
         f"same; the CPU build takes about 4 GB less disk: {CPU_BUILD}"
     )
 

@@ -153,12 +153,12 @@ class Journal:
         self._state = state or {}
         if state is None and not self.overwrite and read_record(self.output) is not None:
             raise ResumeError(
-                f"{self.output}: a merge was finished here after this one was planned; nothing was changed. Choose "
+                f"{self.output}: other work was finished here after this was planned; nothing was changed. Choose "
                 "another output.path, or replace it with --overwrite"
             )
         if state is not None and state.get("digest") != digest and not self.overwrite:
             raise ResumeError(
-                f"{self.output}: holds an unfinished merge of something else; nothing was changed. "
+                f"{self.output}: holds unfinished work on something else; nothing was changed. "
                 f"{_difference(state.get('fingerprint'), fingerprint)}. Run it with what it was begun with, choose "
                 "another output.path, or start anew with --overwrite"
             )

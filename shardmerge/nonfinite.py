@@ -86,24 +86,23 @@ def _explain(tensor: TensorPlan, row: int, column: int, value: float, was: float
     if not tensor.updates or len(tensor.source.shape) > 2:
         element = _unravel(row * tensor.row_elements + column, tensor.source.shape)
         where = f"{tensor.source.name}, element {list(element)}"
+    what = "the merged value" if tensor.updates else "the value"
     if not math.isfinite(was) and any(FAMILIES[update.family].is_source for update in tensor.updates):
         return f"{where}: the adapter's own tensor holds {was} there; the merge was stopped"
     if not math.isfinite(was):
-        return f"{where}: the base itself holds {was} there; the merge was stopped"
+        return f"{where}: the base itself holds {was} there; the work was stopped"
     if math.isfinite(value) and tensor.finish is not None:
         kind = f"{DTYPE_NAMES[tensor.finish.dtype]} in {tensor.out.dtype}"
         return (
-            f"{where}: the merged value is {value:g}, more than {kind} can hold; the merge was stopped. Another "
+            f"{where}: {what} is {value:g}, more than {kind} can hold; the work was stopped. Another "
             "output.dtype or output.quantization may hold it"
         )
     if math.isfinite(value):
         wider = [DTYPE_NAMES[dtype] for dtype in FLOAT_DTYPES if abs(value) < overflow_limit(dtype)]
         hint = f"output.dtype: {' or '.join(wider)} holds it" if wider else "No output dtype holds it"
         narrow = DTYPE_NAMES[tensor.out.dtype]
-        return f"{where}: the merged value is {value:g}, more than {narrow} can hold; the merge was stopped. {hint}"
-    return (
-        f"{where}: the merged value is {value} (the base's is {was:g}); the merge was stopped. No output dtype holds it"
-    )
+        return f"{where}: {what} is {value:g}, more than {narrow} can hold; the work was stopped. {hint}"
+    return f"{where}: {what} is {value} (the base's is {was:g}); the work was stopped. No output dtype holds it"
 
 
 def _unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ def show_progress(*, quiet: bool) -> Iterator[Callable[[Progress], None]]:
 def _bar() -> Iterator[Callable[[Progress], None]]:
     from tqdm import tqdm
 
-    with tqdm(unit="B", unit_scale=True, desc="merging", file=sys.stderr, dynamic_ncols=True) as bar:
+    with tqdm(unit="B", unit_scale=True, desc="starting", file=sys.stderr, dynamic_ncols=True) as bar:
         doing = ""
 
         def callback(progress: Progress) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge.adapters import FAMILIES
+from shardmerge.notices import Warned, severity
 from shardmerge.pages import resident
 from shardmerge.shown import one_line
 from shardmerge.spec import (
@@ -30,6 +31,7 @@ from shardmerge.spec import (
     tensor_nbytes,
 )
 from shardmerge.version import __version__
+from shardmerge.words import EXPORT, MERGE
 
 #: Formats of the size table: dtypes of a checkpoint, and quantisations of a GGUF file.
 _PLAIN = {"F32": "float32", "BF16": "bfloat16"}
@@ -64,10 +66,13 @@ class MergeReport:
     #: How the updates came through the rounding, by kind of module; see `shardmerge.fidelity`.
     fidelity: Mapping[str, Fidelity]
     warnings: tuple[str, ...]
+    #: ``"merge"``, or ``"export"`` where there was no adapter.
+    kind: str = "merge"
 
     def to_json(self) -> dict[str, Any]:
         result: dict[str, Any] = jsonable(self)
         result["fidelity"] = {kind: fidelity_json(of) for kind, of in self.fidelity.items()}
+        result["notices"] = notices(self.warnings)
         return result
 
 
@@ -152,6 +157,11 @@ def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
     return "\n".join(lines)
 
 
+def labelled(notice: str) -> str:
+    """The line for a warning or a note."""
+    return f"{severity(notice)}: {one_line(notice)}"
+
+
 def _shape(shape: Iterable[int]) -> str:
     return "×".join(map(str, shape))
 
@@ -189,7 +199,7 @@ def describe_plan(plan: MergePlan) -> str:
     """The plan as a person reads it."""
     parts = [_describe_sources(plan), _describe_targets(plan), _describe_output(plan)]
     if plan.warnings:
-        parts.append("\n".join(f"note: {one_line(warning)}" for warning in plan.warnings))
+        parts.append("\n".join(map(labelled, plan.warnings)))
     return "\n\n".join(parts)
 
 
@@ -241,7 +251,6 @@ def _describe_output(plan: MergePlan) -> str:
         ("writes", human_bytes(plan.bytes_written)),
         ("computes in", f"{plan.compute_dtype} on {'cpu' if plan.compute_device == 'auto' else plan.compute_device}"),
         ("memory", f"{human_bytes(memory.total)} above the interpreter with torch and this plan in it"),
-        ("digest", plan.digest[:16]),
     ]
     return table(rows)
 
@@ -305,17 +314,22 @@ def fidelity_warnings(plan: MergePlan, by_kind: Mapping[str, Fidelity]) -> list[
         return []
     shares = ", ".join(f"{1 - share:.0%} of that of {kind}" for share, kind in kept)
     return [
-        f"much of the update is below the resolution of {merged_dtype(plan)} and was lost to rounding: {shares}. "
-        "output.dtype: float32 keeps it; output.rounding: stochastic keeps it on average"
+        Warned(
+            f"much of the update is below the resolution of {merged_dtype(plan)} and was lost to rounding: {shares}. "
+            "output.dtype: float32 keeps it; output.rounding: stochastic keeps it on average"
+        )
     ]
 
 
 def size_table(report: MergeReport) -> str:
     """Adapter, base, merged, time, peak memory, and how much of the update the rounding kept."""
     rows = [
-        ("adapter", human_bytes(report.adapter_bytes)),
-        ("base", human_bytes(report.base_bytes)),
-        (f"merged ({report.merged_dtype})", human_bytes(report.merged_bytes)),
+        *([] if report.kind == EXPORT.noun else [("adapter", human_bytes(report.adapter_bytes))]),
+        ("model" if report.kind == EXPORT.noun else "base", human_bytes(report.base_bytes)),
+        (
+            f"{EXPORT.done if report.kind == EXPORT.noun else MERGE.done} ({report.merged_dtype})",
+            human_bytes(report.merged_bytes),
+        ),
         *((f"  as {name}", human_bytes(size)) for name, size in report.sizes.items() if name != report.merged_dtype),
         ("time", human_seconds(report.seconds)),
         ("peak memory", human_bytes(report.peak_memory)),
@@ -340,7 +354,11 @@ def fidelity_json(of: Fidelity) -> dict[str, float]:
 
 
 def plan_summary(plan: MergePlan) -> dict[str, Any]:
-    """The plan as JSON, without a line for every tensor."""
+    """The plan as JSON, without a line for every tensor.
+
+    ``digest`` is that of all that the output's bytes depend on, as far as headers tell it: plans with the same make the
+    same. (A record's digest has seen the adapters' bytes, too, and so is another.)
+    """
     targets = target_rows(plan)
     return {
         "base": jsonable(plan.base),
@@ -357,8 +375,14 @@ def plan_summary(plan: MergePlan) -> dict[str, Any]:
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "warnings": list(plan.warnings),
+        "notices": notices(plan.warnings),
         "digest": plan.digest,
     }
+
+
+def notices(warnings: Sequence[str]) -> list[dict[str, str]]:
+    """The same texts, each with its severity: ``warning`` or ``note``."""
+    return [{"severity": severity(text), "text": text} for text in warnings]
 
 
 def record(

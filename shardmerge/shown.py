@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import re
 
-#: Control characters but the end of a line, what turns the order of what follows, and halves of surrogate pairs.
-_COMMANDS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+#: Control characters but the end of a line, what turns the order of what follows (all of Unicode's Bidi_Control, and
+#: the deprecated controls after them), and halves of surrogate pairs.
+_COMMANDS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
 
 
 def shown(text: str) -> str:
     """Text of ours, in which lines end where they do."""
     return _COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def shown_answer(text: str) -> str:
+    """A model's text, of which newlines and tabs are a part.
+
+    Characters are escaped one by one, so a text may be given in pieces: of a sequence that is split over two of them,
+    each is escaped. A piece is never less than a character.
+    """
+    return "\t".join(map(shown, text.split("\t")))
 
 
 def one_line(text: str) -> str:

@@ -113,7 +113,7 @@ def test_bytes_of_unfinished_characters_are_held_back(tmp_path: Path, n: int) ->
 
 def test_a_character_that_comes_in_three_tokens_comes_as_one_piece() -> None:
     pieces: list[str] = []
-    streamer = chat._Streamer(lambda ids: bytes(ids).decode(errors="replace"), pieces.append)
+    streamer = chat.model.Streamer(lambda ids: bytes(ids).decode(errors="replace"), pieces.append)
     streamer.put(torch.tensor([[65, 66]]))
     for byte in "a€b".encode():
         streamer.put(torch.tensor([byte]))
@@ -417,17 +417,17 @@ def test_an_error_is_survived_on_a_terminal_only(
 def test_where_history_is_kept(monkeypatch: pytest.MonkeyPatch, state: str, expected: str | None) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", state)
     monkeypatch.setenv("HOME", "/home/someone")
-    assert str(chat.history_file()) == (expected or "/home/someone/.local/state/shardmerge/chat_history")
+    assert str(chat.history.history_file()) == (expected or "/home/someone/.local/state/shardmerge/chat_history")
 
 
 def test_history_is_the_users_own_and_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readline = pytest.importorskip("readline")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    file = chat.history_file()
-    chat._History()
+    file = chat.history.history_file()
+    chat.history.History()
     assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
     file.write_text("".join(f"line {number}\n" for number in range(1500)))
-    history = chat._History()
+    history = chat.history.History()
     readline.add_history("the last")
     history.keep()
     history.keep()
@@ -439,9 +439,9 @@ def test_history_is_the_users_own_and_does_not_grow_for_ever(tmp_path: Path, mon
 def test_without_a_place_for_history_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    chat._History().keep()
+    chat.history.History().keep()
     monkeypatch.setitem(sys.modules, "readline", None)
-    chat._History().keep()
+    chat.history.History().keep()
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

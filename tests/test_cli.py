@@ -89,9 +89,9 @@ def test_quiet_still_tells_of_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write_peft(place.adapter, untrained, config=peft_config(base_model_name_or_path="org/other"))
     result = invoke(monkeypatch, "run", place.config_file(), "--quiet")
     first, second = result.stderr.splitlines()
-    assert first.startswith("note: ")
+    assert first.startswith("warning: ")
     assert "trained on org/other" in first
-    assert second == f"note: adapter {place.adapter} changes nothing: every lora_B is zero, as before training"
+    assert second == f"warning: adapter {place.adapter} changes nothing: every lora_B is zero, as before training"
 
 
 def test_override_and_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +17,10 @@ import shardmerge
 from shardmerge import FormatError, PlanError, VerifyReport
 from shardmerge.cli import cli
 from shardmerge.report import table
-from shardmerge.shown import one_line, shown, shown_json
+from shardmerge.shown import one_line, shown, shown_answer, shown_json
 from shardmerge.verification import describe, summary
 from shardmerge.verification.findings import Findings
-from tests.builders import make_place, peft_config, write_json
+from tests.builders import ROOT, make_place, peft_config, run_cli, run_python, write_json
 
 #: Clears a terminal in two ways, turns what follows, and begins a line that looks like ours.
 EVIL = "a\x1b[2J\x9b2J\u202e\r\nnote: all is well"
@@ -26,6 +30,11 @@ CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]")
 def test_texts() -> None:
     assert shown(EVIL) == "a\\x1b[2J\\x9b2J\\u202e\\r\nnote: all is well"
     assert one_line(EVIL) == "a\\x1b[2J\\x9b2J\\u202e\\r\\nnote: all is well"
+    controls = (
+        "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # all of Unicode's Bidi_Control
+    )
+    assert shown(controls) == controls.encode("unicode_escape").decode()
+    assert shown_answer("a\tb\r\n" + EVIL) == "a\tb\\r\n" + shown(EVIL)
     for harmless in ("ключ ΔW × 日本 é", "👩\u200d💻", ""):
         assert one_line(harmless) == shown_json(harmless) == harmless
 
@@ -90,3 +99,32 @@ def test_what_an_adapter_says(tmp_path: Path) -> None:
     as_json = CliRunner().invoke(cli, ["inspect", str(place.adapter), "--json"]).stdout
     assert json.loads(as_json)["trained_on"] == EVIL and not CONTROL.search(as_json)
     assert shardmerge.plan(place.config()).adapters[0].trained_on == EVIL
+
+
+def test_a_usage_error_and_a_bug(tmp_path: Path) -> None:
+    """A shell puts names of files into a command line; and Python prints what no one handles."""
+    evil = EVIL.replace("\n", "")
+    usage = run_cli("plan", "a", f"--{evil}")
+    assert usage.returncode == 2 and one_line(evil) in usage.stderr and not CONTROL.search(usage.stderr)
+    script = (
+        "import shardmerge.inspection\nfrom shardmerge.cli import main\n"
+        f"def fail(_): raise RuntimeError({evil!r})\n"
+        "shardmerge.inspection.inspect_path = fail\nmain()"
+    )
+    bug = run_python("-c", script, "inspect", "x")
+    assert bug.returncode == 1 and f"RuntimeError: {one_line(evil)}" in bug.stderr and not CONTROL.search(bug.stderr)
+
+
+def test_a_starter_config_on_a_terminal(tmp_path: Path) -> None:
+    """Into a file or a pipe it is a config, and means the same."""
+    adapter = make_place(tmp_path).adapter.rename(tmp_path / "a\u061cb")
+    told = run_cli("init", adapter, "-o", "-")
+    assert "a\u061cb" in told.stdout
+    leader, follower = pty.openpty()
+    try:
+        command = [sys.executable, "-m", "shardmerge", "init", str(adapter), "-o", "-"]
+        assert subprocess.run(command, stdout=follower, cwd=ROOT, timeout=120).returncode == 0
+        assert b"a\\u061cb" in os.read(leader, 65536)
+    finally:
+        os.close(leader)
+        os.close(follower)

@@ -32,6 +32,7 @@ from shardmerge.adapters.peft import (
     is_count,
     is_rank,
 )
+from shardmerge.notices import Warned
 from shardmerge.spec import Update, Window
 
 if TYPE_CHECKING:
@@ -103,8 +104,10 @@ class Oft(Family, PeftMethod):
         version = re.match(r"0\.(\d{1,4})\.", str(config.get("peft_version") or "0.0."))
         if series and version and int(version[1]) < 18 and not claims.warnings:
             claims.warnings.append(
-                "it may be of a PEFT before 0.18, which took the last term of the Cayley-Neumann series twice; as PEFT "
-                "does since, it is merged by the new series"
+                Warned(
+                    "it may be of a PEFT before 0.18, which took the last term of the Cayley-Neumann series twice; as "
+                    "PEFT does since, it is merged by the new series"
+                )
             )
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:

@@ -23,6 +23,7 @@ from typing import Any
 
 from shardmerge.adapters.base import Claims
 from shardmerge.adapters.parts import part_of
+from shardmerge.notices import Warned
 from shardmerge.spec import TensorRef
 
 #: Reads a tensor of one number.
@@ -121,8 +122,10 @@ class Scales:
             claims.unscaled = True
         elif self._assumed:
             claims.warnings.append(
-                f"neither the file nor its metadata says the alpha of {self._assumed} of its modules, so their scale "
-                f"is 1, as {takers} take it; alpha or scaling in the config says otherwise"
+                Warned(
+                    f"neither the file nor its metadata says the alpha of {self._assumed} of its modules, so their "
+                    f"scale is 1, as {takers} take it; alpha or scaling in the config says otherwise"
+                )
             )
 
 

@@ -114,7 +114,7 @@ def _weights(source: Source, shards: tuple[Shard, ...]) -> dict[str, Weight]:
             if ref.name in weights:
                 raise FormatError(
                     f"{source.location}: the tensor {ref.name!r} is stored twice, in {weights[ref.name].shard} and in "
-                    f"{shard.name}; if these are two models, give the path of the one to merge into"
+                    f"{shard.name}; if these are two models, give the path of the one to use"
                 )
             weights[ref.name] = Weight(ref.name, (("weight", ref),), shard.name)
     return weights

@@ -16,6 +16,7 @@ from typing import Any
 from shardmerge import recognise
 from shardmerge.checkpoint.reading import Shard, is_index, read_index, read_shard, stem_of_index
 from shardmerge.errors import FormatError
+from shardmerge.notices import Warned
 from shardmerge.sources import LocalSource, Source
 from shardmerge.spec import TensorRef
 
@@ -71,7 +72,7 @@ def _named(source: Source, top: Sequence[str], named: Any) -> Choice:
     others = [name for name in top if name.endswith(SUFFIX) and name not in choice.files]
     if not others:
         return choice
-    note = f"{source.location}: config.json names {named} as the model's weights, so that is merged into, and not "
+    note = f"{source.location}: config.json names {named} as the model's weights, so that is read, and not "
     return Choice(choice.files, choice.index_name, choice.index_metadata, choice.weight_map, (note + _listed(others),))
 
 
@@ -141,7 +142,7 @@ def _stale(source: Source, index: str, weight_map: Mapping[str, str], whole: str
             f"model that it describes: {len(absent)} tensors are missing, for example {absent[0]!r:.200}. Download the "
             f"shards, or, if {index} is of another model, {_take(source, whole)}"
         )
-    note = f"{source.location}: {index} is stale: none of its shards is there; the model is {whole}"
+    note = Warned(f"{source.location}: {index} is stale: none of its shards is there; the model is {whole}")
     return Choice((whole,), notes=(note,))
 
 
@@ -151,7 +152,7 @@ def _same_or_refused(source: Source, what: str, shards: Sequence[Shard], whole: 
     if difference:
         raise FormatError(
             f"{source.location}: {whole} and the shards of {what} are different models ({difference}). transformers "
-            f"loads {whole}, vLLM the shards. To merge into {whole}, {_take(source, whole)}; to merge into the shards, "
+            f"loads {whole}, vLLM the shards. To use {whole}, {_take(source, whole)}; to use the shards, "
             f"move {whole} out of the directory"
         )
     return f"{source.location}: {whole} holds the same tensors as the shards of {what}, and is not copied"

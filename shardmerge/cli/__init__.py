@@ -10,14 +10,14 @@ from typing import Any, NoReturn
 
 import click
 
-from shardmerge.cli import describing, merging, proving, talking
-from shardmerge.cli.printing import Group
+from shardmerge.cli import describing, environment, merging, proving, talking
+from shardmerge.cli.printing import Group, show_traceback, show_usage
 from shardmerge.garbage import process_is_ours
 from shardmerge.interrupt import INTERRUPTED
 from shardmerge.version import __version__
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]}, epilog=environment.EPILOG)
 @click.version_option(__version__, prog_name="shardmerge")
 def cli() -> None:
     """Fold a trained adapter (LoRA and its relatives) into a model's weights, streaming.
@@ -25,6 +25,7 @@ def cli() -> None:
     Exit codes: 0 done; 1 a bug; 2 usage or config; 3 the plan is refused; 4 a file is malformed; 5 reading or writing
     failed; 6 verification failed; 7 the output belongs to another merge; 130 interrupted.
     """
+    environment.warn_of_unknown()
 
 
 for _command in (
@@ -46,6 +47,7 @@ def _on_termination(signum: int, frame: Any) -> NoReturn:
 
 def main() -> NoReturn:
     """The console script."""
+    sys.excepthook = show_traceback
     signal.signal(signal.SIGTERM, _on_termination)
     process_is_ours()
     # Torch imports numpy, whose OpenBLAS starts a thread for every core, that waits for work at full speed at first. We
@@ -57,7 +59,7 @@ def main() -> NoReturn:
         code = cli.main(standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as error:
-        error.show()
+        show_usage(error)
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("shardmerge: interrupted", err=True)

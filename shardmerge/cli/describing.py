@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
 
 from shardmerge.cli.printing import json_option, print_json, say
 from shardmerge.errors import ConfigError
-from shardmerge.shown import one_line
+from shardmerge.shown import one_line, shown
 
 
 @click.command()
@@ -40,9 +41,10 @@ def init(adapter: str, target: Path, as_json: bool) -> None:
     if as_json:
         print_json({"config": text, "path": None if printed else str(target)})
     elif printed:
-        click.echo(text, nl=False)
+        # Elsewhere than on a terminal it is a config, whose bytes count.
+        click.echo(shown(text) if sys.stdout.isatty() else text, nl=False)
     else:
-        click.echo(f"{target}: written; look it over, then: shardmerge plan {target}", err=True)
+        say(f"{target}: written; look it over, then: shardmerge plan {target}", err=True)
 
 
 def _write_new(target: Path, text: str) -> None:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from shardmerge.choices import Format, OutputDtype, Quantization
+from shardmerge.cli import environment
+from shardmerge.cli.logs import keep_log_out_of, logged
 from shardmerge.cli.printing import Command, json_option, print_json, say
 from shardmerge.errors import ConfigError
 from shardmerge.garbage import no_garbage_collection
 from shardmerge.installation import first_time, needless_cuda
 from shardmerge.interrupt import ADVICE, INTERRUPTED, stopping_in_time
-from shardmerge.shown import one_line
 
 if TYPE_CHECKING:
     from shardmerge.config import MergeConfig
@@ -44,7 +45,9 @@ def _config_options(command: Command) -> Command:
 def _load(config: Path, overrides: tuple[str, ...]) -> MergeConfig:
     from shardmerge.config import MergeConfig
 
-    return MergeConfig.from_file(config, overrides)
+    loaded = MergeConfig.from_file(config, overrides, environment.compute_defaults())
+    keep_log_out_of(loaded.output.path)
+    return loaded
 
 
 def _plan(config: Path, overrides: tuple[str, ...], *, overwrite: bool, allow_config_loss: bool) -> MergePlan:
@@ -58,7 +61,8 @@ def _plan(config: Path, overrides: tuple[str, ...], *, overwrite: bool, allow_co
 
 @click.command()
 @_config_options
-@click.option("--quiet", is_flag=True, help="No progress and no table; only errors and notes.")
+@environment.quiet_option("No progress and no table; only errors, warnings and notes.")
+@logged
 def run(
     config: Path, overrides: tuple[str, ...], allow_config_loss: bool, overwrite: bool, as_json: bool, quiet: bool
 ) -> None:
@@ -71,29 +75,30 @@ def _carry_out(planned: MergePlan, *, as_json: bool, quiet: bool) -> None:
     """Merge, with progress and notes on stderr and the result on stdout."""
     from shardmerge.api import merge
     from shardmerge.progress import show_progress
-    from shardmerge.report import next_steps, size_table
+    from shardmerge.report import labelled, next_steps, size_table
 
     if (note := needless_cuda()) and first_time(note):
-        say(f"note: {note}", err=True)
-    for warning in planned.warnings:
-        say(f"note: {one_line(warning)}", err=True)
+        say(labelled(note), err=True)
+    for notice in planned.warnings:
+        say(labelled(notice), err=True)
     try:
         with stopping_in_time(), show_progress(quiet=quiet) as progress:
             report = merge(planned, progress=progress)
     except KeyboardInterrupt:
         click.echo(f"\nshardmerge: {ADVICE}", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
-    for warning in report.warnings[len(planned.warnings) :]:
-        say(f"note: {one_line(warning)}", err=True)
+    for notice in report.warnings[len(planned.warnings) :]:
+        say(labelled(notice), err=True)
     if as_json:
         print_json(report.to_json())
     elif not quiet:
-        done = f"{report.targets} weights merged" if planned.adapters else "written"
+        done = f"{report.targets} weights merged" if planned.adapters else "exported"
         say(f"{report.output}: {done}\n\n{size_table(report)}{next_steps(planned)}")
 
 
 @click.command()
 @_config_options
+@logged
 def plan(config: Path, overrides: tuple[str, ...], allow_config_loss: bool, overwrite: bool, as_json: bool) -> None:
     """Say what `run` would do, and every reason why it would not. Reads headers only."""
     from shardmerge.report import describe_plan, plan_summary
@@ -114,8 +119,9 @@ def plan(config: Path, overrides: tuple[str, ...], allow_config_loss: bool, over
 @click.option("--dtype", type=click.Choice(get_args(OutputDtype)), default="same", show_default=True)
 @click.option("--max-shard-size", metavar="SIZE", default="same", show_default=True, help="For example 5GB.")
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run has written there.")
-@click.option("--quiet", is_flag=True, help="No progress and no table; only errors and notes.")
+@environment.quiet_option("No progress and no table; only errors, warnings and notes.")
 @json_option
+@logged
 def export(
     model: str,
     output: str,
@@ -141,5 +147,7 @@ def export(
         place["allow_config_loss"] = True
     if quantization:
         place["quantization"] = quantization
-    config = ExportConfig.from_dict({"base": model, "output": place}, "export")
+    keep_log_out_of(output)
+    compute = environment.compute_defaults()
+    config = ExportConfig.from_dict({"base": model, "output": place, "compute": compute}, "export")
     _carry_out(plan(config, overwrite=overwrite), as_json=as_json, quiet=quiet)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any, TypeVar
 
 import click
@@ -71,6 +74,18 @@ json_option = click.option("--json", "as_json", is_flag=True, callback=_remember
 def say(text: str, *, err: bool = False) -> None:
     """Print what may hold a stranger's words: none of them reaches the terminal as a command."""
     click.echo(shown(text), err=err)
+
+
+def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python prints of an error that nobody handles, whose message may hold untrusted words, too."""
+    say("".join(traceback.format_exception(kind, error, trace)).rstrip(), err=True)
+
+
+def show_usage(error: click.ClickException) -> None:
+    """What click prints of a wrong command line, in which a shell may have put names of files."""
+    text = io.StringIO()
+    error.show(file=text)
+    say(text.getvalue().rstrip(), err=True)
 
 
 def print_json(value: Any) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from shardmerge.cli import environment
+from shardmerge.cli.logs import keep_log_out_of, logged
 from shardmerge.cli.printing import json_option, print_json, say
 from shardmerge.errors import VerifyError
 
@@ -19,8 +21,9 @@ from shardmerge.errors import VerifyError
 @click.option("--rows", type=click.IntRange(min=1), default=16, show_default=True, help="Rows of a merged tensor.")
 @click.option("--all", "all_rows", is_flag=True, help="Compute all rows of every merged tensor again.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the rows.")
-@click.option("--quiet", is_flag=True, help="No progress and no table.")
+@environment.quiet_option("No progress and no table.")
 @json_option
+@logged
 def verify(
     output: Path,
     base: str | None,
@@ -36,6 +39,7 @@ def verify(
     from shardmerge.progress import show_progress
     from shardmerge.verification import describe
 
+    keep_log_out_of(output)
     failure: VerifyError | None = None
     with show_progress(quiet=quiet) as progress:
         of_tensor = None if all_rows else rows

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import click
 
-from shardmerge.cli.printing import json_option, print_json
+from shardmerge.cli.printing import json_option, print_json, say
 from shardmerge.errors import ConfigError
+from shardmerge.shown import one_line
 
 
 @click.command()
@@ -33,9 +37,11 @@ def chat(
 ) -> None:
     """Talk to the model in OUTPUT. Needs the extra: pip install 'shardmerge[hf]'.
 
-    On a terminal the arrow keys bring back earlier lines, and Ctrl-C stops an answer and not the program.
+    On a terminal /help lists the commands, the arrow keys bring back earlier lines, and Ctrl-C stops an answer and not
+    the program. What an answer holds of commands to the terminal is shown as text; a pipe gets it as it is.
     """
     from shardmerge.chat import load, loop, once
+    from shardmerge.chat.terminal import Terminal
 
     if as_json and prompt is None:
         raise ConfigError("--json is for one answer: give --prompt")
@@ -47,11 +53,31 @@ def chat(
         from shardmerge.origin import read_origin
 
         output = str(read_origin(Path(output), base).base_folder())
-        click.echo(f"this is the base, without the adapter: {output}", err=True)
-    model = load(output, template)
+        say(f"this is the base, without the adapter: {output}", err=True)
+    # What is typed meanwhile is the first line, which is shown when it is asked for.
+    with _loading(output, quiet=as_json), Terminal(sys.stdin).muted() if prompt is None else nullcontext():
+        model = load(output, template)
     if prompt is None:
         loop(model, system=system, max_new_tokens=max_new_tokens)
         return
     asked, answer = once(model, prompt, system=system, max_new_tokens=max_new_tokens, quiet=as_json)
     if as_json:
         print_json({"model": output, "system": system, "prompt": asked, "answer": answer})
+
+
+@contextmanager
+def _loading(output: str, *, quiet: bool) -> Iterator[None]:
+    """Say on a terminal that a model is loaded, which may take a minute, and then how long it took."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    from shardmerge.report import human_bytes, human_seconds
+
+    size = sum(file.stat().st_size for file in Path(output).glob("*.safetensors") if file.is_file())
+    say(
+        f"loading {one_line(output)} ({human_bytes(size)}), which takes as long as to read it, and some seconds",
+        err=True,
+    )
+    started = time.monotonic()
+    yield
+    say(f"loaded in {human_seconds(time.monotonic() - started)}", err=True)

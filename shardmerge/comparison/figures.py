@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardmerge.report import table
+from shardmerge.notices import Warned
+from shardmerge.report import labelled, table
 
 #: A mean KL below this is no difference, whatever the adapter does: to see one takes a million tokens.
 INVISIBLE = 1e-6
@@ -202,7 +203,7 @@ class Comparison:
         """What a person should know who relies on this."""
         if self.figures["adapter_kl"] >= HARDLY:
             return []
-        return ["the adapter hardly shows on these prompts; --prompt takes some that it was trained for"]
+        return [Warned("the adapter hardly shows on these prompts; --prompt takes some that it was trained for")]
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "same": self.same, "differences": self.differences, "notes": self.notes}
@@ -224,7 +225,7 @@ def describe(comparison: Comparison) -> str:
         f"largest logit difference {largest:.3g}, where logits spread by {spread:.3g}",
         _closeness(of),
         *([] if effect is None else [f"{effect:.2%} of the adapter's effect"]),
-        *(f"note: {note}" for note in comparison.notes),
+        *map(labelled, comparison.notes),
         "the same" if comparison.same else "DIFFERENT",
     ]
     return "\n".join(lines)

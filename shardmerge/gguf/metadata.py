@@ -17,6 +17,7 @@ from shardmerge.gguf.model import Model
 from shardmerge.gguf.values import KeyValue, Scalar
 from shardmerge.gguf.vocabulary import tokenizer_values
 from shardmerge.gguf.writer import unencodable
+from shardmerge.notices import Warned
 
 _GUESSED = "the converter guesses it from the folder's name"
 _CARD = "the converter copies it from the front matter of README.md, which describes the base and not what was merged"
@@ -90,7 +91,7 @@ def describe(model: Model, layout: Layout, quantization: str, contents: Mapping[
     values.append(KeyValue("general.quantization_version", "u32", _QUANTIZATION_VERSION))
     values += tokenizer_values(model, files, problems, warnings)
     if model.architecture.multimodal:
-        warnings.append("only the text model is written: llama.cpp keeps vision in a file of its own (mmproj)")
+        warnings.append(Warned("only the text model is written: llama.cpp keeps vision in a file of its own (mmproj)"))
     problems += unencodable(values)
     return Description(() if problems else tuple(values), tuple(problems), tuple(warnings))
 

@@ -26,6 +26,7 @@ from typing import Any
 
 from shardmerge.gguf.inert import INERT, MULTIMODAL, OF_CLASS
 from shardmerge.gguf.model import Model
+from shardmerge.notices import Warned
 
 #: Says what llama.cpp does instead of what a value asks for; empty where it does that.
 Check = Callable[[Any, Model, Mapping[str, Any]], str]
@@ -54,9 +55,11 @@ def notes(model: Model) -> tuple[str, ...]:
     if model.rope.kind != "longrope":
         return ()
     return (
-        f"longrope: llama.cpp takes the long factors for every prompt where its context is larger than "
-        f"{model.original_context} tokens, transformers for prompts that are; for the short ones, run it with -c "
-        f"{model.original_context}",
+        Warned(
+            f"longrope: llama.cpp takes the long factors for every prompt where its context is larger than "
+            f"{model.original_context} tokens, transformers for prompts that are; for the short ones, run it with -c "
+            f"{model.original_context}"
+        ),
     )
 
 

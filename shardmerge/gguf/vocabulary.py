@@ -19,6 +19,7 @@ from shardmerge.gguf.files import ModelFiles, items, mapping
 from shardmerge.gguf.model import Model
 from shardmerge.gguf.special_tokens import read_special_tokens
 from shardmerge.gguf.values import KeyValue
+from shardmerge.notices import Warned
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -132,8 +133,10 @@ def _vocabulary(model: Model, files: ModelFiles, problems: list[str], warnings: 
         return None
     if name == "llama" and _has_byte_fallback(tokenizer):
         warnings.append(
-            "the tokenizer's scores are not in tokenizer.json, so llama.cpp may cut words into other pieces: put the "
-            "model's tokenizer.model beside it"
+            Warned(
+                "the tokenizer's scores are not in tokenizer.json, so llama.cpp may cut words into other pieces: put "
+                "the model's tokenizer.model beside it"
+            )
         )
         return _of_llama(tokenizer, files, problems)
     return _byte_level(model, files, problems)

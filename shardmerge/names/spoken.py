@@ -11,6 +11,7 @@ from shardmerge.names import dialects, suffixes
 from shardmerge.names.dialects import Dialect
 from shardmerge.names.places import Parameter
 from shardmerge.names.resolver import Names
+from shardmerge.notices import Warned
 
 #: A module and its parameter, as an adapter calls them.
 Target = tuple[str, str]
@@ -48,7 +49,7 @@ class Spoken:
             return ""
         theirs, ours = (name or "the model itself" for name in self.dialect.text)
         if self.dialect.is_guess:
-            return f"its names fit the base with {self.dialect.speaker}, and in no other way; so they were read"
+            return Warned(f"its names fit the base with {self.dialect.speaker}, and in no other way; so they were read")
         return f"its names are those of {self.dialect.speaker}: what it calls {theirs} is {ours} in the base"
 
 

@@ -14,9 +14,11 @@ from shardmerge.adapter_file import AdapterFile, open_adapter
 from shardmerge.checkpoint import Checkpoint, Shard, open_checkpoint
 from shardmerge.config import AdapterConfig, MergeConfig
 from shardmerge.errors import FormatError, PlanError, ShardmergeError
+from shardmerge.events import Stopwatch
 from shardmerge.garbage import give_back, no_garbage_collection
 from shardmerge.names import Names
-from shardmerge.planning import aux_files
+from shardmerge.notices import Warned
+from shardmerge.planning import aux_files, steps
 from shardmerge.planning.heads import resolve_heads
 from shardmerge.planning.match import match
 from shardmerge.planning.output_checks import absolute, check_place, check_space
@@ -42,6 +44,7 @@ from shardmerge.spec import (
     jsonable,
 )
 from shardmerge.version import __version__
+from shardmerge.words import words_for
 
 __all__ = ["bytes_read", "make_plan"]
 
@@ -56,8 +59,14 @@ def make_plan(config: MergeConfig, overwrite: bool = False, *, check_output: boo
 
     Raises `PlanError` with all problems; `FormatError` or `SourceError` where the base or an adapter cannot be read.
     """
-    with no_garbage_collection():
-        return _make_plan(config, overwrite, check_output)
+    try:
+        watch = Stopwatch()
+        with no_garbage_collection():
+            plan = _make_plan(config, overwrite, check_output)
+        steps.planned(plan, watch.lap())
+        return plan
+    except PlanError as error:
+        raise PlanError(error.problems, f"the {words_for(config.adapters).noun}") from None
 
 
 def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> MergePlan:
@@ -164,13 +173,18 @@ def _open_all(config: MergeConfig) -> tuple[Checkpoint, list[tuple[AdapterConfig
             return None
 
     adapters = []
+    watch = Stopwatch()
     for entry in config.adapters:
         adapter = attempt(lambda entry=entry: open_adapter(open_source(entry.path), entry.ignore_files))  # type: ignore[misc]
         if adapter is not None:
             adapters.append((entry, adapter))
+            steps.opened("adapter", adapter.source, len(adapter.tensors), adapter.files, watch)
     checkpoint = None
     if config.base != "auto" or not errors:
         checkpoint = attempt(lambda: open_checkpoint(open_source(_base_location(config, adapters))))
+    if checkpoint is not None:
+        files = [shard.file for shard in checkpoint.shards]
+        steps.opened("base", checkpoint.source, len(checkpoint.weights), files, watch)
     if len(errors) == 1:
         raise errors[0] if isinstance(errors[0], PlanError) else type(errors[0])(f"{errors[0]}. Nothing was written")
     if errors or checkpoint is None:
@@ -278,17 +292,18 @@ def _warnings(
     checkpoint: Checkpoint,
     adapters: Sequence[tuple[AdapterConfig, AdapterFile]],
 ) -> list[str]:
-    warnings = []
+    warnings: list[str] = []
     for entry, adapter in adapters:
         trained_on = adapter.trained_on
         if trained_on and config.base != "auto" and not _same_model(trained_on, checkpoint.source.location):
-            warnings.append(f"adapter {entry.path} says it was trained on {trained_on}, not on {config.base}")
+            warnings.append(Warned(f"adapter {entry.path} says it was trained on {trained_on}, not on {config.base}"))
     warnings += checkpoint.notes
     for source in (checkpoint.source, *(adapter.source for _, adapter in adapters)):
         if source.note:
-            warnings.append(source.note)
+            warnings.append(Warned(source.note))
     if config.compute.dtype == "bfloat16":
-        warnings.append("compute.dtype bfloat16 rounds the update before it is added; float32 rounds only the result")
+        rounds = "compute.dtype bfloat16 rounds the update before it is added; float32 rounds only the result"
+        warnings.append(Warned(rounds))
     return warnings
 
 

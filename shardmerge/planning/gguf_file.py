@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from shardmerge import gguf
 from shardmerge.errors import SourceError
 from shardmerge.gguf import OutputTensor, Part
+from shardmerge.notices import Warned
 from shardmerge.sinks import Layout
 from shardmerge.sources import inline_file, open_reader
 from shardmerge.spec import (
@@ -92,7 +93,7 @@ def lay_out(
     config_file = next(file.source for file in aux if file.name == "config.json")
     beside = AuxFile("Modelfile", config_file, text)
     made_of = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    warnings = (*description.warnings, *gguf.notes(model), *(f"{loss}. {_ALLOWED}" for loss in of_config))
+    warnings = (*description.warnings, *gguf.notes(model), *(Warned(f"{loss}. {_ALLOWED}") for loss in of_config))
     return GgufFile(Layout((shard,), None), (beside,), warnings=warnings, made_of=made_of)
 
 

@@ -18,6 +18,7 @@ from shardmerge.adapters import ModuleUpdate
 from shardmerge.checkpoint import Checkpoint
 from shardmerge.config import AdapterConfig
 from shardmerge.names import LABELS, Head, Names, head_for
+from shardmerge.notices import Warned
 from shardmerge.planning.match import Matches
 from shardmerge.planning.several import list_some
 from shardmerge.planning.unplaced import Unplaced, beside_of, without_place
@@ -83,8 +84,10 @@ class _Resolving:
             return problems
         if not mine and not head.is_there:
             heads.notes.append(
-                f"the adapter's task_type is that of a {head.architecture}, but the base is another class, and has the "
-                "head that was trained: so the output is what the base is"
+                Warned(
+                    f"the adapter's task_type is that of a {head.architecture}, but the base is another class, and has "
+                    "the head that was trained: so the output is what the base is"
+                )
             )
             return problems
         shapes = {**there, **{name: of.update.factor("whole").shape for name, of in mine.items()}}

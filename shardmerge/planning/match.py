@@ -16,6 +16,7 @@ from shardmerge.checkpoint import Checkpoint
 from shardmerge.config import AdapterConfig
 from shardmerge.names import LABELS, Names, Speakers, head_for
 from shardmerge.naming import nearest
+from shardmerge.notices import Warned, prefixed
 from shardmerge.planning.modules import Modules
 from shardmerge.planning.quantised import has_packed, is_quantised
 from shardmerge.planning.several import compare_copies, in_order, list_some, order_of, overlap, read_too_late
@@ -98,12 +99,16 @@ class _Matching:
         self.misfits += already_there(self.regions)
         if several := self.modules.problem():
             problems.append(several)
-        self.matches.warnings += [f"adapter {self.config.path}: {warning}" for warning in claims.warnings]
+        self.matches.warnings += [prefixed(self._who, warning) for warning in claims.warnings]
         adding = [update for update in claims.updates if FAMILIES[update.family].adds]
         only = all(FAMILIES[update.family].adds or not order_of(update) for update in claims.updates)
         if only and adding and not any(update.scaling * self.config.weight for update in adding):
-            self.matches.warnings.append(f"adapter {self.config.path}: every scaling is zero, so it changes nothing")
+            self.matches.warnings.append(Warned(f"{self._who}every scaling is zero, so it changes nothing"))
         return problems + list_some(self.unmatched) + list_some(self.misfits)
+
+    @property
+    def _who(self) -> str:
+        return f"adapter {self.config.path}: "
 
     def _understood(self) -> tuple[Claims, list[str]]:
         """The adapter's claims, once it is known whose names it has; and why that is not certain."""
@@ -120,7 +125,7 @@ class _Matching:
         if self.spoken.note:
             registered = partial(self.modules.registered, self.spoken.registered_parameters)
             claims = self.adapter.claims(self.config, registered, self._parameter_of, order)
-            self.matches.warnings.append(f"adapter {self.config.path}: {self.spoken.note}")
+            self.matches.warnings.append(prefixed(self._who, self.spoken.note))
         return claims, [unclear] if unclear else []
 
     def _match(self, update: ModuleUpdate) -> None:

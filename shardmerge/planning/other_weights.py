@@ -15,6 +15,7 @@ from typing import Any
 from shardmerge.checkpoint import Checkpoint, is_index, read_index, read_json_value, read_shard
 from shardmerge.errors import FormatError
 from shardmerge.journal import RECORD_NAME
+from shardmerge.notices import Warned
 from shardmerge.sources import Source
 
 _WEIGHTS = re.compile(
@@ -106,12 +107,11 @@ def sort_out(
     if extra:
         result.notes.append(f"weights of the base beside the model are copied as they are: {_listed(extra)}")
     if left:
-        result.notes.append(f"weights of the base that are not the model's own are not copied: {_listed(left)}")
+        result.notes.append(Warned(f"weights of the base that are not the model's own are not copied: {_listed(left)}"))
     if of_adapter := [name for name in names if is_adapter(name)]:
-        result.notes.append(
-            f"the base's folder holds an adapter, too: {_listed(of_adapter)}; it is neither merged nor copied, since "
-            "transformers would take the output for an adapter"
-        )
+        adapter = f"the base's folder holds an adapter, too: {_listed(of_adapter)}"
+        why = "transformers would take the output for an adapter"
+        result.notes.append(Warned(f"{adapter}; it is neither merged nor copied, since {why}"))
     return result
 
 

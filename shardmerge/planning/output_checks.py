@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from shardmerge.adapter_file import AdapterFile
 from shardmerge.checkpoint import Checkpoint
 from shardmerge.errors import PlanError
 from shardmerge.journal import FOLDER, is_unfinished, model_bytes, read_record, work_bytes
 from shardmerge.sources import LocalSource, Source
+from shardmerge.words import words_for
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
@@ -67,9 +70,12 @@ def _not_empty(output: Path, overwrite: bool) -> list[str]:
     entries = _entries(output)
     if not entries or is_unfinished(output):
         return []
-    finished = read_record(output) is not None
+    record = read_record(output)
+    finished = record is not None
     if not overwrite:
-        what = "already holds a finished merge" if finished else f"is not empty ({', '.join(entries[:3])}, …)"
+        what = (
+            f"already holds a finished {_noun(record)}" if finished else f"is not empty ({', '.join(entries[:3])}, …)"
+        )
         return [f"output.path {output} {what}; choose another path, or replace it with --overwrite"]
     weights = [entry for entry in entries if entry.endswith(_WEIGHT_SUFFIXES)]
     if weights and not finished:
@@ -78,6 +84,11 @@ def _not_empty(output: Path, overwrite: bool) -> list[str]:
             "does not touch them: remove them yourself, or choose another path"
         ]
     return []
+
+
+def _noun(record: Mapping[str, Any] | None) -> str:
+    adapters = (record or {}).get("adapters")
+    return words_for(adapters if isinstance(adapters, list) else [None]).noun
 
 
 def check_space(output: Path, needed: int) -> list[str]:
@@ -91,7 +102,7 @@ def check_space(output: Path, needed: int) -> list[str]:
     if missing <= 0:
         return []
     problem = (
-        f"output.path {output}: too little disk: the merge writes {needed:,} bytes, {free:,} are free on that file "
+        f"output.path {output}: too little disk: shardmerge writes {needed:,} bytes, {free:,} are free on that file "
         f"system; {missing:,} are missing"
     )
     old = model_bytes(output)

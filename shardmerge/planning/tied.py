@@ -20,6 +20,7 @@ from typing import Any
 from shardmerge.adapters import FAMILIES
 from shardmerge.checkpoint import Checkpoint
 from shardmerge.names import Names, Tie, is_head
+from shardmerge.notices import Warned
 from shardmerge.planning.several import WHOLE, in_order
 from shardmerge.spec import Parameter, TensorRef, Update
 
@@ -299,7 +300,7 @@ class _Resolving:
             if all(self._is_shared(update) for update in self._trained(name)):
                 continue
             if self.mode == "peft":
-                self.result.notes.append(f"tied: peft: {name} stays one tensor with those that are tied to it")
+                self.result.notes.append(Warned(f"tied: peft: {name} stays one tensor with those that are tied to it"))
                 continue
             self.result.problems.append(
                 f"an adapter updates {name}, to which the model ties the same of other numbers: how many there are, "
@@ -317,8 +318,10 @@ class _Resolving:
             adding = [u for name in joined if name != tie.main for u in own[name] if u.family not in WHOLE]
             one = [*own[tie.main], *adding, *self._seen(tie.main, tie, joined, own)]
             self.result.notes.append(
-                f"tied: peft: {' and '.join(joined)} stay one tensor, and what the adapters do to either is done "
-                "to both, as PEFT's merge does it; the unmerged model computes something else"
+                Warned(
+                    f"tied: peft: {' and '.join(joined)} stay one tensor, and what the adapters do to either is done "
+                    "to both, as PEFT's merge does it; the unmerged model computes something else"
+                )
             )
         else:
             compared = [u for name in joined for u in own[name] if not FAMILIES[u.family].order and name != tie.source]

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from shardmerge.notices import Warned
 from shardmerge.sources import Source
 
 #: Name in the output → the source that has it, and its name there.
@@ -77,7 +78,7 @@ def take_tokenizer(chosen: Files, adapters: Sequence[tuple[str, Source]], notes:
 
 def _left_out(path: str, left: Sequence[str], is_whole: bool) -> str:
     why = "another adapter's is taken" if is_whole else "by themselves they are not a whole tokenizer"
-    return f"adapter {path} has files of a tokenizer that are left out: {', '.join(left)}; {why}"
+    return Warned(f"adapter {path} has files of a tokenizer that are left out: {', '.join(left)}; {why}")
 
 
 def _brings_something(chosen: Files, source: Source, names: Sequence[str]) -> bool:
@@ -130,7 +131,7 @@ def _replace(chosen: Files, entry: Entry, is_kind: Callable[[str], bool], what: 
         left_out = f"of the base's files, these would mix with it and are left out: {', '.join(gone)}"
         notes.append(f"{what} is the one of adapter {path}; {left_out}")
     if code := [name for name in names if _CODE.fullmatch(name)]:
-        notes.append(f"{what} is the one of adapter {path}, and so is its code: {', '.join(code)}")
+        notes.append(Warned(f"{what} is the one of adapter {path}, and so is its code: {', '.join(code)}"))
 
 
 def _have_same_vocabulary(chosen: Files, source: Source, names: Sequence[str]) -> bool:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from shardmerge.checkpoint import Checkpoint
+from shardmerge.events import Stopwatch, event
 from shardmerge.spec import TensorInfo, TensorPlan
 from shardmerge.verification.exact import Exact
 from shardmerge.verification.findings import Findings, Problem, VerifyReport, describe, summary
@@ -66,10 +67,14 @@ def verify_output(
     ``rows`` None computes all rows again. Raises `VerifyError` where there is nothing to verify, `ConfigError` for
     wrong arguments, `SourceError` where reading fails.
     """
+    watch = Stopwatch()
     record = open_record(output)
     findings = Findings(str(output), seed)
     findings.notes += record.notes
     again = plan_again(record, output, base, adapters, findings)
+    event(
+        "verifying", f"verifying {output}: {len(record.shards)} shards", seconds=watch.lap(), shards=len(record.shards)
+    )
     if record.is_gguf:
         findings.format = "gguf"
         check_files(output, record, again.plan, findings)
@@ -99,11 +104,25 @@ def verify_output(
                 findings.unverified.append(f"{shard.name}: its checksum was not recorded")
             with threads(1):
                 check.run(_shard_file(shard, planned, recorded), advance)
+            _checked(shard, findings, watch.lap())
     finally:
         files.close()
     if again.plan is None and again.base is not None:
         findings.notes.append("what was not merged was compared with the base, as far as it keeps its dtype")
     return findings.report()
+
+
+def _checked(shard: Stored, findings: Findings, seconds: float) -> None:
+    problems = sum(findings.counts.values())
+    event(
+        "shard-verified",
+        f"verified {shard.name} in {seconds:.1f} s; problems so far: {problems}",
+        shard=shard.name,
+        bytes=shard.file.size,
+        tensors=len(shard.tensors),
+        problems=problems,
+        seconds=seconds,
+    )
 
 
 def _shard_file(shard: Stored, planned: Mapping[str, TensorPlan], recorded: Mapping[str, str]) -> ShardFile:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardmerge.report import human_bytes, human_seconds, peak_memory, table
+from shardmerge.report import human_bytes, human_seconds, labelled, peak_memory, table
 from shardmerge.shown import one_line
 from shardmerge.spec import jsonable
 
@@ -157,7 +157,7 @@ def describe(report: VerifyReport) -> str:
     if report.unverified:
         parts.append("\n".join(f"not verified: {one_line(text)}" for text in report.unverified))
     if report.notes:
-        parts.append("\n".join(f"note: {one_line(text)}" for text in report.notes))
+        parts.append("\n".join(map(labelled, report.notes)))
     return "\n\n".join([*parts, verdict(report)])
 
 

@@ -13,6 +13,7 @@ from shardmerge.config import MergeConfig, recorded_config, relocated
 from shardmerge.errors import ConfigError, PlanError, ShardmergeError, SourceError, VerifyError
 from shardmerge.fingerprint import with_contents
 from shardmerge.journal import RECORD_NAME, SEAL, is_unfinished, read_record, seal
+from shardmerge.notices import Warned
 from shardmerge.planning import make_plan
 from shardmerge.sources import open_source
 from shardmerge.spec import MergePlan, SourceFile, digest_of
@@ -45,7 +46,8 @@ class Record:
         """What a reader of the verdict should know of the record itself."""
         if SEAL in self.values:
             return []
-        return [f"{RECORD_NAME} has no {SEAL}, as older versions wrote it: it cannot be told whether it was changed"]
+        why = "as older versions wrote it: it cannot be told whether it was changed"
+        return [Warned(f"{RECORD_NAME} has no {SEAL}, {why}")]
 
     @property
     def is_gguf(self) -> bool:
@@ -222,7 +224,10 @@ def _of_digest(record: Record, plan: MergePlan) -> Iterator[tuple[str, str]]:
         if values.get(name) != now.get(part, {}).get(name)
     ]
     what = f"different are: {', '.join(parts[:_TOLD])}" if parts else "an adapter's bytes, or files beside the weights"
-    yield "note", f"base and adapters have the sizes and times of the merge's, but its digest is another: {what}"
+    yield (
+        "note",
+        Warned(f"base and adapters have the sizes and times of the merge's, but its digest is another: {what}"),
+    )
 
 
 def _source_differences(record: Record, plan: MergePlan) -> Iterator[tuple[str, str]]:
@@ -233,7 +238,7 @@ def _source_differences(record: Record, plan: MergePlan) -> Iterator[tuple[str, 
     for name, before, files in zip(names, recorded, now, strict=False):
         if texts := list(_file_differences(before, files)):
             more = f", and {len(texts) - _TOLD} more" if len(texts) > _TOLD else ""
-            yield "note", f"{name} is not as the merge found it: {', '.join(texts[:_TOLD])}{more}"
+            yield "note", Warned(f"{name} is not as the merge found it: {', '.join(texts[:_TOLD])}{more}")
     if record.version != __version__:
         yield "note", f"it was merged by shardmerge {record.version}; this is {__version__}"
 
