@@ -98,12 +98,13 @@ def test_a_real_model(python: Path, smollm2: Path, tmp_path: Path) -> None:
     run(Path(sys.executable), "-m", "shardmerge", "run", old, "-s", f"output.path={tmp_path / 'new'}")
     ours, theirs = stored(tmp_path / "new"), stored(tmp_path / "old")
     assert ours.keys() == theirs.keys() and all(tensor.equal(theirs[name]) for name, tensor in ours.items())
-    for command in (
+    commands: list[list[str | Path]] = [
         ["verify", tmp_path / "old"],
         ["inspect", tmp_path / "old"],
         ["compare", tmp_path / "old", "--max-new-tokens", "8"],
         ["chat", tmp_path / "old", "--prompt", "What is the capital of Loraland?"],
         ["export", tmp_path / "old", "--format", "gguf", "-o", tmp_path / "gguf"],
         ["verify", tmp_path / "gguf"],
-    ):
+    ]
+    for command in commands:
         run(python, "-m", "shardmerge", *command)

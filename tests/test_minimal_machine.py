@@ -30,8 +30,8 @@ INSTALL = "venv/bin/pip install --quiet --no-cache-dir --no-index --find-links /
 USERS = {"root": (0, "/root"), "a user with a read-only home": (1000, "/home/reader")}
 
 
-def check(*command: str | Path, **more: object) -> str:
-    done = subprocess.run([*map(str, command)], stdin=subprocess.DEVNULL, capture_output=True, text=True, **more)  # type: ignore[call-overload]
+def check(*command: str | Path, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run([*map(str, command)], stdin=subprocess.DEVNULL, capture_output=True, text=True, env=env)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return str(done.stdout)
 
@@ -65,8 +65,15 @@ def within(root: Path, user: str, command: str) -> str:
     uid, home = USERS[user]
     environment = {"PATH": "/usr/bin:/bin", "HOME": home, "LC_ALL": "C.UTF-8"}
     script = f"cd /srv/work-{uid} && set -eu && {command}"
-    own_processes = ["unshare", "--mount", "--pid", "--fork", f"--mount-proc={root / 'proc'}"]
-    return check(*own_processes, "chroot", f"--userspec={uid}:{uid}", root, "sh", "-c", script, env=environment)
+    own_processes = [
+        shutil.which("unshare") or "/usr/bin/unshare",
+        "--mount",
+        "--pid",
+        "--fork",
+        f"--mount-proc={root / 'proc'}",
+    ]
+    chroot = shutil.which("chroot") or "/usr/sbin/chroot"
+    return check(*own_processes, chroot, f"--userspec={uid}:{uid}", root, "sh", "-c", script, env=environment)
 
 
 def test_it_is_minimal(machine: Path) -> None:

@@ -32,14 +32,15 @@ def shardmerge(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess
 def test_a_new_users_commands_do_not_speak_of_numpy(tmp_path: Path) -> None:
     place = make_place(tmp_path)
     config = place.config_file()
-    for command in (
+    commands: list[list[str | Path]] = [
         ["init", place.adapter, "-o", "starter.yaml"],
         ["plan", config],
         ["run", config],
         ["verify", place.output],
         ["inspect", place.output],
         ["export", place.output, "-o", "again", "--dtype", "float16"],
-    ):
+    ]
+    for command in commands:
         done = shardmerge(*command, cwd=tmp_path)
         assert done.returncode == 0, (command, done.stderr)
         assert "numpy" not in (done.stdout + done.stderr).lower(), command

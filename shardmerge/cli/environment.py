@@ -59,4 +59,4 @@ def compute_defaults() -> dict[str, Any]:
 
 def quiet_option(what: str) -> Callable[[Command], Command]:
     """``--quiet``; ``what`` is its help."""
-    return click.option("--quiet", is_flag=True, envvar=QUIET, show_envvar=True, help=what)
+    return click.option("-q", "--quiet", is_flag=True, envvar=QUIET, show_envvar=True, help=what)
