@@ -47,7 +47,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator
     folder = tmp_path_factory.mktemp("machine")
     root, wheels = folder / "root", folder / "wheels"
     check("debootstrap", "--variant=minbase", "--include=python3,python3-venv", codename(), root)
-    constraints = ["--constraint", ROOT / "constraints.txt"]
+    constraints = ["--constraint", str(ROOT / "constraints.txt")]
     check(sys.executable, "-m", "pip", "wheel", "--quiet", *constraints, "--wheel-dir", wheels, f"{ROOT}[hf]")
     shutil.copytree(wheels, root / "wheels")
     shutil.copytree(smollm2, root / "srv" / "base", symlinks=False)
