@@ -52,6 +52,11 @@ def _in_time() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
+@pytest.fixture(autouse=True)
+def _fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     """Beside base, adapter and output, a folder of somebody else's, with a file of every name that a merge has."""
@@ -148,7 +153,7 @@ def test_what_no_merge_puts_into_the_work_folder_is_refused_by_name(
         shutil.copytree(kept, place.output)
         put(place.output / WORK / name, kind, place)
         there = snapshot(place.output)
-        for command in (["plan", config], ["run", config], ["run", config, "--overwrite"]):
+        for command in (("plan",), ("run",), ("run", "--overwrite")):
             code, message = invoke(place, *command)
             assert code == 3 and str(place.output / WORK / name) in message, (name, command, message)
             assert "output.path" in message and "nothing was written" in message
@@ -211,7 +216,7 @@ def test_a_folder_that_is_swapped_for_a_link_at_any_step(name: str, place: Place
     with Steps(WRITES).watched() as steps:
         shardmerge.merge(plan)
     count, swapped = len(steps.taken), 0
-    for at in range(0, count, 2):
+    for at in range(0, count, 3):
         shutil.rmtree(place.output)
         of = place.output / WORK / name
 
@@ -266,8 +271,8 @@ def test_no_name_reaches_through_a_linked_folder(where: Callable[[Place, list[st
     where(place, ["sub/victim.json", "sub/stage/../victim.json", "../outside/victim.json", "sub"])
     (place.output / "sub").symlink_to(outside(place))
     before, there, config = snapshot(outside(place)), snapshot(place.output), place.config_file()
-    for command in (["plan", config, "--overwrite"], ["run", config, "--overwrite"], ["run", config]):
-        code, message = invoke(place, *command)
+    for command in (("plan", "--overwrite"), ("run", "--overwrite"), ("run",)):
+        code, message = invoke(place, *command, config)
         assert code == 3 and "output.path" in message, message
         assert snapshot(outside(place)) == before and snapshot(place.output) == there
     broken(place)
@@ -280,7 +285,8 @@ def test_no_name_reaches_through_a_folder_that_is_linked_after_the_plan(
     where: Callable[[Place, list[str]], None], place: Place
 ) -> None:
     where(place, ["sub/victim.json"])
-    plan = shardmerge.plan(place.config(), overwrite=True)
+    other = place.config(adapters=[{"path": str(place.adapter), "weight": 2}])
+    plan = shardmerge.plan(other, overwrite=True)
     (place.output / "sub").symlink_to(outside(place))
     before = snapshot(outside(place))
     with pytest.raises(OutputError, match="sub is a link"):
@@ -317,7 +323,7 @@ def test_a_folder_where_a_file_goes_is_refused_before_the_old_model_is_touched(n
     path.unlink(missing_ok=True)
     path.mkdir()
     there = snapshot(place.output)
-    with pytest.raises(PlanError, match=r"is a directory|changed or damaged"):
+    with pytest.raises(PlanError, match=r"is (a directory|not a regular file)"):
         shardmerge.merge(place.config(), overwrite=True)
     assert snapshot(place.output) == there
 
@@ -400,9 +406,9 @@ def test_a_damaged_record_is_believed_for_nothing(kind: Callable[[Path, Place], 
         shardmerge.merge(place.config())
     (put(record, kind, place) if kind is not no_seal else no_seal(record, place))
     there, before, config = snapshot_of_kinds(place.output), snapshot(outside(place)), place.config_file()
-    for command in (["plan", config, "--overwrite"], ["run", config, "--overwrite"]):
-        code, message = invoke(place, *command)
-        assert code == 3 and "shardmerge.json was changed or damaged after the merge" in message, message
+    for command in ("plan", "run"):
+        code, message = invoke(place, command, "--overwrite", config)
+        assert code == 3 and "so nothing says which files that merge wrote" in message, message
         assert "remove the directory yourself" in message
     code, message = invoke(place, "run", config)
     assert code == 3 and "is not empty" in message
@@ -431,11 +437,11 @@ def test_a_record_that_is_damaged_after_the_plan_is_believed_for_nothing(place: 
 
     shutil.rmtree(place.output)
     shardmerge.merge(place.config())
-    there = contents(place.output)
+    files = contents(place.output)
     with pytest.raises(OutputError, match="changed or damaged"):
         shardmerge.merge(plan, progress=damage)
     left = contents(place.output)
-    assert {name: data for name, data in left.items() if not name.startswith(WORK)} == there
+    assert {name: data for name, data in left.items() if not name.startswith(WORK)} == files
 
 
 # --- what an error says of the model that is there --------------------------------------------------------------------
@@ -480,20 +486,15 @@ def test_an_error_in_the_commit_says_that_the_output_is_no_model(place: Place, m
     assert not (place.output / INDEX).exists()
 
 
-def test_an_error_after_the_last_rename_says_that_the_files_are_in_place(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = os.fsync
-
+def test_an_error_after_the_last_rename_says_that_the_files_are_in_place(place: Place) -> None:
     def fsync(descriptor: int) -> None:
         if (place.output / INDEX).exists():
             raise OSError(5, os.strerror(5))
-        real(descriptor)
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OutputError, match="All files of the new model are in place"):
-        shardmerge.merge(place.config())
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(OutputError, match="All files of the new model are in place"):
+            shardmerge.merge(place.config())
     assert shardmerge.merge(place.config()).shards_reused == 2
 
 
@@ -526,3 +527,139 @@ def test_what_the_system_refuses_at_plan_time_is_a_message(
         assert refused
     else:  # what is found out without it
         assert call != "statvfs"
+
+
+# --- files that were added --------------------------------------------------------------------------------------------
+
+#: What transformers, PEFT, vLLM, llama.cpp, Ollama, MLX and sentence-transformers look for, and what may hide it.
+LOADED = (
+    *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors"),
+    *("chat_template.json", "chat_template.j2", "chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja"),
+    *("config.yaml", "params.json", "quantization_config.json", "quantize_config.json", "hf_quant_config.json"),
+    *("modeling_evil.py", "sub/module.py", "custom_generate/generate.py", "requirements.txt"),
+    *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "spiece.model", "x.tiktoken"),
+    *("preprocessor_config.json", "processor_config.json", "image_processor_config.json", "video_preprocessor.json"),
+    *("model.safetensors", "consolidated.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "x.pt"),
+    *("model.safetensors.index.fp16.json", "model.fp16.safetensors", "x.gguf", "mmproj.gguf", "Modelfile", "template"),
+    *("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "original/params.json", ".env", "x"),
+    *(
+        ".hidden.json",
+        "README.md.py",
+        ".cache/x.json",
+        "deep/.git/config",
+        "notes.txt",
+        "shardmerge.json.bak",
+    ),
+)
+HARMLESS = (
+    *(
+        "README",
+        "NOTICE.md",
+        "docs/more.md",
+        "LICENSE.txt",
+        "USE_POLICY.md",
+        "COPYING",
+        "CHANGELOG.rst",
+        "CITATION.cff",
+    ),
+    *(".gitattributes", ".gitignore", ".git/config", ".git/hooks/x.py", ".cache/huggingface/download/x.metadata"),
+    *("images/loss.png", "a.JPG", "b.svg", ".DS_Store"),
+)
+
+
+@pytest.fixture
+def finished(place: Place) -> Place:
+    """A finished merge, of a base without files beside its weights."""
+    shutil.rmtree(place.base)
+    make_place(place.folder, aux={})
+    shardmerge.merge(place.config())
+    return place
+
+
+def report_of(place: Place, **options: Any) -> Any:
+    """What `verify` finds, right or wrong."""
+    try:
+        return shardmerge.verify(place.output, **options)
+    except shardmerge.VerifyError as error:
+        assert error.exit_code == 6
+        return error.report
+
+
+def test_every_file_that_was_added_is_named(finished: Place) -> None:
+    names = [*LOADED, "generation_config.json", "chat_template.jinja"]
+    for name in names:
+        path = finished.output / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+        report = report_of(finished)
+        (problem,) = report.problems
+        assert problem.file == name and f"{name} is not a file of this merge" in problem.text
+        assert report.added == (name,) and report.to_json()["added"] == [name]
+        path.unlink()
+    for name in names:
+        (finished.output / name).write_text("{}")
+    report = report_of(finished)
+    assert sorted(report.added) == sorted(names) and report.counts == {"structure": len(names)}
+    code, message = invoke(finished, "verify", finished.output)
+    assert code == 6 and f"{len(names)} problems" in message
+
+
+def test_what_no_program_loads_is_a_note(finished: Place) -> None:
+    for name in HARMLESS:
+        path = finished.output / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    (finished.output / "empty" / "folder").mkdir(parents=True)
+    report = report_of(finished)
+    assert report.ok and report.complete and sorted(report.added) == sorted(HARMLESS)
+    (note,) = report.notes
+    assert note.startswith("not files of this merge") and "more" in note
+
+
+@pytest.mark.parametrize("kind", [link_to_file, link_to_folder, link_to_nowhere, fifo, device])
+@pytest.mark.parametrize("name", ["x.json", "sub", "deep/sub"])
+def test_what_is_not_a_file_is_named_and_not_entered(
+    name: str, kind: Callable[[Path, Place], None], finished: Place
+) -> None:
+    put(finished.output / name, kind, finished)
+    report = report_of(finished)
+    (problem,) = report.problems
+    assert problem.file == name and ("(a FIFO)" if kind is fifo else "(a link)") in problem.text
+
+
+@pytest.mark.parametrize("kind", [fifo, folder, link_to_nowhere, device])
+def test_a_recorded_file_that_is_not_a_file_is_not_called_missing(
+    kind: Callable[[Path, Place], None], place: Place
+) -> None:
+    shardmerge.merge(place.config())
+    for name in json.loads((place.output / "shardmerge.json").read_text())["files"]:
+        if name == "shardmerge.json":
+            continue
+        path = place.output / name
+        kept = path.read_bytes()
+        put(path, kind, place)
+        texts = [problem.text for problem in report_of(place).problems if problem.file == name]
+        assert texts and not any("missing" in text for text in texts), name
+        shutil.rmtree(path) if kind is folder else path.unlink()
+        path.write_bytes(kept)
+    assert report_of(place).complete
+
+
+def test_a_work_folder_that_was_left_behind_is_a_note(finished: Place) -> None:
+    (finished.output / WORK / "stage").mkdir(parents=True)
+    report = report_of(finished)
+    assert report.ok and report.notes == (f"{WORK}, the work folder of a merge, was left behind; it may be removed",)
+
+
+def test_what_could_not_be_compared_is_a_failure_unless_partial(finished: Place) -> None:
+    shutil.rmtree(finished.base)
+    code, message = invoke(finished, "verify", finished.output)
+    assert code == 6 and "the base is not there" in message and "--partial" in message
+    assert invoke(finished, "verify", finished.output, "--partial")[0] == 0
+    with pytest.raises(shardmerge.VerifyError, match="untouched tensors: there is no base"):
+        shardmerge.verify(finished.output)
+    report = shardmerge.verify(finished.output, partial=True)
+    assert report.ok and not report.complete
+    assert any("touched tensors" in text for text in report.to_json()["unverified"])
+    (finished.output / "evil.py").write_text("")
+    assert invoke(finished, "verify", finished.output, "--partial")[0] == 6

@@ -51,6 +51,7 @@ from shardmerge.journal.work_folder import (
     work_bytes,
     work_problems,
 )
+from shardmerge.regular_files import why_not_readable
 from shardmerge.sources import open_reader
 from shardmerge.spec import Fidelity, Fingerprint, Receipt, ShardPlan, SourceFile, digest_of
 
@@ -314,11 +315,11 @@ def damaged_record(output: Path) -> str:
         others = sorted(entry for entry in os.listdir(output) if entry not in (FOLDER, RECORD_NAME))
     except OSError:
         others = []
+    why = why_not_readable(output / RECORD_NAME) or "was changed or damaged after the merge"
     files = f" ({', '.join(others[:3])}{', …' if len(others) > 3 else ''})" if others else ""
     return (
-        f"{RECORD_NAME} was changed or damaged after the merge, so nothing says which files that merge wrote, and "
-        f"none of them{files} is removed or replaced; put back the record as it was written, remove the directory "
-        "yourself, or choose another output.path"
+        f"{RECORD_NAME} {why}, so nothing says which files that merge wrote, and none of them{files} is removed or "
+        "replaced; put back the record as it was written, remove the directory yourself, or choose another output.path"
     )
 
 
