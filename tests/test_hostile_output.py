@@ -154,7 +154,7 @@ def test_what_no_merge_puts_into_the_work_folder_is_refused_by_name(
         put(place.output / WORK / name, kind, place)
         there = snapshot(place.output)
         for command in (("plan",), ("run",), ("run", "--overwrite")):
-            code, message = invoke(place, *command)
+            code, message = invoke(place, *command, config)
             assert code == 3 and str(place.output / WORK / name) in message, (name, command, message)
             assert "output.path" in message and "nothing was written" in message
         code, message = invoke(place, "verify", place.output)
