@@ -33,6 +33,7 @@ from benchmarks.measure import ROOT, cool, warm
 from benchmarks.shapes import MERGED, SHAPES, Shape
 from shardmerge import engine, pipeline
 from shardmerge.checksums import Checksums
+from shardmerge.durable.directory import Directory
 from shardmerge.engine import Engine
 from shardmerge.jobs import Job
 from shardmerge.pipeline import Buffer
@@ -142,7 +143,7 @@ def run_stage(plan: MergePlan, shard: ShardPlan, stage: str, writer: ShardWriter
 def write_stage(plan: MergePlan, shard: ShardPlan, folder: Path) -> Clock:
     """The writer with whatever lies in the buffers, from the reservation to the last fsync."""
     started = time.perf_counter()
-    with ShardWriter(folder / shard.name, shard) as writer:
+    with Directory(folder) as directory, ShardWriter(directory / shard.name, shard) as writer:
         run_stage(plan, shard, "write", writer)
         writer.commit()
     seconds = time.perf_counter() - started

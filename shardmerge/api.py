@@ -110,13 +110,16 @@ def verify(
     adapters: Sequence[str] = (),
     rows: int | None = 16,
     seed: int = 0,
+    partial: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> VerifyReport:
     """Prove a finished merge from its record, base and adapters; see `shardmerge.verification`. Nothing is written.
 
     ``base`` and ``adapters`` (all of them, in their order) say where those are now, if they were moved. Of every
     touched tensor ``rows`` rows are computed again, chosen by ``seed``; None computes all. Raises `VerifyError`, with
-    the report, if anything is not as it must be; `SourceError` where reading fails, `ConfigError` for wrong arguments.
+    the report, if anything is not as it must be, or if something could not be verified (``report.unverified``), as
+    where base or adapter are gone: with ``partial``, what could be verified is enough. `SourceError` where reading
+    fails, `ConfigError` for wrong arguments.
     """
     from shardmerge.steps import verified
     from shardmerge.verification import summary, verify_output
@@ -128,7 +131,7 @@ def verify(
 
     report = verify_output(Path(output), base=base, adapters=adapters, rows=rows, seed=seed, told=told)
     verified(report)
-    if not report.ok:
+    if not report.ok or not (report.complete or partial):
         error = VerifyError(summary(report))
         error.report = report
         raise error
@@ -153,6 +156,8 @@ def _carry_out(plan: MergePlan, progress: Callable[[Progress], None], started: f
                 begun(plan, journal.digest, watch.lap())
             except SourceError as error:
                 raise _and(error, "Nothing was changed") from None
+            except OutputError as error:
+                raise _and(error, journal.standing()) from None
             sink = SafetensorsSink(plan, journal)
             counter = _Counter(plan, progress)
 
@@ -180,16 +185,16 @@ def _carry_out(plan: MergePlan, progress: Callable[[Progress], None], started: f
             except FormatError as error:
                 # Something in the files themselves: no second run can succeed, so nothing is kept for one.
                 journal.discard()
-                raise _and(error, f"Nothing is left of it in {plan.output}") from None
+                raise _and(error, f"Nothing is left of it in {plan.output}{_still_whole(journal)}") from None
             except ChangedError as error:
                 raise _and(
                     error,
-                    "The output is no model yet. What was finished is kept, but it is of the file as it was: run the "
+                    f"{journal.standing()}. What was finished is kept, but it is of the file as it was: run the "
                     "same command again when that is back in its place, or start anew with --overwrite",
                 ) from None
             except (OutputError, SourceError) as error:
-                kept_on = "What was finished is kept; run the same command again to take it up"
-                raise _and(error, f"The output is no model yet. {kept_on}") from None
+                kept_on = "What was finished is kept; run the same command again to resume it"
+                raise _and(error, f"{journal.standing()}. {kept_on}") from None
             try:
                 journal.finish()
             except OutputError as error:
@@ -197,6 +202,11 @@ def _carry_out(plan: MergePlan, progress: Callable[[Progress], None], started: f
             return report
     finally:
         engine.close()
+
+
+def _still_whole(journal: Journal) -> str:
+    """What is said besides, where there is a model that the merge was to replace."""
+    return f". {journal.standing()}" if journal.holds_model() else ""
 
 
 def _and(error: Failure, state: str) -> Failure:

@@ -68,3 +68,16 @@ def read_small(
     if not left:
         raise TooLargeError(path, limit)
     return b"".join(chunks)
+
+
+def why_not_readable(path: str | os.PathLike[str]) -> str:
+    """Why a file cannot be read, to be said behind its name; empty where it can."""
+    try:
+        os.close(open_regular(path)[0])
+    except NotRegularError as error:
+        return str(error.strerror)
+    except FileNotFoundError:
+        return "is a link that leads nowhere" if os.path.islink(path) else "is missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    return ""

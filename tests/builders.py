@@ -8,7 +8,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shardmerge.adapters import AdapterContent
+from shardmerge.durable.directory import Directory
+from shardmerge.sinks import ShardWriter
 from shardmerge.spec import Place as Place_
-from shardmerge.spec import TensorRef, Update, tensor_nbytes
+from shardmerge.spec import ShardPlan, TensorRef, Update, tensor_nbytes
 
 #: A loaded machine is slow, which is no reason to fail a test.
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -321,6 +324,13 @@ def make_place(folder: Path, **base: Any) -> Place:
     write_base(place.base, **base)
     write_peft(place.adapter)
     return place
+
+
+@contextmanager
+def shard_writer(path: Path, shard: ShardPlan) -> Iterator[ShardWriter]:
+    """The writer of one file, in the directory that holds it."""
+    with Directory(path.parent) as directory, ShardWriter(directory / path.name, shard) as writer:
+        yield writer
 
 
 def snapshot(folder: Path) -> dict[str, str]:

@@ -370,8 +370,10 @@ class PowerFailure:
             node.sync()
         return node is not None
 
-    def _note_replace(self, _: None, source: Any, target: Any) -> bool:
-        old, new = self._at(source), self._at(target)
+    def _note_replace(
+        self, _: None, source: Any, target: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None
+    ) -> bool:
+        old, new = self._at(source, src_dir_fd), self._at(target, dst_dir_fd)
         if old is None or new is None:
             return False
         node = old[0].now[old[1]]

@@ -443,7 +443,7 @@ def remount(disk: Path, pages: int) -> None:
 )
 def test_a_disk_of_any_size(scene: str, small_disk: Path, stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real file system says that it is full, wherever in the merge that is; with more space the merge goes on."""
-    monkeypatch.setattr("shardmerge.planning.check_space", lambda output, needed: [])
+    monkeypatch.setattr("shardmerge.planning.output_checks.check_space", lambda output, needed: [])
     of, output, full = SCENES[scene], small_disk / "out", 0
     for pages in range(1, 200):
         shutil.rmtree(output, ignore_errors=True)

@@ -70,7 +70,7 @@ def test_bytes_that_travel_as_they_are(size: int, read_offset: int, write_offset
 @pytest.fixture
 def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
     for place in ("sources.local", "sinks.safetensors"):
-        monkeypatch.setattr(f"shardmerge.{place}.open_direct", lambda path, flags: -1)
+        monkeypatch.setattr(f"shardmerge.{place}.open_direct", lambda path, flags, dir_fd=None: -1)
 
 
 @pytest.mark.parametrize(

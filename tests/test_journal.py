@@ -20,7 +20,8 @@ from xxhash import xxh3_128_hexdigest
 import shardmerge
 from shardmerge import FormatError, OutputError, ResumeError, ShardmergeError, SourceError, journal
 from shardmerge.cli import cli
-from shardmerge.journal import Journal
+from shardmerge.durable.directory import Entry
+from shardmerge.journal import Journal, work_folder
 from shardmerge.sinks import SafetensorsSink
 from tests.peft_oracle import make_config, random, weight_bytes, write_adapter, write_base
 
@@ -114,13 +115,13 @@ def test_what_the_journal_says_is_read_once(place: Place, monkeypatch: pytest.Mo
     place.stop_in_shard(4)
     plan = shardmerge.plan(place.config())
     read: list[str] = []
-    original = journal._read_json
+    original = work_folder.read_json
 
-    def noting(path: Path) -> Any:
-        read.append(path.name)
-        return original(path)
+    def noting(file: Entry) -> Any:
+        read.append(file.name)
+        return original(file)
 
-    monkeypatch.setattr(journal, "_read_json", noting)
+    monkeypatch.setattr(journal, "read_json", noting)
     assert shardmerge.merge(plan).shards_reused == 3
     assert read.count("journal.json") == 1
 
@@ -360,7 +361,7 @@ def test_a_record_cannot_name_files_elsewhere(names: Any, place: Place) -> None:
     if isinstance(names, list):
         names = [name.format(place.folder) if isinstance(name, str) else name for name in names]
     record = place.output / "shardmerge.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "files": names}))
+    record.write_text(json.dumps(journal.sealed({**json.loads(record.read_text()), "files": names})))
     place.merge("y", overwrite=True)
     assert (place.folder / "victim").read_text() == "mine"
     assert weight_bytes(place.output) == place.expected("y")
@@ -428,7 +429,7 @@ def test_a_disk_without_space_for_the_journal_is_an_output_error(place: Place, m
     def full(*_: Any, **__: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "write", full)
     with pytest.raises(OutputError, match="No space left"):
         place.merge()
 

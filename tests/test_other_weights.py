@@ -169,7 +169,7 @@ def test_verify_reports_an_adapter_in_the_output(tmp_path: Path) -> None:
     place = make_place(tmp_path)
     shardmerge.merge(place.config())
     write_json(place.output / "adapter_config.json", peft_config())
-    with pytest.raises(shardmerge.VerifyError, match=r"adapter_config\.json is no file of this merge"):
+    with pytest.raises(shardmerge.VerifyError, match=r"adapter_config\.json is not a file of this merge"):
         shardmerge.verify(place.output)
 
 
@@ -177,7 +177,7 @@ def test_verify_reports_a_template_in_the_output(tmp_path: Path) -> None:
     place = make_place(tmp_path, aux={})
     shardmerge.merge(place.config())
     (place.output / "chat_template.jinja").write_text("x")
-    assert [note for note in verify_output(place.output).notes if note.startswith("chat_template.jinja is no file of")]
+    assert [of.text for of in verify_output(place.output).problems if of.text.startswith("chat_template.jinja is not")]
 
 
 def test_transformers_loads_the_output_of_such_a_base(tmp_path: Path) -> None:

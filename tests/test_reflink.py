@@ -29,10 +29,10 @@ from torch import Tensor
 import shardmerge
 from shardmerge import OutputError, header
 from shardmerge.errors import ChangedError
-from shardmerge.sinks import ShardWriter, reflink
+from shardmerge.sinks import reflink
 from shardmerge.sources import inline_file, open_reader
 from shardmerge.spec import PAGE, ShardPlan, TensorInfo, TensorPlan, TensorRef
-from tests.builders import untimed
+from tests.builders import shard_writer, untimed
 from tests.peft_oracle import merge_to, random, write_adapter, write_base
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="FICLONERANGE is Linux'")
@@ -112,7 +112,7 @@ def write(target: Path, of: Verbatim, sizes: list[int], shared: Callable[[int], 
     memory = memoryview(bytearray(len(data) + 3 * PAGE))
     descriptor = os.open(of.path, os.O_RDONLY)
     try:
-        with ShardWriter(target, shard) as writer:
+        with shard_writer(target, shard) as writer:
             done = number = 0
             while done < len(data):
                 size = min(sizes[number] if number < len(sizes) else len(data), len(data) - done)
@@ -179,7 +179,7 @@ def test_a_few_bytes_are_written(tmp_path: Path, pretended: Pretended) -> None:
 def test_what_is_in_no_file_is_written(tmp_path: Path, pretended: Pretended) -> None:
     reader = open_reader(inline_file(DATA))
     of = verbatim(tmp_path)
-    with ShardWriter(tmp_path / "s", of.shard) as writer:
+    with shard_writer(tmp_path / "s", of.shard) as writer:
         memory = memoryview(bytearray(SIZE + 3 * PAGE))
         at = of.shard.header_bytes
         memory[at : at + SIZE] = DATA
@@ -219,7 +219,7 @@ def test_a_file_system_without_shared_blocks_is_asked_once(
 ) -> None:
     pretended.asked = getattr(errno, code)
     of = verbatim(tmp_path)
-    with ShardWriter(tmp_path / "s", of.shard) as writer:
+    with shard_writer(tmp_path / "s", of.shard) as writer:
         assert not writer.shares
     assert reserved == [(0, of.shard.nbytes)]
     assert write(tmp_path / "s", of, [20 * PAGE]) == of.expected()

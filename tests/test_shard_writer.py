@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardmerge import OutputError, header
-from shardmerge.sinks import ShardWriter
 from shardmerge.spec import PAGE, ShardPlan, TensorInfo, TensorPlan
-from tests.builders import refs_of, untimed
+from tests.builders import refs_of, shard_writer, untimed
 
 
 def shard_of(size: int, header_bytes: int = 0) -> ShardPlan:
@@ -30,7 +29,7 @@ def shard_of(size: int, header_bytes: int = 0) -> ShardPlan:
 def write(path: Path, shard: ShardPlan, data: bytes, sizes: list[int]) -> bytes:
     """Write a shard's data in blocks of these sizes, the last one with the rest; what the file then holds."""
     memory = mmap.mmap(-1, -(-len(data) // PAGE) * PAGE + 3 * PAGE)
-    with ShardWriter(path, shard) as writer, memoryview(memory) as view:
+    with shard_writer(path, shard) as writer, memoryview(memory) as view:
         done = 0
         while done < len(data):
             size = min(sizes.pop() if sizes else len(data), len(data) - done)
@@ -51,7 +50,7 @@ def expected(shard: ShardPlan, data: bytes) -> bytes:
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "buffered"])
 def test_any_blocks(tmp_path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not direct:
-        monkeypatch.setattr("shardmerge.sinks.safetensors.open_direct", lambda path, flags: -1)
+        monkeypatch.setattr("shardmerge.sinks.safetensors.open_direct", lambda path, flags, dir_fd=None: -1)
 
     @untimed
     @given(st.integers(0, 5 * PAGE), st.integers(0, 2 * PAGE), st.lists(st.integers(1, 3 * PAGE), max_size=8))
@@ -117,7 +116,7 @@ def test_a_file_system_that_cannot_reserve_space(tmp_path: Path, monkeypatch: py
 
 def test_space_is_taken_up_front(tmp_path: Path) -> None:
     shard = shard_of(100 * PAGE)
-    with ShardWriter(tmp_path / "s", shard):
+    with shard_writer(tmp_path / "s", shard):
         (file,) = tmp_path.iterdir()
         if not any(_is_direct(int(fd)) for fd in os.listdir("/proc/self/fd") if _exists(fd)):
             pytest.skip("this file system has no writes past its cache")
@@ -137,5 +136,5 @@ def test_blocks_come_in_order(tmp_path: Path) -> None:
     shard = shard_of(10)
     memory = memoryview(bytearray(2 * PAGE))
     told = pytest.raises(AssertionError, match="byte 5 of the data comes at the place of")
-    with ShardWriter(tmp_path / "s", shard) as writer, told:
+    with shard_writer(tmp_path / "s", shard) as writer, told:
         writer.write_block(memory, (shard.header_bytes + 5) % PAGE, 5, 5)

@@ -18,8 +18,10 @@ from torch import Tensor
 
 import shardmerge
 from shardmerge import OutputError, durable
+from shardmerge.durable.directory import Directory
 from shardmerge.sinks import ShardWriter
 from shardmerge.spec import PAGE
+from tests.builders import shard_writer
 from tests.peft_oracle import assert_same_bits, make_config, merge_to, random, stored, write_adapter, write_base
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -218,10 +220,10 @@ def renames(config: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[
     seen: list[tuple[str, set[str]]] = []
     replace = os.replace
 
-    def noting(source: Any, target: Any) -> None:
-        if Path(target).parent == output:
-            seen.append((Path(target).name, {path.name for path in output.iterdir()}))
-        replace(source, target)
+    def noting(source: str, target: str, **folders: int) -> None:
+        if os.path.samestat(os.fstat(folders["dst_dir_fd"]), output.stat()):
+            seen.append((target, {path.name for path in output.iterdir()}))
+        replace(source, target, **folders)
 
     monkeypatch.setattr(os, "replace", noting)
     shardmerge.merge(config)
@@ -275,12 +277,13 @@ def test_a_file_is_durable_before_it_has_its_name(
         on_disk.add(path_of(descriptor))
         log.append(("fsync", path_of(descriptor)))
 
-    def replace(source: Any, target: Any) -> None:
-        assert str(source) in on_disk, source
-        on_disk.remove(str(source))
-        on_disk.add(str(target))
-        log.append(("rename", str(target)))
-        real["replace"](source, target)
+    def replace(source: str, target: str, **folders: int) -> None:
+        old, new = f"{path_of(folders['src_dir_fd'])}/{source}", f"{path_of(folders['dst_dir_fd'])}/{target}"
+        assert old in on_disk, source
+        on_disk.remove(old)
+        on_disk.add(new)
+        log.append(("rename", new))
+        real["replace"](source, target, **folders)
 
     for name, function in (("pwrite", pwrite), ("fsync", fsync), ("replace", replace)):
         monkeypatch.setattr(os, name, function)
@@ -299,7 +302,7 @@ def test_a_shard_that_is_not_committed_is_removed(sharded: Path, adapter: Path, 
     shard = shardmerge.plan(make_config(tmp_path / "out", sharded, [adapter])).shards[0]
     target = tmp_path / "stage" / shard.name
     target.parent.mkdir()
-    with ShardWriter(target, shard) as writer:
+    with shard_writer(target, shard) as writer:
         writer.write_block(memoryview(bytearray(2 * PAGE)), shard.header_bytes % PAGE, 0, 3)
         assert [path.name for path in target.parent.iterdir()] == [shard.name + durable.TEMPORARY_SUFFIX]
     assert list(target.parent.iterdir()) == []
@@ -307,5 +310,5 @@ def test_a_shard_that_is_not_committed_is_removed(sharded: Path, adapter: Path, 
 
 def test_a_writer_without_a_directory_is_an_output_error(sharded: Path, adapter: Path, tmp_path: Path) -> None:
     shard = shardmerge.plan(make_config(tmp_path / "out", sharded, [adapter])).shards[0]
-    with pytest.raises(OutputError, match="nowhere"):
-        ShardWriter(tmp_path / "nowhere" / shard.name, shard)
+    with pytest.raises(OutputError, match="nowhere"), Directory(tmp_path) as directory:
+        ShardWriter(directory / f"nowhere/{shard.name}", shard)

@@ -320,8 +320,11 @@ def test_places_are_options(tmp_path: Path) -> None:
     shardmerge.merge(place.config())
     for name in ("base", "adapter"):
         (tmp_path / name).rename(tmp_path / f"{name} 2")
-    partly = invoke(place.output)
-    assert "not verified: the base is not there" in partly.stdout
+    partly = invoke(place.output, code=6)
+    assert "not verified: the base is not there" in partly.stdout and "--partial" in partly.stderr
+    assert "not verified: the base is not there" in invoke(place.output, "--partial").stdout
+    found = json.loads(invoke(place.output, "--json", code=6).stdout)
+    assert found["ok"] and not found["complete"] and len(found["unverified"]) == 4
     options: list[str | Path] = ["--base", tmp_path / "base 2", "--adapter", tmp_path / "adapter 2"]
     assert "verified in" in invoke(place.output, *options).stdout
     assert "2 adapters are given" in invoke(place.output, *options, *options[2:], code=2).stderr

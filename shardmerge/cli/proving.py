@@ -21,6 +21,7 @@ from shardmerge.errors import VerifyError
 @click.option("--rows", type=click.IntRange(min=1), default=16, show_default=True, help="Rows of a merged tensor.")
 @click.option("--all", "all_rows", is_flag=True, help="Compute all rows of every merged tensor again.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the rows.")
+@click.option("--partial", is_flag=True, help="Succeed though not everything can be verified: the base is gone, say.")
 @environment.quiet_option("No progress and no table.")
 @json_option
 @logged
@@ -31,10 +32,14 @@ def verify(
     rows: int,
     all_rows: bool,
     seed: int,
+    partial: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Prove that OUTPUT is what its record, the base and the adapters make. Nothing is written."""
+    """Prove that OUTPUT is what its record, the base and the adapters make. Nothing is written.
+
+    Exits with 6 if something is wrong, or if something could not be verified and --partial was not given.
+    """
     from shardmerge import api
     from shardmerge.progress import show_progress
     from shardmerge.verification import describe
@@ -44,7 +49,9 @@ def verify(
     with show_progress(quiet=quiet) as progress:
         of_tensor = None if all_rows else rows
         try:
-            report = api.verify(output, base=base, adapters=adapters, rows=of_tensor, seed=seed, progress=progress)
+            report = api.verify(
+                output, base=base, adapters=adapters, rows=of_tensor, seed=seed, partial=partial, progress=progress
+            )
         except VerifyError as error:
             if error.report is None:
                 raise

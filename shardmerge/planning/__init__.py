@@ -21,7 +21,7 @@ from shardmerge.notices import Warned
 from shardmerge.planning import aux_files, steps
 from shardmerge.planning.heads import resolve_heads
 from shardmerge.planning.match import match
-from shardmerge.planning.output_checks import absolute, check_place, check_space
+from shardmerge.planning.output_checks import absolute, output_problems
 from shardmerge.planning.several import undone
 from shardmerge.planning.tied import resolve_ties
 from shardmerge.planning.tiling import tile_all
@@ -126,7 +126,9 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
     written = sum(shard.nbytes for shard in shards) + sum(_aux_bytes(file) for file in aux.files)
     sources = [adapter for _, adapter in adapters]
     if check_output:
-        problems += check_place(output, checkpoint, sources, overwrite) or check_space(output, written)
+        files = [*(file.name for file in aux.files), *(shard.name for shard in shards)]
+        files += [layout.index_name] if layout.index_name else []
+        problems += output_problems(output, checkpoint, sources, files, written, overwrite)
     if problems:
         raise PlanError(problems)
     infos = tuple(_adapter_info(entry, adapter) for entry, adapter in adapters)

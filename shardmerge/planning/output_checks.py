@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from shardmerge.adapter_file import AdapterFile
 from shardmerge.checkpoint import Checkpoint
 from shardmerge.errors import PlanError
-from shardmerge.journal import FOLDER, is_unfinished, model_bytes, read_record, work_bytes
+from shardmerge.journal import (
+    FOLDER,
+    believed_record,
+    damaged_record,
+    has_damaged_record,
+    is_unfinished,
+    model_bytes,
+    place_problems,
+    work_bytes,
+    work_problems,
+)
 from shardmerge.sources import LocalSource, Source
 from shardmerge.words import words_for
 
@@ -25,12 +35,46 @@ def absolute(path: str) -> Path:
         raise PlanError([f"output.path {path} cannot be used: {error}"]) from None
 
 
-def check_place(output: Path, checkpoint: Checkpoint, adapters: list[AdapterFile], overwrite: bool) -> list[str]:
-    """Everything that forbids writing to ``output``."""
+def output_problems(
+    output: Path,
+    checkpoint: Checkpoint,
+    adapters: list[AdapterFile],
+    names: Collection[str],
+    needed: int,
+    overwrite: bool,
+) -> list[str]:
+    """Everything that forbids to write files of these ``names``, and of ``needed`` bytes, to ``output``."""
+    if problems := _attempt(output, lambda: _check_place(output, checkpoint, adapters, overwrite)):
+        return problems
+    links = _attempt(output, lambda: _check_links(output, names))
+    return [*links, *_attempt(output, lambda: check_space(output, needed))]
+
+
+def _attempt(output: Path, check: Callable[[], list[str]]) -> list[str]:
     try:
-        return _check_place(output, checkpoint, adapters, overwrite)
-    except (OSError, RuntimeError, ValueError) as error:  # no path at all: too long, below a file, a zero byte
-        return [f"output.path {output} cannot be used: {error}"]
+        return check()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, below a file, not to be looked at, a zero byte
+        return [f"output.path {output} cannot be used: {_reason(error)}"]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def _check_links(output: Path, names: Collection[str]) -> list[str]:
+    """A link, FIFO or folder where a merge would write or remove a file or look for one: somebody has put it there."""
+    mine = [
+        f"output.path {output}: {problem}, which no merge puts there; it is neither followed nor removed. Remove it "
+        f"yourself, or all of {FOLDER} (an unfinished merge then begins anew), or choose another path"
+        for problem in work_problems(output)
+    ]
+    return mine or [
+        f"output.path {output}: {problem}, where the merge would write or remove a file; it is not followed. Remove it "
+        "yourself, or choose another path"
+        for problem in place_problems(output, names)
+    ]
 
 
 def _check_place(output: Path, checkpoint: Checkpoint, adapters: list[AdapterFile], overwrite: bool) -> list[str]:
@@ -68,9 +112,14 @@ def _entries(output: Path) -> list[str]:
 
 def _not_empty(output: Path, overwrite: bool) -> list[str]:
     entries = _entries(output)
-    if not entries or is_unfinished(output):
+    if not entries:
         return []
-    record = read_record(output)
+    is_resumed = is_unfinished(output)
+    if has_damaged_record(output) and (overwrite or is_resumed):
+        return [f"output.path {output}: {damaged_record(output)}"]
+    if is_resumed:
+        return []
+    record = believed_record(output)
     finished = record is not None
     if not overwrite:
         what = (

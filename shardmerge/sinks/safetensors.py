@@ -12,12 +12,13 @@ import json
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from shardmerge import durable, header
 from shardmerge.checksums import Checksums
+from shardmerge.durable.directory import Entry
+from shardmerge.errors import OutputError
 from shardmerge.journal import RECORD_NAME, Journal, sealed
 from shardmerge.pages import pages
 from shardmerge.sinks import reflink
@@ -40,11 +41,11 @@ class ShardWriter:
     with it where the file system knows how (`reflink`), and not written.
     """
 
-    def __init__(self, path: Path, shard: ShardPlan, sha256: bool = False) -> None:
-        self.path = path
+    def __init__(self, file: Entry, shard: ShardPlan, sha256: bool = False) -> None:
+        self.path = file
         self.checksums = Checksums(sha256)
         self.data_start = shard.header_bytes
-        self._temporary = path.with_name(path.name + durable.TEMPORARY_SUFFIX)
+        self._temporary = file.with_ending(durable.TEMPORARY_SUFFIX)
         self._fd = self._direct = -1
         self._done = 0
         self._dirty = 0
@@ -59,10 +60,8 @@ class ShardWriter:
             shard.metadata, {tensor.source.name: tensor.out for tensor in shard.tensors}, shard.header_bytes
         )
         try:
-            # 0o666 so that the mode follows the umask.
-            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-            self._fd = os.open(self._temporary, flags, 0o666)
-            self._direct = open_direct(str(self._temporary), os.O_WRONLY)
+            self._fd = self._temporary.create()
+            self._direct = self._open_direct()
             if self._direct >= 0:
                 if reflink.can_share(self._fd):
                     self._reflink = reflink.Reflink(self._fd)
@@ -73,7 +72,16 @@ class ShardWriter:
             self._append(memory, 0, len(head))
         except OSError as error:
             self._discard()
-            raise durable.output_error(path, "writing", error) from None
+            raise durable.output_error(file, "writing", error) from None
+
+    def _open_direct(self) -> int:
+        """The same file once more, for writes past the page cache; -1 where there is no such thing."""
+        with self._temporary.parent.descriptor() as folder:
+            descriptor = open_direct(self._temporary.name, os.O_WRONLY | os.O_NOFOLLOW, dir_fd=folder)
+        if descriptor >= 0 and not os.path.sameopenfile(descriptor, self._fd):
+            os.close(descriptor)
+            raise OSError(errno.ESTALE, "another file has taken its place")
+        return descriptor
 
     @property
     def shares(self) -> bool:
@@ -233,7 +241,7 @@ class SafetensorsSink:
     def __init__(self, plan: MergePlan, journal: Journal) -> None:
         self.plan = plan
         self.journal = journal
-        self.output = Path(plan.output)
+        self.output = journal.root
 
     def writer(self, shard: ShardPlan) -> ShardWriter:
         return ShardWriter(self.journal.stage / shard.name, shard, self.plan.sha256)
@@ -263,17 +271,19 @@ class SafetensorsSink:
         return [*aux, *shards, RECORD_NAME, self.plan.index_name]
 
     def _place(self, shard: ShardPlan) -> None:
-        staged = self.journal.stage / shard.name
-        if staged.exists():
-            durable.rename(staged, self.output / shard.name)
-        else:
-            # An earlier run has moved it, and was perhaps killed before it did this.
-            durable.fsync_directory(self.output)
+        staged, place = self.journal.stage / shard.name, self.output / shard.name
+        if staged.file_status() is not None:
+            durable.rename(staged, place)
+            return
+        # An earlier run has moved it, and was perhaps killed before it did this.
+        durable.fsync_directory(self.output.here)
+        if (status := place.file_status()) is None or status.st_size != shard.nbytes:
+            raise OutputError(f"{staged}: was finished, and is no longer there")
 
     def _copy(self, aux: AuxFile) -> dict[str, Any]:
         """Write a file beside the shards; what the record says of it."""
         target = self.output / aux.name
-        durable.make_directory(target.parent)
+        durable.make_folder(target.parent)
         if aux.content is not None:
             content = aux.content.encode()
             durable.write_file(target, [content])

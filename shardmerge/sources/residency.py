@@ -52,12 +52,12 @@ class Residency:
             self._address = 0
 
 
-def open_direct(path: str, flags: int) -> int:
+def open_direct(path: str, flags: int, dir_fd: int | None = None) -> int:
     """A descriptor whose reads and writes go past the page cache, or -1 where the file system has no such thing."""
     direct = getattr(os, "O_DIRECT", 0)
     if not direct:
         return -1
     try:
-        return os.open(path, flags | direct | os.O_CLOEXEC)
+        return os.open(path, flags | direct | os.O_CLOEXEC, dir_fd=dir_fd)
     except OSError:
         return -1

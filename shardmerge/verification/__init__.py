@@ -1,7 +1,8 @@
 """Prove an output: from its record, base and adapters, without the code that wrote it.
 
-- *Structure*: every recorded file is there, headers tile their files, index and headers agree, no tensor is missing,
-  new or stored twice; the files beside the weights are those of base and adapter; config.json fits the tensors.
+- *Structure*: every recorded file is there and none besides that a program may load, headers tile their files, index
+  and headers agree, no tensor is missing, new or stored twice; the files beside the weights are those of base and
+  adapter; config.json fits the tensors.
 - *Checksums* of the record itself, without which nothing is believed, of the files beside the weights, and of whole
   shards, from the same reading as what follows.
 - *Untouched* tensors: the source's bytes, all of them (or its numbers, rounded to the output's dtype).
@@ -28,6 +29,7 @@ from shardmerge.checkpoint import Checkpoint
 from shardmerge.events import Stopwatch, event
 from shardmerge.spec import TensorInfo, TensorPlan
 from shardmerge.verification.exact import Exact
+from shardmerge.verification.files import check_added, check_files
 from shardmerge.verification.findings import Findings, Problem, VerifyReport, describe, summary
 from shardmerge.verification.gguf import check_gguf
 from shardmerge.verification.reading import Files, threads
@@ -36,7 +38,6 @@ from shardmerge.verification.shards import Piece, ShardCheck, ShardFile
 from shardmerge.verification.structure import (
     Stored,
     check_config,
-    check_files,
     check_structure,
     contradictions,
     read_config,
@@ -79,10 +80,13 @@ def verify_output(
         findings.format = "gguf"
         check_files(output, record, again.plan, findings)
         check_gguf(output, record, again, findings, rows, told)
+        check_added(output, record, findings)
         return findings.report()
     stored = read_shards(output, record, findings)
+    check_files(output, record, again.plan, findings)
     check_structure(output, record, stored, again.plan, findings)
     _check_config(output, record, stored, again, findings)
+    check_added(output, record, findings)
     files = Files([*files_of(again), *(shard.file for shard in stored)])
     try:
         exact = None if again.plan is None else Exact(files, again.plan, again.adapters)

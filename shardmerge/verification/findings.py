@@ -17,6 +17,9 @@ LISTED = 10
 #: Problems that an error's message has.
 _SUMMARY = 3
 
+_NOT_ALL = "not all of it could be verified"
+_IF_THAT_IS_ENOUGH = "If what could be verified is enough, say so with --partial (partial=True)"
+
 STRUCTURE, CHECKSUMS, UNTOUCHED, TOUCHED = "structure", "checksums", "untouched", "touched"
 
 
@@ -45,8 +48,8 @@ class VerifyReport:
 
     Sizes are bytes. ``checksums`` counts shards, ``other_files`` the files beside them whose checksums were compared.
     ``worst`` is the largest error of a touched value as a multiple of what is allowed, in ``worst_tensor``.
-    ``unverified`` says what could not be looked at, and why; ``notes`` what is no fault of the output. ``problems`` has
-    the first of every kind; ``counts`` how many there are, by kind.
+    ``added`` are all files that the merge did not write. ``unverified`` says what could not be compared, and why;
+    ``notes`` what is no fault of the output. ``problems`` has the first of every kind; ``counts`` how many there are.
     """
 
     output: str
@@ -64,6 +67,7 @@ class VerifyReport:
     seed: int
     worst: float
     worst_tensor: str | None
+    added: tuple[str, ...]
     unverified: tuple[str, ...]
     notes: tuple[str, ...]
     problems: tuple[Problem, ...]
@@ -104,6 +108,7 @@ class Findings:
     all_rows: int = 0
     worst: float = 0.0
     worst_tensor: str | None = None
+    added: list[str] = field(default_factory=list)
     unverified: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -137,6 +142,7 @@ class Findings:
             seed=self.seed,
             worst=self.worst,
             worst_tensor=self.worst_tensor,
+            added=tuple(self.added),
             unverified=tuple(self.unverified),
             notes=tuple(self.notes),
             problems=tuple(self.problems),
@@ -166,12 +172,15 @@ def verdict(report: VerifyReport) -> str:
     if not report.ok:
         return f"{report.output}: NOT what base and adapter make of it: {count_of_problems(report)}"
     if not report.complete:
-        return f"{report.output}: nothing wrong was found, but not all of it could be verified (see above)"
+        return f"{report.output}: nothing wrong was found, but {_NOT_ALL} (see above)"
     return f"{report.output}: verified in {human_seconds(report.seconds)}"
 
 
 def summary(report: VerifyReport) -> str:
-    """The verdict with the first problems, as an error says it."""
+    """The verdict with the first problems, as an error says it; without any, what could not be verified."""
+    if report.ok:
+        lines = [f"  - {one_line(text)}" for text in report.unverified]
+        return "\n".join([f"{report.output}: nothing wrong was found, but {_NOT_ALL}:", *lines, _IF_THAT_IS_ENOUGH])
     lines = [f"  - {one_line(problem.text)}" for problem in report.problems[:_SUMMARY]]
     return "\n".join([f"{report.output}: {count_of_problems(report)}:", *lines])
 

@@ -18,8 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shardmerge.errors import FormatError, SourceError
+from shardmerge.errors import FormatError
 from shardmerge.journal import RECORD_NAME
+from shardmerge.regular_files import why_not_readable
 from shardmerge.sources import LocalSource
 from shardmerge.spec import MergePlan, SourceFile, TensorInfo, row_nbytes
 from shardmerge.verification.exact import Exact
@@ -37,11 +38,10 @@ Told = Callable[[int, int, str, int, int], None]
 def check_gguf(output: Path, record: Record, again: Again, findings: Findings, rows: int | None, told: Told) -> None:
     """Everything there is to know of the file; problems go to ``findings``. ``rows`` None looks at all rows."""
     name, (size, recorded) = next(iter(record.shards.items()))
-    try:
-        file = LocalSource(str(output)).stat(name)
-    except SourceError as error:
-        findings.problem(STRUCTURE, f"{name} is missing: {error}", file=name)
+    if reason := why_not_readable(output / name):
+        findings.problem(STRUCTURE, f"{name} {reason}", file=name)
         return
+    file = LocalSource(str(output)).stat(name)
     findings.files += 1
     if file.size != size:
         text = f"{name} is {file.size} bytes long, {size} were recorded"

@@ -16,6 +16,7 @@ from torch import Tensor
 from shardmerge.checksums import Checksums
 from shardmerge.codecs import NUMBER_DTYPES
 from shardmerge.errors import SourceError
+from shardmerge.regular_files import open_regular
 from shardmerge.sources import Reader, open_reader
 from shardmerge.spec import DTYPE_BITS, RowRange, SourceFile, TensorRef
 
@@ -71,13 +72,17 @@ class Files:
             self._open.popitem()[1].close()
 
 
-def file_checksums(path: Path, sha256: bool = False) -> dict[str, str]:
-    """Checksums of a whole file, by kind. `SourceError` if it cannot be read."""
-    found = Checksums(sha256)
+def file_checksums(path: Path, size: int, sha256: bool = False) -> dict[str, str]:
+    """Checksums of a whole file of ``size`` bytes, by kind, or of one more of its bytes if it has them.
+
+    `SourceError` if it cannot be read.
+    """
+    found, left = Checksums(sha256), size + 1
     try:
-        with open(path, "rb", buffering=0) as file:
-            while data := file.read(CHUNK):
+        with open(open_regular(path)[0], "rb", buffering=0) as file:
+            while left and (data := file.read(min(left, CHUNK))):
                 found.update(data)
+                left -= len(data)
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
     return found.hex()

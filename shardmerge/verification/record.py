@@ -15,6 +15,7 @@ from shardmerge.fingerprint import with_contents
 from shardmerge.journal import RECORD_NAME, SEAL, is_unfinished, read_record, seal
 from shardmerge.notices import Warned
 from shardmerge.planning import make_plan
+from shardmerge.regular_files import why_not_readable
 from shardmerge.sources import open_source
 from shardmerge.spec import MergePlan, SourceFile, digest_of
 from shardmerge.verification.findings import STRUCTURE, TOUCHED, Findings
@@ -84,7 +85,10 @@ def open_record(output: Path) -> Record:
         raise VerifyError(f"{output}: the merge was not finished; run it again, and verify then")
     values = read_record(output)
     if values is None:
-        raise VerifyError(f"{output}: there is no {RECORD_NAME} that can be read, so nothing says what it must be")
+        reason = why_not_readable(output / RECORD_NAME) or "is not JSON of ours"
+        raise VerifyError(
+            f"{output}: there is no {RECORD_NAME} that can be read, so nothing says what it must be ({reason})"
+        )
     if SEAL in values and values[SEAL] != seal(values):
         raise VerifyError(
             f"{output}: {RECORD_NAME} was changed or damaged after the merge: it no longer has its {SEAL}, so nothing "

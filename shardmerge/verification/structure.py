@@ -1,4 +1,4 @@
-"""The output as a checkpoint: its files, headers and index, and what config.json says against what is stored."""
+"""The output as a checkpoint: its headers and index, and what config.json says against what is stored."""
 
 from __future__ import annotations
 
@@ -10,24 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge import header
-from shardmerge.checkpoint import is_index
-from shardmerge.errors import FormatError, SourceError
+from shardmerge.checkpoint import MAX_INDEX_BYTES, MAX_JSON_BYTES, is_index
+from shardmerge.errors import FormatError
 from shardmerge.journal import RECORD_NAME
 from shardmerge.names import Names
-from shardmerge.planning.tokenizer import is_tokenizer
 from shardmerge.planning.vocabulary import vocabulary_size
-from shardmerge.sources import LocalSource, open_reader
-from shardmerge.spec import DTYPE_NAMES, FLOAT_DTYPES, AuxFile, MergePlan, ShardPlan, SourceFile, TensorInfo
-from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Findings
-from shardmerge.verification.reading import file_checksums
+from shardmerge.regular_files import read_small, why_not_readable
+from shardmerge.sources import LocalSource
+from shardmerge.spec import DTYPE_NAMES, FLOAT_DTYPES, MergePlan, ShardPlan, SourceFile, TensorInfo
+from shardmerge.verification.findings import STRUCTURE, Findings
 from shardmerge.verification.record import Record
 
-_CHUNK = 1 << 20
 #: What input embeddings and output heads of language models are called; of others, rows count something else.
 _VOCABULARY = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "lm_head", "embed_out"})
-#: Files that people write anew after a merge, and that no program acts on.
-_PROSE = (".md", ".txt", "")
-_PROSE_NAMES = ("readme", "license", "licence", "notice", "use_policy", ".gitattributes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +40,10 @@ def read_shards(output: Path, record: Record, findings: Findings) -> list[Stored
     """Sizes and headers of the recorded shards; those that are there are in the list, sound or not."""
     source, found = LocalSource(str(output)), []
     for name, (size, _) in record.shards.items():
-        try:
-            file = source.stat(name)
-        except SourceError as error:
-            findings.problem(STRUCTURE, f"{name} is missing: {error}", file=name)
+        if reason := why_not_readable(output / name):
+            findings.problem(STRUCTURE, f"{name} {reason}", file=name)
             continue
+        file = source.stat(name)
         if file.size != size:
             findings.problem(
                 STRUCTURE,
@@ -73,8 +67,7 @@ def read_shards(output: Path, record: Record, findings: Findings) -> list[Stored
 def check_structure(
     output: Path, record: Record, shards: list[Stored], plan: MergePlan | None, findings: Findings
 ) -> None:
-    """Everything but the data of tensors: problems go to ``findings``."""
-    check_files(output, record, plan, findings)
+    """Headers and index against each other and the plan: problems go to ``findings``."""
     _check_tensors(shards, findings)
     _check_index(output, record, shards, findings)
     there = {name for shard in shards for name in shard.tensors}
@@ -83,32 +76,6 @@ def check_structure(
             findings.problem(STRUCTURE, f"{target}, which was merged, is not there", tensor=target)
     if plan is not None:
         _check_headers(shards, plan, findings)
-
-
-def check_files(output: Path, record: Record, plan: MergePlan | None, findings: Findings) -> None:
-    """Whether the files beside the shards are there, and are what was recorded, and what the merge writes."""
-    _check_names(output, record, findings)
-    changed = _check_recorded(output, record, plan, findings)
-    for aux in () if plan is None else plan.aux:
-        if aux.name not in changed:
-            _check_aux(output, aux, findings)
-
-
-def _check_names(output: Path, record: Record, findings: Findings) -> None:
-    own = {*record.files, *record.shards, RECORD_NAME}
-    for name in record.files:
-        if name not in record.shards and not (output / name).is_file():
-            findings.problem(STRUCTURE, f"{name} is missing", file=name)
-    findings.files += sum((output / name).is_file() for name in own - record.shards.keys())
-    for path in sorted(output.iterdir()):
-        # Such a file may be loaded in place of the merge's, or beside it; or it makes transformers look for an adapter.
-        is_loaded = path.name.endswith(".safetensors") or is_index(path.name) or path.name == "adapter_config.json"
-        if is_loaded and path.name not in own:
-            findings.problem(STRUCTURE, f"{path.name} is no file of this merge", file=path.name)
-        elif is_tokenizer(path.name) and path.name not in own:
-            findings.notes.append(
-                f"{path.name} is no file of this merge, and may win over its tokenizer or chat template"
-            )
 
 
 def _check_tensors(shards: Iterable[Stored], findings: Findings) -> None:
@@ -128,10 +95,10 @@ def _check_index(output: Path, record: Record, shards: list[Stored], findings: F
         if len(record.shards) > 1:
             findings.problem(STRUCTURE, f"{RECORD_NAME} has several shards, but no index")
         return
-    if not (output / name).is_file():
+    if why_not_readable(output / name):
         return  # that is told already
     try:
-        index = json.loads((output / name).read_bytes())
+        index = json.loads(read_small(output / name, MAX_INDEX_BYTES))
         weight_map, total = index["weight_map"], index["metadata"]["total_size"]
         listed = dict(weight_map.items())
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -176,97 +143,6 @@ def _told(info: TensorInfo) -> str:
     return f"{info.dtype} {list(info.shape)} at {info.data_offsets[0]}"
 
 
-# --- files beside the weights -----------------------------------------------------------------------------------------
-
-
-def _check_recorded(output: Path, record: Record, plan: MergePlan | None, findings: Findings) -> set[str]:
-    """Checksums of the files beside the shards, where they were recorded; those that have changed since."""
-    if not record.others and plan is None:
-        findings.unverified.append("files beside the weights: their checksums were not recorded")
-    changed = {name for name in record.others if (output / name).is_file() and not _as_recorded(output, record, name)}
-    planned = {} if plan is None else {aux.name: aux for aux in plan.aux}
-    for name in sorted(changed):
-        if _is_prose(name):
-            findings.notes.append(f"{name} was changed after the merge; no program acts on it")
-            continue
-        detail = _json_difference(output / name, planned[name]) if name in planned and name.endswith(".json") else ""
-        findings.problem(CHECKSUMS, f"{name} was changed after the merge{detail}", file=name)
-    findings.other_files += sum((output / name).is_file() for name in record.others)
-    return changed
-
-
-def _as_recorded(output: Path, record: Record, name: str) -> bool:
-    size, recorded = record.others[name]
-    path = output / name
-    return path.stat().st_size == size and file_checksums(path, "sha256" in recorded).items() >= recorded.items()
-
-
-def _check_aux(output: Path, aux: AuxFile, findings: Findings) -> None:
-    path = output / aux.name
-    if not path.is_file():
-        return  # that is told already
-    if aux.content is not None:
-        same = path.stat().st_size < 1 << 30 and path.read_bytes() == aux.content.encode()
-    else:
-        same = _same_bytes(path, aux.source)
-    if same:
-        return
-    if _is_prose(aux.name):
-        findings.notes.append(f"{aux.name} is not the one that {aux.source.uri} holds; no program acts on it")
-        return
-    detail = _json_difference(path, aux) if aux.name.endswith(".json") else ""
-    findings.problem(STRUCTURE, f"{aux.name} is not what the merge writes{detail}", file=aux.name)
-
-
-def _is_prose(name: str) -> bool:
-    path = Path(name.lower())
-    return path.suffix == ".md" or (path.suffix in _PROSE and path.name.startswith(_PROSE_NAMES))
-
-
-def _same_bytes(path: Path, source: SourceFile) -> bool:
-    if path.stat().st_size != source.size:
-        return False
-    reader = open_reader(source)
-    try:
-        with open(path, "rb", buffering=0) as file:
-            for offset in range(0, source.size, _CHUNK):
-                expected = bytearray(min(_CHUNK, source.size - offset))
-                reader.read_into(offset, memoryview(expected))
-                if file.read(len(expected)) != expected:
-                    return False
-    finally:
-        reader.close()
-    return True
-
-
-def _json_difference(path: Path, aux: AuxFile) -> str:
-    """``": vocab_size is 5, expected 6"``, where both are JSON objects of some size."""
-    if max(path.stat().st_size, aux.source.size) > _CHUNK:
-        return ""
-    try:
-        found = json.loads(path.read_bytes())
-        wanted = json.loads(aux.content if aux.content is not None else _read(aux.source))
-        keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        return ""
-    told = [f"{key} is {_brief(found.get(key))}, expected {_brief(wanted.get(key))}" for key in keys[:3]]
-    return f": {'; '.join(told)}" if told else ""
-
-
-def _read(source: SourceFile) -> bytes:
-    reader = open_reader(source)
-    try:
-        data = bytearray(source.size)
-        reader.read_into(0, memoryview(data))
-    finally:
-        reader.close()
-    return bytes(data)
-
-
-def _brief(value: Any) -> str:
-    return f"{json.dumps(value)!s:.60}"
-
-
 # --- config.json against what is stored -------------------------------------------------------------------------------
 
 
@@ -279,7 +155,7 @@ def check_config(
     """
     config = read_config(output)
     if config is None:
-        if (output / "config.json").is_file():
+        if not why_not_readable(output / "config.json"):
             findings.problem(STRUCTURE, "config.json is no JSON object", file="config.json")
         return
     tensors = {name: info for shard in shards for name, info in shard.tensors.items()}
@@ -294,7 +170,7 @@ def check_config(
 
 def read_config(folder: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads((folder / "config.json").read_bytes())
+        value = json.loads(read_small(folder / "config.json", MAX_JSON_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -13,9 +13,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import socket
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,63 +23,58 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from shardmerge import checksums, durable
+from shardmerge.durable.directory import Directory
 from shardmerge.errors import OutputError, ResumeError, SourceError
+from shardmerge.journal.record import (
+    RECORD_NAME,
+    SEAL,
+    believed_record,
+    files_of_merge,
+    has_damaged_record,
+    is_whole,
+    own_names,
+    read_record,
+    seal,
+    sealed,
+)
+from shardmerge.journal.work_folder import (
+    FOLDER,
+    HOLDER,
+    JOURNAL,
+    LOCK,
+    RECEIPTS,
+    STAGE,
+    is_unfinished,
+    model_bytes,
+    place_problems,
+    read_json,
+    work_bytes,
+    work_problems,
+)
+from shardmerge.regular_files import why_not_readable
 from shardmerge.sources import open_reader
 from shardmerge.spec import Fidelity, Fingerprint, Receipt, ShardPlan, SourceFile, digest_of
 
-FOLDER = ".shardmerge"
-RECORD_NAME = "shardmerge.json"
-#: The record's key for its own checksum.
-SEAL = "record_checksum"
-_JOURNAL = "journal.json"
-_HOLDER = "holder"
+__all__ = [
+    "FOLDER",
+    "RECORD_NAME",
+    "SEAL",
+    "Journal",
+    "believed_record",
+    "damaged_record",
+    "has_damaged_record",
+    "is_unfinished",
+    "model_bytes",
+    "place_problems",
+    "read_record",
+    "seal",
+    "sealed",
+    "work_bytes",
+    "work_problems",
+]
 
-
-def is_unfinished(output: Path) -> bool:
-    """Whether the directory holds a merge of ours that was not finished."""
-    return (output / FOLDER / _JOURNAL).is_file()
-
-
-def read_record(output: Path) -> dict[str, Any] | None:
-    """The record of the finished merge in a directory, or None."""
-    return _read_json(output / RECORD_NAME)
-
-
-def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with its own checksum as its last key, which tells whether it was changed or damaged since."""
-    return {**record, SEAL: seal(record)}
-
-
-def seal(record: Mapping[str, Any]) -> str:
-    """The xxh3_128 of all of a record but its seal, as JSON in ASCII with sorted keys and without spaces."""
-    rest = {key: value for key, value in record.items() if key != SEAL}
-    found = checksums.Checksums()
-    found.update(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
-    return found.hex()["xxh3_128"]
-
-
-def work_bytes(output: Path) -> int:
-    """What an unfinished merge already has on the disk of its shards, those among them that it has put into place."""
-    folder = output / FOLDER
-    state = _read_json(folder / _JOURNAL) or {}
-    places = _own_names(state.get("places")) if state.get("committing") else []
-    stage = folder / "stage"
-    files = [*(stage.iterdir() if stage.is_dir() else ()), *(output / name for name in places)]
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def model_bytes(output: Path) -> int:
-    """What the finished merge in a directory takes; 0 where there is none."""
-    files = [output / name for name in _own_names((read_record(output) or {}).get("files"))]
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+#: Bytes of what says who holds the lock.
+_HOLDER_BYTES = 1000
 
 
 class Journal:
@@ -87,8 +82,9 @@ class Journal:
 
     def __init__(self, output: Path, overwrite: bool) -> None:
         self.output = output
-        self.folder = output / FOLDER
-        self.stage = self.folder / "stage"
+        #: The output, held open while this object is entered: nothing is done in it by a path.
+        self.root = Directory(output)
+        self.stage = self.root / FOLDER / STAGE
         self.overwrite = overwrite
         #: What makes the merge this one and no other; see `begin`.
         self.digest = ""
@@ -97,26 +93,28 @@ class Journal:
         self._fingerprint: Fingerprint = {}
         #: What the journal says, as it was last read or written.
         self._state: dict[str, Any] = {}
-        self._receipts = self.folder / "receipts"
-        self._lock = FileLock(self.folder / "lock")
-        #: Directories that this run has made, the innermost first; and how many of the output and the folders around it
-        #: were made for this merge by it or an earlier run.
+        self._folder = self.root / FOLDER
+        self._receipts = self._folder / RECEIPTS
+        self._lock = FileLock(self._folder.path / LOCK)
+        #: Of the output and the folders around it, those that this run has made, the innermost first; whether it has
+        #: made the work folder; and which of the former were made for this merge by it or an earlier run.
         self._new: list[Path] = []
-        self._made = 0
+        self._is_new = False
+        self._made: list[Path] = []
 
     # --- entering and leaving -----------------------------------------------------------------------------------------
 
     def __enter__(self) -> Journal:
-        self._new = durable.make_directory(self.folder)
+        self._new = durable.make_directory(self.output)
         try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise ResumeError(
-                f"{self.output}: another shardmerge works on it ({self._holder()}); nothing was changed"
-            ) from None
-        except OSError as error:
-            self._undo()
-            raise durable.output_error(self.output, "locking", error) from None
+            durable.open_directory(self.root)
+            self._is_new = durable.make_folder(self._folder)
+            self._acquire()
+        except BaseException as error:
+            if not isinstance(error, ResumeError):  # what is there is another's
+                self._undo()
+            self.root.close()
+            raise
         try:
             self._say_who()
         except BaseException:
@@ -124,22 +122,38 @@ class Journal:
             raise
         return self
 
+    def _acquire(self) -> None:
+        lock = self._folder / LOCK
+        try:
+            # filelock opens it by its path, and older ones empty it: it must be a file, with no other name.
+            if lock.ensure_file().st_nlink > 1:
+                raise OutputError(f"{lock}: has another name, and to lock it could change that file; remove it")
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ResumeError(
+                f"{self.output}: another shardmerge works on it ({self._holder()}); nothing was changed"
+            ) from None
+        except OSError as error:
+            raise durable.output_error(self.output, "locking", error) from None
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self.digest:
             self._undo()
         self._lock.release()
+        self.root.close()
 
     def _undo(self) -> None:
         """Nothing was begun: leave no trace, unless it was there before."""
-        if self.folder in self._new:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            durable.remove_empty(self._new[1:])
+        if self._is_new:
+            with suppress(OSError):
+                self._folder.remove_tree()
+        durable.remove_empty(self._new)
 
     def _holder(self) -> str:
         try:
-            return (self.folder / _HOLDER).read_text().strip()
+            return (self._folder / HOLDER).read_small(_HOLDER_BYTES).decode(errors="replace").strip()
         except OSError:
             return "process unknown"
 
@@ -149,9 +163,11 @@ class Journal:
         `ResumeError` where the output holds other work and ``overwrite`` was not said; then nothing is changed.
         """
         digest = digest_of(fingerprint)
-        state = _read_json(self.folder / _JOURNAL)
+        state = read_json(self._folder / JOURNAL)
         self._state = state or {}
-        if state is None and not self.overwrite and read_record(self.output) is not None:
+        if not self._state.get("committing") and has_damaged_record(self.output):
+            raise ResumeError(f"{self.output}: {damaged_record(self.output)}; nothing was changed")
+        if state is None and not self.overwrite and (self.output / RECORD_NAME).exists():
             raise ResumeError(
                 f"{self.output}: other work was finished here after this was planned; nothing was changed. Choose "
                 "another output.path, or replace it with --overwrite"
@@ -163,21 +179,24 @@ class Journal:
                 "another output.path, or start anew with --overwrite"
             )
         self.digest, self._fingerprint = digest, fingerprint
-        known = self._state.get("made")
-        self._made = known if isinstance(known, int) else len([path for path in self._new if path != self.folder])
+        self._made = _still_there(self.output, self._state.get("made")) or self._new
         if state is None or state.get("digest") != digest:
             for leftover in (self.stage, self._receipts):
-                _remove_tree(leftover)
+                durable.remove_tree(leftover)
             self._write_state(stale=_stale_files(self._state))
         else:
-            durable.fsync_directory(self.folder)  # an earlier run may have been killed before it came to that
-        durable.make_directory(self.stage)
-        durable.make_directory(self._receipts)
+            durable.fsync_directory(self._folder)  # an earlier run may have been killed before it came to that
+        durable.make_folder(self.stage)
+        durable.make_folder(self._receipts)
 
     def _say_who(self) -> None:
-        holder = self.folder / _HOLDER
+        holder = self._folder / HOLDER
         try:
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+            descriptor = holder.create()
+            try:
+                durable.write_all(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise durable.output_error(holder, "writing", error) from None
 
@@ -187,12 +206,12 @@ class Journal:
         state = {
             "digest": self.digest,
             "fingerprint": self._fingerprint,
-            "made": self._made,
+            "made": [_identity(path) for path in self._made],
             "committing": committing,
             "places": [*places],
             "stale": [*stale],
         }
-        durable.write_file(self.folder / _JOURNAL, [json.dumps(state).encode()])
+        durable.write_file(self._folder / JOURNAL, [json.dumps(state).encode()])
         self._state = state
 
     # --- shards -------------------------------------------------------------------------------------------------------
@@ -203,11 +222,11 @@ class Journal:
 
     def take_up(self, shard: ShardPlan, sha256: bool, advance: Callable[[int], None]) -> Receipt | None:
         """Read a finished shard; its receipt, if the file still holds what was written. ``advance`` is told bytes."""
-        receipt, path = self._receipt(shard), self._file(shard)
-        if receipt is None or path is None:
+        receipt, file = self._receipt(shard), self._file(shard)
+        if receipt is None or file is None:
             return None
         try:
-            reader = open_reader(SourceFile(str(path), shard.nbytes))
+            reader = open_reader(file)
             try:
                 found = checksums.of_file(reader, shard.nbytes, sha256, advance)
             finally:
@@ -221,15 +240,19 @@ class Journal:
         return Receipt(shard.name, shard.nbytes, found, tuple(receipt.get("active_adapters", ())), fidelity)
 
     def _receipt(self, shard: ShardPlan) -> dict[str, Any] | None:
-        value = _read_json(self._receipts / f"{shard.name}.json") or {}
+        value = read_json(self._receipts / f"{shard.name}.json") or {}
         mine = value.get("digest") == self.digest and value.get("bytes") == shard.nbytes
         return value if mine and isinstance(value.get("xxh3_128"), str) else None
 
-    def _file(self, shard: ShardPlan) -> Path | None:
+    def _file(self, shard: ShardPlan) -> SourceFile | None:
+        """Where a finished shard is, as it is now: a link that takes its place is not read."""
         places = [self.stage / shard.name]
         if self._state.get("committing"):
-            places.append(self.output / shard.name)
-        return next((place for place in places if place.is_file() and place.stat().st_size == shard.nbytes), None)
+            places.append(self.root / shard.name)
+        for place in places:
+            if (status := place.file_status()) is not None and status.st_size == shard.nbytes:
+                return SourceFile(str(place), shard.nbytes, status.st_mtime_ns, status.st_ino)
+        return None
 
     def record(self, receipt: Receipt) -> None:
         """Say, durably, that a shard is finished."""
@@ -245,29 +268,78 @@ class Journal:
         A merge that is being replaced stops being a model first: its index, or its only shard, is removed before its
         other files. That they were removed is written down before the new files come, which may have the same names.
         """
-        stale = _own_names(self._state.get("stale"))
+        stale = own_names(self._state.get("stale"))
         if not self._state.get("committing"):
-            stale = [*reversed(_own_names((read_record(self.output) or {}).get("files"))), *stale]
+            if has_damaged_record(self.output):  # since this merge has begun
+                raise OutputError(f"{self.output}: {damaged_record(self.output)}")
+            stale = [*reversed(files_of_merge(self.output)), *stale]
             self._write_state(committing=True, places=new_files, stale=stale)
         for name in stale:
-            durable.remove(self.output / name)
+            durable.remove(self.root / name)
         if stale:
-            durable.fsync_directory(self.output)  # an earlier run may have removed one and been killed before it did
+            durable.fsync_directory(self.root.here)  # an earlier run may have removed one and been killed before it did
             self._write_state(committing=True, places=new_files)
 
     def finish(self) -> None:
         """The output is complete; nothing is left to take up."""
         # First what says otherwise, or a crash in between would have it all done again.
-        durable.remove(self.folder / _JOURNAL)
-        _remove_tree(self.folder)
-        durable.fsync_directory(self.output)
+        durable.remove(self._folder / JOURNAL)
+        durable.remove_tree(self._folder)
+        durable.fsync_directory(self.root.here)
 
     def discard(self) -> None:
         """Remove all work on a merge that cannot succeed, and the directories that were made for it."""
-        for name in reversed(_own_names(self._state.get("places"))) if self._state.get("committing") else ():
-            durable.remove(self.output / name)
-        _remove_tree(self.folder)
-        durable.remove_empty([self.output, *self.output.parents][: self._made])
+        for name in reversed(own_names(self._state.get("places"))) if self._state.get("committing") else ():
+            durable.remove(self.root / name)
+        durable.remove_tree(self._folder)
+        durable.remove_empty(self._made)
+
+    def holds_model(self) -> bool:
+        """Whether all files of a finished merge are in the output."""
+        record = believed_record(self.output)
+        return record is not None and is_whole(self.output, record)
+
+    def standing(self) -> str:
+        """Whether the output is a model at this moment, and which, as an error says it."""
+        if not self.holds_model():
+            return "The output is no model yet"
+        record = believed_record(self.output) or {}
+        if self._state.get("committing") and record.get("digest") == self.digest:
+            return "All files of the new model are in place, but it is not certain that they are on the disk"
+        return "The model that was there before is still whole"
+
+
+def damaged_record(output: Path) -> str:
+    """What is said where the record of a finished merge is not believed."""
+    try:
+        others = sorted(entry for entry in os.listdir(output) if entry not in (FOLDER, RECORD_NAME))
+    except OSError:
+        others = []
+    why = why_not_readable(output / RECORD_NAME) or "was changed or damaged after the merge"
+    files = f" ({', '.join(others[:3])}{', …' if len(others) > 3 else ''})" if others else ""
+    return (
+        f"{RECORD_NAME} {why}, so nothing says which files that merge wrote, and none of them{files} is removed or "
+        "replaced; put back the record as it was written, remove the directory yourself, or choose another output.path"
+    )
+
+
+def _identity(path: Path) -> list[int]:
+    """Of a directory. Whoever prepares an output elsewhere cannot know those of the folders around it here."""
+    try:
+        status = path.stat()
+    except OSError:
+        return []
+    return [status.st_dev, status.st_ino]
+
+
+def _still_there(output: Path, identities: Any) -> list[Path]:
+    """Of the output and the folders around it, those that an earlier run says it made, by their identities."""
+    found = []
+    for path, known in zip([output, *output.parents], identities if isinstance(identities, list) else (), strict=False):
+        if not known or known != _identity(path):
+            break
+        found.append(path)
+    return found
 
 
 _PARTS: Mapping[str, str] = {
@@ -313,20 +385,5 @@ def _stale_files(state: dict[str, Any]) -> list[str]:
 
     They stay until this merge commits: they may be all of a model that is still good.
     """
-    places = _own_names(state.get("places")) if state.get("committing") else []
-    return [*reversed(places), *_own_names(state.get("stale"))]
-
-
-def _own_names(value: Any) -> list[str]:
-    """The names in a record that lie inside the output, whatever the file says."""
-    names = [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
-    return [name for name in names if name and not name.startswith("/") and ".." not in name.split("/")]
-
-
-def _remove_tree(path: Path) -> None:
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be removed: {error.strerror or error}") from None
+    places = own_names(state.get("places")) if state.get("committing") else []
+    return [*reversed(places), *own_names(state.get("stale"))]

@@ -1,0 +1,215 @@
+"""The files of the output: those that were recorded are there and as they were, and no other is there that is loaded.
+
+Whatever loads a model looks around in its directory: transformers takes a ``chat_template.jinja`` before the one in
+tokenizer_config.json, loads the adapter of an ``adapter_config.json`` on top, and runs ``*.py`` that a config names;
+llama.cpp and Ollama take the next ``.gguf`` or ``Modelfile``. What is looked for grows with every version of theirs. So
+no list of such names is kept: any file that the merge did not write is an error, but for the kinds that are known to be
+read by people and by git alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shardmerge.journal import FOLDER, RECORD_NAME
+from shardmerge.journal.work_folder import kind
+from shardmerge.regular_files import open_regular, read_small, why_not_readable
+from shardmerge.sources import open_reader
+from shardmerge.spec import AuxFile, MergePlan, SourceFile
+from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Findings
+from shardmerge.verification.reading import file_checksums
+from shardmerge.verification.record import Record
+
+_CHUNK = 1 << 20
+#: Files that people write anew after a merge, and that no program acts on.
+_PROSE = (".md", ".rst", ".txt", "")
+_PROSE_NAMES = ("readme", "license", "licence", "copying", "notice", "use_policy", "changelog", ".gitattributes")
+#: What else may lie beside a model, by its path in lower case: pictures of a model card, and what git, huggingface_hub
+#: and desktops keep for themselves. llama.cpp's converter reads a README's front matter for the name of its file only.
+_HARMLESS = re.compile(
+    r"(.*/)?[^/]+\.(png|jpe?g|gif|svg|webp|pdf)|(.*/)?(\.git(ignore|modules|keep)?|citation\.cff|\.ds_store|thumbs\.db)"
+    r"|(\.git|\.cache/huggingface)/.*",
+    re.DOTALL,
+)
+#: Files and folders of an output that are looked at; a merge makes some thousand at most.
+_MOST = 200_000
+#: Names that a note has.
+_NAMED = 10
+
+
+def check_files(output: Path, record: Record, plan: MergePlan | None, findings: Findings) -> None:
+    """Whether the files beside the shards are there, and are what was recorded, and what the merge writes."""
+    readable = _check_names(output, record, findings)
+    changed = _check_recorded(output, record, readable, plan, findings)
+    for aux in () if plan is None else plan.aux:
+        if aux.name in readable - changed:
+            _check_aux(output, aux, findings)
+
+
+def _check_names(output: Path, record: Record, findings: Findings) -> set[str]:
+    """The files beside the shards that can be read."""
+    beside = {*record.files, *record.others, RECORD_NAME} - record.shards.keys()
+    reasons = {name: why_not_readable(output / name) for name in sorted(beside)}
+    for name, reason in reasons.items():
+        if reason:
+            findings.problem(STRUCTURE, f"{name} {reason}", file=name)
+    readable = {name for name, reason in reasons.items() if not reason}
+    findings.files += len(readable)
+    return readable
+
+
+# --- what is recorded -------------------------------------------------------------------------------------------------
+
+
+def _check_recorded(
+    output: Path, record: Record, readable: set[str], plan: MergePlan | None, findings: Findings
+) -> set[str]:
+    """Checksums of the files beside the shards, where they were recorded; those that have changed since."""
+    if not record.others and plan is None:
+        findings.unverified.append("files beside the weights: their checksums were not recorded")
+    recorded = sorted(readable & record.others.keys())
+    changed = [name for name in recorded if not _as_recorded(output, record, name)]
+    planned = {} if plan is None else {aux.name: aux for aux in plan.aux}
+    for name in changed:
+        if _is_prose(name):
+            findings.notes.append(f"{name} was changed after the merge; no program acts on it")
+            continue
+        detail = _json_difference(output / name, planned[name]) if name in planned and name.endswith(".json") else ""
+        findings.problem(CHECKSUMS, f"{name} was changed after the merge{detail}", file=name)
+    findings.other_files += len(recorded)
+    return set(changed)
+
+
+def _as_recorded(output: Path, record: Record, name: str) -> bool:
+    size, recorded = record.others[name]
+    path = output / name
+    return path.stat().st_size == size and file_checksums(path, size, "sha256" in recorded).items() >= recorded.items()
+
+
+def _check_aux(output: Path, aux: AuxFile, findings: Findings) -> None:
+    path = output / aux.name
+    if _is_written(path, aux):
+        return
+    if _is_prose(aux.name):
+        findings.notes.append(f"{aux.name} is not the one that {aux.source.uri} holds; no program acts on it")
+        return
+    detail = _json_difference(path, aux) if aux.name.endswith(".json") else ""
+    findings.problem(STRUCTURE, f"{aux.name} is not what the merge writes{detail}", file=aux.name)
+
+
+def _is_written(path: Path, aux: AuxFile) -> bool:
+    if aux.content is None:
+        return _same_bytes(path, aux.source)
+    content = aux.content.encode()
+    return path.stat().st_size == len(content) and read_small(path, len(content)) == content
+
+
+def _is_prose(name: str) -> bool:
+    path = Path(name.lower())
+    return path.suffix == ".md" or (path.suffix in _PROSE and path.name.startswith(_PROSE_NAMES))
+
+
+def _same_bytes(path: Path, source: SourceFile) -> bool:
+    if path.stat().st_size != source.size:
+        return False
+    reader = open_reader(source)
+    try:
+        with open(open_regular(path)[0], "rb", buffering=0) as file:
+            for offset in range(0, source.size, _CHUNK):
+                expected = bytearray(min(_CHUNK, source.size - offset))
+                reader.read_into(offset, memoryview(expected))
+                if file.read(len(expected)) != expected:
+                    return False
+    finally:
+        reader.close()
+    return True
+
+
+def _json_difference(path: Path, aux: AuxFile) -> str:
+    """``": vocab_size is 5, expected 6"``, where both are JSON objects of some size."""
+    if max(path.stat().st_size, aux.source.size) > _CHUNK:
+        return ""
+    try:
+        found = json.loads(read_small(path, _CHUNK))
+        wanted = json.loads(aux.content if aux.content is not None else _read(aux.source))
+        keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return ""
+    told = [f"{key} is {_brief(found.get(key))}, expected {_brief(wanted.get(key))}" for key in keys[:3]]
+    return f": {'; '.join(told)}" if told else ""
+
+
+def _read(source: SourceFile) -> bytes:
+    reader = open_reader(source)
+    try:
+        data = bytearray(source.size)
+        reader.read_into(0, memoryview(data))
+    finally:
+        reader.close()
+    return bytes(data)
+
+
+def _brief(value: Any) -> str:
+    return f"{json.dumps(value)!s:.60}"
+
+
+# --- what is not recorded ---------------------------------------------------------------------------------------------
+
+
+def check_added(output: Path, record: Record, findings: Findings) -> None:
+    """Every file of the output that is not in the record: an error, unless it is of a kind that no program loads.
+
+    Links are not followed: one that the merge did not make is such a file, whatever it leads to.
+    """
+    own = {os.path.normpath(name) for name in (*record.files, *record.shards, *record.others, RECORD_NAME)}
+    harmless = []
+    for number, (name, status) in enumerate(_entries(output, findings)):
+        if number == _MOST:
+            findings.problem(
+                STRUCTURE, f"{output} holds more than {_MOST:,} files; those after the first are not named"
+            )
+            break
+        if name in own:
+            continue
+        findings.added.append(name)
+        if _is_harmless(name, status):
+            harmless.append(name)
+        else:
+            what = name if stat.S_ISREG(status.st_mode) else f"{name} ({kind(status)})"
+            text = f"{what} is not a file of this merge, and what loads the model may act on it"
+            findings.problem(STRUCTURE, text, file=name)
+    if harmless:
+        more = f", and {len(harmless) - _NAMED} more" if len(harmless) > _NAMED else ""
+        names = ", ".join(harmless[:_NAMED])
+        findings.notes.append(f"not files of this merge, and of kinds that no program loads: {names}{more}")
+    if (output / FOLDER).is_dir() and not (output / FOLDER).is_symlink():
+        findings.notes.append(f"{FOLDER}, the work folder of a merge, was left behind; it may be removed")
+
+
+def _is_harmless(name: str, status: os.stat_result) -> bool:
+    is_file = stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)
+    return is_file and (_is_prose(name) or _HARMLESS.fullmatch(name.lower()) is not None)
+
+
+def _entries(output: Path, findings: Findings) -> Iterator[tuple[str, os.stat_result]]:
+    """All that lies in a directory and its folders but folders, which are entered; a link to one is not."""
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            found = sorted(os.scandir(output / folder), key=lambda entry: entry.name)
+        except OSError as error:
+            findings.unverified.append(f"{folder or output}: cannot be listed: {error.strerror or error}")
+            continue
+        for entry in found:
+            name = folder + entry.name
+            if not entry.is_dir(follow_symlinks=False):
+                yield name, entry.stat(follow_symlinks=False)
+            elif name != FOLDER:
+                waiting.append(f"{name}/")
