@@ -23,15 +23,26 @@ from typing import Any, ClassVar
 
 
 class ShardmergeError(Exception):
-    """The base of every error that shardmerge raises on purpose."""
+    """The base of every error that shardmerge raises on purpose.
+
+    ``problems`` are the reasons, each by itself; most errors have one, which is the message.
+    """
 
     exit_code: ClassVar[int] = 1
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        return self.__dict__.get("_problems") or (str(self),)
 
 
 class ConfigError(ShardmergeError):
     """The config file, an override or the command line is wrong."""
 
     exit_code = 2
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self._problems = tuple(problems)
 
 
 class PlanError(ShardmergeError):
@@ -43,7 +54,7 @@ class PlanError(ShardmergeError):
     exit_code = 3
 
     def __init__(self, problems: Sequence[str], what: str = "the merge") -> None:
-        self.problems, self.what = tuple(problems), what
+        self._problems, self.what = tuple(problems), what
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         lines = "\n".join(f"  - {problem}" for problem in self.problems)
         super().__init__(f"{what} is refused, {count}; nothing was written:\n{lines}")
