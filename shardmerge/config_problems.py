@@ -155,4 +155,4 @@ def _is_gguf(output: _Output) -> bool:
 
 
 def _is_on(output: _Output, key: str, default: object) -> bool:
-    return output.get(key, default) != default
+    return bool(output.get(key, default) != default)

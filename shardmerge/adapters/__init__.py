@@ -231,6 +231,21 @@ def claim(
     ``stored`` tells of a module's parameter in the base, and its dtype, where there is a base; ``ordered``
     of its Linear layers in their order.
     """
+    claims = _claim(format_, content, registered, stored, ordered)
+    if content.expert_layout == "unsloth" and not claims.problems:  # peft is what is done anyway
+        claims.problems += _idle_layout(claims)
+    return claims
+
+
+def _idle_layout(claims: Claims) -> list[str]:
+    if any(update.family == LoraExperts.name for update in claims.updates):
+        return []
+    return ["expert_layout has no effect: it has no LoRA of fused experts in PEFT's keys; remove it"]
+
+
+def _claim(
+    format_: str, content: AdapterContent, registered: Registered, stored: Stored | None, ordered: Ordered
+) -> Claims:
     tensors, config = content.tensors, content.config
     if content.ignored and (config is None or format_ != "peft"):
         return Claims(problems=["ignore_keys are of PEFT's adapter_config.json; this adapter has none"], refused=True)

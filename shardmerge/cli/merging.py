@@ -59,10 +59,12 @@ def _stdin() -> bytes:
     """No more of it than shows that it is too long."""
     from shardmerge.config import MAX_CONFIG_BYTES
 
+    if sys.stdin is None:  # as in a process that was started without
+        raise ConfigError("the config is to come from stdin, which is closed")
     try:
         return sys.stdin.buffer.read(MAX_CONFIG_BYTES + 1)
-    except (OSError, AttributeError) as error:  # Python has no sys.stdin where the process has none
-        raise ConfigError(f"the config on stdin cannot be read: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"the config on stdin cannot be read: {error.strerror}") from None
 
 
 def _plan(config: Path, overrides: tuple[str, ...], *, overwrite: bool, allow_config_loss: bool) -> MergePlan:

@@ -22,6 +22,7 @@ from shardmerge.planning import aux_files, steps
 from shardmerge.planning.heads import resolve_heads
 from shardmerge.planning.match import match
 from shardmerge.planning.output_checks import absolute, check_place, check_space
+from shardmerge.planning.settings import check_device, check_rounding
 from shardmerge.planning.several import undone
 from shardmerge.planning.tied import resolve_ties
 from shardmerge.planning.tiling import tile_all
@@ -126,6 +127,7 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
     written = sum(shard.nbytes for shard in shards) + sum(_aux_bytes(file) for file in aux.files)
     sources = [adapter for _, adapter in adapters]
     if check_output:
+        problems += check_rounding(config, shards, compute_dtype) + check_device(config.compute.device)
         problems += check_place(output, checkpoint, sources, overwrite) or check_space(output, written)
     if problems:
         raise PlanError(problems)
