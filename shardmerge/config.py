@@ -191,7 +191,7 @@ def checked_compute(key: str, value: Any) -> Any:
     try:
         return getattr(ComputeConfig.model_validate({key: value}), key)
     except ValidationError as error:
-        raise ConfigError("; ".join(map(_explain, error.errors()))) from None
+        raise ConfigError("; ".join(explain(item, ComputeConfig) for item in error.errors())) from None
 
 
 class MergeConfig(_Section):

@@ -6,9 +6,11 @@
     ├── ConfigError                2   the config or the command line is wrong
     ├── PlanError                  3   the merge is refused; nothing was written
     ├── FormatError                4   a file is malformed
-    │   └── NonFiniteError         4   a number that cannot be merged or stored
+    │   ├── NonFiniteError         4   a number that cannot be merged or stored
+    │   └── OtherKindError         4   an adapter was given as the base, or a model as an adapter
     ├── SourceError                5   reading failed
-    │   └── ChangedError           5   a file is not what it was when the merge was planned
+    │   ├── ChangedError           5   a file is not what it was when the merge was planned
+    │   └── MissingError           5   a place that was named is not there; a plan is refused (3)
     ├── OutputError                5   writing failed
     ├── VerifyError                6   the output is not what it should be
     └── ResumeError                7   the output belongs to another merge
@@ -74,6 +76,10 @@ class NonFiniteError(FormatError):
     """A factor holds NaN or infinity, or a merged value does not fit the output dtype."""
 
 
+class OtherKindError(FormatError):
+    """What was given as the base is an adapter, or what was given as an adapter is a model."""
+
+
 class SourceError(ShardmergeError):
     """Reading the base or an adapter failed, or it is not there."""
 
@@ -82,6 +88,10 @@ class SourceError(ShardmergeError):
 
 class ChangedError(SourceError):
     """A file of the base or of an adapter is no longer what the plan saw."""
+
+
+class MissingError(SourceError):
+    """A file, a directory or a repo that was named is not there."""
 
 
 class OutputError(ShardmergeError):

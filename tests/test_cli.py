@@ -273,7 +273,7 @@ def test_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[s
         (["run", "config.yaml", "-s", "output.pth=x"], "ConfigError", 2),
         (["plan", "config.yaml", "-s", "adapters.0.alpha=1"], "PlanError", 3),
         (["init", "base"], "FormatError", 4),
-        (["inspect", "gone"], "SourceError", 5),
+        (["inspect", "gone"], "MissingError", 5),
         (["plan", "--fast", "config.yaml"], "UsageError", 2),
         (["run"], "UsageError", 2),
         (["paint"], "UsageError", 2),

@@ -288,14 +288,14 @@ def test_auto_with_several_adapters_of_one_base(tmp_path: Path) -> None:
 
 def test_auto_with_a_base_that_is_gone(tmp_path: Path) -> None:
     place = make_place(tmp_path)
-    with pytest.raises(shardmerge.SourceError, match=r"/gone/base: no such file"):
+    with pytest.raises(PlanError, match=r"base: auto: the adapter names /gone/base: no such file"):
         shardmerge.plan(place.config(base="auto", adapters=[trained_on(place, "a", "/gone/base")]))
 
 
 def test_auto_with_an_adapter_that_is_gone(tmp_path: Path) -> None:
     """What the base would have been cannot be known, so it is no second problem."""
     place = make_place(tmp_path)
-    with pytest.raises(shardmerge.SourceError, match=r"/gone/lora: no such file"):
+    with pytest.raises(PlanError, match=r"1 problem.*\n.*/gone/lora: no such file"):
         shardmerge.plan(place.config(base="auto", adapters=["/gone/lora"]))
 
 

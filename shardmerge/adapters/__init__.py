@@ -6,7 +6,8 @@ To add a method of PEFT: a file with its `PeftMethod` and its `Family` (one clas
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,8 @@ __all__ = [
     "PeftMethod",
     "Registered",
     "Stored",
+    "are_factors",
+    "are_weights",
     "check_dtypes",
     "claim",
     "claim_beside",
@@ -198,6 +201,22 @@ def detect_format(tensors: Mapping[str, TensorRef], config: Mapping[str, Any] | 
 #: What made an adapter without a config, by PEFT's name for it; and whether tensors' names are image trainers'.
 method_of = kohya.method
 looks_like_image_trainers = kohya.is_telling
+
+
+#: Ends of the names of factors, in any format that is read without a config.
+_FACTOR = re.compile(
+    r".*\.(lora_\w+|lora_[AB]\.\w+|[AB]|alpha|hada_\w+|lokr_\w+|dora_scale|diff|diff_b|w_norm|b_norm)(\.weight|\.bias)?"
+)
+
+
+def are_factors(names: Collection[str]) -> bool:
+    """Whether most of these tensors are an adapter's, by their names, and not a model's own."""
+    return 2 * sum(_FACTOR.fullmatch(name) is not None for name in names) > len(names)
+
+
+def are_weights(names: Collection[str]) -> bool:
+    """Whether all of these tensors are a model's own, by their names."""
+    return bool(names) and not any(map(_FACTOR.fullmatch, names)) and not looks_like_image_trainers(names)
 
 
 @dataclass(frozen=True, slots=True)
