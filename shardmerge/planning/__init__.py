@@ -27,6 +27,7 @@ from shardmerge.planning.settings import check_device, check_rounding
 from shardmerge.planning.several import undone
 from shardmerge.planning.tied import resolve_ties
 from shardmerge.planning.tiling import tile_all
+from shardmerge.planning.trained_on import another_than
 from shardmerge.planning.vocabulary import resized
 from shardmerge.sinks import Layout, lay_out
 from shardmerge.spec import (
@@ -248,8 +249,9 @@ def _warnings(
     warnings: list[str] = []
     for entry, adapter in adapters:
         trained_on = adapter.trained_on
-        if trained_on and config.base != "auto" and not _same_model(trained_on, checkpoint.source.location):
-            warnings.append(Warned(f"adapter {entry.path} says it was trained on {trained_on}, not on {config.base}"))
+        if trained_on and config.base != "auto" and (why := another_than(trained_on, checkpoint)):
+            text = f"adapter {entry.path} says it was trained on {trained_on}, not on {config.base}: {why}"
+            warnings.append(Warned(text))
     warnings += checkpoint.notes
     for source in (checkpoint.source, *(adapter.source for _, adapter in adapters)):
         if source.note:
@@ -258,12 +260,6 @@ def _warnings(
         rounds = "compute.dtype bfloat16 rounds the update before it is added; float32 rounds only the result"
         warnings.append(Warned(rounds))
     return warnings
-
-
-def _same_model(one: str, other: str) -> bool:
-    """A local copy of a Hub model is commonly called like it."""
-    last = [name.rstrip("/").rpartition("/")[2].lower() for name in (one, other)]
-    return last[0] == last[1]
 
 
 def _fingerprint(plan: MergePlan, checkpoint: Checkpoint, made_of: Mapping[str, str]) -> Fingerprint:

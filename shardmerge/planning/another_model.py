@@ -83,7 +83,7 @@ def _deeper(fit: Fit, checkpoint: Checkpoint) -> str:
     numbers = [int(match[1]) for update in fit.absent if (match := _LAYER.search(f".{update.module}."))]
     if layers is None or len(numbers) < len(fit.absent) or min(numbers) < layers:
         return ""
-    return f"it updates layers up to the {max(numbers) + 1}th, the base has {layers}"
+    return f"it updates layer {max(numbers)}, the base's last is {layers - 1}"
 
 
 def _number(config: Mapping[str, Any], key: str) -> int | None:
