@@ -55,9 +55,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("config", "checkpoint", "journal", "fingerprint", "jobs", "work"),
     ("adapter_file", "sinks", "factors", "fidelity", "nonfinite", "threads"),
-    ("planning", "report", "compute"),
+    ("planning", "report", "compute", "outputs"),
     ("engine", "inspection", "executors", "progress", "steps", "verification", "origin", "hf"),
-    ("api", "chat", "comparison"),
+    ("api", "chat", "comparison", "starter"),
     ("cli",),
     ("__main__",),
 )
