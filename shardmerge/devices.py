@@ -24,7 +24,7 @@ def missing(name: str, setting: str = "compute.device") -> str | None:
     if device.type != "cuda" or (device.index or 0) < found:
         return None
     instead = f"there are cuda:0 to cuda:{found - 1}, and cpu" if found else "cpu (or auto) always is there"
-    if not torch.backends.cuda.is_built():
+    if torch.version.cuda is None and torch.version.hip is None:
         instead += "; this build of torch is without CUDA"
     return f"{setting} is {name}, but torch {torch.__version__} finds {found} CUDA devices here; {instead}"
 

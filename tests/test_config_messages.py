@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from click.testing import CliRunner
 from pydantic_core import core_schema
+from safetensors import safe_open
 
 import shardmerge
 from shardmerge.choices import DEVICE, DEVICES, Format, OutputDtype, Quantization
@@ -21,7 +23,9 @@ from shardmerge.config import MAX_CONFIG_BYTES, ExportConfig, MergeConfig, recor
 from shardmerge.config_problems import explain
 from shardmerge.errors import ConfigError
 from shardmerge.meant import hint
-from tests.builders import ROOT, contents, make_place
+from shardmerge.planning import make_plan
+from tests.builders import ROOT, contents, make_place, peft_config, random_tensor, write_peft
+from tests.gguf_zoo import make as make_for_gguf
 from tests.test_cli import invoke
 from tests.test_config import DATA, problems
 
@@ -218,6 +222,45 @@ def test_setting_without_effect(key: str, value: object, beside: dict[str, Any])
 )
 def test_setting_with_effect_or_at_its_default(key: str, value: object, beside: dict[str, Any]) -> None:
     MergeConfig.from_dict(changed(f"output.{key}", value, **beside))
+
+
+def test_dtype_matters_to_gguf(tmp_path: Path) -> None:
+    """Merged weights are rounded to it before they are quantised: what the config says of it is true."""
+    base = make_for_gguf("mistral", tmp_path / "base", tmp_path)
+    weight = "model.layers.0.self_attn.o_proj.weight"
+    with safe_open(base / "model.safetensors", "pt") as file:
+        rows, columns = file.get_slice(weight).get_shape()
+    module = weight.removesuffix(".weight")
+    names = [f"base_model.model.{module}.lora_{role}.weight" for role in "AB"]
+    factors = dict(zip(names, (random_tensor((4, columns), 1), random_tensor((rows, 4), 2)), strict=True))
+    adapter = write_peft(tmp_path / "adapter", factors, config=peft_config(target_modules=["o_proj"]))
+    made = {}
+    for dtype in ("same", "bfloat16", "float32"):
+        output = {"path": str(tmp_path / dtype / "model"), "format": "gguf", "quantization": "f32", "dtype": dtype}
+        shardmerge.merge({"base": str(base), "adapters": [str(adapter)], "output": output})
+        made[dtype] = next((tmp_path / dtype / "model").glob("*.gguf")).read_bytes()
+    assert made["same"] == made["bfloat16"] != made["float32"]
+
+
+def test_layout_of_experts_that_are_not_there(tmp_path: Path) -> None:
+    place = make_place(tmp_path)
+    with pytest.raises(shardmerge.PlanError, match="expert_layout has no effect"):
+        shardmerge.plan(place.config(adapters=[{"path": str(place.adapter), "expert_layout": "unsloth"}]))
+    shardmerge.plan(place.config(adapters=[{"path": str(place.adapter), "expert_layout": "peft"}]))
+
+
+# --- a device that is not there ---------------------------------------------------------------------------------------
+
+
+def test_plan_and_run_refuse_a_device_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = make_place(tmp_path).config_file(compute={"device": "cuda:1"})
+    told = {command: invoke(monkeypatch, command, config, code=3).stderr for command in ("plan", "run")}
+    assert told["plan"] == told["run"]
+    assert "compute.device is cuda:1, but torch" in told["plan"] and "finds 1 CUDA devices here" in told["plan"]
+    assert "cuda:0" in told["plan"]
+    # To prove what a GPU has made takes none.
+    assert make_plan(MergeConfig.from_file(config), check_output=False)
 
 
 def test_record_has_every_key() -> None:

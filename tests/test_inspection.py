@@ -14,6 +14,8 @@ from urllib.request import url2pathname
 import gguf
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import shardmerge
 from shardmerge.config import MergeConfig
@@ -21,7 +23,16 @@ from shardmerge.errors import FormatError
 from shardmerge.gguf.glance import TYPES, glance
 from shardmerge.inspection import inspect_path
 from shardmerge.starter import SCHEMA
-from tests.builders import make_place, peft_config, run_cli, snapshot, write_json, write_peft
+from tests.builders import (
+    llama_tensors,
+    make_place,
+    peft_config,
+    random_tensor,
+    run_cli,
+    snapshot,
+    write_json,
+    write_peft,
+)
 from tests.gguf_zoo import SPM_VOCAB, write_spm_tokenizer
 from tests.test_cli import invoke, invoke_json
 from tools.schema import schema_text
@@ -150,15 +161,14 @@ def test_a_record_that_was_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     record = json.loads((place.output / "shardmerge.json").read_text())
     write_json(place.output / "shardmerge.json", {**record, "base": {"location": "org/evil"}})
     assert "was changed after the merge" in invoke(monkeypatch, "inspect", place.output).stdout
-    for value in ([], {}, {"base": 7, "adapters": {"a": 1}, "targets": 1}, {"adapters": [None, 7]}):
+    others: list[Any] = [[], {}, {"base": 7, "adapters": {"a": 1}, "targets": 1}, {"adapters": [None, 7]}]
+    for value in others:
         write_json(place.output / "shardmerge.json", value)
         invoke(monkeypatch, "inspect", place.output)
 
 
 def test_our_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "vocab_size": SPM_VOCAB}
-    from tests.builders import llama_tensors, random_tensor
-
     sizes = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     tensors = llama_tensors()
     for number, name in enumerate(("model.embed_tokens.weight", "lm_head.weight")):
@@ -191,10 +201,7 @@ def test_an_adapter_in_the_directory_of_its_base(tmp_path: Path, monkeypatch: py
     text = invoke(monkeypatch, "inspect", place.base).stdout
     assert text.index("LlamaForCausalLM") < text.index("an adapter is beside it") < text.index("q_proj ×1")
     # A head beside an adapter is no model.
-    from safetensors.torch import save_file
-    from torch import ones
-
-    save_file({"v_head.weight": ones(1, 32)}, place.adapter / "value_head.safetensors")
+    save_file({"v_head.weight": torch.ones(1, 32)}, place.adapter / "value_head.safetensors")
     assert inspect_path(str(place.adapter))["kind"] == "adapter"
 
 

@@ -140,9 +140,11 @@ def _value(cursor: _Cursor) -> Value | None:
         length = cursor.length()
         if length <= _KEPT:
             return cursor.take(length).decode(errors="backslashreplace")
-        return cursor.skip(length)
+        cursor.skip(length)
+        return None
     if kind == _ARRAY:
-        return _skip_array(cursor)
+        _skip_array(cursor)
+        return None
     scalar: Value = cursor.unpack(_layout(cursor, kind))[0]
     return scalar
 
@@ -150,11 +152,11 @@ def _value(cursor: _Cursor) -> Value | None:
 def _skip_array(cursor: _Cursor) -> None:
     item, count = cursor.unpack("<IQ")
     if item != _STRING:
-        return cursor.skip(count * struct.calcsize(_layout(cursor, item)))
+        cursor.skip(count * struct.calcsize(_layout(cursor, item)))
+        return
     cursor.count(min(count, _MOST_ITEMS + 1))
     for _ in range(count):
         cursor.skip(cursor.length())
-    return None
 
 
 def _layout(cursor: _Cursor, kind: int) -> str:
