@@ -11,7 +11,8 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from shardmerge.errors import FormatError
+from shardmerge import recognise
+from shardmerge.errors import FormatError, OtherKindError
 
 #: PEFT's names and MLX's.
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
@@ -100,6 +101,9 @@ def _weights(location: str, counted: Sequence[str], names: Collection[str], name
     # PEFT saves an adapter that is not called "default" into a folder of its name.
     nested = [name for name in names if "/" in name and name.endswith(WEIGHTS)]
     found = ", ".join(candidates or nested) or "none of that kind"
+    if "adapter_config.json" not in names and (known := recognise.what_is_no_adapter(sorted(names))):
+        kind = OtherKindError if known == recognise.IS_MODEL else FormatError
+        raise kind(f"{location}: {known}")
     raise FormatError(
         f"{location}: expected {' or '.join(WEIGHTS[:2])}, or one .safetensors or .pt file; found {found}"
     )

@@ -6,20 +6,25 @@ Hub's and transformers' meaning), ``5GiB`` is 5·2³⁰.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
+import os
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from shardmerge import meant
 from shardmerge.choices import DEVICE, Format, OutputDtype, Quantization
+from shardmerge.config_problems import brief as _brief
+from shardmerge.config_problems import explain, without_effect
 from shardmerge.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: A thousand adapters need less, and what is longer keeps PyYAML busy for long.
 MAX_CONFIG_BYTES = 100_000
@@ -29,12 +34,6 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _PREFIXES = "KMGT"
 _TOO_LARGE = 1 << 63
 _LONGEST = 1000
-
-
-#: How a wrong value is shown: enough of it to be recognised, whatever it is.
-_brief = reprlib.Repr()
-_brief.maxlevel = 2
-_brief.maxstring = _brief.maxother = 80
 
 
 def parse_size(value: Any) -> int:
@@ -56,7 +55,18 @@ def parse_size(value: Any) -> int:
 
 
 def _size_or(word: str) -> BeforeValidator:
-    return BeforeValidator(lambda value: value if value == word else parse_size(value))
+    def size(value: Any) -> Any:
+        if value == word:
+            return value
+        if value is None:
+            raise ValueError(f"expected a size such as 256MB, or {word}")
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            hint = meant.hint(value, (word,))
+            raise ValueError(f"{error}, or {word}" + (f"; {hint}" if hint else "")) from None
+
+    return BeforeValidator(size)
 
 
 def _no_flag(value: Any) -> Any:
@@ -132,7 +142,11 @@ class OutputConfig(_Section):
     """Where the merged model goes, and how it is stored."""
 
     path: str = Field(min_length=1, description="A directory. It must be empty or not exist yet.")
-    dtype: OutputDtype = Field(default="same", description="What floating-point weights are stored in.")
+    dtype: OutputDtype = Field(
+        default="same",
+        description="What floating-point weights are stored in. With format: gguf, what merged weights are rounded to "
+        "before they are quantised.",
+    )
     max_shard_size: Annotated[Literal["same"] | int, _size_or("same")] = Field(
         default="same", description="same keeps the base's shards; a size such as 5GB shards anew."
     )
@@ -141,12 +155,17 @@ class OutputConfig(_Section):
         description="How updated weights are rounded. stochastic goes up or down by chance, so that an update below "
         "the dtype's resolution is kept on average; the same seed gives the same bytes.",
     )
-    seed: int = Field(default=0, ge=0, lt=_TOO_LARGE, description="Of stochastic rounding.")
+    seed: Annotated[int, BeforeValidator(_no_flag)] = Field(
+        default=0, ge=0, lt=_TOO_LARGE, description="Of stochastic rounding."
+    )
     format: Format = Field(
         default="safetensors",
-        description="A checkpoint, or one file for llama.cpp and Ollama (needs `shardmerge[gguf]`).",
+        description="A checkpoint, or one file for llama.cpp and Ollama (most tokenizers then need `pip install "
+        "tokenizers`).",
     )
-    quantization: Quantization = Field(default="q8_0", description="What most weights of a GGUF file are stored in.")
+    quantization: Quantization = Field(
+        default="q8_0", description="What most weights of a GGUF file are stored in; only with format: gguf."
+    )
     allow_config_loss: bool = Field(
         default=False,
         description="Write a GGUF file though llama.cpp does not know settings of config.json, and so computes "
@@ -172,7 +191,7 @@ def checked_compute(key: str, value: Any) -> Any:
     try:
         return getattr(ComputeConfig.model_validate({key: value}), key)
     except ValidationError as error:
-        raise ConfigError("; ".join(map(_explain, error.errors()))) from None
+        raise ConfigError("; ".join(explain(item, ComputeConfig) for item in error.errors())) from None
 
 
 class MergeConfig(_Section):
@@ -198,31 +217,56 @@ class MergeConfig(_Section):
         return _with_list(value) if isinstance(value, dict) else value
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any], where: str = "config") -> MergeConfig:
-        """Validate a mapping. `ConfigError` lists everything that is wrong with it."""
+    def from_dict(cls, value: Mapping[str, Any], where: str = "config") -> Self:
+        """Validate a mapping. `ConfigError` lists everything that is wrong with it, settings without effect as well."""
+        return cls._validated(value, where, without_effect(value))
+
+    @classmethod
+    def _validated(cls, value: Mapping[str, Any], where: str, idle: Sequence[str] = ()) -> Self:
+        problems: list[str] = []
         try:
-            return cls.model_validate(dict(value))
+            config = cls.model_validate(dict(value))
         except ValidationError as error:
-            problems = [f"  - {_explain(item)}" for item in error.errors()]
-            if len(problems) > _LISTED:
-                problems[_LISTED:] = [f"  - … and {len(problems) - _LISTED} more"]
-            listed = "\n".join(problems)
-            raise ConfigError(f"{where}: the config is wrong; nothing was written:\n{listed}") from None
+            problems = [explain(item, cls) for item in error.errors()]
+        problems += idle
+        if not problems:
+            return config
+        if len(problems) > _LISTED:
+            problems[_LISTED:] = [f"… and {len(problems) - _LISTED} more"]
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise ConfigError(f"{where}: the config is wrong; nothing was written:\n{listed}", problems)
 
     @classmethod
     def from_file(
         cls, path: str | Path, overrides: Sequence[str] = (), compute: Mapping[str, Any] | None = None
-    ) -> MergeConfig:
+    ) -> Self:
         """Read YAML, put ``key.path=value`` overrides on top, validate.
 
         ``compute`` has values of that section for keys of which neither says anything.
         """
-        value = _with_list(load_yaml(Path(path)))
+        return cls._from_yaml(load_yaml(Path(path)), overrides, compute, str(path))
+
+    @classmethod
+    def from_text(
+        cls,
+        text: bytes,
+        overrides: Sequence[str] = (),
+        compute: Mapping[str, Any] | None = None,
+        where: str = "config",
+    ) -> Self:
+        """The same of a YAML text, of at most `MAX_CONFIG_BYTES`."""
+        return cls._from_yaml(_mapping(text, where), overrides, compute, where)
+
+    @classmethod
+    def _from_yaml(
+        cls, found: dict[str, Any], overrides: Sequence[str], compute: Mapping[str, Any] | None, where: str
+    ) -> Self:
+        value = _with_list(found)
         for override in overrides:
             _override(value, override)
         if compute and isinstance(value.setdefault("compute", {}), dict):
             value["compute"] = {**compute, **value["compute"]}
-        return cls.from_dict(value, str(path))
+        return cls.from_dict(value, where)
 
 
 class ExportConfig(MergeConfig):
@@ -234,7 +278,8 @@ class ExportConfig(MergeConfig):
 def recorded_config(value: Any, where: str) -> MergeConfig:
     """The config in a record: of a merge, or of an export, which has no adapter. Raises `ConfigError`."""
     found = value if isinstance(value, dict) else {}
-    return (ExportConfig if found.get("adapters") == [] else MergeConfig).from_dict(found, where)
+    # A record has every key, also those that the merge had no use for.
+    return (ExportConfig if found.get("adapters") == [] else MergeConfig)._validated(found, where)
 
 
 def relocated(config: MergeConfig, record: Mapping[str, Any], base: str | None, adapters: Sequence[str]) -> MergeConfig:
@@ -321,12 +366,17 @@ def load_yaml(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             text = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"{path}: the config cannot be read: {error.strerror}") from None
+        there = "" if path.is_absolute() else f" (in {os.getcwd()})"
+        raise ConfigError(f"{path}: the config cannot be read: {error.strerror}{there}") from None
+    return _mapping(text, str(path))
+
+
+def _mapping(text: bytes, where: str) -> dict[str, Any]:
     if len(text) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: over {MAX_CONFIG_BYTES} bytes long; this is no config")
-    value = _parse(text, str(path))
+        raise ConfigError(f"{where}: over {MAX_CONFIG_BYTES} bytes long; this is no config")
+    value = _parse(text, where)
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: a config is a mapping with the keys {', '.join(MergeConfig.model_fields)}")
+        raise ConfigError(f"{where}: a config is a mapping with the keys {', '.join(MergeConfig.model_fields)}")
     return value
 
 
@@ -364,23 +414,3 @@ def _list_index(place: list[Any], step: str, override: str) -> int:
     if not step.isdecimal() or int(step) >= len(place):
         raise ConfigError(f"-s {override}: {step!r} is no number from 0 to {len(place) - 1}")
     return int(step)
-
-
-# --- messages ---------------------------------------------------------------------------------------------------------
-
-_SECTIONS: Mapping[str, type[_Section]] = {"adapters": AdapterConfig, "output": OutputConfig, "compute": ComputeConfig}
-
-
-def _explain(error: Any) -> str:
-    place = ".".join(str(step)[:_LONGEST] for step in error["loc"]) or "the config"
-    if error["type"] == "extra_forbidden":
-        *parents, key = error["loc"]
-        section = _SECTIONS.get(str(parents[0]), MergeConfig) if parents else MergeConfig
-        valid = list(section.model_fields)
-        near = difflib.get_close_matches(str(key), valid, 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        return f"{place}: there is no such key{hint}; valid are {', '.join(valid)}"
-    if error["type"] == "missing":
-        return f"{place}: is missing"
-    found = "" if isinstance(error.get("input"), dict) else f" (found {_brief.repr(error.get('input'))})"
-    return f"{place}: {error['msg'].removeprefix('Value error, ')}{found}"

@@ -6,9 +6,11 @@
     ├── ConfigError                2   the config or the command line is wrong
     ├── PlanError                  3   the merge is refused; nothing was written
     ├── FormatError                4   a file is malformed
-    │   └── NonFiniteError         4   a number that cannot be merged or stored
+    │   ├── NonFiniteError         4   a number that cannot be merged or stored
+    │   └── OtherKindError         4   an adapter was given as the base, or a model as an adapter
     ├── SourceError                5   reading failed
-    │   └── ChangedError           5   a file is not what it was when the merge was planned
+    │   ├── ChangedError           5   a file is not what it was when the merge was planned
+    │   └── MissingError           5   a place that was named is not there; a plan is refused (3)
     ├── OutputError                5   writing failed
     ├── VerifyError                6   the output is not what it should be
     └── ResumeError                7   the output belongs to another merge
@@ -23,15 +25,26 @@ from typing import Any, ClassVar
 
 
 class ShardmergeError(Exception):
-    """The base of every error that shardmerge raises on purpose."""
+    """The base of every error that shardmerge raises on purpose.
+
+    ``problems`` are the reasons, each by itself; most errors have one, which is the message.
+    """
 
     exit_code: ClassVar[int] = 1
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        return self.__dict__.get("_problems") or (str(self),)
 
 
 class ConfigError(ShardmergeError):
     """The config file, an override or the command line is wrong."""
 
     exit_code = 2
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self._problems = tuple(problems)
 
 
 class PlanError(ShardmergeError):
@@ -43,7 +56,7 @@ class PlanError(ShardmergeError):
     exit_code = 3
 
     def __init__(self, problems: Sequence[str], what: str = "the merge") -> None:
-        self.problems, self.what = tuple(problems), what
+        self._problems, self.what = tuple(problems), what
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         lines = "\n".join(f"  - {problem}" for problem in self.problems)
         super().__init__(f"{what} is refused, {count}; nothing was written:\n{lines}")
@@ -63,6 +76,10 @@ class NonFiniteError(FormatError):
     """A factor holds NaN or infinity, or a merged value does not fit the output dtype."""
 
 
+class OtherKindError(FormatError):
+    """What was given as the base is an adapter, or what was given as an adapter is a model."""
+
+
 class SourceError(ShardmergeError):
     """Reading the base or an adapter failed, or it is not there."""
 
@@ -71,6 +88,10 @@ class SourceError(ShardmergeError):
 
 class ChangedError(SourceError):
     """A file of the base or of an adapter is no longer what the plan saw."""
+
+
+class MissingError(SourceError):
+    """A file, a directory or a repo that was named is not there."""
 
 
 class OutputError(ShardmergeError):

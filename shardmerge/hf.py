@@ -39,7 +39,7 @@ def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(f"this needs {name}: pip install 'shardmerge[hf]'") from error
+        raise ConfigError(f"this needs {name}: pip install transformers peft") from error
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------

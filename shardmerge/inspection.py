@@ -1,42 +1,58 @@
-"""What a path is: a base checkpoint or an adapter, told from its headers."""
+"""What a path is: a base checkpoint, an adapter, a GGUF file or a merge's output, told from its headers."""
 
 from __future__ import annotations
 
-import json
-import math
 import reprlib
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
+from shardmerge import outputs
 from shardmerge.adapter_file import CONFIG_NAME, AdapterFile, open_adapter
 from shardmerge.adapter_folder import PICKLES, WEIGHTS, is_shard
-from shardmerge.adapters import FAMILIES, METHODS, ModuleUpdate, Registered, looks_like_image_trainers
+from shardmerge.adapters import FAMILIES, METHODS, ModuleUpdate, Registered, are_factors, looks_like_image_trainers
 from shardmerge.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.config import AdapterConfig
 from shardmerge.errors import FormatError
 from shardmerge.naming import module_name
 from shardmerge.report import human_bytes, labelled, table
-from shardmerge.sources import Source, open_source
+from shardmerge.sources import LocalSource, Source, open_source
 from shardmerge.spec import TensorRef
 
 _ADAPTER_NAMES = (*WEIGHTS, CONFIG_NAME)
 
 
-_SHOWN_LAST = ("bytes", "dtypes", "updates", "targets", "settings", "notes", "problems")
+_SHOWN_LAST = ("adapter", "bytes", "dtypes", "updates", "targets", "settings", "notes", "problems")
 
 
 def inspect_path(location: str) -> dict[str, Any]:
-    """Describe a checkpoint or an adapter as JSON. Raises `SourceError` or `FormatError`."""
+    """Describe a checkpoint, an adapter or a GGUF file as JSON. Raises `SourceError` or `FormatError`."""
     source = open_source(location)
+    if (file := outputs.gguf_file(source)) is not None:
+        return {**outputs.describe_gguf(source, file), **outputs.made_of(source)}
+    outputs.refuse_unfinished(source)
     if _is_adapter(source):
-        return _describe_adapter(open_adapter(source), location)
+        adapter, model = open_adapter(source), _model_beside(source)
+        if model is None:
+            return _describe_adapter(adapter, location)
+        adapter = adapter.apart_from({shard.file.uri for shard in model.shards})
+        return {**_describe_checkpoint(model), "adapter": _describe_adapter(adapter, location)}
     checkpoint = open_checkpoint(source)
     if len(checkpoint.shards) == 1 and _has_factors(checkpoint):
         return _describe_adapter(open_adapter(source), location)
-    return _describe_checkpoint(checkpoint)
+    return {**_describe_checkpoint(checkpoint), **outputs.made_of(source)}
+
+
+def _model_beside(source: Source) -> Checkpoint | None:
+    """The model in whose directory an adapter is stored; None where there is none."""
+    if isinstance(source, LocalSource) and source.only:
+        return None
+    try:
+        checkpoint = open_checkpoint(source)
+    except FormatError:
+        return None
+    says = checkpoint.model_type or checkpoint.config.get("architectures")
+    return checkpoint if says and not are_factors(checkpoint.weights) else None
 
 
 def _is_adapter(source: Source) -> bool:
@@ -152,7 +168,8 @@ def describe(found: Mapping[str, Any]) -> str:
     if found["kind"] == "adapter" and found["scalings"] is None:
         text += "\nit carries no config: a merge must be given its alpha or scaling"
     text = "\n".join([text, *map(labelled, found.get("notes", []))])
-    return "\n".join([text, *(f"problem: {problem}" for problem in found.get("problems", []))])
+    text = "\n".join([text, *(f"problem: {problem}" for problem in found.get("problems", []))])
+    return f"{text}\n\nan adapter is beside it:\n{describe(found['adapter'])}" if "adapter" in found else text
 
 
 def _value(value: Any) -> str:
@@ -163,70 +180,3 @@ def _value(value: Any) -> str:
     if isinstance(value, dict):
         return reprlib.repr(value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-# --- a config to begin with -------------------------------------------------------------------------------------------
-
-_STARTER = """\
-# Merge {what}.
-# Look first: shardmerge plan {name}      then: shardmerge run {name}
-
-base: {base}  # {base_comment}
-
-adapters:
-  - path: {adapter}
-    weight: 1.0            # multiplies the adapter's own scaling{scale}{beside}
-
-output:
-  path: {output}
-  dtype: same              # same | float32 | bfloat16 | float16
-  max_shard_size: same     # same | 5GB
-
-compute:
-  device: auto             # auto | cpu | cuda | cuda:1
-  dtype: float32           # W + ΔW is computed in this
-  max_memory: auto         # working set above the interpreter's own, e.g. 256MB
-"""
-
-
-def starter_config(location: str, name: str) -> str:
-    """A commented config for an adapter, from its own metadata. ``name`` is the file it will be written to."""
-    found = inspect_path(location)
-    if found["kind"] != "adapter":
-        raise FormatError(f"{location}: this is a checkpoint, not an adapter; init takes an adapter")
-    ranks = ", ".join(map(str, found["ranks"])) or "unknown"
-    scalings = ", ".join(f"{value:.6g}" for value in found["scalings"] or [])
-    what = f"a {_one_line(str(found['family']))} adapter, rank {ranks}" + (f", scaling {scalings}" if scalings else "")
-    scale = (
-        "" if scalings else "\n    alpha: 16              # the adapter carries no config: what was alpha in training?"
-    )
-    trained_on = found["trained_on"]
-    last = location.rstrip("/").rpartition("/")[2]
-    return _STARTER.format(
-        what=what,
-        name=_one_line(name),
-        base=_quoted("auto" if trained_on else "path/to/base"),
-        base_comment=f"the adapter says it was trained on {json.dumps(trained_on)}; or give a path"
-        if trained_on
-        else "a directory, a .safetensors file or a Hub id",
-        adapter=_quoted(location),
-        scale=scale,
-        beside="".join(
-            f"\n    # {_one_line(text)}: trained with it, and merged too; ignore_files: [its name] leaves it out"
-            for text in found["trained beside it"]
-        ),
-        output=_quoted((last.partition("@")[0] or last).removesuffix(".pt") + "-merged"),
-    )
-
-
-def _one_line(text: str) -> str:
-    """What may stand in a comment: an adapter's metadata must not get out of it."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
-def _quoted(text: str) -> str:
-    """A YAML string, in quotes where YAML would take it for something else (500, true, 2024-01-01)."""
-    plain = text and all(character.isalnum() or character in "/._-@" for character in text) and text[0] not in "-@."
-    if plain and yaml.safe_load(text) == text:
-        return text
-    return yaml.safe_dump(text, allow_unicode=True, default_style='"', width=math.inf).strip()

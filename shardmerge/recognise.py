@@ -103,20 +103,51 @@ def what_directory_is(names: Sequence[str]) -> str:
     """What a directory without safetensors of a model is, and what to give instead."""
     top = {name for name in names if "/" not in name}
     parts = parts_with_weights(names)
+    if not names:
+        return _EMPTY
     if parts and "model_index.json" in top:
         return f"it is a pipeline of diffusers, whose models are in folders; give that of the model: {_listed(parts)}"
     if parts and "modules.json" in top:
         return f"it is a model of sentence-transformers, in folders; give that of the transformer: {_listed(parts)}"
     if "adapter_config.json" in top:
-        return "it is an adapter; give the model that it was trained on"
+        return IS_ADAPTER
     if parts:
         return f"its weights are in folders; give one: {_listed(parts)}"
     others = sorted(name for name in top if name.endswith(_WEIGHTS))
+    if others and all(name.endswith(".gguf") for name in others):
+        return f"it is GGUF, llama.cpp's format; give the safetensors model that it was made of ({_listed(others)})"
     if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in others):
         return f"it holds pickled weights; convert them to safetensors first ({_listed(others)})"
     if others:
         return f"it holds weights of another format; give the model as safetensors ({_listed(others)})"
-    return "nothing to merge into"
+    return f"it has no file of weights, so there is nothing to merge into ({_listed(sorted(top) or names)})"
+
+
+#: Of what was given as the base, and of what was given as an adapter.
+IS_ADAPTER = "it is an adapter, not a model; give the model that it was trained on"
+IS_MODEL = "it is a model, not an adapter; give the directory that training wrote, with adapter_config.json in it"
+_EMPTY = "it is empty (hidden files are not looked at)"
+_RECORD = "shardmerge.json"
+
+
+def what_is_no_adapter(names: Sequence[str]) -> str:
+    """What a directory is that was given as an adapter and has none, and what to give instead; empty if unknown."""
+    top = {name for name in names if "/" not in name}
+    nested = sorted({name.rpartition("/")[0] for name in names if name.rpartition("/")[2] == "adapter_config.json"})
+    weights = [name for name in top if name.endswith(_WEIGHTS)]
+    if not names:
+        return _EMPTY
+    if nested and "" not in nested:
+        return f"the adapter is in a folder of it; give that: {_listed(nested)}"
+    if "model_index.json" in top:
+        return "it is a pipeline of diffusers, not an adapter"
+    if _RECORD in top and weights:
+        return "it is a finished merge of shardmerge, not an adapter: what it was made of is in it already"
+    if weights and all(name.endswith(".gguf") for name in weights):
+        return f"it is GGUF, llama.cpp's format; give the adapter as safetensors ({_listed(sorted(weights))})"
+    if weights and ("config.json" in top or any(".index." in name for name in top)):
+        return IS_MODEL
+    return "" if weights else f"it has no file of weights ({_listed(sorted(top) or names)})"
 
 
 def _listed(names: Sequence[str], most: int = 5) -> str:

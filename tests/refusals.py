@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardmerge.errors import FormatError, PlanError, ShardmergeError, SourceError
+from shardmerge.errors import FormatError, PlanError, ShardmergeError
 from tests.builders import (
     DOWN1,
     Q0,
@@ -274,8 +274,8 @@ REFUSALS: dict[str, Refusal] = {
     "auto, and nothing named": Refusal(config(base="auto"), ["no adapter says what it was trained on"]),
     "auto, and two named": Refusal(two_bases, ["name different bases", "org/one", "org/two"]),
     # --- other classes of error
-    "no base": Refusal(config(base="/no/such/base"), ["/no/such/base: no such file"], SourceError),
-    "no adapter": Refusal(config(adapters=["/no/such/lora"]), ["/no/such/lora: no such file"], SourceError),
+    "no base": Refusal(config(base="/no/such/base"), ["base /no/such/base: no such file"]),
+    "no adapter": Refusal(config(adapters=["/no/such/lora"]), ["adapter /no/such/lora: no such file"]),
     "base is cut": Refusal(
         overwritten("base/model-00001-of-00002.safetensors", "x"), ["model-00001-of-00002", "too short"], FormatError
     ),

@@ -17,8 +17,9 @@ import shardmerge
 from shardmerge import PlanError
 from shardmerge.config import MergeConfig
 from shardmerge.errors import VerifyError
-from shardmerge.inspection import inspect_path, starter_config
+from shardmerge.inspection import inspect_path
 from shardmerge.planning import make_plan
+from shardmerge.starter import starter_config
 from tests import zoo
 from tests.builders import (
     HIDDEN,

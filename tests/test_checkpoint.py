@@ -259,8 +259,8 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a numbered shard is missing": (numbered_shard_missing, ["of the 2 shards of model, these are missing: [1]"]),
     "a tensor is stored twice": (duplicate_tensor, [repr(Q0 + ".weight"), "stored twice", FIRST, SECOND]),
     "two indexes": (two_indexes, ["several indexes", "a.safetensors.index.json, b.safetensors.index.json"]),
-    "pickled": (pickled, ["no .safetensors file", "pickled weights; convert them"]),
-    "no weights": (nothing, ["no .safetensors file", "nothing to merge into"]),
+    "pickled": (pickled, ["expected .safetensors files", "pickled weights; convert them"]),
+    "no weights": (nothing, ["expected .safetensors files", "nothing to merge into"]),
     "index names a tensor that is not there": (
         lambda base: edit_index(base, ghost=FIRST),
         ["names 1 tensors that are not in the file it gives for them", "'ghost'", FIRST],

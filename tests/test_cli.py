@@ -21,6 +21,7 @@ from tests.builders import (
     contents,
     llama_tensors,
     make_place,
+    model_config,
     peft_config,
     peft_tensors,
     pure_tensors,
@@ -84,7 +85,7 @@ def test_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_quiet_still_tells_of_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = make_place(tmp_path)
+    place = make_place(tmp_path, config=model_config(_name_or_path="org/base"))
     untrained = {name: tensor * (".lora_A." in name) for name, tensor in peft_tensors().items()}
     write_peft(place.adapter, untrained, config=peft_config(base_model_name_or_path="org/other"))
     result = invoke(monkeypatch, "run", place.config_file(), "--quiet")
@@ -273,7 +274,7 @@ def test_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[s
         (["run", "config.yaml", "-s", "output.pth=x"], "ConfigError", 2),
         (["plan", "config.yaml", "-s", "adapters.0.alpha=1"], "PlanError", 3),
         (["init", "base"], "FormatError", 4),
-        (["inspect", "gone"], "SourceError", 5),
+        (["inspect", "gone"], "MissingError", 5),
         (["plan", "--fast", "config.yaml"], "UsageError", 2),
         (["run"], "UsageError", 2),
         (["paint"], "UsageError", 2),

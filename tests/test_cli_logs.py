@@ -17,7 +17,17 @@ from click.testing import CliRunner, Result
 import shardmerge
 from shardmerge.cli import cli, environment, logs
 from shardmerge.events import LOG
-from tests.builders import Place, contents, make_place, peft_config, peft_tensors, snapshot, write_json, write_peft
+from tests.builders import (
+    Place,
+    contents,
+    make_place,
+    model_config,
+    peft_config,
+    peft_tensors,
+    snapshot,
+    write_json,
+    write_peft,
+)
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
@@ -245,11 +255,12 @@ def test_a_disk_that_fills_up_does_not_stop_the_merge(tmp_path: Path, monkeypatc
 
 
 def test_verbose(tmp_path: Path) -> None:
-    place = make_place(tmp_path)
+    place = make_place(tmp_path, config=model_config(_name_or_path="org/base"))
     write_peft(place.adapter, peft_tensors(), config=peft_config(base_model_name_or_path="org/other"))
     silent = invoke("run", place.config_file(), "--quiet")
     result = invoke("run", place.config_file(), "--overwrite", "-v", "--quiet")
     said = [line for line in result.stderr.splitlines() if line.startswith("[")]
+    assert "trained on org/other" in silent.stderr
     assert len(said) == 10 and all(re.match(r"\[ +\d+\.\d s\] ", line) for line in said)
     assert "2 updates" in result.stderr and "finished in" in result.stderr
     # What is printed anyway is not printed twice.

@@ -20,6 +20,7 @@ from tests.builders import (
     Place,
     llama_tensors,
     make_place,
+    model_config,
     peft_config,
     peft_tensors,
     write_base,
@@ -127,7 +128,7 @@ def test_notices() -> None:
 
 def test_both_where_they_are_printed(tmp_path: Path) -> None:
     """Another base than the adapter names is a warning; what it does not need of another trainer's settings a note."""
-    place = make_place(tmp_path)
+    place = make_place(tmp_path, config=model_config(_name_or_path="org/base"))
     config = peft_config(base_model_name_or_path="org/other", learning_rate=0.1)
     write_peft(place.adapter, peft_tensors(), config=config)
     expected = [("warning", "trained on org/other"), ("note", "another program's training")]

@@ -428,7 +428,7 @@ def test_kohya_is_refused_by_name(merged: Path, adapter: Path, tmp_path: Path) -
 @pytest.mark.parametrize("library", ["transformers", "peft"])
 def test_without_the_extra_it_is_named(merged: Path, monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    assert f"this needs {library}: pip install 'shardmerge[hf]'" in refusal(merged)
+    assert f"this needs {library}: pip install transformers peft" in refusal(merged)
 
 
 def test_places_and_records(base: Path, merged: Path, adapter: Path, tmp_path: Path) -> None:
@@ -603,6 +603,8 @@ def test_the_device(merged: Path) -> None:
     assert named.stdout == unnamed.stdout
     with pytest.raises(ConfigError, match="the device is 'tpu'"):
         told(merged, device="tpu")
+    with pytest.raises(ConfigError, match=r"the device is 'gpu'.*did you mean cuda"):
+        told(merged, device="gpu")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")

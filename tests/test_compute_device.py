@@ -46,6 +46,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> PretendedCuda:
     monkeypatch.setattr(
         "shardmerge.compute.resolve_device", lambda name: DEVICE if name == "cuda" else torch.device(name)
     )
+    monkeypatch.setattr("shardmerge.devices.missing", lambda name, setting="": None)  # the plan asks for it, too
     monkeypatch.setattr("shardmerge.threads._cores", lambda: WORKERS)
     share = ComputeThreads.share
 
@@ -422,8 +423,11 @@ def test_the_old_switches_are_used_where_there_are_no_others(
 def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
     config = config_of("LoRA", tmp_path / "out")
     config["compute"]["device"] = f"cuda:{max(7, torch.cuda.device_count())}"
-    with pytest.raises(shardmerge.PlanError, match="CUDA devices here"):
+    with pytest.raises(shardmerge.PlanError, match="CUDA devices here") as planned:
+        shardmerge.plan(config)
+    with pytest.raises(shardmerge.PlanError) as merged:
         shardmerge.merge(config)
+    assert planned.value.problems == merged.value.problems
 
 
 # --- what the pretended device finds ----------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from shardmerge.config import AdapterConfig, ComputeConfig, MergeConfig, OutputConfig
+from shardmerge.starter import SCHEMA
 from tests.conftest import ROOT
-from tools.schema import SCHEMA, schema_text
+from tools.schema import schema_text
 
 EXAMPLES = sorted((ROOT / "configs").glob("*.yaml"))
 

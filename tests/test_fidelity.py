@@ -182,8 +182,18 @@ def test_stochastic_rounding_is_reproducible(tmp_path: Path) -> None:
 
 
 def test_in_float32_there_is_nothing_to_choose(tmp_path: Path) -> None:
+    """Nothing is rounded, so the setting would do nothing; in float64, or where less is stored, it does something."""
     base, adapter = place(tmp_path, 1e-4, torch.float32)
-    shardmerge.merge(stochastic(tmp_path / "chance", base, adapter))
-    merge_to(tmp_path / "nearest", base, adapter)
-    name = "model.safetensors"
-    assert (tmp_path / "chance" / name).read_bytes() == (tmp_path / "nearest" / name).read_bytes()
+    config = stochastic(tmp_path / "chance", base, adapter)
+    with pytest.raises(shardmerge.PlanError, match="computed in F32 and stored in F32, so none is rounded"):
+        shardmerge.plan(config)
+    for section, dtype in (("compute", "float64"), ("output", "bfloat16"), ("output", "float16")):
+        other = stochastic(tmp_path / "chance", base, adapter)
+        other[section] = {**other.get(section, {}), "dtype": dtype}
+        assert shardmerge.plan(other)
+    (tmp_path / "half").mkdir()
+    to_float32 = stochastic(tmp_path / "chance", *place(tmp_path / "half", 1e-4, torch.bfloat16))
+    assert shardmerge.plan(to_float32)
+    to_float32["output"]["dtype"] = "float32"
+    with pytest.raises(shardmerge.PlanError, match="stochastic has no effect"):
+        shardmerge.plan(to_float32)

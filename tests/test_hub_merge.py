@@ -88,9 +88,12 @@ def test_another_base_than_the_adapters_is_said(hub: HubStub, place: Place, tmp_
     home = tmp_path / "home"
     home.mkdir()
     done = shardmerge(hub, home, "plan", str(config))
-    # The local base's folder is called "base" too, which is how a local copy of org/base is usually called.
     assert done.returncode == 0 and "says it was trained on" not in done.stdout
-    place.base.rename(place.base.with_name("other"))
-    config = place.config_file(base=str(place.base.with_name("other")), adapters=ADAPTER)
+    # A local copy may be called anything; a repo of the Hub is what it is called.
+    hub.commit("org/other", place.base)
+    place.base.rename(place.base.with_name("copy"))
+    config = place.config_file(base=str(place.base.with_name("copy")), adapters=ADAPTER)
+    assert "says it was trained on" not in shardmerge(hub, home, "plan", str(config)).stdout
+    config = place.config_file(base="org/other", adapters=ADAPTER)
     done = shardmerge(hub, home, "plan", str(config))
-    assert f"says it was trained on {BASE}, not on {place.base.with_name('other')}" in done.stdout
+    assert f"says it was trained on {BASE}, not on org/other: the base is org/other" in done.stdout

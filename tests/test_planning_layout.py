@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +26,11 @@ from tests.builders import (
     Place,
     llama_tensors,
     make_place,
+    model_config,
     peft_config,
     shard_names,
     untimed,
+    write_json,
     write_peft,
     write_pure,
     write_shards,
@@ -288,26 +291,83 @@ def test_auto_with_several_adapters_of_one_base(tmp_path: Path) -> None:
 
 def test_auto_with_a_base_that_is_gone(tmp_path: Path) -> None:
     place = make_place(tmp_path)
-    with pytest.raises(shardmerge.SourceError, match=r"/gone/base: no such file"):
+    with pytest.raises(PlanError, match=r"base: auto: the adapter names /gone/base: no such file"):
         shardmerge.plan(place.config(base="auto", adapters=[trained_on(place, "a", "/gone/base")]))
 
 
 def test_auto_with_an_adapter_that_is_gone(tmp_path: Path) -> None:
     """What the base would have been cannot be known, so it is no second problem."""
     place = make_place(tmp_path)
-    with pytest.raises(shardmerge.SourceError, match=r"/gone/lora: no such file"):
+    with pytest.raises(PlanError, match=r"1 problem.*\n.*/gone/lora: no such file"):
         shardmerge.plan(place.config(base="auto", adapters=["/gone/lora"]))
 
 
 @pytest.mark.parametrize(
-    ("says", "warned"),
-    [("org/other", True), ("org/BASE", False), ("/home/somebody/base/", False), ("base", False), (None, False)],
+    "says",
+    ["org/other", "org/BASE", "/home/somebody/base/", "base", "C:\\models\\x", None],
     ids=str,
 )
-def test_another_base_than_the_adapter_says(tmp_path: Path, says: str | None, warned: bool) -> None:
+def test_a_local_copy_may_be_called_anything(tmp_path: Path, says: str | None) -> None:
     place = make_place(tmp_path)
-    warnings = shardmerge.plan(place.config(adapters=[trained_on(place, "a", says)])).warnings
-    assert [f"trained on {says}, not on {place.base}" in warning for warning in warnings] == [True] * warned
+    assert shardmerge.plan(place.config(adapters=[trained_on(place, "a", says)])).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("says", "warned"),
+    [
+        ("org/Llama-8B", True),
+        ("org/Llama-8B-Instruct", False),
+        ("other/llama-8b-instruct", False),
+        ("unsloth/Llama-8B-Instruct-unsloth-bnb-4bit", False),
+        ("org/Llama-8B-Instruct-AWQ", False),
+        ("org/Llama-8B-Instruct@v2", False),
+        ("/home/somebody/copy", False),
+    ],
+)
+@pytest.mark.parametrize("where", ["config.json", "the Hub's cache"])
+def test_another_base_than_the_adapter_says(tmp_path: Path, says: str, warned: bool, where: str) -> None:
+    name = "org/Llama-8B-Instruct"
+    place = make_place(tmp_path, config=model_config(_name_or_path=name if where == "config.json" else ...))
+    base = place.base
+    if where != "config.json":
+        base = tmp_path / "models--org--Llama-8B-Instruct" / "snapshots" / "0123"
+        base.parent.mkdir(parents=True)
+        place.base.rename(base)
+    warnings = shardmerge.plan(place.config(base=str(base), adapters=[trained_on(place, "a", says)])).warnings
+    expected = f"says it was trained on {says}, not on {base}: the base is {name}"
+    assert [warning.endswith(expected) for warning in warnings] == [True] * warned
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({}, ""),
+        ({"vocab_size": 32}, ""),  # of which the base says nothing
+        ({"hidden_size": 64}, "hidden_size is 64 there, and 32 in the base"),
+        ({"model_type": "qwen2"}, "model_type is qwen2 there, and llama in the base"),
+        ({"hidden_size": ..., "text_config": {"hidden_size": 64}}, "hidden_size is 64 there"),
+        ({"hidden_size": ..., "text_config": {"hidden_size": 32}}, ""),
+    ],
+    ids=str,
+)
+def test_the_model_that_the_adapter_names_is_here(tmp_path: Path, changes: dict[str, Any], warned: str) -> None:
+    """It may be a copy of the base, or another model: its config.json says which."""
+    place = make_place(tmp_path)
+    (tmp_path / "named").mkdir()
+    write_json(tmp_path / "named" / "config.json", model_config(**changes))
+    warnings = shardmerge.plan(place.config(adapters=[trained_on(place, "a", tmp_path / "named")])).warnings
+    assert len(warnings) == bool(warned) and all(warned in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("harm", ["no config.json", "no JSON", "FIFO"])
+def test_a_named_model_that_cannot_be_read_says_nothing(tmp_path: Path, harm: str) -> None:
+    place = make_place(tmp_path)
+    (tmp_path / "named").mkdir()
+    if harm == "no JSON":
+        (tmp_path / "named" / "config.json").write_text("{")
+    elif harm == "FIFO":
+        os.mkfifo(tmp_path / "named" / "config.json")
+    assert shardmerge.plan(place.config(adapters=[trained_on(place, "a", tmp_path / "named")])).warnings == ()
 
 
 def test_rounding_twice_is_a_warning(tmp_path: Path) -> None:

@@ -341,7 +341,7 @@ result = dict(
     )
     def test_nothing_of_it_in_the_cache(self, client: Client, env: dict[str, str]) -> None:
         error = client.error(f"open_source('{REPO}@v1')", **env)
-        assert error.startswith(f"{REPO}@v1: no local file or directory, not in the cache")
+        assert error.startswith(f"{REPO}@v1: no local file or directory in ")
         assert f"`hf download {REPO} --revision v1`" in error
 
 
@@ -376,21 +376,23 @@ result += [error_of(open_source, place) for place in places]
 result += [error_of(open_reader, SourceFile(uri, 1)) for uri in uris]
 """)
         sha = hub.repos[REPO].refs["main"]
+        nowhere = f"no local file or directory in {client.home}, and on the Hub"
         assert errors == [
             f"{REPO}@{sha}/nothere: there is no such file in the repo",
             *(f"{REPO}: {name!r} is no name of a file in a repo" for name in self.BAD_NAMES),
             *[f"{REPO}: '../x' is no name of a file in a repo"] * 2,
-            "org/nothere: no local file or directory, and on the Hub: there is no such repo, or it is private. "
+            f"org/nothere: {nowhere}: there is no such repo, or it is private. "
             "Log in with `hf auth login`, or set HF_TOKEN, if it is",
-            f"{REPO}@nothere: no local file or directory, and on the Hub: the repo has no such revision "
-            "(branch, tag or commit)",
+            f"{REPO}@nothere: {nowhere}: the repo has no such revision (branch, tag or commit)",
             f"{REPO}@../x: '../x' is no revision",
             errors[-4],
             f"'hub://{REPO}@main/x' is not of the form hub://org/name@commit/file",
             f"'hub://{REPO}@{sha}/../x' is not of the form hub://org/name@commit/file",
             f"{REPO}@{sha}/nothere: there is no such file in the repo",
         ]
-        assert errors[-4].startswith("org/..: no local file or directory, and on the Hub: HFValidationError")
+        assert errors[-4].startswith(
+            f"org/..: no local file or directory in {client.home}, and on the Hub: HFValidationError"
+        )
 
     def test_a_gated_repo(self, client: Client, hub: HubStub) -> None:
         hub.repos[REPO].token, hub.repos[REPO].gated = TOKEN, True

@@ -305,7 +305,7 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "cache of the Hub": (in_snapshots, ["weights are in folders", "snapshots/abc/"]),
     "adapter": (adapter, ["it is an adapter"]),
     "pickles": (one_file_of("pytorch_model.bin"), ["pickled weights", "pytorch_model.bin"]),
-    "GGUF": (one_file_of("m.gguf"), ["another format", "m.gguf"]),
+    "GGUF": (one_file_of("m.gguf"), ["it is GGUF, llama.cpp's format; give the safetensors", "m.gguf"]),
     "nothing": (one_file_of("x.txt"), ["nothing to merge into"]),
 }
 

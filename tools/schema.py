@@ -1,13 +1,14 @@
-"""Write configs/schema.json, which gives editors completion and checking for a config."""
+"""Write the schema of a config, which gives editors completion and checking: `shardmerge schema` prints it.
+
+There is one copy of it, in the package, so that who has installed that has the schema of just that version.
+"""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from shardmerge.config import MergeConfig
-
-SCHEMA = Path(__file__).resolve().parent.parent / "configs" / "schema.json"
+from shardmerge.starter import SCHEMA
 
 
 def schema_text() -> str:

@@ -6,7 +6,8 @@ To add a method of PEFT: a file with its `PeftMethod` and its `Family` (one clas
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,8 @@ __all__ = [
     "PeftMethod",
     "Registered",
     "Stored",
+    "are_factors",
+    "are_weights",
     "check_dtypes",
     "claim",
     "claim_beside",
@@ -200,6 +203,22 @@ method_of = kohya.method
 looks_like_image_trainers = kohya.is_telling
 
 
+#: Ends of the names of factors, in any format that is read without a config.
+_FACTOR = re.compile(
+    r".*\.(lora_\w+|lora_[AB]\.\w+|[AB]|alpha|hada_\w+|lokr_\w+|dora_scale|diff|diff_b|w_norm|b_norm)(\.weight|\.bias)?"
+)
+
+
+def are_factors(names: Collection[str]) -> bool:
+    """Whether most of these tensors are an adapter's, by their names, and not a model's own."""
+    return 2 * sum(_FACTOR.fullmatch(name) is not None for name in names) > len(names)
+
+
+def are_weights(names: Collection[str]) -> bool:
+    """Whether all of these tensors are a model's own, by their names."""
+    return bool(names) and not any(map(_FACTOR.fullmatch, names)) and not looks_like_image_trainers(names)
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterContent:
     """What an adapter's files hold, and what our config says of its scale."""
@@ -231,6 +250,21 @@ def claim(
     ``stored`` tells of a module's parameter in the base, and its dtype, where there is a base; ``ordered``
     of its Linear layers in their order.
     """
+    claims = _claim(format_, content, registered, stored, ordered)
+    if content.expert_layout == "unsloth" and not claims.problems:  # peft is what is done anyway
+        claims.problems += _idle_layout(claims)
+    return claims
+
+
+def _idle_layout(claims: Claims) -> list[str]:
+    if any(update.family == LoraExperts.name for update in claims.updates):
+        return []
+    return ["expert_layout has no effect: it has no LoRA of fused experts in PEFT's keys; remove it"]
+
+
+def _claim(
+    format_: str, content: AdapterContent, registered: Registered, stored: Stored | None, ordered: Ordered
+) -> Claims:
     tensors, config = content.tensors, content.config
     if content.ignored and (config is None or format_ != "peft"):
         return Claims(problems=["ignore_keys are of PEFT's adapter_config.json; this adapter has none"], refused=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from shardmerge import recognise
 from shardmerge.checkpoint.reading import Shard, is_index, read_index, read_shard, stem_of_index
-from shardmerge.errors import FormatError
+from shardmerge.errors import FormatError, OtherKindError
 from shardmerge.notices import Warned
 from shardmerge.sources import LocalSource, Source
 from shardmerge.spec import TensorRef
@@ -197,8 +197,10 @@ def _refuse_what_is_no_model(source: Source, names: Sequence[str], files: Sequen
     is_adapter = "adapter_config.json" in names and all(_NOT_THE_MODEL.fullmatch(name) for name in files)
     if not files or is_pipeline or is_adapter:
         or_files = f", or the path of one of its files: {_listed(files)}" if files and not is_adapter else ""
-        none = "" if files else "no .safetensors file: "
-        raise FormatError(f"{source.location}: {none}{recognise.what_directory_is(names)}{or_files}")
+        what = recognise.what_directory_is(names)
+        if what == recognise.IS_ADAPTER:
+            raise OtherKindError(f"{source.location}: {what}")
+        raise FormatError(f"{source.location}: {what}{or_files}" + ("" if files else "; expected .safetensors files"))
 
 
 def _without_index(source: Source, files: Sequence[str]) -> Choice:

@@ -36,6 +36,7 @@ for _command in (
     proving.compare,
     describing.inspect,
     describing.init,
+    describing.schema,
     talking.chat,
 ):
     cli.add_command(_command)

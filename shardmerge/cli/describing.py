@@ -1,4 +1,4 @@
-"""``inspect`` and ``init``: what a path is, and a config to begin with."""
+"""``inspect``, ``init`` and ``schema``: what a path is, a config to begin with, and what may stand in one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shardmerge.shown import one_line, shown
 @click.argument("path")
 @json_option
 def inspect(path: str, as_json: bool) -> None:
-    """Say what PATH is: a checkpoint or an adapter, of what kind, size, dtype, rank and scaling."""
+    """Say what PATH is: a checkpoint, an adapter or a GGUF file; of what kind, size, dtype, rank, scaling, origin."""
     from shardmerge.inspection import describe, inspect_path
 
     found = inspect_path(path)
@@ -29,13 +29,15 @@ def inspect(path: str, as_json: bool) -> None:
 @click.command()
 @click.argument("adapter")
 @click.option("-o", "target", type=click.Path(path_type=Path), default=Path("config.yaml"), show_default=True)
+@click.option("--base", metavar="PLACE", help="What to merge into.  [default: what the adapter was trained on]")
+@click.option("--output", metavar="DIR", help="Where the merged model shall go.  [default: ADAPTER-merged]")
 @json_option
-def init(adapter: str, target: Path, as_json: bool) -> None:
+def init(adapter: str, target: Path, base: str | None, output: str | None, as_json: bool) -> None:
     """Write a commented config for ADAPTER, from its own metadata. `-o -` prints it."""
-    from shardmerge.inspection import starter_config
+    from shardmerge.starter import starter_config
 
     printed = str(target) == "-"
-    text = starter_config(adapter, "config.yaml" if printed else str(target))
+    text = starter_config(adapter, "config.yaml" if printed else str(target), base, output)
     if not printed:
         _write_new(target, text)
     if as_json:
@@ -45,6 +47,14 @@ def init(adapter: str, target: Path, as_json: bool) -> None:
         click.echo(shown(text) if sys.stdout.isatty() else text, nl=False)
     else:
         say(f"{target}: written; look it over, then: shardmerge plan {target}", err=True)
+
+
+@click.command()
+def schema() -> None:
+    """Print the JSON schema of a config, by which editors complete and check it."""
+    from shardmerge.starter import SCHEMA
+
+    click.echo(SCHEMA.read_text(encoding="utf-8"), nl=False)
 
 
 def _write_new(target: Path, text: str) -> None:

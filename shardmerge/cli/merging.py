@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -45,9 +46,25 @@ def _config_options(command: Command) -> Command:
 def _load(config: Path, overrides: tuple[str, ...]) -> MergeConfig:
     from shardmerge.config import MergeConfig
 
-    loaded = MergeConfig.from_file(config, overrides, environment.compute_defaults())
+    defaults = environment.compute_defaults()
+    if str(config) == "-":
+        loaded = MergeConfig.from_text(_stdin(), overrides, defaults, "the config on stdin")
+    else:
+        loaded = MergeConfig.from_file(config, overrides, defaults)
     keep_log_out_of(loaded.output.path)
     return loaded
+
+
+def _stdin() -> bytes:
+    """No more of it than shows that it is too long."""
+    from shardmerge.config import MAX_CONFIG_BYTES
+
+    if sys.stdin is None:  # as in a process that was started without
+        raise ConfigError("the config is to come from stdin, which is closed")
+    try:
+        return sys.stdin.buffer.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"the config on stdin cannot be read: {error.strerror}") from None
 
 
 def _plan(config: Path, overrides: tuple[str, ...], *, overwrite: bool, allow_config_loss: bool) -> MergePlan:
@@ -66,7 +83,7 @@ def _plan(config: Path, overrides: tuple[str, ...], *, overwrite: bool, allow_co
 def run(
     config: Path, overrides: tuple[str, ...], allow_config_loss: bool, overwrite: bool, as_json: bool, quiet: bool
 ) -> None:
-    """Merge as CONFIG says. Run it again to take up an interrupted merge."""
+    """Merge as CONFIG says, a YAML file or - for stdin. Run it again to take up an interrupted merge."""
     planned = _plan(config, overrides, overwrite=overwrite, allow_config_loss=allow_config_loss)
     _carry_out(planned, as_json=as_json, quiet=quiet)
 
@@ -100,7 +117,7 @@ def _carry_out(planned: MergePlan, *, as_json: bool, quiet: bool) -> None:
 @_config_options
 @logged
 def plan(config: Path, overrides: tuple[str, ...], allow_config_loss: bool, overwrite: bool, as_json: bool) -> None:
-    """Say what `run` would do, and every reason why it would not. Reads headers only."""
+    """Say what `run` would do, and every reason why it would not. Reads headers only. CONFIG may be - for stdin."""
     from shardmerge.report import describe_plan, plan_summary
 
     planned = _plan(config, overrides, overwrite=overwrite, allow_config_loss=allow_config_loss)

@@ -40,8 +40,7 @@ def reported(ctx: click.Context) -> Iterator[None]:
         yield
     except ShardmergeError as error:
         if ctx.meta[_AS_JSON]:
-            problems = error.problems if isinstance(error, PlanError) else [str(error)]
-            _print_error(type(error).__name__, error.exit_code, problems)
+            _print_error(type(error).__name__, error.exit_code, error.problems)
         say(f"shardmerge: {_message(error)}", err=True)
         raise click.exceptions.Exit(error.exit_code) from None
     except click.UsageError as error:

@@ -96,7 +96,7 @@ def compare(
 ) -> None:
     """Compare the answers of the model in OUTPUT with those of its base + adapter, not merged.
 
-    Loads one after the other. Needs the extra: pip install 'shardmerge[hf]'.
+    Loads one after the other. Needs transformers and PEFT: pip install transformers peft
     """
     from shardmerge import comparison
 

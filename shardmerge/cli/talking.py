@@ -35,7 +35,7 @@ def chat(
     base: str | None,
     as_json: bool,
 ) -> None:
-    """Talk to the model in OUTPUT. Needs the extra: pip install 'shardmerge[hf]'.
+    """Talk to the model in OUTPUT. Needs transformers: pip install transformers
 
     On a terminal /help lists the commands, the arrow keys bring back earlier lines, and Ctrl-C stops an answer and not
     the program. What an answer holds of commands to the terminal is shown as text; a pipe gets it as it is.

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardmerge import hf
-from shardmerge.choices import DEVICE
+from shardmerge import hf, meant
+from shardmerge.choices import DEVICE, DEVICES
 from shardmerge.comparison.attached import attach
 from shardmerge.comparison.figures import (
     Answer,
@@ -171,5 +171,6 @@ class _Speaker:
 
 def _device(name: str) -> torch.device:
     if not re.fullmatch(DEVICE, name):
-        raise ConfigError(f"the device is {name!r}; expected auto, cpu, cuda or cuda:1")
+        hint = meant.hint(name, DEVICES)
+        raise ConfigError(f"the device is {name!r}; expected auto, cpu, cuda or cuda:1" + (f"; {hint}" if hint else ""))
     return resolve_device(name, "the device", "the comparison")

@@ -307,7 +307,7 @@ def _opened(content: bytes, problems: list[str]) -> _Tokenizer | None:
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        problems.append("GGUF with this tokenizer needs the package tokenizers: pip install 'shardmerge[gguf]'")
+        problems.append("GGUF with this tokenizer needs the package tokenizers: pip install tokenizers")
         return None
     try:
         opened: _Tokenizer = Tokenizer.from_str(content.decode())

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from shardmerge.adapter_file import AdapterFile, open_adapter
-from shardmerge.checkpoint import Checkpoint, Shard, open_checkpoint
+from shardmerge.adapter_file import AdapterFile
+from shardmerge.checkpoint import Checkpoint, Shard
 from shardmerge.config import AdapterConfig, MergeConfig
-from shardmerge.errors import FormatError, PlanError, ShardmergeError
+from shardmerge.errors import FormatError, PlanError
 from shardmerge.events import Stopwatch
 from shardmerge.garbage import give_back, no_garbage_collection
 from shardmerge.names import Names
@@ -21,13 +21,15 @@ from shardmerge.notices import Warned
 from shardmerge.planning import aux_files, steps
 from shardmerge.planning.heads import resolve_heads
 from shardmerge.planning.match import match
+from shardmerge.planning.opening import open_all
 from shardmerge.planning.output_checks import absolute, output_problems
+from shardmerge.planning.settings import check_device, check_rounding
 from shardmerge.planning.several import undone
 from shardmerge.planning.tied import resolve_ties
 from shardmerge.planning.tiling import tile_all
+from shardmerge.planning.trained_on import another_than
 from shardmerge.planning.vocabulary import resized
 from shardmerge.sinks import Layout, lay_out
-from shardmerge.sources import open_source
 from shardmerge.spec import (
     AdapterInfo,
     AuxFile,
@@ -51,8 +53,6 @@ __all__ = ["bytes_read", "make_plan"]
 #: Raised when the same plan comes to mean other bytes, so that unfinished work of an older version is not mixed in.
 _DIGEST_VERSION = 4
 
-Opened = TypeVar("Opened")
-
 
 def make_plan(config: MergeConfig, overwrite: bool = False, *, check_output: bool = True) -> MergePlan:
     """Decide everything about a merge; without ``check_output``, of one that is done already.
@@ -70,7 +70,7 @@ def make_plan(config: MergeConfig, overwrite: bool = False, *, check_output: boo
 
 
 def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> MergePlan:
-    checkpoint, adapters = _open_all(config)
+    checkpoint, adapters = open_all(config, overwrite, check_output)
     dtype = "same" if config.output.dtype == "same" else dtype_code(config.output.dtype)
     compute_dtype = dtype_code(config.compute.dtype)
     output = absolute(config.output.path)
@@ -126,6 +126,7 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
     written = sum(shard.nbytes for shard in shards) + sum(_aux_bytes(file) for file in aux.files)
     sources = [adapter for _, adapter in adapters]
     if check_output:
+        problems += check_rounding(config, shards, compute_dtype) + check_device(config.compute.device)
         files = [*(file.name for file in aux.files), *(shard.name for shard in shards)]
         files += [layout.index_name] if layout.index_name else []
         problems += output_problems(output, checkpoint, sources, files, written, overwrite)
@@ -158,53 +159,6 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
         fingerprint={},
     )
     return dataclasses.replace(plan, fingerprint=_fingerprint(plan, checkpoint, made_of))
-
-
-# --- opening ----------------------------------------------------------------------------------------------------------
-
-
-def _open_all(config: MergeConfig) -> tuple[Checkpoint, list[tuple[AdapterConfig, AdapterFile]]]:
-    """Open the base and every adapter; a single failure keeps its own class, several are told together."""
-    errors: list[ShardmergeError] = []
-
-    def attempt(opening: Callable[[], Opened]) -> Opened | None:
-        try:
-            return opening()
-        except ShardmergeError as error:
-            errors.append(error)
-            return None
-
-    adapters = []
-    watch = Stopwatch()
-    for entry in config.adapters:
-        adapter = attempt(lambda entry=entry: open_adapter(open_source(entry.path), entry.ignore_files))  # type: ignore[misc]
-        if adapter is not None:
-            adapters.append((entry, adapter))
-            steps.opened("adapter", adapter.source, len(adapter.tensors), adapter.files, watch)
-    checkpoint = None
-    if config.base != "auto" or not errors:
-        checkpoint = attempt(lambda: open_checkpoint(open_source(_base_location(config, adapters))))
-    if checkpoint is not None:
-        files = [shard.file for shard in checkpoint.shards]
-        steps.opened("base", checkpoint.source, len(checkpoint.weights), files, watch)
-    if len(errors) == 1:
-        raise errors[0] if isinstance(errors[0], PlanError) else type(errors[0])(f"{errors[0]}. Nothing was written")
-    if errors or checkpoint is None:
-        raise PlanError([str(error) for error in errors])
-    of_base = {shard.file.uri for shard in checkpoint.shards}
-    return checkpoint, [(entry, adapter.apart_from(of_base)) for entry, adapter in adapters]
-
-
-def _base_location(config: MergeConfig, adapters: Sequence[tuple[AdapterConfig, AdapterFile]]) -> str:
-    if config.base != "auto":
-        return config.base
-    named = {adapter.trained_on: entry.path for entry, adapter in adapters if adapter.trained_on}
-    if len(named) == 1:
-        return next(iter(named))
-    if named:
-        found = "; ".join(f"{path} was trained on {base}" for base, path in named.items())
-        raise PlanError([f"base: auto: the adapters name different bases ({found}); give the base's path"])
-    raise PlanError(["base: auto: no adapter says what it was trained on; give the base's path"])
 
 
 def _names(checkpoint: Checkpoint, architectures: Any) -> Names:
@@ -297,8 +251,9 @@ def _warnings(
     warnings: list[str] = []
     for entry, adapter in adapters:
         trained_on = adapter.trained_on
-        if trained_on and config.base != "auto" and not _same_model(trained_on, checkpoint.source.location):
-            warnings.append(Warned(f"adapter {entry.path} says it was trained on {trained_on}, not on {config.base}"))
+        if trained_on and config.base != "auto" and (why := another_than(trained_on, checkpoint)):
+            text = f"adapter {entry.path} says it was trained on {trained_on}, not on {config.base}: {why}"
+            warnings.append(Warned(text))
     warnings += checkpoint.notes
     for source in (checkpoint.source, *(adapter.source for _, adapter in adapters)):
         if source.note:
@@ -307,12 +262,6 @@ def _warnings(
         rounds = "compute.dtype bfloat16 rounds the update before it is added; float32 rounds only the result"
         warnings.append(Warned(rounds))
     return warnings
-
-
-def _same_model(one: str, other: str) -> bool:
-    """A local copy of a Hub model is commonly called like it."""
-    last = [name.rstrip("/").rpartition("/")[2].lower() for name in (one, other)]
-    return last[0] == last[1]
 
 
 def _fingerprint(plan: MergePlan, checkpoint: Checkpoint, made_of: Mapping[str, str]) -> Fingerprint:

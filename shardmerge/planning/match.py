@@ -17,6 +17,7 @@ from shardmerge.config import AdapterConfig
 from shardmerge.names import LABELS, Names, Speakers, head_for
 from shardmerge.naming import nearest
 from shardmerge.notices import Warned, prefixed
+from shardmerge.planning.another_model import Fit, another_model
 from shardmerge.planning.modules import Modules
 from shardmerge.planning.quantised import has_packed, is_quantised
 from shardmerge.planning.several import compare_copies, in_order, list_some, order_of, overlap, read_too_late
@@ -75,6 +76,7 @@ class _Matching:
         self.adapter = adapter
         self.head = head_for(checkpoint.config, (adapter.config or {}).get("task_type"))
         self.matches = matches
+        self.fit = Fit()
         self.unmatched: list[Callable[[], str]] = []
         self.misfits: list[str] = []
         self.taken: dict[tuple[str, int], ModuleUpdate] = {}
@@ -104,7 +106,8 @@ class _Matching:
         only = all(FAMILIES[update.family].adds or not order_of(update) for update in claims.updates)
         if only and adding and not any(update.scaling * self.config.weight for update in adding):
             self.matches.warnings.append(Warned(f"{self._who}every scaling is zero, so it changes nothing"))
-        return problems + list_some(self.unmatched) + list_some(self.misfits)
+        another = another_model(self.fit, self.checkpoint, self.adapter.trained_on)
+        return another + problems + list_some(self.unmatched) + list_some(self.misfits)
 
     @property
     def _who(self) -> str:
@@ -157,6 +160,7 @@ class _Matching:
             return
         wrong = [named(update, problem) for problem in self._misfits(update, parameter)]
         self.misfits += wrong
+        self.fit.add(update, _shape(update, parameter), bool(wrong))
         if wrong or _is_told(update):
             return
         if update.family == "replacement" and update.factor("whole").shape != _shape(update, parameter):
@@ -186,6 +190,7 @@ class _Matching:
             self.matches.unplaced.append(Unplaced(self.number, update, why, problem))
         else:
             self.unmatched.append(problem)
+            self.fit.absent += [update] if not why else []
 
     def _with_base(self, update: ModuleUpdate) -> ModuleUpdate | str:
         """The update with the base's own tensors that it needs among its factors; a string says why not."""

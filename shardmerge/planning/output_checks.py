@@ -77,14 +77,24 @@ def _check_links(output: Path, names: Collection[str]) -> list[str]:
     ]
 
 
+def check_alone(output: Path, overwrite: bool) -> list[str]:
+    """What forbids writing to ``output`` whatever base and adapters are."""
+    try:
+        return _check_itself(output, overwrite)
+    except (OSError, RuntimeError, ValueError) as error:
+        return [f"output.path {output} cannot be used: {error}"]
+
+
 def _check_place(output: Path, checkpoint: Checkpoint, adapters: list[AdapterFile], overwrite: bool) -> list[str]:
-    if output.is_symlink() and not output.exists():
-        return [f"output.path {output} is a link that leads nowhere"]
     problems = _overlap(output, "base", checkpoint.source)
     for adapter in adapters:
         problems += _overlap(output, "adapter", adapter.source)
-    if problems:
-        return problems
+    return problems or _check_itself(output, overwrite)
+
+
+def _check_itself(output: Path, overwrite: bool) -> list[str]:
+    if output.is_symlink() and not output.exists():
+        return [f"output.path {output} is a link that leads nowhere"]
     if output.exists() and not output.is_dir():
         return [f"output.path {output} is a file; it must be a directory"]
     return _not_empty(output, overwrite)

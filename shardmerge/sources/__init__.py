@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Protocol
 
-from shardmerge.errors import SourceError
+from shardmerge.errors import MissingError
 from shardmerge.sources.inline import SCHEME as INLINE_SCHEME
 from shardmerge.sources.inline import InlineReader, inline_file
 from shardmerge.sources.local import LocalReader, LocalSource
@@ -27,6 +27,7 @@ __all__ = [
     "Source",
     "directory_of",
     "inline_file",
+    "looked_in",
     "open_direct",
     "open_reader",
     "open_source",
@@ -90,7 +91,7 @@ class Reader(Protocol):
 def open_source(location: str) -> Source:
     """The source that ``location`` names. A local path of that name wins over the Hub.
 
-    Raises `SourceError` if there is no such place.
+    Raises `MissingError` if there is no such place, `SourceError` if it cannot be reached.
     """
     path = os.path.expanduser(location)
     if os.path.exists(path):
@@ -100,9 +101,15 @@ def open_source(location: str) -> Source:
         from shardmerge.sources.hub import HubSource
 
         return HubSource.open(location)
-    raise SourceError(
-        f"{location}: no such file or directory (and it is no Hub id, which would be org/name or org/name@revision)"
+    raise MissingError(
+        f"{location}: no such file or directory{looked_in(path)} (and it is no Hub id, which would be org/name or "
+        "org/name@revision)"
     )
+
+
+def looked_in(path: str) -> str:
+    """`` in /the/working/directory``, where a path is relative to that; empty where it is absolute."""
+    return "" if os.path.isabs(path) else f" in {os.getcwd()}"
 
 
 def directory_of(source: Source) -> Source:

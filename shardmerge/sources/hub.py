@@ -29,8 +29,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from shardmerge.errors import SourceError
-from shardmerge.sources import HUB_SCHEME
+from shardmerge.errors import MissingError, SourceError
+from shardmerge.sources import HUB_SCHEME, looked_in
 from shardmerge.sources.local import LocalReader, LocalSource
 from shardmerge.spec import SourceFile
 from shardmerge.version import __version__
@@ -94,7 +94,9 @@ class HubSource:
         except Exception as error:
             if _is_unreachable(error):
                 return cls._from_cache(location, repo, asked, _reason(error))
-            raise SourceError(f"{location}: no local file or directory, and on the Hub: {_reason(error)}") from None
+            kind = MissingError if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)) else SourceError
+            where = f"no local file or directory{looked_in(location)}"
+            raise kind(f"{location}: {where}, and on the Hub: {_reason(error)}") from None
         commit = info.sha or ""
         if not _COMMIT.fullmatch(commit):
             raise SourceError(f"{location}: the Hub names {commit!r} where a commit was expected")
@@ -106,8 +108,8 @@ class HubSource:
         try:
             folder = _cached_snapshot(repo, asked)
         except Exception:
-            where = f"no local file or directory, not in the cache ({constants.HF_HUB_CACHE})"
-            raise SourceError(f"{location}: {where}, and {why}. {_to_cache(repo, asked)}") from None
+            where = f"no local file or directory{looked_in(location)}, not in the cache ({constants.HF_HUB_CACHE})"
+            raise MissingError(f"{location}: {where}, and {why}. {_to_cache(repo, asked)}") from None
         files = LocalSource(str(folder))
         sizes = {name: files.stat(name).size for name in files.names()}
         return cls(repo, folder.name, sizes, asked=folder.name, unreachable=why)

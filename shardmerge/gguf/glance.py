@@ -1,0 +1,176 @@
+"""What a GGUF file of anybody's says of itself: its header, read from the format's definition, and nothing else.
+
+    "GGUF", version (u32), number of tensors (u64), number of key-values (u64)
+    each key-value:  key, type (u32), value
+    each tensor:     name, number of dimensions (u32), dimensions (u64), type (u32), offset (u64)
+
+Strings are a length (u64) and bytes; arrays the type of their items (u32), a number (u64) and the items; little-endian.
+Source: ggml's docs/gguf.md and, for the numbers of types, ggml.h. A header is read in pieces, and no count is believed
+before its items have come; values that are long are passed over.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from shardmerge.errors import FormatError
+
+#: Bytes and items that a header may have: the largest vocabularies, with their merges, take 20 MB and a million.
+_MOST_BYTES, _MOST_ITEMS = 128 << 20, 4 << 20
+_MOST_TENSORS, _MOST_KEYS, _MOST_DIMENSIONS = 1 << 18, 1 << 14, 8
+#: Strings up to this length are kept; a name may be no longer.
+_KEPT, _CHUNK = 4096, 1 << 20
+_STRING, _ARRAY = 8, 9
+_SCALARS: Mapping[int, str] = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+#: Numbers of types by their names in ggml.h.
+TYPES: Mapping[int, str] = {
+    **dict(enumerate(("F32", "F16", "Q4_0", "Q4_1"))),
+    **dict(enumerate(("Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K"), 6)),
+    **dict(enumerate(("IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS"), 16)),
+    **dict(enumerate(("I8", "I16", "I32", "I64", "F64", "IQ1_M", "BF16"), 24)),
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
+}
+
+#: Up to so many bytes (the second) from an offset (the first).
+Read = Callable[[int, int], bytes]
+Value = int | float | bool | str
+
+
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """Short values by key; by type of tensor how many there are, and bytes of their data (padding counts)."""
+
+    version: int
+    values: Mapping[str, Value]
+    tensors: Mapping[str, int]
+    nbytes: Mapping[str, int]
+
+    def text(self, key: str) -> str | None:
+        value = self.values.get(key)
+        return value if isinstance(value, str) else None
+
+
+def glance(read: Read, size: int, where: str) -> Glance:
+    """Read the header of a file of ``size`` bytes. `FormatError` where it is none."""
+    cursor = _Cursor(read, min(size, _MOST_BYTES), where)
+    if cursor.take(4) != b"GGUF":
+        raise FormatError(f"{where}: is not a GGUF file")
+    version, tensors, keys = cursor.unpack("<IQQ")
+    if version not in (2, 3) or tensors > _MOST_TENSORS or keys > _MOST_KEYS:
+        raise FormatError(
+            f"{where}: GGUF version {version} with {tensors} tensors and {keys} key-values; expected version 2 or 3, "
+            f"and at most {_MOST_TENSORS} and {_MOST_KEYS}"
+        )
+    found = ((cursor.text(), _value(cursor)) for _ in range(keys))
+    values = {key: value for key, value in found if value is not None}
+    places = [_tensor(cursor) for _ in range(tensors)]
+    alignment = values.get("general.alignment", 32)
+    padding = -cursor.at % alignment if type(alignment) is int and alignment > 0 else 0
+    return Glance(int(version), values, Counter(kind for _, kind in places), _sizes(places, size - cursor.at - padding))
+
+
+def _sizes(places: list[tuple[int, str]], data_bytes: int) -> Counter[str]:
+    """Bytes by type: every tensor ends where the next begins."""
+    sizes: Counter[str] = Counter()
+    ordered = sorted(places)
+    for (start, kind), end in zip(ordered, [*(start for start, _ in ordered[1:]), data_bytes], strict=True):
+        sizes[kind] += max(0, min(end, data_bytes) - start)
+    return sizes
+
+
+class _Cursor:
+    """Goes through the bytes of a header, which are read in chunks."""
+
+    def __init__(self, read: Read, end: int, where: str) -> None:
+        self._read, self._end, self._where = read, end, where
+        self._chunk, self._used, self._start = b"", 0, 0
+        self._items = 0
+
+    @property
+    def at(self) -> int:
+        return self._start + self._used
+
+    def take(self, count: int) -> bytes:
+        """The next bytes, few of them."""
+        if count > len(self._chunk) - self._used:
+            self._start, self._used = self.at, 0
+            self._chunk = self._read(self._start, max(0, min(_CHUNK, self._end - self._start)))
+        if count > len(self._chunk) - self._used:
+            raise FormatError(f"{self._where}: its header is not complete at byte {self.at}")
+        self._used += count
+        return self._chunk[self._used - count : self._used]
+
+    def skip(self, count: int) -> None:
+        if count > self._end - self.at:
+            raise FormatError(f"{self._where}: its header is not complete at byte {self.at}")
+        if count <= len(self._chunk) - self._used:
+            self._used += count
+        else:
+            self._start, self._chunk, self._used = self.at + count, b"", 0
+
+    def unpack(self, layout: str) -> tuple[int, ...]:
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+
+    def length(self, most: int = _MOST_BYTES) -> int:
+        (length,) = self.unpack("<Q")
+        self.count(1)
+        if length > most:
+            raise FormatError(f"{self._where}: a text of {length} bytes at byte {self.at}; expected {most} at most")
+        return length
+
+    def text(self) -> str:
+        return self.take(self.length(_KEPT)).decode(errors="backslashreplace")
+
+    def count(self, items: int) -> None:
+        """Refuse a header of more items than any has."""
+        self._items += items
+        if self._items > _MOST_ITEMS:
+            raise FormatError(f"{self._where}: its header has over {_MOST_ITEMS} items; expected less")
+
+
+def _value(cursor: _Cursor) -> Value | None:
+    """A value; None of one that is long, which is passed over."""
+    (kind,) = cursor.unpack("<I")
+    if kind == _STRING:
+        length = cursor.length()
+        if length <= _KEPT:
+            return cursor.take(length).decode(errors="backslashreplace")
+        cursor.skip(length)
+        return None
+    if kind == _ARRAY:
+        _skip_array(cursor)
+        return None
+    scalar: Value = cursor.unpack(_layout(cursor, kind))[0]
+    return scalar
+
+
+def _skip_array(cursor: _Cursor) -> None:
+    item, count = cursor.unpack("<IQ")
+    if item != _STRING:
+        cursor.skip(count * struct.calcsize(_layout(cursor, item)))
+        return
+    cursor.count(min(count, _MOST_ITEMS + 1))
+    for _ in range(count):
+        cursor.skip(cursor.length())
+
+
+def _layout(cursor: _Cursor, kind: int) -> str:
+    if kind not in _SCALARS:
+        raise FormatError(f"{cursor._where}: a value of type {kind} at byte {cursor.at}, which is unknown")
+    return f"<{_SCALARS[kind]}"
+
+
+def _tensor(cursor: _Cursor) -> tuple[int, str]:
+    """Where a tensor's data begins, and its type."""
+    cursor.text()
+    (dimensions,) = cursor.unpack("<I")
+    if dimensions > _MOST_DIMENSIONS:
+        raise FormatError(f"{cursor._where}: a tensor of {dimensions} dimensions at byte {cursor.at}")
+    cursor.skip(8 * dimensions)
+    code, offset = cursor.unpack("<IQ")
+    return offset, TYPES.get(code, f"type {code}")

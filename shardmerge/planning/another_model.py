@@ -1,0 +1,92 @@
+"""Whether an adapter that does not fit was trained on another model: said first, before every tensor is named.
+
+Each update either fits, has a place of another shape, or has none. One that has none because of its layer's number is
+of a deeper model; where most do not fit, sizes or names are another model's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardmerge.adapters import FAMILIES, ModuleUpdate
+from shardmerge.checkpoint import Checkpoint
+
+_LAYER = re.compile(r"\.(\d{1,6})(?=\.)")
+#: Updates that must not fit before anything is said: one or two may be slips.
+_LEAST = 3
+
+
+@dataclass(slots=True)
+class Fit:
+    """How the updates of one adapter fit the base."""
+
+    fitting: list[ModuleUpdate] = field(default_factory=list)
+    #: With the shape that the base has, in the orientation that the update speaks of.
+    misshaped: list[tuple[ModuleUpdate, tuple[int, ...]]] = field(default_factory=list)
+    absent: list[ModuleUpdate] = field(default_factory=list)
+
+    def add(self, update: ModuleUpdate, shape: tuple[int, ...], is_wrong: bool) -> None:
+        if is_wrong and FAMILIES[update.family].check(update, shape):
+            self.misshaped.append((update, shape))
+        else:
+            self.fitting.append(update)
+
+
+def another_model(fit: Fit, checkpoint: Checkpoint, trained_on: str | None) -> list[str]:
+    """One sentence, or none where nothing speaks for another model."""
+    problem = _deeper(fit, checkpoint) or _most_misfit(fit, checkpoint)
+    says = f"; it says that it was trained on {trained_on}" if trained_on else ""
+    return [f"{problem}: this base is another model than it was trained on{says}"] if problem else []
+
+
+def _most_misfit(fit: Fit, checkpoint: Checkpoint) -> str:
+    wrong = len(fit.misshaped) + len(fit.absent)
+    total = wrong + len(fit.fitting)
+    if wrong < _LEAST or wrong * 2 <= total:
+        return ""
+    if len(fit.absent) >= len(fit.misshaped):
+        kind = f", a {checkpoint.model_type} model," if checkpoint.model_type else ""
+        count = "none" if len(fit.absent) == total else f"only {total - len(fit.absent)}"
+        return f"{count} of the {total} weights that it updates is in the base{kind} by its name" + _example(fit.absent)
+    return _sizes(fit.misshaped, checkpoint.config) or (
+        f"{len(fit.misshaped)} of the {total} weights that it updates have another shape in the base"
+    )
+
+
+def _example(updates: Sequence[ModuleUpdate]) -> str:
+    return f" ({updates[0].module:.200}, …)"
+
+
+def _sizes(misshaped: Iterable[tuple[ModuleUpdate, tuple[int, ...]]], config: Mapping[str, Any]) -> str:
+    """The hidden sizes of the two models, as far as A, (r, in), of LoRA beside a weight (out, in) tells them."""
+    ours = _number(config, "hidden_size")
+    inputs = [(shape[-1], update.factor("A").shape[-1]) for update, shape in misshaped if _has_inputs(update, shape)]
+    found = Counter(theirs for here, theirs in inputs if here == ours and theirs != here)
+    if ours is None or not found:
+        return ""
+    return f"its hidden size is {found.most_common(1)[0][0]}, the base's is {ours}"
+
+
+def _has_inputs(update: ModuleUpdate, shape: tuple[int, ...]) -> bool:
+    return update.has("A") and len(shape) == 2 and len(update.factor("A").shape) == 2
+
+
+def _deeper(fit: Fit, checkpoint: Checkpoint) -> str:
+    """Where all that have no place are of layers that the base has not, and all else fits."""
+    if not fit.absent or fit.misshaped:
+        return ""
+    layers = _number(checkpoint.config, "num_hidden_layers")
+    numbers = [int(match[1]) for update in fit.absent if (match := _LAYER.search(f".{update.module}."))]
+    if layers is None or len(numbers) < len(fit.absent) or min(numbers) < layers:
+        return ""
+    return f"it updates layer {max(numbers)}, the base's last is {layers - 1}"
+
+
+def _number(config: Mapping[str, Any], key: str) -> int | None:
+    inner = config.get("text_config")
+    value = config.get(key, inner.get(key) if isinstance(inner, dict) else None)
+    return value if type(value) is int else None

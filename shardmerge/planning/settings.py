@@ -1,0 +1,42 @@
+"""Settings of the config that only the machine, or the whole plan, can judge: a device, and what would do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shardmerge.config import MergeConfig
+from shardmerge.spec import DTYPE_BITS, ShardPlan, TensorPlan
+from shardmerge.work import tile_dtype
+
+
+def check_device(name: str) -> list[str]:
+    """Whether a device is there. torch takes a second to import, so it is asked only where it is not the CPU."""
+    if name in ("auto", "cpu"):
+        return []
+    from shardmerge import devices
+
+    return list(filter(None, [devices.missing(name)]))
+
+
+def check_rounding(config: MergeConfig, shards: Sequence[ShardPlan], compute_dtype: str) -> list[str]:
+    """Whether stochastic rounding was asked for where no updated weight is rounded at all."""
+    if config.output.rounding != "stochastic":
+        return []
+    updated = [tensor for shard in shards for tensor in shard.tensors if tensor.updates]
+    kinds = {(_computed_in(tensor, compute_dtype), _rounded_to(tensor)) for tensor in updated}
+    if not kinds or any(DTYPE_BITS[to] < DTYPE_BITS[of] for of, to in kinds):
+        return []
+    of, to = min(kinds)
+    return [
+        f"output.rounding: stochastic has no effect: updated weights are computed in {of} and stored in {to}, so none "
+        "is rounded; remove it, or give a narrower output.dtype"
+    ]
+
+
+def _computed_in(tensor: TensorPlan, compute_dtype: str) -> str:
+    return tile_dtype(tensor, compute_dtype)
+
+
+def _rounded_to(tensor: TensorPlan) -> str:
+    """What is stored; of a GGUF file, what a checkpoint in between would hold."""
+    return tensor.finish.dtype if tensor.finish else tensor.out.dtype
