@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from shardmerge.choices import DEVICE, Format, OutputDtype, Quantization
 from shardmerge.errors import ConfigError
+from shardmerge.regular_files import TooLargeError, read_small
 
 #: A thousand adapters need less, and what is longer keeps PyYAML busy for long.
 MAX_CONFIG_BYTES = 100_000
@@ -318,12 +319,11 @@ def _parse(text: str | bytes, where: str) -> Any:
 def load_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping from a file; `ConfigError` where it is none."""
     try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)
+        text = read_small(path, MAX_CONFIG_BYTES)
+    except TooLargeError:
+        raise ConfigError(f"{path}: over {MAX_CONFIG_BYTES} bytes long; this is no config") from None
     except OSError as error:
         raise ConfigError(f"{path}: the config cannot be read: {error.strerror}") from None
-    if len(text) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: over {MAX_CONFIG_BYTES} bytes long; this is no config")
     value = _parse(text, str(path))
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: a config is a mapping with the keys {', '.join(MergeConfig.model_fields)}")

@@ -11,11 +11,23 @@ import os
 import stat
 
 
-class NotRegularError(OSError):
-    """A FIFO, a device, a socket or a directory is where a file was expected."""
+#: What else there is, by the kind of an inode.
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFLNK: "a link",
+}
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__(errno.EINVAL, "is not a regular file", os.fspath(path))
+
+class NotRegularError(OSError):
+    """A FIFO, a device, a socket or a directory is where a file was expected. ``mode`` is its status' ``st_mode``."""
+
+    def __init__(self, path: str | os.PathLike[str], mode: int = 0) -> None:
+        kind = _KINDS.get(stat.S_IFMT(mode), "a socket or a device")
+        super().__init__(errno.EINVAL, f"is {kind}; expected a regular file", os.fspath(path))
 
 
 class TooLargeError(OSError):
@@ -44,7 +56,7 @@ def open_regular(
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise NotRegularError(path)
+            raise NotRegularError(path, status.st_mode)
         return fd, status
     except BaseException:
         os.close(fd)
