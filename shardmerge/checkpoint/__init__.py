@@ -137,7 +137,7 @@ def _check_index(source: Source, choice: Choice, weights: Mapping[str, Weight]) 
     # transformers and vLLM load every tensor of the files that an index names; llama.cpp's converter refuses these.
     shown = ", ".join(f"{name!r:.200} in {weights[name].shard}" for name in left_out[:_SHOWN])
     return [
-        f"{source.location}: {choice.index_name} leaves out {len(left_out)} tensors of the shards that it names: {shown}"
-        f"{' …' if len(left_out) > _SHOWN else ''}. Programs that load the shards load them, so they are merged, and "
-        "are in the index of the output"
+        f"{source.location}: {choice.index_name} leaves out {len(left_out)} tensors of the shards that it names: "
+        f"{shown}{' …' if len(left_out) > _SHOWN else ''}. Programs that load the shards load them, so they are merged "
+        "and are in the index of the output"
     ]

@@ -64,7 +64,7 @@ def leads_out(root: str, name: str) -> bool:
 def is_inside(root: str, real: str) -> bool:
     """Whether a path without links lies where links of the directory ``root`` may lead."""
     folder = os.path.realpath(root)
-    if _is_below(folder, real):
+    if real == folder or _is_below(folder, real):
         return True
     entry = _ENTRY.match(folder)
     if entry is None:
