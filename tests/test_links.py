@@ -224,6 +224,19 @@ def test_one_file_may_be_a_link(tmp_path: Path) -> None:
         shardmerge.plan(config | {"output": {"path": str(tmp_path / "out")}})
 
 
+@pytest.mark.parametrize("name", [f"base/{FIRST}", "adapter/adapter_model-00001-of-00002.safetensors"])
+def test_weights_that_are_in_the_output(place: Place, name: str) -> None:
+    """They would be replaced while they are read."""
+    place.output.mkdir()
+    path = place.folder / name
+    path.rename(place.output / path.name)
+    path.symlink_to(place.output / path.name)
+    with pytest.raises(
+        PlanError, match=f"holds what 1 files of the {name.partition('/')[0]} are links to, for example"
+    ):
+        shardmerge.plan(place.config(), overwrite=True)
+
+
 # --- links to folders -------------------------------------------------------------------------------------------------
 
 

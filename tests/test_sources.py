@@ -330,6 +330,22 @@ result = dict(
         assert f"{SHARD}: it is not in the cache" in got["miss"]
         assert f"`hf download {REPO} {SHARD} --revision {commit}`" in got["miss"]
 
+    @pytest.mark.parametrize("offline", ["1", "0"])
+    def test_a_cache_whose_links_lead_out(self, client: Client, commit: str, tmp_path: Path, offline: str) -> None:
+        (tmp_path / "secret").write_text('{"v": "secret"}')
+        (link,) = client.home.glob("hub/models--*/snapshots/*/config.json")
+        link.unlink()
+        link.symlink_to(tmp_path / "secret")
+        code = f"""
+s = open_source('{REPO}')
+uses = [lambda: s.read('config.json', 0, 9), lambda: s.fetch('config.json'),
+        lambda: open_reader(SourceFile('hub://{REPO}@{commit}/config.json', 15))]
+result = [error_of(use) for use in uses]
+"""
+        answer = client.run(code, HF_HUB_OFFLINE=offline)
+        for error in answer.result or [answer.error]:
+            assert "config.json: is a link that leads out of its directory" in error
+
     def test_a_snapshot_known_to_be_incomplete_will_do(self, client: Client, commit: str) -> None:
         client.result(f"import huggingface_hub; huggingface_hub.snapshot_download('{REPO}')")
         for path in client.home.glob(f"hub/models--*/snapshots/*/{SHARD}"):

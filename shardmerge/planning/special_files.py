@@ -15,7 +15,7 @@ from shardmerge.checkpoint.which import SUFFIX
 from shardmerge.errors import FormatError, SourceError
 from shardmerge.planning.other_weights import is_below, is_weights
 from shardmerge.planning.tokenizer import is_tokenizer
-from shardmerge.sources import Source
+from shardmerge.sources import LocalSource, Source
 
 #: Folders of a training run or of other formats of the same model.
 _OTHER_FOLDERS = re.compile(r"(checkpoint-\d+|runs|logs|wandb|global_step\d+|onnx|openvino|coreml|original|gguf)(/.*)?")
@@ -45,19 +45,20 @@ def linked_folders(
 
 def unfit_in_base(base: Source, names: Sequence[str], used: Collection[str]) -> Iterator[str]:
     """Why files at the top of the base, and those that are ``used``, cannot be read or copied, a reason each."""
-    yield from _unfit(base, {*_at_top(names), *used})
+    yield from _unfit(base, {*_at_top(base, names), *used})
 
 
 def unfit_in_adapter(source: Source) -> Iterator[str]:
     """Why files at the top of an adapter's folder, and those of its tokenizer, cannot be read or copied."""
     names = source.names()
-    refused, _ = linked_folders(source, names)
-    yield from _unfit(source, {*_at_top(names), *filter(is_tokenizer, names), *refused})
+    refused, _ = linked_folders(source, [name for name in names if "/" not in name[:-1]])
+    yield from _unfit(source, {*_at_top(source, names), *filter(is_tokenizer, names), *refused})
 
 
-def _at_top(names: Sequence[str]) -> Iterator[str]:
+def _at_top(source: Source, names: Sequence[str]) -> list[str]:
     """What is judged though nobody may use it. Weights that nobody uses are commonly links to where they are."""
-    return (name for name in names if "/" not in name and not is_weights(name))
+    is_local = isinstance(source, LocalSource)  # the Hub has nothing but files
+    return [name for name in names if is_local and "/" not in name and not is_weights(name)]
 
 
 def _unfit(source: Source, names: Collection[str]) -> Iterator[str]:
