@@ -185,8 +185,8 @@ class LocalReader:
         before = offset % PAGE
         if self._direct is None:
             self._direct = open_direct(self.path, os.O_RDONLY | os.O_NONBLOCK)
-            if self._direct >= 0 and (found := _identity(os.fstat(self._direct))) != self._identity:
-                raise ChangedError(f"{self.path}: changed while it was being read ({_change(self._identity, found)})")
+            if self._direct >= 0 and not os.path.sameopenfile(self._direct, self._fd):
+                raise ChangedError(f"{self.path}: another file has taken its place while it was being read")
             self._residency = Residency(self._fd, os.fstat(self._fd).st_size) if self._direct >= 0 else None
         if self._direct < 0 or position % PAGE != before or (self._residency and self._residency.has(offset, size)):
             self.read_into(offset, memory[position : position + size])
