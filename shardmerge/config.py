@@ -22,6 +22,7 @@ from shardmerge.choices import DEVICE, Format, OutputDtype, Quantization
 from shardmerge.config_problems import brief as _brief
 from shardmerge.config_problems import explain, without_effect
 from shardmerge.errors import ConfigError
+from shardmerge.regular_files import TooLargeError, read_small
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -363,8 +364,9 @@ def _parse(text: str | bytes, where: str) -> Any:
 def load_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping from a file; `ConfigError` where it is none."""
     try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)
+        text = read_small(path, MAX_CONFIG_BYTES)
+    except TooLargeError:
+        raise ConfigError(f"{path}: over {MAX_CONFIG_BYTES} bytes long; this is no config") from None
     except OSError as error:
         there = "" if path.is_absolute() else f" (in {os.getcwd()})"
         raise ConfigError(f"{path}: the config cannot be read: {error.strerror}{there}") from None

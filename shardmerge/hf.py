@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import json
 import logging
+import os
 import re
 import sys
 import warnings
@@ -16,8 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shardmerge.checkpoint import MAX_JSON_BYTES
 from shardmerge.errors import ConfigError, FormatError, SourceError
+from shardmerge.regular_files import read_small
 from shardmerge.shown import one_line, shown
+from shardmerge.sources import LocalSource
 
 #: What a prompt is put into where the tokenizer has no chat template; ``{}`` is the prompt's place.
 DEFAULT_TEMPLATE = "### Instruction:\n{}\n\n### Response:\n"
@@ -31,6 +35,10 @@ Message = dict[str, str]
 #: Classes of transformers with a head that is not for text.
 _NO_TEXT = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering)")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+#: Weights in other formats, which are not asked for.
+_NOT_LOADED = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+#: Further down, what may be a chat template or a config.
+_TEXTS = (".jinja", ".json")
 _OFFLINE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -51,10 +59,11 @@ def check_directory(path: Path) -> None:
         raise SourceError(f"{path}: expected a model's directory, found {'a file' if path.exists() else 'nothing'}")
     if any(path.glob("*.gguf")):
         raise FormatError(f"{path}: holds GGUF, which llama.cpp and ollama run; transformers needs safetensors")
+    check_files(path)
     for names in (("config.json",), _WEIGHTS):
         if not any((path / name).is_file() for name in names):
             raise FormatError(f"{path}: not a finished model: there is no {' or '.join(names)}")
-    if (path / "adapter_config.json").exists():
+    if os.path.lexists(path / "adapter_config.json"):
         # transformers would quietly load the adapter's base from somewhere else.
         raise FormatError(f"{path}: has an adapter_config.json; expected a merged model and no adapter beside it")
     if (kind := _class_of(path)) and _NO_TEXT.search(kind):
@@ -64,10 +73,18 @@ def check_directory(path: Path) -> None:
         )
 
 
+def check_files(path: Path) -> None:
+    """`SourceError` where a library that loads all of a directory would wait, read for ever or read elsewhere."""
+    source = LocalSource(str(path))
+    for name in source.names():
+        if not name.endswith(("/", *_NOT_LOADED)) and ("/" not in name or name.endswith(_TEXTS)):
+            source.stat(name)
+
+
 def _class_of(path: Path) -> str:
     """The class that a config.json names; empty where it says nothing that could be read."""
     try:
-        named = json.loads((path / "config.json").read_bytes())["architectures"][0]
+        named = json.loads(read_small(path / "config.json", MAX_JSON_BYTES))["architectures"][0]
     except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return ""
     return one_line(named) if isinstance(named, str) else ""

@@ -22,6 +22,7 @@ from typing import Any
 from shardmerge import recognise
 from shardmerge.errors import FormatError, SourceError
 from shardmerge.naming import fault
+from shardmerge.regular_files import open_regular
 from shardmerge.spec import DTYPE_BITS, TensorRef, tensor_nbytes
 
 #: Bytes of the pickle proper, without the tensors' data: a hundred thousand entries need less.
@@ -79,7 +80,7 @@ class _Archive(io.FileIO):
 def _read_archive(path: Path) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The pickle, and where the data of each storage is: offset and size by its key."""
     try:
-        with _Archive(path) as file, zipfile.ZipFile(file) as archive:
+        with _Archive(open_regular(path)[0]) as file, zipfile.ZipFile(file) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
             (pickle,) = (name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl"))
             _check_entries(path, archive, pickle)
@@ -111,7 +112,7 @@ def _read_archive(path: Path) -> tuple[bytes, dict[str, tuple[int, int]]]:
 def _recognised(path: Path) -> str | None:
     """What a file is that no archive of torch.save is; None for one that was cut, or is older than the archive."""
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path)[0], "rb") as file:
             head = file.read(recognise.HEAD_BYTES)
     except OSError:
         return None

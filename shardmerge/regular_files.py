@@ -10,12 +10,23 @@ import errno
 import os
 import stat
 
+#: What else there is, by the kind of an inode.
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFLNK: "a link",
+}
+
 
 class NotRegularError(OSError):
-    """A FIFO, a device, a socket or a directory is where a file was expected."""
+    """A FIFO, a device, a socket or a directory is where a file was expected. ``mode`` is its status' ``st_mode``."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__(errno.EINVAL, "is not a regular file", os.fspath(path))
+    def __init__(self, path: str | os.PathLike[str], mode: int = 0) -> None:
+        kind = _KINDS.get(stat.S_IFMT(mode), "a socket or a device")
+        super().__init__(errno.EINVAL, f"is {kind}; expected a regular file", os.fspath(path))
 
 
 class TooLargeError(OSError):
@@ -33,7 +44,9 @@ def open_regular(
     ``follow_link`` False refuses a path whose last part is a link (`OSError` with ``ELOOP``). Raises `OSError`, among
     them `NotRegularError`.
     """
-    # O_NONBLOCK: to open a FIFO does not wait for its writer. To a regular file the flag means nothing.
+    # To open a device may already do something. If one takes the file's place after this, O_NONBLOCK lets nothing wait;
+    # to a regular file the flag means nothing.
+    _check_kind(path, os.stat(path, dir_fd=dir_fd, follow_symlinks=follow_link))
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_link else os.O_NOFOLLOW)
     try:
         fd = os.open(path, flags, dir_fd=dir_fd)
@@ -43,12 +56,16 @@ def open_regular(
         raise
     try:
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise NotRegularError(path)
+        _check_kind(path, status)
         return fd, status
     except BaseException:
         os.close(fd)
         raise
+
+
+def _check_kind(path: str | os.PathLike[str], status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISLNK(status.st_mode):  # to open a link says ELOOP
+        raise NotRegularError(path, status.st_mode)
 
 
 def read_small(

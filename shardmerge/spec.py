@@ -135,8 +135,11 @@ class SourceFile:
     uri: str
     size: int
     mtime_ns: int = 0
-    #: 0 where there is no such thing.
+    #: 0 where there is no such thing, as of the Hub's files; so are the next two.
     inode: int = 0
+    device: int = 0
+    #: The time of the last change of content or status, which no program can choose.
+    ctime_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

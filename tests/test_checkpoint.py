@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from shardmerge.checkpoint import Checkpoint, open_checkpoint, read_json
-from shardmerge.errors import FormatError
+from shardmerge.errors import FormatError, SourceError
 from shardmerge.sources import LocalSource, open_source
 from shardmerge.spec import DTYPE_BITS
 from tests.builders import (
@@ -145,13 +146,14 @@ def test_folders_and_hidden_files_are_not_the_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("whole", [False, True], ids=["linked files", "linked folder"])
 def test_links_as_in_the_cache_of_the_hub(tmp_path: Path, whole: bool) -> None:
     base = write_base(tmp_path / "base")
-    snapshot = tmp_path / "snapshots" / "abc"
+    entry = tmp_path / "models--org--name"
+    snapshot = entry / "snapshots" / "abc"
     if whole:
-        snapshot.parent.mkdir()
+        snapshot.parent.mkdir(parents=True)
         snapshot.symlink_to(base)
     else:
-        blobs = tmp_path / "blobs"
-        blobs.mkdir()
+        blobs = entry / "blobs"
+        blobs.mkdir(parents=True)
         snapshot.mkdir(parents=True)
         for number, path in enumerate(sorted(base.iterdir())):
             path.rename(blobs / str(number))
@@ -168,7 +170,8 @@ def test_link_to_nowhere_is_a_missing_shard(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
     (base / SECOND).unlink()
     (base / SECOND).symlink_to("gone")
-    assert f"names 1 shards that are not there: {SECOND}" in refusal(base)
+    with pytest.raises(SourceError, match=f"{SECOND}: is a link that leads nowhere, to gone; the download is incomp"):
+        opened(base)
 
 
 @pytest.mark.parametrize(
@@ -334,3 +337,40 @@ def test_many_missing_shards_are_not_all_listed(tmp_path: Path) -> None:
 
 def test_json_that_is_not_there_is_empty(tmp_path: Path) -> None:
     assert read_json(LocalSource(str(tmp_path)), [], "config.json") == {}
+
+
+def test_a_tensor_that_the_index_leaves_out_is_named(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    path = base / INDEX
+    index = json.loads(path.read_text())
+    names = [f"model.layers.0.{name}_layernorm.weight" for name in ("input", "post_attention")]
+    files = [index["weight_map"].pop(name) for name in names]
+    write_json(path, index)
+    (note,) = opened(base).notes
+    assert f"{INDEX} leaves out 2 tensors of the shards that it names" in note
+    for name, file in zip(names, files, strict=True):
+        assert f"'{name}' in {file}" in note
+    assert opened(base).weights.keys() == llama_tensors().keys()
+
+
+def test_programs_load_what_the_index_leaves_out(tmp_path: Path) -> None:
+    """That is why it is merged. The oracle is transformers."""
+    from tests.peft_oracle import Base, Lora, base_folder, merge_to, weight_bytes
+    from tests.peft_oracle import adapter_folder as peft_adapter
+
+    spec = Base(max_shard_size=20_000)
+    base = shutil.copytree(base_folder(spec), tmp_path / "base")
+    index = json.loads((base / INDEX).read_text())
+    left_out = "model.layers.0.self_attn.q_proj.weight"
+    file = index["weight_map"].pop(left_out)
+    assert file in index["weight_map"].values()  # an index that names a file loads all of it
+    write_json(base / INDEX, index)
+    transformers = pytest.importorskip("transformers")
+    _, found = transformers.AutoModelForCausalLM.from_pretrained(base, output_loading_info=True)
+    assert not found["missing_keys"]
+    adapter = peft_adapter(spec, Lora())
+    report = merge_to(tmp_path / "out", base, adapter)
+    merge_to(tmp_path / "whole", base_folder(spec), adapter)
+    assert any(repr(left_out) in warning for warning in report.warnings)
+    assert weight_bytes(tmp_path / "out") == weight_bytes(tmp_path / "whole")
+    assert left_out in json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]

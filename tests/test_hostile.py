@@ -287,14 +287,18 @@ HOSTILE: dict[str, Hostile] = {
     "shard is cut in its header": Hostile(
         lambda place: os.truncate(place.base / FIRST, 100), (FIRST, "the header ends at byte", "cut?")
     ),
-    "shard is a folder": Hostile(instead(f"base/{FIRST}", Path.mkdir), (INDEX, "not there", FIRST)),
-    "shard links to itself": Hostile(instead(f"base/{FIRST}", lambda p: p.symlink_to(p)), ("not there", FIRST)),
-    "shard is a device": Hostile(instead(f"base/{FIRST}", lambda p: p.symlink_to("/dev/zero")), ("not there", FIRST)),
-    "shard is a FIFO": Hostile(instead(f"base/{FIRST}", os.mkfifo), (INDEX, "not there", FIRST)),
+    "shard is a folder": Hostile(instead(f"base/{FIRST}", Path.mkdir), (FIRST, "is a directory"), 5),
+    "shard links to itself": Hostile(
+        instead(f"base/{FIRST}", lambda p: p.symlink_to(p)), (FIRST, "is a link that leads back to itself"), 5
+    ),
+    "shard is a device": Hostile(
+        instead(f"base/{FIRST}", lambda p: p.symlink_to("/dev/zero")), (FIRST, "is a device"), 5
+    ),
+    "shard is a FIFO": Hostile(instead(f"base/{FIRST}", os.mkfifo), (FIRST, "is a FIFO"), 5),
     "base is pickled": Hostile(pickled_base, ("expected .safetensors files", "convert them to safetensors")),
     "base is a FIFO": Hostile(
         as_base("x.safetensors", os.mkfifo),
-        ("x.safetensors", "no regular file"),
+        ("x.safetensors", "is a FIFO; expected a regular file"),
         5,
     ),
     "base is a device": Hostile(lambda place: {"base": "/dev/zero"}, ("/dev/zero", "expected .safetensors files")),
@@ -313,8 +317,8 @@ HOSTILE: dict[str, Hostile] = {
     ),
     # --- the adapter's weights
     "adapter is cut": Hostile(cut(f"adapter/{WEIGHTS}", 1), (WEIGHTS, "the file was cut")),
-    "adapter is a folder": Hostile(instead(f"adapter/{WEIGHTS}", Path.mkdir), (f"expected {WEIGHTS}", "found none")),
-    "adapter is a FIFO": Hostile(instead(f"adapter/{WEIGHTS}", os.mkfifo), (f"expected {WEIGHTS}", "found none")),
+    "adapter is a folder": Hostile(instead(f"adapter/{WEIGHTS}", Path.mkdir), (WEIGHTS, "is a directory"), 5),
+    "adapter is a FIFO": Hostile(instead(f"adapter/{WEIGHTS}", os.mkfifo), (WEIGHTS, "is a FIFO"), 5),
     "code in a .bin": Hostile(code_in_bin, ("adapter_model.bin", "asks for more than tensors", "not loaded")),
     "code in a .pt": Hostile(code_in_pt, ("adapter.pt", "asks for more than tensors", "not loaded")),
     "code without an archive": Hostile(bare_code, ("adapter.pt", "not the zip archive")),
@@ -406,10 +410,13 @@ def test_run(place: Place, name: str) -> None:
 
 def test_links_are_fine(place: Place) -> None:
     """The Hub's cache is made of them."""
-    shutil.move(place.base, place.folder / "blobs")
-    place.base.mkdir()
-    for blob in (place.folder / "blobs").iterdir():
-        (place.base / blob.name).symlink_to(Path("..", "blobs", blob.name))
+    entry = place.folder / "hub" / "models--org--base"
+    snapshot_ = entry / "snapshots" / "c0ffee"
+    snapshot_.mkdir(parents=True)
+    shutil.move(place.base, entry / "blobs")
+    for blob in (entry / "blobs").iterdir():
+        (snapshot_ / blob.name).symlink_to(Path("..", "..", "blobs", blob.name))
+    place.base.symlink_to(snapshot_)
     test_place_is_in_order(place)
 
 
@@ -526,12 +533,12 @@ COSTLY: dict[str, Hostile] = {
     ),
     "a FIFO as the base": Hostile(
         as_base("x.safetensors", os.mkfifo),
-        ("x.safetensors", "no regular file"),
+        ("x.safetensors", "is a FIFO; expected a regular file"),
         5,
     ),
     "a FIFO as the adapter": Hostile(
         as_adapter("x.pt", os.mkfifo),
-        ("x.pt", "no regular file"),
+        ("x.pt", "is a FIFO; expected a regular file"),
         5,
     ),
     "YAML of a hundred kilobytes": Hostile(lambda place: "? a\n" * 25_000, ("config.yaml", "stands twice"), 2),

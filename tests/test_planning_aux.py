@@ -113,8 +113,8 @@ def test_folder_of_another_model_is_left_out_with_a_word(tmp_path: Path) -> None
 
 def test_links_are_followed(tmp_path: Path) -> None:
     place = make_place(tmp_path)
-    (place.base / "LICENSE").rename(tmp_path / "blob")
-    (place.base / "LICENSE").symlink_to(tmp_path / "blob")
+    (place.base / "LICENSE").rename(place.base / ".blob")
+    (place.base / "LICENSE").symlink_to(place.base / ".blob")
     shardmerge.merge(place.config())
     assert (place.output / "LICENSE").read_text() == AUX_FILES["LICENSE"]
     assert not (place.output / "LICENSE").is_symlink()

@@ -129,10 +129,15 @@ class TestLocalSource:
         write(tmp_path, dict.fromkeys(["b.json", "a/z.py", "a/.x", ".git/config", ".env", "c.txt"], b""))
         assert LocalSource(str(tmp_path)).names() == ["a/z.py", "b.json", "c.txt"]
 
-    def test_what_is_no_regular_file_has_no_name(self, tmp_path: Path) -> None:
+    def test_what_is_no_regular_file_has_a_name_and_is_refused(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe")
         (tmp_path / "dangling").symlink_to("nowhere")
-        assert LocalSource(str(tmp_path)).names() == []
+        source = LocalSource(str(tmp_path))
+        assert source.names() == ["dangling", "pipe"]
+        for name, why in (("dangling", "leads nowhere"), ("pipe", "is a FIFO")):
+            for use in (source.stat, source.fetch, lambda name: source.read(name, 0, 1)):
+                with pytest.raises(SourceError, match=f"{name}: .*{why}"):
+                    use(name)
 
     def test_a_file_is_a_directory_of_one(self, tmp_path: Path) -> None:
         write(tmp_path, {"one.safetensors": b"12345", "other.json": b""})
@@ -152,7 +157,8 @@ class TestLocalSource:
         write(tmp_path, {"a/f": b"01234"})
         source = LocalSource(str(tmp_path))
         status = (tmp_path / "a/f").stat()
-        assert source.stat("a/f") == SourceFile(str(tmp_path / "a/f"), 5, status.st_mtime_ns, status.st_ino)
+        identity = (status.st_mtime_ns, status.st_ino, status.st_dev, status.st_ctime_ns)
+        assert source.stat("a/f") == SourceFile(str(tmp_path / "a/f"), 5, *identity)
         assert source.fetch("a/f") == tmp_path / "a/f"
 
     @pytest.mark.parametrize("method", ["stat", "read"])
@@ -323,6 +329,22 @@ result = dict(
         assert f"the cache stands in, with commit {commit} and the 2 files" in got["note"]
         assert f"{SHARD}: it is not in the cache" in got["miss"]
         assert f"`hf download {REPO} {SHARD} --revision {commit}`" in got["miss"]
+
+    @pytest.mark.parametrize("offline", ["1", "0"])
+    def test_a_cache_whose_links_lead_out(self, client: Client, commit: str, tmp_path: Path, offline: str) -> None:
+        (tmp_path / "secret").write_text('{"v": "secret"}')
+        (link,) = client.home.glob("hub/models--*/snapshots/*/config.json")
+        link.unlink()
+        link.symlink_to(tmp_path / "secret")
+        code = f"""
+s = open_source('{REPO}')
+uses = [lambda: s.read('config.json', 0, 9), lambda: s.fetch('config.json'),
+        lambda: open_reader(SourceFile('hub://{REPO}@{commit}/config.json', 15))]
+result = [error_of(use) for use in uses]
+"""
+        answer = client.run(code, HF_HUB_OFFLINE=offline)
+        for error in answer.result or [answer.error]:
+            assert "config.json: is a link that leads out of its directory" in error
 
     def test_a_snapshot_known_to_be_incomplete_will_do(self, client: Client, commit: str) -> None:
         client.result(f"import huggingface_hub; huggingface_hub.snapshot_download('{REPO}')")

@@ -43,6 +43,8 @@ __all__ = [
 ]
 
 
+#: Names that a message lists of many.
+_SHOWN = 5
 #: Endings of what lies beside a file while it is downloaded.
 _UNFINISHED = (".aria2", ".part", ".crdownload", ".incomplete")
 
@@ -96,8 +98,8 @@ def open_checkpoint(source: Source) -> Checkpoint:
     _refuse_unfinished(source, directory.names(), choice)
     shards = tuple(read_shard(source, name) for name in choice.files)
     weights = _weights(source, shards)
-    _check_index(source, choice, weights)
-    return Checkpoint(source, shards, weights, choice.index_name, choice.index_metadata, config, choice.notes)
+    notes = (*choice.notes, *_check_index(source, choice, weights))
+    return Checkpoint(source, shards, weights, choice.index_name, choice.index_metadata, config, notes)
 
 
 def _refuse_unfinished(source: Source, names: Sequence[str], choice: Choice) -> None:
@@ -120,7 +122,8 @@ def _weights(source: Source, shards: tuple[Shard, ...]) -> dict[str, Weight]:
     return weights
 
 
-def _check_index(source: Source, choice: Choice, weights: Mapping[str, Weight]) -> None:
+def _check_index(source: Source, choice: Choice, weights: Mapping[str, Weight]) -> list[str]:
+    """Notes on what an index leaves out; `FormatError` where it names what is not there."""
     weight_map = choice.weight_map
     wrong = [name for name, file in weight_map.items() if name not in weights or weights[name].shard != file]
     if wrong:
@@ -128,3 +131,13 @@ def _check_index(source: Source, choice: Choice, weights: Mapping[str, Weight]) 
             f"{source.location}: {choice.index_name} names {len(wrong)} tensors that are not in the file it gives for "
             f"them, for example {wrong[0]!r:.200} in {weight_map[wrong[0]]}"
         )
+    left_out = [name for name in weights if name not in weight_map] if weight_map else []
+    if not left_out:
+        return []
+    # transformers and vLLM load every tensor of the files that an index names; llama.cpp's converter refuses these.
+    shown = ", ".join(f"{name!r:.200} in {weights[name].shard}" for name in left_out[:_SHOWN])
+    return [
+        f"{source.location}: {choice.index_name} leaves out {len(left_out)} tensors of the shards that it names: "
+        f"{shown}{' …' if len(left_out) > _SHOWN else ''}. Programs that load the shards load them, so they are merged "
+        "and are in the index of the output"
+    ]

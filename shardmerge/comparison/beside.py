@@ -16,10 +16,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardmerge.adapter_file import CONFIG_NAME, AdapterFile, Beside
+from shardmerge.checkpoint import MAX_JSON_BYTES
 from shardmerge.config import AdapterConfig
 from shardmerge.errors import ConfigError
 from shardmerge.hf import library
 from shardmerge.naming import module_name
+from shardmerge.regular_files import read_small
 from shardmerge.verification.reading import Factor, Files
 
 _VERIFY = "`shardmerge verify` checks such a merge without loading the model"
@@ -37,7 +39,7 @@ def folder_for_peft(adapter: AdapterFile) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="shardmerge-") as folder:
         tensors = {name: tensor for path in paths for name, tensor in safetensors.load_file(path).items()}
         safetensors.save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
-        (Path(folder) / CONFIG_NAME).write_bytes(config.read_bytes())
+        (Path(folder) / CONFIG_NAME).write_bytes(read_small(config, MAX_JSON_BYTES))
         yield folder
 
 

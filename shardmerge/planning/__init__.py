@@ -100,10 +100,10 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
         aux = aux_files.collect(checkpoint, adapters, changes, config.output.format != "gguf")
     except FormatError as error:
         raise FormatError(f"{error}. Nothing was written") from None
-    problems += aux.problems
+    problems += [*aux.unfit, *aux.problems]
     index_metadata = _index_metadata(checkpoint, layout)
     made_of: Mapping[str, str] = {}
-    if config.output.format == "gguf":
+    if config.output.format == "gguf" and not aux.unfit:
         from shardmerge.planning import gguf_file
 
         out = config.output

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,14 +13,13 @@ from shardmerge.checkpoint import Checkpoint, read_json
 from shardmerge.config import AdapterConfig
 from shardmerge.journal import RECORD_NAME
 from shardmerge.planning.other_weights import is_adapter, is_below, is_weights, needed_folders, sort_out
+from shardmerge.planning.special_files import is_of_another, linked_folders, unfit_in_adapter, unfit_in_base
 from shardmerge.planning.tied import without_ties
 from shardmerge.planning.tokenizer import Files, take_tokenizer, without_template
 from shardmerge.planning.vocabulary import vocabulary_size
 from shardmerge.sources import LocalSource, Source, directory_of
 from shardmerge.spec import AuxFile
 
-#: Folders of a training run or of other formats of the same model.
-_OTHER_FOLDERS = re.compile(r"(checkpoint-\d+|runs|logs|wandb|global_step\d+|onnx|openvino|coreml|original|gguf)(/.*)?")
 #: Files that may hold a chat template among other things, which some programs prefer to a file of its own.
 _HOLD_TEMPLATES = ("tokenizer_config.json", "processor_config.json")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -36,6 +34,8 @@ class AuxFiles:
     #: Of the warnings, which files of a tokenizer were left out.
     of_tokenizer: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    #: Why files cannot be read or copied at all; then nothing else is said of any.
+    unfit: list[str] = field(default_factory=list)
 
 
 def collect(
@@ -54,6 +54,9 @@ def collect(
     base = _model_directory(checkpoint)
     chosen = {} if base is None else _of_base(checkpoint, base, copies_weights, result)
     sources = [(config.path, adapter.source) for config, adapter in adapters]
+    result.unfit += [problem for _, source in sources for problem in unfit_in_adapter(source)]
+    if result.unfit:
+        return result
     has_own_template = take_tokenizer(chosen, sources, result.of_tokenizer)
     result.warnings += result.of_tokenizer
     for name, (source, stored) in sorted(chosen.items()):
@@ -78,11 +81,15 @@ def _of_base(checkpoint: Checkpoint, base: Source, copies_weights: bool, result:
     for name in names:
         # Half of another model helps nobody.
         folder = name.rpartition("/")[0]
-        of_another = folder and (folder in with_weights or _OTHER_FOLDERS.fullmatch(folder))
-        if is_weights(name) or is_adapter(name) or name == RECORD_NAME:
+        of_another = folder and (folder in with_weights or is_of_another(folder))
+        if is_weights(name) or is_adapter(name) or name == RECORD_NAME or name.endswith("/"):
             continue
         if not of_another or is_below(name, needed):
             chosen[name] = (base, name)
+    refused, ignored = linked_folders(base, names, needed, with_weights - needed)
+    result.unfit += unfit_in_base(base, names, {*chosen, *refused})
+    if ignored:
+        result.warnings.append(f"links of the base to folders in it are not followed: {', '.join(ignored)}")
     return chosen
 
 

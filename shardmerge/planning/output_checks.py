@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from shardmerge.journal import (
     work_problems,
 )
 from shardmerge.sources import LocalSource, Source
+from shardmerge.spec import SourceFile
 from shardmerge.words import words_for
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -87,8 +88,10 @@ def check_alone(output: Path, overwrite: bool) -> list[str]:
 
 def _check_place(output: Path, checkpoint: Checkpoint, adapters: list[AdapterFile], overwrite: bool) -> list[str]:
     problems = _overlap(output, "base", checkpoint.source)
+    problems = problems or _linked_into(output, "base", [shard.file for shard in checkpoint.shards])
     for adapter in adapters:
-        problems += _overlap(output, "adapter", adapter.source)
+        found = _overlap(output, "adapter", adapter.source)
+        problems += found or _linked_into(output, "adapter", adapter.all_files)
     return problems or _check_itself(output, overwrite)
 
 
@@ -111,6 +114,18 @@ def _overlap(output: Path, what: str, source: Source) -> list[str]:
     if target in root.parents and _entries(target):
         return [f"output.path {output} holds the {what} {root}; choose a place beside it"]
     return []
+
+
+def _linked_into(output: Path, what: str, files: Iterable[SourceFile]) -> list[str]:
+    """Weights may be links to anywhere, so to the output as well, which would be replaced while they are read."""
+    target = output.resolve()
+    found = [file.uri for file in files if os.path.islink(file.uri) and target in Path(file.uri).resolve().parents]
+    if not found:
+        return []
+    return [
+        f"output.path {output} holds what {len(found)} files of the {what} are links to, for example {found[0]}; the "
+        f"{what} is never written to. Choose another path"
+    ]
 
 
 def _entries(output: Path) -> list[str]:

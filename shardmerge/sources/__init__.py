@@ -53,10 +53,17 @@ class Source(Protocol):
         """What a person should know about how it was reached, for example that it was taken from a cache."""
 
     def names(self) -> list[str]:
-        """Every regular file in it, sorted; hidden files and folders are left out."""
+        """Every file in it, sorted; hidden files and folders are left out.
+
+        Of a local directory also what only stands where a file is looked for: a FIFO, a device, a link that leads
+        nowhere, a folder that is called like a file. A link to a folder has ``/`` at its end, and is not followed.
+        """
+
+    def leads_out(self, name: str) -> bool:
+        """Whether it is a link to what is outside of the directory. `SourceError` where it leads nowhere."""
 
     def stat(self, name: str) -> SourceFile:
-        """The file's uri, size and time. `SourceError` if it is not there."""
+        """The file's uri, size and times. `SourceError` if it is not there, or is not a file that may be read."""
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """Up to ``size`` bytes from ``offset``, fewer only at the end of the file. For headers and small files."""

@@ -111,11 +111,16 @@ class HubSource:
             where = f"no local file or directory{looked_in(location)}, not in the cache ({constants.HF_HUB_CACHE})"
             raise MissingError(f"{location}: {where}, and {why}. {_to_cache(repo, asked)}") from None
         files = LocalSource(str(folder))
-        sizes = {name: files.stat(name).size for name in files.names()}
+        # A blob may be missing of what is linked to it.
+        sizes = {name: files.stat(name).size for name in files.names() if (folder / name).exists()}
         return cls(repo, folder.name, sizes, asked=folder.name, unreachable=why)
 
     def names(self) -> list[str]:
         return sorted(self._sizes)
+
+    def leads_out(self, name: str) -> bool:
+        path = _cached(self.location, name, self.revision)
+        return path is not None and LocalSource(str(path.parent)).leads_out(path.name)
 
     def stat(self, name: str) -> SourceFile:
         what = f"{self.location}@{self.revision}/{name}"
@@ -208,12 +213,13 @@ def _cached_snapshot(repo: str, asked: str) -> Path:
 def _download(repo: str, name: str, revision: str, commit: str) -> Path:
     """The cached copy of a file, downloaded if it must be. A `SourceError` speaks of ``commit``."""
     try:
-        return Path(_persistently(partial(_API.hf_hub_download, repo, name, revision=revision)))
+        path = Path(_persistently(partial(_API.hf_hub_download, repo, name, revision=revision)))
     except Exception as error:
         problem = _reason(error)
         if isinstance(error, LocalEntryNotFoundError):
             problem = f"it is not in the cache, and {problem}. {_to_cache(repo, commit, name)}"
         raise SourceError(f"{repo}@{commit}/{name}: {problem}") from None
+    return LocalSource(str(path.parent)).fetch(path.name)  # somebody else may have made the cache
 
 
 def _read_range(repo: str, commit: str, name: str, offset: int, size: int) -> bytes:

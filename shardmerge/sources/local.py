@@ -5,47 +5,65 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import NamedTuple
 
 from shardmerge.errors import ChangedError, SourceError
+from shardmerge.regular_files import NotRegularError, open_regular
+from shardmerge.sources import links
 from shardmerge.sources.residency import Residency, open_direct
 from shardmerge.spec import PAGE, SourceFile
 
 
 def _problem(path: str, error: OSError) -> SourceError:
-    return SourceError(f"{path}: cannot be read: {error.strerror or error}")
+    what = error.strerror or str(error)
+    return SourceError(f"{path}: {what if isinstance(error, NotRegularError) else f'cannot be read: {what}'}")
 
 
-def _regular(path: str, status: os.stat_result) -> os.stat_result:
-    """Refuse what is no file of bytes: a FIFO keeps its reader waiting for ever, and a device may have no end."""
-    if not stat.S_ISREG(status.st_mode):
-        raise SourceError(f"{path}: is no regular file")
-    return status
+class _Identity(NamedTuple):
+    """What a file is known by: one that was written to, cut or replaced has another.
+
+    A program can put the time of writing back, but not the time of change. That one also changes with the file's mode,
+    owner, name and number of hard links; nobody can say afterwards which it was. To read a file, or to share its
+    blocks, changes none of these.
+    """
+
+    size: int
+    mtime_ns: int
+    inode: int
+    device: int
+    ctime_ns: int
 
 
-def _open(path: str) -> tuple[int, os.stat_result]:
-    """A descriptor of a file, and what it is; `OSError` or `SourceError`."""
-    # Nothing is waited for even if a FIFO has just taken the file's place; to a regular file the flag means nothing.
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        return fd, _regular(path, os.fstat(fd))
-    except BaseException:
-        os.close(fd)
-        raise
+def _identity(status: os.stat_result) -> _Identity:
+    return _Identity(status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev, status.st_ctime_ns)
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int]:
-    """Size, time and inode: a file that was written to, cut or replaced has another."""
-    return status.st_size, status.st_mtime_ns, status.st_ino
+def _planned(file: SourceFile, status: os.stat_result) -> _Identity:
+    """What the plan saw of a file, as far as it saw it."""
+    known = (file.size, file.mtime_ns, file.inode, file.device, file.ctime_ns)
+    found = _identity(status)
+    return _Identity(file.size, *(before or now for before, now in zip(known[1:], found[1:], strict=True)))
 
 
-def _change(before: tuple[int, int, int], after: tuple[int, int, int]) -> str:
-    if before[0] != after[0]:
-        return f"it was {before[0]:,} bytes, it is {after[0]:,}"
-    return "it was written again" if before[1] != after[1] else "another file has taken its place"
+def _change(before: _Identity, after: _Identity) -> str:
+    if before.size != after.size:
+        return f"it was {before.size:,} bytes, it is {after.size:,}"
+    if before.mtime_ns != after.mtime_ns:
+        return "it was written again"
+    if (before.inode, before.device) != (after.inode, after.device):
+        return "another file has taken its place"
+    return (
+        "its time of change is another, so it was written to and its time of writing put back, or its mode, owner, "
+        "name or number of links was changed"
+    )
 
 
 class LocalSource:
-    """A directory, or a single file seen as a directory that holds just that file (``only``)."""
+    """A directory, or a single file seen as a directory that holds just that file (``only``).
+
+    `links` says where the links in it may lead. ``stat``, ``read`` and ``fetch`` refuse any other, and whatever is not
+    a regular file, with a `SourceError` that names it.
+    """
 
     revision: str | None = None
     note: str | None = None
@@ -62,19 +80,24 @@ class LocalSource:
         return os.path.join(self.root, self.only) if self.only else self.root
 
     def names(self) -> list[str]:
+        """See `Source.names`. What is not a file is there too: it is refused where it is used, and never "missing"."""
         if self.only:
             return [self.only]
         found = []
         for folder, folders, files in os.walk(self.root, onerror=self._unreadable):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             relative = os.path.relpath(folder, self.root)
-            for name in files:
-                if not name.startswith(".") and os.path.isfile(os.path.join(folder, name)):
-                    found.append(name if relative == "." else f"{relative}/{name}".replace(os.sep, "/"))
+            before = "" if relative == "." else f"{relative}/".replace(os.sep, "/")
+            found += [before + name for name in files if not name.startswith(".")]
+            found += [before + name for name in folders if name.endswith(links.FILES)]
+            found += [f"{before}{name}/" for name in folders if self._is_linked(before + name)]
         for name in found:
             if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
                 raise SourceError(f"{self.root}: {name!r} is no file name in UTF-8; rename the file or take it away")
         return sorted(found)
+
+    def _is_linked(self, folder: str) -> bool:
+        return not folder.endswith(links.FILES) and os.path.islink(self._path(folder))
 
     def _unreadable(self, error: OSError) -> None:
         # A folder further down may well be none of our business, as lost+found is.
@@ -84,18 +107,31 @@ class LocalSource:
     def _path(self, name: str) -> str:
         return os.path.join(self.root, name)
 
+    def leads_out(self, name: str) -> bool:
+        """Whether a name is a link to a file outside of the directory, as only weights may be."""
+        return name != self.only and links.leads_out(self.root, name)
+
+    def _real(self, name: str) -> str:
+        """The path without links of a file; `SourceError`."""
+        if name == self.only and os.path.exists(self._path(name)):
+            return os.path.realpath(self._path(name))  # a person gave this very path
+        return links.real_path(self.root, name)
+
     def stat(self, name: str) -> SourceFile:
         path = self._path(name)
         try:
-            status = _regular(path, os.stat(path))
+            status = os.lstat(self._real(name))
+            if not stat.S_ISREG(status.st_mode):
+                raise NotRegularError(path, status.st_mode)
         except OSError as error:
             raise _problem(path, error) from None
-        return SourceFile(path, status.st_size, status.st_mtime_ns, status.st_ino)
+        found = _identity(status)
+        return SourceFile(path, found.size, found.mtime_ns, found.inode, found.device, found.ctime_ns)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         path = self._path(name)
         try:
-            with open(_open(path)[0], "rb", buffering=0) as file:
+            with open(open_regular(self._real(name), follow_link=False)[0], "rb", buffering=0) as file:
                 file.seek(offset)
                 chunks = []
                 while size > 0 and (chunk := file.read(size)):
@@ -106,6 +142,7 @@ class LocalSource:
             raise _problem(path, error) from None
 
     def fetch(self, name: str) -> Path:
+        self.stat(name)
         return Path(self._path(name))
 
 
@@ -118,11 +155,12 @@ class LocalReader:
         self._direct: int | None = None
         self._residency: Residency | None = None
         try:
-            self._fd, status = _open(self.path)
+            self._fd, status = open_regular(self.path)
         except OSError as error:
             self.close()
             raise _problem(self.path, error) from None
-        planned = (file.size, file.mtime_ns or status.st_mtime_ns, file.inode or status.st_ino)
+        # A link that leads elsewhere than it did leads to a file of another identity.
+        planned = _planned(file, status)
         self._identity = _identity(status)
         if self._identity != planned:
             self.close()
@@ -146,7 +184,9 @@ class LocalReader:
         """See `Reader.read_block`. Bytes that are in the page cache come from there; others do not go there."""
         before = offset % PAGE
         if self._direct is None:
-            self._direct = open_direct(self.path, os.O_RDONLY)
+            self._direct = open_direct(self.path, os.O_RDONLY | os.O_NONBLOCK)
+            if self._direct >= 0 and not os.path.sameopenfile(self._direct, self._fd):
+                raise ChangedError(f"{self.path}: another file has taken its place while it was being read")
             self._residency = Residency(self._fd, os.fstat(self._fd).st_size) if self._direct >= 0 else None
         if self._direct < 0 or position % PAGE != before or (self._residency and self._residency.has(offset, size)):
             self.read_into(offset, memory[position : position + size])
