@@ -12,10 +12,11 @@ import shardmerge
 from shardmerge.config import MAX_CONFIG_BYTES, load_yaml
 from shardmerge.errors import ConfigError, ShardmergeError, SourceError
 from shardmerge.hf import check_directory
-from shardmerge.inspection import inspect_path, starter_config
+from shardmerge.inspection import inspect_path
 from shardmerge.origin import read_origin
 from shardmerge.pickled import read_pickled
 from shardmerge.regular_files import NotRegularError, TooLargeError, open_regular, read_small
+from shardmerge.starter import starter_config
 from tests.builders import Place, make_place, run_cli, snapshot, write_peft
 from tests.crowded import EVERY_FILE, LOOKED_FOR, harmed, instead, listening, make_crowded, no_waiting
 
