@@ -633,7 +633,7 @@ def test_an_old_record(place: Place) -> None:
     change_record(place.output, make_old)
     report = shardmerge.verify(place.output)
     assert report.complete and report.other_files == 0
-    assert "no record_checksum" in report.notes[0] and "note: shardmerge.json has no" in describe(report)
+    assert "no record_checksum" in report.notes[0] and "warning: shardmerge.json has no" in describe(report)
     (place.output / "tokenizer.json").write_text("{}")
     assert "tokenizer.json is not what the merge writes" in wrong(place.output).problems[0].text
     shutil.rmtree(place.base)

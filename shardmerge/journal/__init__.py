@@ -95,7 +95,9 @@ class Journal:
         self._state: dict[str, Any] = {}
         self._folder = self.root / FOLDER
         self._receipts = self._folder / RECEIPTS
-        self._lock = FileLock(self._folder.path / LOCK)
+        self._lock: FileLock | None = None
+        #: A descriptor of the work folder, as long as the lock is held.
+        self._locked_in = -1
         #: Of the output and the folders around it, those that this run has made, the innermost first; whether it has
         #: made the work folder; and which of the former were made for this merge by it or an earlier run.
         self._new: list[Path] = []
@@ -113,6 +115,7 @@ class Journal:
         except BaseException as error:
             if not isinstance(error, ResumeError):  # what is there is another's
                 self._undo()
+            self._unlock()
             self.root.close()
             raise
         try:
@@ -125,9 +128,12 @@ class Journal:
     def _acquire(self) -> None:
         lock = self._folder / LOCK
         try:
-            # filelock opens it by its path, and older ones empty it: it must be a file, with no other name.
+            # filelock opens it by a path, and empties it: it must be a file with no other name, in our own folder.
             if lock.ensure_file().st_nlink > 1:
                 raise OutputError(f"{lock}: has another name, and to lock it could change that file; remove it")
+            with self._folder.descriptor() as folder:
+                self._locked_in = os.dup(folder)
+            self._lock = FileLock(_path_of(self._locked_in, self._folder.path) / LOCK)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise ResumeError(
@@ -136,12 +142,19 @@ class Journal:
         except OSError as error:
             raise durable.output_error(self.output, "locking", error) from None
 
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+        if self._locked_in >= 0:
+            os.close(self._locked_in)
+            self._locked_in = -1
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self.digest:
             self._undo()
-        self._lock.release()
+        self._unlock()
         self.root.close()
 
     def _undo(self) -> None:
@@ -340,6 +353,12 @@ def _still_there(output: Path, identities: Any) -> list[Path]:
             break
         found.append(path)
     return found
+
+
+def _path_of(folder: int, path: Path) -> Path:
+    """A path to an open folder that stays the folder's, whatever is put into its place; else its own ``path``."""
+    held = Path(f"/proc/self/fd/{folder}")
+    return held if held.is_dir() else path
 
 
 _PARTS: Mapping[str, str] = {
