@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -42,12 +43,35 @@ _TEXTS = (".jinja", ".json")
 _OFFLINE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
+#: The oldest versions that `compare` and `chat` are tested with; the extra ``hf`` in pyproject.toml says the same.
+OLDEST: Mapping[str, str] = {"transformers": "4.45", "peft": "0.14"}
+
+
 def library(name: str) -> Any:
-    """transformers or PEFT; `ConfigError` where it is not installed."""
+    """transformers or PEFT; `ConfigError` where it is not installed, or too old."""
+    _check_age(name)
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(f"this needs {name}: pip install transformers peft") from error
+
+
+def _check_age(name: str) -> None:
+    """Older ones lack what we call, and fail for reasons that are not the model's."""
+    oldest, found = OLDEST.get(name), _version(name)
+    if oldest and found and _numbers(found) < _numbers(oldest):
+        raise ConfigError(f"this needs {name} {oldest} or newer, found {found}: pip install --upgrade {name}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from shardmerge import hf
+from shardmerge.errors import ConfigError
 from tests.builders import ROOT, write_json
 from tests.peft_oracle import stored
 
-pytestmark = pytest.mark.slow
 ADAPTER = ROOT / "configs" / "demo" / "adapter"
 #: What a merge needs, and what each of the extras for users brings.
 EXTRAS = ("", "hf", "gguf")
@@ -51,6 +52,21 @@ def test_every_dependency_has_a_lower_bound() -> None:
     assert {"torch", "pydantic", "peft", "transformers", "tokenizers"} <= lower_bounds().keys()
 
 
+def test_what_the_commands_ask_for_is_what_pyproject_says() -> None:
+    bounds = lower_bounds()
+    assert {name: bounds[name] for name in hf.OLDEST} == {name: f"{name}=={of}" for name, of in hf.OLDEST.items()}
+
+
+@pytest.mark.parametrize(("found", "refused"), [("0.13.2", True), ("0.14.0", False), ("1.0.0rc1", False)])
+def test_an_older_one_is_refused_by_its_version(found: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf, "_version", lambda name: found)
+    if refused:
+        with pytest.raises(ConfigError, match=r"this needs peft 0\.14 or newer, found 0\.13\.2"):
+            hf.library("peft")
+    else:
+        assert hf.library("peft").__name__ == "peft"
+
+
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An interpreter that has the oldest versions, and pytest."""
@@ -71,6 +87,7 @@ def run(python: Path, *arguments: str | Path, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_these_are_the_versions(python: Path) -> None:
     found = json.loads(run(python, "-m", "pip", "list", "--format", "json"))
     versions = {of["name"].lower().replace("_", "-"): of["version"].partition("+")[0] for of in found}
@@ -79,11 +96,13 @@ def test_these_are_the_versions(python: Path) -> None:
         assert (versions[name.lower().replace("_", "-")] + ".0.0").startswith(wanted), name
 
 
+@pytest.mark.slow
 def test_our_tests_pass(python: Path) -> None:
     files = [f"tests/test_{name}.py" for name in TESTS]
     assert "passed" in run(python, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *files)
 
 
+@pytest.mark.slow
 def test_a_real_model(python: Path, smollm2: Path, tmp_path: Path) -> None:
     """The same bits as with the newest; and transformers and PEFT of that age compare it, and talk to it."""
     base = tmp_path / "base"

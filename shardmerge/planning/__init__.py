@@ -117,7 +117,8 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
         made_of = file.made_of
         give_back()  # a vocabulary takes 50 MB while it is read, which torch, in a thread of its own, would not get
     max_memory = None if config.compute.max_memory == "auto" else config.compute.max_memory
-    shards, memory = tile_all(_with_updates(layout.shards, matches.updates), compute_dtype, max_memory)
+    with_updates = _with_updates(layout.shards, matches.updates)
+    shards, memory = tile_all(with_updates, compute_dtype, max_memory, config.output.rounding)
     if max_memory is not None and memory.total > max_memory and not problems:
         problems.append(
             f"compute.max_memory is {max_memory:,} bytes, but the largest layer needs {memory.total:,} to work on at "

@@ -53,6 +53,8 @@ _CODE_BYTES = {"Q8_0": 2 << 20, "Q4_0": 4 << 20, "Q5_0": 4 << 20, "Q4_1": 3 << 2
 _CODE_BYTES_OF_WORK = {"BF16": 3 << 20}
 #: What is in between when float64 is rounded, in all threads. Measured.
 _BETWEEN_BYTES = 2 << 20
+#: What stochastic rounding has in between, in all threads, and torch's code for it. Measured.
+_CHANCE_BYTES = 3 << 20
 #: Factors that are kept for a later target, at most; who shares more reads them again.
 _MOST_SHARED_BYTES = 16 << 20
 
@@ -62,7 +64,7 @@ def itemsize(dtype: str) -> int:
 
 
 def tile_all(
-    shards: Iterable[ShardPlan], compute_dtype: str, max_memory: int | None
+    shards: Iterable[ShardPlan], compute_dtype: str, max_memory: int | None, rounding: str = "nearest"
 ) -> tuple[tuple[ShardPlan, ...], MemoryPlan]:
     """Give every tensor that is computed its tiles.
 
@@ -81,6 +83,8 @@ def tile_all(
         if buffer_bytes > max(enough, size):
             continue  # a model that hardly fills the buffers needs only small ones
         memory = _memory(kinds.values(), buffer_bytes, size, compute_dtype, shared)
+        if rounding == "stochastic":
+            memory = dataclasses.replace(memory, code_bytes=max(memory.code_bytes, _CHANCE_BYTES))
         if memory.total <= budget:
             break
     if memory.total > budget:  # what is shared can be read again
