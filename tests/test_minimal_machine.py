@@ -52,6 +52,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator
     shutil.copytree(wheels, root / "wheels")
     shutil.copytree(smollm2, root / "srv" / "base", symlinks=False)
     shutil.copytree(ADAPTER, root / "srv" / "adapter")
+    for file in (root / "srv").rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
     (root / "home" / "reader").mkdir(mode=0o555)
     for uid, _ in USERS.values():
         (root / "srv" / f"work-{uid}").mkdir()
