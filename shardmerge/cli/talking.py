@@ -49,6 +49,8 @@ def chat(
         raise ConfigError("--base says where the base is, to talk to it with --adapter-off")
     # The loop outlives Ctrl-C, so that it can stop an answer; it must not take a termination for one.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if adapter_off:
         from shardmerge.origin import read_origin
 
