@@ -34,6 +34,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "words",
         "recognise",
         "regular_files",
+        "unpickled",
     ),
     (
         "adapter_folder",
