@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: A thousand adapters need less, and what is longer keeps PyYAML busy for long.
 MAX_CONFIG_BYTES = 100_000
+#: Of one merge: each is looked for, opened and matched.
+MAX_ADAPTERS = 256
 #: Problems that are told one by one.
 _LISTED = 30
 #: How a number is written here. YAML 1.1 has others, which mean something else to YAML 1.2: 0777, 1:30, 1_000.
@@ -90,6 +92,8 @@ def _some(value: tuple[Any, ...]) -> tuple[Any, ...]:
     # Not min_length, which complains about an empty tuple wherever an item is wrong.
     if not value:
         raise ValueError("there must be at least one adapter")
+    if len(value) > MAX_ADAPTERS:
+        raise ValueError(f"there are {len(value):,} adapters; at most {MAX_ADAPTERS} are merged at once")
     return value
 
 

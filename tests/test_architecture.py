@@ -35,6 +35,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "recognise",
         "regular_files",
         "unpickled",
+        "json_size",
     ),
     (
         "adapter_folder",

@@ -187,10 +187,11 @@ class PeftMethod(ABC):
         pattern, names = _key_pattern(tuple(self.roles.items()))
         modules: dict[tuple[str, str, int], Module] = {}
         shared: dict[str, TensorRef] = {}
-        for name, ref in tensors.items():
-            if role := self._shared_role(unwrapped(name)):
+        for written, ref in tensors.items():
+            name = unwrapped(written)
+            if role := self._shared_role(name):
                 shared[role] = ref
-            elif match := pattern.fullmatch(unwrapped(name)):
+            elif match := pattern.fullmatch(name):
                 index = next(index for index in range(len(names)) if match[f"role{index}"] is not None)
                 infix = match[f"adapter{index}"] or ""
                 prefix = match["module"]
