@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shardmerge.errors import (
         ConfigError,
         FormatError,
+        LimitError,
         NonFiniteError,
         OutputError,
         PlanError,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ConfigError",
     "FormatError",
+    "LimitError",
     "MergeConfig",
     "MergePlan",
     "MergeReport",
@@ -46,7 +48,7 @@ __all__ = [
     "verify",
 ]
 
-_ERRORS = ("Config", "Format", "NonFinite", "Output", "Plan", "Resume", "Shardmerge", "Source", "Verify")
+_ERRORS = ("Config", "Format", "Limit", "NonFinite", "Output", "Plan", "Resume", "Shardmerge", "Source", "Verify")
 _HOMES = {
     **{f"{name}Error": "shardmerge.errors" for name in _ERRORS},
     "MergeConfig": "shardmerge.config",

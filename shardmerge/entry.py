@@ -25,6 +25,22 @@ def main() -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as of a job in the background
             signal.signal(number, _leave)
-    from shardmerge.cli import main as run
-
+    try:
+        from shardmerge.cli import main as run
+    except Exception as error:
+        _fail(error)
     run()
+
+
+def _fail(error: Exception) -> NoReturn:
+    """End, where not even the command line can be loaded: with one line where that is for want of memory or files."""
+    try:
+        from shardmerge.limits import explained
+
+        why = explained(error)
+    except Exception:  # for want of the same
+        why = str(error) or type(error).__name__
+    if why is None:
+        raise error
+    os.write(2, f"shardmerge: {why}. Nothing was begun\n".encode())
+    os._exit(5)

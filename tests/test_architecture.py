@@ -40,6 +40,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     (
         "adapter_folder",
         "config_problems",
+        "limits",
         "header",
         "durable",
         "events",

@@ -46,6 +46,8 @@ _SAME_VOCABULARY = re.compile(
 #: Bytes of a tokenizer.json that is read to compare its vocabulary, and of memory for it; the largest of well-known
 #: models has 35 MB.
 _MAX_TOKENIZER, _MAX_PARSED = 40_000_000, 400_000_000
+#: Files that are named one by one.
+_LISTED = 20
 #: Bytes of each of two files that are compared at a time.
 _BLOCK = 1 << 20
 
@@ -82,7 +84,12 @@ def take_tokenizer(chosen: Files, adapters: Sequence[tuple[str, Source]], notes:
 
 def _left_out(path: str, left: Sequence[str], is_whole: bool) -> str:
     why = "another adapter's is taken" if is_whole else "by themselves they are not a whole tokenizer"
-    return Warned(f"adapter {path} has files of a tokenizer that are left out: {', '.join(left)}; {why}")
+    return Warned(f"adapter {path} has files of a tokenizer that are left out: {_some(left)}; {why}")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def _brings_something(chosen: Files, source: Source, names: Sequence[str]) -> bool:
@@ -134,10 +141,10 @@ def _replace(chosen: Files, entry: Entry, is_kind: Callable[[str], bool], what: 
         del chosen[name]
     chosen |= {name: (source, name) for name in names}
     if gone:
-        left_out = f"of the base's files, these would mix with it and are left out: {', '.join(gone)}"
+        left_out = f"of the base's files, these would mix with it and are left out: {_some(gone)}"
         notes.append(f"{what} is the one of adapter {path}; {left_out}")
     if code := [name for name in names if _CODE.fullmatch(name)]:
-        notes.append(Warned(f"{what} is the one of adapter {path}, and so is its code: {', '.join(code)}"))
+        notes.append(Warned(f"{what} is the one of adapter {path}, and so is its code: {_some(code)}"))
 
 
 def _have_same_vocabulary(chosen: Files, source: Source, names: Sequence[str]) -> bool:
