@@ -39,7 +39,7 @@ def _fail(error: Exception) -> NoReturn:
 
         why = explained(error)
     except Exception:  # for want of the same
-        why = str(error) or type(error).__name__
+        why = f"memory or open files ran out while it was loaded (ulimit -v, -d and -n): {type(error).__name__} {error}"
     if why is None:
         raise error
     os.write(2, f"shardmerge: {why}. Nothing was begun\n".encode())

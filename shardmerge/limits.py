@@ -20,9 +20,9 @@ _MB = 1_000_000
 #: What torch's import and its first product take beside the files of its libraries, with Python's modules for them: of
 #: the address space, and of data. Measured with torch 2.13 for the CPU; with less it ends the process without a word.
 _SPACE, _DATA = 280 * _MB, 190 * _MB
-#: How much of a limit was used where an error that says nothing of memory is put down to it: a module that was half
-#: imported lacks names, a file's status that there was no memory for is None.
-_NEAR = 0.8
+#: How little of a limit is left, of it all or in bytes, where an error that says nothing of memory is put down to it: a
+#: module that was half imported lacks names, a file's status that there was no memory for is None.
+_SHARE_LEFT, _LEFT = 0.2, 32 * _MB
 _MEMORY = re.compile(
     r"failed to map segment|cannot (allocate|map|create).*memory|can't allocate memory|not enough memory|bad_alloc"
     r"|cannot allocate|out of memory|unable to (mmap|allocate)",
@@ -120,7 +120,7 @@ def _limit(kind: int) -> int | None:
 
 def _is_near(kind: int) -> bool:
     limit, used = _limit(kind), _status(_OF_MEMORY[kind][0])
-    return limit is not None and used is not None and used > _NEAR * limit
+    return limit is not None and used is not None and used > limit - max(_LEFT, _SHARE_LEFT * limit)
 
 
 def _status(name: str) -> int | None:

@@ -64,7 +64,7 @@ def arguments_of(command: str, place: Place) -> list[str | Path]:
 
 @pytest.mark.parametrize(
     ("command", "size"),
-    [("plan", 24), ("plan", 36), ("run", 28), ("run", 300), ("verify", 300), ("export", 700)],
+    [("plan", 22), ("plan", 24), ("plan", 36), ("run", 28), ("run", 300), ("verify", 300), ("export", 700)],
 )
 def test_too_little_address_space(merged: Place, command: str, size: int) -> None:
     done = limited(resource.RLIMIT_AS, size * MB, *arguments_of(command, merged))
@@ -189,7 +189,7 @@ def test_no_further_thread_or_process(tmp_path: Path, what: str) -> None:
     """root has no such limit, so it is the interpreter that is made to say so."""
     slow = {} if what == "thread" else {"target_modules": r".*((a+)+)+q_proj|.*v_proj|.*down_proj"}
     place = make_place(tmp_path)
-    write_peft(place.adapter, peft_tensors(), peft_config(**slow))
+    write_peft(place.adapter, peft_tensors(), config=peft_config(**slow))
     config = place.config_file()
     command = [sys.executable, "-c", _NONE_MORE, "run" if what == "thread" else "plan", str(config)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
