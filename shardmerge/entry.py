@@ -26,6 +26,9 @@ def main() -> NoReturn:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as of a job in the background
             signal.signal(number, _leave)
     try:
+        from shardmerge.limits import check_room
+
+        check_room()
         from shardmerge.cli import main as run
     except Exception as error:
         _fail(error)
@@ -35,9 +38,9 @@ def main() -> NoReturn:
 def _fail(error: Exception) -> NoReturn:
     """End, where not even the command line can be loaded: with one line where that is for want of memory or files."""
     try:
-        from shardmerge.limits import explained
+        from shardmerge.limits import explained_while_loading
 
-        why = explained(error)
+        why = explained_while_loading(error)
     except Exception:  # for want of the same
         why = f"memory or open files ran out while it was loaded (ulimit -v, -d and -n): {type(error).__name__} {error}"
     if why is None:

@@ -20,6 +20,8 @@ _MB = 1_000_000
 #: What torch's import and its first product take beside the files of its libraries, with Python's modules for them: of
 #: the address space, and of data. Measured with torch 2.13 for the CPU; with less it ends the process without a word.
 _SPACE, _DATA = 280 * _MB, 190 * _MB
+#: What the smallest of plans takes.
+_PROGRAM = {resource.RLIMIT_AS: 64 * _MB, resource.RLIMIT_DATA: 48 * _MB}
 #: How little of a limit is left, of it all or in bytes, where an error that says nothing of memory is put down to it: a
 #: module that was half imported lacks names, a file's status that there was no memory for is None.
 _SHARE_LEFT, _LEFT = 0.2, 32 * _MB
@@ -34,6 +36,17 @@ _OF_MEMORY = {
     resource.RLIMIT_AS: ("VmPeak", "address space", "ulimit -v"),
     resource.RLIMIT_DATA: ("VmData", "data", "ulimit -d"),
 }
+
+
+def check_room() -> None:
+    """`LimitError` where the program itself does not fit into the limits of memory in force.
+
+    With less, some of the libraries that it is made of end the process, or print what nobody understands.
+    """
+    for kind, needed in _PROGRAM.items():
+        limit = _limit(kind)
+        if limit is not None and limit < needed:
+            raise LimitError(f"{_said_of_memory(kind, limit)}, and to plan a merge takes {_shown(needed)}; raise it")
 
 
 def check_room_for_torch(working_set: int = 0) -> None:
@@ -63,6 +76,12 @@ def explained(error: BaseException) -> str | None:
     if is_of_memory or is_of_threads or any(_is_near(kind) for kind in _OF_MEMORY):
         return _memory()
     return None
+
+
+def explained_while_loading(error: BaseException) -> str | None:
+    """The same of an error of an import: where memory is limited at all, half a module may lead to any."""
+    is_limited = any(_limit(kind) is not None for kind in _OF_MEMORY)
+    return explained(error) or (_memory() if is_limited else None)
 
 
 def hint(text: str) -> str:

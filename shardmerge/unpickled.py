@@ -93,8 +93,8 @@ _STOP = ord(".")
 def _known_as(code: int) -> str:
     import pickletools  # for this message alone
 
-    found = pickletools.code2op.get(chr(code))
-    return found.name if found else f"0x{code:02x}"
+    found = (opcode.name for opcode in pickletools.opcodes if opcode.code == chr(code))
+    return next(found, f"0x{code:02x}")
 
 
 class _Machine:

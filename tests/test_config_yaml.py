@@ -97,7 +97,20 @@ def test_too_long(tmp_path: Path) -> None:
 # --- what YAML would make of a value ----------------------------------------------------------------------------------
 
 #: Numbers to YAML 1.1 that are other numbers, or words, to YAML 1.2 and to whoever wrote them.
-SURPRISES = ("1:30", "190:20:30", "1:30.5", "0777", "-012", "00", "0x1F", "0b101", "1_000", "1_0.5", "1__", ".inf")
+SURPRISES: tuple[str, ...] = (
+    "1:30",
+    "190:20:30",
+    "1:30.5",
+    "0777",
+    "-012",
+    "00",
+    "0x1F",
+    "0b101",
+    "1_000",
+    "1_0.5",
+    "1__",
+    ".inf",
+)
 SURPRISES += ("-.INF", ".nan", ".NaN", "00.5", "01.5")
 NUMBERS = ("output.max_shard_size", "output.seed", "compute.max_memory")
 OF_ADAPTER = ("adapters.0.weight", "adapters.0.alpha", "adapters.0.scaling")

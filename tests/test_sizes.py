@@ -56,9 +56,10 @@ class Large:
 def measure(place: Place, large: Large) -> None:
     made = large.make(place)
     config = place.config_file(**(made if isinstance(made, dict) else {}), output={"path": "out", **large.output})
-    arguments = {"plan": [config], "inspect": [place.adapter], "init": [place.adapter, "-o", "-"]}[large.command]
+    arguments: dict[str, list[str | Path]] = {}
+    arguments |= {"plan": [config], "inspect": [place.adapter], "init": [place.adapter, "-o", "-"]}
     done = subprocess.run(
-        [sys.executable, "-c", _MEASURED, large.command, *map(str, arguments)],
+        [sys.executable, "-c", _MEASURED, large.command, *map(str, arguments[large.command])],
         cwd=place.folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -118,7 +119,10 @@ def config_json(value: str) -> Callable[[Place], None]:
 
 
 def adapter_config(**changes: Any) -> Callable[[Place], None]:
-    return lambda place: write_json(place.adapter / "adapter_config.json", peft_config(**changes)) and None
+    def make(place: Place) -> None:
+        write_json(place.adapter / "adapter_config.json", peft_config(**changes))
+
+    return make
 
 
 def index(names: int) -> Callable[[Place], None]:

@@ -50,8 +50,6 @@ def chat(
         raise ConfigError("--base says where the base is, to talk to it with --adapter-off")
     # The loop outlives Ctrl-C, so that it can stop an answer; it must not take a termination for one.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     if adapter_off:
         from shardmerge.origin import read_origin
 
@@ -62,6 +60,8 @@ def chat(
     with _loading(output, quiet=as_json), Terminal(sys.stdin).muted() if prompt is None else nullcontext():
         model = load(output, template)
     if prompt is None:
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         loop(model, system=system, max_new_tokens=max_new_tokens)
         return
     asked, answer = once(model, prompt, system=system, max_new_tokens=max_new_tokens, quiet=as_json)
