@@ -256,6 +256,8 @@ def _read(source: Source, name: str) -> _Part:
 
 def _together(source: Source, folder: Folder, parts: Sequence[_Part]) -> dict[str, TensorRef]:
     """The tensors of all shards."""
+    if len(parts) == 1:
+        return dict(parts[0].tensors)
     tensors: dict[str, TensorRef] = {}
     places: dict[str, str] = {}
     for part in parts:
@@ -283,8 +285,10 @@ def _metadata(source: Source, parts: Sequence[_Part]) -> dict[str, str]:
 
 def _check_index(source: Source, names: Sequence[str], parts: Sequence[_Part]) -> None:
     """Refuse shards that are not those of their index. An index of other files is that of a model beside them."""
+    if not adapter_folder.is_shard(parts[0].name):
+        return
     there = {tensor: part.name for part in parts for tensor in part.tensors}
-    for index in INDEXES if adapter_folder.is_shard(parts[0].name) else ():
+    for index in INDEXES:
         weight_map = read_index(source, index)[1] if index in names else {}
         if not any(map(adapter_folder.is_shard, weight_map.values())):
             continue

@@ -23,6 +23,8 @@ from shardmerge.spec import DTYPE_BITS, TensorInfo, tensor_nbytes
 MAX_HEADER_BYTES = 100_000_000
 #: Of one file. Whole models have a third of them at most.
 MAX_TENSORS = 500_000
+#: Of a tensor, as in torch.
+MAX_DIMENSIONS = 64
 #: Characters of a tensor's name and entry together. Real ones have two hundred.
 MAX_ENTRY = 2_000_000
 #: Characters of ``__metadata__``, in which some keep a picture.
@@ -87,6 +89,7 @@ def decode(text: bytes, where: str) -> tuple[Metadata, dict[str, TensorInfo]]:
         raise FormatError(f"{where}: the header is not {'a JSON object' if text.strip() else 'JSON: it is empty'}")
     metadata: Metadata | None = None
     tensors: dict[str, TensorInfo] = {}
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
     try:
         for name, entry in _entries(text) if len(text) <= MAX_ENTRY else _entries_of_many(text):
             if name == _METADATA and metadata is None:
@@ -96,7 +99,11 @@ def decode(text: bytes, where: str) -> tuple[Metadata, dict[str, TensorInfo]]:
             elif len(tensors) == MAX_TENSORS:
                 raise FormatError(f"{where}: the header names over {MAX_TENSORS:,} tensors; expected fewer")
             else:
-                tensors[name] = _tensor(name, entry, where)
+                info = _tensor(name, entry, where)
+                # Layers have the same shapes, so there are few; one of each is kept.
+                if info.shape is not (shape := shapes.setdefault(info.shape, info.shape)):
+                    info = TensorInfo(info.dtype, shape, info.data_offsets)
+                tensors[name] = info
     except DuplicateKeyError as error:
         raise FormatError(f"{where}: the header names {error} twice") from None
     except (ValueError, RecursionError) as error:
@@ -297,6 +304,8 @@ def _tensor(name: str, entry: Any, where: str) -> TensorInfo:
         )
     if not _are_counts(shape):
         raise FormatError(f"{where}: {name!r} has the shape {reprlib.repr(shape)}, which is no list of sizes")
+    if len(shape) > MAX_DIMENSIONS:
+        raise FormatError(f"{where}: {name!r} has {len(shape):,} dimensions; expected {MAX_DIMENSIONS} at most")
     if not _are_counts(offsets) or len(offsets) != 2:
         raise FormatError(
             f"{where}: {name!r} has the data_offsets {reprlib.repr(offsets)}, which are no pair of offsets"
