@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from shardmerge.errors import (
-    ConfigError,
-    FormatError,
-    NonFiniteError,
-    OutputError,
-    PlanError,
-    ResumeError,
-    ShardmergeError,
-    SourceError,
-    VerifyError,
-)
 from shardmerge.version import __version__
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from shardmerge.api import Progress, merge, plan, verify
     from shardmerge.config import MergeConfig
+    from shardmerge.errors import (
+        ConfigError,
+        FormatError,
+        LimitError,
+        NonFiniteError,
+        OutputError,
+        PlanError,
+        ResumeError,
+        ShardmergeError,
+        SourceError,
+        VerifyError,
+    )
     from shardmerge.report import MergeReport
     from shardmerge.spec import MergePlan
     from shardmerge.verification import VerifyReport
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ConfigError",
     "FormatError",
+    "LimitError",
     "MergeConfig",
     "MergePlan",
     "MergeReport",
@@ -45,7 +48,9 @@ __all__ = [
     "verify",
 ]
 
+_ERRORS = ("Config", "Format", "Limit", "NonFinite", "Output", "Plan", "Resume", "Shardmerge", "Source", "Verify")
 _HOMES = {
+    **{f"{name}Error": "shardmerge.errors" for name in _ERRORS},
     "MergeConfig": "shardmerge.config",
     "MergePlan": "shardmerge.spec",
     "MergeReport": "shardmerge.report",
@@ -58,7 +63,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # The command line imports this package for every call, --help included, so heavy parts load when they are named.
+    # The command line imports this package for every call, --help included, so everything loads when it is named; and
+    # until that is done, Ctrl-C would be a traceback (see `shardmerge.entry`).
     if name in _HOMES:
         import importlib
 

@@ -33,6 +33,8 @@ from shardmerge.sources import Source, directory_of, open_reader
 from shardmerge.spec import DTYPE_BITS, SourceFile, TensorRef
 
 CONFIG_NAME = "adapter_config.json"
+#: Settings of one; PEFT's classes have sixty.
+_MAX_SETTINGS = 5_000
 #: Files further down that are named one by one.
 _SHOWN = 5
 _STRUCT_CODES = {"F16": "e", "F32": "f", "F64": "d", "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}
@@ -194,6 +196,10 @@ def open_adapter(source: Source, ignore: Sequence[str] = ()) -> AdapterFile:
     names = directory.names()
     folder = adapter_folder.look(source.location, names, named, ignore)
     config = read_json(directory, names, CONFIG_NAME) if CONFIG_NAME in names else None
+    if config is not None and len(config) > _MAX_SETTINGS:
+        raise FormatError(
+            f"{directory.location}: {CONFIG_NAME} has {len(config):,} settings; expected {_MAX_SETTINGS:,} at most"
+        )
     parts = [_read(directory, name) for name in folder.weights]
     tensors = _together(directory, folder, parts)
     if not tensors:
@@ -250,6 +256,8 @@ def _read(source: Source, name: str) -> _Part:
 
 def _together(source: Source, folder: Folder, parts: Sequence[_Part]) -> dict[str, TensorRef]:
     """The tensors of all shards."""
+    if len(parts) == 1:
+        return dict(parts[0].tensors)
     tensors: dict[str, TensorRef] = {}
     places: dict[str, str] = {}
     for part in parts:
@@ -277,8 +285,10 @@ def _metadata(source: Source, parts: Sequence[_Part]) -> dict[str, str]:
 
 def _check_index(source: Source, names: Sequence[str], parts: Sequence[_Part]) -> None:
     """Refuse shards that are not those of their index. An index of other files is that of a model beside them."""
+    if not adapter_folder.is_shard(parts[0].name):
+        return
     there = {tensor: part.name for part in parts for tensor in part.tensors}
-    for index in INDEXES if adapter_folder.is_shard(parts[0].name) else ():
+    for index in INDEXES:
         weight_map = read_index(source, index)[1] if index in names else {}
         if not any(map(adapter_folder.is_shard, weight_map.values())):
             continue

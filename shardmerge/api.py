@@ -14,14 +14,24 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from shardmerge import limits
 from shardmerge.adapters import FAMILIES
 from shardmerge.config import MergeConfig
-from shardmerge.errors import ChangedError, FormatError, OutputError, ShardmergeError, SourceError, VerifyError
+from shardmerge.errors import (
+    ChangedError,
+    FormatError,
+    LimitError,
+    OutputError,
+    ShardmergeError,
+    SourceError,
+    VerifyError,
+)
 from shardmerge.events import Stopwatch, notices
 from shardmerge.notices import Warned
 from shardmerge.planning import bytes_read, make_plan
@@ -80,7 +90,8 @@ def plan(config: ConfigLike, *, overwrite: bool = False) -> MergePlan:
     ``overwrite`` allows an output directory that already holds a finished merge.
     Raises `ConfigError`, `PlanError` (with every problem), `FormatError` or `SourceError`.
     """
-    made = make_plan(load_config(config), overwrite)
+    with _within_limits("Nothing was written"):
+        made = make_plan(load_config(config), overwrite)
     notices(made.warnings)
     return made
 
@@ -100,7 +111,11 @@ def merge(
     """
     started = time.monotonic()
     of = what if isinstance(what, MergePlan) else plan(what, overwrite=overwrite)
-    return _carry_out(of, progress or (lambda _: None), started)
+    with _within_limits(
+        "An unfinished merge is no model; what was finished of it is kept: run the same command again to take it up"
+    ):
+        limits.check_room_for_torch(of.memory.total)
+        return _carry_out(of, progress or (lambda _: None), started)
 
 
 def verify(
@@ -121,15 +136,18 @@ def verify(
     where base or adapter are gone: with ``partial``, what could be verified is enough. `SourceError` where reading
     fails, `ConfigError` for wrong arguments.
     """
-    from shardmerge.steps import verified
-    from shardmerge.verification import summary, verify_output
+    with _within_limits("Nothing was written"):
+        limits.check_room_for_torch()
+        from shardmerge.steps import verified
+        from shardmerge.verification import summary, verify_output
 
     tell = progress or (lambda _: None)
 
     def told(done: int, total: int, shard: str, number: int, shards: int) -> None:
         tell(Progress(done, total, shard, number, shards, "verifying"))
 
-    report = verify_output(Path(output), base=base, adapters=adapters, rows=rows, seed=seed, told=told)
+    with _within_limits("Nothing was written"):
+        report = verify_output(Path(output), base=base, adapters=adapters, rows=rows, seed=seed, told=told)
     verified(report)
     if not report.ok or not (report.complete or partial):
         error = VerifyError(summary(report))
@@ -207,6 +225,21 @@ def _carry_out(plan: MergePlan, progress: Callable[[Progress], None], started: f
 def _still_whole(journal: Journal) -> str:
     """What is said besides, where there is a model that the merge was to replace."""
     return f". {journal.standing()}" if journal.holds_model() else ""
+
+
+@contextmanager
+def _within_limits(state: str) -> Iterator[None]:
+    """What goes wrong within for want of memory, threads or files is a `LimitError` that says so, and the ``state``."""
+    try:
+        yield
+    except ShardmergeError as error:
+        if isinstance(error, LimitError):
+            raise LimitError(f"{error}. {state}") from None
+        raise
+    except Exception as error:
+        if (why := limits.explained(error)) is None:
+            raise
+        raise LimitError(f"{why}. {state}") from None
 
 
 def _and(error: Failure, state: str) -> Failure:

@@ -29,9 +29,14 @@ if TYPE_CHECKING:
 
 #: A thousand adapters need less, and what is longer keeps PyYAML busy for long.
 MAX_CONFIG_BYTES = 100_000
+#: Of one merge: each is looked for, opened and matched.
+MAX_ADAPTERS = 256
 #: Problems that are told one by one.
 _LISTED = 30
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+#: How a number is written here. YAML 1.1 has others, which mean something else to YAML 1.2: 0777, 1:30, 1_000.
+_DECIMAL = re.compile(r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_DIGITS = 20
+_SIZE = re.compile(r"((?:0|[1-9][0-9]*)(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE | re.ASCII)
 _PREFIXES = "KMGT"
 _TOO_LARGE = 1 << 63
 _LONGEST = 1000
@@ -46,6 +51,8 @@ def parse_size(value: Any) -> int:
         number, prefix, binary = match.groups()
         base = 1024 if binary else 1000
         size = float(number) * base ** (_PREFIXES.index(prefix.upper()) + 1 if prefix else 0)
+        if not prefix and not size.is_integer():
+            size = math.nan
     else:
         size = math.nan
     if not 1 <= size < _TOO_LARGE:
@@ -70,20 +77,23 @@ def _size_or(word: str) -> BeforeValidator:
     return BeforeValidator(size)
 
 
-def _no_flag(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("expected a number")
+def _plain_number(value: Any) -> Any:
+    if isinstance(value, bool) or (isinstance(value, str) and not _DECIMAL.fullmatch(value.strip())):
+        raise ValueError("expected a number, in decimal digits")
     return value
 
 
 #: A number; YAML takes 1e-3 for text, so text that is a number will do.
-_Number = Annotated[float, BeforeValidator(_no_flag)]
+_Number = Annotated[float, BeforeValidator(_plain_number)]
+_Whole = Annotated[int, BeforeValidator(_plain_number)]
 
 
 def _some(value: tuple[Any, ...]) -> tuple[Any, ...]:
     # Not min_length, which complains about an empty tuple wherever an item is wrong.
     if not value:
         raise ValueError("there must be at least one adapter")
+    if len(value) > MAX_ADAPTERS:
+        raise ValueError(f"there are {len(value):,} adapters; at most {MAX_ADAPTERS} are merged at once")
     return value
 
 
@@ -156,9 +166,7 @@ class OutputConfig(_Section):
         description="How updated weights are rounded. stochastic goes up or down by chance, so that an update below "
         "the dtype's resolution is kept on average; the same seed gives the same bytes.",
     )
-    seed: Annotated[int, BeforeValidator(_no_flag)] = Field(
-        default=0, ge=0, lt=_TOO_LARGE, description="Of stochastic rounding."
-    )
+    seed: _Whole = Field(default=0, ge=0, lt=_TOO_LARGE, description="Of stochastic rounding.")
     format: Format = Field(
         default="safetensors",
         description="A checkpoint, or one file for llama.cpp and Ollama (most tokenizers then need `pip install "
@@ -320,8 +328,26 @@ def _with_list(value: dict[str, Any]) -> dict[str, Any]:
 # --- YAML -------------------------------------------------------------------------------------------------------------
 
 
+#: What is a word here, and to YAML 1.1 a date or a flag. Where a flag is expected, yes and on are read as one later.
+_WORDS = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:bool")
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice: YAML would let the last one win without a word."""
+    """SafeLoader that makes of a value what stands there, and refuses a key given twice.
+
+    YAML would let the last one win without a word, and make the number 90 of 1:30, and ``true`` of a folder's name, on.
+    """
+
+
+def _resolvers() -> dict[Any, Any]:
+    """By first letter what a plain word may be, as PyYAML has it, without dates, and with flags by two words."""
+    resolvers = {
+        letter: [item for item in items if item[0] not in _WORDS]
+        for letter, items in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for letter in "tTfF":
+        resolvers[letter].append((_WORDS[1], re.compile("true|True|TRUE|false|False|FALSE")))
+    return resolvers
 
 
 def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -338,11 +364,23 @@ def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict
 
 
 def _construct_int(loader: _UniqueKeyLoader, node: yaml.ScalarNode) -> int:
-    # A hexadecimal number may have more digits than Python prints.
-    value: int = loader.construct_yaml_int(node)
-    if not -_TOO_LARGE <= value < _TOO_LARGE:
+    if not _DECIMAL.fullmatch(node.value) or "." in node.value:
+        raise _refusal(_not_decimal(node.value), node)
+    # So many digits as Python neither reads nor prints.
+    if len(node.value) > _DIGITS or not -_TOO_LARGE <= (value := int(node.value)) < _TOO_LARGE:
         raise _refusal("a whole number must fit into 64 bits", node)
     return value
+
+
+def _construct_float(loader: _UniqueKeyLoader, node: yaml.ScalarNode) -> float:
+    if not _DECIMAL.fullmatch(node.value):
+        raise _refusal(_not_decimal(node.value), node)
+    return float(node.value)
+
+
+def _not_decimal(text: str) -> str:
+    """What is said of 0777, 0x1F, 1_000, 1:30 and .inf, which are other numbers, or texts, to other readers of YAML."""
+    return f"{_brief.repr(text)} is not a plain decimal number; write one, or put it into quotes if it is a text"
 
 
 def _refusal(problem: str, node: yaml.Node) -> yaml.YAMLError:
@@ -351,6 +389,8 @@ def _refusal(problem: str, node: yaml.Node) -> yaml.YAMLError:
 
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
 _UniqueKeyLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+_UniqueKeyLoader.yaml_implicit_resolvers = _resolvers()
 
 
 def _parse(text: str | bytes, where: str) -> Any:

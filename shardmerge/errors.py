@@ -12,6 +12,7 @@
     │   ├── ChangedError           5   a file is not what it was when the merge was planned
     │   └── MissingError           5   a place that was named is not there; a plan is refused (3)
     ├── OutputError                5   writing failed
+    ├── LimitError                 5   the system allows the process no more memory, threads or files
     ├── VerifyError                6   the output is not what it should be
     └── ResumeError                7   the output belongs to another merge
 
@@ -96,6 +97,12 @@ class MissingError(SourceError):
 
 class OutputError(ShardmergeError):
     """Writing the output failed."""
+
+    exit_code = 5
+
+
+class LimitError(ShardmergeError):
+    """Memory, threads or open files ran out; the message says which limit was in force."""
 
     exit_code = 5
 

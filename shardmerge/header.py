@@ -23,6 +23,8 @@ from shardmerge.spec import DTYPE_BITS, TensorInfo, tensor_nbytes
 MAX_HEADER_BYTES = 100_000_000
 #: Of one file. Whole models have a third of them at most.
 MAX_TENSORS = 500_000
+#: Of a tensor, as in torch.
+MAX_DIMENSIONS = 64
 #: Characters of a tensor's name and entry together. Real ones have two hundred.
 MAX_ENTRY = 2_000_000
 #: Characters of ``__metadata__``, in which some keep a picture.
@@ -36,6 +38,8 @@ _METADATA = "__metadata__"
 _TOO_LARGE = 1 << 63
 #: Header bytes that are decoded at a time.
 _PART = 1 << 20
+#: Characters of entries that are read at once.
+_AT_ONCE = 1 << 18
 #: How far from where text was cut JSON may see something else wrong with it: the length of ``-Infinity``.
 _NEAR = 9
 _SPACES = re.compile(r"[ \t\n\r]*")
@@ -85,6 +89,7 @@ def decode(text: bytes, where: str) -> tuple[Metadata, dict[str, TensorInfo]]:
         raise FormatError(f"{where}: the header is not {'a JSON object' if text.strip() else 'JSON: it is empty'}")
     metadata: Metadata | None = None
     tensors: dict[str, TensorInfo] = {}
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
     try:
         for name, entry in _entries(text) if len(text) <= MAX_ENTRY else _entries_of_many(text):
             if name == _METADATA and metadata is None:
@@ -94,7 +99,11 @@ def decode(text: bytes, where: str) -> tuple[Metadata, dict[str, TensorInfo]]:
             elif len(tensors) == MAX_TENSORS:
                 raise FormatError(f"{where}: the header names over {MAX_TENSORS:,} tensors; expected fewer")
             else:
-                tensors[name] = _tensor(name, entry, where)
+                info = _tensor(name, entry, where)
+                # Layers have the same shapes, so there are few; one of each is kept.
+                if info.shape is not (shape := shapes.setdefault(info.shape, info.shape)):
+                    info = TensorInfo(info.dtype, shape, info.data_offsets)
+                tensors[name] = info
     except DuplicateKeyError as error:
         raise FormatError(f"{where}: the header names {error} twice") from None
     except (ValueError, RecursionError) as error:
@@ -142,6 +151,8 @@ def _entries_of_many(data: bytes) -> Iterator[tuple[str, Any]]:
             if has_escapes:
                 _check_surrogates([name, value])
             yield name, value
+            many, index = _whole_entries(parts, index, has_escapes)
+            yield from many
             index = parts.skip(index)
             if parts.text.startswith("}", index):
                 break
@@ -151,6 +162,24 @@ def _entries_of_many(data: bytes) -> Iterator[tuple[str, Any]]:
         index = parts.reach(index, 1)
     if index < len(parts.text):
         raise parts.wrong("extra data", index)
+
+
+def _whole_entries(parts: _Parts, index: int, has_escapes: bool) -> tuple[Iterable[tuple[str, Any]], int]:
+    """The entries behind a comma at ``index`` that are whole in this part, and where they end; perhaps none.
+
+    They are cut off where one looks to be whole. If that was inside of a text or of an entry, what was cut off is not
+    JSON; it then goes entry by entry, like all that is wrong.
+    """
+    end = parts.text.rfind('},"', index, index + _AT_ONCE)
+    if end < 0 or not parts.text.startswith(',"', index):
+        return (), index
+    try:
+        entries = json.loads("{" + parts.text[index + 1 : end + 1] + "}", object_pairs_hook=unique_keys)
+        if has_escapes:
+            _check_surrogates(entries)
+    except (ValueError, RecursionError):
+        return (), index
+    return entries.items(), end + 1
 
 
 def _entry(parts: _Parts, index: int) -> tuple[str, Any, int]:
@@ -275,6 +304,8 @@ def _tensor(name: str, entry: Any, where: str) -> TensorInfo:
         )
     if not _are_counts(shape):
         raise FormatError(f"{where}: {name!r} has the shape {reprlib.repr(shape)}, which is no list of sizes")
+    if len(shape) > MAX_DIMENSIONS:
+        raise FormatError(f"{where}: {name!r} has {len(shape):,} dimensions; expected {MAX_DIMENSIONS} at most")
     if not _are_counts(offsets) or len(offsets) != 2:
         raise FormatError(
             f"{where}: {name!r} has the data_offsets {reprlib.repr(offsets)}, which are no pair of offsets"

@@ -2,7 +2,8 @@
 
 SIGINT and SIGTERM become a `KeyboardInterrupt` in the main thread, which tidies up on its way out. But it comes through
 only between two steps of the interpreter: not while a large product is being computed, nor while a disk that has died
-keeps a write waiting. As an unfinished merge can be taken up from any state, the process then simply leaves.
+keeps a write waiting; and code that is not ours may swallow it. As an unfinished merge can be taken up from any state,
+the process then simply leaves.
 """
 
 from __future__ import annotations
@@ -10,15 +11,70 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 INTERRUPTED = 130
 ADVICE = "interrupted; run the same command again to take it up"
 #: Seconds that tidying up may take.
 _GRACE = 1.5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _Told:
+    """Whether this process was told to stop, and what it says when it leaves."""
+
+    stopping = False
+    message = "shardmerge: interrupted"
+    leaving = threading.Lock()
+
+
+def raise_when_told() -> None:
+    """From now on the first such signal is a `KeyboardInterrupt`, and the second ends the process.
+
+    So does the first where the interrupt has come to nothing after `_GRACE` seconds. Signals that are ignored stay so.
+    """
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _on_signal)
+    sys.unraisablehook = _unraisable
+
+
+def is_told() -> bool:
+    """Whether such a signal has come."""
+    return _Told.stopping
+
+
+def _on_signal(number: int, frame: Any) -> NoReturn:
+    if _Told.stopping:
+        _leave()
+    _Told.stopping = True
+    with suppress(RuntimeError):  # where no thread can be had, a second signal has to do
+        threading.Thread(target=_leave_in_time, name="shardmerge-leave", daemon=True).start()
+    raise KeyboardInterrupt
+
+
+def _unraisable(found: Any) -> None:
+    """Python shows what is raised where nothing can be, as in ``__del__``; an interrupt need not be shown."""
+    if not isinstance(found.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(found)
+
+
+def _leave_in_time() -> None:
+    time.sleep(_GRACE)
+    _leave()
+
+
+def _leave() -> NoReturn:
+    if _Told.leaving.acquire(blocking=False):  # one thread alone says so
+        os.write(2, f"\n{_Told.message}\n".encode())
+        os._exit(INTERRUPTED)
+    while True:
+        time.sleep(_GRACE)
 
 
 @contextmanager
@@ -34,9 +90,11 @@ def stopping_in_time() -> Iterator[None]:
     os.set_blocking(teller, False)
     threading.Thread(target=_watch, args=(told,), name="shardmerge-interrupt", daemon=True).start()
     before = signal.set_wakeup_fd(teller, warn_on_full_buffer=False)
+    message, _Told.message = _Told.message, f"shardmerge: {ADVICE}"
     try:
         yield
     finally:
+        _Told.message = message
         signal.set_wakeup_fd(before)
         os.close(teller)
 
@@ -52,6 +110,5 @@ def _watch(told: int) -> None:
             return
         count = sum(number in _SIGNALS for number in data)
         if not ready or stopping + count > 1:
-            os.write(2, f"\nshardmerge: {ADVICE}\n".encode())
-            os._exit(INTERRUPTED)
+            _leave()
         stopping = stopping or count > 0

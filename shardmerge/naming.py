@@ -29,7 +29,8 @@ _LEADING = re.compile(rf"(?:(?:module|model)\.)*{re.escape(PEFT_PREFIX)}|module\
 
 def unwrapped(name: str) -> str:
     """A name without the segments that only wrappers leave."""
-    if any(wrapper in name for wrapper in _WRAPPERS):
+    # All of them have one of these in them, and few names do: this is asked for every name, several times.
+    if "_orig_mod" in name or "_wrapped_module" in name:
         return ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
     return name
 

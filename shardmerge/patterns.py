@@ -26,9 +26,9 @@ How = Literal["match", "fullmatch", "search"]
 
 #: What may be done here, in steps from letter to letter, of which `re` does some hundred million a second.
 _STEPS = 1e9
-#: How long the process may take for all that it is asked, and the memory that it may have.
-SECONDS = 10.0
-_BYTES = 1 << 30
+#: How long the process may take for all that it is asked, and the memory that it may have, the interpreter's included.
+SECONDS = 5.0
+_BYTES = 160 << 20
 #: Steps to compile a set of characters, at the worst.
 _STEPS_OF_SET = 1e6
 _MOST_CHARACTERS = 1_000_000

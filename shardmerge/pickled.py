@@ -1,48 +1,32 @@
 """Pickled tensor files (``.bin``, ``.pt``) → `TensorRef`s, without running what is in them and without their data.
 
-What torch.save writes is a zip archive: a pickle, and beside it the bytes of every storage. A pickle is a program for a
-stack machine. Of its instructions those that describe tensors are followed here; none of them calls anything, and none
-takes more memory than is in proportion to its bytes in the file. Any other is refused. So factors of a pickle are read
-lazily by byte range like those of a safetensors file, and a plan needs no torch.
-Source: torch/serialization.py and torch/_utils.py, 2.13; Python's pickletools.
+What torch.save writes is a zip archive: a pickle, and beside it the bytes of every storage. The pickle is followed and
+not run (`shardmerge.unpickled`). So factors of a pickle are read lazily by byte range like those of a safetensors file,
+and a plan needs no torch. Source: torch/serialization.py, 2.13.
 """
 
 from __future__ import annotations
 
 import io
-import pickletools
 import reprlib
 import struct
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardmerge import recognise
+from shardmerge import recognise, unpickled
 from shardmerge.errors import FormatError, SourceError
 from shardmerge.naming import fault
 from shardmerge.regular_files import open_regular
 from shardmerge.spec import DTYPE_BITS, TensorRef, tensor_nbytes
+from shardmerge.unpickled import Tensor
 
 #: Bytes of the pickle proper, without the tensors' data: a hundred thousand entries need less.
 MAX_PICKLE_BYTES = 20_000_000
 #: Of the archive's directory, which has about a hundred for each tensor.
 MAX_DIRECTORY_BYTES = 20_000_000
 _LOCAL_HEADER_BYTES = 30
-_TOO_LARGE = 1 << 63
-_DTYPES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64"}
-#: What else torch calls the type of a storage's numbers; a message names it.
-_OTHER_DTYPES = {
-    "BoolStorage": "bool",
-    "ByteStorage": "uint8",
-    "CharStorage": "int8",
-    "ShortStorage": "int16",
-    "IntStorage": "int32",
-    "LongStorage": "int64",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
-}
 
 
 def read_pickled(path: Path, uri: str) -> dict[str, TensorRef]:
@@ -52,15 +36,20 @@ def read_pickled(path: Path, uri: str) -> dict[str, TensorRef]:
     """
     text, records = _read_archive(path)
     try:
-        state = _follow(text)
-    except _RefusedError as error:
+        state = unpickled.follow(text)
+    except unpickled.RefusedError as error:
         raise FormatError(
             f"{path}: the pickle asks for more than tensors, so it was not loaded: {str(error)[:300]} could run code"
         ) from None
-    except (ValueError, TypeError, LookupError) as error:
+    except unpickled.TooLargeError:
+        raise FormatError(
+            f"{path}: its pickle makes objects of over {unpickled.MAX_OBJECT_BYTES:,} bytes; expected a state dict, of "
+            "which a hundred thousand tensors take less. Save it again as safetensors"
+        ) from None
+    except (ValueError, TypeError, LookupError, struct.error) as error:
         raise FormatError(f"{path}: its pickle is damaged: {str(error)[:300]}") from None
     if not isinstance(state, dict):
-        found = "Tensor" if isinstance(state, _Tensor) else type(state).__name__
+        found = "Tensor" if isinstance(state, Tensor) else type(state).__name__
         raise FormatError(f"{path}: holds a {found}, expected a dictionary of tensors (a state dict)")
     return {name: _ref(path, uri, name, value, records) for name, value in state.items()}
 
@@ -139,162 +128,18 @@ def _data_offset(file: io.FileIO, entry: zipfile.ZipInfo) -> int:
     return entry.header_offset + _LOCAL_HEADER_BYTES + int(name) + int(extra)
 
 
-# --- the pickle -------------------------------------------------------------------------------------------------------
-
-
-class _RefusedError(Exception):
-    """What a pickle asks for and does not get."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Name:
-    """Something of a module, which is not looked up."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Storage:
-    key: str
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """Strides and ``start`` are in elements."""
-
-    storage: _Storage
-    start: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: str
-
-
-_VALUES = frozenset({"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"})
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-
-
-def _follow(text: bytes) -> Any:
-    """What the pickle leaves on the stack. Raises `_RefusedError`, or what a damaged one makes Python raise."""
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-    argument: Any
-    for opcode, argument, _ in pickletools.genops(text):
-        name = opcode.name
-        if name in ("BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif name in _VALUES:
-            stack.append(argument)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name == "EMPTY_DICT":
-            stack.append({})
-        elif name == "EMPTY_LIST":
-            stack.append([])
-        elif name == "MARK":
-            marks.append(len(stack))
-        elif name in _TUPLES:
-            stack[-_TUPLES[name] :] = [tuple(stack[-_TUPLES[name] :])]
-        elif name in ("TUPLE", "SETITEMS", "APPENDS"):
-            start = marks.pop()
-            items = stack[start:]
-            del stack[start:]
-            if name == "TUPLE":
-                stack.append(tuple(items))
-            else:
-                _fill(stack[-1], items, "SETITEMS" if name == "SETITEMS" else "APPENDS")
-        elif name == "SETITEM":
-            value, key = stack.pop(), stack.pop()
-            _fill(stack[-1], [key, value], "SETITEMS")
-        elif name == "APPEND":
-            value = stack.pop()
-            _fill(stack[-1], [value], "APPENDS")
-        elif name == "GLOBAL":
-            stack.append(_Name(argument.replace(" ", ".")))
-        elif name == "BINPERSID":
-            stack.append(_storage(stack.pop()))
-        elif name == "REDUCE":
-            arguments, called = stack.pop(), stack.pop()
-            stack.append(_built(called, arguments))
-        elif name == "BUILD":  # attributes of a dictionary, such as the versions of its modules
-            stack.pop()
-        elif name not in ("PROTO", "STOP"):
-            raise _RefusedError(f"the instruction {name}")
-    return stack.pop()
-
-
-def _fill(target: Any, items: list[Any], how: str) -> None:
-    if how == "APPENDS" and isinstance(target, list):
-        target += items
-    elif how == "SETITEMS" and isinstance(target, dict):
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str) and (type(key) is not int or abs(key) >= _TOO_LARGE):
-                raise ValueError(f"a {type(key).__name__} is a key of a dictionary")
-            target[key] = value
-    else:
-        raise ValueError(f"items of a {type(target).__name__}")
-
-
-def _storage(reference: Any) -> _Storage:
-    """``("storage", type, key, device, number of elements)``"""
-    what, kind, key = reference[:3]
-    if what != "storage" or not isinstance(kind, _Name) or not isinstance(key, str):
-        raise ValueError("a reference to something that is no storage")
-    module, _, name = kind.name.rpartition(".")
-    if module not in ("torch", "torch.storage") or not name.endswith("Storage"):
-        raise _RefusedError(kind.name)
-    return _Storage(key, _DTYPES.get(name, f"torch.{_OTHER_DTYPES.get(name, name)}"))
-
-
-def _built(called: Any, arguments: Any) -> Any:
-    """What one of the functions by which torch pickles tensors would return."""
-    if not isinstance(called, _Name) or not isinstance(arguments, tuple):
-        raise ValueError(f"a call of a {type(called).__name__}")
-    if called.name == "collections.OrderedDict" and not arguments:
-        return {}
-    if called.name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
-        if not isinstance(arguments[0], _Tensor):
-            raise ValueError("a parameter that is no tensor")
-        return arguments[0]
-    if called.name == "torch._utils._rebuild_tensor_v2":
-        return _tensor(*arguments[:4], extra=arguments[6:])
-    if called.name == "torch._utils._rebuild_tensor_v3":
-        dtype = arguments[6]
-        return _tensor(*arguments[:4], dtype=dtype.name if isinstance(dtype, _Name) else "", extra=arguments[7:])
-    if called.name == "torch._tensor._rebuild_from_type_v2":  # a tensor of a class, or with attributes
-        function, _, inner, _ = arguments
-        if isinstance(function, _Name) and function.name.startswith("torch._utils._rebuild_"):
-            return _built(function, inner)
-    raise _RefusedError(called.name)
-
-
-def _tensor(storage: Any, start: Any, shape: Any, strides: Any, *, extra: tuple[Any, ...], dtype: str = "") -> _Tensor:
-    numbers = (start, *shape, *strides)
-    if not isinstance(storage, _Storage) or len(shape) != len(strides):
-        raise ValueError("a tensor without a storage, or with other strides than sizes")
-    if any(type(number) is not int or not 0 <= number < _TOO_LARGE for number in numbers):
-        raise ValueError(f"a tensor of shape {reprlib.repr(shape)}")
-    if any(extra):
-        raise _RefusedError("a conjugated or negated view")
-    return _Tensor(storage, start, tuple(shape), tuple(strides), dtype or storage.dtype)
-
-
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
 def _ref(path: Path, uri: str, name: Any, value: Any, records: Mapping[str, tuple[int, int]]) -> TensorRef:
-    if not isinstance(name, str) or not isinstance(value, _Tensor):
+    if not isinstance(name, str) or not isinstance(value, Tensor):
         raise FormatError(
             f"{path}: the entry {reprlib.repr(name)} is a {type(value).__name__}; expected a flat dictionary of "
             "tensors by name"
         )
     if wrong := fault(name):
         raise FormatError(f"{path}: {wrong}")
-    if value.dtype not in _DTYPES.values():
+    if value.dtype not in unpickled.DTYPES.values():
         raise FormatError(f"{path}: {name!r} is a tensor of {value.dtype}; expected dense floats")
     try:
         tensor_nbytes(value.dtype, value.shape)
@@ -319,7 +164,7 @@ def _ref(path: Path, uri: str, name: Any, value: Any, records: Mapping[str, tupl
     )
 
 
-def _is_dense(tensor: _Tensor) -> bool:
+def _is_dense(tensor: Tensor) -> bool:
     """Whether its elements lie one after the other; the stride of a single one means nothing."""
     expected = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):

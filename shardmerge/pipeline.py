@@ -128,9 +128,11 @@ def run(
         threading.Thread(target=pipeline.guarded, args=(stage,), name=f"shardmerge-{name}", daemon=True)
         for name, stage in (("read", pipeline.reading), ("write", pipeline.writing))
     ]
-    for thread in threads:
-        thread.start()
+    started: list[threading.Thread] = []
     try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
         while (entry := pipeline.filled.get()) is not None:
             job, buffer = entry
             work(job, buffer)
@@ -142,7 +144,7 @@ def run(
         pass  # the stage that failed says why
     finally:
         pipeline.stop()
-        for thread in threads:
+        for thread in started:  # the system may have refused one
             thread.join()
     if pipeline.error is not None:
         raise pipeline.error

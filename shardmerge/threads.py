@@ -12,6 +12,9 @@ import torch
 
 from shardmerge.spec import TensorPlan
 
+#: Seconds in which a thread must have begun; where memory has run out, one may end without having said so.
+_PATIENCE = 60.0
+
 Item = TypeVar("Item")
 Begun = TypeVar("Begun")
 
@@ -91,9 +94,15 @@ class ComputeThreads:
             threading.Thread(target=self._help, args=(worker, ready), name="shardmerge-compute", daemon=True)
             for worker in range(1, self.workers)
         ]
-        for helper in self._helpers:
-            helper.start()
-        ready.wait()
+        try:
+            for helper in self._helpers:
+                helper.start()
+            ready.wait(_PATIENCE)
+        except threading.BrokenBarrierError:
+            raise MemoryError("a thread that computes has ended before it began") from None
+        finally:
+            if ready.n_waiting:  # those that could begin do not wait for those that could not
+                ready.abort()
         torch.set_num_threads(self._default)
         self._set = self._default
 
@@ -149,8 +158,14 @@ class ComputeThreads:
         torch.set_num_threads(self._default)
 
     def _help(self, worker: int, ready: threading.Barrier) -> None:
-        torch.set_num_threads(1)
-        ready.wait()
+        try:
+            torch.set_num_threads(1)
+            ready.wait()
+        except threading.BrokenBarrierError:
+            return
+        except BaseException:
+            ready.abort()
+            raise
         while self._step(worker):
             pass
 

@@ -338,7 +338,7 @@ def test_override_in_an_empty_section(tmp_path: Path) -> None:
         ("output.path=[", "not valid YAML"),
         ("output.path=!!python/name:os.system", "not valid YAML"),
         ("output={[a]: 1}", "not valid YAML"),
-        ("output.path=2020-13-45", "not valid YAML"),
+        ("output.path=!!timestamp 2020-13-45", "not valid YAML"),
         ("output.path=!!bool x", "not valid YAML"),
         ("output.path=" + "[" * 1500, "not valid YAML"),
         ("output={path: a, path: b}", "stands twice"),

@@ -45,8 +45,6 @@ def test_tag_is_refused_and_not_obeyed(tmp_path: Path) -> None:
         "base: !!python/name:os.system\n",
         "base: !!python/object/new:os.system [x]\n",
         "base: !mine x\n",
-        "base: 2020-13-45\n",
-        "base: 9999-99-99 99:99:99\n",
         "base: !!int x\n",
         "base: !!int ''\n",
         "base: !!float x\n",
@@ -94,6 +92,114 @@ def test_too_long(tmp_path: Path) -> None:
     fits = GOOD + "#" * (MAX_CONFIG_BYTES - len(GOOD))
     assert from_text(tmp_path, fits) == MergeConfig.from_dict(DATA)
     assert "this is no config" in refusal(lambda: from_text(tmp_path, fits + "#"))
+
+
+# --- what YAML would make of a value ----------------------------------------------------------------------------------
+
+#: Numbers to YAML 1.1 that are other numbers, or words, to YAML 1.2 and to whoever wrote them.
+SURPRISES: tuple[str, ...] = (
+    "1:30",
+    "190:20:30",
+    "1:30.5",
+    "0777",
+    "-012",
+    "00",
+    "0x1F",
+    "0b101",
+    "1_000",
+    "1_0.5",
+    "1__",
+    ".inf",
+)
+SURPRISES += ("-.INF", ".nan", ".NaN", "00.5", "01.5")
+NUMBERS = ("output.max_shard_size", "output.seed", "compute.max_memory")
+OF_ADAPTER = ("adapters.0.weight", "adapters.0.alpha", "adapters.0.scaling")
+TEXTS = ("base", "adapters.0.path", "adapters.0.prefix", "output.path")
+
+
+def value_of(config: MergeConfig, key: str) -> Any:
+    value: Any = config
+    for step in key.split("."):
+        value = value[int(step)] if step.isdecimal() else getattr(value, step)
+    return value
+
+
+def with_value(folder: Path, key: str, text: str) -> MergeConfig:
+    """The config that has ``text`` at a key, in its file and again by an override: both must say the same."""
+    section, _, last = key.rpartition(".")
+    adapter = f"[{{path: a, {last}: {text}}}]" if section == "adapters.0" and last != "path" else "[{path: a}]"
+    lines = {"base": "b", "adapters": adapter, "output": "{path: o}"}
+    if section == "adapters.0" and last == "path":
+        lines["adapters"] = f"[{{path: {text}}}]"
+    elif section and section != "adapters.0":
+        lines[section] = (
+            f"{{path: o, {last}: {text}}}" if (section, last) == ("output", last) else f"{{{last}: {text}}}"
+        )
+        if key == "output.path":
+            lines[section] = f"{{path: {text}}}"
+    elif not section:
+        lines[key] = text
+    config = from_text(folder, "".join(f"{name}: {value}\n" for name, value in lines.items()))
+    assert value_of(from_text(folder, GOOD, [f"{key}={text}"]), key) == value_of(config, key)
+    return config
+
+
+@pytest.mark.parametrize("text", SURPRISES)
+def test_number_that_is_another_to_others(tmp_path: Path, text: str) -> None:
+    """Refused wherever it stands, plain; in quotes it is a text, which is a path, and no number."""
+    for key in (*NUMBERS, *OF_ADAPTER, *TEXTS):
+        message = refusal(lambda key=key: with_value(tmp_path, key, text))  # type: ignore[misc]
+        assert f"{text!r} is not a plain decimal number" in message
+        message = refusal(lambda key=key: from_text(tmp_path, GOOD, [f"{key}={text}"]))  # type: ignore[misc]
+        assert f"-s {key}: not valid YAML: {text!r} is not a plain decimal number" in message
+    for key in TEXTS:
+        assert value_of(with_value(tmp_path, key, f'"{text}"'), key) == text
+    for key in (*NUMBERS, *OF_ADAPTER):
+        assert key in refusal(lambda key=key: with_value(tmp_path, key, f'"{text}"'))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("text", ["on", "Off", "yes", "NO", "2020-01-02", "2020-13-45", "2020-01-02 03:04:05", "0o17"])
+def test_word_stays_a_word(tmp_path: Path, text: str) -> None:
+    """YAML 1.1 makes flags and dates of these; where a word is expected they are words, and numbers they are not."""
+    for key in TEXTS:
+        assert value_of(with_value(tmp_path, key, text), key) == text
+    for key in (*NUMBERS, *OF_ADAPTER):
+        assert key in refusal(lambda key=key: with_value(tmp_path, key, text))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("text", ["true", "false", "7", "1.5", "null"])
+def test_flag_or_number_is_no_word(tmp_path: Path, text: str) -> None:
+    """Neither a path nor another kind of number is made of it."""
+    for key in ("base", "adapters.0.path", "output.path"):
+        assert f"{key}: " in refusal(lambda key=key: with_value(tmp_path, key, text))  # type: ignore[misc]
+    if text in ("true", "false"):
+        for key in (*NUMBERS, *OF_ADAPTER):
+            assert key in refusal(lambda key=key: with_value(tmp_path, key, text))  # type: ignore[misc]
+
+
+def test_flags(tmp_path: Path) -> None:
+    for text, flag in {"true": True, "yes": True, "On": True, "FALSE": False, "no": False, "off": False}.items():
+        assert with_value(tmp_path, "output.sha256", text).output.sha256 is flag
+    for text in ("2", "0.5", "maybe", "2020-01-02"):
+        assert "output.sha256" in refusal(lambda text=text: with_value(tmp_path, "output.sha256", text))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        *(("adapters.0.weight", text, value) for text, value in (("1e-3", 1e-3), ("+0.5", 0.5), (".5", 0.5))),
+        *(("adapters.0.weight", text, value) for text, value in (("-2", -2.0), ("0.1", 0.1), ("1.5e+3", 1500.0))),
+        *(("output.seed", text, value) for text, value in (("0", 0), ("42", 42), ('"42"', 42))),
+        *(("compute.max_memory", text, value) for text, value in (("5.0", 5), ("1.5KiB", 1536), ("512000", 512_000))),
+    ],
+)
+def test_plain_numbers(tmp_path: Path, key: str, text: str, value: float) -> None:
+    assert value_of(with_value(tmp_path, key, text), key) == value
+
+
+@pytest.mark.parametrize("text", ["1.5", "0777B", "٣GB", "0.5", "1e9"])
+def test_size_that_is_none(tmp_path: Path, text: str) -> None:
+    assert "is no size" in refusal(lambda: with_value(tmp_path, "output.max_shard_size", text))
 
 
 # --- bombs ------------------------------------------------------------------------------------------------------------

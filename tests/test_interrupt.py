@@ -66,6 +66,136 @@ def test_a_second_signal_is_obeyed_at_once_and_a_prompt_end_is_left_alone() -> N
     assert "KeyboardInterrupt" in told and "shardmerge: interrupted" not in told
 
 
+# --- at any moment ----------------------------------------------------------------------------------------------------
+
+#: Sends the process a signal at the n-th import from the moment at which the console script loads the program.
+_AT_IMPORT = """
+import os, sys
+at, number, seen = int(os.environ["STOP_AT"]), int(os.environ["STOP_BY"]), -1
+
+def watch(event, arguments):
+    global seen
+    if event == "import" and (seen >= 0 or arguments[0] == "shardmerge.cli"):
+        seen += 1
+        if seen == at:
+            os.kill(os.getpid(), number)
+
+sys.addaudithook(watch)
+"""
+
+
+def _stopped(folder: Path, at: int, number: signal.Signals, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    (folder / "site").mkdir(exist_ok=True)
+    (folder / "site" / "sitecustomize.py").write_text(_AT_IMPORT)
+    path = f"{ROOT}{os.pathsep}{folder / 'site'}"
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "STOP_AT": str(at), "STOP_BY": str(number)}
+    return subprocess.run(
+        [sys.executable, "-m", "shardmerge", *map(str, arguments)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
+
+
+def _check_stopped(done: subprocess.CompletedProcess[str]) -> None:
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.returncode in (0, 130), done.stderr
+    assert done.returncode == 0 or done.stderr.count("shardmerge: interrupted") == 1, done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("at", [0, 3, 20, 80, 250])
+def test_a_command_is_stopped_while_it_loads(tmp_path: Path, at: int, number: signal.Signals) -> None:
+    place = make_place(tmp_path)
+    done = _stopped(tmp_path, at, number, "plan", place.config_file())
+    _check_stopped(done)
+    assert done.returncode == 130
+
+
+def test_a_merge_is_stopped_while_torch_loads(tmp_path: Path) -> None:
+    place = make_place(tmp_path)
+    done = _stopped(tmp_path, 700, signal.SIGINT, "run", place.config_file())
+    _check_stopped(done)
+    assert done.returncode == 130
+    assert not list(place.output.glob("*.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [("plan",), ("run", "--overwrite"), ("verify",)], ids=lambda of: of[0])
+def test_every_command_is_stopped_at_many_imports(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """Up to the one that the command does not come to."""
+    place = make_place(tmp_path)
+    config = place.config_file()
+    assert run_cli("run", config).returncode == 0
+    command, *options = arguments
+    at, code = 0, 130
+    while code == 130:
+        done = _stopped(tmp_path, at, signal.SIGINT, command, place.output if command == "verify" else config, *options)
+        _check_stopped(done)
+        at, code = at + 61, done.returncode
+
+
+@pytest.mark.slow
+def test_a_command_is_stopped_after_any_time(tmp_path: Path) -> None:
+    """Before the interpreter has come to the console script, a signal does what Python does with it."""
+    config = make_place(tmp_path).config_file()
+    for number in range(60):
+        with _start(config, "plan") as process:
+            time.sleep(0.02 * number)
+            process.send_signal(signal.SIGINT)
+            _, told = process.communicate(timeout=60)
+        assert "shardmerge/cli" not in told, told
+        assert process.returncode in (0, 130) or "shardmerge: " not in told, told
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
+    """As SIGINT is for a job in the background."""
+    script = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "import shardmerge.entry, shardmerge.cli\n"
+        "shardmerge.cli.cli.main = lambda **_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "shardmerge.entry.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+#: Interrupts that come to nothing, or to something else.
+_SWALLOWED = """
+import os, signal, time, shardmerge.cli, shardmerge.entry
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class Deaf:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)
+
+def swallow(**_):
+    Deaf()
+    while True:
+        time.sleep(0.1)
+
+def become(**_):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    except KeyboardInterrupt:
+        raise ImportError("numpy's C extensions failed") from None
+
+shardmerge.cli.cli.main = {}
+shardmerge.entry.main()
+"""
+
+
+@pytest.mark.parametrize("what", ["swallow", "become"])
+def test_an_interrupt_that_other_code_loses(what: str) -> None:
+    done = subprocess.run([sys.executable, "-c", _SWALLOWED.format(what)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.strip() == "shardmerge: interrupted"
+
+
 # --- a larger model ---------------------------------------------------------------------------------------------------
 
 
@@ -91,12 +221,12 @@ def _hashes(output: Path) -> dict[str, str]:
     return {name: hashlib.sha256(data).hexdigest() for name, data in contents(output).items()}
 
 
-def _start(config: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "shardmerge", "run", str(config)]
+def _start(config: Path, command: str = "run") -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-m", "shardmerge", command, str(config)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     # A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
     return subprocess.Popen(
-        command,
+        arguments,
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,

@@ -263,10 +263,72 @@ def test_damaged_archive(tmp_path: Path, changes: dict[str, Any]) -> None:
     refusal(rewrite(write_pure(tmp_path / "x.pt"), **changes))
 
 
-@pytest.mark.parametrize("protocol", [4, 5])
-def test_protocols_that_torch_does_not_load_either(tmp_path: Path, protocol: int) -> None:
-    torch.save({"a": numbers(2)}, tmp_path / "x.pt", pickle_protocol=protocol)
-    assert "the instruction" in refusal(tmp_path / "x.pt")
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_protocol_that_torch_saves_in(tmp_path: Path, protocol: int) -> None:
+    """torch itself loads those from 4 on only with ``weights_only=False``, which runs them; these are our own."""
+    path = tmp_path / "x.pt"
+    states: list[dict[str, Any]] = [
+        {f"name{number}" * (number % 50 + 1): numbers(number % 3 + 1, 4) for number in range(300)},
+        dict(torch.nn.Linear(3, 2).state_dict()),
+        {"parameter": torch.nn.Parameter(numbers(2)), "view": numbers(4, 6).T[1:3], "half": numbers(3).half()},
+        {"ä" * 300: numbers(1), "long": numbers(70_000)},
+    ]
+    states.append(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)).state_dict())
+    for state in states:
+        torch.save(state, path, pickle_protocol=protocol)
+        expected = torch.load(path, weights_only=False)
+        found = read(path)
+        assert list(found) == list(expected)
+        assert all(torch.equal(by_offset(ref), expected[name]) for name, ref in found.items())
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_code_in_every_protocol_is_not_run(tmp_path: Path, protocol: int) -> None:
+    witness = tmp_path / "witness"
+    path = tmp_path / "x.pt"
+    torch.save({"a": Touch(witness), "b": numbers(2)}, path, pickle_protocol=protocol)
+    message = refusal(path)
+    assert "could run code" in message and ("posix.system" in message or "os.system" in message)
+    assert not witness.exists()
+
+
+_BOMBS = {
+    "dictionaries": b"}" * 15_000_000,
+    "lists": b"]" * 15_000_000,
+    "tuples": b"N" + b"\x85" * 15_000_000,
+    "marks": b"(" * 15_000_000,
+    "numbers": b"M\xff\x7f" * 5_000_000,
+    "memo": b"}" + b"\x94" * 19_900_000,
+    "texts": b"\x8c\x00" * 7_500_000,
+    "entries": b"}(" + b"".join(b"\x8c\x07%07dN" % number for number in range(1_400_000)) + b"u",
+}
+
+
+@pytest.mark.parametrize("bomb", ["dictionaries", "marks", "entries"])
+def test_pickle_that_makes_too_much(tmp_path: Path, bomb: str) -> None:
+    """A file of 15 MB, of which Python would make a gigabyte; the time that it takes is that of its bytes."""
+    _check_bomb(tmp_path, bomb)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bomb", ["lists", "tuples", "numbers", "memo", "texts"])
+def test_any_pickle_that_makes_too_much(tmp_path: Path, bomb: str) -> None:
+    _check_bomb(tmp_path, bomb)
+
+
+def _check_bomb(tmp_path: Path, bomb: str) -> None:
+    path = rewrite(write_pure(tmp_path / "x.pt"), data_pkl=b"\x80\x04" + _BOMBS[bomb] + b".")
+    code = (
+        "import pathlib; from shardmerge.pickled import read_pickled\n"
+        "from shardmerge.errors import FormatError; from shardmerge.report import peak_memory\n"
+        f"try: read_pickled(pathlib.Path({str(path)!r}), 'x')\n"
+        "except FormatError as error: print(peak_memory(), error)"
+    )
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+    peak, _, message = done.stdout.partition(" ")
+    assert int(peak) < 300_000_000
+    assert "makes objects of over 150,000,000 bytes" in message
 
 
 def test_other_byte_order(tmp_path: Path) -> None:

@@ -162,7 +162,10 @@ class PeftMethod(ABC):
         lists = {key: config.get(key) for key in ("target_modules", "exclude_modules", "modules_to_save")}
         config = {**config, **{key: frozenset(of) for key, of in lists.items() if isinstance(of, list)}}
         context = dataclasses.replace(context, config=config, shared=shared)
-        for module in modules:
+        has_modules = bool(modules)
+        modules.reverse()
+        while modules:  # which takes back its memory: an adapter of experts has a hundred thousand of them
+            module = modules.pop()
             if why := self.unwrap(module, context):
                 first = next(iter(module.factors.values()))
                 claims.problems.append(f"{first.name}: {why}")
@@ -177,7 +180,7 @@ class PeftMethod(ABC):
                     f"adapter_config.json's {reasons[-1]} {module.name}, for which the adapter has tensors; PEFT "
                     "would ignore them"
                 )
-        if modules:
+        if has_modules:
             claims.told |= {ref.name for ref in shared.values() if 0 not in ref.shape}
         self.claim_rest(claims, tensors, config)
         return claims
@@ -187,10 +190,11 @@ class PeftMethod(ABC):
         pattern, names = _key_pattern(tuple(self.roles.items()))
         modules: dict[tuple[str, str, int], Module] = {}
         shared: dict[str, TensorRef] = {}
-        for name, ref in tensors.items():
-            if role := self._shared_role(unwrapped(name)):
+        for written, ref in tensors.items():
+            name = unwrapped(written)
+            if role := self._shared_role(name):
                 shared[role] = ref
-            elif match := pattern.fullmatch(unwrapped(name)):
+            elif match := pattern.fullmatch(name):
                 index = next(index for index in range(len(names)) if match[f"role{index}"] is not None)
                 infix = match[f"adapter{index}"] or ""
                 prefix = match["module"]

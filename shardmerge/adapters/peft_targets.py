@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Collection, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from shardmerge.patterns import first_captured, first_match
@@ -49,14 +50,18 @@ def matches(targets: str | Collection[str], module: str) -> bool:
     """Whether a module is named by a regular expression, or by one of a list of ends of names."""
     if isinstance(targets, str):
         return first_match([targets], module, "fullmatch") is not None
-    return any(end in targets for end in _ends(module))
+    return _has_end(targets, module) if isinstance(targets, frozenset) else not _ends(module).isdisjoint(targets)
 
 
-def _ends(name: str) -> Iterator[str]:
+@lru_cache(maxsize=8)  # a module is asked for several times, one after the other
+def _has_end(targets: frozenset[str], module: str) -> bool:
+    return not _ends(module).isdisjoint(targets)
+
+
+def _ends(name: str) -> set[str]:
     """The name, and what is left of it after each of its dots."""
-    while name:
-        yield name
-        name = name.partition(".")[2]
+    segments = name.split(".")
+    return {".".join(segments[first:]) for first in range(len(segments))} - {""}
 
 
 def _holds(saved: str, module: str) -> bool:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from shardmerge import recognise
+from shardmerge import json_size, recognise
 from shardmerge.errors import FormatError
-from shardmerge.header import MAX_HEADER_BYTES, DuplicateKeyError, Metadata, read_header, unique_keys
+from shardmerge.header import DuplicateKeyError, Metadata, read_header, unique_keys
 from shardmerge.sources import Source
 from shardmerge.spec import SourceFile, TensorRef
 
-#: Of an index: as long as all headers that the format allows one file.
-MAX_INDEX_BYTES = MAX_HEADER_BYTES
+#: Of an index, which has an entry for every tensor; the largest of well-known models has 27 MB.
+MAX_INDEX_BYTES = 60_000_000
 #: Of a config.json or an adapter_config.json; a million token numbers fit.
 MAX_JSON_BYTES = 10_000_000
 #: Objects and lists inside each other. Real ones have five; what walks through them may call itself for each.
@@ -96,6 +96,8 @@ def read_json_value(
     text = source.read(name, 0, limit + 1)
     if len(text) > limit:
         raise FormatError(f"{where} is over {limit:,} bytes long; expected less")
+    if large := json_size.too_large(text):
+        raise FormatError(f"{where} {large}; expected fewer entries")
     try:
         value = json.loads(text, object_pairs_hook=_without_contradiction, parse_constant=constant)
         if _depth(value) > MAX_DEPTH:

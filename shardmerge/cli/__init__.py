@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import warnings
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 
 from shardmerge.cli import describing, environment, merging, proving, talking
 from shardmerge.cli.printing import Group, show_traceback, show_usage
 from shardmerge.garbage import process_is_ours
-from shardmerge.interrupt import INTERRUPTED
+from shardmerge.interrupt import INTERRUPTED, is_told, raise_when_told
 from shardmerge.version import __version__
 
 
@@ -42,14 +41,23 @@ for _command in (
     cli.add_command(_command)
 
 
-def _on_termination(signum: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def main() -> NoReturn:
-    """The console script."""
+    """Run the command line and end the process; `shardmerge.entry` is the console script."""
     sys.excepthook = show_traceback
-    signal.signal(signal.SIGTERM, _on_termination)
+    try:
+        raise_when_told()
+        _leave(_run())
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("shardmerge: interrupted", err=True)
+    except Exception:
+        if not is_told():
+            raise
+        # What an interrupt became in code that is not ours.
+        click.echo("shardmerge: interrupted", err=True)
+    _leave(INTERRUPTED)
+
+
+def _run() -> int:
     process_is_ours()
     # Torch imports numpy, whose OpenBLAS starts a thread for every core, that waits for work at full speed at first. We
     # give it none.
@@ -62,14 +70,11 @@ def main() -> NoReturn:
     except click.ClickException as error:
         show_usage(error)
         code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("shardmerge: interrupted", err=True)
-        code = INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone; pointing stdout elsewhere keeps the interpreter's last flush quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    _leave(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 def _leave(code: int) -> NoReturn:

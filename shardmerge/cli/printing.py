@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 import click
 
-from shardmerge.errors import ConfigError, PlanError, ShardmergeError, VerifyError
+from shardmerge.errors import ConfigError, LimitError, PlanError, ShardmergeError, VerifyError
+from shardmerge.interrupt import is_told
+from shardmerge.limits import explained, hint
 from shardmerge.shown import one_line, shown, shown_json
 
 _AS_JSON = "shardmerge.as_json"
@@ -41,12 +43,22 @@ def reported(ctx: click.Context) -> Iterator[None]:
     except ShardmergeError as error:
         if ctx.meta[_AS_JSON]:
             _print_error(type(error).__name__, error.exit_code, error.problems)
-        say(f"shardmerge: {_message(error)}", err=True)
+        say(f"shardmerge: {_message(error)}{hint(str(error))}", err=True)
         raise click.exceptions.Exit(error.exit_code) from None
+    except (click.exceptions.Exit, click.Abort, BrokenPipeError):
+        raise
     except click.UsageError as error:
         if ctx.meta[_AS_JSON]:
             _print_error("UsageError", error.exit_code, [error.format_message()])
         raise
+    except Exception as error:
+        why = explained(error)
+        if why is None or is_told():
+            raise
+        if ctx.meta[_AS_JSON]:
+            _print_error("LimitError", LimitError.exit_code, [why])
+        say(f"shardmerge: {why}", err=True)
+        raise click.exceptions.Exit(LimitError.exit_code) from None
 
 
 def _message(error: ShardmergeError) -> str:

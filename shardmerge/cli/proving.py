@@ -10,6 +10,7 @@ from shardmerge.cli import environment
 from shardmerge.cli.logs import keep_log_out_of, logged
 from shardmerge.cli.printing import json_option, print_json, say
 from shardmerge.errors import VerifyError
+from shardmerge.limits import check_room_for_torch
 
 
 @click.command()
@@ -40,6 +41,7 @@ def verify(
 
     Exits with 6 if something is wrong, or if something could not be verified and --partial was not given.
     """
+    check_room_for_torch()
     from shardmerge import api
     from shardmerge.progress import show_progress
     from shardmerge.verification import describe
@@ -98,6 +100,7 @@ def compare(
 
     Loads one after the other. Needs transformers and PEFT: pip install transformers peft
     """
+    check_room_for_torch()
     from shardmerge import comparison
 
     found = comparison.compare(

@@ -13,6 +13,7 @@ import click
 
 from shardmerge.cli.printing import json_option, print_json, say
 from shardmerge.errors import ConfigError
+from shardmerge.limits import check_room_for_torch
 from shardmerge.shown import one_line
 
 
@@ -54,10 +55,13 @@ def chat(
 
         output = str(read_origin(Path(output), base).base_folder())
         say(f"this is the base, without the adapter: {output}", err=True)
+    check_room_for_torch()
     # What is typed meanwhile is the first line, which is shown when it is asked for.
     with _loading(output, quiet=as_json), Terminal(sys.stdin).muted() if prompt is None else nullcontext():
         model = load(output, template)
     if prompt is None:
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         loop(model, system=system, max_new_tokens=max_new_tokens)
         return
     asked, answer = once(model, prompt, system=system, max_new_tokens=max_new_tokens, quiet=as_json)

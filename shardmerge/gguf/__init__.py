@@ -6,7 +6,7 @@ the bytes before the data; none of them needs torch. ``tiles`` and ``quantize`` 
 
 from __future__ import annotations
 
-from shardmerge.gguf.files import wanted
+from shardmerge.gguf.files import too_large, wanted
 from shardmerge.gguf.formats import QUANTIZATIONS, TYPES, GgmlType
 from shardmerge.gguf.layout import Layout, OutputTensor, Part, lay_out
 from shardmerge.gguf.metadata import Description, describe
@@ -33,5 +33,6 @@ __all__ = [
     "modelfile",
     "notes",
     "read_model",
+    "too_large",
     "wanted",
 ]

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from shardmerge import json_size
+
 _NAMES = frozenset(
     {
         "config.json",
@@ -21,11 +23,26 @@ _NAMES = frozenset(
     }
 )
 _TEMPLATES = "additional_chat_templates/"
+#: Of a file that is read whole, and of the memory that its JSON may take: a tokenizer.json of 35 MB is the largest of
+#: well-known models.
+MAX_BYTES, _MAX_PARSED = 50_000_000, 400_000_000
 
 
 def wanted(names: Iterable[str]) -> list[str]:
     """Of a model's files those that `metadata.describe` asks for."""
     return sorted(name for name in names if name in _NAMES or (name.startswith(_TEMPLATES) and name.endswith(".jinja")))
+
+
+def too_large(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """What is wrong with the sizes of the files that a GGUF file is made of."""
+    large = [name for name, size in sizes.items() if size > MAX_BYTES]
+    if not large and sum(sizes.values()) > 2 * MAX_BYTES:
+        large = [max(sizes, key=lambda name: sizes[name])]
+    return tuple(
+        f"{name} is {sizes[name]:,} bytes long; what a GGUF file is made of is read whole, each file up to "
+        f"{MAX_BYTES:,} bytes and all of them up to {2 * MAX_BYTES:,}"
+        for name in large
+    )
 
 
 class ModelFiles:
@@ -60,6 +77,9 @@ class ModelFiles:
 
     def _parsed(self, name: str) -> dict[str, Any] | None:
         if name not in self._contents:
+            return None
+        if large := json_size.too_large(self._contents[name], _MAX_PARSED):
+            self._problems.append(f"{name} {large}; expected fewer entries")
             return None
         try:
             value = json.loads(self._contents[name])

@@ -88,16 +88,8 @@ class Index:
     @cached_property
     def _spoken_of(self) -> frozenset[str] | None:
         """Numbers that some pattern names, which therefore are not alike; None: none are alike."""
-        numbers: set[str] = set()
-        for rule in self.rules.rules:
-            if rule.offset:
-                return None
-            for source in rule.sources:
-                plain = source.replace(r"\d", "")
-                numbers |= set(_DIGITS.findall(plain))
-                if re.search(r"\[[^\]]*\d", plain):
-                    numbers |= set("0123456789")
-        return frozenset(numbers)
+        rules = self.rules.rules
+        return None if any(rule.offset for rule in rules) else numbers_in(rules)
 
     def _add(self, template: _Template, members: list[tuple[list[str], str]]) -> None:
         write = template.formats[0]
@@ -119,6 +111,25 @@ class Index:
                 group.unclear = True
             else:
                 group.sources[template.source][number] = name
+
+
+def numbers_in(rules: Iterable[Rule]) -> frozenset[str]:
+    """The numbers that the patterns of some rules name."""
+    numbers: set[str] = set()
+    for rule in rules:
+        for source in rule.sources:
+            plain = source.replace(r"\d", "")
+            numbers |= set(_DIGITS.findall(plain))
+            if re.search(r"\[[^\]]*\d", plain):
+                numbers |= set("0123456789")
+    return frozenset(numbers)
+
+
+def template_of(name: str, spoken: frozenset[str]) -> str:
+    """A name with # for every number that no rule speaks of; as it is where that could be another's template."""
+    if "#" in name:
+        return name
+    return ".".join(["#" if segment.isdecimal() and segment not in spoken else segment for segment in name.split(".")])
 
 
 def _stand_in(name: str, spoken: frozenset[str]) -> str:

@@ -14,7 +14,7 @@ from shardmerge.names import table as tables
 from shardmerge.names import ties as tying
 from shardmerge.names.dialects import below, join
 from shardmerge.names.divided import Experts
-from shardmerge.names.index import Index, number_in
+from shardmerge.names.index import Index, number_in, numbers_in
 from shardmerge.names.pieces import RefusalError, View
 from shardmerge.names.places import Parameter
 from shardmerge.names.rules import Rules, compose
@@ -82,6 +82,11 @@ class Names:
         modules = [(part.path, part.architecture.name, part.architecture.model_type) for part in self._parts]
         prefix = self._architecture.base_prefix if self._architecture else ""
         return Rules([*compose(known, modules, prefix), *known[_LEGACY]])
+
+    @cached_property
+    def numbers(self) -> frozenset[str]:
+        """The numbers that the rules for this checkpoint's names speak of; all others are alike."""
+        return numbers_in(self._rules.rules)
 
     @cached_property
     def _is_plain(self) -> bool:

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from shardmerge.names import dialects, suffixes
 from shardmerge.names.dialects import Dialect
+from shardmerge.names.index import numbers_in, template_of
 from shardmerge.names.places import Parameter
 from shardmerge.names.resolver import Names
 from shardmerge.notices import Warned
@@ -71,6 +72,15 @@ class Speakers:
     def registered_parameters(self, module: str) -> tuple[str, ...]:
         """As whoever knows the module says, while it is not known yet who speaks."""
         return next(filter(None, (of.registered_parameters(module) for of in (self.own, *self.others))), ())
+
+    def template(self, module: str) -> str:
+        """The same for names that differ only in numbers that no rule speaks of: what holds of one holds of all."""
+        return template_of(module, self._numbers)
+
+    @cached_property
+    def _numbers(self) -> frozenset[str]:
+        of_others = (spoken.dialect.renamings for spoken in self.others if spoken.dialect)
+        return self._names.numbers.union(*map(numbers_in, of_others))
 
     def resolve(self, module: str, parameter: str = "weight") -> Parameter | str:
         """As whoever knows the parameter says, while it is not known yet who speaks."""

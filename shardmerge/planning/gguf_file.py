@@ -66,7 +66,10 @@ def lay_out(
     converting the checkpoint would give.
     """
     nothing = Layout((), None)
-    contents = {file.name: _content(file) for file in aux if gguf.wanted([file.name])}
+    read = [file for file in aux if gguf.wanted([file.name])]
+    if large := gguf.too_large({file.name: _size(file) for file in read}):
+        return GgufFile(nothing, problems=large)
+    contents = {file.name: _content(file) for file in read}
     if "config.json" not in contents:
         return GgufFile(nothing, problems=("output.format gguf needs the base's config.json, and there is none",))
     model, problems = gguf.read_model(json.loads(contents["config.json"]))
@@ -95,6 +98,10 @@ def lay_out(
     made_of = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     warnings = (*description.warnings, *gguf.notes(model), *(Warned(f"{loss}. {_ALLOWED}") for loss in of_config))
     return GgufFile(Layout((shard,), None), (beside,), warnings=warnings, made_of=made_of)
+
+
+def _size(file: AuxFile) -> int:
+    return file.source.size if file.content is None else len(file.content)
 
 
 def _content(file: AuxFile) -> bytes:

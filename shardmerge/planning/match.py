@@ -68,8 +68,8 @@ class _Matching:
     ) -> None:
         self.checkpoint = checkpoint
         self.names = names
-        self.modules = Modules(names, checkpoint.weights, config.prefix)
         self.speakers = Speakers(names)
+        self.modules = Modules(names, self.speakers, checkpoint.weights, config.prefix)
         self.spoken = self.speakers.own
         self.number = number
         self.config = config
@@ -116,7 +116,7 @@ class _Matching:
     def _understood(self) -> tuple[Claims, list[str]]:
         """The adapter's claims, once it is known whose names it has; and why that is not certain."""
         order = self.names.module_order
-        registered = partial(self.modules.registered, self.speakers.registered_parameters)
+        registered = self.modules.registered(self.speakers)
         claims = self.adapter.claims(self.config, registered, self._parameter_of, order)
         # A head that was made for training, and files beside the adapter, may have no place in any class's names.
         targets = [
@@ -126,7 +126,7 @@ class _Matching:
         ]
         self.spoken, unclear = self.speakers.chosen(targets, self.modules.exists)
         if self.spoken.note:
-            registered = partial(self.modules.registered, self.spoken.registered_parameters)
+            registered = self.modules.registered(self.spoken)
             claims = self.adapter.claims(self.config, registered, self._parameter_of, order)
             self.matches.warnings.append(prefixed(self._who, self.spoken.note))
         return claims, [unclear] if unclear else []

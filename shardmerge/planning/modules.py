@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from shardmerge.adapters import ModuleUpdate, parts
-from shardmerge.names import Names, Spoken
+from shardmerge.names import Names, Speakers, Spoken
 from shardmerge.naming import module_name, peeled
 from shardmerge.planning.tied import tied_parameter
 from shardmerge.spec import Parameter
@@ -22,9 +22,10 @@ from shardmerge.spec import Parameter
 class Modules:
     """The modules of one base, as one adapter calls them."""
 
-    def __init__(self, names: Names, stored: Collection[str], prefix: str | None) -> None:
+    def __init__(self, names: Names, speakers: Speakers, stored: Collection[str], prefix: str | None) -> None:
         """``stored`` are the names of the base's tensors, ``prefix`` what chose the adapter's."""
         self._names = names
+        self._speakers = speakers
         self._stored = stored
         self._prefix = module_name(prefix) if prefix else ""
         #: Parts of pipelines that were taken off names.
@@ -64,9 +65,22 @@ class Modules:
         inner = min(peeled(update.module), key=len)
         return next((name for name in names if self.exists(name, update.parameter)), inner)
 
-    def registered(self, known: Callable[[str], tuple[str, ...]], module: str) -> tuple[str, ...]:
-        """What ``known`` tells of the order of a module's parameters, by any of the module's names."""
-        return next(filter(None, map(known, (module, *self._others(module)))), ())
+    def registered(self, spoken: Spoken | Speakers) -> Callable[[str], tuple[str, ...]]:
+        """What tells of the order of a module's parameters, as ``spoken`` does, by any of the module's names.
+
+        Of modules that differ in numbers only, one is looked up: an adapter of experts has a hundred thousand.
+        """
+        found: dict[str, tuple[str, ...]] = {}
+
+        @lru_cache(maxsize=8)  # a module is asked for several times, one after the other
+        def registered(module: str) -> tuple[str, ...]:
+            key = self._speakers.template(module)
+            if key not in found:
+                names = (module, *self._others(module))
+                found[key] = next(filter(None, map(spoken.registered_parameters, names)), ())
+            return found[key]
+
+        return registered
 
     def parameter(self, known: Callable[[str, str], Parameter | str], module: str, parameter: str) -> Parameter | None:
         """What ``known`` tells of a module's parameter, by its name as it stands or without the wrappers before it."""
@@ -85,7 +99,9 @@ class Modules:
             for name in spoken.ours(read.module):
                 found, parameter = self._found(name, read.parameter)
                 if found != "":
-                    return found if isinstance(found, str) else (read.changed(parameter=parameter), found)
+                    if isinstance(found, str):
+                        return found
+                    return (read if parameter == read.parameter else read.changed(parameter=parameter)), found
         return ""
 
     def _readings(self, update: ModuleUpdate) -> Iterator[ModuleUpdate]:

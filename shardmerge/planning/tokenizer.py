@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from shardmerge import json_size
 from shardmerge.notices import Warned
 from shardmerge.sources import Source
 
@@ -42,8 +43,13 @@ _BESIDE = re.compile(
 _SAME_VOCABULARY = re.compile(
     r"tokenizer\.model|spiece\.model|sentencepiece(\.bpe)?\.model|vocab\.(json|txt)|merges\.txt"
 )
-#: Bytes of a tokenizer.json that is read to compare its vocabulary; the largest of well-known models has 35 MB.
-_MAX_TOKENIZER = 100_000_000
+#: Bytes of a tokenizer.json that is read to compare its vocabulary, and of memory for it; the largest of well-known
+#: models has 35 MB.
+_MAX_TOKENIZER, _MAX_PARSED = 40_000_000, 400_000_000
+#: Files that are named one by one.
+_LISTED = 20
+#: Bytes of each of two files that are compared at a time.
+_BLOCK = 1 << 20
 
 
 def is_template(name: str) -> bool:
@@ -78,7 +84,12 @@ def take_tokenizer(chosen: Files, adapters: Sequence[tuple[str, Source]], notes:
 
 def _left_out(path: str, left: Sequence[str], is_whole: bool) -> str:
     why = "another adapter's is taken" if is_whole else "by themselves they are not a whole tokenizer"
-    return Warned(f"adapter {path} has files of a tokenizer that are left out: {', '.join(left)}; {why}")
+    return Warned(f"adapter {path} has files of a tokenizer that are left out: {_some(left)}; {why}")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def _brings_something(chosen: Files, source: Source, names: Sequence[str]) -> bool:
@@ -96,7 +107,9 @@ def _differs(chosen: Files, source: Source, name: str) -> bool:
     if other is source:
         return False
     size = source.stat(name).size
-    return other.stat(stored).size != size or other.read(stored, 0, size) != source.read(name, 0, size)
+    return other.stat(stored).size != size or any(
+        other.read(stored, start, _BLOCK) != source.read(name, start, _BLOCK) for start in range(0, size, _BLOCK)
+    )
 
 
 def _is_whole(chosen: Files, names: Sequence[str]) -> bool:
@@ -128,10 +141,10 @@ def _replace(chosen: Files, entry: Entry, is_kind: Callable[[str], bool], what: 
         del chosen[name]
     chosen |= {name: (source, name) for name in names}
     if gone:
-        left_out = f"of the base's files, these would mix with it and are left out: {', '.join(gone)}"
+        left_out = f"of the base's files, these would mix with it and are left out: {_some(gone)}"
         notes.append(f"{what} is the one of adapter {path}; {left_out}")
     if code := [name for name in names if _CODE.fullmatch(name)]:
-        notes.append(Warned(f"{what} is the one of adapter {path}, and so is its code: {', '.join(code)}"))
+        notes.append(Warned(f"{what} is the one of adapter {path}, and so is its code: {_some(code)}"))
 
 
 def _have_same_vocabulary(chosen: Files, source: Source, names: Sequence[str]) -> bool:
@@ -153,8 +166,11 @@ def _vocabulary(source: Source, name: str) -> str | None:
     """A digest of the vocabulary and merges of a tokenizer.json; None where that cannot be told."""
     if source.stat(name).size > _MAX_TOKENIZER:
         return None
+    content = source.read(name, 0, _MAX_TOKENIZER)
+    if json_size.bytes_in_memory(content) > _MAX_PARSED:
+        return None
     try:
-        model = json.loads(source.read(name, 0, _MAX_TOKENIZER))["model"]
+        model = json.loads(content)["model"]
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or ()]
         text = json.dumps([model.get("type"), model["vocab"], merges], sort_keys=True)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):

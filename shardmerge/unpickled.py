@@ -1,0 +1,303 @@
+"""A pickle of tensors, followed without running it.
+
+A pickle is a program for a stack machine. Of its instructions those that describe tensors are followed here, of the
+protocols 2 to 5; none of them calls anything, names stay names, and what they make has a bound in memory. Any other is
+refused. Source: Python's pickletools; torch/_utils.py and torch/storage.py, 2.13.
+"""
+
+from __future__ import annotations
+
+import reprlib
+import struct
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+#: Bytes of all objects that a pickle makes: those of a hundred thousand tensors.
+MAX_OBJECT_BYTES = 150_000_000
+#: Beside its own bytes: an object's place on the stack or in the memo, an item's in a list, an entry's in a dictionary.
+_PLACE, _ENTRY = 8, 100
+_INT_BYTES = 32
+#: What torch's functions take, and dimensions that torch's tensors have, at most.
+_MOST_ARGUMENTS, _MOST_DIMENSIONS = 16, 64
+_TOO_LARGE = 1 << 63
+DTYPES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64"}
+#: What else torch calls the type of a storage's numbers; a message names it.
+_OTHER_DTYPES = {
+    "BoolStorage": "bool",
+    "ByteStorage": "uint8",
+    "CharStorage": "int8",
+    "ShortStorage": "int16",
+    "IntStorage": "int32",
+    "LongStorage": "int64",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+}
+
+
+class RefusedError(Exception):
+    """What a pickle asks for and does not get."""
+
+
+class TooLargeError(Exception):
+    """A pickle makes more than a state dict has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """Something of a module, which is not looked up."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    key: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Strides and ``start`` are in elements."""
+
+    storage: Storage
+    start: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+
+
+def follow(text: bytes) -> Any:
+    """What the pickle leaves on the stack.
+
+    Raises `RefusedError`, `TooLargeError`, or what a damaged one makes Python raise: ``ValueError``, ``TypeError``,
+    ``LookupError`` or ``struct.error``.
+    """
+    machine = _Machine(text)
+    instructions = _INSTRUCTIONS
+    while True:
+        code = text[machine.at]
+        machine.at += 1
+        if code == _STOP:
+            return machine.stack.pop()
+        instruction = instructions.get(code)
+        if instruction is None:
+            raise RefusedError(f"the instruction {_known_as(code)}")
+        instruction(machine)
+
+
+_STOP = ord(".")
+
+
+def _known_as(code: int) -> str:
+    import pickletools  # for this message alone
+
+    found = (opcode.name for opcode in pickletools.opcodes if opcode.code == chr(code))
+    return next(found, f"0x{code:02x}")
+
+
+class _Machine:
+    """A stack, marks in it, and the memo: a list, since whoever pickles counts from 0 on."""
+
+    def __init__(self, text: bytes) -> None:
+        self.text = text
+        self.at = 0
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: list[Any] = []
+        self.left = MAX_OBJECT_BYTES
+
+    # --- what is read ---
+
+    def bytes(self, size: int) -> bytes:
+        start, self.at = self.at, self.at + size
+        if self.at > len(self.text):
+            raise ValueError("it ends within an instruction")
+        return self.text[start : self.at]
+
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.bytes(size), "little")
+
+    def line(self) -> str:
+        start, end = self.at, self.text.index(b"\n", self.at)
+        self.at = end + 1
+        return self.text[start:end].decode()
+
+    # --- what is done ---
+
+    def spend(self, size: int) -> None:
+        self.left -= size
+        if self.left < 0:
+            raise TooLargeError
+
+    def push(self, value: Any) -> None:
+        self.spend(sys.getsizeof(value) + _PLACE)
+        self.stack.append(value)
+
+    def text_of(self, size: int) -> None:
+        self.push(self.bytes(self.number(size)).decode("utf-8", "surrogatepass"))
+
+    def mark(self) -> None:
+        self.spend(_INT_BYTES + _PLACE)
+        self.marks.append(len(self.stack))
+
+    def get(self, size: int) -> None:
+        self.spend(_PLACE)
+        self.stack.append(self.memo[self.number(size)])
+
+    def put(self, size: int) -> None:
+        place = self.number(size)
+        if place == len(self.memo):
+            self.memoize()
+        else:
+            self.memo[place] = self.stack[-1]
+
+    def memoize(self) -> None:
+        self.spend(_PLACE)
+        self.memo.append(self.stack[-1])
+
+    def top(self, count: int) -> list[Any]:
+        """Take so many objects off the stack."""
+        if count > len(self.stack):
+            raise ValueError("it takes more than there is")
+        start = len(self.stack) - count
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+    def since_mark(self) -> list[Any]:
+        return self.top(len(self.stack) - self.marks.pop())
+
+    def tuple(self, items: list[Any]) -> None:
+        self.push(tuple(items))
+
+    def append(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, list):
+            raise ValueError(f"items of a {type(target).__name__}")
+        self.spend(2 * _PLACE * len(items))
+        target += items
+
+    def set(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, dict):
+            raise ValueError(f"entries of a {type(target).__name__}")
+        self.spend(_ENTRY * len(items))
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(key, str) and (type(key) is not int or abs(key) >= _TOO_LARGE):
+                raise ValueError(f"a {type(key).__name__} is a key of a dictionary")
+            target[key] = value
+
+    def name(self) -> None:
+        module, name = self.top(2)
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise ValueError(f"the name of something is a {type(name).__name__} of a {type(module).__name__}")
+        self.named(f"{module}.{name}")
+
+    def named(self, name: str) -> None:
+        self.spend(sys.getsizeof(name))
+        self.push(Name(name))
+
+    def call(self) -> None:
+        called, arguments = self.top(2)
+        self.push(_built(called, arguments))
+
+    def float(self) -> None:
+        self.push(struct.unpack(">d", self.bytes(8))[0])
+
+    def signed(self, size: int) -> None:
+        self.push(int.from_bytes(self.bytes(size), "little", signed=True))
+
+
+#: By their byte. BUILD gives a dictionary attributes, such as the versions of its modules, which say nothing here.
+_INSTRUCTIONS: Mapping[int, Callable[[_Machine], object]] = {
+    ord(code): instruction
+    for code, instruction in {
+        "\x80": lambda m: m.bytes(1),  # PROTO
+        "\x95": lambda m: m.bytes(8),  # FRAME
+        "N": lambda m: m.push(None),
+        "\x88": lambda m: m.push(True),
+        "\x89": lambda m: m.push(False),
+        ")": lambda m: m.push(()),
+        "}": lambda m: m.push({}),
+        "]": lambda m: m.push([]),
+        "K": lambda m: m.push(m.number(1)),
+        "M": lambda m: m.push(m.number(2)),
+        "J": lambda m: m.signed(4),
+        "\x8a": lambda m: m.signed(m.number(1)),  # LONG1
+        "G": lambda m: m.float(),
+        "X": lambda m: m.text_of(4),  # BINUNICODE
+        "\x8c": lambda m: m.text_of(1),  # SHORT_BINUNICODE
+        "\x8d": lambda m: m.text_of(8),  # BINUNICODE8
+        "(": lambda m: m.mark(),
+        "h": lambda m: m.get(1),  # BINGET
+        "j": lambda m: m.get(4),
+        "q": lambda m: m.put(1),  # BINPUT
+        "r": lambda m: m.put(4),
+        "\x94": lambda m: m.memoize(),
+        "\x85": lambda m: m.tuple(m.top(1)),
+        "\x86": lambda m: m.tuple(m.top(2)),
+        "\x87": lambda m: m.tuple(m.top(3)),
+        "t": lambda m: m.tuple(m.since_mark()),
+        "a": lambda m: m.append(m.top(1)),
+        "e": lambda m: m.append(m.since_mark()),
+        "s": lambda m: m.set(m.top(2)),
+        "u": lambda m: m.set(m.since_mark()),
+        "c": lambda m: m.named(f"{m.line()}.{m.line()}"),  # GLOBAL
+        "\x93": lambda m: m.name(),  # STACK_GLOBAL
+        "Q": lambda m: m.push(_storage(*m.top(1))),  # BINPERSID
+        "R": lambda m: m.call(),  # REDUCE
+        "b": lambda m: m.top(1),  # BUILD
+    }.items()
+}
+
+
+# --- what is described ------------------------------------------------------------------------------------------------
+
+
+def _storage(reference: Any) -> Storage:
+    """``("storage", type, key, device, number of elements)``"""
+    what, kind, key = reference[:3]
+    if what != "storage" or not isinstance(kind, Name) or not isinstance(key, str):
+        raise ValueError("a reference to something that is no storage")
+    module, _, name = kind.name.rpartition(".")
+    if module not in ("torch", "torch.storage") or not name.endswith("Storage"):
+        raise RefusedError(kind.name)
+    # One text for all of a kind, however many there are.
+    return Storage(key, DTYPES.get(name) or sys.intern(f"torch.{_OTHER_DTYPES.get(name, name)}"))
+
+
+def _built(called: Any, arguments: Any) -> Any:
+    """What one of the functions by which torch pickles tensors would return."""
+    if not isinstance(called, Name) or not isinstance(arguments, tuple) or len(arguments) > _MOST_ARGUMENTS:
+        raise ValueError(f"a call of a {type(called).__name__}")
+    if called.name == "collections.OrderedDict" and not arguments:
+        return {}
+    if called.name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
+        if not isinstance(arguments[0], Tensor):
+            raise ValueError("a parameter that is no tensor")
+        return arguments[0]
+    if called.name == "torch._utils._rebuild_tensor_v2":
+        return _tensor(*arguments[:4], extra=arguments[6:])
+    if called.name == "torch._utils._rebuild_tensor_v3":
+        dtype = arguments[6]
+        return _tensor(*arguments[:4], dtype=dtype.name if isinstance(dtype, Name) else "", extra=arguments[7:])
+    if called.name == "torch._tensor._rebuild_from_type_v2":  # a tensor of a class, or with attributes
+        function, _, inner, _ = arguments
+        if isinstance(function, Name) and function.name.startswith("torch._utils._rebuild_"):
+            return _built(function, inner)
+    raise RefusedError(called.name)
+
+
+def _tensor(storage: Any, start: Any, shape: Any, strides: Any, *, extra: tuple[Any, ...], dtype: str = "") -> Tensor:
+    if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
+        raise ValueError("a tensor without a storage, sizes or strides")
+    if len(shape) != len(strides) or len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(f"a tensor of {len(shape):,} sizes and {len(strides):,} strides")
+    numbers = (start, *shape, *strides)
+    if any(type(number) is not int or not 0 <= number < _TOO_LARGE for number in numbers):
+        raise ValueError(f"a tensor of shape {reprlib.repr(shape)}")
+    if any(extra):
+        raise RefusedError("a conjugated or negated view")
+    return Tensor(storage, start, shape, strides, dtype or storage.dtype)
