@@ -54,7 +54,10 @@ def test_every_section_is_of_a_promise() -> None:
 def test_every_test_is_there() -> None:
     found = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").glob("test_*.py")}
     functions = {
-        (name, node.name) for name, tree in found.items() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+        (name, node.name)
+        for name, tree in found.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
     }
     for promise, tests in rows(GUARANTEES):
         named = _TEST.findall(tests)
