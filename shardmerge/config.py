@@ -346,7 +346,7 @@ def _resolvers() -> dict[Any, Any]:
         for letter, items in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     for letter in "tTfF":
-        resolvers[letter].append((_WORDS[1], re.compile("true|True|TRUE|false|False|FALSE")))
+        resolvers[letter].append((_WORDS[1], re.compile("(?:true|True|TRUE|false|False|FALSE)$")))
     return resolvers
 
 

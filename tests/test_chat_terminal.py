@@ -73,6 +73,12 @@ main()
 ENVIRONMENT = {**os.environ, "TERM": "dumb", "INPUTRC": os.devnull}
 
 
+def _as_on_a_terminal() -> None:
+    """Signals do what they do by default, also where the tests run under nohup."""
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Session:
     """A chat in a process whose controlling terminal is this object's other end."""
 
@@ -91,6 +97,7 @@ class Session:
                 stderr=self.slave if notices else file,
                 start_new_session=True,
                 env={**ENVIRONMENT, "XDG_STATE_HOME": str(folder / "state"), "FLAG": str(self.flag)},
+                preexec_fn=_as_on_a_terminal,
             )
 
     def expect(self, text: str) -> str:

@@ -44,7 +44,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> PretendedCuda:
     made = PretendedCuda()
     made.install(monkeypatch)
     monkeypatch.setattr(
-        "shardmerge.compute.resolve_device", lambda name: DEVICE if name == "cuda" else torch.device(name)
+        "shardmerge.compute.resolve_device", lambda name, **_: DEVICE if name == "cuda" else torch.device(name)
     )
     monkeypatch.setattr("shardmerge.devices.missing", lambda name, setting="": None)  # the plan asks for it, too
     monkeypatch.setattr("shardmerge.threads._cores", lambda: WORKERS)
@@ -260,6 +260,7 @@ def test_compute_dtypes(compute: str, gpu: PretendedCuda, tmp_path: Path) -> Non
 def test_rounding_by_chance(compute: str, out: str, gpu: PretendedCuda, tmp_path: Path) -> None:
     config = config_of("LoRA", tmp_path / "out", dtype=out, compute=compute)
     config["output"] |= {"rounding": "stochastic", "seed": 5}
+    config["compute"]["max_memory"] = least_memory(config)
     assert_agree(gpu, config)
 
 

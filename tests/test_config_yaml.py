@@ -198,6 +198,14 @@ def test_plain_numbers(tmp_path: Path, key: str, text: str, value: float) -> Non
     assert value_of(with_value(tmp_path, key, text), key) == value
 
 
+@pytest.mark.parametrize("text", ["true-merged", "falsehood", "True North", "on", "no", "2020-01-02", "12:30", "1e3x"])
+def test_a_folder_s_name_stays_what_it_is(tmp_path: Path, text: str) -> None:
+    if text == "12:30":
+        assert "not a plain decimal number" in refusal(lambda: with_value(tmp_path, "output.path", text))
+    else:
+        assert with_value(tmp_path, "output.path", text).output.path == text
+
+
 @pytest.mark.parametrize("text", ["1.5", "0777B", "٣GB", "0.5", "1e9"])
 def test_size_that_is_none(tmp_path: Path, text: str) -> None:
     assert "is no size" in refusal(lambda: with_value(tmp_path, "output.max_shard_size", text))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import shardmerge
-from shardmerge.config import ExportConfig
+from shardmerge.config import ExportConfig, recorded_config
 from shardmerge.errors import PlanError
 from tests.builders import peft_config, read_tensors, run_cli, write_json, write_peft
 from tests.gguf_oracle import Converter, differences, shared_converter, write
@@ -230,7 +230,7 @@ def test_a_record_of_an_export_is_a_config_again(models: Any, tmp_path: Path) ->
     shardmerge.merge(ExportConfig.from_dict({"base": str(base), "output": {"path": str(tmp_path / "out")}}))
     record = json.loads((tmp_path / "out" / "shardmerge.json").read_text())
     assert record["config"]["adapters"] == []
-    assert ExportConfig.from_dict(record["config"]).output.path == str(tmp_path / "out")
+    assert recorded_config(record["config"], "the record").output.path == str(tmp_path / "out")
 
 
 def test_verify_knows_the_files_beside_it(models: Any, tmp_path: Path) -> None:
