@@ -55,7 +55,12 @@ AUX_FILES: Mapping[str, str] = {
 
 def slow_but(values: Iterable[Any], *quick: Any) -> list[Any]:
     """A test's rows, of which those that are not named as quick are slow."""
-    return [pytest.param(value, marks=() if value in quick else pytest.mark.slow) for value in values]
+    return [pytest.param(value, marks=slow_if(value not in quick)) for value in values]
+
+
+def slow_if(condition: object) -> tuple[pytest.MarkDecorator, ...]:
+    """The marks of a row that is slow on a condition."""
+    return (pytest.mark.slow,) if condition else ()
 
 
 def layer(number: int, module: str) -> str:

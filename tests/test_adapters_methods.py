@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import shardmerge
+from tests.builders import slow_if
 from tests.family_oracle import (
     TOKENS,
     Case,
@@ -299,7 +300,13 @@ def rows(of: list[Row], quick: int | None = None) -> pytest.MarkDecorator:
 
 
 @pytest.mark.parametrize(
-    ("row", "dtype"), [pytest.param(row, dtype, id=f"{row.name}-{dtype}") for row in ROWS for dtype in row.dtypes]
+    ("row", "dtype"),
+    [
+        # In the ordinary suite every row in one of its dtypes, in turns.
+        pytest.param(row, dtype, id=f"{row.name}-{dtype}", marks=slow_if((number + at) % len(row.dtypes)))
+        for number, row in enumerate(ROWS)
+        for at, dtype in enumerate(row.dtypes)
+    ],
 )
 def test_merge(row: Row, dtype: str, tmp_path: Path) -> None:
     case = row.case(tmp_path, dtype)

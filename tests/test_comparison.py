@@ -662,6 +662,7 @@ def real_comparison(*arguments: Any) -> tuple[dict[str, Any], str, int]:
     return found, text, peak
 
 
+@pytest.mark.slow
 def test_smollm2_with_the_demos_adapter(real: Path) -> None:
     found, text, peak = real_comparison(real, QUESTION, "12")
     assert found["same"] and found["answers"][0]["parts_at"] is None, found

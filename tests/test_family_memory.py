@@ -56,7 +56,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "DEFT": ("DeftConfig", {"r": 16}),
     "PEANUT": ("PeanutConfig", {"r": 16}),
 }
-FAST = ("LORA, DoRA",)
+FAST: tuple[str, ...] = ()
 
 
 class Wide(nn.Module):

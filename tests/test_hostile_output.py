@@ -23,7 +23,17 @@ from shardmerge import OutputError, PlanError, ResumeError, ShardmergeError
 from shardmerge.cli import cli
 from shardmerge.journal import sealed
 from shardmerge.sinks import SafetensorsSink
-from tests.builders import Place, contents, make_place, peft_tensors, shard_names, snapshot, write_json, write_peft
+from tests.builders import (
+    Place,
+    contents,
+    make_place,
+    peft_tensors,
+    shard_names,
+    slow_but,
+    snapshot,
+    write_json,
+    write_peft,
+)
 from tests.faults import WRITES, Steps
 
 FIRST, SECOND = shard_names(2)
@@ -210,7 +220,7 @@ def test_what_is_put_there_is_not_followed_when_all_is_discarded(
         assert not place.output.exists() and snapshot(outside(place)) == before, name
 
 
-@pytest.mark.parametrize("name", WORK_FOLDERS)
+@pytest.mark.parametrize("name", slow_but(WORK_FOLDERS, "stage"))
 def test_a_folder_that_is_swapped_for_a_link_at_any_step(name: str, place: Place) -> None:
     plan, before = shardmerge.plan(place.config()), snapshot(outside(place))
     with Steps(WRITES).watched() as steps:

@@ -139,9 +139,14 @@ def flip(name: str, byte: int, bit: int, content: bytearray, tensors: Tensors) -
 Q, DOWN, UP, EMBEDDING = "blk.0.attn_q.weight", "blk.1.ffn_down.weight", "blk.0.ffn_up.weight", "token_embd.weight"
 
 
+def some(*rows: tuple[Any, ...]) -> list[Any]:
+    """A test's rows, of which every third is in the ordinary suite."""
+    return [pytest.param(*row, marks=pytest.mark.slow if number % 3 else ()) for number, row in enumerate(rows)]
+
+
 @pytest.mark.parametrize(
     ("kind", "quantization", "name", "how"),
-    [
+    some(
         *(("llama-spm", of, Q, partial(swap_rows, Q)) for of in ("f32", "q8_0", "q4_0")),
         ("qwen3", "bf16", DOWN, partial(swap_rows, DOWN)),
         *(("qwen3", of.lower(), UP, partial(double_scale, UP)) for of in BLOCKS),
@@ -158,7 +163,7 @@ Q, DOWN, UP, EMBEDDING = "blk.0.attn_q.weight", "blk.1.ffn_down.weight", "blk.0.
         ("llama3-rope", "q8_0", "blk.0.attn_q.bias", partial(flip, "blk.0.attn_q.bias", 4 * 9 + 2, 0)),
         ("llama3-rope", "q8_0", "rope_freqs.weight", partial(flip, "rope_freqs.weight", 4 * 7, 0)),
         ("phi3-long", "q8_0", "rope_factors_long.weight", partial(flip, "rope_factors_long.weight", 0, 0)),
-    ],
+    ),
 )
 def test_other_numbers(kind: str, quantization: str, name: str, how: Change, changed: Any) -> None:
     report = changed(kind, quantization, how)
@@ -302,7 +307,7 @@ def fill_padding(content: bytearray, tensors: Tensors) -> None:
 
 @pytest.mark.parametrize(
     ("how", "text"),
-    [
+    some(
         (partial(put, "llama.block_count", 4, "<I", 3), "llama.block_count is 3, but there are tensors of 2 layers"),
         (partial(put, "llama.block_count", 4, "<I", 3), "config.json says num_hidden_layers 2"),
         (partial(put, "llama.attention.head_count", 4, "<I", 8), "the key-values make it"),
@@ -322,7 +327,7 @@ def fill_padding(content: bytearray, tensors: Tensors) -> None:
         (lambda content, _: content.__delitem__(slice(-32, None)), "its tensors end at byte"),
         (lambda content, _: content.__setitem__(0, 0), "it is no GGUF file"),
         (lambda content, _: content.__setitem__(4, 2), "GGUF version 2"),
-    ],
+    ),
 )
 def test_another_header(how: Change, text: str, changed: Any) -> None:
     report = changed("llama-spm", "q8_0", how)
