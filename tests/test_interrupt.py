@@ -105,8 +105,9 @@ def _check_stopped(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0 or done.stderr.count("shardmerge: interrupted") == 1, done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-@pytest.mark.parametrize("at", [0, 3, 20, 80, 250])
+@pytest.mark.parametrize(
+    ("at", "number"), [(0, signal.SIGINT), (20, signal.SIGTERM), (80, signal.SIGINT), (250, signal.SIGTERM)]
+)
 def test_a_command_is_stopped_while_it_loads(tmp_path: Path, at: int, number: signal.Signals) -> None:
     place = make_place(tmp_path)
     done = _stopped(tmp_path, at, number, "plan", place.config_file())
@@ -123,7 +124,9 @@ def test_a_merge_is_stopped_while_torch_loads(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [("plan",), ("run", "--overwrite"), ("verify",)], ids=lambda of: of[0])
+@pytest.mark.parametrize(
+    "arguments", [("plan", "--overwrite"), ("run", "--overwrite"), ("verify",)], ids=lambda of: of[0]
+)
 def test_every_command_is_stopped_at_many_imports(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     """Up to the one that the command does not come to."""
     place = make_place(tmp_path)

@@ -20,7 +20,7 @@ import pytest
 
 from shardmerge.header import encode
 from shardmerge.spec import TensorInfo
-from tests.builders import ROOT, Place, make_place, peft_config, write_json
+from tests.builders import ROOT, Place, make_place, peft_config
 
 #: What a small VM has for a plan.
 MOST_BYTES, MOST_SECONDS = 300_000_000, 10
@@ -95,7 +95,7 @@ def write_header(path: Path, names: Iterator[str]) -> None:
 
 def two_tokenizers(place: Place) -> None:
     for folder in (place.base, place.adapter):
-        sparse(folder / "tokenizer.json", 2_000_000_000)
+        sparse(folder / "tokenizer.json", 600_000_000)
 
 
 def two_tokenizers_that_are_parsed(place: Place) -> None:
@@ -120,7 +120,7 @@ def config_json(value: str) -> Callable[[Place], None]:
 
 def adapter_config(**changes: Any) -> Callable[[Place], None]:
     def make(place: Place) -> None:
-        write_json(place.adapter / "adapter_config.json", peft_config(**changes))
+        (place.adapter / "adapter_config.json").write_text(json.dumps(peft_config(**changes)))
 
     return make
 
