@@ -40,6 +40,10 @@ _SHOWN = 5
 _STRUCT_CODES = {"F16": "e", "F32": "f", "F64": "d", "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}
 
 
+#: Three (DoRA's) for each of three matrices of each of 384 experts in 61 layers are 210,816.
+MAX_TENSORS = 250_000
+
+
 @dataclass(frozen=True, slots=True)
 class Beside:
     """A file of weights beside the adapter's own. ``problem`` says why it has no tensors that could be read."""
@@ -204,6 +208,10 @@ def open_adapter(source: Source, ignore: Sequence[str] = ()) -> AdapterFile:
     tensors = _together(directory, folder, parts)
     if not tensors:
         raise FormatError(f"{parts[0].file.uri}: holds no tensors")
+    if len(tensors) > MAX_TENSORS:
+        raise FormatError(
+            f"{parts[0].file.uri}: the adapter has {len(tensors):,} tensors; expected at most {MAX_TENSORS:,}"
+        )
     _check_index(directory, names, parts)
     own = dict(zip(folder.weights, (part.tensors for part in parts), strict=True))
     beside, problems, notes = _beside(directory, folder, own)
@@ -247,7 +255,7 @@ def _read(source: Source, name: str) -> _Part:
     file = source.stat(name)
     if name.endswith(PICKLES):
         return _Part(name, file, {}, read_pickled(source.fetch(name), file.uri))
-    shard = read_shard(source, name)
+    shard = read_shard(source, name, MAX_TENSORS)
     return _Part(name, file, dict(shard.metadata), {ref.name: ref for ref in shard.tensors})
 
 

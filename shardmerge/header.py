@@ -48,12 +48,12 @@ Metadata = tuple[tuple[str, str], ...]
 
 
 def read_header(
-    read: Callable[[int, int], bytes], file_size: int, where: str
+    read: Callable[[int, int], bytes], file_size: int, where: str, most: int = MAX_TENSORS
 ) -> tuple[Metadata, dict[str, TensorInfo], int]:
     """Read and validate the header of one file.
 
-    ``read(offset, size)`` gives bytes of the file. Returns the metadata, the tensors in the order of their data, and
-    the offset at which data begins. Raises `FormatError`, naming ``where``.
+    ``read(offset, size)`` gives bytes of the file, which may name ``most`` tensors. Returns the metadata, the tensors
+    in the order of their data, and the offset at which data begins. Raises `FormatError`, naming ``where``.
     """
     head = read(0, FIRST_READ)
     length = int.from_bytes(head[:LENGTH_BYTES], "little")
@@ -75,12 +75,12 @@ def read_header(
     text = head[LENGTH_BYTES:data_start]
     if data_start > len(head):
         text += read(len(head), data_start - len(head))
-    metadata, tensors = decode(text, where)
+    metadata, tensors = decode(text, where, most)
     del text  # a long one is as large as what was made of it
     return metadata, validate(tensors, file_size - data_start, where), data_start
 
 
-def decode(text: bytes, where: str) -> tuple[Metadata, dict[str, TensorInfo]]:
+def decode(text: bytes, where: str, most: int = MAX_TENSORS) -> tuple[Metadata, dict[str, TensorInfo]]:
     """Header JSON → metadata and tensors, each entry well formed; `validate` checks how they lie together.
 
     Memory is bounded by a small multiple of the header's bytes, whatever they say.
@@ -96,8 +96,8 @@ def decode(text: bytes, where: str) -> tuple[Metadata, dict[str, TensorInfo]]:
                 metadata = _metadata(entry, where)
             elif name == _METADATA or name in tensors:
                 raise DuplicateKeyError(reprlib.repr(name))
-            elif len(tensors) == MAX_TENSORS:
-                raise FormatError(f"{where}: the header names over {MAX_TENSORS:,} tensors; expected fewer")
+            elif len(tensors) == most:
+                raise FormatError(f"{where}: the header names over {most:,} tensors; expected fewer")
             else:
                 info = _tensor(name, entry, where)
                 # Layers have the same shapes, so there are few; one of each is kept.

@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 from shardmerge.names import Names  # noqa: E402
 from shardmerge.names.ties import template  # noqa: E402
 from tests import names_zoo  # noqa: E402
+from tests.builders import slow_but  # noqa: E402
 from tools import bake_names  # noqa: E402
 
 BAKED = json.loads(bake_names.TARGET.read_text())
@@ -126,7 +127,7 @@ def ties(name: str, model: Any) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", slow_but(SAMPLE, *SAMPLE[::3]))
 def test_every_name_of_a_model_is_served(name: str) -> None:
     assert not problems(name, bake_names.build(getattr(transformers, name), **CHANGES.get(name, {})))
 

@@ -278,6 +278,7 @@ def runs(events: list[dict[str, Any]]) -> list[tuple[str, int]]:
     return [(event["tool"], event["run"]) for event in events if event["event"] == "run"]
 
 
+@pytest.mark.slow
 def test_small_comparison_takes_turns_and_cleans_up(tmp_path: Path) -> None:
     code, events, out = session(tmp_path, "--shape", "tiny", "--tools", "shardmerge,copy", "--runs", "2", "--cold")
     assert code == 0, out

@@ -28,7 +28,7 @@ from shardmerge.fidelity import Sampler
 from shardmerge.sources.open_readers import OpenReaders
 from shardmerge.threads import ComputeThreads
 from tests import zoo
-from tests.builders import write_pure
+from tests.builders import slow_but, write_pure
 from tests.family_oracle import Swapped, Tall, write_case
 from tests.gguf_zoo import make as make_for_gguf
 from tests.peft_oracle import _new_folder as new_folder
@@ -229,7 +229,7 @@ def config_of(name: str, output: Path, base_dtype: str = "float32", **options: A
     return config
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(NAMES, *NAMES[::2]))
 def test_every_family(name: str, gpu: PretendedCuda, tmp_path: Path) -> None:
     assert_agree(gpu, config_of(name, tmp_path / "out"))
 

@@ -286,7 +286,7 @@ FAMILIES = (
 
 TABLE = (*ARCHITECTURES, *EXPERT_MODELS, *FEATURES, *TIED, *VOCABULARY, *OLD_NAMES, *FAMILIES)
 each_row = pytest.mark.parametrize(
-    "row", [pytest.param(row, marks=[pytest.mark.slow] * row.slow, id=str(row)) for row in TABLE]
+    "row", [pytest.param(row, marks=slow_if(row.slow or row in ARCHITECTURES[1::2]), id=str(row)) for row in TABLE]
 )
 
 #: How far a merged model's answer may be from that of base and adapter, relative to the largest of its numbers. Sums in

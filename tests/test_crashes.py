@@ -543,7 +543,7 @@ def _killed(how: str, names: list[str], stand: Stand) -> None:
 
 
 def test_a_process_that_is_killed_at_any_step_leaves_what_can_be_taken_up(stand: Stand) -> None:
-    _killed("steps", ["shards-over-file"], stand)
+    _killed("steps", ["new-file"], stand)
 
 
 @pytest.mark.slow

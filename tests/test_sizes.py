@@ -20,7 +20,7 @@ import pytest
 
 from shardmerge.header import encode
 from shardmerge.spec import TensorInfo
-from tests.builders import ROOT, Place, make_place, peft_config
+from tests.builders import ROOT, Place, make_place, peft_config, slow_but
 
 #: What a small VM has for a plan.
 MOST_BYTES, MOST_SECONDS = 300_000_000, 10
@@ -149,6 +149,18 @@ def files(folder: str, count: int) -> Callable[[Place], None]:
     return make
 
 
+def adapter_tensors(count: int) -> Callable[[Place], None]:
+    """Pairs of factors, of modules of as many names."""
+
+    def make(place: Place) -> None:
+        names = (f"base_model.model.m{number // 2}.lora_{'AB'[number % 2]}.weight" for number in range(count))
+        head = encode((), {name: TensorInfo("F32", (1, 1), (4 * n, 4 * n + 4)) for n, name in enumerate(names)})
+        (place.adapter / "adapter_model.safetensors").write_bytes(head)
+        os.truncate(place.adapter / "adapter_model.safetensors", len(head) + 4 * count)
+
+    return make
+
+
 QUICK: Mapping[str, Large] = {
     "two-tokenizers": Large(two_tokenizers),
     "gguf-tokenizer.json": Large(tokenizer("tokenizer.json"), 3, ("is 2,000,000,000 bytes long",), {"format": "gguf"}),
@@ -163,12 +175,14 @@ QUICK: Mapping[str, Large] = {
 }
 
 
-@pytest.mark.parametrize("large", QUICK.values(), ids=QUICK)
+@pytest.mark.parametrize("large", slow_but(QUICK.values(), *[*QUICK.values()][:5:2]), ids=QUICK)
 def test_large_files(tmp_path: Path, large: Large) -> None:
     measure(make_place(tmp_path), large)
 
 
 SLOW: Mapping[str, Large] = {
+    "tensors-that-no-adapter-has": Large(adapter_tensors(499_000), 4, ("the header names over 250,000 tensors",)),
+    "tensors-of-modules-that-no-model-has": Large(adapter_tensors(100_000), 3, ("none of the 50000 weights",)),
     "two-tokenizers-parsed": Large(two_tokenizers_that_are_parsed),
     "config-objects": Large(config_json("[" + '{"a":1},' * 1_000_000 + "1]"), 4, ("config.json would take about",)),
     "config-numbers": Large(config_json("[" + "1000," * 1_000_000 + "1]")),

@@ -11,7 +11,7 @@ from typing import Any
 
 from shardmerge import json_size, recognise
 from shardmerge.errors import FormatError
-from shardmerge.header import DuplicateKeyError, Metadata, read_header, unique_keys
+from shardmerge.header import MAX_TENSORS, DuplicateKeyError, Metadata, read_header, unique_keys
 from shardmerge.sources import Source
 from shardmerge.spec import SourceFile, TensorRef
 
@@ -57,10 +57,10 @@ class Shard:
     tensors: tuple[TensorRef, ...]
 
 
-def read_shard(source: Source, name: str) -> Shard:
-    """The header of one safetensors file."""
+def read_shard(source: Source, name: str, most: int = MAX_TENSORS) -> Shard:
+    """The header of one safetensors file, which may name ``most`` tensors."""
     file = source.stat(name)
-    metadata, tensors, data_start = read_header(partial(source.read, name), file.size, file.uri)
+    metadata, tensors, data_start = read_header(partial(source.read, name), file.size, file.uri, most)
     refs = tuple(
         TensorRef(tensor, file.uri, info.dtype, info.shape, data_start + info.data_offsets[0], info.nbytes)
         for tensor, info in tensors.items()

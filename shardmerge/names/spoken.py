@@ -19,6 +19,8 @@ Target = tuple[str, str]
 #: Whether the checkpoint has, or could have, that parameter under that name of its own.
 Exists = Callable[[str, str], bool]
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+#: Kinds of modules that an adapter may update, if it is to be found out who speaks; models have tens of them.
+_MOST_EXAMPLES = 2_000
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Speakers:
         """
         examples = _examples(targets)
         own = _explained(self.own, examples, exists)
-        if len(own) == len(examples):
+        if len(own) == len(examples) or len(examples) > _MOST_EXAMPLES:
             return self.own, ""
         speakers = [*self.others, *self._guessed([module for module, _ in examples])]
         found = [(spoken, _explained(spoken, examples, exists)) for spoken in speakers]
