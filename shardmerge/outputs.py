@@ -11,10 +11,10 @@ from shardmerge.errors import FormatError
 from shardmerge.gguf.glance import glance
 from shardmerge.journal import RECORD_NAME, SEAL, is_unfinished, read_record, seal
 from shardmerge.sources import LocalSource, Source
+from shardmerge.verified import last_time
 
 _GGUF = ".gguf"
-#: Where a merge was verified nobody writes down: `verify` writes nothing.
-_NOT_RECORDED = "not recorded; `shardmerge verify` proves it again from its base and adapters"
+_NOT_REMEMBERED = "not by this user on this machine; `shardmerge verify` does it"
 
 
 def gguf_file(source: Source) -> str | None:
@@ -64,7 +64,7 @@ def refuse_unfinished(source: Source) -> None:
 def made_of(source: Source) -> dict[str, Any]:
     """What the record beside an output says; empty where there is none."""
     record = read_record(Path(source.root)) if isinstance(source, LocalSource) else None
-    if record is None:
+    if record is None or not isinstance(source, LocalSource):
         return {}
     adapters = record.get("adapters")
     found: dict[str, Any] = {
@@ -72,7 +72,7 @@ def made_of(source: Source) -> dict[str, Any]:
         "base": _place(record.get("base")),
         "adapters": [_place(info) for info in adapters] if isinstance(adapters, list) else [],
         "updated_weights": len(targets) if isinstance(targets := record.get("targets"), dict) else None,
-        "verified": _NOT_RECORDED,
+        "verified": last_time(Path(source.root), record.get(SEAL)) or _NOT_REMEMBERED,
     }
     if SEAL in record and record[SEAL] != seal(record):
         found["problems"] = [f"{RECORD_NAME} was changed after the merge: it no longer has its {SEAL}"]

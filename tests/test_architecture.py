@@ -57,7 +57,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "installation",
     ),
     ("config", "checkpoint", "journal", "fingerprint", "jobs", "work"),
-    ("adapter_file", "sinks", "factors", "fidelity", "nonfinite", "threads"),
+    ("adapter_file", "sinks", "factors", "fidelity", "nonfinite", "threads", "verified"),
     ("planning", "report", "compute", "outputs"),
     ("engine", "inspection", "executors", "progress", "steps", "verification", "origin", "hf"),
     ("api", "chat", "comparison", "starter"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import struct
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -18,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import shardmerge
+from shardmerge import verified
 from shardmerge.config import MergeConfig
 from shardmerge.errors import FormatError
 from shardmerge.gguf.glance import TYPES, glance
@@ -147,12 +150,47 @@ def test_a_merged_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert told["merged_by"] == f"shardmerge {shardmerge.__version__}"
     assert told["base"] == str(place.base)
     assert told["adapters"] == [str(place.adapter), f"{place.adapter} (weight 0.5)"]
-    assert told["updated_weights"] == 3 and told["verified"].startswith("not recorded")
+    assert told["updated_weights"] == 3 and told["verified"].startswith("not by this user")
     text = invoke(monkeypatch, "inspect", place.output).stdout
     assert str(place.base) in text and "shardmerge verify" in text
     shardmerge.verify(place.output)
-    assert snapshot(tmp_path) == before  # and so there is nothing that inspect could say of it
+    assert snapshot(tmp_path) == before
     assert "merged_by" not in invoke_json(monkeypatch, "inspect", place.base)
+
+
+def test_when_it_was_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remembered with the user's state and not in the output; of that very merge in that very place."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    place = make_place(tmp_path / "place")
+    shardmerge.merge(place.config())
+    before = snapshot(place.output)
+    invoke(monkeypatch, "verify", place.output)
+    assert snapshot(place.output) == before
+    at = datetime.fromisoformat(invoke_json(monkeypatch, "inspect", place.output)["verified"])
+    assert at.utcoffset() == timedelta(0)
+    shutil.copytree(place.output, tmp_path / "copy")
+    assert invoke_json(monkeypatch, "inspect", tmp_path / "copy")["verified"].startswith("not by this user")
+    shutil.rmtree(place.base)
+    shutil.rmtree(tmp_path / "state")
+    invoke(monkeypatch, "verify", place.output, "--partial")  # which is not all of it
+    assert invoke_json(monkeypatch, "inspect", place.output)["verified"].startswith("not by this user")
+
+
+def test_what_was_verified_is_remembered_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    place = make_place(tmp_path / "place")
+    shardmerge.merge(place.config())
+    (tmp_path / "state" / "shardmerge").mkdir(parents=True)
+    file = tmp_path / "state" / "shardmerge" / "verified"
+    file.write_text("[]\nno JSON\n" + '{"record": "x", "output": "y", "at": "z"}\n' * 20_000)
+    verified.remember(place.output)
+    assert file.stat().st_size < 500_000
+    seal = json.loads((place.output / "shardmerge.json").read_text())["record_checksum"]
+    assert verified.last_time(place.output, seal)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    verified.remember(place.output)
+    assert verified.last_time(place.output, seal) is None
 
 
 def test_a_record_that_was_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def verify(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Prove that OUTPUT is what its record, the base and the adapters make. Nothing is written.
+    """Prove that OUTPUT is what its record, the base and the adapters make. Nothing is written into it.
 
     Exits with 6 if something is wrong, or if something could not be verified and --partial was not given.
     """
@@ -65,6 +65,10 @@ def verify(
     if failure is not None:
         say(f"shardmerge: {failure}", err=True)
         raise click.exceptions.Exit(failure.exit_code)
+    if report.complete:
+        from shardmerge.verified import remember
+
+        remember(output)
 
 
 @click.command()
