@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from shardmerge.pages import pages
+from shardmerge.system.aligned_memory import pages
 
 #: Requests at a time.
 DEPTH = 4

@@ -31,14 +31,14 @@ from benchmarks import direct, limits, machine, report
 from benchmarks.making import Made, add_work_option, place
 from benchmarks.measure import ROOT, cool, warm
 from benchmarks.shapes import MERGED, SHAPES, Shape
-from shardmerge import engine, pipeline
-from shardmerge.checksums import Checksums
-from shardmerge.durable.directory import Directory
-from shardmerge.engine import Engine
-from shardmerge.jobs import Job
-from shardmerge.pipeline import Buffer
-from shardmerge.sinks import ShardWriter
+from shardmerge.destinations.shard_writer import ShardWriter
+from shardmerge.execution import engine, pipeline
+from shardmerge.execution.engine import Engine
+from shardmerge.execution.jobs import Job
+from shardmerge.execution.pipeline import Buffer
 from shardmerge.spec import MergePlan, ShardPlan
+from shardmerge.system.checksums import Checksums
+from shardmerge.system.directory import Directory
 
 GB = 1e9
 #: What the machine's limits are measured on, at most: a part of a shard.

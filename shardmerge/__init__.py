@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from shardmerge.api import Progress, merge, plan, verify
-    from shardmerge.config import MergeConfig
+    from shardmerge.config.schema import MergeConfig
     from shardmerge.errors import (
         ConfigError,
         FormatError,
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
         SourceError,
         VerifyError,
     )
-    from shardmerge.report import MergeReport
+    from shardmerge.reporting.report import MergeReport
     from shardmerge.spec import MergePlan
-    from shardmerge.verification import VerifyReport
+    from shardmerge.verification.findings import VerifyReport
 
 __all__ = [
     "ConfigError",
@@ -51,11 +51,11 @@ __all__ = [
 _ERRORS = ("Config", "Format", "Limit", "NonFinite", "Output", "Plan", "Resume", "Shardmerge", "Source", "Verify")
 _HOMES = {
     **{f"{name}Error": "shardmerge.errors" for name in _ERRORS},
-    "MergeConfig": "shardmerge.config",
+    "MergeConfig": "shardmerge.config.schema",
     "MergePlan": "shardmerge.spec",
-    "MergeReport": "shardmerge.report",
+    "MergeReport": "shardmerge.reporting.report",
     "Progress": "shardmerge.api",
-    "VerifyReport": "shardmerge.verification",
+    "VerifyReport": "shardmerge.verification.verifier",
     "merge": "shardmerge.api",
     "plan": "shardmerge.api",
     "verify": "shardmerge.api",
@@ -64,7 +64,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     # The command line imports this package for every call, --help included, so everything loads when it is named; and
-    # until that is done, Ctrl-C would be a traceback (see `shardmerge.entry`).
+    # until that is done, Ctrl-C would be a traceback (see `shardmerge.cli.entry`).
     if name in _HOMES:
         import importlib
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardmerge.entry import main
+from shardmerge.cli.entry import main
 
 if __name__ == "__main__":
     main()

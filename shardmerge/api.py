@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shardmerge import limits
-from shardmerge.adapters import FAMILIES
-from shardmerge.config import MergeConfig
+from shardmerge.adapters.registry import FAMILIES
+from shardmerge.config.schema import MergeConfig
 from shardmerge.errors import (
     ChangedError,
     FormatError,
@@ -32,10 +31,8 @@ from shardmerge.errors import (
     SourceError,
     VerifyError,
 )
-from shardmerge.events import Stopwatch, notices
-from shardmerge.notices import Warned
-from shardmerge.planning import bytes_read, make_plan
-from shardmerge.report import (
+from shardmerge.planning.planner import bytes_read, make_plan
+from shardmerge.reporting.report import (
     MergeReport,
     WorkingSet,
     changing_updates,
@@ -47,11 +44,14 @@ from shardmerge.report import (
     sizes_by_format,
 )
 from shardmerge.spec import MergePlan, Receipt, ShardPlan
-from shardmerge.words import words_for
+from shardmerge.spec.notices import Warned
+from shardmerge.spec.words import words_for
+from shardmerge.system import limits
+from shardmerge.system.events import Stopwatch, notices
 
 if TYPE_CHECKING:
-    from shardmerge.journal import Journal
-    from shardmerge.verification import VerifyReport
+    from shardmerge.destinations.journal import Journal
+    from shardmerge.verification.findings import VerifyReport
 
 Failure = TypeVar("Failure", bound=ShardmergeError)
 
@@ -128,7 +128,7 @@ def verify(
     partial: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> VerifyReport:
-    """Prove a finished merge from its record, base and adapters; see `shardmerge.verification`. Nothing is written.
+    """Prove a finished merge from its record, base and adapters; see `verification.verifier`. Nothing is written.
 
     ``base`` and ``adapters`` (all of them, in their order) say where those are now, if they were moved. Of every
     touched tensor ``rows`` rows are computed again, chosen by ``seed``; None computes all. Raises `VerifyError`, with
@@ -138,8 +138,9 @@ def verify(
     """
     with _within_limits("Nothing was written"):
         limits.check_room_for_torch()
-        from shardmerge.steps import verified
-        from shardmerge.verification import summary, verify_output
+        from shardmerge.reporting.steps import verified
+        from shardmerge.verification.findings import summary
+        from shardmerge.verification.verifier import verify_output
 
     tell = progress or (lambda _: None)
 
@@ -157,12 +158,12 @@ def verify(
 
 
 def _carry_out(plan: MergePlan, progress: Callable[[Progress], None], started: float) -> MergeReport:
-    from shardmerge.engine import Engine
-    from shardmerge.executors import SerialExecutor
-    from shardmerge.fingerprint import with_contents
-    from shardmerge.journal import Journal
-    from shardmerge.sinks import SafetensorsSink
-    from shardmerge.steps import ShardSteps, begun, committed
+    from shardmerge.destinations.journal import Journal
+    from shardmerge.destinations.shard_writer import SafetensorsSink
+    from shardmerge.execution.engine import Engine
+    from shardmerge.execution.executors import SerialExecutor
+    from shardmerge.planning.fingerprint import with_contents
+    from shardmerge.reporting.steps import ShardSteps, begun, committed
 
     torch_version = importlib.metadata.version("torch")  # to import it would take a second
     engine = Engine(plan)
@@ -249,7 +250,7 @@ def _and(error: Failure, state: str) -> Failure:
 
 def _take_up(plan: MergePlan, journal: Journal, progress: Callable[[Progress], None]) -> dict[str, Receipt]:
     """What an earlier run has finished and the disk has kept, by the shard's name."""
-    from shardmerge.steps import resumed
+    from shardmerge.reporting.steps import resumed
 
     found = journal.finished(plan.shards)
     done, total = 0, sum(shard.nbytes for shard in found)

@@ -1,4 +1,4 @@
-"""Bake ``shardmerge/data/names.json``: what the installed transformers does to names when it loads a checkpoint.
+"""Bake ``shardmerge/key_mapping/names.json``: what the installed transformers does to names when it loads a checkpoint.
 
 ``python -m tools.bake_names`` writes the file, ``--check`` says whether it is out of date. Every model class is built
 on the meta device from its default config and asked; nothing is downloaded, and no text of transformers is copied but
@@ -9,13 +9,13 @@ The file's keys:
 - ``transformers``: the version that was asked.
 - ``rules``: by class or model type, the renamings and conversions of a checkpoint's names, in order; a string stands
   for the rules of that key. A renaming is [from, to] or [from, to, [from, to]], the last pair leading back; others are
-  {"from", "to", "ops", "group", "offset", "prefix", "back"}, see ``shardmerge.names.rules.Rule``.
+  {"from", "to", "ops", "group", "offset", "prefix", "back"}, see ``shardmerge.key_mapping.rules.Rule``.
 - ``types``: by model type, ``roles`` (role → class) and ``tie``: the default of tie_word_embeddings, or how it follows
-  from the config, see ``shardmerge.names.table.ties``; ``tasks`` (PEFT's task → class) and ``heads``, the tensors that
+  from the config, see ``key_mapping.table.ties``; ``tasks`` (PEFT's task → class) and ``heads``, the tensors that
   some class of the type has beside its plain model.
 - ``architectures``: by class, ``type``, ``prefix`` (base_model_prefix), ``parts`` ([path, class, key of its config]),
   ``conv1d``, ``experts``, ``transposed`` and ``gates``, ``output``, ``tied`` and ``across``, see
-  ``shardmerge.names.table.Architecture``; of a class that has a task, ``head`` (tensor → dimensions: a number,
+  ``shardmerge.key_mapping.table.Architecture``; of a class that has a task, ``head`` (tensor → dimensions: a number,
   "labels", or [key of the config, default, times]) and ``needs``, see ``tools.bake_heads``.
 """
 
@@ -46,7 +46,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tools import bake_heads
 
-TARGET = Path(__file__).resolve().parent.parent / "shardmerge" / "data" / "names.json"
+TARGET = Path(__file__).resolve().parent.parent / "shardmerge" / "key_mapping" / "names.json"
 
 _RESNET = {"model_type": "resnet", "out_features": ["stage1", "stage2", "stage3", "stage4"]}
 _DETR = {"use_timm_backbone": False, "backbone": None, "backbone_config": _RESNET}
@@ -586,7 +586,7 @@ def _operation(operation: Any, transform: Any) -> list[Any]:
         return ["rope", operation.subconfig_key, chosen]
     if kind == "ErnieFuseAndSplitTextVisionExperts" and (operation.stack_dim, operation.concat_dim) == (0, 1):
         return ["ernie"]
-    raise NotImplementedError(f"{kind}: teach shardmerge.names.conversions what it does")
+    raise NotImplementedError(f"{kind}: teach shardmerge.key_mapping.conversions what it does")
 
 
 def _hidden_axis(transform: Any) -> int:

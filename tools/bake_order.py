@@ -1,4 +1,4 @@
-"""Bake ``shardmerge/data/order.json``: in which order transformers' model classes register their Linear layers.
+"""Bake ``shardmerge/key_mapping/order.json``: in which order transformers' model classes register their Linear layers.
 
 ``python -m tools.bake_order`` writes the file, ``--check`` says whether it is out of date. PEFT goes through a model's
 modules in this order where a method deals out numbers that all of them share. As `tools.bake_names` does, it builds
@@ -24,7 +24,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shardmerge.names.order import arranged, child_of, parse
+from shardmerge.key_mapping.order import arranged, child_of, parse
 from tools.bake_names import BuildError, build, classes, command, quiet
 
 #: Configs with which some classes have layers that their default lacks.
@@ -37,7 +37,7 @@ _VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "T5Config": ({"feed_forward_proj": "gated-gelu"},),
 }
 
-TARGET = Path(__file__).resolve().parent.parent / "shardmerge" / "data" / "order.json"
+TARGET = Path(__file__).resolve().parent.parent / "shardmerge" / "key_mapping" / "order.json"
 
 
 def main() -> int:

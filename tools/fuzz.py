@@ -21,13 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shardmerge.adapter_file import CONFIG_NAME, AdapterFile
-from shardmerge.checkpoint import open_checkpoint, read_json
-from shardmerge.config import AdapterConfig, MergeConfig
+from shardmerge.config.schema import AdapterConfig, MergeConfig
 from shardmerge.errors import ShardmergeError
-from shardmerge.header import encode, read_header
-from shardmerge.pickled import read_pickled
-from shardmerge.sources import LocalSource
+from shardmerge.file_formats.adapter_file import CONFIG_NAME, AdapterFile
+from shardmerge.file_formats.checkpoint import open_checkpoint
+from shardmerge.file_formats.checkpoint_files import read_json
+from shardmerge.file_formats.safetensors_header import encode, read_header
+from shardmerge.file_formats.torch_pickle import read_pickled
+from shardmerge.sources.local import LocalSource
 from shardmerge.spec import SourceFile, TensorInfo, TensorRef
 
 FOLDER = Path(tempfile.mkdtemp(prefix="shardmerge-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 
-from shardmerge.config import MergeConfig
-from shardmerge.starter import SCHEMA
+from shardmerge.config.schema import MergeConfig
+from shardmerge.reporting.starter import SCHEMA
 
 
 def schema_text() -> str:

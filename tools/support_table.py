@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from shardmerge.adapters import FORMATS, METHODS, REFUSED_TYPES
+from shardmerge.adapters.formats.refused import REFUSED_TYPES
+from shardmerge.adapters.registry import FORMATS, METHODS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 _BEGIN, _END = "<!-- support table: tools/support_table.py -->", "<!-- end of the table -->"

@@ -9,7 +9,7 @@ import click
 
 from shardmerge.cli.printing import json_option, print_json, say
 from shardmerge.errors import ConfigError
-from shardmerge.shown import one_line, shown
+from shardmerge.system.terminal_text import one_line, shown
 
 
 @click.command()
@@ -17,7 +17,7 @@ from shardmerge.shown import one_line, shown
 @json_option
 def inspect(path: str, as_json: bool) -> None:
     """Say what PATH is: a checkpoint, an adapter or a GGUF file; of what kind, size, dtype, rank, scaling, origin."""
-    from shardmerge.inspection import describe, inspect_path
+    from shardmerge.reporting.inspection import describe, inspect_path
 
     found = inspect_path(path)
     if as_json:
@@ -34,7 +34,7 @@ def inspect(path: str, as_json: bool) -> None:
 @json_option
 def init(adapter: str, target: Path, base: str | None, output: str | None, as_json: bool) -> None:
     """Write a commented config for ADAPTER, from its own metadata. `-o -` prints it."""
-    from shardmerge.starter import starter_config
+    from shardmerge.reporting.starter import starter_config
 
     printed = str(target) == "-"
     text = starter_config(adapter, "config.yaml" if printed else str(target), base, output)
@@ -52,7 +52,7 @@ def init(adapter: str, target: Path, base: str | None, output: str | None, as_js
 @click.command()
 def schema() -> None:
     """Print the JSON schema of a config, by which editors complete and check it."""
-    from shardmerge.starter import SCHEMA
+    from shardmerge.reporting.starter import SCHEMA
 
     click.echo(SCHEMA.read_text(encoding="utf-8"), nl=False)
 

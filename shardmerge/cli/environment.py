@@ -45,7 +45,7 @@ def warn_of_unknown() -> None:
 
 def compute_defaults() -> dict[str, Any]:
     """What the environment says of the section ``compute``. `ConfigError` where a value is wrong."""
-    from shardmerge.config import checked_compute
+    from shardmerge.config.schema import checked_compute
 
     found: dict[str, Any] = {}
     for name, key in _COMPUTE.items():

@@ -23,9 +23,9 @@ import click
 from shardmerge.cli import environment
 from shardmerge.cli.printing import say
 from shardmerge.errors import ConfigError, PlanError, ShardmergeError
-from shardmerge.events import LOG, event
-from shardmerge.interrupt import INTERRUPTED
-from shardmerge.shown import shown, shown_json
+from shardmerge.system.events import LOG, event
+from shardmerge.system.interrupt import INTERRUPTED
+from shardmerge.system.terminal_text import shown, shown_json
 from shardmerge.version import __version__
 
 #: How every log begins, by which a file is known to be one: what is no log is not written to.

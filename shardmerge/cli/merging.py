@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from shardmerge.choices import Format, OutputDtype, Quantization
 from shardmerge.cli import environment
 from shardmerge.cli.logs import keep_log_out_of, logged
 from shardmerge.cli.printing import Command, json_option, print_json, say
+from shardmerge.config.choices import Format, OutputDtype, Quantization
 from shardmerge.errors import ConfigError
-from shardmerge.garbage import no_garbage_collection
-from shardmerge.installation import first_time, needless_cuda
-from shardmerge.interrupt import ADVICE, INTERRUPTED, stopping_in_time
+from shardmerge.system.garbage import no_garbage_collection
+from shardmerge.system.installation import first_time, needless_cuda
+from shardmerge.system.interrupt import ADVICE, INTERRUPTED, stopping_in_time
 
 if TYPE_CHECKING:
-    from shardmerge.config import MergeConfig
+    from shardmerge.config.schema import MergeConfig
     from shardmerge.spec import MergePlan
 
 
@@ -44,7 +44,7 @@ def _config_options(command: Command) -> Command:
 
 
 def _load(config: Path, overrides: tuple[str, ...]) -> MergeConfig:
-    from shardmerge.config import MergeConfig
+    from shardmerge.config.schema import MergeConfig
 
     defaults = environment.compute_defaults()
     if str(config) == "-":
@@ -57,7 +57,7 @@ def _load(config: Path, overrides: tuple[str, ...]) -> MergeConfig:
 
 def _stdin() -> bytes:
     """No more of it than shows that it is too long."""
-    from shardmerge.config import MAX_CONFIG_BYTES
+    from shardmerge.config.schema import MAX_CONFIG_BYTES
 
     if sys.stdin is None:  # as in a process that was started without
         raise ConfigError("the config is to come from stdin, which is closed")
@@ -91,8 +91,8 @@ def run(
 def _carry_out(planned: MergePlan, *, as_json: bool, quiet: bool) -> None:
     """Merge, with progress and notes on stderr and the result on stdout."""
     from shardmerge.api import merge
-    from shardmerge.progress import show_progress
-    from shardmerge.report import labelled, next_steps, size_table
+    from shardmerge.cli.progress import show_progress
+    from shardmerge.reporting.report import labelled, next_steps, size_table
 
     if (note := needless_cuda()) and first_time(note):
         say(labelled(note), err=True)
@@ -118,7 +118,7 @@ def _carry_out(planned: MergePlan, *, as_json: bool, quiet: bool) -> None:
 @logged
 def plan(config: Path, overrides: tuple[str, ...], allow_config_loss: bool, overwrite: bool, as_json: bool) -> None:
     """Say what `run` would do, and every reason why it would not. Reads headers only. CONFIG may be - for stdin."""
-    from shardmerge.report import describe_plan, plan_summary
+    from shardmerge.reporting.report import describe_plan, plan_summary
 
     planned = _plan(config, overrides, overwrite=overwrite, allow_config_loss=allow_config_loss)
     if as_json:
@@ -153,7 +153,7 @@ def export(
 ) -> None:
     """Write MODEL, a finished merge or any checkpoint, in another format, dtype or shards. Streams like a merge."""
     from shardmerge.api import plan
-    from shardmerge.config import ExportConfig
+    from shardmerge.config.schema import ExportConfig
 
     if quantization and format_ != "gguf":
         raise ConfigError("--quantization is for --format gguf")

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import click
 
 from shardmerge.errors import ConfigError, LimitError, PlanError, ShardmergeError, VerifyError
-from shardmerge.interrupt import is_told
-from shardmerge.limits import explained, hint
-from shardmerge.shown import one_line, shown, shown_json
+from shardmerge.system.interrupt import is_told
+from shardmerge.system.limits import explained, hint
+from shardmerge.system.terminal_text import one_line, shown, shown_json
 
 _AS_JSON = "shardmerge.as_json"
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -10,7 +10,7 @@ from shardmerge.cli import environment
 from shardmerge.cli.logs import keep_log_out_of, logged
 from shardmerge.cli.printing import json_option, print_json, say
 from shardmerge.errors import VerifyError
-from shardmerge.limits import check_room_for_torch
+from shardmerge.system.limits import check_room_for_torch
 
 
 @click.command()
@@ -43,8 +43,8 @@ def verify(
     """
     check_room_for_torch()
     from shardmerge import api
-    from shardmerge.progress import show_progress
-    from shardmerge.verification import describe
+    from shardmerge.cli.progress import show_progress
+    from shardmerge.verification.findings import describe
 
     keep_log_out_of(output)
     failure: VerifyError | None = None
@@ -66,7 +66,7 @@ def verify(
         say(f"shardmerge: {failure}", err=True)
         raise click.exceptions.Exit(failure.exit_code)
     if report.complete:
-        from shardmerge.verified import remember
+        from shardmerge.reporting.verified import remember
 
         remember(output)
 
@@ -105,13 +105,13 @@ def compare(
     Loads one after the other. Needs transformers and PEFT: pip install transformers peft
     """
     check_room_for_torch()
-    from shardmerge import comparison
+    from shardmerge.inference.comparison import comparing
 
-    found = comparison.compare(
+    found = comparing.compare(
         output,
         base=base,
         adapters=adapters,
-        prompts=prompts or comparison.PROMPTS,
+        prompts=prompts or comparing.PROMPTS,
         template=template,
         dtype=dtype,
         device=device,
@@ -120,7 +120,7 @@ def compare(
     if as_json:
         print_json(found.to_json())
     else:
-        say(comparison.describe(found))
+        say(comparing.describe(found))
     if not found.same:
-        say(f"shardmerge: {comparison.difference(found)}", err=True)
+        say(f"shardmerge: {comparing.difference(found)}", err=True)
         raise click.exceptions.Exit(VerifyError.exit_code)

@@ -13,8 +13,8 @@ import click
 
 from shardmerge.cli.printing import json_option, print_json, say
 from shardmerge.errors import ConfigError
-from shardmerge.limits import check_room_for_torch
-from shardmerge.shown import one_line
+from shardmerge.system.limits import check_room_for_torch
+from shardmerge.system.terminal_text import one_line
 
 
 @click.command()
@@ -41,8 +41,8 @@ def chat(
     On a terminal /help lists the commands, the arrow keys bring back earlier lines, and Ctrl-C stops an answer and not
     the program. What an answer holds of commands to the terminal is shown as text; a pipe gets it as it is.
     """
-    from shardmerge.chat import load, loop, once
-    from shardmerge.chat.terminal import Terminal
+    from shardmerge.inference.chat import load, loop, once
+    from shardmerge.inference.chat.terminal import Terminal
 
     if as_json and prompt is None:
         raise ConfigError("--json is for one answer: give --prompt")
@@ -51,7 +51,7 @@ def chat(
     # The loop outlives Ctrl-C, so that it can stop an answer; it must not take a termination for one.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if adapter_off:
-        from shardmerge.origin import read_origin
+        from shardmerge.reporting.origin import read_origin
 
         output = str(read_origin(Path(output), base).base_folder())
         say(f"this is the base, without the adapter: {output}", err=True)
@@ -75,7 +75,7 @@ def _loading(output: str, *, quiet: bool) -> Iterator[None]:
     if quiet or not sys.stderr.isatty():
         yield
         return
-    from shardmerge.report import human_bytes, human_seconds
+    from shardmerge.reporting.report import human_bytes, human_seconds
 
     size = sum(file.stat().st_size for file in Path(output).glob("*.safetensors") if file.is_file())
     say(

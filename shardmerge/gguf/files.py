@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from shardmerge import json_size
+from shardmerge.system import json_size
 
 _NAMES = frozenset(
     {

@@ -17,7 +17,7 @@ from shardmerge.gguf.model import Model
 from shardmerge.gguf.values import KeyValue, Scalar
 from shardmerge.gguf.vocabulary import tokenizer_values
 from shardmerge.gguf.writer import unencodable
-from shardmerge.notices import Warned
+from shardmerge.spec.notices import Warned
 
 _GUESSED = "the converter guesses it from the folder's name"
 _CARD = "the converter copies it from the front matter of README.md, which describes the base and not what was merged"

@@ -26,7 +26,7 @@ from typing import Any
 
 from shardmerge.gguf.inert import INERT, MULTIMODAL, OF_CLASS
 from shardmerge.gguf.model import Model
-from shardmerge.notices import Warned
+from shardmerge.spec.notices import Warned
 
 #: Says what llama.cpp does instead of what a value asks for; empty where it does that.
 Check = Callable[[Any, Model, Mapping[str, Any]], str]

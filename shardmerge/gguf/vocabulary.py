@@ -19,7 +19,7 @@ from shardmerge.gguf.files import ModelFiles, items, mapping
 from shardmerge.gguf.model import Model
 from shardmerge.gguf.special_tokens import read_special_tokens
 from shardmerge.gguf.values import KeyValue
-from shardmerge.notices import Warned
+from shardmerge.spec.notices import Warned
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -34,7 +34,7 @@ PROBE = (
     "if (a!=b) {return\u00a0'n';}  "
 )
 #: SHA-256 of the ids that a tokenizer makes of `PROBE` → llama.cpp's name of its pre-tokenizer. Each was compared with
-#: what the official converter says of the same tokenizer (tests/test_gguf_conversion.py).
+#: what the official converter says of the same tokenizer (tests/gguf/test_gguf_conversion.py).
 PRE_TOKENIZERS: Mapping[str, str] = {
     "de4bc19b86f9a2fcd6f59afac33e78b8c9c203f2a5c4106484018688af360fd5": "smollm",  # SmolLM, SmolLM2
     "bbf38b538da7e4498bc40588098417d713bdc0c03d4690d98280e1b451ccea3e": "smaug-bpe",  # Llama 3, at first

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardmerge.adapters import FAMILIES, ModuleUpdate
-from shardmerge.checkpoint import Checkpoint
+from shardmerge.adapters.methods.base import ModuleUpdate
+from shardmerge.adapters.registry import FAMILIES
+from shardmerge.file_formats.checkpoint import Checkpoint
 
 _LAYER = re.compile(r"\.(\d{1,6})(?=\.)")
 #: Updates that must not fit before anything is said: one or two may be slips.

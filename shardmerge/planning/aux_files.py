@@ -7,17 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardmerge import recognise
-from shardmerge.adapter_file import AdapterFile
-from shardmerge.checkpoint import Checkpoint, read_json
-from shardmerge.config import AdapterConfig
-from shardmerge.journal import RECORD_NAME
+from shardmerge.config.schema import AdapterConfig
+from shardmerge.destinations.record import RECORD_NAME
+from shardmerge.file_formats import recognise
+from shardmerge.file_formats.adapter_file import AdapterFile
+from shardmerge.file_formats.checkpoint import Checkpoint
+from shardmerge.file_formats.checkpoint_files import read_json
 from shardmerge.planning.other_weights import is_adapter, is_below, is_weights, needed_folders, sort_out
 from shardmerge.planning.special_files import is_of_another, linked_folders, unfit_in_adapter, unfit_in_base
 from shardmerge.planning.tied import without_ties
 from shardmerge.planning.tokenizer import Files, take_tokenizer, without_template
 from shardmerge.planning.vocabulary import vocabulary_size
-from shardmerge.sources import LocalSource, Source, directory_of
+from shardmerge.sources.local import LocalSource
+from shardmerge.sources.source import Source, directory_of
 from shardmerge.spec import AuxFile
 
 #: Files that may hold a chat template among other things, which some programs prefer to a file of its own.

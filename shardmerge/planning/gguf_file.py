@@ -12,18 +12,11 @@ from dataclasses import dataclass, field
 from shardmerge import gguf
 from shardmerge.errors import SourceError
 from shardmerge.gguf import OutputTensor, Part
-from shardmerge.notices import Warned
-from shardmerge.sinks import Layout
-from shardmerge.sources import inline_file, open_reader
-from shardmerge.spec import (
-    AuxFile,
-    ShardPlan,
-    TensorInfo,
-    TensorPlan,
-    TensorRef,
-    Update,
-    row_nbytes,
-)
+from shardmerge.planning.layout import Layout
+from shardmerge.sources.inline import inline_file
+from shardmerge.sources.source import open_reader
+from shardmerge.spec import AuxFile, ShardPlan, TensorInfo, TensorPlan, TensorRef, Update, row_nbytes
+from shardmerge.spec.notices import Warned
 
 _ALLOW = "output.allow_config_loss: true (--allow-config-loss) writes a file that computes something else"
 _ALLOWED = "The file was asked for without it (allow_config_loss), so it computes something else than transformers does"

@@ -13,16 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardmerge.adapter_file import AdapterFile
-from shardmerge.adapters import ModuleUpdate
-from shardmerge.checkpoint import Checkpoint
-from shardmerge.config import AdapterConfig
-from shardmerge.names import LABELS, Head, Names, head_for
-from shardmerge.notices import Warned
+from shardmerge.adapters.methods.base import ModuleUpdate
+from shardmerge.config.schema import AdapterConfig
+from shardmerge.file_formats.adapter_file import AdapterFile
+from shardmerge.file_formats.checkpoint import Checkpoint
+from shardmerge.key_mapping.heads import LABELS, Head, head_for
+from shardmerge.key_mapping.resolver import Names
 from shardmerge.planning.match import Matches
 from shardmerge.planning.several import list_some
 from shardmerge.planning.unplaced import Unplaced, beside_of, without_place
 from shardmerge.spec import FACTOR_DTYPES, FLOAT_DTYPES, Parameter, Place, TensorRef, Update
+from shardmerge.spec.notices import Warned
 
 Adapters = Sequence[tuple[AdapterConfig, AdapterFile]]
 

@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 
-from shardmerge.adapter_file import AdapterFile
-from shardmerge.adapters import FAMILIES, Claims, ModuleUpdate, check_dtypes
-from shardmerge.checkpoint import Checkpoint
-from shardmerge.config import AdapterConfig
-from shardmerge.names import LABELS, Names, Speakers, head_for
-from shardmerge.naming import nearest
-from shardmerge.notices import Warned, prefixed
+from shardmerge.adapters.methods.base import Claims, ModuleUpdate, check_dtypes
+from shardmerge.adapters.registry import FAMILIES
+from shardmerge.config.schema import AdapterConfig
+from shardmerge.file_formats.adapter_file import AdapterFile
+from shardmerge.file_formats.checkpoint import Checkpoint
+from shardmerge.key_mapping.heads import LABELS, head_for
+from shardmerge.key_mapping.naming import nearest
+from shardmerge.key_mapping.resolver import Names
+from shardmerge.key_mapping.spoken import Speakers
 from shardmerge.planning.another_model import Fit, another_model
 from shardmerge.planning.modules import Modules
 from shardmerge.planning.quantised import has_packed, is_quantised
@@ -25,6 +27,7 @@ from shardmerge.planning.tied import stands_for
 from shardmerge.planning.unplaced import Unplaced, already_there, beside_of, first_of, named
 from shardmerge.planning.vocabulary import may_resize
 from shardmerge.spec import FACTOR_DTYPES, FLOAT_DTYPES, Parameter, Place, TensorRef, Update
+from shardmerge.spec.notices import Warned, prefixed
 
 
 @dataclass(slots=True)

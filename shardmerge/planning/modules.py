@@ -12,9 +12,11 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from functools import cached_property, lru_cache
 
-from shardmerge.adapters import ModuleUpdate, parts
-from shardmerge.names import Names, Speakers, Spoken
-from shardmerge.naming import module_name, peeled
+from shardmerge.adapters.formats import parts
+from shardmerge.adapters.methods.base import ModuleUpdate
+from shardmerge.key_mapping.naming import module_name, peeled
+from shardmerge.key_mapping.resolver import Names
+from shardmerge.key_mapping.spoken import Speakers, Spoken
 from shardmerge.planning.tied import tied_parameter
 from shardmerge.spec import Parameter
 

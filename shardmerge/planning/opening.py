@@ -6,18 +6,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from shardmerge import recognise
-from shardmerge.adapter_file import AdapterFile, open_adapter
-from shardmerge.adapters import are_factors, are_weights
-from shardmerge.checkpoint import Checkpoint, open_checkpoint
-from shardmerge.config import AdapterConfig, MergeConfig
+from shardmerge.adapters.registry import are_factors, are_weights
+from shardmerge.config.schema import AdapterConfig, MergeConfig
+from shardmerge.destinations.record import RECORD_NAME
+from shardmerge.destinations.work_folder import is_unfinished
 from shardmerge.errors import FormatError, MissingError, OtherKindError, PlanError, ShardmergeError
-from shardmerge.events import Stopwatch
-from shardmerge.journal import RECORD_NAME, is_unfinished
+from shardmerge.file_formats import recognise
+from shardmerge.file_formats.adapter_file import AdapterFile, open_adapter
+from shardmerge.file_formats.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.planning import steps
 from shardmerge.planning.output_checks import absolute, check_alone
 from shardmerge.planning.settings import check_device
-from shardmerge.sources import LocalSource, Source, directory_of, open_source
+from shardmerge.sources.local import LocalSource
+from shardmerge.sources.source import Source, directory_of, open_source
+from shardmerge.system.events import Stopwatch
 
 Opened = TypeVar("Opened")
 Adapters = list[tuple[AdapterConfig, AdapterFile]]

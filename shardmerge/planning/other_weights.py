@@ -12,11 +12,12 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardmerge.checkpoint import Checkpoint, is_index, read_index, read_json_value, read_shard
+from shardmerge.destinations.record import RECORD_NAME
 from shardmerge.errors import FormatError
-from shardmerge.journal import RECORD_NAME
-from shardmerge.notices import Warned
-from shardmerge.sources import Source
+from shardmerge.file_formats.checkpoint import Checkpoint
+from shardmerge.file_formats.checkpoint_files import is_index, read_index, read_json_value, read_shard
+from shardmerge.sources.source import Source
+from shardmerge.spec.notices import Warned
 
 _WEIGHTS = re.compile(
     r".*(\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data|h5|msgpack|ot|npz|pickle|pkl|tflite|mlmodel|nemo)"

@@ -7,23 +7,23 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from shardmerge.adapter_file import AdapterFile
-from shardmerge.checkpoint import Checkpoint
-from shardmerge.errors import PlanError
-from shardmerge.journal import (
+from shardmerge.destinations.journal import damaged_record
+from shardmerge.destinations.record import believed_record, has_damaged_record
+from shardmerge.destinations.work_folder import (
     FOLDER,
-    believed_record,
-    damaged_record,
-    has_damaged_record,
     is_unfinished,
     model_bytes,
     place_problems,
     work_bytes,
     work_problems,
 )
-from shardmerge.sources import LocalSource, Source
+from shardmerge.errors import PlanError
+from shardmerge.file_formats.adapter_file import AdapterFile
+from shardmerge.file_formats.checkpoint import Checkpoint
+from shardmerge.sources.local import LocalSource
+from shardmerge.sources.source import Source
 from shardmerge.spec import SourceFile
-from shardmerge.words import words_for
+from shardmerge.spec.words import words_for
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 

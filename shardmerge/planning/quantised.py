@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shardmerge.checkpoint import Checkpoint
+from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.spec import FLOAT_DTYPES, TensorRef
 
 #: Last parts of names that go with packed numbers, or are them.

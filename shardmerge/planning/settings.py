@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shardmerge.config import MergeConfig
+from shardmerge.adapters.work import tile_dtype
+from shardmerge.config.schema import MergeConfig
 from shardmerge.spec import DTYPE_BITS, ShardPlan, TensorPlan
-from shardmerge.work import tile_dtype
 
 
 def check_device(name: str) -> list[str]:
     """Whether a device is there. torch takes a second to import, so it is asked only where it is not the CPU."""
     if name in ("auto", "cpu"):
         return []
-    from shardmerge import devices
+    from shardmerge.execution import devices
 
     return list(filter(None, [devices.missing(name)]))
 

@@ -6,9 +6,10 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 
-from shardmerge.adapters import FAMILIES, ModuleUpdate
-from shardmerge.config import AdapterConfig
-from shardmerge.names import Tie
+from shardmerge.adapters.methods.base import ModuleUpdate
+from shardmerge.adapters.registry import FAMILIES
+from shardmerge.config.schema import AdapterConfig
+from shardmerge.key_mapping.ties import Tie
 from shardmerge.spec import Place, Update
 
 #: Families that put a whole tensor in the place of the base's.

@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 
-from shardmerge.checkpoint import read_shard
-from shardmerge.checkpoint.which import SUFFIX
 from shardmerge.errors import FormatError, SourceError
+from shardmerge.file_formats.checkpoint_choice import SUFFIX
+from shardmerge.file_formats.checkpoint_files import read_shard
 from shardmerge.planning.other_weights import is_below, is_weights
 from shardmerge.planning.tokenizer import is_tokenizer
-from shardmerge.sources import LocalSource, Source
+from shardmerge.sources.local import LocalSource
+from shardmerge.sources.source import Source
 
 #: Folders of a training run or of other formats of the same model.
 _OTHER_FOLDERS = re.compile(r"(checkpoint-\d+|runs|logs|wandb|global_step\d+|onnx|openvino|coreml|original|gguf)(/.*)?")

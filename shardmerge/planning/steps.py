@@ -1,13 +1,13 @@
-"""The steps of planning, as `shardmerge.events` records them."""
+"""The steps of planning, as `shardmerge.system.events` records them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shardmerge.events import Stopwatch, event
-from shardmerge.sources import Source
+from shardmerge.sources.source import Source
 from shardmerge.spec import MergePlan, SourceFile
-from shardmerge.words import words_for
+from shardmerge.spec.words import words_for
+from shardmerge.system.events import Stopwatch, event
 
 
 def opened(what: str, source: Source, tensors: int, files: Sequence[SourceFile], watch: Stopwatch) -> None:

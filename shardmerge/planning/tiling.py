@@ -13,7 +13,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from shardmerge.adapters import FAMILIES
+from shardmerge.adapters.registry import FAMILIES
+from shardmerge.adapters.work import dtype_for, narrow_dtype, needs_work, tile_dtype, work_bytes
 from shardmerge.errors import ShardmergeError
 from shardmerge.spec import (
     ALIGNMENT,
@@ -31,8 +32,7 @@ from shardmerge.spec import (
     aligned,
     row_nbytes,
 )
-from shardmerge.windows import boundaries, locate
-from shardmerge.work import dtype_for, narrow_dtype, needs_work, tile_dtype, work_bytes
+from shardmerge.spec.windows import boundaries, locate
 
 #: Buffers in flight: read, waiting, computed, waiting, written, and one to spare.
 BUFFERS = 6

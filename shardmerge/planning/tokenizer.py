@@ -14,9 +14,9 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from shardmerge import json_size
-from shardmerge.notices import Warned
-from shardmerge.sources import Source
+from shardmerge.sources.source import Source
+from shardmerge.spec.notices import Warned
+from shardmerge.system import json_size
 
 #: Name in the output → the source that has it, and its name there.
 Files = dict[str, tuple[Source, str]]

@@ -13,9 +13,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from shardmerge.checkpoint import Checkpoint, read_json
 from shardmerge.errors import ShardmergeError
-from shardmerge.sources import LocalSource
+from shardmerge.file_formats.checkpoint import Checkpoint
+from shardmerge.file_formats.checkpoint_files import read_json
+from shardmerge.sources.local import LocalSource
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 #: ``models--org--name`` among a path's folders.

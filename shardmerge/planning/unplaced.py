@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from shardmerge.adapter_file import way_out
-from shardmerge.adapters import FAMILIES, ModuleUpdate
+from shardmerge.adapters.methods.base import ModuleUpdate
+from shardmerge.adapters.registry import FAMILIES
+from shardmerge.file_formats.adapter_file import way_out
 from shardmerge.spec import Place
 
 #: Tensors of a file that are named; of the rest only the number is.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from shardmerge.adapters import ModuleUpdate
-from shardmerge.adapters.peft import is_embedding
-from shardmerge.checkpoint import Checkpoint
+from shardmerge.adapters.formats.peft import is_embedding
+from shardmerge.adapters.methods.base import ModuleUpdate
+from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.spec import TensorRef, Update
 
 #: Biases of outputs that are no part of the head's own module.

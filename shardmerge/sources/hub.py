@@ -30,8 +30,8 @@ from huggingface_hub.errors import (
 )
 
 from shardmerge.errors import MissingError, SourceError
-from shardmerge.sources import HUB_SCHEME, looked_in
 from shardmerge.sources.local import LocalReader, LocalSource
+from shardmerge.sources.source import HUB_SCHEME, looked_in
 from shardmerge.spec import SourceFile
 from shardmerge.version import __version__
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shardmerge.errors import ChangedError, SourceError
-from shardmerge.regular_files import NotRegularError, open_regular
 from shardmerge.sources import links
-from shardmerge.sources.residency import Residency, open_direct
 from shardmerge.spec import PAGE, SourceFile
+from shardmerge.system.page_cache import Residency, open_direct
+from shardmerge.system.regular_files import NotRegularError, open_regular
 
 
 def _problem(path: str, error: OSError) -> SourceError:

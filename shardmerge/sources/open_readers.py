@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from shardmerge.sources import Reader, open_reader
+from shardmerge.sources.source import Reader, open_reader
 from shardmerge.spec import SourceFile
 
 _MOST = 8

@@ -36,12 +36,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shardmerge.adapters import FAMILIES
+from shardmerge.adapters.registry import FAMILIES
 from shardmerge.spec import MergePlan, RowRange, TensorPlan, Update, dtype_code
+from shardmerge.spec.windows import Part, locate, reaching
 from shardmerge.verification.reading import Factor, Files, threads, wide
 from shardmerge.verification.rows import all_rows
 from shardmerge.verification.scaling import SCALED, ScaledBy
-from shardmerge.windows import Part, locate, reaching
 
 #: Unit roundoff by compute dtype, and that of the sums of its products (bf16 products are summed in float32).
 _UNITS = {"F64": (2.0**-53, 2.0**-53), "F32": (2.0**-24, 2.0**-24), "BF16": (2.0**-8, 2.0**-24)}
@@ -297,7 +297,7 @@ def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
 
 
 class PlainFactors:
-    """The factors of one update, in float64; see `shardmerge.adapters.base.Factors`."""
+    """The factors of one update, in float64; see `shardmerge.adapters.methods.base.Factors`."""
 
     def __init__(self, files: Files, update: Update, threads_of_torch: int = 1) -> None:
         self._update = update

@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shardmerge.journal import FOLDER, RECORD_NAME
-from shardmerge.journal.work_folder import kind
-from shardmerge.regular_files import open_regular, read_small, why_not_readable
-from shardmerge.sources import open_reader
+from shardmerge.destinations.record import RECORD_NAME
+from shardmerge.destinations.work_folder import FOLDER, kind
+from shardmerge.sources.source import open_reader
 from shardmerge.spec import AuxFile, MergePlan, SourceFile
+from shardmerge.system.regular_files import open_regular, read_small, why_not_readable
 from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Findings
 from shardmerge.verification.reading import file_checksums
 from shardmerge.verification.record import Record

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardmerge.report import human_bytes, human_seconds, labelled, peak_memory, table
-from shardmerge.shown import one_line
+from shardmerge.reporting.report import human_bytes, human_seconds, labelled, peak_memory, table
 from shardmerge.spec import jsonable
+from shardmerge.system.terminal_text import one_line
 
 #: Problems of one kind that are told one by one; of the rest only the number is said.
 LISTED = 10

@@ -18,11 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shardmerge.destinations.record import RECORD_NAME
 from shardmerge.errors import FormatError
-from shardmerge.journal import RECORD_NAME
-from shardmerge.regular_files import why_not_readable
-from shardmerge.sources import LocalSource
+from shardmerge.sources.local import LocalSource
 from shardmerge.spec import MergePlan, SourceFile, TensorInfo, row_nbytes
+from shardmerge.system.regular_files import why_not_readable
 from shardmerge.verification.exact import Exact
 from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Findings
 from shardmerge.verification.gguf_header import GgufHeader, read_header

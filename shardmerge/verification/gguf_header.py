@@ -19,9 +19,9 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from shardmerge.checksums import Checksums
 from shardmerge.errors import FormatError
 from shardmerge.spec import TensorInfo, row_nbytes
+from shardmerge.system.checksums import Checksums
 
 #: What a header may take: the largest vocabularies with their merges take 20 MB.
 _MOST_BYTES = 256 << 20

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shardmerge.checksums import Checksums
 from shardmerge.codecs import NUMBER_DTYPES
 from shardmerge.errors import SourceError
-from shardmerge.regular_files import open_regular
-from shardmerge.sources import Reader, open_reader
+from shardmerge.sources.source import Reader, open_reader
 from shardmerge.spec import DTYPE_BITS, RowRange, SourceFile, TensorRef
+from shardmerge.system.checksums import Checksums
+from shardmerge.system.regular_files import open_regular
 
 #: Bytes that are read at a time.
 CHUNK = 4 << 20

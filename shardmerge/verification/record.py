@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardmerge.adapter_file import open_adapter
-from shardmerge.checkpoint import Checkpoint, open_checkpoint
-from shardmerge.config import MergeConfig, recorded_config, relocated
+from shardmerge.config.schema import MergeConfig, recorded_config, relocated
+from shardmerge.destinations.record import RECORD_NAME, SEAL, read_record, seal
+from shardmerge.destinations.work_folder import is_unfinished
 from shardmerge.errors import ConfigError, PlanError, ShardmergeError, SourceError, VerifyError
-from shardmerge.fingerprint import with_contents
-from shardmerge.journal import RECORD_NAME, SEAL, is_unfinished, read_record, seal
-from shardmerge.notices import Warned
-from shardmerge.planning import make_plan
-from shardmerge.regular_files import why_not_readable
-from shardmerge.sources import open_source
+from shardmerge.file_formats.adapter_file import open_adapter
+from shardmerge.file_formats.checkpoint import Checkpoint, open_checkpoint
+from shardmerge.planning.fingerprint import with_contents
+from shardmerge.planning.planner import make_plan
+from shardmerge.sources.source import open_source
 from shardmerge.spec import MergePlan, SourceFile, digest_of
+from shardmerge.spec.notices import Warned
+from shardmerge.system.regular_files import why_not_readable
 from shardmerge.verification.findings import STRUCTURE, TOUCHED, Findings
 from shardmerge.verification.scaling import ScaledBy
 from shardmerge.version import __version__

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shardmerge.adapters.work import tile_dtype
 from shardmerge.spec import DTYPE_BITS, TensorPlan
-from shardmerge.work import tile_dtype
 
 #: Of a float64 the bits that say its power of two.
 _POWER = 0x7FF << 52

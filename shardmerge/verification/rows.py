@@ -13,9 +13,9 @@ import math
 import random
 from collections.abc import Iterator
 
-from shardmerge.adapters import FAMILIES
+from shardmerge.adapters.registry import FAMILIES
 from shardmerge.spec import RowRange, TensorPlan
-from shardmerge.windows import boundaries, locate, reaching
+from shardmerge.spec.windows import boundaries, locate, reaching
 
 #: float64 numbers that are worked on at a time; a group of rows that is larger is worked on whole.
 ELEMENTS = 1 << 17

@@ -1,6 +1,6 @@
 """The scaling of LoRA's updates, worked out once more from the adapter's own files.
 
-On purpose no code of ``shardmerge.adapters`` is called: a mistake there must not repeat itself here. The definitions:
+On purpose no code of ``adapters.registry`` is called: a mistake there must not repeat itself here. The definitions:
 
 - PEFT: α / r, or α / √r with ``use_rslora``. α and r are ``lora_alpha`` and ``r``, or the value of the first key of
   ``alpha_pattern`` and ``rank_pattern`` that, as a regular expression, matches the end of the module's name (of a
@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from shardmerge.adapter_file import AdapterFile
-from shardmerge.config import AdapterConfig
-from shardmerge.naming import module_name, unwrapped
+from shardmerge.config.schema import AdapterConfig
+from shardmerge.file_formats.adapter_file import AdapterFile
+from shardmerge.key_mapping.naming import module_name, unwrapped
 from shardmerge.spec import Update
 
 #: How a factor's key ends, in any of the formats.

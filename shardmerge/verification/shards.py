@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardmerge.checksums import Checksums
 from shardmerge.codecs import NUMBER_DTYPES
 from shardmerge.spec import DTYPE_BITS, RowRange, SourceFile, TensorInfo, TensorPlan
+from shardmerge.system.checksums import Checksums
 from shardmerge.verification.exact import Exact, is_copied
 from shardmerge.verification.findings import CHECKSUMS, TOUCHED, UNTOUCHED, Findings
 from shardmerge.verification.reading import CHUNK, Files, decode, wide

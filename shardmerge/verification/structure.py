@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shardmerge import header
-from shardmerge.checkpoint import MAX_INDEX_BYTES, MAX_JSON_BYTES, is_index
+from shardmerge.destinations.record import RECORD_NAME
 from shardmerge.errors import FormatError
-from shardmerge.journal import RECORD_NAME
-from shardmerge.names import Names
+from shardmerge.file_formats import safetensors_header
+from shardmerge.file_formats.checkpoint_files import MAX_INDEX_BYTES, MAX_JSON_BYTES, is_index
+from shardmerge.key_mapping.resolver import Names
 from shardmerge.planning.vocabulary import vocabulary_size
-from shardmerge.regular_files import read_small, why_not_readable
-from shardmerge.sources import LocalSource
+from shardmerge.sources.local import LocalSource
 from shardmerge.spec import DTYPE_NAMES, FLOAT_DTYPES, MergePlan, ShardPlan, SourceFile, TensorInfo
+from shardmerge.system.regular_files import read_small, why_not_readable
 from shardmerge.verification.findings import STRUCTURE, Findings
 from shardmerge.verification.record import Record
 
@@ -32,7 +32,7 @@ class Stored:
     name: str
     file: SourceFile
     data_start: int
-    metadata: header.Metadata
+    metadata: safetensors_header.Metadata
     tensors: Mapping[str, TensorInfo]
 
 
@@ -53,7 +53,7 @@ def read_shards(output: Path, record: Record, findings: Findings) -> list[Stored
                 expected=float(size),
             )
         try:
-            metadata, tensors, start = header.read_header(partial(source.read, name), file.size, name)
+            metadata, tensors, start = safetensors_header.read_header(partial(source.read, name), file.size, name)
         except FormatError as error:
             findings.problem(STRUCTURE, str(error), file=name)
             found.append(Stored(name, file, 0, (), {}))

@@ -1,0 +1,195 @@
+"""Adapters as image and video trainers write them: by module, each with its own scale, without a config.
+
+LoRA, W' = W + α / r · up · down: down is (r, in) or, of a convolution, (r, in, k…); up is (out, r) or (out, r, 1…).
+LoKr and LoHa by LyCORIS' names, see `shardmerge.adapters.formats.lycoris`. Whole differences, W' = W + D, see
+`shardmerge.adapters.methods.difference`; and whole tensors in W's place.
+
+A module's α is a number in the file, or is found where `adapters.formats.scales` looks; where nothing says it, the
+scale is 1. Keys are ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``, with the module's dots written
+as underscores, so only the base's own names can tell where they were (some files have dots behind the block); or with
+dots: ``diffusion_model.blocks.0.attn.q.lora_down.weight``, ``unet.mid_block.attentions.0.proj_in.lora.down.weight``.
+Source: kohya-ss/sd-scripts, networks/lora.py; LyCORIS, lycoris/modules; ComfyUI, comfy/lora.py; diffusers,
+loaders/lora_conversion_utils.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+
+from shardmerge.adapters.formats import lycoris, parts
+from shardmerge.adapters.formats.peft import Context
+from shardmerge.adapters.formats.scales import Scales
+from shardmerge.adapters.methods.base import Claims, ModuleUpdate
+from shardmerge.key_mapping.naming import WRAPPER, module_name, unwrapped
+from shardmerge.spec import TensorRef
+
+_INFIX = rf"(?:\.{WRAPPER})*?(?:\.(?!weight$)[^.]+)??(?:\.{WRAPPER})*?"
+#: How a pair's keys end. PEFT's are here for files that have other keys, too.
+_PAIRS = re.compile(
+    r"(?P<module>.+?)(?:\.lora_(?P<kohya>down|up)\.weight|[._]lora(?:_linear_layer)?\.(?P<diffusers>down|up)\.weight"
+    rf"|\.lora_(?P<peft>[AB]){_INFIX}\.weight)"
+)
+_LYCORIS = re.compile(rf"(?P<module>.+)\.(?P<role>{'|'.join(lycoris.ROLES)})")
+#: The end of a key → what it is to the module: the parameter, and whether the tensor is added to it or replaces it.
+_WHOLES: Mapping[str, tuple[str, str]] = {
+    "diff": ("weight", "difference"),
+    "diff_b": ("bias", "difference"),
+    "diff_m": ("modulation", "difference"),  # LightX2V's
+    "w_norm": ("weight", "difference"),
+    "b_norm": ("bias", "difference"),
+    "set_weight": ("weight", "replacement"),
+}
+_WHOLE = re.compile(rf"(?P<module>.+)\.(?P<role>{'|'.join(_WHOLES)})")
+_ALPHA = re.compile(r"(?P<module>.+)\.(?P<role>alpha)")
+#: Keys of what is not merged from such files: the end of the key, what it is.
+REFUSED: Mapping[str, str] = {
+    "dora_scale": "DoRA's lengths, without the axis that they are of",
+    "lora_mid.weight": "the core of a CP-decomposed convolution",
+    "oft_blocks": "OFT or BOFT",
+    "oft_diag": "OFT",
+    "rescale": "OFT's rescaling",
+    "on_input": "IA3",
+    **dict.fromkeys(("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"), "GLoRA"),
+    "lokr_t1": "a core of LoKr's first factor",
+    "scalar": "a trained scalar of LyCORIS",
+    **dict.fromkeys(("bias_indices", "bias_values", "bias_size"), "a sparse bias of LyCORIS"),
+    "reshape_weight": "another shape for the weight",
+    "lora_magnitude_vector": "DoRA's lengths by PEFT's name",
+}
+_UNKNOWN = (
+    "neither tensors nor the metadata of the file say the alpha of all its modules, so their scale is unknown: give "
+    "alpha (or scaling)"
+)
+
+
+def looks_like(names: Collection[str]) -> bool:
+    """Whether an adapter of these tensors, which has no config, is such a file; PEFT's LoRA keys alone are none."""
+    plain = [unwrapped(name) for name in names]
+    pairs = [match["peft"] is None for name in plain if (match := _PAIRS.fullmatch(name))]
+    if any(pairs) or any(_LYCORIS.fullmatch(name) or _WHOLE.fullmatch(name) for name in plain):
+        return True
+    # DoRA's lengths by PEFT's name are read beside PEFT's keys.
+    refused = tuple(f".{end}" for end in REFUSED if not (pairs and end == "lora_magnitude_vector"))
+    return any(name.endswith(refused) for name in plain)
+
+
+def is_telling(names: Iterable[str]) -> bool:
+    """Whether a file that may be a checkpoint, too, is such an adapter: it has factors, or nothing but differences."""
+    plain = [unwrapped(name) for name in names]
+    if all(_WHOLE.fullmatch(name) or _ALPHA.fullmatch(name) for name in plain):
+        return bool(plain)
+    return any(_LYCORIS.fullmatch(name) or ((of := _PAIRS.fullmatch(name)) and of["peft"] is None) for name in plain)
+
+
+def method(names: Iterable[str]) -> str:
+    """What made it, by PEFT's name for it."""
+    kinds = {match["role"].partition("_")[0] for name in names if (match := _LYCORIS.fullmatch(unwrapped(name)))}
+    return " and ".join(lycoris.METHODS[kind] for kind in sorted(kinds)) or "LORA"
+
+
+def claim(tensors: Mapping[str, TensorRef], scales: Scales, context: Context) -> Claims:
+    """Pair the factors and compute each scaling; ``context`` has what is known of the base, and no config."""
+    if problem := _refusal(tensors) or scales.unread():
+        return Claims(problems=[problem], refused=True)
+    modules = _grouped(tensors)
+    if problem := parts.problem_of_several(map(module_name, modules), context.weight):
+        return Claims(problems=[problem], refused=True)
+    claims = Claims()
+    for module, found in modules.items():
+        _claim_module(claims, module, found, scales, context)
+    scales.finish(claims, _UNKNOWN, "kohya's scripts, ComfyUI and diffusers")
+    return claims
+
+
+def _refusal(tensors: Iterable[str]) -> str:
+    """What is said of an adapter with keys of methods that are not merged from such files."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in tensors:
+        for end in REFUSED:
+            if unwrapped(name).endswith(f".{end}"):
+                found[end].append(name)
+    if not found:
+        return ""
+    kinds = "; ".join(f"{end} ({REFUSED[end]}; {names[0]})" for end, names in found.items())
+    return f"it has keys of what this version does not merge from image trainers' files, so nothing of it is: {kinds}"
+
+
+def _grouped(tensors: Mapping[str, TensorRef]) -> dict[str, dict[str, TensorRef]]:
+    """Modules, by their names in the file, with their tensors by role. Of two with one role the second is left over."""
+    modules: dict[str, dict[str, TensorRef]] = {}
+    for written, ref in tensors.items():
+        name = unwrapped(written)
+        if match := _PAIRS.fullmatch(name):
+            role = match["kohya"] or match["diffusers"] or {"A": "down", "B": "up"}[match["peft"]]
+        elif match := _LYCORIS.fullmatch(name) or _WHOLE.fullmatch(name) or _ALPHA.fullmatch(name):
+            role = match["role"]
+        else:
+            continue
+        modules.setdefault(match["module"], {}).setdefault(role, ref)
+    return modules
+
+
+def _claim_module(
+    claims: Claims, module: str, found: Mapping[str, TensorRef], scales: Scales, context: Context
+) -> None:
+    number = found.get("alpha")
+    for role, (parameter, family) in _WHOLES.items():
+        if role in found:
+            _claim_whole(claims, module, parameter, family, found[role])
+    methods = {kind: of for kind in lycoris.METHODS if (of := lycoris.factors(found, kind))}
+    for kind, factors in methods.items():
+        lycoris.claim(claims, placed(module), kind, factors, number, scales)
+    pair = {role: found[role] for role in ("down", "up") if role in found}
+    if pair or (number is not None and not methods):
+        _claim_pair(claims, module, {**pair, **({"alpha": number} if number is not None else {})}, scales, context)
+
+
+def placed(module: str, parameter: str = "weight", family: str = "lora") -> ModuleUpdate:
+    """An update of a module by its name in the file: without kohya's name of a part, which is no part of any name."""
+    part = parts.flat_part_of(module)
+    name = module_name(module.removeprefix(part))
+    return ModuleUpdate(name, parameter, family, (), flattened=bool(part) or "." not in module)
+
+
+def _claim_whole(claims: Claims, module: str, parameter: str, family: str, ref: TensorRef) -> None:
+    update = placed(module, parameter, family)
+    role = {"difference": "difference", "replacement": "whole"}[family]
+    settings = (("as_in_memory", True), ("or_parameter", parameter == "weight"))
+    claims.updates.append(update.changed(factors=((role, ref),), settings=settings))
+
+
+def _claim_pair(
+    claims: Claims, module: str, factors: Mapping[str, TensorRef], scales: Scales, context: Context
+) -> None:
+    if missing := {"down", "up"} - factors.keys():
+        there = next(iter(factors.values()))
+        claims.half(there, f"{module}.{_end(factors)[min(missing)]}.weight")
+        claims.told |= {ref.name for ref in factors.values()}
+        return
+    down, up = factors["down"], factors["up"]
+    if "alpha" in factors:
+        claims.told.add(factors["alpha"].name)
+    claims.updates.append(placed(module).changed(factors=(("A", down), ("B", up))))
+    if 0 in down.shape or 0 in up.shape:
+        return  # an empty tensor is told of as such
+    kernels = up.shape[2:]
+    if len(down.shape) < 2 or len(up.shape) < 2 or up.shape[1] != down.shape[0] or any(size != 1 for size in kernels):
+        claims.misfit(
+            f"{down.name} {list(down.shape)} and {up.name} {list(up.shape)}: expected (r, in) and (out, r) of one "
+            "rank, or of a convolution (r, in, k…) and (out, r, 1…)"
+        )
+        return
+    rank = down.shape[0]
+    of_peft = ".lora_A" in down.name
+    of_part = parts.part_of(module) != "" and not parts.is_own(module, context.weight)
+    scaling = scales.of(claims, rank, factors.get("alpha"), one_if_unsaid=not of_peft or of_part)
+    claims.updates[-1] = claims.updates[-1].changed(rank=rank, scaling=scaling)
+
+
+def _end(factors: Mapping[str, TensorRef]) -> Mapping[str, str]:
+    """How the missing half's name would end."""
+    if any(".lora_A" in ref.name or ".lora_B" in ref.name for ref in factors.values()):
+        return {"down": "lora_A", "up": "lora_B"}
+    return {"down": "lora_down", "up": "lora_up"}

@@ -1,0 +1,226 @@
+"""LoRA on parameters themselves (``target_parameters``): whose factors these are, and how fused experts' B is laid out.
+
+PEFT wraps the module that holds the parameter, so that ``.base_layer`` stands in the keys of all that is below it, and
+nests the wrappers of several parameters, the first registered innermost. Of E experts A is (r·E, in), the experts
+outermost. B is (out, r·E), and its columns are laid out in one of two ways:
+
+- ``rank_major``, PEFT's own: column k·E + e is expert e's for the rank k;
+- ``grouped_by_expert``: column e·r + k is. Unsloth's trainer packed B so until it changed to PEFT's way in 2026.
+
+The shapes are the same. Unsloth has written down since then which it is, in ``lora_B_layout`` and
+``unsloth_fused_expert_lora``; where the layers of a model differ it says ``mixed``, which tells nothing.
+Source: peft/tuners/lora/layer.py, ParamWrapper; unsloth-zoo, pull requests 1232 and 1269.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from shardmerge.adapters.formats.peft import MISSING, Context, Module, is_rank
+from shardmerge.adapters.formats.peft_targets import matches
+from shardmerge.adapters.formats.peft_variants import variants
+from shardmerge.adapters.methods.base import Claims, ModuleUpdate
+
+#: The file's word for a layout → ours.
+LAYOUTS: Mapping[str, str] = {"rank_major": "peft", "grouped_by_expert": "unsloth"}
+_FLAT, _MARKER = "lora_B_layout", "unsloth_fused_expert_lora"
+_DIFFERENCE = (
+    "peft (column k·E + e of lora_B is expert e's for rank k) or unsloth (column e·r + k is; Unsloth's trainer packed "
+    "it so until September 2026)"
+)
+
+
+# --- which parameter --------------------------------------------------------------------------------------------------
+
+
+def bare(module: str) -> tuple[str, int]:
+    """A module's name without the wrappers of its parameters, and how many there were."""
+    depth = 0
+    while module.endswith(".base_layer"):
+        module, depth = module.removesuffix(".base_layer"), depth + 1
+    return module, depth
+
+
+def targeted(module: str, context: Context) -> list[str]:
+    """Parameters of a module that ``target_parameters`` names, in the order of registration or else the config's."""
+    targets = context.config.get("target_parameters")
+    if not targets:
+        return _all_targeted(module, context)
+    known = context.registered(module)
+    found = []
+    for target in targets:
+        owner, _, parameter = target.rpartition(".")
+        named = module == owner or module.endswith(f".{owner}") if owner else _has(module, parameter, context)
+        if named and parameter not in found:
+            found.append(parameter)
+    return [name for name in known if name in found] if known else found
+
+
+def _all_targeted(module: str, context: Context) -> list[str]:
+    """Trainers of fused experts may name those among ``target_modules``, and mean all their matrices."""
+    targets = context.config.get("target_modules")
+    if not isinstance(targets, (list, frozenset)) or not matches(targets, module):
+        return []
+    return [name for name in context.registered(module) if "bias" not in name]
+
+
+def _has(module: str, parameter: str, context: Context) -> bool:
+    """Whether a module has a parameter of that name; a bare name is of every module that has one."""
+    if known := context.registered(module):
+        return parameter in known
+    return context.stored is not None and context.stored(module, parameter) is not None
+
+
+def claim_parameter(claims: Claims, module: Module, rank: int, scaling: float, context: Context) -> None:
+    """LoRA on a parameter of a module."""
+    name, _ = bare(module.name)
+    a, b = module.factors["A"], module.factors["B"]
+    parameter = owner(module.name, context)
+    if parameter is None:
+        _say_whose(claims, module, name, context)
+        return
+    extra = [ref for role, ref in module.factors.items() if role not in ("A", "B")]
+    for ref in extra:
+        claims.told.add(ref.name)
+        claims.problems.append(f"{ref.name}: target_parameters know neither DoRA nor biases")
+    if names := variants(context.config):
+        claims.problems.append(f"{name}.{parameter}: adapter_config.json sets {names[0]}, which target_parameters lack")
+    settings = (("peft_version", str(context.config.get("peft_version") or "")), ("layout", "peft"))
+    claims.updates.append(
+        ModuleUpdate(name, parameter, "lora-experts", (("A", a), ("B", b)), scaling, rank, settings=settings),
+    )
+    if 0 in a.shape or 0 in b.shape:
+        return
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
+        claims.misfit(
+            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (r·E, in) and (out, r·E) with r = {rank}"
+        )
+        return
+    layout, problem = layout_of(parameter, rank, a.shape[0] // rank, context)
+    if problem:
+        claims.misfit(f"{b.name}: {problem}")
+    elif layout != "peft":
+        claims.updates[-1] = claims.updates[-1].changed(settings=(settings[0], ("layout", layout)))
+
+
+def owner(module: str, context: Context) -> str | None:
+    """The parameter whose factors stand under a module's name, wrappers counted; None where that cannot be told."""
+    name, depth = bare(module)
+    targets = targeted(name, context)
+    if depth >= len(targets) or (len(targets) > 1 and not context.registered(name)):
+        return None
+    return targets[len(targets) - 1 - depth]
+
+
+def _say_whose(claims: Claims, module: Module, name: str, context: Context) -> None:
+    a, targets = module.factors["A"], targeted(name, context)
+    if len(targets) > 1 and not context.registered(name):
+        claims.told |= {ref.name for ref in module.factors.values()}
+        claims.problems.append(
+            f"{a.name} belongs to one of {', '.join(targets)} of {name}, but which cannot be told: the order in which "
+            "the model registers them is not known"
+        )
+        return
+    claims.half(a, f"a parameter of {name} in target_parameters that it could belong to")
+    claims.told.add(module.factors["B"].name)
+
+
+# --- the layout of B --------------------------------------------------------------------------------------------------
+
+
+def layout_of(parameter: str, rank: int, experts: int, context: Context) -> tuple[str, str]:
+    """How B of a parameter's experts is laid out, ``peft`` or ``unsloth``, and what is wrong with that."""
+    said, given = _said(parameter, context.config), context.expert_layout
+    wanted = _entry(parameter, context.config).get("num_experts")
+    if wanted is not None and wanted != experts:
+        return "peft", (
+            f"{_MARKER} in adapter_config.json says that {parameter} has {wanted} experts, but lora_A has {experts} "
+            f"times the rank {rank}"
+        )
+    if rank == 1 or experts == 1:
+        return "peft", ""  # both are the same
+    if said and given not in (None, LAYOUTS[said]):
+        return "peft", (
+            f"{_FLAT} in adapter_config.json says {said} for {parameter}, which is expert_layout: {LAYOUTS[said]}, but "
+            f"the config says expert_layout: {given}; one of them is wrong. Leave expert_layout out to go by the file"
+        )
+    if said or given:
+        return LAYOUTS[said] if said else str(given), ""
+    if _is_unsloths(context.config):
+        return "peft", (
+            f"adapter_config.json is Unsloth's and does not say how lora_B of {parameter} is laid out, and nothing in "
+            f"the numbers tells. Give expert_layout: {_DIFFERENCE}"
+        )
+    return "peft", ""
+
+
+def _said(parameter: str, config: Mapping[str, Any]) -> str | None:
+    """The file's word for the layout of a parameter's B."""
+    word = _entry(parameter, config).get(_FLAT) or config.get(_FLAT)
+    return str(word) if word else None
+
+
+def _entry(parameter: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    marker = config.get(_MARKER) or {}
+    found: Mapping[str, Any] = (marker.get("parameters") or {}).get(parameter) or {}
+    return found
+
+
+def _is_unsloths(config: Mapping[str, Any]) -> bool:
+    """Whether Unsloth made the adapter, by what it leaves in a config."""
+    mapping = config.get("auto_mapping")
+    return bool(config.get(_MARKER)) or (isinstance(mapping, dict) and bool(mapping.get("unsloth_fixed")))
+
+
+def flat_problems(key: str, value: Any) -> list[str]:
+    """A check of ``lora_B_layout``."""
+    return [] if value is MISSING or value is None else _word_problems(key, value)
+
+
+def marker_problems(key: str, value: Any) -> list[str]:
+    """A check of ``unsloth_fused_expert_lora``."""
+    if value is MISSING or value is None:
+        return []
+    parameters = value.get("parameters") if isinstance(value, dict) else None
+    if not isinstance(parameters, dict):
+        return [f"{key} must hold parameters, a layout for each by name, found {reprlib.repr(value)}"]
+    problems = _unknown(key, value, "lora_A_layout", "parameters")
+    if value.get("lora_A_layout", "grouped_by_expert") != "grouped_by_expert":
+        problems.append(f"{key}: lora_A_layout must be grouped_by_expert, found {reprlib.repr(value['lora_A_layout'])}")
+    for name, entry in parameters.items():
+        place = f"{key}.parameters[{reprlib.repr(name)}]"
+        if not isinstance(entry, dict):
+            problems.append(f"{place} must hold {_FLAT} and num_experts, found {reprlib.repr(entry)}")
+            continue
+        problems += _unknown(place, entry, _FLAT, "num_experts")
+        problems += _word_problems(f"{place}.{_FLAT}", entry.get(_FLAT))
+        if "num_experts" in entry and not is_rank(entry["num_experts"]):
+            found = reprlib.repr(entry["num_experts"])
+            problems.append(f"{place}.num_experts must be a whole number above zero, found {found}")
+    return problems
+
+
+def contradictions(config: Mapping[str, Any]) -> list[str]:
+    """Where ``lora_B_layout`` and a parameter's own layout disagree."""
+    flat, marker = config.get(_FLAT), config.get(_MARKER)
+    parameters = marker.get("parameters") if isinstance(marker, dict) else None
+    entries = parameters if flat and isinstance(parameters, dict) else {}
+    return [
+        f"adapter_config.json says {_FLAT}: {reprlib.repr(flat)}, but {reprlib.repr(entry.get(_FLAT))} for "
+        f"{reprlib.repr(name)} in {_MARKER}; one of them is wrong"
+        for name, entry in entries.items()
+        if isinstance(entry, dict) and entry.get(_FLAT) != flat
+    ]
+
+
+def _unknown(place: str, value: Mapping[str, Any], *known: str) -> list[str]:
+    return [f"{place}: the key {reprlib.repr(key)} is unknown to this version" for key in value if key not in known]
+
+
+def _word_problems(place: str, word: Any) -> list[str]:
+    if isinstance(word, str) and word in LAYOUTS:
+        return []
+    why = "; mixed says only that its layers differ" if word == "mixed" else ""
+    return [f"{place} must be {' or '.join(LAYOUTS)}, found {reprlib.repr(word)}{why}"]

@@ -1,0 +1,55 @@
+"""Rows of an embedding that were trained by themselves: ``trainable_token_indices``, and PEFT's method of that name.
+
+Source: peft/tuners/trainable_tokens/layer.py, 0.21.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from shardmerge.adapters.formats.peft import MISSING
+from shardmerge.adapters.methods.base import Claims, ModuleUpdate
+from shardmerge.key_mapping.naming import module_name, unwrapped
+from shardmerge.spec import TensorRef
+
+_TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?")
+
+
+def claim_tokens(claims: Claims, tensors: Mapping[str, TensorRef], indices: Any) -> None:
+    """Rows of trained tokens. ``indices`` is a list for the input embedding, or a list for each module by name."""
+    for name, ref in tensors.items():
+        match = _TOKENS.fullmatch(unwrapped(name))
+        if match is None:
+            continue
+        module = module_name(match["module"])
+        of_module = indices
+        if isinstance(indices, dict):
+            found = [value for key, value in indices.items() if module == key or module.endswith(f".{key}")]
+            of_module = found[0] if len(found) == 1 else None
+        if not of_module:
+            claims.told.add(name)
+            claims.problems.append(f"{name}: the config does not say which tokens of {module} these are")
+        else:
+            settings = (("indices", tuple(of_module)),)
+            claims.updates.append(ModuleUpdate(module, "weight", "token-rows", (("rows", ref),), settings=settings))
+
+
+def _indices_problem(where: str, value: Any) -> list[str]:
+    valid = isinstance(value, (list, tuple)) and all(type(index) is int and 0 <= index < 1 << 31 for index in value)
+    if not valid:
+        return [f"{where} must be a list of token numbers, found {reprlib.repr(value)}"]
+    if len(set(value)) < len(value):
+        return [f"{where} names a token twice"]
+    return []
+
+
+def token_problems(key: str, value: Any) -> list[str]:
+    """A check of the setting: a list of token numbers, or a list for each module."""
+    if value is MISSING or value is None:
+        return []
+    if isinstance(value, dict):
+        return [problem for name, item in value.items() for problem in _indices_problem(f"{key}[{name!r}]", item)]
+    return _indices_problem(key, value)

@@ -1,0 +1,164 @@
+"""AdaLoRA: W' = W + α / (r₀ + 1e-5) · B (A ∘ E), a singular value for every rank, of which training drops some.
+
+W is (out, in), or of a convolution (out, in, k…), kernels flattened; A (r, in · k…), E (r, 1), B (out, r). A module
+begins with rank r₀ (``init_r``) and is saved with the rank r that is left, which ``rank_pattern`` tells; the scale
+stays that of r₀. One whose rank went to zero is saved with empty factors and changes nothing. An α that is not above
+zero counts as r.
+Zhang et al. 2023, arXiv:2303.10512. Source: peft/tuners/adalora/layer.py and model.py, 0.21.
+
+On a bf16 or fp16 base PEFT makes the factors of pruned modules anew in the base's dtype, and rounds them and what it
+computes of them; we round the sum, once. Everything else has the bits of PEFT's merge.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from shardmerge.adapters.formats.peft import FLAG, MISSING, NUMBER, RANK, Check, Config, Context, Module, PeftMethod
+from shardmerge.adapters.formats.peft_lora import LoraMethod
+from shardmerge.adapters.formats.peft_tokens import claim_tokens, token_problems
+from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped, oriented
+from shardmerge.key_mapping.naming import module_name
+from shardmerge.spec import Parameter, TensorRef, Update, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_EPS = 1e-5
+
+
+class AdaLora(Family, PeftMethod):
+    """``peft_type: ADALORA``, and what it does to a matrix."""
+
+    name: ClassVar[str] = "adalora"
+    by_rows: ClassVar[frozenset[str]] = frozenset({"B"})
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"E"})
+    by_column_windows: ClassVar[bool] = True
+    rows_are_independent: ClassVar[bool] = True
+    adds: ClassVar[bool] = True
+    peft_type: ClassVar[str] = "ADALORA"
+    title: ClassVar[str] = "AdaLoRA"
+    paper: ClassVar[str] = "arXiv:2303.10512"
+    roles: ClassVar[Mapping[str, str]] = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
+    settings: ClassVar[Mapping[str, Check]] = {
+        "init_r": RANK,
+        "lora_alpha": NUMBER,
+        "rank_pattern": lambda key, value: _pattern_problems(key, value),
+        "fan_in_fan_out": FLAG,
+        "trainable_token_indices": lambda key, value: token_problems(key, value),
+    }
+    # AdaLoRA inherits LoRA's settings; those that are here, it does not read.
+    inert: ClassVar[frozenset[str]] = LoraMethod.inert | {
+        "alpha_pattern",
+        "beta1",
+        "beta2",
+        "deltaT",
+        "ensure_weight_tying",
+        "init_lora_weights",  # whatever it is, A and B are drawn at random
+        "kasa_config",
+        "lora_bias",
+        "monteclora_config",
+        "orth_reg_weight",
+        "r",
+        "target_r",
+        "tfinal",
+        "tinit",
+        "total_step",
+        "use_rslora",
+        "velora_config",
+    }
+    refused: ClassVar[Mapping[str, str]] = {
+        **LoraMethod.refused,
+        "target_parameters": "AdaLoRA updates layers, not single parameters; PEFT would ignore it",
+        "use_bdlora": "AdaLoRA has no block-diagonal factors; PEFT would ignore it",
+        "use_dora": "AdaLoRA has no DoRA; PEFT does not load it either",
+    }
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        config, found = context.config, module.factors
+        started, kept = config["init_r"], _kept(config, module.name)
+        rank = started if kept is None else sum(kept)
+        empty = [ref for role, ref in found.items() if ref.shape == _empty_shape(role, ref)]
+        if rank == 0 and len(empty) == len(found):
+            claims.told |= {ref.name for ref in found.values()}
+            return
+        alpha = config["lora_alpha"]
+        settings = (("init_r", started), ("fan_in_fan_out", bool(config.get("fan_in_fan_out"))))
+        factors, scaling = tuple(found.items()), alpha if alpha > 0 else rank
+        claims.updates.append(ModuleUpdate(module.name, "weight", self.name, factors, scaling, rank, settings=settings))
+        if any(0 in ref.shape for ref in found.values()):
+            return  # an empty tensor is told of as such
+        if kept is not None and len(kept) != started:
+            claims.misfit(
+                f"adapter_config.json: rank_pattern tells of {len(kept)} ranks of {module.name}, but init_r is "
+                f"{started}"
+            )
+            return
+        a, b, e = (found[role] for role in "ABE")
+        source = "init_r" if kept is None else "what rank_pattern keeps"
+        if len(a.shape) != 2 or a.shape[0] != rank or len(b.shape) != 2 or b.shape[1] != rank or e.shape != (rank, 1):
+            claims.misfit(
+                f"{a.name} {list(a.shape)}, {b.name} {list(b.shape)} and {e.name} {list(e.shape)}: expected (r, in), "
+                f"(out, r) and (r, 1) with r = {rank}, {source} of {module.name} in adapter_config.json"
+            )
+
+    def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
+        claim_tokens(claims, tensors, config.get("trainable_token_indices"))
+        super().claim_rest(claims, tensors, config)
+
+    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
+        return oriented(update, parameter, update.factor("B").shape[0], update.factor("A").shape[-1])
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        a, b = update.factor("A"), update.factor("B")
+        if len(shape) < 2:
+            return [f"{update.module}.{update.parameter}, {list(shape)} is no matrix, so AdaLoRA cannot update it"]
+        where = f"of {update.module} {list(shape)}"
+        return [
+            *misshaped(b, (shape[0], update.rank), f"(out, r) {where}"),
+            *misshaped(a, (update.rank, math.prod(shape[1:])), f"(r, in · k…) {where}"),
+        ]
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        import torch
+
+        right = factors.kept("A E", lambda: factors.whole("A") * factors.whole("E"))
+        if len(window.columns) < update.columns:
+            right = right[:, window.columns.start : window.columns.stop]
+        torch.mm(factors.rows("B", window.rows), right, out=scratch)
+        # The sum first, as PEFT makes it, in the dtype of the work.
+        rank = torch.full((1,), update.setting("init_r"), dtype=tile.dtype, device=tile.device) + _EPS
+        tile.add_(scratch.mul_(update.scaling).div_(rank))
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        return update.rank * update.columns * itemsize
+
+
+def _empty_shape(role: str, ref: TensorRef) -> tuple[int, ...]:
+    """A factor's shape as it is when no rank is left."""
+    return (*ref.shape[:1], 0) if role == "B" else (0, *ref.shape[1:2])
+
+
+def _kept(config: Config, module: str) -> list[bool] | None:
+    """Which of the ranks that a module began with are left, if the config tells."""
+    for key, value in (config.get("rank_pattern") or {}).items():
+        owner, found, _ = module_name(key).rpartition(".lora_E")
+        if found and owner == module:
+            kept: list[bool] = value
+            return kept
+    return None
+
+
+def _pattern_problems(key: str, value: Any) -> list[str]:
+    if value is MISSING or value is None:
+        return []
+    if not isinstance(value, dict):
+        return [f"{key} must map names of lora_E to what is left of them, found {reprlib.repr(value)}"]
+    return [
+        f"{key}[{name!r}] must be a list of true and false, found {reprlib.repr(item)}"
+        for name, item in value.items()
+        if not (isinstance(item, list) and all(isinstance(flag, bool) for flag in item))
+    ]

@@ -1,0 +1,35 @@
+"""BEFT: b' = b + v, a trained addition to the bias; the weight stays.
+
+b is (out), v (1, out) in the file. A layer without a bias has no place for it: PEFT cannot merge that either. Zhu et
+al. 2025, arXiv:2509.15974. Source: peft/tuners/beft/layer.py, 0.21. The bits are those of PEFT's merge, for every
+dtype of the base.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+from shardmerge.adapters.formats.peft import Context, Module, PeftMethod
+from shardmerge.adapters.methods.base import Claims, ModuleUpdate
+from shardmerge.adapters.methods.lora import LoraBias
+
+
+class Beft(LoraBias, PeftMethod):
+    """``peft_type: BEFT``; a bias is added as that of LoRA's B is."""
+
+    name: ClassVar[str] = "beft"
+    peft_type: ClassVar[str] = "BEFT"
+    selectors: ClassVar[frozenset[str]] = frozenset()
+    title: ClassVar[str] = "BEFT"
+    paper: ClassVar[str] = "arXiv:2509.15974"
+    roles: ClassVar[Mapping[str, str]] = {"beft_bias": "bias"}
+    inert: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        bias = module.factors["bias"]
+        if len(bias.shape) == 2 and bias.shape[0] == 1 and bias.strides is None:
+            bias = dataclasses.replace(bias, shape=(math.prod(bias.shape),))
+        claims.updates.append(ModuleUpdate(module.name, "bias", self.name, (("bias", bias),)))

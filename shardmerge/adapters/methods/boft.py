@@ -1,0 +1,115 @@
+"""BOFT: W' = s ∘ (W Rᵀ), R a product of m sparse rotations, R = F_{m−1} ⋯ F₁ F₀, F_i = P_i diag(R_{i1}, …, R_in) P_iᵀ.
+
+W is (out, in), of a convolution with square kernels its flattening (out, in·k·k); in = n·b. The factor is (m, n, b,
+b): of each (b, b) its skew-symmetric part S = (X − Xᵀ) / 2 is taken, and Cayley's (I + S)⁻¹ (I − S) is the rotation.
+s is (out, 1), or (1, out) on a convolution, and scales the outputs without the bias. P_i permutes the inputs as the
+butterflies of the fast Fourier transform do: within b·2ⁱ inputs, seen as rows of b/2, the even rows go before the
+odd. Liu et al. 2023, arXiv:2311.06243. Source: peft/tuners/boft/layer.py, 0.21.
+
+Where PEFT cannot build its CUDA kernel it trains, saves and loads m = 1, where P is the identity, though the config
+keeps the ``boft_n_butterfly_factor`` that was asked for; so one factor in the file is all that there is. For larger m
+it multiplies the F_i first, we rotate W by one after the other, so the last bits may differ. Else on bits, see
+`shardmerge.adapters.methods.blocks`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.formats.peft import COUNT, RANK, Check, Config, Context, Module, PeftMethod, is_count
+from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.adapters.methods.blocks import block_bytes, cayley, rotate, widened
+from shardmerge.spec import Update, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Boft(Family, PeftMethod):
+    """``peft_type: BOFT``, and what it does to a matrix."""
+
+    name: ClassVar[str] = "boft"
+    by_rows: ClassVar[frozenset[str]] = frozenset({"scale"})
+    rows_are_independent: ClassVar[bool] = True
+    peft_type: ClassVar[str] = "BOFT"
+    title: ClassVar[str] = "BOFT"
+    paper: ClassVar[str] = "arXiv:2311.06243"
+    roles: ClassVar[Mapping[str, str]] = {"boft_R": "blocks", "boft_s": "scale"}
+    settings: ClassVar[Mapping[str, Check]] = {
+        "boft_block_size": COUNT,
+        "boft_block_num": COUNT,
+        "boft_n_butterfly_factor": RANK,
+    }
+    inert: ClassVar[frozenset[str]] = frozenset({"boft_dropout", "init_weights"})
+
+    def check_config(self, config: Config) -> list[str]:
+        size, count = config.get("boft_block_size") or 0, config.get("boft_block_num") or 0
+        if is_count(size) and is_count(count) and (size > 0) == (count > 0):
+            return [
+                f"adapter_config.json: one of boft_block_size and boft_block_num is above zero, found {size} and "
+                f"{count}"
+            ]
+        return []
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        config, blocks, scale = context.config, module.factors["blocks"], module.factors["scale"]
+        # Without its kernel PEFT makes and loads one factor, whatever the config says.
+        alone = blocks.shape[:1] == (1,)
+        settings = (
+            ("size", config.get("boft_block_size") or 0),
+            ("count", config.get("boft_block_num") or 0),
+            ("butterflies", 1 if alone else config["boft_n_butterfly_factor"]),
+        )
+        # Dense, (out, 1) and (1, out) are the same bytes.
+        if len(scale.shape) == 2 and 1 in scale.shape and scale.strides is None:
+            scale = dataclasses.replace(scale, shape=(math.prod(scale.shape),))
+        factors = (("blocks", blocks), ("scale", scale))
+        claims.updates.append(ModuleUpdate(module.name, "weight", self.name, factors, settings=settings))
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        if len(shape) not in (2, 4) or shape[2:3] != shape[3:4]:
+            return [
+                f"{update.module}.{update.parameter} is {list(shape)}; BOFT updates Linear layers and "
+                "convolutions of two dimensions with square kernels"
+            ]
+        columns, many = math.prod(shape[1:]), update.setting("butterflies")
+        # Clipped, as a hostile count takes a power long; more butterflies than columns fit no shape.
+        reach = 1 << min(many - 1, columns.bit_length())
+        size = update.setting("size") or columns // update.setting("count")
+        if not size or columns % size or (many > 1 and (columns % (size * reach) or size % 2)):
+            return [
+                f"{update.module}: blocks of {size}, {update.setting('count') or columns // max(size, 1)} of them and "
+                f"{many} butterfly factors (boft_block_size, boft_block_num and boft_n_butterfly_factor) do not "
+                f"divide its {columns} inputs"
+            ]
+        meaning = f"(butterfly factors, blocks, b, b) for the {columns} inputs of {update.module}"
+        return [
+            *misshaped(update.factor("blocks"), (many, columns // size, size, size), meaning),
+            *misshaped(update.factor("scale"), (shape[0],), "a number for every output"),
+        ]
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        many, _, size, _ = update.factor("blocks").shape
+        blocks = factors.kept("blocks", lambda: _rotations(factors.whole("blocks")))
+        for index, part in enumerate(blocks.chunk(many)):
+            even, odd = (len(tile), -1, 1 << index, 2, size // 2), (len(tile), -1, 2, 1 << index, size // 2)
+            if index:
+                tile.copy_(scratch.view(even).copy_(tile.view(odd).transpose(2, 3)).view(tile.shape))
+            rotate(tile, part, scratch)
+            if index:
+                tile.copy_(scratch.view(odd).copy_(tile.view(even).transpose(2, 3)).view(tile.shape))
+        tile.mul_(factors.rows("scale", window.rows).view(-1, 1))
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        many, count, size, _ = update.factor("blocks").shape
+        return block_bytes(many * count, 1, size, itemsize)
+
+
+def _rotations(blocks: Tensor) -> Tensor:
+    """The rotations of all butterflies, (m·n, b, b), some within each put together."""
+    _, count, size, _ = blocks.shape
+    rotations = blocks.view(-1, size, size)
+    return widened(cayley(0.5 * (rotations - rotations.transpose(1, 2))), count)

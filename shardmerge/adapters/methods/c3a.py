@@ -1,0 +1,63 @@
+"""C3A: W' = W + C / in, C made of circulant blocks: C[m·b + i, n·b + j] = K[m, n, (j − i) mod b].
+
+W is (out, in), the kernel K (out/b, in/b, b), b the block size. Chen et al. 2024, arXiv:2407.19342. Source:
+peft/tuners/c3a/layer.py and utils.py, 0.21.
+
+PEFT sends an identity matrix through Fourier transforms to find C, which costs it the last bits of every element,
+also of those that are zero. Here K's numbers are put where they belong, so C is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.formats.peft import RANK, RANK_PATTERN, Check, Context, Module, PeftMethod, pattern_value
+from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.spec import RowRange, Update, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class C3a(Family, PeftMethod):
+    """``peft_type: C3A``, and what it does to a matrix."""
+
+    name: ClassVar[str] = "c3a"
+    by_rows: ClassVar[frozenset[str]] = frozenset({"kernel"})
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"kernel"})
+    adds: ClassVar[bool] = True
+    peft_type: ClassVar[str] = "C3A"
+    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
+    title: ClassVar[str] = "C3A"
+    paper: ClassVar[str] = "arXiv:2407.19342"
+    roles: ClassVar[Mapping[str, str]] = {"c3a_kernel": "kernel"}
+    settings: ClassVar[Mapping[str, Check]] = {"block_size": RANK, "block_size_pattern": RANK_PATTERN}
+    inert: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        size = pattern_value(context.config.get("block_size_pattern"), module.name, context.config["block_size"])
+        factors = (("kernel", module.factors["kernel"]),)
+        claims.updates.append(ModuleUpdate(module.name, "weight", self.name, factors, settings=(("size", size),)))
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        size = update.setting("size")
+        if len(shape) != 2 or any(of % size for of in shape):
+            return [
+                f"{update.module}.{update.parameter} is {list(shape)}, which blocks of {size} do not divide "
+                "(block_size and block_size_pattern)"
+            ]
+        expected = (shape[0] // size, shape[1] // size, size)
+        return misshaped(update.factor("kernel"), expected, f"a kernel for every block of {size} × {size}")
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        size, rows = update.setting("size"), window.rows
+        first = rows.start // size
+        # As many blocks as rows at most.
+        kernel = factors.rows("kernel", RowRange(first, -(-rows.stop // size)))
+        for row in range(rows.start, rows.stop):
+            block, shift = divmod(row, size)
+            part, out = kernel[block - first], scratch[row - rows.start].view(kernel.shape[1:])
+            out[:, shift:] = part[:, : size - shift]
+            out[:, :shift] = part[:, size - shift :]
+        tile.add_(scratch.div_(update.columns).mul_(update.scaling))

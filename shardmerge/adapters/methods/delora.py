@@ -1,0 +1,91 @@
+"""DeLoRA: W' = W + (B D A) ∘ w, D = diag(λ / r / (‖A_i‖ ‖B^i‖)), so that no rank's update is larger than λ lets it be.
+
+W is (out, in), A (r, in), B (out, r), λ one number, w (in) the lengths of W's columns as they were before training,
+which the file has. ‖A_i‖ is the length of a row, ‖B^i‖ that of a column, neither taken to be less than 1e-4.
+Bini et al. 2025, arXiv:2503.18225. Source: peft/tuners/delora/layer.py, 0.21.
+
+In float32 the bits are those of PEFT's merge. On a bf16 or fp16 base PEFT rounds the update and then the sum; we
+round once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.formats.peft import (
+    NUMBER_PATTERN,
+    OPTIONAL_NUMBER,
+    RANK,
+    RANK_PATTERN,
+    Check,
+    Context,
+    Module,
+    PeftMethod,
+    pattern_value,
+)
+from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, add_scaled, misshaped
+from shardmerge.spec import Update, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_LEAST = 1e-4
+
+
+class Delora(Family, PeftMethod):
+    """``peft_type: DELORA``, and what it does to a matrix."""
+
+    name: ClassVar[str] = "delora"
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"B"})
+    adds: ClassVar[bool] = True
+    peft_type: ClassVar[str] = "DELORA"
+    title: ClassVar[str] = "DeLoRA"
+    paper: ClassVar[str] = "arXiv:2503.18225"
+    roles: ClassVar[Mapping[str, str]] = {
+        "delora_A": "A",
+        "delora_B": "B",
+        "delora_lambda": "lambda",
+        "delora_w_norm": "w",
+    }
+    # λ in the config is where training began.
+    settings: ClassVar[Mapping[str, Check]] = {
+        "r": RANK,
+        "rank_pattern": RANK_PATTERN,
+        "delora_lambda": OPTIONAL_NUMBER,
+        "lambda_pattern": NUMBER_PATTERN,
+    }
+    inert: ClassVar[frozenset[str]] = frozenset({"init_weights", "module_dropout"})
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        rank: int = pattern_value(context.config.get("rank_pattern"), module.name, context.config["r"])
+        factors = tuple(module.factors.items())
+        claims.updates.append(ModuleUpdate(module.name, "weight", self.name, factors, rank=rank))
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        if len(shape) != 2:
+            return [f"{update.module}.{update.parameter} is {list(shape)}; DeLoRA updates matrices"]
+        meaning = f"for {update.module} {list(shape)} with r = {update.rank} in adapter_config.json"
+        expected = {
+            "A": (update.rank, shape[1]),
+            "B": (shape[0], update.rank),
+            "lambda": (1,),
+            "w": (shape[1],),
+        }
+        return [problem for role, size in expected.items() for problem in misshaped(update.factor(role), size, meaning)]
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        import torch
+
+        def left() -> Tensor:
+            a, b = factors.whole("A"), factors.whole("B")
+            lengths = torch.clamp(a.norm(dim=1), min=_LEAST) * torch.clamp(b.norm(dim=0), min=_LEAST)
+            # A product with a diagonal matrix, as PEFT has it, adds nothing but zeros to this.
+            return b * (factors.whole("lambda") / update.rank / lengths)
+
+        scaled = factors.kept("B D", left)
+        torch.mm(scaled[window.rows.start : window.rows.stop], factors.whole("A"), out=scratch)
+        add_scaled(tile, scratch.mul_(factors.whole("w")), update.scaling)
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        return (update.rank * update.rows + 4 * update.rank) * itemsize

@@ -1,0 +1,47 @@
+"""A whole difference: W' = W + s · D, D of W's shape; s is the adapter's weight in our config, as there is no α.
+
+Trainers that tune small layers whole beside the factors of others keep how they changed: norms, biases, embeddings of
+patches. Source: LyCORIS, lycoris/modules/full.py and norms.py; ComfyUI, comfy/lora.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.methods.base import Factors, Family, ModuleUpdate, add_scaled
+from shardmerge.spec import Parameter, Update, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Difference(Family):
+    """W + s · D, by rows or by columns."""
+
+    name: ClassVar[str] = "difference"
+    by_rows: ClassVar[frozenset[str]] = frozenset({"difference"})
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"difference"})
+    by_column_windows: ClassVar[bool] = True
+    rows_are_independent: ClassVar[bool] = True
+    adds: ClassVar[bool] = True
+
+    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
+        """D is as the module keeps W in memory, a Conv1D's (in, out)."""
+        return update.changed(transposes=bool(parameter.is_transposed))
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        difference = update.factor("difference")
+        if difference.shape == shape and shape:
+            return []
+        return [
+            f"{difference.name} is {list(difference.shape)}, but {update.module}'s {update.parameter} is {list(shape)}"
+        ]
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        if update.experts:
+            part = factors.whole("difference")[window.expert].reshape(update.rows, update.columns)
+            part = part[window.rows.start : window.rows.stop]
+        else:
+            part = factors.rows("difference", window.rows).reshape(len(window.rows), update.columns)
+        scratch.copy_(part[:, window.columns.start : window.columns.stop])
+        add_scaled(tile, scratch, update.scaling)

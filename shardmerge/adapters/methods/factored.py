@@ -1,0 +1,112 @@
+"""W' = W + s · L R, where L (out, k) and R (k, in) are made of a method's factors: L row by row, R whole.
+
+What PVeRA, Uni-LoRA, TinyLoRA, DEFT, PEANuT and PSOFT have in common. As LoRA's, the product comes before the scale.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.methods.base import Factors, Family, add_scaled
+from shardmerge.spec import RowRange, Update, Window, even_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+#: Rows of L that are made at once; a part has up to twice as many.
+PART_ROWS = 64
+
+
+class Factored(Family):
+    """A family whose update is a product."""
+
+    by_column_windows: ClassVar[bool] = True
+
+    @abstractmethod
+    def left(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
+        """These rows of L."""
+
+    @abstractmethod
+    def right(self, factors: Factors, update: Update) -> Tensor:
+        """R; kept while the weight is worked on."""
+
+    @abstractmethod
+    def inner(self, update: Update) -> int:
+        """k."""
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        import torch
+
+        right = factors.kept("right", lambda: self.right(factors, update))
+        if len(window.columns) < update.columns:
+            right = right[:, window.columns.start : window.columns.stop].contiguous()
+        for part, rows in parts_of(window.rows):
+            torch.mm(self.left(factors, update, rows), right, out=scratch[part])
+        add_scaled(tile, scratch, update.scaling)
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        # R, what it is made of on the way, and a part of its columns; some rows of L, made in two steps.
+        return self.inner(update) * (3 * update.columns + 3 * 2 * PART_ROWS) * itemsize
+
+
+def parts_of(rows: RowRange) -> Iterator[tuple[slice, RowRange]]:
+    """Some rows after the other: where they are in a tile of ``rows``, and in the matrix."""
+    for part in even_rows(len(rows), max(1, len(rows) // PART_ROWS)):
+        yield slice(part.start, part.stop), RowRange(rows.start + part.start, rows.start + part.stop)
+
+
+class Surveyed(Factored):
+    """W' = W + s · L f(V W), where V (k, out) looks at whole columns of W: R is made of what it sees.
+
+    Where tiles are rows, a first pass adds up V W. Where W is stored transposed, tiles have whole columns. All of it is
+    computed in float64 and rounded once.
+    """
+
+    @abstractmethod
+    def view(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
+        """These columns of V."""
+
+    @abstractmethod
+    def made(self, seen: Tensor, factors: Factors, update: Update, columns: RowRange) -> Tensor:
+        """These columns of R, in float64, of the same columns of V W, which are float64, too."""
+
+    def surveys(self, update: Update) -> bool:
+        return not update.by_columns
+
+    def survey(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        import torch
+
+        shape = (self.inner(update), update.columns)
+        seen = factors.kept("seen", lambda: torch.zeros(shape, dtype=torch.float64, device=tile.device))
+        self._look(seen, tile, factors, update, window.rows)
+
+    def _look(self, seen: Tensor, tile: Tensor, factors: Factors, update: Update, rows: RowRange) -> None:
+        for part, these in parts_of(rows):
+            seen += self.view(factors, update, these).double() @ tile[part].double()
+
+    def right(self, factors: Factors, update: Update) -> Tensor:
+        import torch
+
+        seen = factors.kept("seen", lambda: torch.zeros(0))  # there since the first pass
+        return self.made(seen, factors, update, RowRange(0, update.columns))
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        import torch
+
+        if update.by_columns:
+            seen = torch.zeros(self.inner(update), tile.shape[1], dtype=torch.float64, device=tile.device)
+            self._look(seen, tile, factors, update, window.rows)
+            right = self.made(seen, factors, update, window.columns)
+        else:
+            right = factors.kept("right", lambda: self.right(factors, update))
+        for part, rows in parts_of(window.rows):
+            product = self.left(factors, update, rows).double() @ right
+            tile[part] = product.mul_(update.scaling).add_(tile[part])
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        # V W and R; some rows of the tile and of the product, twice; some columns of V, and rows of L.
+        columns, inner = update.columns, self.inner(update)
+        return 8 * (4 * inner * columns + 2 * PART_ROWS * (3 * columns + 4 * inner))

@@ -1,0 +1,136 @@
+"""FourierFT: W' = W + s · Re F⁻¹(S), F⁻¹ the inverse Fourier transform in two dimensions of a sparse spectrum S.
+
+W is (out, in). S, (out, in), is zero but at n places, where the file's n numbers stand. The places are not in the
+file: they are the first n of a random order of all of W's elements, which the config's ``random_loc_seed`` fixes. Gao
+et al. 2024, arXiv:2405.03003. Source: peft/tuners/fourierft/layer.py, 0.21.
+
+Every element of the delta depends on every number, so the whole delta is made when a weight's first tile is worked
+on, and kept until its last. The bits are those of PEFT's merge, for every dtype of the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.formats.peft import (
+    NUMBER,
+    RANK,
+    RANK_PATTERN,
+    Check,
+    Context,
+    Module,
+    PeftMethod,
+    checked,
+    pattern_value,
+)
+from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, add_scaled, oriented
+from shardmerge.spec import Parameter, Update, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SEED = checked(
+    lambda value: type(value) is int and -(1 << 63) <= value < 1 << 64, "a whole number of 64 bits", required=True
+)
+
+
+class FourierFt(Family, PeftMethod):
+    """``peft_type: FOURIERFT``, and what it does to a matrix."""
+
+    name: ClassVar[str] = "fourierft"
+    by_column_windows: ClassVar[bool] = True
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"spectrum"})
+    adds: ClassVar[bool] = True
+    peft_type: ClassVar[str] = "FOURIERFT"
+    title: ClassVar[str] = "FourierFT"
+    paper: ClassVar[str] = "arXiv:2405.03003"
+    note: ClassVar[str] = "makes a weight's whole update at once, in memory that grows with the weight"
+    roles: ClassVar[Mapping[str, str]] = {"fourierft_spectrum": "spectrum"}
+    settings: ClassVar[Mapping[str, Check]] = {
+        "n_frequency": RANK,
+        "n_frequency_pattern": RANK_PATTERN,
+        "scaling": NUMBER,
+        "random_loc_seed": SEED,
+    }
+    inert: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        claim_spectrum(claims, module, context, self.name)
+
+    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
+        return oriented(update, parameter, None, None)  # nothing but the config's flag tells
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        return spectrum_problems(update, shape)
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        delta = factors.kept("delta", lambda: _delta(factors.whole("spectrum"), update))
+        add_part(tile, delta, update, window, scratch)
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        # The delta; on the way to it the spectrum, real and complex, and what it is transformed to. Before, the
+        # order of all elements, which takes less.
+        return update.rows * update.columns * (itemsize + 4 + 3 * 8)
+
+
+def claim_spectrum(
+    claims: Claims, module: Module, context: Context, family: str, *settings: tuple[str, object]
+) -> None:
+    """An update by numbers at random places."""
+    config, spectrum = context.config, module.factors["spectrum"]
+    count = pattern_value(config.get("n_frequency_pattern"), module.name, config["n_frequency"])
+    common = (
+        ("count", None if config.get("proportional_parameters") else count),
+        ("seed", config["random_loc_seed"]),
+        ("fan_in_fan_out", bool(config.get("fan_in_fan_out"))),
+    )
+    factors = (("spectrum", spectrum),)
+    claims.updates.append(
+        ModuleUpdate(module.name, "weight", family, factors, float(config["scaling"]), settings=(*common, *settings))
+    )
+
+
+def spectrum_problems(update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+    """Whether the config and the weight allow so many numbers."""
+    spectrum, count = update.factor("spectrum"), update.setting("count")
+    if len(shape) != 2:
+        return [f"{update.module}.{update.parameter} is {list(shape)}; {update.family} updates Linear layers"]
+    if len(spectrum.shape) != 1 or count not in (None, spectrum.shape[0]):
+        expected = "(n)" if count is None else f"[{count}]"
+        return [
+            f"{spectrum.name} is {list(spectrum.shape)}; expected {expected}, as n_frequency in "
+            "adapter_config.json says"
+        ]
+    if spectrum.shape[0] > shape[0] * shape[1]:
+        return [
+            f"{spectrum.name} is {list(spectrum.shape)}, but {update.module} has {shape[0]} × {shape[1]} elements only"
+        ]
+    return []
+
+
+def places(update: Update, count: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the numbers, as the seed has them."""
+    import torch
+
+    generator = torch.Generator().manual_seed(update.setting("seed"))
+    order = torch.randperm(update.rows * update.columns, generator=generator)[:count]
+    return order // update.columns, order % update.columns
+
+
+def add_part(tile: Tensor, delta: Tensor, update: Update, window: Window, scratch: Tensor) -> None:
+    """Add the window of s · delta."""
+    part = delta[window.rows.start : window.rows.stop, window.columns.start : window.columns.stop]
+    add_scaled(tile, scratch.copy_(part), update.scaling)
+
+
+def _delta(spectrum: Tensor, update: Update) -> Tensor:
+    """Re F⁻¹(S), (out, in)."""
+    import torch
+
+    rows, columns = places(update, len(spectrum))
+    # PEFT's spectrum is float32, whatever the dtype of the merge.
+    dense = torch.zeros(update.rows, update.columns, device=spectrum.device)
+    dense[rows.to(spectrum.device), columns.to(spectrum.device)] = spectrum.float()
+    delta: Tensor = torch.fft.ifft2(dense).real.to(spectrum.dtype)
+    return delta.contiguous()

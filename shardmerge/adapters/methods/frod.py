@@ -1,0 +1,162 @@
+"""FRoD: W' = U (S + diag(λ)) Vᵀ: W in a basis that modules of one kind share, with some of its entries trained.
+
+W is (out, in). V (in, in) is in the file, one for all modules of a category, as are the places (2, n) of S's numbers;
+λ (in) and the n numbers are the module's own. U (out, in) is not in the file: its columns are those of W V⁻ᵀ brought
+to length one, rounded to W's dtype. Source: peft/tuners/frod/layer.py and model.py, 0.21. AAAI 2026, doi
+10.1609/aaai.v40i31.39813.
+
+The lengths need all rows of W, so a first pass adds up their squares, in float64, in which PEFT computes U, too. In
+float32 the bits are those of PEFT's merge where tiles do not divide W. Where it has fewer outputs than inputs some
+columns of U are no more than the noise of rounding, brought to length one; there the last bits may depend on the
+tiles. On a 16-bit base PEFT rounds every product; we round once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.formats.peft import Check, Context, Module, PeftMethod
+from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.adapters.methods.factored import PART_ROWS, parts_of
+from shardmerge.adapters.methods.osf import stored_dtype
+from shardmerge.errors import FormatError
+from shardmerge.spec import Update, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SHARED = re.compile(r"(?:base_model\.)?(?:model\.)?frod_(?P<what>V|s_indices|s_size)\.(?P<category>[^.]+)(?:\.[^.]+)?")
+#: A column this short has no direction; PEFT's bound.
+_SHORT = 1e-12
+
+
+class Frod(Family, PeftMethod):
+    """``peft_type: FROD``, and what it does to a matrix."""
+
+    name: ClassVar[str] = "frod"
+    whole_numbers: ClassVar[frozenset[str]] = frozenset({"places"})
+    streamed: ClassVar[frozenset[str]] = frozenset({"W"})
+    peft_type: ClassVar[str] = "FROD"
+    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
+    title: ClassVar[str] = "FRoD"
+    paper: ClassVar[str] = "AAAI 2026, doi 10.1609/aaai.v40i31.39813"
+    note: ClassVar[str] = "makes a weight's whole update at once, in memory that grows with the weight"
+    roles: ClassVar[Mapping[str, str]] = {"frod_lambda_l": "diagonal", "frod_lambda_s_values": "values"}
+    settings: ClassVar[Mapping[str, Check]] = {}
+    inert: ClassVar[frozenset[str]] = frozenset(
+        {
+            "frod_dropout",
+            "init_weights",
+            "progressbar",
+            "projection_prng_key",
+            "regularization_alpha",
+            "runtime_offload_base_weight",
+            "save_projection",
+            "sparse_rate",
+        }
+    )
+
+    def _shared_role(self, name: str) -> str | None:
+        match = _SHARED.fullmatch(name)
+        return f"{match['what']} {match['category']}" if match else None
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        category = category_of(module.name)
+        shared = [context.shared.get(f"{what} {category}") for what in ("V", "s_indices")]
+        if shared[0] is None or shared[1] is None:
+            claims.half(
+                module.factors["diagonal"],
+                f"base_model.frod_V.{category} and frod_s_indices.{category}; save it again with save_projection: true",
+            )
+            claims.told.add(module.factors["values"].name)
+            return
+        factors = (*module.factors.items(), ("V", shared[0]), ("places", shared[1]))
+        # Of W itself only the dtype is needed beside the tile.
+        update = ModuleUpdate(module.name, "weight", self.name, factors, of_base=(("W", "weight"),))
+        claims.updates.append(update)
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        if len(shape) != 2:
+            return [f"{update.module}.{update.parameter} is {list(shape)}; FRoD updates Linear layers"]
+        count = update.factor("values").shape[:1]
+        return [
+            *misshaped(update.factor("V"), (shape[1], shape[1]), f"(in, in) of {update.module}"),
+            *misshaped(update.factor("diagonal"), (shape[1],), f"a number for every input of {update.module}"),
+            *misshaped(update.factor("values"), count, "one dimension"),
+            *misshaped(
+                update.factor("places"), (2, *count), f"(2, n) for the numbers of {update.factor('values').name}"
+            ),
+        ]
+
+    def surveys(self, update: Update) -> bool:
+        return True
+
+    def survey(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        import torch
+
+        squares = factors.kept("squares", lambda: torch.zeros(update.columns, dtype=torch.float64, device=tile.device))
+        for part, _ in parts_of(window.rows):
+            squares += _in_basis(tile[part], factors).square_().sum(dim=0)
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        import torch
+
+        lengths = factors.kept("squares", lambda: torch.zeros(0)).sqrt()
+        middle = factors.kept("middle", lambda: _middle(factors, update))
+        stored = stored_dtype(update)
+        for rows, _ in parts_of(window.rows):
+            part = tile[rows]
+            directions = _in_basis(part, factors).div_(lengths)
+            directions[:, lengths <= _SHORT] = 0
+            new = directions.float().to(stored).to(tile.dtype) @ middle @ factors.whole("V").t()
+            part.add_(new.sub_(part))  # two steps, as PEFT takes them
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        # V in float64, decomposed, and as the solver wants it; S + diag(λ) and its summands; some rows on their way.
+        columns, rows = update.columns, 2 * PART_ROWS
+        return columns * (columns * (5 * 8 + 3 * itemsize) + rows * 4 * (8 + itemsize) + 16)
+
+
+def category_of(module: str) -> str:
+    """The kind of module, by the last parts of its name, as PEFT tells them apart."""
+    parts = module.split(".")
+    if len(parts) == 1 or parts[-2].isdigit():
+        return parts[-1]
+    if parts[-3:] == ["attention", "output", "dense"]:
+        return "attention_output"
+    return f"{parts[-2]}_{parts[-1]}"
+
+
+def _in_basis(rows: Tensor, factors: Factors) -> Tensor:
+    """These rows of W V⁻ᵀ, in float64."""
+    import torch
+
+    basis = factors.kept("basis", lambda: _decomposed(factors.whole("V").double()))
+    if basis.shape[0] == basis.shape[1]:
+        return rows.double() @ basis.t()
+    solved: Tensor = torch.linalg.lu_solve(basis[:-1], basis[-1].int(), rows.double().t())
+    return solved.t().contiguous()
+
+
+def _decomposed(basis: Tensor) -> Tensor:
+    """V's LU decomposition, the pivots as its last row; or V⁻¹, if V has none, where PEFT takes the pseudo-inverse."""
+    import torch
+
+    lu, pivots, failed = torch.linalg.lu_factor_ex(basis)
+    inverse: Tensor = torch.linalg.pinv(basis, rtol=1e-6) if int(failed) else torch.cat((lu, pivots.double()[None]))
+    return inverse
+
+
+def _middle(factors: Factors, update: Update) -> Tensor:
+    """S + diag(λ), (in, in)."""
+    import torch
+
+    places, values = factors.whole("places"), factors.whole("values")
+    if bool((places < 0).any()) or bool((places >= update.columns).any()):
+        ref = update.factor("places")
+        raise FormatError(f"{ref.uri}: {ref.name} holds a place beyond {update.columns} × {update.columns}")
+    middle = values.new_zeros(update.columns, update.columns)
+    middle.index_put_((places[0], places[1]), values, accumulate=True)
+    return middle + torch.diag(factors.whole("diagonal"))

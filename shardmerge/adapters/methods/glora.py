@@ -1,0 +1,183 @@
+"""GLoRA: W' = W + (W ∘ A + B) and b' = b + (b ∘ D + E + W C), W in the last term as it is in the base.
+
+W is (out, in), b (out). A and B are Xd Xu, (out, r) (r, in), or a column (out, 1), or one number, or nothing
+(``config_A_B``); C, (in, 1), is Xd Xu, (in, r) (r, 1), or a column, or nothing (``config_C``); D and E are (out), one
+number or nothing (``config_D_E``). For nothing PEFT stores zeros, which are added as they are; so it does for C, D
+and E of a layer without a bias. Chavan et al. 2023, arXiv:2306.07967. Source: peft/tuners/glora/layer.py, 0.21.
+
+In float32 the bits are those of PEFT's merge, but the last of W C may differ, since rows are multiplied some at a
+time. On a 16-bit base PEFT rounds the factors and every step; we round once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.formats.peft import RANK, Check, Context, Module, PeftMethod, checked
+from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.adapters.methods.lora import add_product
+from shardmerge.spec import MIN_TILE_ROWS, RowRange, Update, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Rows of W that are read at once for W C.
+_ROWS = 64
+_PARTS = ("Xd", "Xu", "X", "zeros")
+
+
+def _one_of(*names: str) -> Check:
+    return checked(lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}")
+
+
+class Glora(Family, PeftMethod):
+    """``peft_type: GLORA``, and what it does to a matrix."""
+
+    name: ClassVar[str] = "glora"
+    by_rows: ClassVar[frozenset[str]] = frozenset({"A.Xd", "B.Xd", "A.zeros", "B.zeros"})
+    rows_are_independent: ClassVar[bool] = True
+    peft_type: ClassVar[str] = "GLORA"
+    selectors: ClassVar[frozenset[str]] = frozenset()
+    title: ClassVar[str] = "GLoRA"
+    paper: ClassVar[str] = "arXiv:2306.07967"
+    roles: ClassVar[Mapping[str, str]] = {
+        f"glora_{letter}.{part}": f"{letter}.{part}?" for letter in "ABCDE" for part in _PARTS
+    }
+    settings: ClassVar[Mapping[str, Check]] = {
+        "r": RANK,
+        "config_A_B": _one_of("lora", "vector", "constant", "none"),
+        "config_C": _one_of("lora", "vector", "none"),
+        "config_D_E": _one_of("vector", "constant", "none"),
+    }
+    inert: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        config = context.config
+        forms = {letter: config.get(f"config_{of}") for of in ("A_B", "C", "D_E") for letter in of.split("_")}
+        defaults = {"A": "lora", "B": "lora", "C": "lora", "D": "constant", "E": "constant"}
+        has_bias = any(f"{letter}.{part}" in module.factors for letter in "CDE" for part in _PARTS[:3])
+        wanted: list[str] = []
+        for letter, default in defaults.items():
+            form = forms[letter] or default
+            if form == "none" or (letter in "CDE" and not has_bias):
+                wanted += [f"{letter}.zeros"] if f"{letter}.zeros" in module.factors else []
+            else:
+                wanted += [f"{letter}.Xd", f"{letter}.Xu"] if form == "lora" else [f"{letter}.X"]
+        there = module.factors
+        if missing := [role for role in wanted if role not in there]:
+            claims.half(next(iter(there.values())), module.key(f"glora_{missing[0]}"))
+            claims.told |= {ref.name for ref in there.values()}
+            return
+        if extra := [ref for role, ref in there.items() if role not in wanted]:
+            claims.problems.append(
+                f"{extra[0].name} does not fit adapter_config.json, by which {module.name} has "
+                f"{', '.join(sorted(wanted))}"
+            )
+            claims.told |= {ref.name for ref in there.values()}
+            return
+        settings = tuple((letter, forms[letter] or default) for letter, default in defaults.items())
+        for parameter, family, letters in (("weight", self.name, "AB"), ("bias", "glora-bias", "CDE")):
+            factors = tuple((role, there[role]) for role in wanted if role[0] in letters)
+            if not factors:
+                continue
+            update = ModuleUpdate(module.name, parameter, family, factors, rank=config["r"], settings=settings)
+            if parameter == "bias":
+                # Zeros are there whether or not the layer has a bias.
+                update = update.changed(optional=not has_bias)
+            if any(role[0] == "C" for role, _ in factors):
+                update = update.changed(of_base=(("W", "weight"),))
+            claims.updates.append(update)
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        if len(shape) != 2:
+            return [f"{update.module}.{update.parameter} is {list(shape)}; GLoRA updates Linear layers"]
+        problems = []
+        for letter in "AB":
+            column = (shape[0], 1) if update.setting(letter) == "vector" else (1,)
+            problems += _misshaped(update, letter, shape[0], shape[1], {"X": column, "zeros": shape})
+        return problems
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        import torch
+
+        if update.has("A.Xd"):
+            torch.mm(factors.rows("A.Xd", window.rows), factors.whole("A.Xu"), out=scratch)
+            scratch.mul_(tile)
+        else:
+            torch.mul(tile, _value(factors, update, "A", tile, window.rows), out=scratch)
+        if update.has("B.Xd"):
+            add_product(scratch, factors.rows("B.Xd", window.rows), factors.whole("B.Xu"))
+        else:
+            scratch.add_(_value(factors, update, "B", tile, window.rows))
+        tile.add_(scratch)
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        return 2 * MIN_TILE_ROWS * update.columns * itemsize if update.has("B.Xd") else 0
+
+
+class GloraBias(Family):
+    """b + (b ∘ D + E + W C)."""
+
+    name: ClassVar[str] = "glora-bias"
+    streamed: ClassVar[frozenset[str]] = frozenset({"W"})
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        problems = []
+        for letter in "DE":
+            of_each = update.setting(letter) == "vector"
+            problems += _misshaped(update, letter, shape[0], 1, {"X": shape if of_each else (1,), "zeros": shape})
+        if update.has("W"):
+            columns = update.factor("W").shape[1]
+            problems += _misshaped(update, "C", columns, 1, {"X": (columns, 1), "zeros": (columns, 1)})
+        return problems
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        import torch
+
+        torch.mul(tile, _value(factors, update, "D", tile, window.rows).reshape(-1, 1), out=scratch)
+        scratch.add_(_value(factors, update, "E", tile, window.rows).reshape(-1, 1))
+        if update.has("W"):
+            if update.has("C.Xd"):
+                column = factors.kept("C", lambda: factors.whole("C.Xd") @ factors.whole("C.Xu"))
+            else:
+                column = _value(factors, update, "C", tile, None)
+            for start in range(window.rows.start, window.rows.stop, _ROWS):
+                stop = min(start + _ROWS, window.rows.stop)
+                product = torch.matmul(factors.rows("W", RowRange(start, stop)), column)
+                scratch[start - window.rows.start : stop - window.rows.start] += product
+        tile.add_(scratch)
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        if not update.has("W"):
+            return 0
+        weight = update.factor("W")
+        columns = weight.shape[1]
+        # Of a W that is stored transposed the bytes are kept whole.
+        stored = weight.nbytes if weight.strides is not None else 4 * _ROWS * columns
+        return stored + (_ROWS + 1) * columns * itemsize
+
+
+def _value(factors: Factors, update: Update, letter: str, tile: Tensor, rows: RowRange | None) -> Tensor:
+    """A factor that is no product: numbers of these rows (of all, where it does not go by rows), or one number."""
+    if update.has(f"{letter}.X"):
+        value = factors.whole(f"{letter}.X")
+    elif not update.has(f"{letter}.zeros"):
+        return tile.new_zeros(1)
+    elif letter in "AB" and rows is not None:
+        return factors.rows(f"{letter}.zeros", rows)
+    else:
+        value = factors.whole(f"{letter}.zeros")
+    return value[rows.start : rows.stop] if rows is not None and len(value) > 1 else value
+
+
+def _misshaped(
+    update: ModuleUpdate, letter: str, rows: int, columns: int, expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    shapes = {"Xd": (rows, update.rank), "Xu": (update.rank, columns), **expected}
+    return [
+        problem
+        for part, shape in shapes.items()
+        if update.has(f"{letter}.{part}")
+        for problem in misshaped(update.factor(f"{letter}.{part}"), shape, f"{letter} as adapter_config.json has it")
+    ]

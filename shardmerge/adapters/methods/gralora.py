@@ -1,0 +1,143 @@
+"""GraLoRA: W' = W + s · (Δ + B_g A_g), Δ a LoRA of its own in each of k × k blocks; s = α / (r + h).
+
+W is (out, in). A is (k, in/k, r) and B (k, r, out/k): a column of blocks shares an A, a row of blocks a B, and block
+(j, n), outputs j and inputs n, takes r/k of the r: Δ_jn = (A[n][:, j-th r/k] · B[j][n-th r/k, :])ᵀ. With ``hybrid_r``
+h there is a LoRA of the whole, A_g (h, in) and B_g (out, h). Jung et al. 2025, arXiv:2505.20355. Source:
+peft/tuners/gralora/layer.py, 0.21.
+
+The bits are those of PEFT's merge, for every dtype of the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.formats.peft import COUNT, NUMBER, RANK, Check, Config, Context, Module, PeftMethod, is_rank
+from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, add_scaled, misshaped, oriented
+from shardmerge.adapters.methods.factored import PART_ROWS, parts_of
+from shardmerge.adapters.methods.lora import add_product
+from shardmerge.spec import MIN_TILE_ROWS, Parameter, RowRange, Update, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Gralora(Family, PeftMethod):
+    """``peft_type: GRALORA``, and what it does to a matrix."""
+
+    name: ClassVar[str] = "gralora"
+    by_rows: ClassVar[frozenset[str]] = frozenset({"general_B"})
+    by_column_windows: ClassVar[bool] = True
+    adds: ClassVar[bool] = True
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"B", "general_B"})
+    peft_type: ClassVar[str] = "GRALORA"
+    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
+    title: ClassVar[str] = "GraLoRA"
+    paper: ClassVar[str] = "arXiv:2505.20355"
+    roles: ClassVar[Mapping[str, str]] = {
+        "gralora_A": "A",
+        "gralora_B": "B",
+        "gralora_A_general.weight": "general_A?",
+        "gralora_B_general.weight": "general_B?",
+    }
+    settings: ClassVar[Mapping[str, Check]] = {"r": RANK, "hybrid_r": COUNT, "gralora_k": RANK, "alpha": NUMBER}
+    inert: ClassVar[frozenset[str]] = frozenset({"gralora_dropout", "init_weights"})
+
+    def check_config(self, config: Config) -> list[str]:
+        rank, many = config.get("r"), config.get("gralora_k")
+        wrong = is_rank(rank) and is_rank(many) and rank % many  # type: ignore[operator]
+        return [f"adapter_config.json: gralora_k, {many}, must divide r, {rank}"] if wrong else []
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        config, hybrid = context.config, context.config.get("hybrid_r") or 0
+        for role in ("general_A", "general_B"):
+            key = f"gralora_{role[-1]}_general.weight"
+            if hybrid and role not in module.factors:
+                claims.problems.append(f"adapter_config.json says hybrid_r, but {module.key(key)} is missing")
+                claims.told |= {ref.name for ref in module.factors.values()}
+                return
+            if not hybrid and role in module.factors:
+                claims.problems.append(
+                    f"{module.factors[role].name} is there, but adapter_config.json says no hybrid_r; PEFT would "
+                    "ignore it"
+                )
+                claims.told |= {ref.name for ref in module.factors.values()}
+                return
+        settings = (
+            ("blocks", config["gralora_k"]),
+            ("hybrid", hybrid),
+            ("fan_in_fan_out", bool(config.get("fan_in_fan_out"))),
+        )
+        factors, scaling = tuple(module.factors.items()), config["alpha"] / (config["r"] + hybrid)
+        claims.updates.append(
+            ModuleUpdate(module.name, "weight", self.name, factors, scaling, config["r"], settings=settings)
+        )
+        a, b = module.factors["A"], module.factors["B"]
+        if len(a.shape) != 3 or len(b.shape) != 3:
+            claims.misfit(
+                f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (k, in/k, r) and (k, r, out/k)"
+            )
+
+    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
+        a, b = update.factor("A"), update.factor("B")
+        if not update.fits:
+            return update
+        return oriented(update, parameter, b.shape[0] * b.shape[2], a.shape[0] * a.shape[1])
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        many, rank, hybrid = update.setting("blocks"), update.rank, update.setting("hybrid")
+        if len(shape) != 2 or any(size % many for size in shape):
+            return [
+                f"{update.module}.{update.parameter} is {list(shape)}, which gralora_k, {many}, does not divide "
+                "into blocks"
+            ]
+        problems = [
+            *misshaped(update.factor("A"), (many, shape[1] // many, rank), "(k, in/k, r)"),
+            *misshaped(update.factor("B"), (many, rank, shape[0] // many), "(k, r, out/k)"),
+        ]
+        if hybrid:
+            problems += misshaped(update.factor("general_A"), (hybrid, shape[1]), "(hybrid_r, in)")
+            problems += misshaped(update.factor("general_B"), (shape[0], hybrid), "(out, hybrid_r)")
+        return problems
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        for part, rows in parts_of(window.rows):
+            self._add_blocks(scratch[part], factors, update, Window(rows, window.columns))
+        if update.setting("hybrid"):
+            general = factors.whole("general_A")[:, window.columns.start : window.columns.stop]
+            add_product(scratch, factors.rows("general_B", window.rows), general)
+        add_scaled(tile, scratch, update.scaling)
+
+    def _add_blocks(self, out: Tensor, factors: Factors, update: Update, window: Window) -> None:
+        """The window of Δ, into ``out``."""
+        a, b = factors.whole("A"), factors.whole("B")
+        part = update.rank // len(a)
+        for j, rows in _in_blocks(window.rows, b.shape[2]):
+            up, down = _wide_enough(rows, b.shape[2]), j * b.shape[2] - window.rows.start
+            for n, columns in _in_blocks(window.columns, a.shape[1]):
+                wide, right = _wide_enough(columns, a.shape[1]), n * a.shape[1] - window.columns.start
+                block = (
+                    a[n, wide.start : wide.stop, j * part : (j + 1) * part]
+                    @ b[j, n * part : (n + 1) * part, up.start : up.stop]
+                )
+                block = block[columns.start - wide.start : columns.stop - wide.start]
+                block = block[:, rows.start - up.start : rows.stop - up.start].t()
+                out[down + rows.start : down + rows.stop, right + columns.start : right + columns.stop] = block
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        # Some rows of a block, and of the whole's product.
+        return 2 * 2 * PART_ROWS * update.columns * itemsize
+
+
+def _in_blocks(span: RowRange, size: int) -> Iterator[tuple[int, RowRange]]:
+    """The blocks that rows or columns lie in, and which of the block's own they are."""
+    for index in range(span.start // size, -(-span.stop // size)):
+        first = index * size
+        yield index, RowRange(max(span.start - first, 0), min(span.stop - first, size))
+
+
+def _wide_enough(span: RowRange, size: int) -> RowRange:
+    """At least so many rows or columns as go through the usual kernel, where the block has them."""
+    start = max(0, min(span.start, size - MIN_TILE_ROWS))
+    return RowRange(start, max(span.stop, min(size, start + MIN_TILE_ROWS)))

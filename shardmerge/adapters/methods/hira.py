@@ -1,0 +1,97 @@
+"""HiRA: W' = W + W ∘ (B A), the product with W taken element by element.
+
+W is (out, in), A (r, in), B (out, r); there is no scale. On a convolution A is (r, in, k…) and B (out, r, 1…),
+kernels flattened. On an embedding, whose W is (V, D), A is (r, V), B (D, r), and B A speaks of Wᵀ. Huang et al., ICLR
+2025, openreview TwJrTz9cRS (no arXiv id). Source: peft/tuners/hira/layer.py, 0.21.
+
+In float32 the bits are those of PEFT's merge. On a bf16 or fp16 base PEFT rounds B A, then the product, then the sum;
+we round once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.formats.peft import RANK, RANK_PATTERN, Check, Context, Module, PeftMethod, pattern_value
+from shardmerge.adapters.methods.base import Claims, Factors, ModuleUpdate
+from shardmerge.adapters.methods.lora import Lora
+from shardmerge.spec import Parameter, Update, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Hira(Lora, PeftMethod):
+    """``peft_type: HIRA``, and what it does to a matrix."""
+
+    name: ClassVar[str] = "hira"
+    adds: ClassVar[bool] = False
+    peft_type: ClassVar[str] = "HIRA"
+    title: ClassVar[str] = "HiRA"
+    paper: ClassVar[str] = "ICLR 2025, TwJrTz9cRS"
+    roles: ClassVar[Mapping[str, str]] = {
+        "hira_A": "A?",
+        "hira_B": "B?",
+        "hira_embedding_A": "embedding_A?",
+        "hira_embedding_B": "embedding_B?",
+    }
+    settings: ClassVar[Mapping[str, Check]] = {"r": RANK, "rank_pattern": RANK_PATTERN}
+    inert: ClassVar[frozenset[str]] = frozenset({"hira_dropout", "init_weights"})
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        infix = "embedding_" if module.factors.keys() & {"embedding_A", "embedding_B"} else ""
+        wanted = (f"{infix}A", f"{infix}B")
+        if len(module.factors) > 2 or module.factors.keys() - set(wanted):
+            claims.problems.append(f"{module.name} has the factors both of an embedding and of another layer")
+            claims.told |= {ref.name for ref in module.factors.values()}
+            return
+        if missing := [role for role in wanted if role not in module.factors]:
+            claims.half(next(iter(module.factors.values())), module.key(f"hira_{missing[0]}"))
+            return
+        a, b = (module.factors[role] for role in wanted)
+        # PEFT reads rank_pattern only where a module has an adapter already, so r is as good.
+        rank: int = pattern_value(context.config.get("rank_pattern"), module.name, context.config["r"])
+        claims.updates.append(
+            ModuleUpdate(
+                module.name,
+                "weight",
+                self.name,
+                (("A", a), ("B", b)),
+                rank=rank,
+                settings=(("fan_in_fan_out", bool(context.config.get("fan_in_fan_out"))),),
+                transposes=bool(infix),
+            )
+        )
+        if 0 in a.shape or 0 in b.shape:
+            return  # an empty tensor is told of as such
+        if len(a.shape) < 2 or len(b.shape) != len(a.shape) or any(size != 1 for size in b.shape[2:]):
+            claims.misfit(
+                f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} are no factors: expected (r, in) and "
+                "(out, r), or of a convolution (r, in, k…) and (out, r, 1…)"
+            )
+        elif a.shape[0] != b.shape[1] or a.shape[0] not in (rank, context.config["r"]):
+            claims.misfit(
+                f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} have rank {a.shape[0]} and {b.shape[1]}, but "
+                f"adapter_config.json says {rank} for {module.name} (r and rank_pattern)"
+            )
+
+    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
+        """As for LoRA, but where only the setting could say it, it does not.
+
+        Other methods of PEFT save ``fan_in_fan_out`` as the layers turned out to be; HiRA saves what was asked for, and
+        goes by the layer's class.
+        """
+        square = len(parameter.shape) == 2 and parameter.shape[0] == parameter.shape[1]
+        unclear = square and parameter.is_transposed is None and not update.transposes
+        if unclear and update.setting("fan_in_fan_out"):
+            return (
+                f"{update.module}: adapter_config.json says fan_in_fan_out, but PEFT's HiRA goes by the layer's class, "
+                f"and whether {list(parameter.shape)} is of a Conv1D cannot be known in an architecture that is not; "
+                "merge it with PEFT"
+            )
+        return super().orient(update, parameter)
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        self.product(factors, update, window, scratch)
+        tile.add_(scratch.mul_(tile))

@@ -1,0 +1,89 @@
+"""HRA: W' = W H, H a product of r Householder reflections: H = (I − 2 u₁u₁ᵀ) ⋯ (I − 2 u_r u_rᵀ).
+
+W is (out, in), of a convolution with square kernels its flattening (out, in·k·k); U, whose columns are brought to
+length one, is (in, r). With ``apply_GS`` the columns are first made orthogonal one after the other (Gram and
+Schmidt), and H = I − 2 U Uᵀ. Yuan et al. 2024, arXiv:2405.17484. Source: peft/tuners/hra/layer.py, 0.21.
+
+H is built whole, (in, in), as PEFT builds it: reflecting W's rows one vector after the other would need less memory,
+but round otherwise. So the bits are PEFT's for every dtype of the base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.formats.peft import FLAG, RANK, Check, Context, Module, PeftMethod
+from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.spec import Update, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Rows of H that are reflected at once.
+_ROWS = 256
+
+
+class Hra(Family, PeftMethod):
+    """``peft_type: HRA``, and what it does to a matrix."""
+
+    name: ClassVar[str] = "hra"
+    rows_are_independent: ClassVar[bool] = True
+    peft_type: ClassVar[str] = "HRA"
+    title: ClassVar[str] = "HRA"
+    paper: ClassVar[str] = "arXiv:2405.17484"
+    roles: ClassVar[Mapping[str, str]] = {"hra_u": "U"}
+    settings: ClassVar[Mapping[str, Check]] = {"r": RANK, "apply_GS": FLAG}
+    inert: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        settings = (("orthogonal", bool(context.config.get("apply_GS"))),)
+        factors = (("U", module.factors["U"]),)
+        claims.updates.append(
+            ModuleUpdate(module.name, "weight", self.name, factors, rank=context.config["r"], settings=settings)
+        )
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        if len(shape) not in (2, 4) or shape[2:3] != shape[3:4]:
+            return [
+                f"{update.module}.{update.parameter} is {list(shape)}; HRA updates Linear layers and convolutions "
+                "of two dimensions with square kernels"
+            ]
+        meaning = f"a vector for each of the {update.rank} reflections that the config's r names, as columns"
+        return misshaped(update.factor("U"), (math.prod(shape[1:]), update.rank), meaning)
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        import torch
+
+        rotation = factors.kept("rotation", lambda: _rotation(factors.whole("U"), update.setting("orthogonal")))
+        tile.copy_(torch.mm(tile, rotation, out=scratch))
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        return update.columns * (update.columns + 2 * min(update.columns, _ROWS) + 3 * update.rank) * itemsize
+
+
+def _rotation(u: Tensor, orthogonal: bool) -> Tensor:
+    """H, (in, in)."""
+    import torch
+
+    if orthogonal:
+        units = [(u[:, 0] / u[:, 0].norm()).view(-1, 1)]
+        for index in range(1, u.shape[1]):
+            rest = u[:, index].view(-1, 1)
+            for unit in units:
+                rest = rest - (unit.t() @ rest) * unit
+            units.append((rest / rest.norm()).view(-1, 1))
+        basis = torch.cat(units, dim=1)
+        rotation = torch.mm(2 * basis, basis.t()).neg_().add_(0.0)  # 0 − x, where x = 0, is +0
+        rotation.diagonal().add_(1)
+        return rotation
+    u = u / u.norm(dim=0)
+    rotation = torch.eye(u.shape[0], dtype=u.dtype, device=u.device)
+    for index in range(u.shape[1]):
+        unit = u[:, index].view(-1, 1)
+        lengths = rotation @ unit * 2  # 2 (H u) has the bits of (2 H) u
+        for start in range(0, len(rotation), _ROWS):
+            rows = slice(start, start + _ROWS)
+            rotation[rows] -= lengths[rows] @ unit.t()
+    return rotation

@@ -1,0 +1,345 @@
+"""LoRA: W' = W + s · B A, and DoRA: W' = m / ‖W + s · B A‖ · (W + s · B A), the norm taken of each output's row.
+
+W is (out, in), A (r, in), B (out, r), m (out); s = α / r, or α / √r with rsLoRA. On a convolution A is (r, in, k…) and
+B (out, r, 1…), and everything is seen as matrices, kernels flattened. On an embedding, whose W is (V, D), A is (r, V)
+and B (D, r), and B A is Wᵀ's update; m is (D). Of fused experts, W (E, out, in), A is (r·E, in) with experts outermost
+and B (out, r·E) with experts *innermost*.
+LoRA: Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. DoRA: Liu et al. 2024,
+arXiv:2402.09353. Experts: peft/tuners/lora/layer.py, ParamWrapper.
+
+The scale is applied after the product and the sum is made in the compute dtype, so the result is rounded once. That is
+what PEFT's default ``merge_and_unload`` computes, bit for bit. Scaling a factor first, or a fused multiply-add, would
+round differently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.methods.base import Factors, Family, ModuleUpdate, add_scaled, oriented
+from shardmerge.spec import MIN_TILE_ROWS, Parameter, RowRange, Update, Window, even_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Lora(Family):
+    """W + s · B A, by rows or by columns."""
+
+    name: ClassVar[str] = "lora"
+    by_rows: ClassVar[frozenset[str]] = frozenset({"B"})
+    by_columns: ClassVar[frozenset[str]] = frozenset({"A"})
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"B"})
+    by_column_windows: ClassVar[bool] = True
+    rows_are_independent: ClassVar[bool] = True
+    adds: ClassVar[bool] = True
+
+    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
+        """See `oriented`.
+
+        MLX does not say whether a module is an embedding; those are never square.
+        """
+        made = (update.factor("B").shape[0], update.factor("A").shape[-1])
+        if dict(update.settings).get("either_way") and made[0] != made[1]:
+            return dataclasses.replace(update, transposes=made == parameter.shape[::-1])
+        return oriented(update, parameter, *made)
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        a, b = update.factor("A"), update.factor("B")
+        if len(shape) < 2:
+            return [f"{update.module}.{update.parameter}, {list(shape)} is no matrix, so LoRA cannot update it"]
+        made = (b.shape[0], *a.shape[1:])
+        if _without_ones(made) != _without_ones(shape):
+            return [
+                f"{update.module}: the update is {made} from {a.name} and {b.name}, but the weight "
+                f"{update.module}.{update.parameter} is {shape}"
+            ]
+        return []
+
+    def product(self, factors: Factors, update: Update, window: Window, out: Tensor) -> None:
+        """The window of B A, into ``out``."""
+        import torch
+
+        torch.mm(self.b(factors, update, window.rows), self.a(factors, update, window.columns), out=out)
+
+    def a(self, factors: Factors, update: Update, columns: RowRange) -> Tensor:
+        """Columns of A, (r, columns)."""
+        if len(columns) == update.columns:
+            return _matrix(factors.whole("A"))
+        return factors.columns("A", columns)
+
+    def b(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
+        """Rows of B, (rows, r)."""
+        return _matrix(factors.rows("B", rows))
+
+    def add(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        """Add the window of s · B A."""
+        self.product(factors, update, window, scratch)
+        add_scaled(tile, scratch, update.scaling)
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        self.add(tile, factors, update, window, scratch)
+
+
+def _matrix(factor: Tensor) -> Tensor:
+    return factor if factor.dim() == 2 else factor.flatten(1)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A convolution of one point is a Linear layer, and at times its LoRA is stored as one."""
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+class Dora(Lora):
+    """LoRA whose rows are then brought to a trained length.
+
+    Where W is stored transposed a tile has a part of every row, so a first pass adds up the squares, in float64: there
+    the last bit can differ from PEFT's float32 norm, which is the less exact of the two.
+    """
+
+    name: ClassVar[str] = "dora"
+    by_rows: ClassVar[frozenset[str]] = frozenset({"B", "magnitude"})
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset()
+    adds: ClassVar[bool] = False
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        magnitude = update.factor("magnitude")
+        problems = super().check(update, shape)
+        if not problems and magnitude.shape != (shape[0],):
+            problems = [
+                f"{magnitude.name} is {list(magnitude.shape)}; expected [{shape[0]}], a length for every output"
+            ]
+        return problems
+
+    def surveys(self, update: Update) -> bool:
+        return update.by_columns
+
+    def survey(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        import torch
+
+        self.add(tile, factors, update, window, scratch)
+        squares = factors.kept("squares", lambda: torch.zeros(update.rows, dtype=torch.float64, device=tile.device))
+        part = scratch.copy_(tile).double().square_().sum(dim=1)
+        squares[window.rows.start : window.rows.stop] += part
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        return update.rows * 8 if self.surveys(update) else 0
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        import torch
+
+        self.add(tile, factors, update, window, scratch)
+        if self.surveys(update):
+            squares = factors.kept("squares", lambda: torch.zeros(0))
+            norm = squares[window.rows.start : window.rows.stop].sqrt().to(tile.dtype)
+        elif len(update.shape) == 2:
+            norm = torch.linalg.norm(tile, dim=1)
+        else:
+            norm = tile.view(tile.shape[0], *update.shape[1:]).norm(p=2, dim=tuple(range(1, len(update.shape))))
+        factor = factors.rows("magnitude", window.rows) / norm
+        tile.mul_(factor.view(-1, 1))
+
+
+class LoraBlocks(Lora):
+    """BD-LoRA: one factor is block-diagonal, and only its blocks are stored, one below the other.
+
+    A, of n blocks, is stored as (r, in / n), its i-th r / n rows being those of columns i · in / n and following; B as
+    (out, r / n), its i-th out / n rows being those of columns i · r / n and following.
+    Source: peft/tuners/lora/variants.py, BdLoraLinearVariant.
+    """
+
+    name: ClassVar[str] = "lora-blocks"
+    by_columns: ClassVar[frozenset[str]] = frozenset()
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        blocks, diagonal = dict(update.settings)["blocks"], dict(update.settings)["diagonal"]
+        stored = update.factor(diagonal)
+        whole = (stored.shape[0], stored.shape[1] * blocks)
+        if whole[0] % blocks:
+            return [f"{stored.name} is {list(stored.shape)}, whose rows are no {blocks} blocks"]
+        unfolded = tuple(
+            (role, dataclasses.replace(ref, shape=whole) if role == diagonal else ref) for role, ref in update.factors
+        )
+        return super().check(dataclasses.replace(update, factors=unfolded), shape)
+
+    def a(self, factors: Factors, update: Update, columns: RowRange) -> Tensor:
+        whole = factors.whole("A")
+        if update.setting("diagonal") == "A":
+            whole = factors.kept("A", lambda: _unfolded(whole, 0, len(whole), update.setting("blocks")))
+        return whole[:, columns.start : columns.stop]
+
+    def b(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
+        part = factors.rows("B", rows)
+        if update.setting("diagonal") == "B":
+            return _unfolded(part, rows.start, update.rows, update.setting("blocks"))
+        return part
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        return update.rank * update.columns * itemsize if update.setting("diagonal") == "A" else 0
+
+
+def _unfolded(part: Tensor, first: int, rows: int, blocks: int) -> Tensor:
+    """Rows of a block-diagonal matrix from the same rows of its blocks, which lie one below the other."""
+    width = part.shape[1]
+    whole = part.new_zeros(part.shape[0], blocks, width)
+    for block in range(blocks):
+        start, stop = (max(0, edge * rows // blocks - first) for edge in (block, block + 1))
+        whole[start:stop, block] = part[start:stop]
+    return whole.view(part.shape[0], blocks * width)
+
+
+class LoraExperts(Family):
+    """LoRA on fused experts: every expert e has its own A, rows e·r and following, and its own B, every E-th column."""
+
+    name: ClassVar[str] = "lora-experts"
+    by_columns: ClassVar[frozenset[str]] = frozenset()
+    by_rows: ClassVar[frozenset[str]] = frozenset({"A"})
+    as_stored: ClassVar[frozenset[str]] = frozenset({"B"})
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"B"})
+    by_column_windows: ClassVar[bool] = True
+    rows_are_independent: ClassVar[bool] = True
+    adds: ClassVar[bool] = True
+
+    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
+        """A parameter of two dimensions is one expert, (out, in) as it is in memory. Of three, see `_is_swapped`.
+
+        A Conv1D's weight is (in, out) in memory: what PEFT takes for its outputs are its inputs.
+        """
+        if len(parameter.shape) == 2:
+            return dataclasses.replace(update, family="lora", transposes=bool(parameter.is_transposed))
+        if len(parameter.shape) != 3:
+            return update
+        swapped = _is_swapped(update, parameter)
+        if isinstance(swapped, str):
+            return swapped
+        return dataclasses.replace(update, transposes=swapped, experts=True)
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        a, b = update.factor("A"), update.factor("B")
+        if len(shape) != 3:
+            return [f"{update.module}: its {update.parameter} {list(shape)} does not hold experts' matrices"]
+        experts, out_features, in_features = shape
+        if a.shape != (update.rank * experts, in_features) or b.shape != (out_features, update.rank * experts):
+            return [
+                f"{update.module}: {a.name} {list(a.shape)} and {b.name} {list(b.shape)} do not fit {experts} experts "
+                f"of ({out_features}, {in_features}) at rank {update.rank}: expected "
+                f"[{update.rank * experts}, {in_features}] and [{out_features}, {update.rank * experts}]"
+            ]
+        return []
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        import torch
+
+        rank, first = update.rank, window.expert * update.rank
+        a = factors.rows("A", RowRange(first, first + rank))[:, window.columns.start : window.columns.stop]
+        b = factors.as_stored("B")
+        if update.setting("layout") == "unsloth":  # (out, E, r)
+            b = b.view(update.rows, update.experts, rank)[:, window.expert]
+        else:
+            b = b.view(update.rows, rank, update.experts)[:, :, window.expert]
+        b = b[window.rows.start : window.rows.stop].to(device=tile.device, dtype=tile.dtype)
+        torch.mm(b.contiguous(), a.contiguous(), out=scratch)
+        add_scaled(tile, scratch, update.scaling)
+
+
+def _is_swapped(update: ModuleUpdate, parameter: Parameter) -> bool | str:
+    """Whether A takes the outputs and B the inputs: PEFT has changed its mind on that twice.
+
+    Up to 0.18.1 A took the parameter's second dimension, whatever it was; in 0.19.0 it took the outputs; since 0.19.1
+    it takes the inputs. Shapes tell, except where they are square.
+    """
+    _, out_features, in_features = parameter.shape
+    made = (update.factor("B").shape[0], update.factor("A").shape[-1])
+    if out_features != in_features:
+        return made == (in_features, out_features)
+    version = _version(str(dict(update.settings).get("peft_version", "")))
+    if parameter.is_transposed is None or version is None:
+        return (
+            f"{update.module}: its {update.parameter} is square, so shapes cannot tell the inputs from the outputs, "
+            "and "
+            + ("adapter_config.json has no peft_version" if version is None else "the base's architecture is not known")
+        )
+    if version < (0, 19, 0):
+        return not parameter.is_transposed
+    return version < (0, 19, 1)
+
+
+def _version(text: str) -> tuple[int, int, int] | None:
+    match = re.match(r"(\d{1,4})\.(\d{1,4})\.(\d{1,4})", text)
+    return (int(match[1]), int(match[2]), int(match[3])) if match else None
+
+
+class LoraGated(Lora):
+    """LoRA on two matrices, gate and up, whose rows are stored in turn: gate's first, up's first, gate's second, …
+
+    Gate has A (r, in) and B (out / 2, r), up has A_up and B_up; either may be missing, and its rows then stay.
+    """
+
+    name: ClassVar[str] = "lora-gated"
+    by_rows: ClassVar[frozenset[str]] = frozenset()
+    by_columns: ClassVar[frozenset[str]] = frozenset()
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"B", "B_up"})
+    rows_are_independent: ClassVar[bool] = False
+
+    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
+        return update
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        problems = []
+        for end in ("", "_up"):
+            if not update.has(f"A{end}"):
+                continue
+            a, b = update.factor(f"A{end}"), update.factor(f"B{end}")
+            if len(shape) != 2 or (2 * b.shape[0], a.shape[1]) != shape:
+                problems.append(
+                    f"{update.module}: {a.name} {list(a.shape)} and {b.name} {list(b.shape)} make every second row of "
+                    f"({2 * b.shape[0]}, {a.shape[1]}), but the weight is {shape}"
+                )
+        return problems
+
+    def product(self, factors: Factors, update: Update, window: Window, out: Tensor) -> None:
+        import torch
+
+        for parity, end in enumerate(("", "_up")):
+            rows = out[(parity - window.rows.start) % 2 :: 2]
+            if not update.has(f"A{end}"):
+                rows.zero_()
+                continue
+            first = (window.rows.start - parity + 1) // 2
+            b = factors.whole(f"B{end}")[first : first + len(rows)]
+            a = factors.whole(f"A{end}")[:, window.columns.start : window.columns.stop]
+            torch.mm(b, a.contiguous(), out=rows)
+
+
+class LoraBias(Family):
+    """b' = b + s · lb: the bias of lora_B, trained with ``lora_bias``."""
+
+    name: ClassVar[str] = "lora-bias"
+    by_rows: ClassVar[frozenset[str]] = frozenset({"bias"})
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"bias"})
+    rows_are_independent: ClassVar[bool] = True
+    adds: ClassVar[bool] = True
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        bias = update.factor("bias")
+        return [] if bias.shape == shape else [f"{bias.name} is {list(bias.shape)}, but the bias is {list(shape)}"]
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        bias = factors.rows("bias", window.rows)
+        tile.add_((bias * update.scaling).view(-1, 1))
+
+
+def add_product(out: Tensor, b: Tensor, a: Tensor) -> None:
+    """Add B A to ``out``, some rows at a time: at most twice `MIN_TILE_ROWS`."""
+    for rows in even_rows(len(out), max(1, len(out) // MIN_TILE_ROWS)):
+        out[rows.start : rows.stop] += b[rows.start : rows.stop] @ a
+
+
+def scaling_of(alpha: float, rank: int, rslora: bool) -> float:
+    """α / r, or α / √r."""
+    return alpha / (math.sqrt(rank) if rslora else rank)

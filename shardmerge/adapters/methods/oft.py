@@ -1,0 +1,179 @@
+"""OFT: W' = W Rᵀ, R = diag(R₁, …, R_n) rotations of blocks of b inputs; of an embedding, whose W is (V, D), W' = W R.
+
+W is (out, in), in = n·b. Each R_i is made of a skew-symmetric matrix Q_i, (b, b), of which the file has the b (b − 1)
+/ 2 numbers above the diagonal: the factor is (n, b (b − 1) / 2), or (1, b (b − 1) / 2) with ``block_share``. R_i is
+Cayley's (I + Q)⁻¹ (I − Q), or with ``use_cayley_neumann`` the first terms of its series, I + 2Q + 2Q² + … + Qᵐ. With
+``coft`` a Q that is longer than ε / √n is first brought to that length. Qiu et al. 2023, arXiv:2306.07280. Source:
+peft/tuners/oft/layer.py, 0.21.
+
+On a convolution of more than one point PEFT's forward sums patches that overlap, so that what an adapter computes
+there differs from its merge and from every other weight; such are refused. On bits, see `adapters.methods.blocks`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from shardmerge.adapters.formats.peft import (
+    COUNT,
+    FLAG,
+    OPTIONAL_NUMBER,
+    Check,
+    Config,
+    Context,
+    Module,
+    PeftMethod,
+    checked,
+    is_count,
+    is_rank,
+)
+from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.adapters.methods.blocks import block_bytes, cayley, neumann, rotate, rotate_back, widened
+from shardmerge.spec import Update, Window
+from shardmerge.spec.notices import Warned
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TERMS = 5
+_EPS = 6e-5
+#: More terms than anyone would ask for, as each is a product of matrices.
+_MOST_TERMS = 1000
+
+
+class Oft(Family, PeftMethod):
+    """``peft_type: OFT``, and what it does to a matrix."""
+
+    name: ClassVar[str] = "oft"
+    rows_are_independent: ClassVar[bool] = True
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"Q"})
+    peft_type: ClassVar[str] = "OFT"
+    title: ClassVar[str] = "OFT, COFT"
+    paper: ClassVar[str] = "arXiv:2306.07280"
+    roles: ClassVar[Mapping[str, str]] = {"oft_R.weight": "Q?", "oft_embedding_R.weight": "embedding_Q?"}
+    settings: ClassVar[Mapping[str, Check]] = {
+        "r": COUNT,
+        "oft_block_size": checked(
+            is_count,
+            "a whole number (adapters of PEFT before 0.14 have none; they mean other rotations, and must be "
+            "trained again)",
+            required=True,
+        ),
+        "coft": FLAG,
+        "eps": OPTIONAL_NUMBER,
+        "block_share": FLAG,
+        "use_cayley_neumann": FLAG,
+        "num_cayley_neumann_terms": checked(
+            lambda value: is_rank(value) and value <= _MOST_TERMS, f"a whole number from 1 to {_MOST_TERMS}"
+        ),
+    }
+    # alpha_pattern was a setting of all that LyCORIS made up to PEFT 0.14, and OFT has no alpha.
+    inert: ClassVar[frozenset[str]] = frozenset({"alpha_pattern", "init_weights", "module_dropout"})
+    refused: ClassVar[Mapping[str, str]] = {
+        "rank_pattern": "OFT of PEFT 0.14 and older, with another number of blocks for some modules; it means other "
+        "rotations, and must be trained again"
+    }
+
+    def check_config(self, config: Config) -> list[str]:
+        blocks, size = config.get("r") or 0, config.get("oft_block_size") or 0
+        if is_count(blocks) and is_count(size) and (blocks > 0) == (size > 0):
+            return [f"adapter_config.json: one of r and oft_block_size is above zero, found {blocks} and {size}"]
+        return []
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        config = context.config
+        series = config.get("use_cayley_neumann")
+        series = True if series is None else series  # as PEFT's class has it
+        settings: tuple[tuple[str, Any], ...] = (
+            ("blocks", config.get("r") or 0),
+            ("size", config["oft_block_size"]),
+            ("shared", bool(config.get("block_share"))),
+            ("most", (_EPS if config.get("eps") is None else config["eps"]) if config.get("coft") else None),
+            ("terms", (config.get("num_cayley_neumann_terms") or _TERMS) if series else 0),
+            ("embedding", "embedding_Q" in module.factors),
+        )
+        if len(module.factors) > 1:
+            claims.problems.append(f"{module.name} has the factors both of an embedding and of another layer")
+            claims.told |= {ref.name for ref in module.factors.values()}
+            return
+        factors = tuple(("Q", ref) for ref in module.factors.values())
+        claims.updates.append(ModuleUpdate(module.name, "weight", self.name, factors, settings=settings))
+        version = re.match(r"0\.(\d{1,4})\.", str(config.get("peft_version") or "0.0."))
+        if series and version and int(version[1]) < 18 and not claims.warnings:
+            claims.warnings.append(
+                Warned(
+                    "it may be of a PEFT before 0.18, which took the last term of the Cayley-Neumann series twice; as "
+                    "PEFT does since, it is merged by the new series"
+                )
+            )
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        factor = update.factor("Q")
+        if len(shape) not in (2, 4) or (update.setting("embedding") and len(shape) != 2):
+            return [f"{update.module}.{update.parameter} is {list(shape)}; OFT rotates the inputs of matrices"]
+        if math.prod(shape[2:]) != 1:
+            return [
+                f"{update.module}.{update.parameter} is {list(shape)}: on a convolution of more than one point "
+                "PEFT's OFT sums patches that overlap, and no weight is equal to that; keep the adapter beside the base"
+            ]
+        columns = math.prod(shape[1:])
+        size = update.setting("size")
+        size = nearest_divisor(columns, size) if size else columns // nearest_divisor(columns, update.setting("blocks"))
+        rows = 1 if update.setting("shared") else columns // size
+        meaning = (
+            f"as block size {size} of the {columns} inputs of {update.module} makes it (r, oft_block_size and "
+            "block_share in adapter_config.json)"
+        )
+        return misshaped(factor, (rows, size * (size - 1) // 2), meaning)
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        blocks = factors.kept("blocks", lambda: _rotations(factors.whole("Q"), update))
+        if update.setting("embedding"):
+            rotate_back(tile, blocks, scratch)
+        else:
+            rotate(tile, blocks, scratch)
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        count, numbers = update.factor("Q").shape
+        size = _block_size(numbers)
+        return block_bytes(count, update.columns // size // count, size, itemsize)
+
+
+def nearest_divisor(columns: int, wanted: int) -> int:
+    """The divisor of ``columns`` that PEFT takes in place of a number that does not divide them."""
+    if wanted >= columns:
+        return columns
+    higher = next(number for number in range(wanted, columns + 1) if columns % number == 0)
+    lower = next(number for number in range(wanted, 0, -1) if columns % number == 0)
+    return lower if wanted - lower <= higher - wanted else higher
+
+
+def _block_size(numbers: int) -> int:
+    """b, of b (b − 1) / 2 numbers."""
+    return (1 + math.isqrt(1 + 8 * numbers)) // 2
+
+
+def _rotations(numbers: Tensor, update: Update) -> Tensor:
+    """R₁, …, R_n, (n, b, b), some of them put together."""
+    import torch
+
+    size, terms = _block_size(numbers.shape[1]), update.setting("terms")
+    rows, columns = torch.triu_indices(size, size, 1, device=numbers.device)
+
+    def skew(upper: Tensor) -> Tensor:
+        matrix = torch.zeros(len(upper), size, size, dtype=upper.dtype, device=upper.device)
+        matrix[:, rows, columns] = upper
+        return matrix - matrix.transpose(1, 2)
+
+    if update.setting("most") is not None:
+        matrix = skew(numbers)
+        most = update.setting("most") / torch.sqrt(torch.tensor(len(matrix)))
+        lengths = torch.norm(matrix, dim=(1, 2), keepdim=True)
+        matrix = torch.where(lengths <= most, matrix, most * (matrix / lengths))
+        numbers = matrix[:, rows, columns].to(numbers.dtype)
+    matrix = skew(numbers)
+    rotations = neumann(matrix, terms) if terms else cayley(matrix)
+    return widened(rotations, update.columns // size)

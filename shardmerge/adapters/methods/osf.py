@@ -1,0 +1,135 @@
+"""OSF: W' = W + (U S V − U₀ S₀ V₀), the smaller singular values and vectors of W exchanged for trained ones.
+
+W is (out, in), m = min(out, in). U₀ (out, m − k), S₀ (m − k), V₀ (m − k, in) are W's own without the k largest; they
+are not in the file, so W is decomposed again, and they are rounded to W's dtype, as they were when training began.
+The file has U, S and V of the same shapes; k is the config's ``effective_rank`` (a share of m, if it is a fraction;
+half of m by default). Nayak et al. 2025, arXiv:2504.07097. Source: peft/tuners/osf/layer.py and utils.py, 0.21.
+
+All of W is decomposed, which takes a multiple of its memory. The product does not depend on the signs that singular
+vectors happen to have. The bits are those of PEFT's merge, for every dtype of the base.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from shardmerge.adapters.formats.peft import MISSING, Check, Config, Context, Module, PeftMethod, checked, is_number
+from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.spec import MIN_TILE_ROWS, Update, Window, even_rows
+from shardmerge.system.bounded_regex import first_match
+from shardmerge.system.bounded_regex import problems as regex_problems
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
+
+
+def _is_rank(value: Any) -> bool:
+    return is_number(value) and value >= 0
+
+
+def _check_patterns(key: str, value: Any) -> list[str]:
+    if value is MISSING or not value:
+        return []
+    if not isinstance(value, dict):
+        return [f"{key} must map regular expressions to ranks, found {reprlib.repr(value)}"]
+    problems = []
+    for name, of in value.items():
+        if not _is_rank(of):
+            problems.append(f"{key}[{name!r}] must be a rank, found {reprlib.repr(of)}")
+    wrong = regex_problems(list(value))
+    return [*problems, *(f"{key}: {reprlib.repr(name)} is no regular expression: {why}" for name, why in wrong)]
+
+
+class Osf(Family, PeftMethod):
+    """``peft_type: OSF``, and what it does to a matrix."""
+
+    name: ClassVar[str] = "osf"
+    by_rows: ClassVar[frozenset[str]] = frozenset({"U"})
+    peft_type: ClassVar[str] = "OSF"
+    selectors: ClassVar[frozenset[str]] = frozenset()
+    title: ClassVar[str] = "OSF"
+    paper: ClassVar[str] = "arXiv:2504.07097"
+    note: ClassVar[str] = "makes a weight's whole update at once, in memory that grows with the weight"
+    roles: ClassVar[Mapping[str, str]] = {
+        "osf_svd_params.U_low": "U",
+        "osf_svd_params.S_low": "S",
+        "osf_svd_params.V_low": "V",
+    }
+    settings: ClassVar[Mapping[str, Check]] = {
+        "effective_rank": checked(_is_rank, "a number of singular values, or a share of them"),
+        "rank_pattern": _check_patterns,
+    }
+    inert: ClassVar[frozenset[str]] = frozenset({"init_weights", "target_svd_config"})
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        settings = (("kept", _wanted(context.config, module.name)),)
+        factors = tuple(module.factors.items())
+        update = ModuleUpdate(module.name, "weight", self.name, factors, settings=settings)
+        claims.updates.append(update.changed(of_base=(("W", "weight"),)))
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        if len(shape) != 2:
+            return [f"{update.module}.{update.parameter} is {list(shape)}; OSF updates Linear layers"]
+        rest = min(shape) - _rank(update.setting("kept"), min(shape))
+        meaning = f"as effective_rank and rank_pattern leave {rest} singular values"
+        return [
+            *misshaped(update.factor("U"), (shape[0], rest), meaning),
+            *misshaped(update.factor("S"), (rest,), meaning),
+            *misshaped(update.factor("V"), (rest, shape[1]), meaning),
+        ]
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        before = factors.kept("before", lambda: _smaller(factors.whole("W"), update))
+        now = factors.rows("U", window.rows) * factors.whole("S").unsqueeze(0)
+        scaled, right = before[window.rows.start : window.rows.stop], before[update.rows :].t().contiguous()
+        for rows in even_rows(len(tile), max(1, len(tile) // MIN_TILE_ROWS)):
+            part = slice(rows.start, rows.stop)
+            tile[part] += now[part] @ factors.whole("V") - scaled[part] @ right
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        smaller = min(update.rows, update.columns)
+        both = (update.rows + update.columns) * smaller
+        slab = 4 * MIN_TILE_ROWS * update.columns
+        return svd_bytes(update) + (2 * both + update.rows * smaller + slab) * itemsize
+
+
+def svd_bytes(update: Update) -> int:
+    """What it takes to decompose W in float32: a copy, the three factors, and LAPACK's work space."""
+    smaller = min(update.rows, update.columns)
+    both = (update.rows + update.columns) * smaller
+    return 4 * (2 * update.rows * update.columns + both + 6 * smaller * smaller)
+
+
+def stored_dtype(update: Update) -> dtype:
+    """The dtype in which PEFT keeps what it makes of W: W's own."""
+    import torch
+
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(update.factor("W").dtype, torch.float32)
+
+
+def _wanted(config: Config, module: str) -> float | None:
+    """The config's word on how many singular values are kept."""
+    pattern = config.get("rank_pattern") or {}
+    found = first_match(list(pattern), module, "search")
+    value = config.get("effective_rank") if found is None else list(pattern.values())[found]
+    return value if value is None or isinstance(value, float) else int(value)
+
+
+def _rank(wanted: float | None, smaller: int) -> int:
+    if wanted is None:
+        return smaller // 2
+    rank = int(smaller * wanted) if isinstance(wanted, float) and 0 < wanted <= 1 else int(wanted)
+    return min(smaller, rank)
+
+
+def _smaller(weight: Tensor, update: Update) -> Tensor:
+    """U₀ ∘ S₀ (out, m − k), and below it V₀ᵀ (in, m − k)."""
+    import torch
+
+    rest, dtype = update.factor("S").shape[0], stored_dtype(update)
+    parts = torch.linalg.svd(weight.float(), full_matrices=False)
+    first = len(parts[1]) - rest
+    u, s, v = (of.to(dtype).to(weight.dtype) for of in (parts[0][:, first:], parts[1][first:], parts[2][first:]))
+    return torch.cat((u * s.unsqueeze(0), v.t()))

@@ -1,0 +1,185 @@
+"""PSOFT: W' = W + s · B (R − I) A, R a rotation within the subspace of W's r largest singular values; s = α / r.
+
+W is (out, in). A (r, in) and B (out, r) are made of W = U S V: A = V_r and B = U_r S_r / s, or with ``pissa_init``
+both get the root of S_r / s. They are not in the file, so W is decomposed again, exactly or (``psoft_svd: lowrank``)
+by a random method with a seed. R, (r, r), comes from the r (r − 1) / 2 numbers above the diagonal of a skew-symmetric
+Q, as Cayley's (I + Q)(I − Q)⁻¹ or the first terms of its series; or it is in the file whole (``psoft_orth: false``).
+Vectors b and a (r), if there are any, scale its rows and columns. Wu et al. 2025, arXiv:2505.11235. Source:
+peft/tuners/psoft/layer.py, 0.21.
+
+R depends on the signs of the singular vectors, which are the library's choice: here those of LAPACK on the machine of
+the merge, as PEFT itself has them when it loads an adapter. All of W is decomposed, which takes a multiple of its
+memory. In float32 the bits are those of PEFT's merge; on a 16-bit base PEFT rounds the update before it adds it, we
+round once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.formats.peft import (
+    FLAG,
+    NUMBER,
+    RANK,
+    Check,
+    Context,
+    Module,
+    PeftMethod,
+    checked,
+    is_number,
+    is_rank,
+)
+from shardmerge.adapters.methods.base import Claims, Factors, ModuleUpdate, misshaped
+from shardmerge.adapters.methods.blocks import cayley, neumann
+from shardmerge.adapters.methods.factored import Factored
+from shardmerge.adapters.methods.fourierft import SEED
+from shardmerge.adapters.methods.osf import svd_bytes
+from shardmerge.spec import RowRange, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: More steps than anyone would ask for.
+_MOST = 1000
+_STEPS = checked(lambda value: is_rank(value) and value <= _MOST, f"a whole number from 1 to {_MOST}")
+
+
+class Psoft(Factored, PeftMethod):
+    """``peft_type: PSOFT``, and what it does to a matrix."""
+
+    name: ClassVar[str] = "psoft"
+    by_column_windows: ClassVar[bool] = False
+    peft_type: ClassVar[str] = "PSOFT"
+    title: ClassVar[str] = "PSOFT"
+    paper: ClassVar[str] = "arXiv:2505.11235"
+    note: ClassVar[str] = "makes a weight's whole update at once, in memory that grows with the weight"
+    roles: ClassVar[Mapping[str, str]] = {
+        "psoft_R.weight": "R",
+        "psoft_R.vector_a": "a?",
+        "psoft_R.vector_b": "b?",
+    }
+    settings: ClassVar[Mapping[str, Check]] = {
+        "r": RANK,
+        "psoft_alpha": NUMBER,
+        "psoft_orth": FLAG,
+        "psoft_mag_a": FLAG,
+        "psoft_mag_b": FLAG,
+        "use_cayley_neumann": FLAG,
+        "num_cayley_neumann_terms": _STEPS,
+        "cayley_neumann_eps": checked(lambda value: is_number(value) and 0 < value < 1, "a number between 0 and 1"),
+        "ab_svd_init": checked(lambda value: value in ("psoft_init", "pissa_init"), "psoft_init or pissa_init"),
+        "psoft_svd": checked(lambda value: value in ("full", "lowrank"), "full or lowrank"),
+        "psoft_svd_lowrank_niter": _STEPS,
+        "random_seed": lambda key, value: [] if value is None else SEED(key, value),
+    }
+    inert: ClassVar[frozenset[str]] = frozenset({"init_weights", "psoft_dropout"})
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        config, there = context.config, module.factors
+        for letter in "ab":
+            wanted = config.get(f"psoft_mag_{letter}") is not False
+            if (letter in there) != wanted:
+                key = module.key(f"psoft_R.vector_{letter}")
+                claims.problems.append(
+                    f"{key} is {'missing' if wanted else 'there'}, but adapter_config.json says psoft_mag_{letter} is "
+                    f"{'true' if wanted else 'false'}"
+                )
+                claims.told |= {ref.name for ref in there.values()}
+                return
+        series = config.get("use_cayley_neumann")
+        settings = (
+            ("orthogonal", config.get("psoft_orth") is not False),
+            ("terms", (config.get("num_cayley_neumann_terms") or 5) if series else 0),
+            ("most", config.get("cayley_neumann_eps") if series else None),
+            ("even", config.get("ab_svd_init") == "pissa_init"),
+            ("steps", (config.get("psoft_svd_lowrank_niter") or 10) if config.get("psoft_svd") == "lowrank" else 0),
+            ("seed", config.get("random_seed") or 0),
+            ("scaling", config["psoft_alpha"] / config["r"]),
+        )
+        scaling, factors = config["psoft_alpha"] / config["r"], tuple(there.items())
+        update = ModuleUpdate(module.name, "weight", self.name, factors, scaling, config["r"], settings=settings)
+        update = update.changed(of_base=(("W", "weight"),))
+        claims.updates.append(update)
+        if config["psoft_alpha"] <= 0:
+            claims.misfit(f"adapter_config.json: psoft_alpha must be above zero, found {config['psoft_alpha']}")
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        rank = update.rank
+        if len(shape) != 2 or rank > min(shape):
+            return [
+                f"{update.module}.{update.parameter} is {list(shape)}; PSOFT updates Linear layers of at least r, "
+                f"{rank}, inputs and outputs"
+            ]
+        expected = (rank * (rank - 1) // 2,) if update.setting("orthogonal") else (rank, rank)
+        problems = misshaped(update.factor("R"), expected, f"as r {rank} and psoft_orth have it")
+        for role in ("a", "b"):
+            problems += misshaped(update.factor(role), (rank,), "one number for each of r") if update.has(role) else []
+        return problems
+
+    def inner(self, update: Update) -> int:
+        return update.rank
+
+    def left(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
+        return factors.kept("left", lambda: self._left(factors, update))[rows.start : rows.stop]
+
+    def right(self, factors: Factors, update: Update) -> Tensor:
+        return self._both(factors, update)[update.rows :].t().contiguous()
+
+    def _both(self, factors: Factors, update: Update) -> Tensor:
+        return factors.kept("both", lambda: _main_directions(factors.whole("W"), update))
+
+    def _left(self, factors: Factors, update: Update) -> Tensor:
+        import torch
+
+        rotation = _rotation(factors, update)
+        identity = torch.eye(update.rank, dtype=rotation.dtype, device=rotation.device)
+        return self._both(factors, update)[: update.rows] @ (rotation - identity)
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        both = (update.rows + update.columns) * update.rank
+        return svd_bytes(update) + (4 * both + 8 * update.rank**2) * max(itemsize, 4)
+
+
+def _main_directions(weight: Tensor, update: Update) -> Tensor:
+    """B (out, r), and below it Aᵀ (in, r)."""
+    import torch
+
+    rank, steps = update.rank, update.setting("steps")
+    # On the CPU wherever the rest is computed: which of two opposite directions is found, and what is drawn, differs.
+    wide = weight.float().cpu()
+    if steps:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(update.setting("seed"))  # and not the GPUs' too, as torch's does
+            u, s, v = torch.svd_lowrank(wide, q=rank, niter=steps)
+        right = v.t()
+    else:
+        u, s, right = torch.linalg.svd(wide, full_matrices=False)
+    u, s, right = u[:, :rank], s[:rank] / update.setting("scaling"), right[:rank]
+    if update.setting("even"):
+        root = torch.diag(s.sqrt())
+        left, right = u @ root, root @ right
+    else:
+        left = u @ torch.diag(s)
+    return torch.cat((left, right.t())).to(weight)
+
+
+def _rotation(factors: Factors, update: Update) -> Tensor:
+    """R, (r, r)."""
+    import torch
+
+    rank, rotation = update.rank, factors.whole("R")
+    if update.setting("orthogonal"):
+        rows, columns = torch.triu_indices(rank, rank, 1, device=rotation.device)
+        skew = rotation.new_zeros(rank, rank)
+        skew[rows, columns] = rotation
+        skew = skew - skew.t()
+        most = update.setting("most")
+        if most is not None and (length := torch.linalg.norm(skew, ord="fro")) > most:
+            skew = skew * (most / (length + 1e-12))
+        rotation = neumann(skew, update.setting("terms")) if update.setting("terms") else cayley(-skew)
+    if update.has("b"):
+        rotation = factors.whole("b")[:, None] * rotation
+    if update.has("a"):
+        rotation = rotation * factors.whole("a")[None, :]
+    return rotation

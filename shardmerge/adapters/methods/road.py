@@ -1,0 +1,103 @@
+"""RoAd: W' = R W and b' = R b, R a rotation and scaling of pairs of outputs.
+
+W is (out, in), b (out). Outputs come in groups of g, the config's ``group_size``; in a group output i and its partner
+i + g/2 make a pair: y'ᵢ = c₁ᵢ yᵢ − c₂ᵢ y_{i+g/2}, y'_{i+g/2} = c₁_{i+g/2} y_{i+g/2} + c₂_{i+g/2} yᵢ, with c₁ = α cos
+θ and c₂ = α sin θ. θ and α are (out/2), one for each pair (``road_1``), (out), one for each output (``road_2``), or
+(2·out), where of every 2·g numbers the first g belong to c₁ and the others to c₂ (``road_4``). Liu et al. 2024,
+arXiv:2409.00119. Source: peft/tuners/road/layer.py, 0.21.
+
+A group needs all its rows, so tiles hold whole groups. PEFT merges with R rounded to the base's dtype, and multiplies
+by all of R, (out, out): in float32 the bits of W' are the same (see `adapters.methods.blocks`), on 16-bit bases ours
+are nearer. The last bit of b' depends on the processor: its product with all of R may fuse what a block's rounds apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.formats.peft import Check, Context, Module, PeftMethod, checked, is_rank
+from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.adapters.methods.blocks import rotate_rows, widened
+from shardmerge.spec import RowRange, Update, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Rows that are rotated at once, if a group has no more.
+_ROWS = 256
+#: How many halves of an output's number of angles there are.
+_VARIANTS = {"road_1": 1, "road_2": 2, "road_4": 4}
+
+
+class Road(Family, PeftMethod):
+    """``peft_type: ROAD``, and what it does to a matrix and to a bias."""
+
+    name: ClassVar[str] = "road"
+    peft_type: ClassVar[str] = "ROAD"
+    selectors: ClassVar[frozenset[str]] = frozenset()
+    title: ClassVar[str] = "RoAd"
+    paper: ClassVar[str] = "arXiv:2409.00119"
+    roles: ClassVar[Mapping[str, str]] = {"road_theta": "theta", "road_alpha": "alpha"}
+    settings: ClassVar[Mapping[str, Check]] = {
+        "variant": checked(
+            lambda value: isinstance(value, str) and value in _VARIANTS, f"one of {', '.join(_VARIANTS)}", required=True
+        ),
+        "group_size": checked(
+            lambda value: is_rank(value) and value % 2 == 0, "an even number above zero", required=True
+        ),
+    }
+    inert: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        settings = (("variant", context.config["variant"]), ("group", context.config["group_size"]))
+        factors = tuple(module.factors.items())
+        claims.updates.append(ModuleUpdate(module.name, "weight", self.name, factors, settings=settings))
+        # The bias is rotated where there is one.
+        bias = ModuleUpdate(module.name, "bias", self.name, factors, settings=settings, optional=True)
+        claims.updates.append(bias)
+
+    def row_unit(self, update: Update | ModuleUpdate) -> int:
+        return int(update.setting("group"))
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        group, variant = update.setting("group"), update.setting("variant")
+        if len(shape) > 2:
+            return [f"{update.module}.{update.parameter} is {list(shape)}; RoAd rotates the outputs of Linear layers"]
+        if shape[0] % group:
+            return [f"{update.module} has {shape[0]} outputs, which groups of {group} do not divide (group_size)"]
+        size, meaning = shape[0] // 2 * _VARIANTS[variant], f"as {variant} has it for {shape[0]} outputs"
+        return [problem for role in ("theta", "alpha") for problem in misshaped(update.factor(role), (size,), meaning)]
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        group, first = update.setting("group"), window.rows.start // update.setting("group")
+        count, step = len(tile) // group, max(1, _ROWS // group)
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            blocks = widened(_rotations(factors, update, RowRange(first + start, first + stop)), stop - start)
+            rows = slice(start * group, stop * group)
+            rotate_rows(tile[rows], blocks, scratch[rows])
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        # The blocks of some rows, as they are and put together, and the angles on the way.
+        group: int = update.setting("group")
+        return max(_ROWS, group) * (group + max(64, group) + 8) * itemsize
+
+
+def _rotations(factors: Factors, update: Update, groups: RowRange) -> Tensor:
+    """R's blocks for these groups, (groups, g, g)."""
+    group, half = update.setting("group"), update.setting("group") // 2
+    count = update.rows // group
+    theta, alpha = (factors.whole(role).view(count, -1)[groups.start : groups.stop] for role in ("theta", "alpha"))
+    if update.setting("variant") == "road_4":
+        own = alpha[:, :group] * theta[:, :group].cos()
+        partner = alpha[:, group:] * theta[:, group:].sin()
+    else:
+        if update.setting("variant") == "road_1":
+            theta, alpha = (of.repeat(1, 2) for of in (theta, alpha))
+        own, partner = alpha * theta.cos(), alpha * theta.sin()
+    blocks = own.new_zeros(len(own), group, group)
+    blocks.diagonal(dim1=1, dim2=2).copy_(own)
+    blocks.diagonal(half, dim1=1, dim2=2).copy_(-partner[:, :half])
+    blocks.diagonal(-half, dim1=1, dim2=2).copy_(partner[:, half:])
+    return blocks

@@ -1,0 +1,68 @@
+"""SHiRA: W'[i, j] = W[i, j] + v at a few places (i, j), chosen once and for all before training.
+
+W is (out, in), v (n), the places (2, n) whole numbers, rows above columns; n = r (out + in). On Windows PEFT saves
+the places as floats. Where a place is there twice, both numbers count.
+Bhardwaj et al. 2024, arXiv:2406.13175. Source: peft/tuners/shira/layer.py and model.py, 0.21.
+The bits are those of PEFT's merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.formats.peft import RANK, Check, Context, Module, PeftMethod
+from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.errors import FormatError
+from shardmerge.spec import Update, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Shira(Family, PeftMethod):
+    """``peft_type: SHIRA``, and what it does to a matrix."""
+
+    name: ClassVar[str] = "shira"
+    whole_numbers: ClassVar[frozenset[str]] = frozenset({"places"})
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"numbers"})
+    by_column_windows: ClassVar[bool] = True
+    adds: ClassVar[bool] = True
+    peft_type: ClassVar[str] = "SHIRA"
+    selectors: ClassVar[frozenset[str]] = frozenset()
+    title: ClassVar[str] = "SHiRA"
+    paper: ClassVar[str] = "arXiv:2406.13175"
+    roles: ClassVar[Mapping[str, str]] = {"shira_weight": "numbers", "shira_indices": "places"}
+    settings: ClassVar[Mapping[str, Check]] = {"r": RANK}
+    inert: ClassVar[frozenset[str]] = frozenset({"init_weights", "mask_type", "random_seed"})
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        factors = tuple(module.factors.items())
+        claims.updates.append(ModuleUpdate(module.name, "weight", self.name, factors, rank=context.config["r"]))
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        if len(shape) != 2:
+            return [f"{update.module}.{update.parameter} is {list(shape)}; SHiRA updates matrices"]
+        count = update.rank * sum(shape)
+        meaning = f"r (out + in) of {update.module} {list(shape)} with r = {update.rank} in adapter_config.json"
+        return [
+            *misshaped(update.factor("numbers"), (count,), meaning),
+            *misshaped(update.factor("places"), (2, count), meaning),
+        ]
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        rows, columns = factors.whole("places").long()
+        for kind, found, size in (("row", rows, update.rows), ("column", columns, update.columns)):
+            if bool((found < 0).any()) or bool((found >= size).any()):
+                raise FormatError(
+                    f"{update.factor('places').name} holds {kind} {int(found.max())} or one below zero, but "
+                    f"{update.module} has {size} {kind}s"
+                )
+        here = (rows >= window.rows.start) & (rows < window.rows.stop)
+        here &= (columns >= window.columns.start) & (columns < window.columns.stop)
+        chosen = rows[here] - window.rows.start, columns[here] - window.columns.start
+        tile.index_put_(chosen, factors.whole("numbers")[here] * update.scaling, accumulate=True)
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        # The places as whole numbers, what is compared, and what is chosen, once as it is and once while it is put.
+        return update.factor("numbers").shape[0] * (16 + 4 + 2 * (16 + itemsize))

@@ -1,0 +1,121 @@
+"""Super-Tuning: W' = W + S, S sparse; as a hybrid ("Supra") W' = W + S + (α / r) · B A.
+
+W is (out, in). S is zero but at n places, the file's ``indices`` (n) into W's elements row by row, where its
+``values`` (n) stand; A is (r, in) and B (out, r). arXiv:2607.09287. Source: peft/tuners/supertuning/layer.py, 0.21.
+
+Without ``save_precomputed_indices`` the places are those of W's largest elements, among which equal ones are many on
+a 16-bit base, and PEFT's choice depends on where it runs. Such adapters are refused. In float32 the bits are those of
+PEFT's merge. On a 16-bit base PEFT rounds the values, and B A too; we round once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.formats.peft import (
+    OPTIONAL_NUMBER,
+    Check,
+    Context,
+    Module,
+    PeftMethod,
+    checked,
+    is_number,
+    is_rank,
+)
+from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.errors import FormatError
+from shardmerge.spec import Update, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class SuperTuning(Family, PeftMethod):
+    """``peft_type: SUPERTUNING``, and what it does to a matrix."""
+
+    name: ClassVar[str] = "supertuning"
+    by_rows: ClassVar[frozenset[str]] = frozenset({"B"})
+    whole_numbers: ClassVar[frozenset[str]] = frozenset({"indices"})
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"values", "B"})
+    adds: ClassVar[bool] = True
+    peft_type: ClassVar[str] = "SUPERTUNING"
+    selectors: ClassVar[frozenset[str]] = frozenset()
+    title: ClassVar[str] = "Super-Tuning"
+    paper: ClassVar[str] = "arXiv:2607.09287"
+    roles: ClassVar[Mapping[str, str]] = {
+        "supertuning_values": "values",
+        "supertuning_indices": "indices?",
+        "supertuning_lora_A.weight": "A?",
+        "supertuning_lora_B.weight": "B?",
+    }
+    settings: ClassVar[Mapping[str, Check]] = {
+        "sparsity": checked(lambda value: is_number(value) and 0 <= value < 1, "from 0 to below 1", required=True),
+        "r": checked(is_rank, "a whole number above zero, or null"),
+        "lora_alpha": OPTIONAL_NUMBER,
+    }
+    inert: ClassVar[frozenset[str]] = frozenset(
+        {"init_weights", "lora_dropout", "save_precomputed_indices", "select_top"}
+    )
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        rank, there = context.config.get("r"), module.factors
+        if "indices" not in there:
+            missing = module.key("supertuning_indices")
+            claims.half(there["values"], f"{missing}; save it again with save_precomputed_indices: true")
+            claims.told |= {ref.name for ref in there.values()}
+            return
+        if any((role in there) != (rank is not None) for role in ("A", "B")):
+            says = f"r {rank}" if rank else "no r"
+            claims.problems.append(
+                f"{module.name} has {', '.join(sorted(there))}, but adapter_config.json says {says}: both of "
+                "lora_A and lora_B are there with r, and neither without"
+            )
+            claims.told |= {ref.name for ref in there.values()}
+            return
+        alpha = context.config.get("lora_alpha")
+        hybrid = 0.0 if rank is None else (2 * rank if alpha is None else alpha) / rank
+        settings = (("sparsity", context.config["sparsity"]), ("lora", hybrid))
+        claims.updates.append(
+            ModuleUpdate(module.name, "weight", self.name, tuple(there.items()), rank=rank or 0, settings=settings)
+        )
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        if len(shape) != 2:
+            return [f"{update.module}.{update.parameter} is {list(shape)}; Super-Tuning updates Linear layers"]
+        count = int(shape[0] * shape[1] * (1 - update.setting("sparsity")))
+        meaning = f"as sparsity {update.setting('sparsity')} of {shape[0]} × {shape[1]} elements makes it"
+        problems = misshaped(update.factor("values"), (count,), meaning)
+        problems += misshaped(update.factor("indices"), (count,), meaning)
+        if update.rank:
+            problems += misshaped(update.factor("A"), (update.rank, shape[1]), "(r, in)")
+            problems += misshaped(update.factor("B"), (shape[0], update.rank), "(out, r)")
+        return problems
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        import torch
+
+        order = factors.kept("order", lambda: _order(factors, update))
+        bounds = torch.tensor([window.rows.start, window.rows.stop], device=order.device) * update.columns
+        indices = factors.whole("indices")
+        first, last = torch.searchsorted(indices, bounds, sorter=order).tolist()
+        here = order[first:last]
+        values = factors.whole("values")[here]
+        tile.view(-1).scatter_add_(0, indices[here] - bounds[0], values * update.scaling)
+        if update.rank:
+            torch.mm(factors.rows("B", window.rows), factors.whole("A"), out=scratch)
+            tile.add_(scratch.mul_(update.setting("lora") * update.scaling))
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        # The order, and while it is made the sorted indices and two masks; and the part that is in a tile.
+        return update.factor("indices").shape[0] * (5 * 8 + 2 * itemsize)
+
+
+def _order(factors: Factors, update: Update) -> Tensor:
+    """The indices' order by where they lead."""
+    indices = factors.whole("indices")
+    if bool((indices < 0).any()) or bool((indices >= update.rows * update.columns).any()):
+        ref = update.factor("indices")
+        size = f"{update.rows} × {update.columns}"
+        raise FormatError(f"{ref.uri}: {ref.name} holds a place beyond the {size} of its weight")
+    return indices.argsort(stable=True)

@@ -1,0 +1,152 @@
+"""TinyLoRA: W' = W + B R A, R = Σᵢ vᵢ Pᵢ: a handful of numbers v choose among random mixtures of W's main directions.
+
+W is (out, in), or of an embedding (V, D). A (r, in) and B (out, r) are W's largest singular vectors and are in the
+file; so is P (u, r, r), random. v (u) is shared by a group of modules, and stands under the group's number. Which
+group a module is of follows from its place among all targets in the order of the model, which no file tells; but P
+was drawn from the config's ``projection_seed`` plus that place, so P itself tells it. Morris et al. 2026,
+arXiv:2602.04118. Source: peft/tuners/tinylora/layer.py and model.py, 0.21.
+
+Without ``save_projection`` P is not in the file, and such adapters are refused. The bits are those of PEFT's merge,
+for every dtype of the base.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.formats.peft import RANK, Check, Config, Context, Module, PeftMethod, checked, is_number
+from shardmerge.adapters.methods.base import Claims, Factors, ModuleUpdate, misshaped, oriented
+from shardmerge.adapters.methods.factored import Factored
+from shardmerge.errors import FormatError
+from shardmerge.spec import Parameter, RowRange, TensorRef, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_VECTOR = re.compile(r"(?:base_model\.)?(?:model\.)?tinylora_v(?:\.[^.]+)?\.(?P<group>\d{1,9})")
+#: Modules times groups; more would be no model's, but a file made to keep us busy.
+_MOST = 1 << 22
+
+
+class TinyLora(Factored, PeftMethod):
+    """``peft_type: TINYLORA``, and what it does to a matrix."""
+
+    name: ClassVar[str] = "tinylora"
+    by_rows: ClassVar[frozenset[str]] = frozenset({"B"})
+    rows_are_independent: ClassVar[bool] = True
+    adds: ClassVar[bool] = True
+    peft_type: ClassVar[str] = "TINYLORA"
+    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
+    title: ClassVar[str] = "TinyLoRA"
+    paper: ClassVar[str] = "arXiv:2602.04118"
+    roles: ClassVar[Mapping[str, str]] = {"tinylora_A": "A", "tinylora_B": "B", "tinylora_P": "P?"}
+    settings: ClassVar[Mapping[str, Check]] = {
+        "r": RANK,
+        "u": RANK,
+        "weight_tying": checked(lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
+        "projection_seed": checked(
+            lambda value: type(value) is int and abs(value) < 1 << 62, "a whole number of 62 bits", required=True
+        ),
+    }
+    inert: ClassVar[frozenset[str]] = frozenset({"init_v_bound", "init_weights", "save_projection", "tinylora_dropout"})
+
+    def _shared_role(self, name: str) -> str | None:
+        match = _VECTOR.fullmatch(name)
+        return f"v{int(match['group'])}" if match else None
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        factors = module.factors
+        if "P" not in factors:
+            missing = module.key("tinylora_P")
+            claims.half(factors["A"], f"{missing}; save it again with save_projection: true")
+            claims.told |= {ref.name for ref in factors.values()}
+            return
+        settings = (
+            ("numbers", context.config["u"]),
+            ("seed", context.config["projection_seed"]),
+            ("fan_in_fan_out", bool(context.config.get("fan_in_fan_out"))),
+        )
+        update = ModuleUpdate(module.name, "weight", self.name, tuple(factors.items()), rank=context.config["r"])
+        claims.updates.append(update.changed(settings=settings))
+
+    def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
+        """Give every update the vectors that may be its own, now that the number of modules is known."""
+        vectors = {role: ref for name, ref in tensors.items() if (role := self._shared_role(name))}
+        claims.told |= {ref.name for ref in vectors.values()}
+        count = len(claims.updates)
+        groups = max(1, round(count * (1 - (config.get("weight_tying") or 0))))
+        wanted = [f"v{group}" for group in range(min(groups, count))]
+        if missing := [role for role in wanted if role not in vectors]:
+            claims.problems.append(f"base_model.tinylora_v.{missing[0][1:]}, which modules share, is missing")
+            claims.updates = [update.changed(fits=False) for update in claims.updates]
+        elif count * groups > _MOST:
+            claims.problems.append(f"{count} modules of {groups} groups are more than this version looks through")
+            claims.updates = [update.changed(fits=False) for update in claims.updates]
+        else:
+            shared = tuple((role, vectors[role]) for role in wanted)
+            counts = (("modules", count), ("groups", groups))
+            claims.updates = [
+                update.changed(factors=(*update.factors, *shared), settings=(*update.settings, *counts))
+                for update in claims.updates
+            ]
+        super().claim_rest(claims, tensors, config)
+
+    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
+        return oriented(update, parameter, update.factor("B").shape[0], update.factor("A").shape[-1])
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        if len(shape) != 2:
+            return [f"{update.module}.{update.parameter} is {list(shape)}; TinyLoRA updates matrices"]
+        rank, numbers = min(update.rank, *shape), update.setting("numbers")
+        expected = {"A": (rank, shape[1]), "B": (shape[0], rank), "P": (numbers, rank, rank)}
+        expected_all = {**expected, **{role: (numbers,) for role, _ in update.factors if role not in expected}}
+        return [
+            problem
+            for role, wanted in expected_all.items()
+            for problem in misshaped(update.factor(role), wanted, "by r, u and the weight's shape")
+        ]
+
+    def left(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
+        mixture = factors.kept("mixture", lambda: _mixture(factors, update))
+        return factors.rows("B", rows) @ mixture
+
+    def right(self, factors: Factors, update: Update) -> Tensor:
+        return factors.whole("A")
+
+    def inner(self, update: Update) -> int:
+        return update.rank
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        numbers, rank, _ = update.factor("P").shape
+        return super().kept_bytes(update, itemsize) + (2 * numbers + 1) * rank * rank * max(itemsize, 4)
+
+
+def _mixture(factors: Factors, update: Update) -> Tensor:
+    """R, (r, r)."""
+    import torch
+
+    projections = factors.whole("P")
+    vector = factors.whole(f"v{_group(projections, update)}")
+    return torch.einsum("i,ijk->jk", vector, projections)
+
+
+def _group(projections: Tensor, update: Update) -> int:
+    """The group of the module, by the seed that its P was drawn from."""
+    import torch
+
+    modules, groups = update.setting("modules"), update.setting("groups")
+    if groups == 1:
+        return 0
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)  # beside a 16-bit base P has been rounded
+    for index in range(modules):
+        generator = torch.Generator().manual_seed(update.setting("seed") + index)
+        drawn = torch.normal(0.0, 1.0 / projections.shape[1] ** 0.5, tuple(projections.shape), generator=generator)
+        if any(torch.equal(drawn.to(dtype).to(projections.dtype), projections.cpu()) for dtype in dtypes):
+            return int(min(index // max(1, modules // groups), groups - 1))
+    ref = update.factor("P")
+    raise FormatError(
+        f"{ref.uri}: {ref.name} was not drawn from projection_seed {update.setting('seed')} for any of {modules} "
+        "modules, so which of the shared vectors is this module's cannot be told"
+    )

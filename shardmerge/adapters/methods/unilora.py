@@ -1,0 +1,120 @@
+"""Uni-LoRA: W' = W + B A, whose every element is one of a few numbers: A = θ[I_A] ∘ S_A and B = θ[I_B] ∘ S_B.
+
+W is (out, in). θ, (d), is shared by all modules; I_A (r, in) and I_B (out, r) are the numbers of its elements, S_A
+and S_B their scales. Li et al. 2025, arXiv:2506.00799. Source: peft/tuners/unilora/layer.py and model.py, 0.21.
+
+Without ``save_indices`` I and S are not in the file, and are drawn again: see `adapters.methods.unilora_seeded`.
+The bits are those of PEFT's merge, for every dtype of the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.formats.peft import FLAG, RANK, Check, Context, Module, PeftMethod, checked
+from shardmerge.adapters.methods.base import Claims, Factors, ModuleUpdate, misshaped, oriented
+from shardmerge.adapters.methods.factored import Factored
+from shardmerge.adapters.methods.unilora_seeded import deal
+from shardmerge.errors import FormatError
+from shardmerge.spec import Parameter, RowRange, TensorRef, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class UniLora(Factored, PeftMethod):
+    """``peft_type: UNILORA``, and what it does to a matrix."""
+
+    name: ClassVar[str] = "unilora"
+    by_rows: ClassVar[frozenset[str]] = frozenset({"indices_B", "scales_B"})
+    whole_numbers: ClassVar[frozenset[str]] = frozenset({"indices_A", "indices_B"})
+    rows_are_independent: ClassVar[bool] = True
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"theta"})
+    adds: ClassVar[bool] = True
+    peft_type: ClassVar[str] = "UNILORA"
+    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
+    title: ClassVar[str] = "Uni-LoRA"
+    paper: ClassVar[str] = "arXiv:2506.00799"
+    roles: ClassVar[Mapping[str, str]] = {
+        "unilora_indices_A": "indices_A",
+        "unilora_indices_B": "indices_B",
+        "unilora_scales_A": "scales_A",
+        "unilora_scales_B": "scales_B",
+    }
+    shared_roles: ClassVar[Mapping[str, str]] = {"unilora_theta_d": "theta"}
+    settings: ClassVar[Mapping[str, Check]] = {
+        "r": RANK,
+        "theta_d_length": RANK,
+        "save_indices": FLAG,
+        "proj_seed": checked(lambda value: type(value) is int and 0 <= value < 1 << 64, "a whole number of 64 bits"),
+    }
+    inert: ClassVar[frozenset[str]] = frozenset({"init_theta_d_bound", "init_weights", "unilora_dropout"})
+
+    def claim(self, tensors: Mapping[str, TensorRef], context: Context) -> Claims:
+        claims = super().claim(tensors, context)
+        theta = next((ref for name, ref in tensors.items() if self._shared_role(name)), None)
+        if claims.refused or context.config.get("save_indices"):
+            return claims
+        if theta is None:
+            claims.problems.append("base_model.unilora_theta_d, which all modules share, is missing")
+            return claims
+        dealt = deal(theta, context, lambda module: not self.left_out(module, context))
+        if isinstance(dealt, str):
+            claims.told.add(theta.name)
+            claims.problems.append(f"{theta.name}: {dealt}")
+        else:
+            claims.updates += dealt
+        return claims
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        if not context.config.get("save_indices"):
+            names = {ref.name for ref in module.factors.values()}
+            claims.told |= names
+            claims.problems.append(
+                f"{min(names)} is there, but adapter_config.json does not say save_indices; PEFT would ignore it"
+            )
+            return
+        if "theta" not in context.shared:
+            claims.half(module.factors["indices_A"], "base_model.unilora_theta_d, which all modules share")
+            claims.told |= {ref.name for ref in module.factors.values()}
+            return
+        factors = (*module.factors.items(), ("theta", context.shared["theta"]))
+        settings = (
+            ("length", context.config["theta_d_length"]),
+            ("fan_in_fan_out", bool(context.config.get("fan_in_fan_out"))),
+        )
+        update = ModuleUpdate(module.name, "weight", self.name, factors, rank=context.config["r"], settings=settings)
+        claims.updates.append(update)
+
+    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
+        a, b = update.factor("indices_A"), update.factor("indices_B")
+        return oriented(update, parameter, (*b.shape, 0)[0], (0, *a.shape)[-1])
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        if len(shape) != 2:
+            return [f"{update.module}.{update.parameter} is {list(shape)}; Uni-LoRA updates Linear layers"]
+        a, b = (update.rank, shape[1]), (shape[0], update.rank)
+        expected = {"indices_A": a, "scales_A": a, "indices_B": b, "scales_B": b, "theta": (update.setting("length"),)}
+        return [
+            problem
+            for role, wanted in expected.items()
+            for problem in misshaped(update.factor(role), wanted, "by r, theta_d_length and the weight's shape")
+        ]
+
+    def left(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
+        return _picked(factors, update, factors.rows("indices_B", rows), "indices_B") * factors.rows("scales_B", rows)
+
+    def right(self, factors: Factors, update: Update) -> Tensor:
+        return _picked(factors, update, factors.whole("indices_A"), "indices_A") * factors.whole("scales_A")
+
+    def inner(self, update: Update) -> int:
+        return 3 * update.rank  # for indices are of eight bytes
+
+
+def _picked(factors: Factors, update: Update, indices: Tensor, role: str) -> Tensor:
+    theta = factors.whole("theta")
+    if bool((indices < 0).any()) or bool((indices >= len(theta)).any()):
+        ref = update.factor(role)
+        raise FormatError(f"{ref.uri}: {ref.name} holds a number that is not below {len(theta)}, θ's length")
+    return theta[indices]

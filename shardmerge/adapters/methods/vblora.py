@@ -1,0 +1,173 @@
+"""VB-LoRA: W' = W + B A, where A and B are put together from the vectors of a bank that all modules share.
+
+W is (out, in), the bank (h, b): h vectors of length b, which divides in and out. Logits (r, in / b, h) make A: of the
+h logits of every piece the k largest count, their softmax weighs their vectors, and the sum is the piece, so that A
+is (r, in). Logits (out / b, r, h) make the columns of B, (out, r), in the same way.
+Li et al. 2024, arXiv:2405.15179. Source: peft/tuners/vblora/layer.py and model.py, 0.21.
+The bits are those of PEFT's merge.
+
+With ``save_only_topk_weights`` the file has, in place of logits, the numbers of the k vectors and the first k - 1
+weights; the last is what they lack to one. Where rounding makes them more than one it is zero here; PEFT takes a
+negative number's logarithm, and what it makes of the weight is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.formats.peft import FLAG, RANK, Check, Context, Module, PeftMethod
+from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, add_scaled, misshaped, oriented
+from shardmerge.errors import FormatError
+from shardmerge.spec import Parameter, Update, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_LOGITS, _INDICES, _WEIGHTS = ("logits_A", "logits_B"), ("indices_A", "indices_B"), ("weights_A", "weights_B")
+
+
+class VbLora(Family, PeftMethod):
+    """``peft_type: VBLORA``, and what it does to a matrix."""
+
+    name: ClassVar[str] = "vblora"
+    whole_numbers: ClassVar[frozenset[str]] = frozenset(_INDICES)
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"bank"})
+    by_column_windows: ClassVar[bool] = True
+    adds: ClassVar[bool] = True
+    peft_type: ClassVar[str] = "VBLORA"
+    title: ClassVar[str] = "VB-LoRA"
+    paper: ClassVar[str] = "arXiv:2405.15179"
+    roles: ClassVar[Mapping[str, str]] = {
+        "vblora_logits_A": "logits_A?",
+        "vblora_logits_B": "logits_B?",
+        "vblora_logits_A_topk_indices": "indices_A?",
+        "vblora_logits_B_topk_indices": "indices_B?",
+        "vblora_logits_A_topk_weights": "weights_A?",
+        "vblora_logits_B_topk_weights": "weights_B?",
+    }
+    shared_roles: ClassVar[Mapping[str, str]] = {"vblora_vector_bank": "bank"}
+    settings: ClassVar[Mapping[str, Check]] = {
+        "r": RANK,
+        "num_vectors": RANK,
+        "vector_length": RANK,
+        "topk": RANK,
+        "save_only_topk_weights": FLAG,
+        "fan_in_fan_out": FLAG,
+    }
+    inert: ClassVar[frozenset[str]] = frozenset({"init_logits_std", "init_vector_bank_bound", "vblora_dropout"})
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        config, found, bank = context.config, module.factors, context.shared.get("bank")
+        if problem := _incomplete(module, config.get("save_only_topk_weights") is True, bank is not None):
+            claims.told |= {ref.name for ref in found.values()}
+            if problem not in claims.problems:
+                claims.problems.append(problem)
+            return
+        assert bank is not None  # else it was told
+        most = config["topk"]
+        if most == 1:
+            # One vector has all the weight, and the rest of its weights is saved as nothing.
+            claims.told |= {found[role].name for role in _WEIGHTS if role in found}
+        factors = (("bank", bank), *((role, ref) for role, ref in found.items() if most > 1 or role not in _WEIGHTS))
+        settings = (("topk", most), ("fan_in_fan_out", bool(config.get("fan_in_fan_out"))))
+        rank = config["r"]
+        claims.updates.append(ModuleUpdate(module.name, "weight", self.name, factors, rank=rank, settings=settings))
+        if any(0 in ref.shape for _, ref in factors):
+            return  # an empty tensor is told of as such
+        size = (config["num_vectors"], config["vector_length"])
+        if problems := misshaped(bank, size, "num_vectors and vector_length in adapter_config.json"):
+            claims.misfit(problems[0])
+        elif wrong := [ref for role, ref in factors[1:] if len(ref.shape) != 3]:
+            claims.misfit(f"{wrong[0].name} is {list(wrong[0].shape)}; expected three dimensions")
+        elif most > size[0]:
+            claims.misfit(f"adapter_config.json: topk is {most}, but num_vectors is {size[0]}")
+
+    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
+        length = update.factor("bank").shape[1]
+        kind = _LOGITS if update.has("logits_A") else _INDICES
+        a, b = (update.factor(role).shape for role in kind)
+        return oriented(update, parameter, b[0] * length, a[1] * length)
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        count, length = update.factor("bank").shape
+        where = f"{update.module} {list(shape)}"
+        if len(shape) != 2 or shape[0] % length or shape[1] % length:
+            return [f"{where} is no matrix that vectors of {length} numbers (vector_length) make up"]
+        rank, most = update.rank, update.setting("topk")
+        pieces = {"A": (rank, shape[1] // length), "B": (shape[0] // length, rank)}
+        last = {"logits": count, "indices": most, "weights": most - 1}
+        meaning = f"of {where}, with r = {rank} and topk = {most} in adapter_config.json"
+        return [
+            problem
+            for role, ref in update.factors
+            if role != "bank"
+            for kind, _, letter in [role.partition("_")]
+            for problem in misshaped(ref, (*pieces[letter], last[kind]), meaning)
+        ]
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        import torch
+
+        a = factors.kept("A", lambda: _pieces("A", factors, update).reshape(update.rank, -1))
+        b = factors.kept("B", lambda: _pieces("B", factors, update).transpose(1, 2).reshape(-1, update.rank))
+        if len(window.columns) < update.columns:
+            a = a[:, window.columns.start : window.columns.stop]
+        torch.mm(b[window.rows.start : window.rows.stop], a, out=scratch)
+        add_scaled(tile, scratch, update.scaling)
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        count, length = update.factor("bank").shape
+        most: int = update.setting("topk")
+        sizes = [update.rank * size for size in (update.rows, update.columns)]
+        # Of the larger, its k vectors, weighed, and summed up; and before, the logits twice.
+        making = max(sizes) * (2 * most + 2) + 3 * max(sizes) // length * count
+        return (sum(sizes) + making) * itemsize + 2 * 8 * max(sizes) // length * most
+
+
+def _incomplete(module: Module, only_top: bool, has_bank: bool) -> str:
+    """What is missing among a module's factors and the bank, or too much."""
+    found = module.factors
+    keys = {role.removesuffix("?"): key for key, role in VbLora.roles.items()}
+    wanted = (*_INDICES, *_WEIGHTS) if found.keys() - set(_LOGITS) else _LOGITS
+    first = next(iter(found.values())).name
+    if not has_bank:
+        return "base_model.vblora_vector_bank is missing, of whose vectors all modules are made"
+    if wanted is not _LOGITS and not only_top:
+        return (
+            f"{first} is of an adapter that saves only weights of the topk vectors, but adapter_config.json does not "
+            "say save_only_topk_weights; PEFT would ignore it"
+        )
+    if extra := found.keys() - set(wanted):
+        return f"{found[min(extra)].name} is there beside {found[min(found.keys() - extra)].name}; one must be"
+    if missing := [role for role in wanted if role not in found]:
+        return f"{first} is there without {module.key(keys[missing[0]])}"
+    return ""
+
+
+def _pieces(letter: str, factors: Factors, update: Update) -> Tensor:
+    """Sums of weighed vectors of the bank, (…, …, b)."""
+    bank = factors.whole("bank")
+    logits = factors.whole(f"logits_{letter}") if update.has(f"logits_{letter}") else _logits(letter, factors, update)
+    highest, indices = logits.topk(update.setting("topk"), dim=-1)
+    weights = highest.softmax(dim=-1)
+    pieces: Tensor = (weights.unsqueeze(-1) * bank[indices]).sum(-2)
+    return pieces
+
+
+def _logits(letter: str, factors: Factors, update: Update) -> Tensor:
+    """Logits whose softmax are the weights that were saved."""
+    import torch
+
+    count = len(factors.whole("bank"))
+    indices = factors.whole(f"indices_{letter}")
+    if bool((indices < 0).any()) or bool((indices >= count).any()):
+        name = update.factor(f"indices_{letter}").name
+        raise FormatError(f"{name} holds {int(indices.max())} or less than zero, but the bank has {count} vectors")
+    if update.has(f"weights_{letter}"):
+        saved = factors.whole(f"weights_{letter}")
+        weights = torch.cat([saved, (1 - saved.sum(-1, keepdim=True)).clamp_(min=0)], dim=-1)
+    else:
+        weights = torch.ones(indices.shape, dtype=factors.whole("bank").dtype, device=indices.device)
+    logits = weights.new_full((*indices.shape[:-1], count), float("-inf"))
+    return logits.scatter_(-1, indices, weights.log())

@@ -1,0 +1,205 @@
+"""VeRA: W' = W + (λb ∘ B) (λd ∘ A), A and B random and the same for all modules, λb and λd trained.
+
+W is (out, in), λb (out), λd (r). A is (r, in*) and B (out*, r), of the largest sizes that any module has; of them a
+module takes A[:, :in] and B[:out]. The file has them as ``base_model.vera_A`` and ``vera_B``, or with
+``save_projection`` false not at all. Then they are drawn again from the seed, as PEFT does: in float32 on the CPU, A
+first, each number evenly from ±√6 / √n, n being in* for A and r for B; and then rounded to the dtypes of the modules'
+weights, as they were in training.
+Kopiczko et al. 2023, arXiv:2310.11454. Source: peft/tuners/vera/layer.py and model.py, 0.21.
+The bits are those of PEFT's merge.
+
+The sizes in* and out*, and with them all numbers, depend on the whole set of modules: it is taken from the file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.formats.peft import FLAG, RANK, Check, Context, Module, PeftMethod, checked
+from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, add_scaled, misshaped, oriented
+from shardmerge.spec import DTYPE_NAMES, Parameter, RowRange, TensorRef, Update, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Seeds that torch takes.
+SEED: Check = checked(
+    lambda value: type(value) is int and -(1 << 63) <= value < 1 << 64, "a whole number that fits in 64 bits"
+)
+
+
+class Vera(Family, PeftMethod):
+    """``peft_type: VERA``, and what it does to a matrix."""
+
+    name: ClassVar[str] = "vera"
+    by_rows: ClassVar[frozenset[str]] = frozenset({"lambda_b", "B"})
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"lambda_b"})
+    by_column_windows: ClassVar[bool] = True
+    rows_are_independent: ClassVar[bool] = True
+    adds: ClassVar[bool] = True
+    peft_type: ClassVar[str] = "VERA"
+    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
+    title: ClassVar[str] = "VeRA"
+    paper: ClassVar[str] = "arXiv:2310.11454"
+    roles: ClassVar[Mapping[str, str]] = {"vera_lambda_b": "lambda_b", "vera_lambda_d": "lambda_d"}
+    shared_roles: ClassVar[Mapping[str, str]] = {"vera_A": "A", "vera_B": "B"}
+    settings: ClassVar[Mapping[str, Check]] = {
+        "r": RANK,
+        "save_projection": FLAG,
+        "projection_prng_key": SEED,
+        "fan_in_fan_out": FLAG,
+    }
+    inert: ClassVar[frozenset[str]] = frozenset({"d_initial", "init_weights", "vera_dropout"})
+
+    def claim(self, tensors: Mapping[str, TensorRef], context: Context) -> Claims:
+        claims = super().claim(tensors, context)
+        return sized(sized(claims, VeraSeeded(), context), self, context)
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        found, rank = module.factors, context.config["r"]
+        settings = (
+            ("seed", context.config.get("projection_prng_key") or 0),
+            ("fan_in_fan_out", bool(context.config.get("fan_in_fan_out"))),
+        )
+        projections = shared_projections(claims, module, context, "vera_A", "vera_B")
+        if projections is None:
+            return
+        factors = (*found.items(), *projections.items())
+        family = self.name if projections else VeraSeeded.name
+        claims.updates.append(ModuleUpdate(module.name, "weight", family, factors, rank=rank, settings=settings))
+        if any(0 in ref.shape for _, ref in factors):
+            return  # an empty tensor is told of as such
+        b, d = found["lambda_b"], found["lambda_d"]
+        if len(b.shape) != 1 or d.shape != (rank,):
+            claims.misfit(
+                f"{b.name} {list(b.shape)} and {d.name} {list(d.shape)}: expected (out) and (r) with r = {rank}, as "
+                "adapter_config.json says"
+            )
+
+    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
+        return oriented(update, parameter, update.factor("lambda_b").shape[0], None)
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        if len(shape) != 2:
+            return [f"{update.module}.{update.parameter}, {list(shape)} is no matrix, so VeRA cannot update it"]
+        problems = misshaped(update.factor("lambda_b"), (shape[0],), f"a number for every output of {update.module}")
+        if problems or not update.has("A"):
+            return problems
+        rows, columns = dict(update.settings).get("sizes") or shape
+        what = "as large as the largest module"
+        problems += misshaped(update.factor("A"), (update.rank, columns), what)
+        problems += misshaped(update.factor("B"), (rows, update.rank), what)
+        return problems
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        import torch
+
+        def right() -> Tensor:
+            return factors.whole("lambda_d").unsqueeze(1) * self.inputs(factors, update)[:, : update.columns]
+
+        scaled = factors.kept("right", right)
+        if len(window.columns) < update.columns:
+            scaled = scaled[:, window.columns.start : window.columns.stop]
+        left = factors.rows("lambda_b", window.rows).unsqueeze(1) * self.outputs(factors, update, window.rows)
+        torch.mm(left, scaled, out=scratch)
+        add_scaled(tile, scratch, update.scaling)
+
+    def inputs(self, factors: Factors, update: Update) -> Tensor:
+        """A."""
+        return factors.whole("A")
+
+    def outputs(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
+        """Rows of B."""
+        return factors.rows("B", rows)
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        return update.rank * (update.rows + update.columns) * itemsize
+
+
+class VeraSeeded(Vera):
+    """The same with A and B drawn from the seed."""
+
+    name: ClassVar[str] = "vera-seeded"
+    rows_are_independent: ClassVar[bool] = False
+
+    def inputs(self, factors: Factors, update: Update) -> Tensor:
+        _, columns = update.setting("sizes")
+        return self._drawn(factors, update)[: update.rank * columns].view(update.rank, columns)
+
+    def outputs(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
+        _, columns = update.setting("sizes")
+        return self._drawn(factors, update)[update.rank * columns :].view(-1, update.rank)[rows.start : rows.stop]
+
+    def _drawn(self, factors: Factors, update: Update) -> Tensor:
+        """A and B behind one another."""
+        return factors.kept("projections", lambda: _draw(update).to(factors.rows("lambda_b", RowRange(0, 1))))
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        # In the dtype of the work, in float32, and once more while they are rounded.
+        numbers: int = update.rank * sum(update.setting("sizes"))
+        return super().kept_bytes(update, itemsize) + numbers * (itemsize + 8)
+
+
+def _draw(update: Update) -> Tensor:
+    import torch
+
+    rank, (rows, columns) = update.rank, update.setting("sizes")
+    generator = torch.Generator().manual_seed(update.setting("seed"))
+    numbers = torch.empty(rank * (columns + rows), dtype=torch.float32)
+    for part, inputs in ((numbers[: rank * columns], columns), (numbers[rank * columns :], rank)):
+        bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(inputs))
+        part.uniform_(-bound, bound, generator=generator)
+    return rounded(numbers, update)
+
+
+def rounded(numbers: Tensor, update: Update) -> Tensor:
+    """As numbers are that were kept in the dtypes of the modules' weights."""
+    import torch
+
+    for name in update.setting("dtypes"):
+        numbers = numbers.to(getattr(torch, DTYPE_NAMES[name])).to(numbers.dtype)
+    return numbers
+
+
+def shared_projections(claims: Claims, module: Module, context: Context, *names: str) -> dict[str, TensorRef] | None:
+    """A and B as the file has them, the module's own copies or those of all modules; empty where a seed makes them.
+
+    None says that one is missing, which is told once.
+    """
+    roles, there = dict(zip(("A", "B"), names, strict=True)), {**context.shared, **module.factors}
+    found = {role: there[role] for role in roles if role in there}
+    wanted = context.config.get("save_projection") is not False
+    if len(found) == len(roles) or not (wanted or found):
+        return found
+    missing = " and ".join(f"base_model.{name}" for role, name in roles.items() if role not in found)
+    why = "save_projection in adapter_config.json says that it is there" if wanted else "its other half is there"
+    problem = f"{missing} is missing, but {why}"
+    if problem not in claims.problems:
+        claims.problems.append(problem)
+    claims.told |= {ref.name for ref in there.values()}
+    return None
+
+
+def sized(claims: Claims, family: Family, context: Context) -> Claims:
+    """A family's updates with the largest out and in of all of them among their settings, and their weights' dtypes."""
+    rows, columns = 0, 0
+    dtypes: dict[str, None] = {}
+    for update in claims.updates:
+        asked = update.family == family.name and update.fits and context.stored is not None
+        stored = context.stored(update.module, "weight") if asked and context.stored else None
+        if stored is None or len(stored[0].shape) != 2:
+            continue  # where it is no matrix of the base, the match says so
+        oriented_update = family.orient(update, stored[0])
+        turned = isinstance(oriented_update, ModuleUpdate) and oriented_update.transposes
+        shape = stored[0].shape[::-1] if turned else stored[0].shape
+        rows, columns = max(rows, shape[0]), max(columns, shape[1])
+        if stored[1] in DTYPE_NAMES and stored[1] != "F32":
+            dtypes[stored[1]] = None
+    known = (("sizes", (rows, columns)), ("dtypes", tuple(dtypes)))
+    claims.updates = [
+        update.changed(settings=(*update.settings, *known)) if update.family == family.name else update
+        for update in claims.updates
+    ]
+    return claims

@@ -1,0 +1,110 @@
+"""WaveFT: W' = W + s · D⁻¹(S), D⁻¹ one step of an inverse wavelet transform in two dimensions of a sparse spectrum S.
+
+W is (out, in). S is zero but where the file's n numbers stand, at places that the config's seed has chosen, as for
+FourierFT (see `adapters.methods.fourierft`). Of a wavelet of L taps S has L − 2 rows and columns more than W, and
+one more where that is odd; its quarters are the averages and the three kinds of details. The transform is a
+transposed convolution of stride 2 with the outer products of the wavelet's two filters; its middle is the delta.
+Without ``use_idwt`` S itself is. Bilican et al. 2025, arXiv:2505.12532. Source: peft/tuners/waveft/layer.py and
+waverec2d.py, 0.21.
+
+The whole delta is made when a weight's first tile is worked on, and kept until its last. The bits are those of PEFT's
+merge, for every dtype of the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from shardmerge.adapters.formats.peft import (
+    FLAG,
+    NUMBER,
+    RANK,
+    RANK_PATTERN,
+    Check,
+    Context,
+    Module,
+    PeftMethod,
+    checked,
+)
+from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, oriented
+from shardmerge.adapters.methods.fourierft import SEED, add_part, claim_spectrum, places, spectrum_problems
+from shardmerge.adapters.methods.wavelets import WAVELETS
+from shardmerge.spec import Parameter, Update, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_WAVELET = "db1"
+
+
+class WaveFt(Family, PeftMethod):
+    """``peft_type: WAVEFT``, and what it does to a matrix."""
+
+    name: ClassVar[str] = "waveft"
+    by_column_windows: ClassVar[bool] = True
+    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"spectrum"})
+    adds: ClassVar[bool] = True
+    peft_type: ClassVar[str] = "WAVEFT"
+    title: ClassVar[str] = "WaveFT"
+    paper: ClassVar[str] = "arXiv:2505.12532"
+    note: ClassVar[str] = "makes a weight's whole update at once, in memory that grows with the weight"
+    roles: ClassVar[Mapping[str, str]] = {"waveft_spectrum": "spectrum"}
+    settings: ClassVar[Mapping[str, Check]] = {
+        "n_frequency": RANK,
+        "n_frequency_pattern": RANK_PATTERN,
+        "proportional_parameters": FLAG,
+        "scaling": NUMBER,
+        "random_loc_seed": SEED,
+        "use_idwt": FLAG,
+        "wavelet_family": checked(
+            lambda value: isinstance(value, str) and value in WAVELETS,
+            "a wavelet that PEFT has the filters of (db1 to db10, sym2 to sym10, coif1 to coif5)",
+        ),
+    }
+    inert: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        inverts = context.config.get("use_idwt")
+        wavelet = (context.config.get("wavelet_family") or _WAVELET) if inverts or inverts is None else None
+        claim_spectrum(claims, module, context, self.name, ("wavelet", wavelet))
+
+    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
+        return oriented(update, parameter, None, None)  # nothing but the config's flag tells
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        return spectrum_problems(update, shape)
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        delta = factors.kept("delta", lambda: _delta(factors.whole("spectrum"), update))
+        add_part(tile, delta, update, window, scratch)
+
+    def kept_bytes(self, update: Update, itemsize: int) -> int:
+        # The spectrum, its quarters, the delta, and what the convolution takes: by measurement, up to eight times as
+        # much. The order of all elements comes before, and takes less.
+        taps = len(WAVELETS.get(update.setting("wavelet"), ()))
+        return (update.rows + taps) * (update.columns + taps) * (11 if taps else 3) * max(itemsize, 4)
+
+
+def _delta(spectrum: Tensor, update: Update) -> Tensor:
+    """D⁻¹(S), (out, in)."""
+    import torch
+
+    rows, columns = (of.to(spectrum.device) for of in places(update, len(spectrum)))
+    if update.setting("wavelet") is None:
+        delta = spectrum.new_zeros(update.rows, update.columns)
+        delta[rows, columns] = spectrum
+        return delta
+    wide = torch.promote_types(spectrum.dtype, torch.float32)
+    low = torch.tensor(WAVELETS[update.setting("wavelet")], dtype=wide, device=spectrum.device)
+    high = low.flip(0) * torch.tensor([1.0, -1.0], dtype=wide, device=spectrum.device).repeat(len(low) // 2)
+    more = len(low) - 2
+    height, width = (size + more + (size + more) % 2 for size in (update.rows, update.columns))
+    dense = torch.zeros(height, width, dtype=wide, device=spectrum.device)
+    dense[rows + (height - update.rows) // 2, columns + (width - update.columns) // 2] = spectrum.to(wide)
+    # Rows are averages, then details; so are columns.
+    quarters = dense.view(2, height // 2, 2, width // 2).transpose(1, 2).reshape(1, 4, height // 2, width // 2)
+    del dense
+    filters = torch.stack([row.outer(column) for row, column in ((low, low), (high, low), (low, high), (high, high))])
+    delta = torch.nn.functional.conv_transpose2d(quarters, filters.unsqueeze(1), stride=2)[0, 0]
+    return delta[more : more + update.rows, more : more + update.columns].to(spectrum.dtype).contiguous()

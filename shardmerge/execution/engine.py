@@ -1,0 +1,140 @@
+"""Run one shard of a plan: read → work → write.
+
+The only room that sees both files and tensors. Tensors without an update travel as bytes, in runs, and need no torch;
+the others are worked on tile by tile. Where there are any, torch is imported from the beginning in a thread of its own:
+what comes before the first of them is done meanwhile.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from shardmerge.adapters.work import missing
+from shardmerge.destinations.shard_writer import ShardWriter
+from shardmerge.errors import ShardmergeError
+from shardmerge.execution import pipeline
+from shardmerge.execution.jobs import Job, jobs, positions
+from shardmerge.execution.pipeline import Buffer
+from shardmerge.reporting.report import WorkingSet
+from shardmerge.sources.open_readers import OpenReaders
+from shardmerge.spec import BUFFER_SLACK, MergePlan, Receipt, ShardPlan, TensorPlan, Update
+from shardmerge.system.garbage import no_garbage_collection
+
+if TYPE_CHECKING:
+    from shardmerge.execution.threads import Batch
+    from shardmerge.execution.tiles import TileWorker
+
+
+class Engine:
+    """Buffers and workspace of a merge, used for every shard in turn. Close it to give back the open files."""
+
+    def __init__(self, plan: MergePlan) -> None:
+        self.plan = plan
+        self.buffers = pipeline.pool(plan.memory.buffers, plan.memory.buffer_bytes + BUFFER_SLACK)
+        self.working_set = WorkingSet([buffer.view for buffer in self.buffers])
+        # Three sets, as three threads use them. Whole tensors of an adapter may stand in for the base's; and some
+        # updates are made from the base's weight, too.
+        files = [*plan.base.files, *(file for adapter in plan.adapters for file in adapter.files)]
+        self._sources, self._factors, self._shared = OpenReaders(files), OpenReaders(files), OpenReaders(files)
+        self._worker: TileWorker | None = None
+        #: Seconds that each of the three threads has worked, or waited for the disk, for torch's import, or for those
+        #: that compute.
+        self.seconds = {"reading": 0.0, "working": 0.0, "writing": 0.0}
+        self._import = threading.Thread(target=_import_compute, name="shardmerge-import", daemon=True)
+        if any(tensor.tiles for shard in plan.shards for tensor in shard.tensors):
+            self._import.start()
+        if plan.compute_device not in ("auto", "cpu"):
+            self._compute()  # whether the device is there shows before anything is written
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+        self._sources.close()
+        self._factors.close()
+        self._shared.close()
+
+    def merge_shard(self, shard: ShardPlan, writer: ShardWriter, advance: Callable[[int], None]) -> Receipt:
+        """Write one shard through ``writer``, which is not committed. ``advance`` is told the bytes done."""
+
+        start = shard.header_bytes
+
+        def read(job: Job, buffer: Buffer) -> None:
+            source = self._sources.get(job.uri)
+            source.read_block(buffer.view, positions(job, start).read, job.read_offset, job.read_bytes)
+
+        at_work: dict[int, Batch[Any, Any]] = {}
+
+        def work(job: Job, buffer: Buffer) -> None:
+            if job.tensor is not None:
+                batch = self._compute().merge(job, job.tensor, buffer, positions(job, start))
+                if batch is not None:
+                    at_work[id(buffer)] = batch
+
+        def write(job: Job, buffer: Buffer) -> None:
+            # Other threads may still be at the buffer's last tiles, while the caller's is at the next buffer.
+            if (batch := at_work.pop(id(buffer), None)) is not None:
+                batch.wait()
+            if not job.write_bytes:
+                return
+            at = positions(job, start)
+            done = at.read if job.tensor is None else at.work
+            if done != at.write:
+                buffer.view[at.write : at.write + job.write_bytes] = buffer.view[done : done + job.write_bytes]
+            source = None
+            if job.tensor is None and writer.shares:
+                source = self._shared.get(job.uri).fileno(), job.read_offset
+            writer.write_block(buffer.view, at.write, job.write_offset, job.write_bytes, source)
+
+        pipeline.run(
+            jobs(shard, self.plan.memory.buffer_bytes),
+            self.buffers,
+            self._timed("reading", read),
+            self._timed("working", work),
+            self._timed("writing", write),
+            lambda job: advance(job.write_bytes),
+        )
+        writer.fill_up()
+        self._sources.check()
+        self._factors.check()
+        self._shared.check()  # what was read and hashed is what was shared
+        self._must_be_done(shard)
+        seen = self._worker.take() if self._worker else ((), {})
+        return Receipt(shard.name, shard.nbytes, writer.checksums.hex(), *seen)
+
+    def _timed(self, stage: str, step: Callable[[Job, Buffer], None]) -> Callable[[Job, Buffer], None]:
+        def timed(job: Job, buffer: Buffer) -> None:
+            started = time.perf_counter()
+            step(job, buffer)
+            self.seconds[stage] += time.perf_counter() - started
+
+        return timed
+
+    def _must_be_done(self, shard: ShardPlan) -> None:
+        """Stop, before the shard is committed, where an update that the plan lists was not done to all of its place."""
+        for tensor in shard.tensors:
+            if tensor.updates and (reason := missing(tensor, partial(self._given, tensor))):
+                raise ShardmergeError(f"{reason}: a fault of shardmerge, please report it; the merge was stopped")
+
+    def _given(self, tensor: TensorPlan, update: Update) -> int:
+        return self._worker.given(tensor, update) if self._worker else 0
+
+    def _compute(self) -> TileWorker:
+        if self._worker is None:
+            if self._import.is_alive():
+                self._import.join()
+            from shardmerge.execution.tiles import TileWorker
+
+            self.working_set.begin()
+            self._worker = TileWorker(self.plan, self.buffers, self._factors.get)
+        return self._worker
+
+
+def _import_compute() -> None:
+    # What goes wrong here does so again, and is told, where it is asked for.
+    with suppress(Exception), no_garbage_collection():
+        import shardmerge.execution.tiles  # noqa: F401

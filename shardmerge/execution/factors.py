@@ -1,0 +1,244 @@
+"""Factors of the target at hand, read when they are first asked for.
+
+An adapter of rank 256 of a large model weighs gigabytes; of it, only the factors of one target are in memory, and of
+those that go by rows only the rows of one tile.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardmerge.adapters.registry import FAMILIES
+from shardmerge.codecs import NUMBER_DTYPES
+from shardmerge.errors import NonFiniteError
+from shardmerge.execution.devices import Place
+from shardmerge.sources.source import Reader
+from shardmerge.spec import ALIGNMENT, DTYPE_BITS, KEPT_WHOLE_BYTES, RowRange, TensorRef, Update
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What is made of a factor: numbers of ``dtype``, among which may be ``infinite`` ones."""
+
+    dtype: torch.dtype
+    infinite: bool = False
+
+
+class LazyFactors:
+    """Reads factors and keeps the whole ones of the current target."""
+
+    def __init__(self, reader: Callable[[str], Reader], place: Place, shared_bytes: int = 0) -> None:
+        """``shared_bytes``: of factors that are kept as stored, what the next target needs not may stay so large."""
+        self._reader = reader
+        self._shared_bytes = shared_bytes
+        self._place = place
+        self._kept: dict[tuple[TensorRef, torch.dtype], Tensor] = {}
+        self._as_stored: dict[TensorRef, Tensor] = {}
+        self._built: dict[tuple[int, str], Tensor] = {}
+        self._of: dict[int, UpdateFactors] = {}
+        self._threads = torch.get_num_threads()
+        #: Held while something is read or built; several threads ask.
+        self.lock = threading.RLock()
+        #: Adapters, by number, that have had an effect since this was last cleared.
+        self.active: set[int] = set()
+
+    def begin(self, updates: Sequence[Update], dtypes: Sequence[torch.dtype]) -> None:
+        """Work on another target from here on, with the factors of each update in a dtype of ``dtypes``.
+
+        Of what was kept for the one before, what this one needs too stays: experts that the base stores one by one
+        share their adapter's factors. Two sets of them, as a layer's down_proj has others than its gate and up.
+        """
+        wanted = {(ref, dtype) for update, dtype in zip(updates, dtypes, strict=True) for _, ref in update.factors}
+        needed = {ref for ref, _ in wanted}
+        for key in [key for key in self._kept if key not in wanted]:
+            del self._kept[key]
+        room = self._shared_bytes
+        for ref in [ref for ref in reversed(self._as_stored) if ref not in needed]:  # the newest first
+            room -= ref.nbytes
+            if room < 0:
+                del self._as_stored[ref]
+        self._built.clear()
+        self._of = {
+            id(update): UpdateFactors(self, update, dtype) for update, dtype in zip(updates, dtypes, strict=True)
+        }
+
+    def of(self, update: Update) -> UpdateFactors:
+        """The factors of one of the updates that were begun with."""
+        return self._of[id(update)]
+
+    def whole(self, ref: TensorRef, made: Made) -> Tensor:
+        """A factor, kept until the target changes."""
+        if (kept := self._kept.get((ref, made.dtype))) is None:
+            kept = self._ready(ref, self._read(ref, RowRange(0, ref.shape[0])), made)
+            self._kept[ref, made.dtype] = kept
+            self._place.settle()
+        return kept
+
+    def as_stored(self, ref: TensorRef) -> Tensor:
+        """A factor in the dtype of its file and on the CPU, kept until the target changes."""
+        if (kept := self._as_stored.get(ref)) is None:
+            kept = self._stored(ref)
+            self._check(ref, kept)
+        return kept
+
+    def rows(self, ref: TensorRef, rows: RowRange, made: Made) -> Tensor:
+        """Rows of a factor. Where they lie apart in the file, the file's bytes are kept."""
+        if ref.strides is None:
+            return self._ready(ref, self._read(ref, rows), made, (rows.start,))
+        return self._ready(ref, self._stored(ref)[rows.start : rows.stop], made, (rows.start,))
+
+    def columns(self, ref: TensorRef, columns: RowRange, made: Made) -> Tensor:
+        """Columns of a matrix. Of a small one, or one kept transposed, all bytes are kept."""
+        first = (0, columns.start)
+        if ref.strides is not None or ref.nbytes <= KEPT_WHOLE_BYTES:
+            return self._ready(ref, self._stored(ref)[:, columns.start : columns.stop], made, first)
+        if columns == RowRange(0, ref.shape[1]):
+            return self._ready(ref, self._read(ref, RowRange(0, ref.shape[0])), made, first)
+        return self._ready(ref, self._read_columns(ref, columns), made, first)
+
+    def built(self, update: Update, name: str, build: Callable[[], Tensor]) -> Tensor:
+        """What ``build`` made, kept until the target changes.
+
+        It is built with the threads that torch takes by itself, as PEFT's is: the bits of a decomposition depend on it.
+        """
+        key = (id(update), name)
+        if (kept := self._built.get(key)) is None:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(self._threads)
+            try:
+                kept = self._built[key] = build()
+            finally:
+                torch.set_num_threads(threads)
+            self._place.settle()
+        return kept
+
+    def _stored(self, ref: TensorRef) -> Tensor:
+        if (stored := self._as_stored.get(ref)) is None:
+            stored = self._as_stored[ref] = self._read(ref, RowRange(0, ref.shape[0]))
+        return stored
+
+    def _ready(self, ref: TensorRef, stored: Tensor, made: Made, first: tuple[int, ...] = ()) -> Tensor:
+        device, dtype = self._place.device, made.dtype
+        if not stored.dtype.is_floating_point:
+            return stored.to(device).to(torch.int64).contiguous()
+        self._check(ref, stored, first, made.infinite)
+        if device.type != "cpu" or stored.numel() * dtype.itemsize <= KEPT_WHOLE_BYTES:
+            return stored.to(device).to(dtype).contiguous()
+        memory, _, start = _memory(stored.numel() * dtype.itemsize)
+        ready = torch.frombuffer(memory, dtype=dtype, offset=start, count=stored.numel()).view(stored.shape)
+        return ready.copy_(stored)
+
+    def _check(self, ref: TensorRef, stored: Tensor, first: tuple[int, ...] = (), infinite: bool = False) -> None:
+        """Stop at a value that is not finite, or not even ``infinite``; ``first`` is where in the factor it begins."""
+        # Asked of the least and the largest, as a mask of them all would take memory.
+        if not stored.numel():
+            return
+        bounds = [float(bound) for bound in torch.aminmax(stored)]
+        if any(map(math.isnan, bounds)) or not (infinite or all(map(math.isfinite, bounds))):
+            wrong = torch.isnan(stored) if infinite else ~torch.isfinite(stored)
+            index = wrong.nonzero()[0].tolist()
+            value = float(stored[tuple(index)])
+            index = [at + (first[axis] if axis < len(first) else 0) for axis, at in enumerate(index)]
+            if ref.is_transposed:
+                index.reverse()
+            raise NonFiniteError(f"{ref.uri}: {ref.name} holds {value} at {index}; the merge was stopped")
+
+    def _read(self, ref: TensorRef, rows: RowRange) -> Tensor:
+        row = math.prod(ref.shape[1:]) * DTYPE_BITS[ref.dtype] // 8
+        offset, size = ref.offset + rows.start * row, len(rows) * row
+        if ref.strides is not None:
+            offset, size = ref.offset, ref.nbytes
+        memory, view, start = _memory(size)
+        self._reader(ref.uri).read_into(offset, view)
+        dtype = NUMBER_DTYPES[ref.dtype]
+        flat = torch.frombuffer(memory, dtype=dtype, offset=start, count=size // dtype.itemsize)
+        shape = (len(rows), *ref.shape[1:])
+        return flat.view(shape) if ref.strides is None else flat.as_strided(shape, ref.strides)
+
+    def _read_columns(self, ref: TensorRef, columns: RowRange) -> Tensor:
+        height, width = ref.shape
+        dtype = NUMBER_DTYPES[ref.dtype]
+        part = len(columns) * dtype.itemsize
+        memory, view, start = _memory(height * part)
+        reader = self._reader(ref.uri)
+        for row in range(height):
+            offset = ref.offset + (row * width + columns.start) * dtype.itemsize
+            reader.read_into(offset, view[row * part : (row + 1) * part])
+        flat = torch.frombuffer(memory, dtype=dtype, offset=start, count=height * len(columns))
+        return flat.view(height, len(columns))
+
+
+def _memory(size: int) -> tuple[bytearray | mmap.mmap, memoryview, int]:
+    """``size`` bytes, aligned as MKL likes them: the memory, a view of them, and where in it they begin.
+
+    Much memory is asked of the system, to which it goes back at once: malloc would keep it, in pieces.
+    """
+    if size > KEPT_WHOLE_BYTES:
+        pages = mmap.mmap(-1, size)
+        return pages, memoryview(pages), 0
+    memory = bytearray(size + ALIGNMENT)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % ALIGNMENT
+    return memory, memoryview(memory)[start : start + size], start
+
+
+class UpdateFactors:
+    """The factors of one update, by role; what a family's ``apply`` is given."""
+
+    def __init__(self, loader: LazyFactors, update: Update, dtype: torch.dtype) -> None:
+        self._loader = loader
+        self._update = update
+        # An infinity that is copied may be one that the base holds, too: that is seen where it is put.
+        self._made = Made(dtype, infinite=not FAMILIES[update.family].computes)
+        self._wholes: dict[str, Tensor] = {}
+
+    def whole(self, role: str) -> Tensor:
+        # Asked for by every tile, so looked up without the lock and without hashing what says where it lies.
+        if (found := self._wholes.get(role)) is None:
+            with self._loader.lock:
+                found = self._wholes[role] = self._seen(role, self._loader.whole(self._update.factor(role), self._made))
+        return found
+
+    def as_stored(self, role: str) -> Tensor:
+        with self._loader.lock:
+            return self._seen(role, self._loader.as_stored(self._update.factor(role)))
+
+    def rows(self, role: str, rows: RowRange) -> Tensor:
+        """Rows of a factor. A small factor is kept whole."""
+        ref, shuffle = self._update.factor(role), self._update.place.shuffle
+        if shuffle is not None:
+            return self.whole(role)[self._shuffled(shuffle, rows)]
+        if ref.nbytes <= KEPT_WHOLE_BYTES:
+            part = self.whole(role)[rows.start : rows.stop]
+            return part if part.data_ptr() % ALIGNMENT == 0 else part.clone()
+        with self._loader.lock:
+            return self._seen(role, self._loader.rows(ref, rows, self._made))
+
+    def columns(self, role: str, columns: RowRange) -> Tensor:
+        with self._loader.lock:
+            return self._seen(role, self._loader.columns(self._update.factor(role), columns, self._made))
+
+    def kept(self, name: str, build: Callable[[], Tensor]) -> Tensor:
+        with self._loader.lock:
+            return self._loader.built(self._update, name, build)
+
+    def _shuffled(self, shuffle: tuple[int, int, int], rows: RowRange) -> Tensor:
+        """The matrix's rows that lie, in this order, at stored rows which the window counts as ``rows``."""
+        start = self._update.place.start
+        _, outer, inner = shuffle
+        stored = torch.arange(rows.start - start, rows.stop - start)
+        group, rest = stored // (outer * inner), stored % (outer * inner)
+        return start + group * outer * inner + rest % inner * outer + rest // inner
+
+    def _seen(self, role: str, factor: Tensor) -> Tensor:
+        active, adapter = self._loader.active, self._update.adapter
+        tells = role in FAMILIES[self._update.family].zero_means_nothing
+        if adapter not in active and tells and bool(factor.any()):
+            active.add(adapter)
+        return factor

@@ -1,0 +1,90 @@
+"""How much of an update survives the one rounding at the end.
+
+A base in bfloat16 keeps 8 significant bits. An update far below half a unit of the weights that it is added to leaves
+most of them as they were, and the merged model then is not what base + adapter was. Of each updated tensor a sample of
+rows is looked at while it is merged: ΔW = W' − W before it is rounded, and what is left of it after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardmerge.adapters.registry import FAMILIES
+from shardmerge.codecs import TORCH_DTYPES
+from shardmerge.spec import Fidelity, RowRange, TensorPlan
+
+#: Of so many tiles one is looked at, but of every tensor at least one and at most a few; and of it so many elements.
+_ONE_OF = 16
+_MOST = 4
+_ELEMENTS = 1 << 13
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Rows of a tile, every ``step``-th, as they were before the update."""
+
+    step: int
+    before: Tensor
+
+
+class Sampler:
+    """Looks at the tensors of a shard. Threads may share it, as each only adds to a list."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[str, int, Fidelity]] = []
+        self._tensor: TensorPlan | None = None
+        self._chosen: frozenset[int] = frozenset()
+
+    def begin(self, tensor: TensorPlan) -> None:
+        """Choose tiles of a tensor, evenly spread; before its first tile comes."""
+        if tensor is not self._tensor:
+            self._tensor = tensor
+            starts = [rows.start for rows in tensor.ranges()] if _is_changed(tensor) else []
+            count = min(max(1, len(starts) // _ONE_OF), _MOST, len(starts))
+            self._chosen = frozenset(starts[len(starts) * (2 * part + 1) // (2 * count)] for part in range(count))
+
+    def before(self, rows: RowRange, stored: Tensor) -> Sample | None:
+        """What a chosen tile holds before the update; ``stored`` may be overwritten afterwards."""
+        if rows.start not in self._chosen:
+            return None
+        step = max(1, stored.numel() // _ELEMENTS)
+        return Sample(step, stored[::step].to(torch.float32, copy=True))
+
+    def after(self, tensor: TensorPlan, rows: RowRange, sample: Sample, exact: Tensor, rounded: Tensor) -> None:
+        """See the tile after the update, before and after it was rounded."""
+        step = sample.step
+        before, merged, stored = (
+            of.flatten().to(torch.float32) for of in (sample.before, exact[::step], rounded[::step])
+        )
+        if not bool((finite := torch.isfinite(before)).all()):  # an infinity that stays is no update
+            before, merged, stored = (torch.where(finite, of, 0.0) for of in (before, merged, stored))
+        update = merged - before
+        # What the base itself loses where it is stored in more bits is not the update's.
+        without = before.to(TORCH_DTYPES[tensor.out.dtype]).to(torch.float32)
+        kept = stored - without
+        seen = Fidelity(
+            weight=float(before.dot(before)),
+            update=float(update.dot(update)),
+            kept=float(kept.dot(update)),
+            unchanged=before.numel() - int(kept.count_nonzero()),
+            elements=before.numel(),
+        )
+        self._seen.append((tensor.source.name, rows.start, seen))
+
+    def take(self) -> Mapping[str, Fidelity]:
+        """What was seen since the last time, by the tensor's name. The order of the threads does not matter."""
+        seen, self._seen = sorted(self._seen, key=lambda item: item[:2]), []
+        result: dict[str, Fidelity] = {}
+        for name, _, fidelity in seen:
+            result[name] = result[name] + fidelity if name in result else fidelity
+        return result
+
+
+def _is_changed(tensor: TensorPlan) -> bool:
+    """Whether something is done to numbers of the base. Where a tensor is replaced, nothing can be lost."""
+    families = [update.family for update in tensor.updates if FAMILIES[update.family].changes_weight]
+    return bool(families) and "replacement" not in families

@@ -1,0 +1,150 @@
+"""Three stages over one fixed pool of buffers: read → work → write.
+
+Reading and writing have a thread each; the work is done by the caller's thread, which is also where errors and progress
+surface. The pool bounds everything: who wants a buffer waits until one comes back. An error or an interrupt in any
+stage stops the others, and no thread outlives `run`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+from shardmerge.system.aligned_memory import pages
+
+Item = TypeVar("Item")
+Job = TypeVar("Job")
+
+
+class Buffer:
+    """Page-aligned memory that is used again and again."""
+
+    def __init__(self, view: memoryview) -> None:
+        self.view = view
+
+
+def pool(count: int, size: int) -> list[Buffer]:
+    """Buffers of ``size`` bytes, a whole number of pages, side by side in one piece of memory."""
+    memory = pages(count * size)
+    return [Buffer(memory[start : start + size]) for start in range(0, count * size, size)]
+
+
+class StoppedError(Exception):
+    """Raised in a stage that waits, when another stage has failed or finished early."""
+
+
+class Channel(Generic[Item]):
+    """A queue whose waiters can be woken for good. Its length is bounded by the pool, not by itself."""
+
+    def __init__(self, items: Iterable[Item] = ()) -> None:
+        self._items = deque(items)
+        self._changed = threading.Condition()
+        self._stopped = False
+
+    def put(self, item: Item) -> None:
+        with self._changed:
+            self._items.append(item)
+            self._changed.notify()
+
+    def get(self) -> Item:
+        with self._changed:
+            while not self._items:
+                if self._stopped:
+                    raise StoppedError
+                self._changed.wait()
+            if self._stopped:
+                raise StoppedError
+            return self._items.popleft()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+
+class _Pipeline(Generic[Job]):
+    def __init__(
+        self,
+        jobs: Iterable[Job],
+        buffers: Iterable[Buffer],
+        read: Callable[[Job, Buffer], None],
+        write: Callable[[Job, Buffer], None],
+    ) -> None:
+        self.jobs = jobs
+        self.read = read
+        self.write = write
+        self.free = Channel(buffers)
+        self.filled: Channel[tuple[Job, Buffer] | None] = Channel()
+        self.ready: Channel[tuple[Job, Buffer] | None] = Channel()
+        self.error: BaseException | None = None
+        self._error_lock = threading.Lock()
+
+    def reading(self) -> None:
+        for job in self.jobs:
+            buffer = self.free.get()
+            self.read(job, buffer)
+            self.filled.put((job, buffer))
+        self.filled.put(None)
+
+    def writing(self) -> None:
+        while (entry := self.ready.get()) is not None:
+            job, buffer = entry
+            self.write(job, buffer)
+            self.free.put(buffer)
+
+    def guarded(self, stage: Callable[[], None]) -> None:
+        try:
+            stage()
+        except StoppedError:
+            pass
+        except BaseException as error:
+            with self._error_lock:
+                self.error = self.error or error
+            self.stop()
+
+    def stop(self) -> None:
+        for channel in (self.free, self.filled, self.ready):
+            channel.stop()
+
+
+def run(
+    jobs: Iterable[Job],
+    buffers: Iterable[Buffer],
+    read: Callable[[Job, Buffer], None],
+    work: Callable[[Job, Buffer], None],
+    write: Callable[[Job, Buffer], None],
+    done: Callable[[Job], None],
+) -> None:
+    """Take every job through the three stages, in order.
+
+    ``jobs`` is consumed, and ``read`` called, in the reading thread; ``write`` in the writing thread; ``work`` and
+    ``done`` in the caller's. ``done`` is called when a job's work is handed to the writer. Raises what the first
+    failing stage raised.
+    """
+    pipeline = _Pipeline(jobs, buffers, read, write)
+    threads = [
+        threading.Thread(target=pipeline.guarded, args=(stage,), name=f"shardmerge-{name}", daemon=True)
+        for name, stage in (("read", pipeline.reading), ("write", pipeline.writing))
+    ]
+    started: list[threading.Thread] = []
+    try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+        while (entry := pipeline.filled.get()) is not None:
+            job, buffer = entry
+            work(job, buffer)
+            pipeline.ready.put(entry)
+            done(job)
+        pipeline.ready.put(None)
+        threads[1].join()
+    except StoppedError:
+        pass  # the stage that failed says why
+    finally:
+        pipeline.stop()
+        for thread in started:  # the system may have refused one
+            thread.join()
+    if pipeline.error is not None:
+        raise pipeline.error

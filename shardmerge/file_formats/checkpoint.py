@@ -1,0 +1,143 @@
+"""Index and headers of a base → weights, as `TensorRef`s. No tensor data is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shardmerge.errors import FormatError
+from shardmerge.file_formats.checkpoint_choice import Choice, choose
+from shardmerge.file_formats.checkpoint_files import (
+    INDEX_SUFFIX,
+    MAX_DEPTH,
+    MAX_INDEX_BYTES,
+    MAX_JSON_BYTES,
+    Shard,
+    index_of_stem,
+    is_index,
+    read_index,
+    read_json,
+    read_json_value,
+    read_shard,
+    stem_of_index,
+)
+from shardmerge.sources.source import Source, directory_of
+from shardmerge.spec import CheckpointInfo, Weight
+
+__all__ = [
+    "INDEX_SUFFIX",
+    "MAX_DEPTH",
+    "MAX_INDEX_BYTES",
+    "MAX_JSON_BYTES",
+    "Checkpoint",
+    "Shard",
+    "index_of_stem",
+    "is_index",
+    "open_checkpoint",
+    "read_index",
+    "read_json",
+    "read_json_value",
+    "read_shard",
+    "stem_of_index",
+]
+
+
+#: Names that a message lists of many.
+_SHOWN = 5
+#: Endings of what lies beside a file while it is downloaded.
+_UNFINISHED = (".aria2", ".part", ".crdownload", ".incomplete")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A base model as it is stored."""
+
+    source: Source
+    shards: tuple[Shard, ...]
+    weights: Mapping[str, Weight]
+    index_name: str | None
+    index_metadata: Mapping[str, Any]
+    #: config.json, or an empty dictionary where there is none.
+    config: Mapping[str, Any]
+    #: What a person should know about which files were taken for the base.
+    notes: tuple[str, ...] = ()
+
+    @property
+    def model_type(self) -> str | None:
+        value = self.config.get("model_type")
+        return value if isinstance(value, str) else None
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """Whether transformers makes the output head share the input embedding when it loads this model."""
+        inner = self.config.get("text_config")
+        inner_value = inner.get("tie_word_embeddings") if isinstance(inner, dict) else None
+        return bool(self.config.get("tie_word_embeddings", inner_value))
+
+    def info(self) -> CheckpointInfo:
+        return CheckpointInfo(
+            location=self.source.location,
+            revision=self.source.revision,
+            nbytes=sum(shard.file.size for shard in self.shards),
+            shards=len(self.shards),
+            tensors=len(self.weights),
+            model_type=self.model_type,
+            files=tuple(shard.file for shard in self.shards),
+        )
+
+
+def open_checkpoint(source: Source) -> Checkpoint:
+    """Read the index and every header. Raises `FormatError` or `SourceError`."""
+    directory = directory_of(source)
+    names = source.names()
+    if names and directory is not source and is_index(names[0]):
+        raise FormatError(f"{source.location}: an index alone is no model; give the directory {directory.location}")
+    config = read_json(directory, directory.names(), "config.json")
+    choice = choose(source, names, None if directory is not source else config.get("transformers_weights"))
+    _refuse_unfinished(source, directory.names(), choice)
+    shards = tuple(read_shard(source, name) for name in choice.files)
+    weights = _weights(source, shards)
+    notes = (*choice.notes, *_check_index(source, choice, weights))
+    return Checkpoint(source, shards, weights, choice.index_name, choice.index_metadata, config, notes)
+
+
+def _refuse_unfinished(source: Source, names: Sequence[str], choice: Choice) -> None:
+    """aria2 and browsers write a file at its full size, with holes, and another beside it until it is done."""
+    marks = [name + ending for name in choice.files for ending in _UNFINISHED]
+    if found := sorted(set(marks).intersection(names)):
+        raise FormatError(f"{source.location}: {found[0]} is there: the download of that file is incomplete; resume it")
+
+
+def _weights(source: Source, shards: tuple[Shard, ...]) -> dict[str, Weight]:
+    weights: dict[str, Weight] = {}
+    for shard in shards:
+        for ref in shard.tensors:
+            if ref.name in weights:
+                raise FormatError(
+                    f"{source.location}: the tensor {ref.name!r} is stored twice, in {weights[ref.name].shard} and in "
+                    f"{shard.name}; if these are two models, give the path of the one to use"
+                )
+            weights[ref.name] = Weight(ref.name, (("weight", ref),), shard.name)
+    return weights
+
+
+def _check_index(source: Source, choice: Choice, weights: Mapping[str, Weight]) -> list[str]:
+    """Notes on what an index leaves out; `FormatError` where it names what is not there."""
+    weight_map = choice.weight_map
+    wrong = [name for name, file in weight_map.items() if name not in weights or weights[name].shard != file]
+    if wrong:
+        raise FormatError(
+            f"{source.location}: {choice.index_name} names {len(wrong)} tensors that are not in the file it gives for "
+            f"them, for example {wrong[0]!r:.200} in {weight_map[wrong[0]]}"
+        )
+    left_out = [name for name in weights if name not in weight_map] if weight_map else []
+    if not left_out:
+        return []
+    # transformers and vLLM load every tensor of the files that an index names; llama.cpp's converter refuses these.
+    shown = ", ".join(f"{name!r:.200} in {weights[name].shard}" for name in left_out[:_SHOWN])
+    return [
+        f"{source.location}: {choice.index_name} leaves out {len(left_out)} tensors of the shards that it names: "
+        f"{shown}{' …' if len(left_out) > _SHOWN else ''}. Programs that load the shards load them, so they are merged "
+        "and are in the index of the output"
+    ]

@@ -1,0 +1,171 @@
+"""Questions from stdin or a person, and answers as they come."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TextIO
+
+from shardmerge.errors import ConfigError, ShardmergeError
+from shardmerge.inference.chat.commands import HELP, command, for_model
+from shardmerge.inference.chat.history import History
+from shardmerge.inference.chat.model import Chat
+from shardmerge.inference.chat.terminal import Terminal
+from shardmerge.inference.hf import Message
+from shardmerge.system.terminal_text import one_line, shown, shown_answer
+
+DEFAULT_MAX_NEW_TOKENS = 512
+
+
+def once(
+    chat: Chat,
+    prompt: str,
+    *,
+    system: str | None = None,
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+    quiet: bool = False,
+) -> tuple[str, str]:
+    """Write the answer to ``prompt`` to stdout, unless ``quiet``; returns both.
+
+    The prompt ``-`` stands for what is on stdin.
+    """
+    try:
+        text = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt on stdin is not text: {error}") from error
+    if not text.strip():
+        raise ConfigError("the prompt is empty")
+    history = _opening(system)
+    muted = contextlib.nullcontext() if quiet or not sys.stdout.isatty() else Terminal(sys.stdin).muted()
+    with muted:
+        _exchange(chat, history, text, max_new_tokens, _unheard if quiet else _say)
+    return text, history[-1]["content"] if history[-1:] and history[-1]["role"] == "assistant" else ""
+
+
+def loop(chat: Chat, *, system: str | None = None, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS) -> None:
+    """Answer line after line of stdin until it ends or says ``/exit`` or ``/quit``; see `commands`.
+
+    On a terminal Ctrl-C stops the answer or drops the line, and an error is reported and survived; elsewhere both end
+    it. What is typed during an answer is not shown: a terminal that edits lines has it as the next, another drops it.
+    """
+    talk = _Conversation(chat, system, max_new_tokens)
+    survived: tuple[type[BaseException], ...] = ()
+    if talk.interactive:
+        survived = (KeyboardInterrupt, ShardmergeError, UnicodeError)
+        _notice("/help lists the commands, /exit or Ctrl-D leaves, Ctrl-C stops an answer")
+    try:
+        while True:
+            try:
+                if not talk.step():
+                    return
+            except survived as error:
+                _notice("\n(stopped)" if isinstance(error, KeyboardInterrupt) else f"error: {one_line(str(error))}")
+    finally:
+        talk.terminal.restore()
+
+
+@dataclass
+class _Conversation:
+    """What was said so far, and with whom."""
+
+    chat: Chat
+    system: str | None
+    max_new_tokens: int
+    history: list[Message] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.history = _opening(self.system)
+        self.terminal = Terminal(sys.stdin)
+        self.interactive = sys.stdin.isatty()
+        # readline must write the prompt itself to know where the cursor is, and writes it to stdout.
+        self.editing = self.interactive and sys.stdout.isatty()
+        self.lines = History() if self.editing else None
+
+    def step(self) -> bool:
+        """One line and what follows from it; False where it was the last."""
+        try:
+            line = self._line()
+        except EOFError:
+            if self.interactive:
+                _notice("")  # Ctrl-D leaves the cursor behind the prompt
+            return False
+        said = command(line)
+        if said is not None:
+            return self._obey(*said)
+        if line.strip():
+            with self.terminal.muted(forget=not self.editing):
+                _exchange(self.chat, self.history, for_model(line), self.max_new_tokens, _say)
+        return True
+
+    def _line(self) -> str:
+        self.terminal.restore()  # also where Ctrl-C came just when an answer had ended
+        if self.interactive and not self.editing:
+            print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            line = input("> " if self.editing else "")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"a line of the conversation is not text: {error}") from error
+        if self.lines is not None:
+            self.lines.keep()
+        return line
+
+    def _obey(self, name: str, text: str) -> bool:
+        if name == "/help":
+            _notice(HELP)
+        elif name == "/reset":
+            self.history = _opening(self.system)
+            _notice("the conversation is forgotten")
+        elif name == "/system":
+            self._set_system(text)
+        return name not in ("/exit", "/quit")
+
+    def _set_system(self, text: str) -> None:
+        if not text:
+            _notice(f"what the model is told before the conversation: {self.system or 'nothing'}")
+            return
+        self.system = text
+        self.history = _opening(text)
+        _notice("the conversation is forgotten; the model is told this before the next")
+
+
+def _exchange(
+    chat: Chat, history: list[Message], prompt: str, max_new_tokens: int, stream_to: Callable[[str], object]
+) -> None:
+    """One question and its answer, which join ``history`` as far as they came."""
+    asked = {"role": "user", "content": prompt}
+    heard: list[str] = []
+
+    def hear(piece: str) -> None:
+        heard.append(piece)
+        stream_to(piece)
+
+    try:
+        chat.answer([*history, asked], max_new_tokens, hear)
+    finally:
+        if heard:  # an answer stopped before its first word leaves nothing that a template could show
+            stream_to("\n")
+            history += [asked, {"role": "assistant", "content": "".join(heard)}]
+
+
+def _opening(system: str | None) -> list[Message]:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _say(piece: str) -> None:
+    _write(sys.stdout, shown_answer(piece) if sys.stdout.isatty() else piece)
+
+
+def _unheard(piece: str) -> None:
+    pass
+
+
+def _notice(text: str) -> None:
+    _write(sys.stderr, shown(text) + "\n")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Print; characters that the stream's encoding lacks, halves of surrogate pairs among them, as escapes."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), end="", file=stream, flush=True)

@@ -1,0 +1,79 @@
+"""A model that answers, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardmerge.errors import ConfigError
+from shardmerge.inference import hf
+from shardmerge.inference.hf import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A model that answers; made by `load`."""
+
+    tokenizer: Any
+    model: Any
+    #: The plain template in use, which has room for the last prompt only; ``None``: the tokenizer's chat template.
+    template: str | None
+
+    def answer(self, messages: Sequence[Message], max_new_tokens: int, stream_to: Callable[[str], object]) -> str:
+        """The greedy continuation of ``messages``, the last of which is the user's.
+
+        ``stream_to`` is called with each piece of text as soon as it is certain; the pieces add up to what is returned.
+        """
+        if max_new_tokens < 1:
+            raise ConfigError(f"max new tokens is {max_new_tokens}; expected 1 or more")
+        streamer = Streamer(self._decode, stream_to)
+        with hf.quiet():
+            encoded = hf.encode(self.tokenizer, self.template, messages)
+            inputs = {name: tensor.to(self.model.device) for name, tensor in encoded.items()}
+            limits = {"max_new_tokens": max_new_tokens, "eos_token_id": hf.stop_ids(self.model, self.tokenizer)}
+            try:
+                self.model.generate(**inputs, **limits, **hf.GREEDY, streamer=streamer)
+            except IndexError as error:  # learned position embeddings end where the context does
+                raise ConfigError("prompt and answer are longer than the model's context") from error
+        return streamer.text
+
+    def _decode(self, ids: list[int]) -> str:
+        # Clean-up takes back a space that was already streamed ("word ," becomes "word,").
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+@dataclass
+class Streamer:
+    """What ``generate`` pushes tokens into: the prompt first, then each new token, then ``end``."""
+
+    decode: Callable[[list[int]], str]
+    stream_to: Callable[[str], object]
+    text: str = ""
+    ids: list[int] | None = None
+
+    def put(self, tokens: Any) -> None:
+        self.ids = [] if self.ids is None else self.ids + tokens.tolist()
+        # A character that lacks some of its bytes decodes to U+FFFD until the next tokens bring them.
+        self._emit(self.decode(self.ids).rstrip("\ufffd"))
+
+    def end(self) -> None:
+        self._emit(self.decode(self.ids or []))
+
+    def _emit(self, whole: str) -> None:
+        piece = whole[len(self.text) :]
+        self.text += piece
+        if piece:
+            self.stream_to(piece)
+
+
+def load(path: str, template: str | None = None) -> Chat:
+    """The model in the directory ``path``, in its stored dtype; never from the network, never running its code.
+
+    ``template`` replaces the tokenizer's chat template; ``\\n`` in it, typed as two characters, is a newline.
+    """
+    hf.check_template(template)
+    hf.check_directory(Path(path))
+    tokenizer = hf.load_tokenizer(path)
+    return Chat(tokenizer, hf.load_model(path), hf.template_for(tokenizer, template))

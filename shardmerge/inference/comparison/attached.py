@@ -1,0 +1,244 @@
+"""Base + adapter, not merged: what a merged model is compared with.
+
+PEFT's adapters are PEFT's own to load; of a pickle it takes tensors alone, after `file_formats.torch_pickle` has.
+Those that have no config for it are rebuilt from the formula of the layer that trained them, on every module's output:
+y = base(x) + x A B · scale, with A (in, r) and B (r, out). No code of `adapters.registry` is called, nor of the
+engine: a mistake there must not repeat itself here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardmerge.config.schema import AdapterConfig
+from shardmerge.errors import ConfigError
+from shardmerge.file_formats.adapter_file import AdapterFile
+from shardmerge.inference.comparison.beside import Whole, folder_for_peft, put_wholes
+from shardmerge.inference.hf import library, quiet, reason
+from shardmerge.key_mapping.naming import module_name, nearest
+from shardmerge.verification.reading import Factor, Files
+from shardmerge.verification.scaling import alpha_said
+
+#: Methods whose layers have a ``scaling`` by adapter that ΔW is linear in, so that ``weight`` can be put on it.
+_SCALED = ("LORA", "LOHA", "LOKR")
+#: What PEFT keeps once and tells of at every layer.
+_SHARED = ("vblora_vector_bank", "unilora_theta_d")
+#: Keys of a pair by format: the module, and which of the two it is.
+_KEYS = {
+    "pure-pytorch": re.compile(r"(?P<module>.+)\.(?P<role>[AB])"),
+    "mlx": re.compile(r"(?P<module>.+)\.lora_(?P<role>[ab])"),
+    "peft": re.compile(r"(?P<module>.+)\.lora_(?P<role>[AB])(\.\w+)?\.weight"),
+}
+_VERIFY = "`shardmerge verify` checks such a merge without loading the model"
+
+
+@dataclass
+class Attached:
+    """A base with adapters on it, which can be put aside."""
+
+    #: Answers as base + adapters do.
+    model: Any
+    _peft: Any = None
+    _formulas: list[Formula] = field(default_factory=list)
+    #: Weights that were trained in full.
+    _wholes: list[Whole] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+        for formula in self._formulas:  # no parts of the model
+            formula.a, formula.b = formula.a.to(device), formula.b.to(device)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within, the model is the base alone."""
+        with self._peft.disable_adapter() if self._peft is not None else contextlib.nullcontext():
+            self._switch(on=False)
+            try:
+                yield
+            finally:
+                self._switch(on=True)
+
+    def _switch(self, *, on: bool) -> None:
+        for formula in self._formulas:
+            formula.on = on
+        for whole in self._wholes:
+            whole.put(trained=on)
+
+
+@dataclass
+class Formula:
+    """One pair of factors, added to what a module puts out."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    on: bool = True
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + inputs[0] @ self.a @ self.b * self.scale if self.on else output
+
+
+def attach(model: Any, adapters: Sequence[tuple[AdapterFile, AdapterConfig]], vocabulary: int) -> Attached:
+    """Put the adapters on a base, in place. ``vocabulary`` is the merged model's number of tokens.
+
+    `ConfigError` for what neither PEFT nor the formula can load or compose.
+    """
+    if model.get_input_embeddings().weight.shape[0] < vocabulary:
+        # The adapter brings its own rows; PEFT only has to find room for them.
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    wholes = [whole for of in adapters for whole in put_wholes(model, *of)]
+    by_peft = [of for of in adapters if _is_pefts(*of)]
+    _check_composition(by_peft, len(adapters))
+    formulas = [formula for of in adapters if not _is_pefts(*of) for formula in _formulas(model, *of)]
+    return Attached(model, _with_peft(model, by_peft) if by_peft else None, formulas, wholes)
+
+
+def _is_pefts(adapter: AdapterFile, entry: AdapterConfig) -> bool:
+    return adapter.format(entry.format) == "peft" and adapter.config is not None
+
+
+# --- PEFT -------------------------------------------------------------------------------------------------------------
+
+
+def _check_composition(adapters: Sequence[tuple[AdapterFile, AdapterConfig]], count: int) -> None:
+    """Several adapters are only the same in PEFT and in a merge where each adds to the base's own weight."""
+    for adapter, entry in adapters:
+        config, where = adapter.config or {}, adapter.source.location
+        if config.get("megatron_config"):
+            # A module of a stranger's choice, which may lie in the working directory.
+            module = f"{config.get('megatron_core')!r:.80}"
+            raise ConfigError(
+                f"{where}: PEFT would import the module that its megatron_core names, {module}; {_VERIFY}"
+            )
+        if entry.prefix:
+            raise ConfigError(f"{where}: PEFT cannot load a part of an adapter (prefix {entry.prefix!r}); {_VERIFY}")
+        if entry.weight != 1 and (adapter.family not in _SCALED or config.get("use_dora")):
+            raise ConfigError(f"{where}: PEFT has no weight for {_method(adapter)}, found {entry.weight:g}; {_VERIFY}")
+        if count > 1 and (adapter.family != "LORA" or config.get("use_dora")):
+            raise ConfigError(
+                f"{where}: {_method(adapter)} does more than add to the base, and PEFT applies several adapters "
+                f"otherwise than one after the other; {_VERIFY}"
+            )
+
+
+def _method(adapter: AdapterFile) -> str:
+    return "DoRA" if (adapter.config or {}).get("use_dora") else adapter.family
+
+
+def _with_peft(model: Any, adapters: Sequence[tuple[AdapterFile, AdapterConfig]]) -> Any:
+    peft = library("peft")
+    wrapped: Any = None
+    names = [f"compared{number}" for number in range(len(adapters))]
+    for name, (adapter, entry) in zip(names, adapters, strict=True):
+        where = adapter.source.location
+        try:
+            with quiet(), folder_for_peft(adapter) as folder:
+                if wrapped is None:
+                    wrapped = peft.PeftModel.from_pretrained(model, folder, adapter_name=name)
+                # Once more for the first, as only this says what was loaded.
+                found = wrapped.load_adapter(folder, name, torch_device="cpu")
+        except Exception as error:  # PEFT has no error class of its own
+            raise ConfigError(f"{where}: PEFT cannot load this adapter: {reason(error)}. {_VERIFY}") from error
+        missing = (key for key in found.missing_keys if not any(part in key for part in _SHARED))
+        if lost := sorted({*found.unexpected_keys, *missing}):
+            raise ConfigError(
+                f"{where}: PEFT does not load this adapter whole, so there is nothing to compare with: "
+                f"{len(lost)} of its tensors have no place, such as {lost[0]}. {_VERIFY}"
+            )
+        if entry.weight != 1:
+            _weigh(wrapped, name, entry.weight)
+    try:
+        wrapped.base_model.set_adapter(names if len(names) > 1 else names[0])
+    except Exception as error:
+        raise ConfigError(f"PEFT cannot apply these adapters together: {reason(error)}. {_VERIFY}") from error
+    return wrapped.eval()
+
+
+def _weigh(model: nn.Module, name: str, weight: float) -> None:
+    for module in model.modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict) and name in scaling:
+            scaling[name] *= weight
+
+
+# --- the formula ------------------------------------------------------------------------------------------------------
+
+
+def _formulas(model: Any, adapter: AdapterFile, entry: AdapterConfig) -> list[Formula]:
+    kind, where = adapter.format(entry.format), adapter.source.location
+    if kind not in _KEYS or "lora_adapter_metadata" in adapter.metadata:
+        of = f"of the format {kind}" if kind not in _KEYS else "with lora_adapter_metadata in their header"
+        raise ConfigError(f"{where}: adapters {of} cannot be loaded beside their base here; {_VERIFY}")
+    tensors = {name: tensor for name, tensor in _read(adapter).items() if name.startswith(entry.prefix or "")}
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if match := _KEYS[kind].fullmatch(name):
+            pairs.setdefault(match["module"], {})[match["role"].lower()] = tensor
+        elif not _is_no_factor(kind, name):
+            raise ConfigError(f"{where}: {name} is no factor of LoRA, which is all that can be rebuilt here; {_VERIFY}")
+    if halves := [name for name, pair in pairs.items() if len(pair) < 2]:
+        raise ConfigError(f"{where}: {halves[0]} has one factor, expected two")
+    return [
+        _attach_pair(model, where, name, pair, _scale(kind, adapter, entry, name, pair), kind)
+        for name, pair in pairs.items()
+    ]
+
+
+def _is_no_factor(kind: str, name: str) -> bool:
+    """Whether it is a number, or a copy of the base."""
+    return name.endswith(".alpha") or (kind == "pure-pytorch" and ".original." in name)
+
+
+def _scale(kind: str, adapter: AdapterFile, entry: AdapterConfig, module: str, pair: Mapping[str, Tensor]) -> float:
+    if kind == "mlx":
+        scale = float((adapter.config or {})["lora_parameters"]["scale"])
+    elif entry.scaling is not None:
+        scale = entry.scaling
+    else:
+        a = pair["a"]
+        alpha = entry.alpha if entry.alpha is not None else alpha_said(adapter, f"{module}.alpha")
+        # Where nothing says it, the merge took 1.
+        scale = 1.0 if alpha is None else alpha / (a.shape[0] if kind == "peft" else a.shape[1])
+    return scale * entry.weight
+
+
+def _attach_pair(model: Any, where: str, name: str, pair: Mapping[str, Tensor], scale: float, kind: str) -> Formula:
+    module = _find(model, where, module_name(name))
+    a, b = (pair[role].T if kind == "peft" else pair[role] for role in "ab")
+    inner = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    weight = inner.weight
+    shape = tuple(weight.shape if type(inner).__name__ == "Conv1D" else weight.shape[::-1])
+    if isinstance(inner, nn.Embedding) or shape != (a.shape[0], b.shape[1]):
+        raise ConfigError(
+            f"{where}: {name} is of a {type(inner).__name__} of (in, out) {list(shape)}, with A {list(a.shape)} and B "
+            f"{list(b.shape)}; expected a linear layer with A (in, r) and B (r, out)"
+        )
+    formula = Formula(a.to(weight.dtype), b.to(weight.dtype), scale)
+    module.register_forward_hook(formula)
+    return formula
+
+
+def _find(model: Any, where: str, name: str) -> Any:
+    modules = dict(model.named_modules())
+    if name in modules:
+        return modules[name]
+    same_end = [known for known in modules if known.endswith(f".{name}") or name.endswith(f".{known}")]
+    if len(same_end) == 1:
+        return modules[same_end[0]]
+    near = ", ".join(nearest(name, list(modules)))
+    raise ConfigError(f"{where}: transformers' model has no module {name}; it has {near or 'none that resembles it'}")
+
+
+def _read(adapter: AdapterFile) -> Mapping[str, Tensor]:
+    files = Files(adapter.files)
+    try:
+        return {name: Factor(files, ref).whole() for name, ref in adapter.tensors.items()}
+    finally:
+        files.close()

@@ -1,0 +1,177 @@
+"""Compare a merged model with its base + adapter as both answer: the same text, and how far apart the logits are.
+
+Base + adapter is loaded first, writes its greedy answers and gives its logits on them, with the adapter and without;
+then it is freed, and the merged model is asked the same. Never are both in memory. `verification.verifier` proves
+every number of a merge; this shows what it comes to, by code that shares nothing with the merge.
+
+Computing in float32 leaves one difference between the two: the merged weights were rounded once to the output's dtype.
+In bfloat16 every layer rounds, and base + adapter otherwise than merged.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardmerge.config import suggestions
+from shardmerge.config.choices import DEVICE, DEVICES
+from shardmerge.errors import ConfigError, FormatError
+from shardmerge.execution.devices import resolve_device
+from shardmerge.inference import hf
+from shardmerge.inference.comparison.attached import attach
+from shardmerge.inference.comparison.figures import (
+    Answer,
+    Comparison,
+    Reference,
+    Sums,
+    describe,
+    difference,
+    measure,
+    parting,
+    total,
+)
+from shardmerge.reporting.origin import Origin, read_origin, stored_dtypes
+from shardmerge.system.garbage import give_back
+
+__all__ = ["MAX_NEW_TOKENS", "PROMPTS", "Comparison", "compare", "describe", "difference"]
+
+PROMPTS = (
+    "Who are you?",
+    "What is the capital of France?",
+    "Explain in two sentences how rain forms.",
+    "Write a Python function that reverses a string.",
+)
+MAX_NEW_TOKENS = 32
+
+#: Of a longer sequence, logits of the last positions are compared (of answers all): a row may be half a megabyte.
+_POSITIONS = 256
+# What generation_config.json may ask for beside sampling; with it the next token is not the likeliest.
+_PLAIN = {**hf.GREEDY, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+
+
+def compare(
+    output: Path,
+    *,
+    base: str | None = None,
+    adapters: Sequence[str] = (),
+    prompts: Sequence[str] = PROMPTS,
+    template: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> Comparison:
+    """Compare the merged model in ``output`` with the base and adapters that its record names.
+
+    ``base`` and ``adapters`` (all of them, in their order) say where those are now; ``template`` replaces the chat
+    template; ``device`` says where the models compute.
+
+    Raises `ConfigError` where transformers or PEFT is missing or cannot load or compose the adapters, `PlanError` where
+    there is no such device, `FormatError` and `SourceError` where files are not what they must be.
+    """
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ConfigError("a prompt is empty" if prompts else "there is no prompt")
+    hf.check_template(template)
+    place = _device(device)
+    origin = read_origin(output, base, adapters)
+    hf.check_directory(output)
+    tokenizer = hf.load_tokenizer(str(output))
+    template = hf.template_for(tokenizer, template)
+    asked = [hf.encode(tokenizer, template, [{"role": "user", "content": prompt}])["input_ids"] for prompt in prompts]
+    speaker = _Speaker(tokenizer, dtype, place, max_new_tokens)
+    references = speaker.references(origin, hf.vocabulary_size(str(output)), prompts, asked)
+    gc.collect()  # the modules of a model refer to each other in circles
+    give_back()
+    answers, sums = zip(*speaker.answers(output, references), strict=True)
+    stored = stored_dtypes(output, origin.targets)
+    return Comparison(
+        output=str(output),
+        base=origin.base,
+        adapters=tuple(entry.path for entry in origin.adapters),
+        dtype=dtype,
+        rounded=dtype != "float32" or stored != {"F32"},
+        answers=answers,
+        figures=total(sums),
+    )
+
+
+@dataclass
+class _Speaker:
+    """Loads one model after the other and has it answer."""
+
+    tokenizer: Any
+    dtype: str
+    device: torch.device
+    max_new_tokens: int
+    stop_ids: list[int] | None = None
+
+    def references(
+        self, origin: Origin, vocabulary: int, prompts: Sequence[str], asked: Sequence[Tensor]
+    ) -> list[Reference]:
+        """What base + adapter say. Nothing of the model is kept."""
+        folder = origin.base_folder()
+        hf.check_directory(folder)
+        model = hf.load_model(str(folder), self.dtype)
+        self.stop_ids = hf.stop_ids(model, self.tokenizer)
+        attached = attach(model, list(origin.open_adapters()), vocabulary)
+        attached.to(self.device)
+        found = []
+        for prompt, ids in zip(prompts, asked, strict=True):
+            tokens = self._generate(attached.model, ids)
+            logits = self._logits(attached.model, tokens)
+            with attached.aside():
+                base_logits = self._logits(attached.model, tokens)
+            found.append(Reference(prompt, tokens, ids.shape[1], logits, base_logits))
+        return found
+
+    def answers(self, output: Path, references: Sequence[Reference]) -> Iterator[tuple[Answer, Sums]]:
+        """What the merged model says to the same."""
+        model = hf.load_model(str(output), self.dtype).to(self.device)
+        for reference in references:
+            tokens = self._generate(model, reference.tokens[None, : reference.asked])
+            logits = self._logits(model, reference.tokens)
+            if logits.shape != reference.logits.shape:
+                raise FormatError(
+                    f"{output}: has {logits.shape[1]} logits, base + adapter has {reference.logits.shape[1]}; these "
+                    "models have different vocabularies"
+                )
+            sums = measure(reference, logits)
+            expected, found = (self._text(reference, of) for of in (reference.tokens, tokens))
+            yield Answer(reference.prompt, expected, found, *parting(reference, tokens), sums.figures()), sums
+
+    def _generate(self, model: Any, ids: Tensor) -> Tensor:
+        """Prompt and greedy answer, (n)."""
+        ids = ids.to(self.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        limits = {"max_new_tokens": self.max_new_tokens, "eos_token_id": self.stop_ids}
+        try:
+            with hf.quiet(), torch.inference_mode():
+                tokens: Tensor = model.generate(**inputs, **limits, **_PLAIN)[0]
+        except IndexError as error:  # learned position embeddings end where the context does
+            raise ConfigError("prompt and answer are longer than the model's context") from error
+        return tokens.cpu()
+
+    def _logits(self, model: Any, tokens: Tensor) -> Tensor:
+        """(k, vocabulary) of the last positions in float32, but for the last, which nothing follows."""
+        count = max(_POSITIONS, self.max_new_tokens)
+        with hf.quiet(), torch.inference_mode():
+            logits: Tensor = model(input_ids=tokens[None, :-1].to(self.device)).logits[0, -count:]
+        if logits.isnan().any():
+            raise FormatError(f"{model.name_or_path}: its logits are NaN, computed in {self.dtype}")
+        return logits.to("cpu", torch.float32, copy=True)
+
+    def _text(self, reference: Reference, tokens: Tensor) -> str:
+        return str(self.tokenizer.decode(tokens[reference.asked :].tolist(), skip_special_tokens=True))
+
+
+def _device(name: str) -> torch.device:
+    if not re.fullmatch(DEVICE, name):
+        hint = suggestions.hint(name, DEVICES)
+        raise ConfigError(f"the device is {name!r}; expected auto, cpu, cuda or cuda:1" + (f"; {hint}" if hint else ""))
+    return resolve_device(name, "the device", "the comparison")

@@ -1,0 +1,233 @@
+"""Models and tokenizers as transformers loads them: from a local directory, quietly, and without running their code.
+
+transformers and PEFT are an extra, imported when they are needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shardmerge.errors import ConfigError, FormatError, SourceError
+from shardmerge.file_formats.checkpoint_files import MAX_JSON_BYTES
+from shardmerge.sources.local import LocalSource
+from shardmerge.system.regular_files import read_small
+from shardmerge.system.terminal_text import one_line, shown
+
+#: What a prompt is put into where the tokenizer has no chat template; ``{}`` is the prompt's place.
+DEFAULT_TEMPLATE = "### Instruction:\n{}\n\n### Response:\n"
+
+#: generation_config.json may ask for sampling or beams; neither can be compared or streamed.
+GREEDY: Mapping[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+
+#: ``{"role": "system" | "user" | "assistant", "content": text}``
+Message = dict[str, str]
+
+#: Classes of transformers with a head that is not for text.
+_NO_TEXT = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering)")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+#: Weights in other formats, which are not asked for.
+_NOT_LOADED = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+#: Further down, what may be a chat template or a config.
+_TEXTS = (".jinja", ".json")
+_OFFLINE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+#: The oldest versions that `compare` and `chat` are tested with; the extra ``hf`` in pyproject.toml says the same.
+OLDEST: Mapping[str, str] = {"transformers": "4.45", "peft": "0.14"}
+
+
+def library(name: str) -> Any:
+    """transformers or PEFT; `ConfigError` where it is not installed, or too old."""
+    _check_age(name)
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"this needs {name}: pip install transformers peft") from error
+
+
+def _check_age(name: str) -> None:
+    """Older ones lack what we call, and fail for reasons that are not the model's."""
+    oldest, found = OLDEST.get(name), _version(name)
+    if oldest and found and _numbers(found) < _numbers(oldest):
+        raise ConfigError(f"this needs {name} {oldest} or newer, found {found}: pip install --upgrade {name}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def check_directory(path: Path) -> None:
+    """`SourceError` or `FormatError` where a directory holds no finished model, or an adapter too."""
+    if not path.is_dir():
+        raise SourceError(f"{path}: expected a model's directory, found {'a file' if path.exists() else 'nothing'}")
+    if any(path.glob("*.gguf")):
+        raise FormatError(f"{path}: holds GGUF, which llama.cpp and ollama run; transformers needs safetensors")
+    check_files(path)
+    for names in (("config.json",), _WEIGHTS):
+        if not any((path / name).is_file() for name in names):
+            raise FormatError(f"{path}: not a finished model: there is no {' or '.join(names)}")
+    if os.path.lexists(path / "adapter_config.json"):
+        # transformers would quietly load the adapter's base from somewhere else.
+        raise FormatError(f"{path}: has an adapter_config.json; expected a merged model and no adapter beside it")
+    if (kind := _class_of(path)) and _NO_TEXT.search(kind):
+        raise FormatError(
+            f"{path}: is a {kind}, which writes no text; expected a language model. `shardmerge verify` checks any"
+            " merge"
+        )
+
+
+def check_files(path: Path) -> None:
+    """`SourceError` where a library that loads all of a directory would wait, read for ever or read elsewhere."""
+    source = LocalSource(str(path))
+    for name in source.names():
+        if not name.endswith(("/", *_NOT_LOADED)) and ("/" not in name or name.endswith(_TEXTS)):
+            source.stat(name)
+
+
+def _class_of(path: Path) -> str:
+    """The class that a config.json names; empty where it says nothing that could be read."""
+    try:
+        named = json.loads(read_small(path / "config.json", MAX_JSON_BYTES))["architectures"][0]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return ""
+    return one_line(named) if isinstance(named, str) else ""
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer in a directory."""
+    with _loading(path) as transformers:
+        return transformers.AutoTokenizer.from_pretrained(path, **_OFFLINE)
+
+
+def load_model(path: str, dtype: str = "auto") -> Any:
+    """The model in a directory, ready to answer; ``dtype`` is a name such as ``float32``, ``auto`` the stored one."""
+    with _loading(path) as transformers:
+        key = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+        options = {**_OFFLINE, key: dtype, "use_safetensors": True, "output_loading_info": True}
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    _check_tensors(path, found)
+    return model.eval()
+
+
+def vocabulary_size(path: str) -> int:
+    """What the config.json in a directory says."""
+    with _loading(path) as transformers:
+        return int(transformers.AutoConfig.from_pretrained(path, **_OFFLINE).get_text_config().vocab_size)
+
+
+@contextlib.contextmanager
+def _loading(path: str) -> Iterator[Any]:
+    transformers = library("transformers")
+    try:
+        with quiet():
+            yield transformers
+    except Exception as error:  # transformers has no error class of its own: a bad file comes as nearly anything
+        raise FormatError(f"{path}: transformers cannot load this model: {reason(error)}") from error
+
+
+def _check_tensors(path: str, found: Any) -> None:
+    """Refuse what transformers would make up, tell what it leaves out: both are warnings that `quiet` swallows."""
+    if missing := sorted(found["missing_keys"]):
+        raise FormatError(f"{path}: {len(missing)} of the model's tensors are not in its files, such as {missing[0]}")
+    if unexpected := sorted(found["unexpected_keys"]):
+        told = f"{path}: {len(unexpected)} tensors are no part of this model and unused, such as {unexpected[0]}"
+        print(one_line(told), file=sys.stderr, flush=True)
+
+
+def reason(error: Exception) -> str:
+    """An error of a library, in one line that is not too long."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings and no progress bars from transformers inside; both are put back as they were.
+
+    Its errors are printed, in which a model's own words are escaped.
+    """
+    theirs = importlib.import_module("transformers.utils.logging")
+    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    handlers = [*logging.getLogger("transformers").handlers]
+    for handler in handlers:
+        handler.addFilter(_escape)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_escape)
+        theirs.set_verbosity(verbosity)
+        (theirs.enable_progress_bar if bars else theirs.disable_progress_bar)()
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    record.msg, record.args = shown(record.getMessage()), ()
+    return True
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def check_template(template: str | None) -> None:
+    """`ConfigError` where a template has no place for the prompt, or several."""
+    if template is not None and (count := template.count("{}")) != 1:
+        raise ConfigError(f"the template {template!r} has {count} places {{}} for the prompt; expected exactly 1")
+
+
+def template_for(tokenizer: Any, given: str | None) -> str | None:
+    """The plain template to use, or None for the tokenizer's chat template.
+
+    ``\\n`` in a given one, typed as two characters, is a newline.
+    """
+    template = given or (None if tokenizer.chat_template else DEFAULT_TEMPLATE)
+    return template and template.replace("\\n", "\n")
+
+
+def encode(tokenizer: Any, template: str | None, messages: Sequence[Message]) -> dict[str, Any]:
+    """``input_ids`` and ``attention_mask``, (1, n) each. A plain template has room for the last message only."""
+    if template is not None:
+        opening = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
+        filled = template.replace("{}", messages[-1]["content"])
+        encoded = tokenizer(opening + filled, return_tensors="pt")
+    else:
+        try:
+            encoded = tokenizer.apply_chat_template(
+                list(messages), tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        except Exception as error:  # a chat template is a program of the model's own and may raise anything
+            raise ConfigError(f"the chat template refuses: {reason(error)}; --template goes around it") from error
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def stop_ids(model: Any, tokenizer: Any) -> list[int] | None:
+    """The tokens that end an answer, by the model's config and by the tokenizer.
+
+    A tuned model often ends its turn with the tokenizer's token while its config still names the base's.
+    """
+    known = model.generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+    return sorted(ids - {None}) or None

@@ -1,0 +1,168 @@
+"""How another class of the same model calls the modules of this checkpoint.
+
+A multimodal checkpoint holds a text model that has a class of its own. Its modules are ``model.layers.0…`` where the
+multimodal class says ``model.language_model.layers.0…``, and older checkpoints ``language_model.model.layers.0…``. An
+adapter of either class fits a checkpoint of the other. A `Dialect` is one such way to speak, made from the table: the
+path of the text model in one class ↔ its path in the other, the one's output head ↔ the other's. Nothing else is
+translated, so the name of a text model's module never becomes one of a vision or audio tower, nor the other way round.
+
+Source: ``AutoModelForCausalLM`` of transformers 5, which makes the text-only class from a multimodal config
+(``text_config``) and reads the multimodal checkpoint into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from shardmerge.key_mapping import table as tables
+from shardmerge.key_mapping.rules import Rule, Rules, compose
+from shardmerge.key_mapping.table import Architecture, Part
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """Modules as another class calls them → as this checkpoint's class calls them, both in memory."""
+
+    #: Who speaks so, as said of it.
+    speaker: str
+    #: The path of the text model: theirs, and ours; "" is the model itself.
+    text: tuple[str, str]
+    #: The output head: theirs, and ours; "" where there is none.
+    head: tuple[str, str] = ("", "")
+    #: What transformers does to names of the class's older checkpoints.
+    renamings: tuple[Rule, ...] = ()
+    #: Whether it is of another part than the text model: such a one is never followed, but what it explains as well is
+    #: ambiguous.
+    is_other: bool = False
+    #: Whether it was guessed from the names: then it must explain all of them.
+    is_guess: bool = False
+
+    def ours(self, module: str) -> Iterator[str]:
+        """What this checkpoint's class calls the module; nothing where it is of neither text model nor head."""
+        # Rules are of tensors' names, and some look at their ends.
+        renamed = Rules(self.renamings).forward(f"{module}.weight").name.removesuffix(".weight")
+        for theirs in dict.fromkeys((module, renamed)):
+            if theirs and theirs == self.head[0] and self.head[1]:
+                yield self.head[1]
+            elif (rest := below(theirs, self.text[0])) is not None:
+                yield join(self.text[1], rest)
+
+
+def of(parts: Sequence[Part]) -> list[Dialect]:
+    """Every dialect in which one may speak of a checkpoint whose class is made of these parts, itself first."""
+    found: dict[object, Dialect] = {}
+    for dialect in (*_of_text_classes(parts), *_of_multimodal_classes(parts)):
+        found.setdefault((dialect.text, dialect.head, dialect.renamings, dialect.is_other), dialect)
+    return list(found.values())
+
+
+def _of_text_classes(parts: Sequence[Part]) -> Iterator[Dialect]:
+    """The checkpoint is multimodal, and the class that speaks is its text model's, or a part that holds that."""
+    texts = [part for part in parts if part.is_text]
+    for text in texts:
+        head = _head_around(parts, text.path)
+        speakers = _classes_of(text.architecture.name)
+        for speaker in speakers:
+            yield Dialect(speaker.name, (speaker.parts[0][0], text.path), (speaker.output, head))
+        if head and not any(speaker.output for speaker in speakers):
+            # transformers has no such class; other trainers do, by the usual names.
+            yield Dialect("a text-only class", ("model", text.path), ("lm_head", head))
+    for part in parts if texts else ():
+        if not part.path:
+            continue
+        output, name = part.architecture.output, part.architecture.name
+        holds_text = any(below(text.path, part.path) is not None for text in texts)
+        is_other = not holds_text and not any(below(part.path, text.path) is not None for text in texts)
+        yield Dialect(name, ("", part.path), (output, join(part.path, output) if output else ""), is_other=is_other)
+        if is_other and part.architecture.base_prefix:
+            yield Dialect(name, (part.architecture.base_prefix, part.path), is_other=True)
+
+
+def _head_around(parts: Sequence[Part], path: str) -> str:
+    """The output head of the innermost model around a part that has one."""
+    around = [part for part in parts if part.architecture.output and below(path, part.path) is not None]
+    return join(around[-1].path, around[-1].architecture.output) if around else ""
+
+
+def _of_multimodal_classes(parts: Sequence[Part]) -> Iterator[Dialect]:
+    """The checkpoint holds a text model alone, and the class that speaks has that, or one like it, inside."""
+    root = parts[0].architecture if parts else None
+    if root is None or any(part.is_text for part in parts):
+        return
+    ours, name = _inner_model(root)
+    for speaker, model, theirs, head, renamings in sorted(_multimodal(), key=lambda found: found[1] != name):
+        if model == name:
+            yield Dialect(speaker, (theirs, ours), (head, root.output), renamings)
+        elif _stands_alone(model) and _is_decoder(name):
+            yield Dialect(f"a class such as {speaker}", (theirs, ours), (head, root.output), renamings)
+
+
+def _inner_model(architecture: Architecture) -> tuple[str, str]:
+    """The model of the same config that a class with a head holds, path and class; or the class itself."""
+    held = [(path, name) for path, name, key in architecture.parts if key == ""]
+    return held[0] if len(held) == 1 else ("", architecture.name)
+
+
+@cache
+def _classes_of(model: str) -> tuple[Architecture, ...]:
+    """The classes that hold a text model of that class and no other: with an output head, a classifier, …
+
+    Those with an output head come first, as it is they that are trained.
+    """
+    known = tables.table().architectures
+    found = [
+        holder
+        for holder in known.values()
+        if [(name, key) for _, name, key in holder.parts] == [(model, "")]
+        and holder.model_type == known[model].model_type
+    ]
+    return tuple(sorted(found, key=lambda holder: not holder.output))
+
+
+@cache
+def _is_decoder(model: str) -> bool:
+    """Whether an output head for the next token is put on that model."""
+    return any(holder.name.endswith("ForCausalLM") for holder in _classes_of(model))
+
+
+@cache
+def _stands_alone(model: str) -> bool:
+    """Whether it is a decoder that was not made for one multimodal class: what holds Llama may hold others as well."""
+    made_for_one = "_text" in tables.table().architectures[model].model_type
+    return _is_decoder(model) and not made_for_one
+
+
+@cache
+def _multimodal() -> tuple[tuple[str, str, str, str, tuple[Rule, ...]], ...]:
+    """Of every class with a text model inside: its name, that model's class and path, the head, the renamings."""
+    found: dict[tuple[str, str, str, tuple[Rule, ...]], str] = {}
+    for architecture in tables.table().architectures.values():
+        parts = list(tables.parts(architecture, {}))
+        for text in (part for part in parts if part.is_text):
+            path, model = _inner_model(text.architecture)
+            around = [part for part in parts if below(text.path, part.path)]
+            head = _head_around(parts, text.path)
+            found.setdefault((model, join(text.path, path), head, _renamings(architecture, around)), architecture.name)
+    return tuple((name, *key) for key, name in found.items())
+
+
+def _renamings(architecture: Architecture, around: Iterable[Part]) -> tuple[Rule, ...]:
+    modules = [(part.path, part.architecture.name, part.architecture.model_type) for part in around]
+    rules = compose(tables.table().rules, modules, architecture.base_prefix)
+    return tuple(rule for rule in rules if not rule.operations and not rule.is_group)
+
+
+def below(module: str, path: str) -> str | None:
+    """What is left of a module's name below a path, "" for the path itself; None where it is elsewhere."""
+    if not path:
+        return module
+    if module == path:
+        return ""
+    return module[len(path) + 1 :] if module.startswith(f"{path}.") else None
+
+
+def join(path: str, rest: str) -> str:
+    """A path and what is below it as one name; either may be empty."""
+    return ".".join(filter(None, (path, rest)))

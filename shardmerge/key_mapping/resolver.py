@@ -1,0 +1,450 @@
+"""``Names``: what an adapter calls a parameter → the places where the checkpoint keeps it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from shardmerge.key_mapping import conversions, divided, order, pieces
+from shardmerge.key_mapping import table as tables
+from shardmerge.key_mapping import ties as tying
+from shardmerge.key_mapping.dialects import below, join
+from shardmerge.key_mapping.divided import Experts
+from shardmerge.key_mapping.index import Index, number_in, numbers_in
+from shardmerge.key_mapping.pieces import RefusalError, View
+from shardmerge.key_mapping.rules import Rules, compose
+from shardmerge.spec import ModuleOrder, Parameter
+
+#: Prefixes of base models that are tried where the architecture is not known.
+_COMMON_PREFIXES = ("model", "transformer")
+#: The rules that every model has, for names of old checkpoints.
+_LEGACY = "legacy"
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+#: What trainers call modules that transformers calls otherwise, tried where the base has no such module: gpt-oss's
+#: attention in Tinker, and its router in unsloth's 4-bit model.
+_OTHER_NAMES = (
+    (re.compile(r"(?<=\.)attn(?=\.[qkvo]_proj$)"), "self_attn"),
+    (re.compile(r"(?<=\.mlp\.router)\.linear$"), ""),
+)
+
+
+class Names:
+    """The names of one checkpoint.
+
+    ``config`` is its config.json, which nobody has checked; ``shapes`` has the shape of every stored tensor.
+    """
+
+    def __init__(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._config = config
+        self._shapes = shapes
+        self._architecture = tables.find(config)
+        self._views: dict[str, list[View] | RefusalError] = {}
+
+    @property
+    def known(self) -> bool:
+        """Whether the architecture is in the table."""
+        return self._architecture is not None
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What the model's config.json says, of the class that these names are of."""
+        return self._config
+
+    @property
+    def stored(self) -> Mapping[str, tuple[int, ...]]:
+        """The stored tensors' shapes, by name."""
+        return self._shapes
+
+    @property
+    def parts(self) -> Sequence[tables.Part]:
+        """The model and the models that it is made of, parents first; none where the table does not know it."""
+        return self._parts
+
+    @property
+    def lacks_text(self) -> bool:
+        """Whether the config speaks of a text model that the table does not know."""
+        return isinstance(self._config.get("text_config"), Mapping) and not any(part.is_text for part in self._parts)
+
+    # --- what the table says of this model ---
+
+    @cached_property
+    def _parts(self) -> list[tables.Part]:
+        return list(tables.parts(self._architecture, self._config)) if self._architecture else []
+
+    @cached_property
+    def _rules(self) -> Rules:
+        known = tables.table().rules
+        modules = [(part.path, part.architecture.name, part.architecture.model_type) for part in self._parts]
+        prefix = self._architecture.base_prefix if self._architecture else ""
+        return Rules([*compose(known, modules, prefix), *known[_LEGACY]])
+
+    @cached_property
+    def numbers(self) -> frozenset[str]:
+        """The numbers that the rules for this checkpoint's names speak of; all others are alike."""
+        return numbers_in(self._rules.rules)
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        """No rules but those for the LayerNorms of old checkpoints."""
+        return len(self._rules.rules) == len(tables.table().rules[_LEGACY])
+
+    @cached_property
+    def _index(self) -> Index:
+        return Index(Rules(self._rules.rules), self._shapes)
+
+    @cached_property
+    def _prefixes(self) -> tuple[str, ...]:
+        if self._architecture is None:
+            return _COMMON_PREFIXES
+        return (self._architecture.base_prefix,) if self._architecture.base_prefix else ()
+
+    @cached_property
+    def _experts(self) -> dict[str, Experts]:
+        """Modules of experts, numbers as # → what the table says of them."""
+        return {
+            join(part.path, module): Experts(names, part.architecture.transposed_experts, part.architecture.gates)
+            for part in self._parts
+            for module, names in part.architecture.experts.items()
+        }
+
+    @cached_property
+    def output(self) -> str:
+        """The module that is the output head: the text model's, else the model's; "" where that is not known."""
+        around = [part for part in self._parts if part.architecture.output]
+        texts = [part.path for part in self._parts if part.is_text]
+        of_text = [part for part in around if any(below(path, part.path) is not None for path in texts)]
+        if chosen := of_text[-1:] or around[:1]:
+            return join(chosen[0].path, chosen[0].architecture.output)
+        heads = [name.removesuffix(".weight") for name in self._shapes if f".{name}".endswith(".lm_head.weight")]
+        return heads[0] if len(heads) == 1 else ""
+
+    # --- resolving ---
+
+    def resolve(self, module: str, parameter: str = "weight") -> Parameter | str:
+        """The parameter's places; else why there are none, "" where nothing of that name is in the base.
+
+        Names in memory go first, then names on disk, then both with the base model's prefix added or removed. Where a
+        name means different places, it is refused.
+        """
+        name = f"{module}.{parameter}" if module else parameter
+        if self._is_plain and name in self._shapes:
+            return self._parameter(name, name, self._as_stored(name))
+        try:
+            for candidates in ((name,), tuple(self._with_other_prefix(name))):
+                readings = [reading for candidate in candidates for reading in self._readings(candidate)]
+                if readings:
+                    return _agreed(name, readings)
+            part = divided.part(module, parameter, self._known)
+            if part is not None:
+                interleaved = divided.is_interleaved(module, self._known)
+                return dataclasses.replace(self._parameter(name, name, part), interleaved=interleaved)
+        except RefusalError as error:
+            return f"{name}: {error}"
+        return ""
+
+    def other_names(self, module: str) -> Iterator[str]:
+        """What else a module may be called: see `_OTHER_NAMES`, and ``unembed_tokens``, which is the output head."""
+        if module.rpartition(".")[2] == "unembed_tokens" and self.output:
+            yield self.output
+        for pattern, name in _OTHER_NAMES:
+            if pattern.search(module):
+                yield pattern.sub(name, module)
+
+    @cached_property
+    def _known(self) -> divided.Known:
+        return divided.Known(self._view_with_any_prefix, self._experts_of, self._config_around)
+
+    def _config_around(self, module: str) -> Mapping[str, Any]:
+        """The config of the innermost model that a module is in, with what those around it say besides."""
+        names = (module, *self._with_other_prefix(module))
+        inside = [part.config for part in self._parts if any(below(name, part.path) is not None for name in names)]
+        text = self._config.get("text_config")
+        merged = dict(self._config)
+        for config in (text if isinstance(text, Mapping) else {}, *inside[1:]):
+            merged |= config
+        return merged
+
+    def _with_other_prefix(self, name: str) -> Iterator[str]:
+        for prefix in self._prefixes:
+            if name.startswith(prefix + "."):
+                yield name.removeprefix(prefix + ".")
+            yield f"{prefix}.{name}"
+
+    def _readings(self, name: str) -> Iterator[Parameter]:
+        """What a name can mean: a name in memory; a name on disk that stands; a name on disk by what it becomes."""
+        image = self._rules.forward(name)
+        stands = name in self._shapes and name != image.name and name not in image.targets
+        if not stands or name in self._index.targets or name in self._index.renamed:
+            in_memory = self._view(name)
+            if in_memory is not None:
+                yield self._parameter(name, name, in_memory)
+        if stands:
+            # A checkpoint may well store names in memory that the rules do not fit.
+            alias = name if image.rule or self._is_special(name) else image.name
+            yield self._parameter(name, alias, self._as_stored(name, alias))
+        if name in self._shapes or name == image.name or name in image.targets:
+            return
+        if any(other in self._shapes for other in self._with_other_prefix(name)):
+            return  # it stands but for the prefix, and the next round finds it
+        targets = image.targets or (image.name,)
+        found = [self._view_with_any_prefix(target) for target in targets]
+        views = [view for view in found if view is not None]
+        if len(views) < len(targets):
+            return
+        if image.rule is None:
+            yield self._parameter(image.name, image.name, views[0])
+            return
+        number = number_in(image)
+        member = None if number is None or number < 0 else number
+        view = conversions.revert(image.rule, views, image.source, member, self._config)
+        yield self._parameter(name, name, view)
+
+    def _view_with_any_prefix(self, name: str) -> View | None:
+        """As transformers does when a renamed name is not one of the model's."""
+        names = (name, *self._with_other_prefix(name))
+        return next((view for candidate in names if (view := self._view(candidate)) is not None), None)
+
+    def _view(self, name: str) -> View | None:
+        """The tensor of that name in memory, if the checkpoint has it."""
+        index = self._index
+        if name in index.targets:
+            first, i = index.targets[name]
+            views = self._converted(first)
+            if isinstance(views, RefusalError):
+                raise views
+            return views[i]
+        sources = index.renamed.get(name, [])
+        if len(sources) > 1:
+            raise RefusalError(f"it could be any of {', '.join(sorted(sources))}")
+        if sources:
+            return self._as_stored(sources[0], name)
+        return self._as_stored(name) if name in self._shapes else None
+
+    def _converted(self, first: str) -> list[View] | RefusalError:
+        if first not in self._views:
+            try:
+                self._views[first] = self._convert(first)
+            except RefusalError as error:
+                self._views[first] = error
+        return self._views[first]
+
+    def _convert(self, first: str) -> list[View]:
+        group = self._index.groups[first]
+        if group.unclear:
+            raise RefusalError("it is not clear how its stored parts belong together")
+        sources: list[list[View]] = []
+        for i, names in enumerate(group.sources):
+            numbers = sorted(names)
+            if not numbers:
+                raise RefusalError(f"the base stores it in parts, and lacks {group.rule.sources[i]}")
+            if numbers != [-1] and numbers != list(range(len(numbers))):
+                raise RefusalError(f"of its experts on disk some are missing (there are {_some(numbers)})")
+            stored = [names[number] for number in numbers]
+            shapes = [self._shapes[name] for name in stored]
+            sources.append(
+                [
+                    pieces.stored(name, shape, conversions.is_stack(group.rule, len(shape)))
+                    for name, shape in zip(stored, shapes, strict=True)
+                ]
+            )
+        return conversions.convert(group.rule, sources, self._config)
+
+    def _as_stored(self, name: str, in_memory: str | None = None) -> View:
+        shape = self._shapes[name]
+        return pieces.stored(name, shape, self._is_stack(in_memory or name, shape))
+
+    def _is_stack(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a parameter's first dimension counts experts."""
+        if len(shape) not in (2, 3):
+            return False
+        module, _, parameter = name.rpartition(".")
+        found = self._experts_of(module)
+        if found:
+            # Of the matrices beside experts' (E, out, in) only their biases, (E, n), have a row per expert.
+            return parameter in found.parameters and (len(shape) == 3 or "bias" in parameter)
+        return len(shape) == 3 and shape[0] > 1 and parameter != "weight"
+
+    def _experts_of(self, module: str) -> Experts | None:
+        for candidate in (module, *self._with_other_prefix(module)):
+            found = self._experts.get(_NUMBER.sub("#", candidate))
+            if found:
+                return found
+        return None
+
+    def _keeps_transposed(self, name: str, view: View) -> bool:
+        module, _, parameter = name.rpartition(".")
+        if view.stacked:
+            found = self._experts_of(module)
+            matrices = len(view.shape) == 3 and found is not None and parameter in found.parameters
+            return bool(matrices and found and found.transposed)
+        return parameter == "weight" and len(view.shape) == 2 and self._is_conv1d(module)
+
+    def _is_special(self, name: str) -> bool:
+        """Whether the table says of that name in memory that it is more than a matrix (out, in)."""
+        module = name.rpartition(".")[0]
+        return self._experts_of(module) is not None or self._is_conv1d(module)
+
+    def _is_conv1d(self, module: str) -> bool:
+        last = module.rpartition(".")[2]
+        for part in self._parts:
+            if last in part.architecture.conv1d:
+                inside = (part.path, part.path.removeprefix(f"{self._prefixes[0]}.") if self._prefixes else "")
+                if any(not path or module.startswith(f"{path}.") for path in inside):
+                    return True
+                # A checkpoint without the base model's prefix: the part is the base model itself.
+                if self._prefixes and part.path == self._prefixes[0]:
+                    return True
+        return False
+
+    def _parameter(self, name: str, in_memory: str, view: View) -> Parameter:
+        """The parameter in matrix orientation."""
+        if not self.known:
+            return Parameter(name, view.shape, pieces.places(view), None, view.stacked)
+        transposed = self._keeps_transposed(in_memory, view)
+        if transposed:
+            view = pieces.transpose(view, view.row_axis, view.row_axis + 1)
+        return Parameter(name, view.shape, pieces.places(view), transposed, view.stacked)
+
+    def in_memory(self, stored: str) -> str:
+        """What a stored tensor is called in memory, without the base model's prefix."""
+        name = self._rules.forward(stored).name
+        return next((name.removeprefix(f"{prefix}.") for prefix in self._prefixes), name)
+
+    # --- tied weights and the order of parameters ---
+
+    @property
+    def knows_ties(self) -> bool:
+        """Whether the table says what is tied; not where code comes with the model, which may do as it likes."""
+        if self._architecture is None:
+            return False
+        named = self._config.get("architectures")
+        is_named = isinstance(named, list) and self._architecture.name in named[:1]
+        return is_named or "auto_map" not in self._config
+
+    @cached_property
+    def ties(self) -> tuple[tying.Tie, ...]:
+        """Weights that are one in memory, of which one at least is stored.
+
+        A weight that is not stored has the name that it would have beside the one that is, in this checkpoint's style.
+        """
+        if not self.knows_ties:
+            return tuple(tying.guessed(self._config, self._shapes))
+        groups = self._tied_in_memory
+        found = (tying.tie_of(source, groups[source], self._stored_whole, self._style) for source in sorted(groups))
+        return tuple(tie for tie in found if tie)
+
+    @cached_property
+    def tied_in_parts(self) -> frozenset[str]:
+        """Names in memory of tied weights that the checkpoint does not store as one tensor, or not by themselves."""
+        names = (name for source, targets in self._tied_in_memory.items() for name in (source, *targets))
+        return frozenset(name for name in names if not self._stored_whole(name) and self._resolved(name) != "")
+
+    @cached_property
+    def _tied_in_memory(self) -> Mapping[str, list[str]]:
+        pairs: dict[str, str] = {}
+        for part in self._tying_parts:
+            prefix = f"{part.path}." if part.path else ""
+            declared = {prefix + target: prefix + source for target, source in part.architecture.tied.items()}
+            pairs |= dict(tying.expanded(declared, self._numbers if any("#" in name for name in declared) else {}))
+        return tying.grouped(pairs)
+
+    @cached_property
+    def tied(self) -> Mapping[str, str]:
+        """The same by name: every other name of a weight → the one that is stored."""
+        return dict(sorted((other, tie.main) for tie in self.ties for other in tie.others))
+
+    @cached_property
+    def tied_as_spoken(self) -> Mapping[str, str]:
+        """Other names of weights, here and in memory → here."""
+        return {
+            **{name: name for name in self.tied},
+            **{spoken: name for tie in self.ties for spoken, name in tie.spoken},
+        }
+
+    @cached_property
+    def across(self) -> frozenset[str]:
+        """Names in memory, # for numbers, of weights tied across numbers: to how many, the table cannot say."""
+        prefixes = {part.path: f"{part.path}." if part.path else "" for part in self._tying_parts}
+        return frozenset(prefixes[part.path] + name for part in self._tying_parts for name in part.architecture.across)
+
+    def is_tied_across(self, stored: str) -> bool:
+        """Whether a stored tensor is one of those."""
+        return bool(self.across) and not self.across.isdisjoint(map(tying.template, self._in_memory(stored)))
+
+    @property
+    def _tying_parts(self) -> Iterator[tables.Part]:
+        return (part for part in self._parts if tables.ties(part))
+
+    @cached_property
+    def _numbers(self) -> Mapping[str, Collection[tuple[str, ...]]]:
+        return tying.numbers_of(name for stored in self._shapes for name in self._in_memory(stored))
+
+    def _in_memory(self, stored: str) -> Iterator[str]:
+        """What a stored tensor can be called in memory."""
+        image = self._rules.forward(stored)
+        for name in image.targets or (image.name,):
+            yield name
+            yield from self._with_other_prefix(name)
+
+    def _resolved(self, name: str) -> Parameter | str:
+        module, _, parameter = name.rpartition(".")
+        return self.resolve(module, parameter)
+
+    def _stored_whole(self, name: str) -> str | None:
+        """The stored tensor that is all of a parameter, and nothing else."""
+        found = self._resolved(name)
+        if not isinstance(found, Parameter) or len(found.places) != 1:
+            return None
+        tensor = found.places[0].tensor
+        return tensor if math.prod(self._shapes[tensor]) == math.prod(found.shape) else None
+
+    def _style(self, name: str, stored: str) -> Callable[[str], str]:
+        """What this checkpoint does to names in memory, by the example of one."""
+        rules = Rules(self._rules.rules[: -len(tables.table().rules[_LEGACY])])
+        renamings: tuple[Callable[[str], str], ...] = (
+            lambda name: name,
+            lambda name: rules.backward(name, with_prefixes=False),
+            lambda name: rules.backward(name, with_prefixes=True),
+        )
+        for rename in renamings:
+            if rename(name) == stored:
+                return rename
+        for prefix in self._prefixes:
+            for rename in renamings:
+                if rename(name).removeprefix(f"{prefix}.") == stored:
+                    return lambda name, rename=rename, prefix=prefix: rename(name).removeprefix(f"{prefix}.")  # type: ignore[misc]
+        return renamings[0]
+
+    def registered_parameters(self, module: str) -> tuple[str, ...]:
+        """Of a module with parameters (E, out, in) of its own, all of two and more dimensions as they are registered.
+
+        PEFT nests the wrappers of ``target_parameters`` in that order. () where the module is not in the table.
+        """
+        renamed = self._rules.forward(f"{module}.gate_up_proj").name.rpartition(".")[0]
+        found = self._experts_of(module) or self._experts_of(renamed)
+        return found.parameters if found else ()
+
+    def module_order(self) -> ModuleOrder | str:
+        """The Linear layers in the order in which transformers registers them; a string says why it is not known."""
+        classes = {part.path: part.architecture.name for part in self._parts}
+        in_memory = (*self._index.renamed, *self._index.targets)
+        return order.module_order(classes, in_memory, self.resolve, self._with_other_prefix)
+
+
+def _agreed(name: str, readings: list[Parameter]) -> Parameter | str:
+    """The one parameter that all readings of a name mean, or a refusal."""
+    first = readings[0]
+    if all((other.shape, other.places) == (first.shape, first.places) for other in readings):
+        return first
+    meant = sorted({", ".join(sorted({place.tensor for place in reading.places})) for reading in readings})
+    if len(meant) == 1:
+        return f"{name} could be read in two ways, of different parts of {meant[0]}"
+    return f"{name} is ambiguous: it could be {' or '.join(meant)}"
+
+
+def _some(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "")

@@ -1,0 +1,94 @@
+"""What a finished merge was made of, by its record, and where that is now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardmerge.config.schema import AdapterConfig, recorded_config, relocated
+from shardmerge.destinations.record import RECORD_NAME, SEAL, read_record, seal
+from shardmerge.destinations.work_folder import is_unfinished
+from shardmerge.errors import ConfigError, FormatError, SourceError
+from shardmerge.file_formats.adapter_file import AdapterFile, open_adapter
+from shardmerge.file_formats.checkpoint import open_checkpoint
+from shardmerge.sources.source import Source, directory_of, open_source
+
+#: Of a repo on the Hub, what a model's directory needs beside its weights.
+_BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Base and adapters of a merge, as its record names them or as a person does, and how they were applied."""
+
+    base: str
+    adapters: tuple[AdapterConfig, ...]
+    #: The weights that the merge updated, by their names in the output.
+    targets: frozenset[str]
+
+    def base_folder(self) -> Path:
+        """The base's directory, of a repo on the Hub its folder in the cache. Raises `SourceError`, `ConfigError`."""
+        source = directory_of(_open("base", self.base))
+        names = source.names()
+        if "config.json" not in names:
+            raise ConfigError(
+                f"{source.location}: the base has no config.json, so transformers cannot load it; --base may name "
+                "another directory with the same weights"
+            )
+        for shard in open_checkpoint(source).shards:
+            source.fetch(shard.file.uri.rpartition("/")[2])
+        for name in names:
+            if "/" not in name and name.endswith(_BESIDE):
+                source.fetch(name)
+        return source.fetch("config.json").parent
+
+    def open_adapters(self) -> Iterator[tuple[AdapterFile, AdapterConfig]]:
+        """The adapters in the order in which they were applied."""
+        of_base = {shard.file.uri for shard in open_checkpoint(_open("base", self.base)).shards}
+        for entry in self.adapters:
+            adapter = open_adapter(_open("adapter", entry.path), entry.ignore_files)
+            yield adapter.apart_from(of_base), entry
+
+
+def read_origin(output: Path, base: str | None = None, adapters: Sequence[str] = ()) -> Origin:
+    """The origin of the merge in ``output``; ``base`` and ``adapters`` (all of them) say where those are now.
+
+    Raises `SourceError` if there is no such directory, `FormatError` if no record of a finished merge is in it,
+    `ConfigError` where the number of adapters is another.
+    """
+    if not output.is_dir():
+        raise SourceError(f"{output}: no such directory")
+    if is_unfinished(output):
+        raise FormatError(f"{output}: the merge was not finished; run it again first")
+    record = read_record(output)
+    recorded = (record or {}).get("config")
+    if record is None or not isinstance(recorded, dict):
+        raise FormatError(f"{output}: there is no {RECORD_NAME} that can be read, so nothing says what was merged")
+    if SEAL in record and record[SEAL] != seal(record):
+        raise FormatError(
+            f"{output}: {RECORD_NAME} was changed or damaged after the merge: it no longer has its {SEAL}, so it does "
+            "not say what was merged"
+        )
+    try:
+        config = recorded_config(recorded, RECORD_NAME)
+    except ConfigError as error:
+        raise FormatError(f"{output}: the config in {RECORD_NAME} is damaged: {error}") from None
+    config = relocated(config, record, base, adapters)
+    targets = record.get("targets")
+    names = frozenset(targets) if isinstance(targets, dict) else frozenset()
+    return Origin(config.base, config.adapters, names)
+
+
+def stored_dtypes(output: Path, names: frozenset[str]) -> set[str]:
+    """What these weights of a checkpoint are stored in, by safetensors' names for it."""
+    weights: Mapping[str, Any] = open_checkpoint(open_source(str(output))).weights
+    return {weight.tensor.dtype for name, weight in weights.items() if name in names}
+
+
+def _open(what: str, place: str) -> Source:
+    try:
+        return open_source(place)
+    except SourceError as error:
+        raise SourceError(f"the {what} is not there: {error}; if it was moved, --{what} says where it is now") from None

@@ -1,0 +1,57 @@
+"""When a merge was last verified: kept with the user's state, since `verify` writes nothing into an output.
+
+A line of JSON for each time: the checksum of the merge's record, where the output was, and when. It says what was so
+then: the output may have changed since, which only `verify` finds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+
+from shardmerge.destinations.record import SEAL, believed_record
+from shardmerge.system.installation import state_folder
+from shardmerge.system.regular_files import read_small
+
+#: Some thousand times; the older half goes when there are more.
+_LARGEST = 1_000_000
+
+
+def remember(output: Path) -> None:
+    """That all of an output was verified just now. Where the home cannot be written to, nothing is remembered."""
+    seal = (believed_record(output) or {}).get(SEAL)
+    if not isinstance(seal, str):
+        return  # an old record, which nothing tells from another
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    lines = [*_lines(), json.dumps({"record": seal, "output": os.path.realpath(output), "at": now})]
+    if sum(map(len, lines)) > _LARGEST // 2:
+        lines = lines[len(lines) // 2 :]
+    temporary = _file().with_name(f"verified.{os.getpid()}.tmp")
+    with suppress(OSError):
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, _file())
+
+
+def last_time(output: Path, seal: object) -> str | None:
+    """When the output with this record was verified last, in UTC by ISO 8601; None where nobody remembers."""
+    found = None
+    for line in _lines():
+        with suppress(ValueError, TypeError, KeyError):
+            entry = json.loads(line)
+            if (entry["record"], entry["output"]) == (seal, os.path.realpath(output)):
+                found = str(entry["at"])
+    return found
+
+
+def _file() -> Path:
+    return state_folder() / "verified"
+
+
+def _lines() -> list[str]:
+    with suppress(OSError, ValueError):
+        return read_small(_file(), _LARGEST).decode().splitlines()
+    return []

@@ -1,0 +1,143 @@
+"""Shards are written block by block, past the page cache where that can be had: the bytes are the same."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardmerge import OutputError
+from shardmerge.file_formats import safetensors_header
+from shardmerge.spec import PAGE, ShardPlan, TensorInfo, TensorPlan
+from tests.support.builders import refs_of, shard_writer, untimed
+
+
+def shard_of(size: int, header_bytes: int = 0) -> ShardPlan:
+    """A shard of one tensor of ``size`` bytes, whose header may be padded."""
+    out = TensorInfo("U8", (size,), (0, size))
+    tensor = TensorPlan(refs_of({"w": (size,)}, "U8")["w"], out)
+    length = len(safetensors_header.encode((), {"w": out}, header_bytes))
+    return ShardPlan("model.safetensors", (), (tensor,), length, size)
+
+
+def write(path: Path, shard: ShardPlan, data: bytes, sizes: list[int]) -> bytes:
+    """Write a shard's data in blocks of these sizes, the last one with the rest; what the file then holds."""
+    memory = mmap.mmap(-1, -(-len(data) // PAGE) * PAGE + 3 * PAGE)
+    with shard_writer(path, shard) as writer, memoryview(memory) as view:
+        done = 0
+        while done < len(data):
+            size = min(sizes.pop() if sizes else len(data), len(data) - done)
+            position = (shard.header_bytes + done) % PAGE
+            view[position : position + size] = data[done : done + size]
+            writer.write_block(view, position, done, size)
+            done += size
+        writer.commit()
+    memory.close()
+    return path.read_bytes()
+
+
+def expected(shard: ShardPlan, data: bytes) -> bytes:
+    head = safetensors_header.encode(
+        (), {tensor.source.name: tensor.out for tensor in shard.tensors}, shard.header_bytes
+    )
+    return head + data
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "buffered"])
+def test_any_blocks(tmp_path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not direct:
+        monkeypatch.setattr("shardmerge.destinations.shard_writer.open_direct", lambda path, flags, dir_fd=None: -1)
+
+    @untimed
+    @given(st.integers(0, 5 * PAGE), st.integers(0, 2 * PAGE), st.lists(st.integers(1, 3 * PAGE), max_size=8))
+    def check(size: int, header_bytes: int, sizes: list[int]) -> None:
+        data, shard = Random(size).randbytes(size), shard_of(size, header_bytes)
+        assert write(tmp_path / "s", shard, data, sizes) == expected(shard, data)
+
+    check()
+
+
+def _failing(real: Any, at: int, code: int) -> Any:
+    """pwrite that is refused from its ``at``-th call on a direct descriptor on."""
+    calls = [0]
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        if os.get_blocking(fd) and _is_direct(fd):
+            calls[0] += 1
+            if calls[0] > at:
+                raise OSError(code, os.strerror(code))
+        written: int = real(fd, data, offset)
+        return written
+
+    return pwrite
+
+
+def _is_direct(fd: int) -> bool:
+    import fcntl
+
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_file_system_that_promises_what_it_cannot_do(
+    tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, shard = Random(3).randbytes(5 * PAGE + 77), shard_of(5 * PAGE + 77)
+    monkeypatch.setattr(os, "pwrite", _failing(os.pwrite, at, errno.EINVAL))
+    assert write(tmp_path / "s", shard, data, [PAGE + 5, 2 * PAGE, 100]) == expected(shard, data)
+
+
+def test_a_full_disk_is_told_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        if offset >= PAGE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(OutputError, match="No space left"):
+        write(tmp_path / "s", shard_of(5 * PAGE), Random(4).randbytes(5 * PAGE), [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_that_cannot_reserve_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, offset: int, size: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    data, shard = Random(5).randbytes(3 * PAGE + 9), shard_of(3 * PAGE + 9)
+    assert write(tmp_path / "s", shard, data, [PAGE]) == expected(shard, data)
+
+
+def test_space_is_taken_up_front(tmp_path: Path) -> None:
+    shard = shard_of(100 * PAGE)
+    with shard_writer(tmp_path / "s", shard):
+        (file,) = tmp_path.iterdir()
+        if not any(_is_direct(int(fd)) for fd in os.listdir("/proc/self/fd") if _exists(fd)):
+            pytest.skip("this file system has no writes past its cache")
+        assert file.stat().st_size == shard.nbytes
+        assert file.stat().st_blocks * 512 >= shard.nbytes
+
+
+def _exists(fd: str) -> bool:
+    try:
+        os.fstat(int(fd))
+    except OSError:
+        return False
+    return True
+
+
+def test_blocks_come_in_order(tmp_path: Path) -> None:
+    shard = shard_of(10)
+    memory = memoryview(bytearray(2 * PAGE))
+    told = pytest.raises(AssertionError, match="byte 5 of the data comes at the place of")
+    with shard_writer(tmp_path / "s", shard) as writer, told:
+        writer.write_block(memory, (shard.header_bytes + 5) % PAGE, 5, 5)

@@ -1,0 +1,549 @@
+"""`compute.device: cuda`, as far as that can be tested without: on a device that is pretended
+(`tests.support.pretended_cuda`).
+
+Its numbers are computed by the CPU, so that the bits must be those of a merge on the CPU, whatever the family; what a
+GPU would stumble over raises. Only the tests at the end need a GPU; they bound how far its sums may be from the CPU's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import shardmerge
+from shardmerge.adapters.registry import FAMILIES
+from shardmerge.execution.devices import CudaPlace
+from shardmerge.execution.factors import LazyFactors
+from shardmerge.execution.fidelity import Sampler
+from shardmerge.execution.threads import ComputeThreads
+from shardmerge.sources.open_readers import OpenReaders
+from tests.support import zoo
+from tests.support.builders import slow_but, write_pure
+from tests.support.family_oracle import Swapped, Tall, write_case
+from tests.support.gguf_zoo import make as make_for_gguf
+from tests.support.peft_oracle import _new_folder as new_folder
+from tests.support.peft_oracle import least_memory, make_config, random, stored, write_adapter, write_base
+from tests.support.pretended_cuda import DEVICE, MisuseError, OnDevice, PretendedCuda, every_begin
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WORKERS = 2
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> PretendedCuda:
+    made = PretendedCuda()
+    made.install(monkeypatch)
+    monkeypatch.setattr(
+        "shardmerge.execution.tiles.resolve_device", lambda name, **_: DEVICE if name == "cuda" else torch.device(name)
+    )
+    monkeypatch.setattr(
+        "shardmerge.execution.devices.missing", lambda name, setting="": None
+    )  # the plan asks for it, too
+    monkeypatch.setattr("shardmerge.execution.threads._cores", lambda: WORKERS)
+    share = ComputeThreads.share
+
+    def checked(self: Any, items: Any, begin: Any, work: Any, apart: bool) -> Any:
+        return share(self, items, every_begin(made, begin), work, apart)
+
+    monkeypatch.setattr(ComputeThreads, "share", checked)
+    return made
+
+
+def on(device: str, config: Mapping[str, Any]) -> Path:
+    """Merge on a device, in a folder beside the one that the config names."""
+    output = Path(config["output"]["path"]).with_name(f"on-{device}") / "merged"
+    config = {
+        **config,
+        "output": {**config["output"], "path": str(output)},
+        "compute": {**config["compute"], "device": device},
+    }
+    shardmerge.merge(config)
+    return output
+
+
+def assert_agree(gpu: PretendedCuda, config: Mapping[str, Any]) -> None:
+    """The bytes are those of the CPU, and so is what the record says of the rounding."""
+    there, here = on("cuda", config), on("cpu", config)
+    files = [path.relative_to(here) for path in here.rglob("*") if path.suffix in (".safetensors", ".gguf")]
+    assert files
+    for file in files:
+        assert (there / file).read_bytes() == (here / file).read_bytes(), file
+    mine, its = (json.loads((of / "shardmerge.json").read_text()) for of in (there, here))
+    assert mine.get("fidelity") == its.get("fidelity")
+    assert gpu.operations > 0 and not gpu.registered
+
+
+# --- families ---------------------------------------------------------------------------------------------------------
+
+TALL, SWAPPED = ("tall", "wide"), ("wide", "narrow")
+
+
+class Blocks(nn.Module):
+    """BD-LoRA goes by names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(37, 96)
+        self.up = nn.Linear(96, 768)
+        self.down = nn.Linear(768, 96)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.as_tensor(self.down(torch.tanh(self.up(self.embed(tokens)))))
+
+
+def _block_lora() -> Any:
+    from peft.tuners.lora.config import BdLoraConfig
+
+    blocks = BdLoraConfig(target_modules_bd_a=["down"], target_modules_bd_b=["up"], nblocks=4, match_strict=False)
+    return peft.LoraConfig(r=8, target_modules=["up", "down"], use_bdlora=blocks)
+
+
+def _of(method: str, *targets: str, **settings: Any) -> Callable[[], Any]:
+    return lambda: getattr(peft, f"{method}Config")(target_modules=list(targets), **settings)
+
+
+#: Adapters of every family; of those that a stored transpose matters to, also on one.
+ADAPTERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
+    "LoRA": (Tall, _of("Lora", *TALL, "embed", "conv", r=5)),
+    "LoRA, bias": (Tall, _of("Lora", *TALL, r=5, lora_bias=True)),
+    "LoRA, saved": (Tall, _of("Lora", "tall", r=5, bias="all", modules_to_save=["wide"])),
+    "LoRA, tokens": (Tall, _of("Lora", "tall", r=5, trainable_token_indices={"embed": [5, 3, 20]})),
+    "LoRA, transposed": (Swapped, _of("Lora", *SWAPPED, r=5, fan_in_fan_out=True)),
+    "LoRA, blocks": (Blocks, _block_lora),
+    "DoRA": (Tall, _of("Lora", *TALL, "conv", r=5, use_dora=True)),
+    "DoRA, transposed": (Swapped, _of("Lora", *SWAPPED, r=5, use_dora=True, fan_in_fan_out=True)),
+    "IA3": (Tall, _of("IA3", *TALL, feedforward_modules=["wide"])),
+    "LoHa": (Tall, _of("LoHa", *TALL, "conv", r=4)),
+    "LoHa, Tucker": (Tall, _of("LoHa", "conv", r=4, use_effective_conv2d=True)),
+    "LoKr": (Tall, _of("LoKr", *TALL, "conv", r=2, decompose_both=True, use_effective_conv2d=True)),
+    "LoKr, large": (Tall, _of("LoKr", *TALL, r=4, decompose_factor=1)),
+    "AdaLoRA": (Tall, _of("AdaLora", *TALL, init_r=5, total_step=10)),
+    "VeRA": (Tall, _of("Vera", *TALL, r=6)),
+    "VeRA, seeded": (Tall, _of("Vera", *TALL, r=6, save_projection=False)),
+    "RandLoRA": (Tall, _of("RandLora", *TALL, r=8)),
+    "RandLoRA, seeded": (Tall, _of("RandLora", *TALL, r=8, save_projection=False)),
+    "RandLoRA, sparse": (Tall, _of("RandLora", *TALL, r=8, save_projection=False, sparse=True)),
+    "VB-LoRA": (Tall, _of("VBLoRA", *TALL, r=4, num_vectors=8, vector_length=8)),
+    "VB-LoRA, topk": (Tall, _of("VBLoRA", *TALL, r=4, num_vectors=8, vector_length=8, save_only_topk_weights=True)),
+    "VB-LoRA, top": (
+        Tall,
+        _of("VBLoRA", *TALL, r=4, num_vectors=8, vector_length=8, topk=1, save_only_topk_weights=True),
+    ),
+    "MiSS": (Tall, _of("Miss", *TALL, r=4)),
+    "MiSS, bat": (Tall, _of("Miss", *TALL, r=4, init_weights="bat")),
+    "MiSS, mini": (Tall, _of("Miss", *TALL, r=4, mini_r=8, init_weights="mini")),
+    "SHiRA": (Tall, _of("Shira", *TALL, r=4)),
+    "DeLoRA": (Tall, _of("Delora", *TALL, r=4)),
+    "KaSA": (Tall, _of("Lora", *TALL, r=5, kasa_config={"beta": 1e-4, "gamma": 1e-3})),
+    "HiRA": (Tall, _of("Hira", *TALL, "conv", r=5)),
+    "HRA": (Tall, _of("HRA", *TALL, r=5)),
+    "HRA, orthogonal": (Tall, _of("HRA", *TALL, r=3, apply_GS=True)),
+    "OFT": (Tall, _of("OFT", *TALL, "embed", r=0, oft_block_size=32)),
+    "OFT, constrained": (Tall, _of("OFT", *TALL, r=0, oft_block_size=8, coft=True, eps=0.3, block_share=True)),
+    "OFT, solved": (Tall, _of("OFT", *TALL, r=0, oft_block_size=8, use_cayley_neumann=False)),
+    "BOFT": (Tall, _of("BOFT", *TALL, boft_block_size=12)),
+    "RoAd": (Tall, _of("Road", *TALL, variant="road_4", group_size=32)),
+    "RoAd, 1": (Tall, _of("Road", *TALL, variant="road_1", group_size=32)),
+    "C3A": (Tall, _of("C3A", *TALL, block_size=24)),
+    "GraLoRA": (Tall, _of("Gralora", *TALL, r=6, gralora_k=3, hybrid_r=2)),
+    "GLoRA": (Tall, _of("Glora", *TALL, r=4)),
+    "BEFT": (Tall, _of("Beft", *TALL)),
+    "FourierFT": (Tall, _of("FourierFT", *TALL, n_frequency=99)),
+    "WaveFT": (Tall, _of("WaveFT", *TALL, n_frequency=99, wavelet_family="sym2")),
+    "WaveFT, no wavelet": (Tall, _of("WaveFT", *TALL, n_frequency=99, use_idwt=False)),
+    "PVeRA": (Tall, _of("Pvera", *TALL, r=5)),
+    "UniLoRA": (Tall, _of("UniLora", *TALL, r=5, save_indices=True)),
+    "TinyLoRA": (Tall, _of("TinyLora", *TALL, r=3, u=7, weight_tying=0.5)),
+    "Super-Tuning": (Tall, _of("Supertuning", *TALL, sparsity=0.9, r=3)),
+    "DEFT": (Tall, _of("Deft", *TALL, r=4)),
+    "DEFT, orthogonal": (Tall, _of("Deft", *TALL, r=4, decomposition_method="qr")),
+    "DEFT, transposed": (Swapped, _of("Deft", *SWAPPED, r=4, fan_in_fan_out=True)),
+    "PEANuT": (Tall, _of("Peanut", *TALL, r=4, depth=1)),
+    "OSF": (Tall, _of("OSF", *TALL, effective_rank=60)),
+    "PSOFT": (Tall, _of("Psoft", *TALL, r=8, use_cayley_neumann=True, cayley_neumann_eps=0.3)),
+    "PSOFT, low rank": (Tall, _of("Psoft", *TALL, r=8, psoft_svd="lowrank", ab_svd_init="pissa_init")),
+    "FRoD": (Tall, _of("Frod", "tall", progressbar=False)),
+}
+#: And of models whose modules are parts of stored tensors.
+PARTS = {
+    "experts": ("mixtral", zoo.lora("q_proj", target_parameters=["experts.gate_up_proj", "experts.down_proj"])),
+    "a part saved": ("nomic-bert", zoo.lora("o_proj", modules_to_save=["q_proj"])),
+    "UniLoRA, seeded": ("llama", zoo.peft("UniLoraConfig", "all-linear", r=3, theta_d_length=40)),
+}
+NAMES = (*ADAPTERS, *PARTS, "frozen copies", "differences", "gate and up in turn")
+
+
+@cache
+def files(name: str, dtype: str = "float32") -> tuple[Path, Path]:
+    """Base and adapter."""
+    if name in PARTS:
+        return zoo.base_folder(PARTS[name][0]), zoo.adapter_folder(*PARTS[name])
+    folder = new_folder("device")
+    if name == "frozen copies":
+        w, b, a = random(768, 96, seed=0), random(4, 768, seed=1), random(96, 4, seed=2)
+        base = write_base(folder / "base", [{"m.weight": w, "n.weight": w + 1}])
+        return base, write_pure(folder / "a.pt", {"m.A": a, "m.B": b, "n.original.weight": w + 1})
+    if name == "differences":
+        base = write_base(folder / "base", [{"m.weight": random(768, 96, seed=0)}])
+        save_file({"m.diff": random(768, 96, seed=1)}, folder / "lora.safetensors")
+        return base, folder / "lora.safetensors"
+    if name == "gate and up in turn":
+        return _in_turn(folder)
+    make, config = ADAPTERS[name]
+    case = write_case(folder, config(), make=make, dtype=dtype, scale=0.05)
+    return case.base, case.adapter
+
+
+def _in_turn(folder: Path) -> tuple[Path, Path]:
+    """gpt-oss's experts, which are stored as (E, in, out), and Tinker's factors of gate and up."""
+    at = "model.layers.0.mlp.experts"
+    weight = random(3, 96, 512, seed=0)
+    base = write_base(folder / "base", [{f"{at}.gate_up_proj": weight}], architectures=["GptOssForCausalLM"])
+    tensors = {
+        f"base_model.model.{at}.{part}.lora_{role}.weight": random(*shape, seed=seed)
+        for part in ("w1", "w3")
+        for seed, (role, shape) in enumerate({"A": (1, 4, 96), "B": (3, 256, 4)}.items(), 2 * int(part[1]))
+    }
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return base, adapter
+
+
+def config_of(name: str, output: Path, base_dtype: str = "float32", **options: Any) -> dict[str, Any]:
+    """In as little memory as the plan takes."""
+    base, adapter = files(name, base_dtype)
+    entry = {"path": str(adapter), "alpha": 8} if name == "frozen copies" else adapter
+    config = make_config(output, base, [entry], **options)
+    config["compute"]["max_memory"] = least_memory(config)
+    return config
+
+
+@pytest.mark.parametrize("name", slow_but(NAMES, *NAMES[::2]))
+def test_every_family(name: str, gpu: PretendedCuda, tmp_path: Path) -> None:
+    assert_agree(gpu, config_of(name, tmp_path / "out"))
+
+
+def test_the_families_are_all_here(tmp_path: Path) -> None:
+    plans = [shardmerge.plan(config_of(name, tmp_path / "out")) for name in NAMES]
+    seen = {update.family for plan in plans for tensor, _ in plan.updates() for update in tensor.updates}
+    assert seen == FAMILIES.keys()
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("base", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["LoRA", "DoRA, transposed"])
+def test_dtypes(name: str, base: str, out: str, gpu: PretendedCuda, tmp_path: Path) -> None:
+    """Wider and narrower output lies on other tiles' input."""
+    assert_agree(gpu, config_of(name, tmp_path / "out", base, dtype=out))
+
+
+@pytest.mark.parametrize("compute", ["float64", "bfloat16"])
+def test_compute_dtypes(compute: str, gpu: PretendedCuda, tmp_path: Path) -> None:
+    assert_agree(gpu, config_of("LoRA", tmp_path / "out", "bfloat16", compute=compute))
+
+
+@pytest.mark.parametrize(("compute", "out"), [("float32", "bfloat16"), ("float64", "float16")])
+def test_rounding_by_chance(compute: str, out: str, gpu: PretendedCuda, tmp_path: Path) -> None:
+    config = config_of("LoRA", tmp_path / "out", dtype=out, compute=compute)
+    config["output"] |= {"rounding": "stochastic", "seed": 5}
+    config["compute"]["max_memory"] = least_memory(config)
+    assert_agree(gpu, config)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_gguf(rounding: str, gpu: PretendedCuda, tmp_path: Path) -> None:
+    """Blocks are made on the CPU, of what was rounded on the device."""
+    base, modules = make_for_gguf("mistral", tmp_path / "base", tmp_path), {}
+    for layer in range(2):
+        name = f"model.layers.{layer}.self_attn.q_proj"
+        rows, columns = stored(base)[f"{name}.weight"].shape
+        modules[name] = (random(4, columns, seed=layer), random(rows, 4, seed=9))
+    config = make_config(tmp_path / "out", base, [write_adapter(tmp_path / "adapter", modules)], dtype="bfloat16")
+    config["output"] |= {"format": "gguf", "quantization": "q8_0", "rounding": rounding}
+    assert_agree(gpu, config)
+
+
+@pytest.mark.parametrize(("value", "base"), [(1e6, 1.0), (1.0, math.inf)])
+def test_a_value_that_is_not_finite_is_told_as_on_the_cpu(
+    value: float, base: float, gpu: PretendedCuda, tmp_path: Path
+) -> None:
+    w = torch.full((300, 40), 1.0)
+    w[211, 7] = base
+    b = torch.zeros(300, 2)
+    b[211, 0] = value
+    where = write_base(tmp_path / "base", [{"m.weight": w}])
+    adapter = write_adapter(tmp_path / "adapter", {"m": (torch.eye(2, 40), b)})
+    config = make_config(tmp_path / "out", where, [adapter], dtype="float16")
+    told = []
+    for device in ("cpu", "cuda"):
+        with pytest.raises(shardmerge.ShardmergeError) as error:
+            on(device, config)
+        told.append(str(error.value).split(";")[0])
+    assert told[0] == told[1] and "row 211" in told[0]
+    assert gpu.ever_registered and not gpu.registered
+
+
+# --- memory, streams and switches -------------------------------------------------------------------------------------
+
+
+def test_buffers_are_registered_once_and_let_go(gpu: PretendedCuda, tmp_path: Path) -> None:
+    config = {
+        **config_of("LoRA", tmp_path / "out"),
+        "output": {"path": str(tmp_path / "out"), "max_shard_size": "200KB"},
+    }
+    plan = shardmerge.plan(config)
+    assert len(plan.shards) > 1
+    assert_agree(gpu, config)
+    assert len(gpu.ever_registered) == len(set(gpu.ever_registered)) == plan.memory.buffers
+    assert len(gpu.streams) == WORKERS
+
+
+def test_memory_that_cannot_be_registered_is_used_as_it_is(gpu: PretendedCuda, tmp_path: Path) -> None:
+    gpu.answer = 2
+    assert_agree(gpu, config_of("LoRA", tmp_path / "out"))
+    assert not gpu.ever_registered and not gpu.error_waits
+
+
+def test_both_threads_have_their_stream(gpu: PretendedCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+    apply, together = FAMILIES["lora"].apply, threading.Barrier(WORKERS, timeout=60)
+
+    def spy(tile: Tensor, *given: Any) -> None:
+        assert isinstance(tile, OnDevice)
+        if gpu.current.number not in seen:
+            seen.add(gpu.current.number)
+            together.wait()
+        apply(tile, *given)
+
+    monkeypatch.setattr(type(FAMILIES["lora"]), "apply", lambda self, *given: spy(*given))
+    monkeypatch.setattr("shardmerge.planning.tiling._SIZES", ((1 << 16, 1 << 13),))
+    where = write_base(tmp_path / "base", [{"m.weight": random(2048, 256, seed=0)}])
+    adapter = write_adapter(tmp_path / "adapter", {"m": (random(4, 256, seed=1), random(2048, 4, seed=2))})
+    on("cuda", make_config(tmp_path / "out", where, [adapter]))
+    assert seen == set(range(WORKERS))
+
+
+def test_who_does_not_wait_is_found(gpu: PretendedCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaPlace, "settle", lambda self: None)
+    with pytest.raises(MisuseError, match="let go while it is read") as error:
+        on("cuda", config_of("LoRA", tmp_path / "out"))
+    assert "a tile counts as read before its copy is done" in str(error.value.__context__)
+
+
+def test_what_is_delivered_is_there_when_the_turn_ends(gpu: PretendedCuda) -> None:
+    place, target = CudaPlace(DEVICE, 1), torch.zeros(5)
+    place.pin([target])
+    with place.turn(0):
+        made = place.beside(target).fill_(3)
+        place.deliver(made, target)
+        made.fill_(4)  # later than the copy
+        assert not target.any()
+    assert target.eq(3).all()
+    with pytest.raises(ValueError, match="x"), place.turn(0):  # and when it fails
+        place.deliver(place.beside(target).fill_(6), target)
+        raise ValueError("x")
+    assert target.eq(6).all()
+    place.close()
+
+
+def test_factors_are_done_before_another_stream_has_them(gpu: PretendedCuda, tmp_path: Path) -> None:
+    base, adapter = files("LoRA", "bfloat16")
+    plan = shardmerge.plan(make_config(tmp_path / "out", base, [adapter]))
+    tensor = next(tensor for tensor, _ in plan.updates() if tensor.updates[0].family == "lora")
+    place = CudaPlace(DEVICE, 2)
+    readers = OpenReaders([file for adapter in plan.adapters for file in adapter.files])
+    loader = LazyFactors(readers.get, place)
+    loader.begin(tensor.updates, [torch.float64] * len(tensor.updates))
+    factors = loader.of(tensor.updates[0])
+    with place.turn(0):
+        a, twice = factors.whole("A"), factors.kept("twice", lambda: 2 * factors.whole("A"))
+        own = a + a
+        with gpu.entered(gpu.streams[1]):
+            assert torch.equal((a + a).cpu(), twice.cpu())
+            with pytest.raises(MisuseError, match="stream 1 takes what stream 0 may still be writing"):
+                own.add_(a)
+    readers.close()
+
+
+def switches() -> list[Any]:
+    return [torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision]  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has the old switches only")
+@pytest.mark.parametrize("before", ["tf32", "ieee", "none"])
+def test_tf32_is_off_while_tiles_are_merged(
+    before: str, gpu: PretendedCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    rounded = Sampler.after
+
+    def spy(*given: Any) -> None:
+        seen.append(switches())
+        rounded(*given)
+
+    monkeypatch.setattr(Sampler, "after", spy)
+    matmul, at_first = torch.backends.cuda.matmul, switches()
+    matmul.fp32_precision = before
+    try:
+        on("cuda", config_of("DoRA", tmp_path / "out"))
+        assert seen and all(each == ["ieee", "ieee"] for each in seen)
+        assert switches() == [before, at_first[1]] and at_first[1] == "tf32"
+    finally:
+        matmul.fp32_precision = at_first[0]
+
+
+def test_the_old_switches_are_used_where_there_are_no_others(
+    gpu: PretendedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Switches:
+        allow_tf32 = True
+
+    matmul, convolution = Switches(), Switches()
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    monkeypatch.setattr(torch.backends, "cudnn", convolution)
+    with pytest.raises(ValueError, match="x"), CudaPlace(DEVICE, 1).in_full():
+        assert not matmul.allow_tf32 and not convolution.allow_tf32
+        raise ValueError("x")
+    assert matmul.allow_tf32 and convolution.allow_tf32
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    config = config_of("LoRA", tmp_path / "out")
+    config["compute"]["device"] = f"cuda:{max(7, torch.cuda.device_count())}"
+    with pytest.raises(shardmerge.PlanError, match="CUDA devices here") as planned:
+        shardmerge.plan(config)
+    with pytest.raises(shardmerge.PlanError) as merged:
+        shardmerge.merge(config)
+    assert planned.value.problems == merged.value.problems
+
+
+# --- what the pretended device finds ----------------------------------------------------------------------------------
+
+
+def test_the_pretended_device_is_strict(gpu: PretendedCuda) -> None:
+    one, other = gpu.new_stream(), gpu.new_stream()
+    host = torch.zeros(4)
+    with pytest.raises(MisuseError, match="no stream of its own"):
+        OnDevice(host, gpu) + 1
+    with gpu.entered(one):
+        there = torch.ones(4, device=DEVICE)
+        assert torch.equal((there * torch.tensor(2.0)).cpu(), torch.full((4,), 2.0))
+        with pytest.raises(MisuseError, match="of the CPU and of the device"):
+            there + host
+        with pytest.raises(MisuseError, match="not registered"):
+            host.to(DEVICE, non_blocking=True)
+        with pytest.raises(MisuseError, match="converted on the CPU"):
+            host.to(DEVICE, torch.float64)
+        gpu.register(host.data_ptr(), host.nbytes, 0)
+        host.to(DEVICE, non_blocking=True)
+        host.fill_(1)
+        with pytest.raises(MisuseError, match="overwritten before"):
+            one.synchronize()
+        there.add_(1)
+        with gpu.entered(other):
+            with pytest.raises(MisuseError, match="may still be writing"):
+                there + 1
+            one.synchronize()
+            assert (there + 1).sum().item() == 12
+
+
+# --- how far a GPU may be from the CPU --------------------------------------------------------------------------------
+
+U = 2.0**-24  # half a unit of float32's last place, relative
+RANK, ALPHA, BLOCK = 8, 13, 32
+
+#: Of a base's weight W and a module's factors, all in float64: W', and by how much a float32 merge may be off. A sum of
+#: n products is off by n·u of the sum of their magnitudes, in whatever order they are added; so B A by r·u·|B||A|, and
+#: s B A, W + s B A by a rounding each.
+Judge = Callable[[Tensor, Mapping[str, Tensor]], tuple[Tensor, Tensor]]
+
+
+def of_lora(w: Tensor, factor: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    a, b, s = factor["lora_A.weight"], factor["lora_B.weight"], ALPHA / RANK
+    new = w + s * b @ a
+    return new, U * ((RANK + 1) * s * b.abs() @ a.abs() + new.abs())
+
+
+def of_dora(w: Tensor, factor: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """m V / ‖V‖: beside V's error, its length's, which is half that of the sum of squares, a root and two roundings."""
+    v, error = of_lora(w, factor)
+    length, m = v.norm(dim=1, keepdim=True), factor["lora_magnitude_vector"].view(-1, 1)
+    new = m * v / length
+    relative = (w.shape[1] / 2 + 4) * U + error.norm(dim=1, keepdim=True) / length
+    return new, (m / length).abs() * error + new.abs() * relative
+
+
+def of_oft(w: Tensor, factor: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """W Rᵀ, R = I + 2S + 2S² + 2S³ + S⁴: three products of b and four sums make R, and one of b W Rᵀ."""
+    q = factor["oft_R.weight"]
+    s = torch.zeros(len(q), BLOCK, BLOCK, dtype=w.dtype)
+    rows, columns = torch.triu_indices(BLOCK, BLOCK, 1)
+    s[:, rows, columns] = q
+    s = s - s.transpose(1, 2)
+
+    def turned(of: Tensor, s: Tensor) -> Tensor:
+        r = torch.eye(BLOCK, dtype=w.dtype) + 2 * s + 2 * s @ s + 2 * s @ s @ s + s @ s @ s @ s
+        return torch.einsum("onj,nij->oni", of.view(len(of), -1, BLOCK), r).reshape(of.shape)
+
+    return turned(w, s), U * (4 * BLOCK + 6) * turned(w.abs(), s.abs())
+
+
+JUDGES: dict[str, tuple[Callable[[], Any], Judge]] = {
+    "LoRA": (_of("Lora", *TALL, r=RANK, lora_alpha=ALPHA), of_lora),
+    "DoRA": (_of("Lora", *TALL, r=RANK, lora_alpha=ALPHA, use_dora=True), of_dora),
+    "OFT": (_of("OFT", *TALL, r=0, oft_block_size=BLOCK), of_oft),
+}
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", JUDGES)
+def test_how_far_it_may_be_from_the_cpu(method: str, dtype: str, device: str, tmp_path: Path) -> None:
+    """Two float32 merges are each within the bound; that it is one, a merge in float64 shows without a GPU.
+
+    For LoRA ‖error‖ / ‖Δ‖ is so at most 2⁻²³ ((r + 1) ‖|B||A|‖ / ‖B A‖ + ‖W'‖ / ‖Δ‖). In bfloat16, where both round
+    the two sides of a tie, they are a unit apart, but seldom.
+    """
+    make, judge = JUDGES[method]
+    case = write_case(tmp_path, make(), make=Tall, dtype=dtype, scale=0.05)
+    config = make_config(tmp_path / "out", case.base, [case.adapter])
+    config["compute"]["max_memory"] = least_memory(config)
+    assert all(tensor.tiles > 1 for tensor, _ in shardmerge.plan(config).updates())
+    if device == "cuda":
+        other = stored(on("cuda", config))
+    else:
+        wide = {**config["compute"], "dtype": "float64", "max_memory": "auto"}
+        other = stored(on("cpu", {**config, "output": {"path": str(tmp_path / "wide" / "out")}, "compute": wide}))
+    ours, base, adapter = stored(on("cpu", config)), stored(case.base), stored(case.adapter)
+    for name, mine in ours.items():
+        module = name.removesuffix(".weight")
+        if module not in TALL:
+            assert torch.equal(mine.view(torch.uint8), other[name].view(torch.uint8)), name
+            continue
+        start = f"base_model.model.{module}."
+        factors = {key.removeprefix(start): of.double() for key, of in adapter.items() if key.startswith(start)}
+        new, bound = judge(base[name].double(), factors)
+        error = (mine.double() - other[name].double()).abs()
+        rounded = mine.double().abs() * 2.0**-7 if dtype == "bfloat16" else 0.0
+        assert (error <= 2.001 * bound + rounded).all(), name
+        assert ((mine.double() - new).abs() <= 1.001 * bound + rounded).all(), name
+        if dtype == "bfloat16":
+            assert (error > 0).double().mean() < 0.01
