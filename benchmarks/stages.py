@@ -36,7 +36,7 @@ from shardmerge.execution import engine, pipeline
 from shardmerge.execution.engine import Engine
 from shardmerge.execution.jobs import Job
 from shardmerge.execution.pipeline import Buffer
-from shardmerge.spec import MergePlan, ShardPlan
+from shardmerge.spec.plans import MergePlan, ShardPlan
 from shardmerge.system.checksums import Checksums
 from shardmerge.system.directory import Directory
 

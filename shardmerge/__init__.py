@@ -22,8 +22,8 @@ if TYPE_CHECKING:
         SourceError,
         VerifyError,
     )
-    from shardmerge.reporting.report import MergeReport
-    from shardmerge.spec import MergePlan
+    from shardmerge.reporting.merge_report import MergeReport
+    from shardmerge.spec.plans import MergePlan
     from shardmerge.verification.findings import VerifyReport
 
 __all__ = [
@@ -53,7 +53,7 @@ _HOMES = {
     **{f"{name}Error": "shardmerge.errors" for name in _ERRORS},
     "MergeConfig": "shardmerge.config.schema",
     "MergePlan": "shardmerge.spec",
-    "MergeReport": "shardmerge.reporting.report",
+    "MergeReport": "shardmerge.reporting.merge_report",
     "Progress": "shardmerge.api",
     "VerifyReport": "shardmerge.verification.verifier",
     "merge": "shardmerge.api",

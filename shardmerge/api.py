@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shardmerge.adapters.registry import FAMILIES
+from shardmerge.adapters.work import changing_updates
 from shardmerge.config.schema import MergeConfig
 from shardmerge.errors import (
     ChangedError,
@@ -32,22 +33,20 @@ from shardmerge.errors import (
     VerifyError,
 )
 from shardmerge.planning.planner import bytes_read, make_plan
-from shardmerge.reporting.report import (
+from shardmerge.reporting.merge_report import (
     MergeReport,
-    WorkingSet,
-    changing_updates,
     fidelity_by_kind,
     fidelity_warnings,
     merged_dtype,
-    peak_memory,
-    record,
     sizes_by_format,
 )
-from shardmerge.spec import MergePlan, Receipt, ShardPlan
+from shardmerge.reporting.record import record
 from shardmerge.spec.notices import Warned
+from shardmerge.spec.plans import MergePlan, Receipt, ShardPlan
 from shardmerge.spec.words import words_for
 from shardmerge.system import limits
 from shardmerge.system.events import Stopwatch, notices
+from shardmerge.system.memory_use import WorkingSet, peak_memory
 
 if TYPE_CHECKING:
     from shardmerge.destinations.journal import Journal

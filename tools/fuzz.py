@@ -29,7 +29,7 @@ from shardmerge.file_formats.checkpoint_files import read_json
 from shardmerge.file_formats.safetensors_header import encode, read_header
 from shardmerge.file_formats.torch_pickle import read_pickled
 from shardmerge.sources.local import LocalSource
-from shardmerge.spec import SourceFile, TensorInfo, TensorRef
+from shardmerge.spec.tensors import SourceFile, TensorInfo, TensorRef
 
 FOLDER = Path(tempfile.mkdtemp(prefix="shardmerge-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"

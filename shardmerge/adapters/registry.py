@@ -55,7 +55,7 @@ from shardmerge.adapters.methods.vblora import VbLora
 from shardmerge.adapters.methods.vera import Vera, VeraSeeded
 from shardmerge.adapters.methods.waveft import WaveFt
 from shardmerge.adapters.methods.whole import Overwrite, Replacement, TokenRows
-from shardmerge.spec import TensorRef
+from shardmerge.spec.tensors import TensorRef
 
 __all__ = [
     "FAMILIES",

@@ -19,7 +19,7 @@ from shardmerge.system.interrupt import ADVICE, INTERRUPTED, stopping_in_time
 
 if TYPE_CHECKING:
     from shardmerge.config.schema import MergeConfig
-    from shardmerge.spec import MergePlan
+    from shardmerge.spec.plans import MergePlan
 
 
 def _config_options(command: Command) -> Command:
@@ -92,7 +92,9 @@ def _carry_out(planned: MergePlan, *, as_json: bool, quiet: bool) -> None:
     """Merge, with progress and notes on stderr and the result on stdout."""
     from shardmerge.api import merge
     from shardmerge.cli.progress import show_progress
-    from shardmerge.reporting.report import labelled, next_steps, size_table
+    from shardmerge.reporting.merge_report import size_table
+    from shardmerge.reporting.plan_text import next_steps
+    from shardmerge.reporting.text import labelled
 
     if (note := needless_cuda()) and first_time(note):
         say(labelled(note), err=True)
@@ -118,7 +120,7 @@ def _carry_out(planned: MergePlan, *, as_json: bool, quiet: bool) -> None:
 @logged
 def plan(config: Path, overrides: tuple[str, ...], allow_config_loss: bool, overwrite: bool, as_json: bool) -> None:
     """Say what `run` would do, and every reason why it would not. Reads headers only. CONFIG may be - for stdin."""
-    from shardmerge.reporting.report import describe_plan, plan_summary
+    from shardmerge.reporting.plan_text import describe_plan, plan_summary
 
     planned = _plan(config, overrides, overwrite=overwrite, allow_config_loss=allow_config_loss)
     if as_json:

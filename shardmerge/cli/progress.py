@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from shardmerge.reporting.report import human_bytes
+from shardmerge.reporting.text import human_bytes
 
 if TYPE_CHECKING:
     from shardmerge.api import Progress

@@ -75,7 +75,7 @@ def _loading(output: str, *, quiet: bool) -> Iterator[None]:
     if quiet or not sys.stderr.isatty():
         yield
         return
-    from shardmerge.reporting.report import human_bytes, human_seconds
+    from shardmerge.reporting.text import human_bytes, human_seconds
 
     size = sum(file.stat().st_size for file in Path(output).glob("*.safetensors") if file.is_file())
     say(

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from shardmerge.spec import RowRange, even_rows
+from shardmerge.spec.tensors import RowRange, even_rows
 
 #: Whole numbers that have as many bits.
 _BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}

@@ -50,7 +50,8 @@ from shardmerge.destinations.work_folder import (
 )
 from shardmerge.errors import OutputError, ResumeError, SourceError
 from shardmerge.sources.source import open_reader
-from shardmerge.spec import Fidelity, Fingerprint, Receipt, ShardPlan, SourceFile, digest_of
+from shardmerge.spec.plans import Fidelity, Fingerprint, Receipt, ShardPlan, digest_of
+from shardmerge.spec.tensors import SourceFile
 from shardmerge.system import checksums, durable
 from shardmerge.system.directory import Directory
 from shardmerge.system.regular_files import why_not_readable

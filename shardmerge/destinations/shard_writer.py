@@ -20,7 +20,8 @@ from shardmerge.destinations.record import RECORD_NAME, sealed
 from shardmerge.errors import OutputError
 from shardmerge.file_formats import safetensors_header
 from shardmerge.sources.source import open_reader
-from shardmerge.spec import PAGE, AuxFile, MergePlan, ShardPlan, SourceFile, TensorPlan
+from shardmerge.spec.plans import AuxFile, MergePlan, ShardPlan, TensorPlan
+from shardmerge.spec.tensors import PAGE, SourceFile
 from shardmerge.system import durable, reflink
 from shardmerge.system.aligned_memory import pages
 from shardmerge.system.checksums import Checksums

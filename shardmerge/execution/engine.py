@@ -20,10 +20,12 @@ from shardmerge.errors import ShardmergeError
 from shardmerge.execution import pipeline
 from shardmerge.execution.jobs import Job, jobs, positions
 from shardmerge.execution.pipeline import Buffer
-from shardmerge.reporting.report import WorkingSet
 from shardmerge.sources.open_readers import OpenReaders
-from shardmerge.spec import BUFFER_SLACK, MergePlan, Receipt, ShardPlan, TensorPlan, Update
+from shardmerge.spec.plans import MergePlan, Receipt, ShardPlan, TensorPlan
+from shardmerge.spec.tensors import BUFFER_SLACK
+from shardmerge.spec.updates import Update
 from shardmerge.system.garbage import no_garbage_collection
+from shardmerge.system.memory_use import WorkingSet
 
 if TYPE_CHECKING:
     from shardmerge.execution.threads import Batch

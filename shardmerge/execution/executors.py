@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
-from shardmerge.spec import Receipt, ShardPlan
+from shardmerge.spec.plans import Receipt, ShardPlan
 
 
 class Executor(Protocol):

@@ -20,7 +20,8 @@ from shardmerge.codecs import NUMBER_DTYPES
 from shardmerge.errors import NonFiniteError
 from shardmerge.execution.devices import Place
 from shardmerge.sources.source import Reader
-from shardmerge.spec import ALIGNMENT, DTYPE_BITS, KEPT_WHOLE_BYTES, RowRange, TensorRef, Update
+from shardmerge.spec.tensors import ALIGNMENT, DTYPE_BITS, KEPT_WHOLE_BYTES, RowRange, TensorRef
+from shardmerge.spec.updates import Update
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.codecs import TORCH_DTYPES
-from shardmerge.spec import Fidelity, RowRange, TensorPlan
+from shardmerge.spec.plans import Fidelity, TensorPlan
+from shardmerge.spec.tensors import RowRange
 
 #: Of so many tiles one is looked at, but of every tensor at least one and at most a few; and of it so many elements.
 _ONE_OF = 16

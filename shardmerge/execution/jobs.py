@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from shardmerge.adapters.registry import FAMILIES
-from shardmerge.spec import DTYPE_BITS, PAGE, RowRange, ShardPlan, TensorPlan, aligned, row_nbytes
+from shardmerge.spec.plans import ShardPlan, TensorPlan
+from shardmerge.spec.tensors import DTYPE_BITS, PAGE, RowRange, aligned, row_nbytes
 from shardmerge.spec.windows import boundaries
 
 

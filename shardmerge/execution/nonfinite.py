@@ -18,7 +18,8 @@ from torch import Tensor
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.codecs import overflow_limit
 from shardmerge.errors import NonFiniteError
-from shardmerge.spec import BLOCKS, DTYPE_NAMES, FLOAT_DTYPES, RowRange, TensorPlan, TensorRef
+from shardmerge.spec.plans import TensorPlan
+from shardmerge.spec.tensors import BLOCKS, DTYPE_NAMES, FLOAT_DTYPES, RowRange, TensorRef
 from shardmerge.spec.windows import locate
 
 #: Elements of a tensor, counted from its first, as they are stored.

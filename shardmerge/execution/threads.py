@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from shardmerge.spec import TensorPlan
+from shardmerge.spec.plans import TensorPlan
 
 #: Seconds in which a thread must have begun; where memory has run out, one may end without having said so.
 _PATIENCE = 60.0

@@ -17,28 +17,18 @@ from shardmerge.adapters.registry import FAMILIES
 from shardmerge.adapters.work import dtype_for, narrow_dtype, tile_dtype, work_bytes
 from shardmerge.codecs import TORCH_DTYPES, encode_by_chance, encode_into, view_bytes
 from shardmerge.execution import nonfinite
-from shardmerge.execution.devices import place_on, resolve_device
+from shardmerge.execution.devices import place_on
 from shardmerge.execution.factors import LazyFactors, UpdateFactors
 from shardmerge.execution.fidelity import Sample, Sampler
 from shardmerge.execution.jobs import Job, Positions
 from shardmerge.execution.pipeline import Buffer
 from shardmerge.execution.threads import Batch, ComputeThreads
-from shardmerge.spec import (
-    DTYPE_BITS,
-    Fidelity,
-    Finish,
-    MergePlan,
-    RowRange,
-    TensorPlan,
-    TensorRef,
-    Update,
-    Window,
-    aligned,
-    dtype_code,
-    row_nbytes,
-)
+from shardmerge.spec.plans import Fidelity, Finish, MergePlan, TensorPlan
+from shardmerge.spec.tensors import DTYPE_BITS, RowRange, TensorRef, aligned, dtype_code, row_nbytes
+from shardmerge.spec.updates import Update, Window
 from shardmerge.spec.windows import Part, locate, reaching
 from shardmerge.spec.words import words_for
+from shardmerge.system.torch_devices import resolve_device
 
 if TYPE_CHECKING:
     from shardmerge.sources.source import Reader

@@ -19,8 +19,8 @@ from shardmerge.file_formats.adapter_folder import INDEXES, PICKLES, WEIGHTS, Fo
 from shardmerge.file_formats.checkpoint_files import read_index, read_json, read_shard
 from shardmerge.file_formats.torch_pickle import read_pickled
 from shardmerge.sources.source import Source, directory_of, open_reader
-from shardmerge.spec import DTYPE_BITS, SourceFile, TensorRef
 from shardmerge.spec.notices import Warned
+from shardmerge.spec.tensors import DTYPE_BITS, SourceFile, TensorRef
 from shardmerge.system import bounded_regex
 
 CONFIG_NAME = "adapter_config.json"

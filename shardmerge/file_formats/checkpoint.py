@@ -23,7 +23,8 @@ from shardmerge.file_formats.checkpoint_files import (
     stem_of_index,
 )
 from shardmerge.sources.source import Source, directory_of
-from shardmerge.spec import CheckpointInfo, Weight
+from shardmerge.spec.plans import CheckpointInfo
+from shardmerge.spec.tensors import Weight
 
 __all__ = [
     "INDEX_SUFFIX",

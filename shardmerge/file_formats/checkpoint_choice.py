@@ -18,8 +18,8 @@ from shardmerge.file_formats import recognise
 from shardmerge.file_formats.checkpoint_files import Shard, is_index, read_index, read_shard, stem_of_index
 from shardmerge.sources.local import LocalSource
 from shardmerge.sources.source import Source
-from shardmerge.spec import TensorRef
 from shardmerge.spec.notices import Warned
+from shardmerge.spec.tensors import TensorRef
 
 SUFFIX = ".safetensors"
 #: The whole model in one file, by the names that transformers and diffusers give it.

@@ -19,7 +19,7 @@ from shardmerge.file_formats.safetensors_header import (
     unique_keys,
 )
 from shardmerge.sources.source import Source
-from shardmerge.spec import SourceFile, TensorRef
+from shardmerge.spec.tensors import SourceFile, TensorRef
 from shardmerge.system import json_size
 
 #: Of an index, which has an entry for every tensor; the largest of well-known models has 27 MB.

@@ -17,7 +17,7 @@ from typing import Any
 from shardmerge.errors import FormatError
 from shardmerge.file_formats import recognise
 from shardmerge.key_mapping.naming import fault
-from shardmerge.spec import DTYPE_BITS, TensorInfo, tensor_nbytes
+from shardmerge.spec.tensors import DTYPE_BITS, TensorInfo, tensor_nbytes
 
 #: What the safetensors library accepts.
 MAX_HEADER_BYTES = 100_000_000

@@ -19,7 +19,7 @@ from shardmerge.errors import FormatError, SourceError
 from shardmerge.file_formats import pickle_reader, recognise
 from shardmerge.file_formats.pickle_reader import Tensor
 from shardmerge.key_mapping.naming import fault
-from shardmerge.spec import DTYPE_BITS, TensorRef, tensor_nbytes
+from shardmerge.spec.tensors import DTYPE_BITS, TensorRef, tensor_nbytes
 from shardmerge.system.regular_files import open_regular
 
 #: Bytes of the pickle proper, without the tensors' data: a hundred thousand entries need less.
@@ -43,8 +43,8 @@ def read_pickled(path: Path, uri: str) -> dict[str, TensorRef]:
         ) from None
     except pickle_reader.TooLargeError:
         raise FormatError(
-            f"{path}: its pickle makes objects of over {pickle_reader.MAX_OBJECT_BYTES:,} bytes; expected a state dict, "
-            "of which a hundred thousand tensors take less. Save it again as safetensors"
+            f"{path}: its pickle makes objects of over {pickle_reader.MAX_OBJECT_BYTES:,} bytes; expected a state dict"
+            ", of which a hundred thousand tensors take less. Save it again as safetensors"
         ) from None
     except (ValueError, TypeError, LookupError, struct.error) as error:
         raise FormatError(f"{path}: its pickle is damaged: {str(error)[:300]}") from None

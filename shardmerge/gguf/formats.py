@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shardmerge.spec import BLOCKS, row_nbytes
+from shardmerge.spec.tensors import BLOCKS, row_nbytes
 
 
 @dataclass(frozen=True, slots=True)

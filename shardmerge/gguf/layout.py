@@ -18,7 +18,8 @@ from typing import Protocol
 
 from shardmerge.gguf.formats import TYPES, GgmlType, padded
 from shardmerge.gguf.model import Model
-from shardmerge.spec import FLOAT_DTYPES, Finish, RowRange
+from shardmerge.spec.plans import Finish
+from shardmerge.spec.tensors import FLOAT_DTYPES, RowRange
 
 #: Tensors that checkpoints have and no model needs.
 _UNUSED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")

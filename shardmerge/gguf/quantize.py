@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from shardmerge.gguf.formats import TYPES
-from shardmerge.spec import even_rows
+from shardmerge.spec.tensors import even_rows
 
 #: Elements at a time: 1 MiB of float32. Smaller ones spend their time between torch's calls.
 _SLAB = 1 << 18

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shardmerge.gguf.layout import OutputTensor, RopeScaling
-from shardmerge.spec import Finish
+from shardmerge.spec.plans import Finish
 
 
 def arrange(finish: Finish, tile: Tensor, space: Tensor | None = None) -> Tensor:

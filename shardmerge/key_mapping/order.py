@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 
-from shardmerge.spec import ModuleOrder, Parameter
+from shardmerge.spec.updates import ModuleOrder, Parameter
 
 _TOKEN = re.compile(r"[^(),|]+|[(),|]")
 

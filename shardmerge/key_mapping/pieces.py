@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from shardmerge.spec import Place
+from shardmerge.spec.updates import Place
 
 
 class RefusalError(Exception):

@@ -17,7 +17,7 @@ from shardmerge.key_mapping.divided import Experts
 from shardmerge.key_mapping.index import Index, number_in, numbers_in
 from shardmerge.key_mapping.pieces import RefusalError, View
 from shardmerge.key_mapping.rules import Rules, compose
-from shardmerge.spec import ModuleOrder, Parameter
+from shardmerge.spec.updates import ModuleOrder, Parameter
 
 #: Prefixes of base models that are tried where the architecture is not known.
 _COMMON_PREFIXES = ("model", "transformer")

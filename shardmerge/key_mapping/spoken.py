@@ -11,8 +11,8 @@ from shardmerge.key_mapping import dialects, suffixes
 from shardmerge.key_mapping.dialects import Dialect
 from shardmerge.key_mapping.index import numbers_in, template_of
 from shardmerge.key_mapping.resolver import Names
-from shardmerge.spec import Parameter
 from shardmerge.spec.notices import Warned
+from shardmerge.spec.updates import Parameter
 
 #: A module and its parameter, as an adapter calls them.
 Target = tuple[str, str]

@@ -20,7 +20,7 @@ from shardmerge.planning.tokenizer import Files, take_tokenizer, without_templat
 from shardmerge.planning.vocabulary import vocabulary_size
 from shardmerge.sources.local import LocalSource
 from shardmerge.sources.source import Source, directory_of
-from shardmerge.spec import AuxFile
+from shardmerge.spec.plans import AuxFile
 
 #: Files that may hold a chat template among other things, which some programs prefer to a file of its own.
 _HOLD_TEMPLATES = ("tokenizer_config.json", "processor_config.json")

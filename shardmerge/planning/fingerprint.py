@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 
 from shardmerge.sources.source import HUB_SCHEME, open_reader
-from shardmerge.spec import AuxFile, Fingerprint, MergePlan, SourceFile
+from shardmerge.spec.plans import AuxFile, Fingerprint, MergePlan
+from shardmerge.spec.tensors import SourceFile
 from shardmerge.system import checksums
 
 #: Bytes of a file that is read twice, once to know it and once to copy it. The largest tokenizer has a third of it.

@@ -15,8 +15,10 @@ from shardmerge.gguf import OutputTensor, Part
 from shardmerge.planning.layout import Layout
 from shardmerge.sources.inline import inline_file
 from shardmerge.sources.source import open_reader
-from shardmerge.spec import AuxFile, ShardPlan, TensorInfo, TensorPlan, TensorRef, Update, row_nbytes
 from shardmerge.spec.notices import Warned
+from shardmerge.spec.plans import AuxFile, ShardPlan, TensorPlan
+from shardmerge.spec.tensors import TensorInfo, TensorRef, row_nbytes
+from shardmerge.spec.updates import Update
 
 _ALLOW = "output.allow_config_loss: true (--allow-config-loss) writes a file that computes something else"
 _ALLOWED = "The file was asked for without it (allow_config_loss), so it computes something else than transformers does"

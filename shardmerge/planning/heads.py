@@ -22,8 +22,9 @@ from shardmerge.key_mapping.resolver import Names
 from shardmerge.planning.match import Matches
 from shardmerge.planning.several import list_some
 from shardmerge.planning.unplaced import Unplaced, beside_of, without_place
-from shardmerge.spec import FACTOR_DTYPES, FLOAT_DTYPES, Parameter, Place, TensorRef, Update
 from shardmerge.spec.notices import Warned
+from shardmerge.spec.tensors import FACTOR_DTYPES, FLOAT_DTYPES, TensorRef
+from shardmerge.spec.updates import Parameter, Place, Update
 
 Adapters = Sequence[tuple[AdapterConfig, AdapterFile]]
 

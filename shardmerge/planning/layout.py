@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from shardmerge.file_formats import safetensors_header
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.file_formats.checkpoint_files import index_of_stem, stem_of_index
-from shardmerge.spec import DTYPE_BITS, FLOAT_DTYPES, PAGE, ShardPlan, TensorInfo, TensorPlan, TensorRef, tensor_nbytes
+from shardmerge.spec.plans import ShardPlan, TensorPlan
+from shardmerge.spec.tensors import DTYPE_BITS, FLOAT_DTYPES, PAGE, TensorInfo, TensorRef, tensor_nbytes
 
 _NUMBERED_STEM = re.compile(r"-\d{5}-of-\d{5}$")
 _SUFFIX = ".safetensors"

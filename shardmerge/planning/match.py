@@ -26,8 +26,9 @@ from shardmerge.planning.several import compare_copies, in_order, list_some, ord
 from shardmerge.planning.tied import stands_for
 from shardmerge.planning.unplaced import Unplaced, already_there, beside_of, first_of, named
 from shardmerge.planning.vocabulary import may_resize
-from shardmerge.spec import FACTOR_DTYPES, FLOAT_DTYPES, Parameter, Place, TensorRef, Update
 from shardmerge.spec.notices import Warned, prefixed
+from shardmerge.spec.tensors import FACTOR_DTYPES, FLOAT_DTYPES, TensorRef
+from shardmerge.spec.updates import Parameter, Place, Update
 
 
 @dataclass(slots=True)

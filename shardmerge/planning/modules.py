@@ -18,7 +18,7 @@ from shardmerge.key_mapping.naming import module_name, peeled
 from shardmerge.key_mapping.resolver import Names
 from shardmerge.key_mapping.spoken import Speakers, Spoken
 from shardmerge.planning.tied import tied_parameter
-from shardmerge.spec import Parameter
+from shardmerge.spec.updates import Parameter
 
 
 class Modules:

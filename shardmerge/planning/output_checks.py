@@ -22,7 +22,7 @@ from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.sources.local import LocalSource
 from shardmerge.sources.source import Source
-from shardmerge.spec import SourceFile
+from shardmerge.spec.tensors import SourceFile
 from shardmerge.spec.words import words_for
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")

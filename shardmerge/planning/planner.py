@@ -28,22 +28,19 @@ from shardmerge.planning.tied import resolve_ties
 from shardmerge.planning.tiling import tile_all
 from shardmerge.planning.trained_on import another_than
 from shardmerge.planning.vocabulary import resized
-from shardmerge.spec import (
+from shardmerge.spec.notices import Warned
+from shardmerge.spec.plans import (
     AdapterInfo,
     AuxFile,
     Fingerprint,
     MergePlan,
-    Place,
     ShardPlan,
-    SourceFile,
     TensorPlan,
-    TensorRef,
-    Update,
     digest_of,
-    dtype_code,
     jsonable,
 )
-from shardmerge.spec.notices import Warned
+from shardmerge.spec.tensors import SourceFile, TensorRef, dtype_code
+from shardmerge.spec.updates import Place, Update
 from shardmerge.spec.words import words_for
 from shardmerge.system.events import Stopwatch
 from shardmerge.system.garbage import give_back, no_garbage_collection

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardmerge.file_formats.checkpoint import Checkpoint
-from shardmerge.spec import FLOAT_DTYPES, TensorRef
+from shardmerge.spec.tensors import FLOAT_DTYPES, TensorRef
 
 #: Last parts of names that go with packed numbers, or are them.
 _COMPANION = re.compile(

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 from shardmerge.adapters.work import tile_dtype
 from shardmerge.config.schema import MergeConfig
-from shardmerge.spec import DTYPE_BITS, ShardPlan, TensorPlan
+from shardmerge.spec.plans import ShardPlan, TensorPlan
+from shardmerge.spec.tensors import DTYPE_BITS
 
 
 def check_device(name: str) -> list[str]:
     """Whether a device is there. torch takes a second to import, so it is asked only where it is not the CPU."""
     if name in ("auto", "cpu"):
         return []
-    from shardmerge.execution import devices
+    from shardmerge.system import torch_devices
 
-    return list(filter(None, [devices.missing(name)]))
+    return list(filter(None, [torch_devices.missing(name)]))
 
 
 def check_rounding(config: MergeConfig, shards: Sequence[ShardPlan], compute_dtype: str) -> list[str]:

@@ -10,7 +10,7 @@ from shardmerge.adapters.methods.base import ModuleUpdate
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.key_mapping.ties import Tie
-from shardmerge.spec import Place, Update
+from shardmerge.spec.updates import Place, Update
 
 #: Families that put a whole tensor in the place of the base's.
 WHOLE = ("replacement", "overwrite")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shardmerge.sources.source import Source
-from shardmerge.spec import MergePlan, SourceFile
+from shardmerge.spec.plans import MergePlan
+from shardmerge.spec.tensors import SourceFile
 from shardmerge.spec.words import words_for
 from shardmerge.system.events import Stopwatch, event
 

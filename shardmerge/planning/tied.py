@@ -22,8 +22,9 @@ from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.key_mapping.resolver import Names
 from shardmerge.key_mapping.ties import Tie, is_head
 from shardmerge.planning.several import WHOLE, in_order
-from shardmerge.spec import Parameter, TensorRef, Update
 from shardmerge.spec.notices import Warned
+from shardmerge.spec.tensors import TensorRef
+from shardmerge.spec.updates import Parameter, Update
 
 #: Models that scale their output by whether they say they are tied, or are tied whatever they say (transformers 5).
 _NEVER_UNTIED = frozenset({"longt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5"})

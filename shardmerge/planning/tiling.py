@@ -16,22 +16,20 @@ from collections.abc import Iterable, Sequence
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.adapters.work import dtype_for, narrow_dtype, needs_work, tile_dtype, work_bytes
 from shardmerge.errors import ShardmergeError
-from shardmerge.spec import (
+from shardmerge.spec.plans import MemoryPlan, ShardPlan, TensorPlan
+from shardmerge.spec.tensors import (
     ALIGNMENT,
     DTYPE_BITS,
     FACTOR_DTYPES,
     INTEGER_DTYPES,
     KEPT_WHOLE_BYTES,
     MIN_TILE_ROWS,
-    MemoryPlan,
     RowRange,
-    ShardPlan,
-    TensorPlan,
     TensorRef,
-    Update,
     aligned,
     row_nbytes,
 )
+from shardmerge.spec.updates import Update
 from shardmerge.spec.windows import boundaries, locate
 
 #: Buffers in flight: read, waiting, computed, waiting, written, and one to spare.

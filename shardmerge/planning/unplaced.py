@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from shardmerge.adapters.methods.base import ModuleUpdate
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.file_formats.adapter_file import way_out
-from shardmerge.spec import Place
+from shardmerge.spec.updates import Place
 
 #: Tensors of a file that are named; of the rest only the number is.
 _SHOWN = 3

@@ -8,7 +8,8 @@ from typing import Any
 from shardmerge.adapters.formats.peft import is_embedding
 from shardmerge.adapters.methods.base import ModuleUpdate
 from shardmerge.file_formats.checkpoint import Checkpoint
-from shardmerge.spec import TensorRef, Update
+from shardmerge.spec.tensors import TensorRef
+from shardmerge.spec.updates import Update
 
 #: Biases of outputs that are no part of the head's own module.
 _BIASES = ("final_logits_bias", "predictions.bias")

@@ -17,10 +17,10 @@ from shardmerge.file_formats.adapter_folder import PICKLES, WEIGHTS, is_shard
 from shardmerge.file_formats.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.key_mapping.naming import module_name
 from shardmerge.reporting import outputs
-from shardmerge.reporting.report import human_bytes, labelled, table
+from shardmerge.reporting.text import human_bytes, labelled, table
 from shardmerge.sources.local import LocalSource
 from shardmerge.sources.source import Source, open_source
-from shardmerge.spec import TensorRef
+from shardmerge.spec.tensors import TensorRef
 
 _ADAPTER_NAMES = (*WEIGHTS, CONFIG_NAME)
 

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from shardmerge.reporting.report import MergeReport
-from shardmerge.spec import MergePlan, Receipt, ShardPlan
+from shardmerge.reporting.merge_report import MergeReport
+from shardmerge.spec.plans import MergePlan, Receipt, ShardPlan
 from shardmerge.spec.words import words_for
 from shardmerge.system.events import LOG, Stopwatch, event, notices
 

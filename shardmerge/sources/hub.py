@@ -32,7 +32,7 @@ from huggingface_hub.errors import (
 from shardmerge.errors import MissingError, SourceError
 from shardmerge.sources.local import LocalReader, LocalSource
 from shardmerge.sources.source import HUB_SCHEME, looked_in
-from shardmerge.spec import SourceFile
+from shardmerge.spec.tensors import SourceFile
 from shardmerge.version import __version__
 
 __all__ = ["HubSource", "open_hub_reader"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 
-from shardmerge.spec import SourceFile
+from shardmerge.spec.tensors import SourceFile
 
 SCHEME = "data:"
 _HEAD = f"{SCHEME};base64,"

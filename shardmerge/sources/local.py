@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from shardmerge.errors import ChangedError, SourceError
 from shardmerge.sources import links
-from shardmerge.spec import PAGE, SourceFile
+from shardmerge.spec.tensors import PAGE, SourceFile
 from shardmerge.system.page_cache import Residency, open_direct
 from shardmerge.system.regular_files import NotRegularError, open_regular
 

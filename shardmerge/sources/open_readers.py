@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from shardmerge.sources.source import Reader, open_reader
-from shardmerge.spec import SourceFile
+from shardmerge.spec.tensors import SourceFile
 
 _MOST = 8
 

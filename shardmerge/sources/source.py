@@ -16,7 +16,7 @@ from shardmerge.errors import MissingError
 from shardmerge.sources.inline import SCHEME as INLINE_SCHEME
 from shardmerge.sources.inline import InlineReader, inline_file
 from shardmerge.sources.local import LocalReader, LocalSource
-from shardmerge.spec import SourceFile
+from shardmerge.spec.tensors import SourceFile
 from shardmerge.system.page_cache import open_direct
 
 __all__ = [

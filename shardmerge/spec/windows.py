@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shardmerge.spec import RowRange, TensorPlan, Update, Window
+from shardmerge.spec.plans import TensorPlan
+from shardmerge.spec.tensors import RowRange
+from shardmerge.spec.updates import Update, Window
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from shardmerge.errors import LimitError
+from shardmerge.system.memory_use import status_bytes
 
 _MB = 1_000_000
 #: What torch's import and its first product take beside the files of its libraries, with Python's modules for them: of
@@ -53,7 +54,7 @@ def check_room_for_torch(working_set: int = 0) -> None:
     """`LimitError` where torch and so many bytes of work do not fit into the limits of memory in force."""
     needs = {resource.RLIMIT_AS: _SPACE + _library_bytes() + working_set, resource.RLIMIT_DATA: _DATA + working_set}
     for kind, needed in needs.items():
-        limit, used = _limit(kind), _status("VmSize" if kind == resource.RLIMIT_AS else "VmData")
+        limit, used = _limit(kind), status_bytes("VmSize" if kind == resource.RLIMIT_AS else "VmData")
         if limit is not None and used is not None and used + needed > limit:
             raise LimitError(
                 f"{_said_of_memory(kind, limit)}, and with torch it needs about {_shown(used + needed)}; raise it"
@@ -138,17 +139,8 @@ def _limit(kind: int) -> int | None:
 
 
 def _is_near(kind: int) -> bool:
-    limit, used = _limit(kind), _status(_OF_MEMORY[kind][0])
+    limit, used = _limit(kind), status_bytes(_OF_MEMORY[kind][0])
     return limit is not None and used is not None and used > limit - max(_LEFT, _SHARE_LEFT * limit)
-
-
-def _status(name: str) -> int | None:
-    """A line of /proc/self/status, in bytes; None where there is no such thing."""
-    with suppress(OSError, ValueError, MemoryError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    return None
 
 
 def _library_bytes() -> int:

@@ -7,7 +7,7 @@ import mmap
 import os
 import sys
 
-from shardmerge.spec import PAGE
+from shardmerge.spec.tensors import PAGE
 
 #: Of the byte that the kernel gives for a page, the lowest bit says whether it is in the cache.
 _CACHED = bytes(range(1, 256, 2))

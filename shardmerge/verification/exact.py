@@ -37,7 +37,9 @@ import torch
 from torch import Tensor
 
 from shardmerge.adapters.registry import FAMILIES
-from shardmerge.spec import MergePlan, RowRange, TensorPlan, Update, dtype_code
+from shardmerge.spec.plans import MergePlan, TensorPlan
+from shardmerge.spec.tensors import RowRange, dtype_code
+from shardmerge.spec.updates import Update
 from shardmerge.spec.windows import Part, locate, reaching
 from shardmerge.verification.reading import Factor, Files, threads, wide
 from shardmerge.verification.rows import all_rows

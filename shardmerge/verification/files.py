@@ -20,7 +20,8 @@ from typing import Any
 from shardmerge.destinations.record import RECORD_NAME
 from shardmerge.destinations.work_folder import FOLDER, kind
 from shardmerge.sources.source import open_reader
-from shardmerge.spec import AuxFile, MergePlan, SourceFile
+from shardmerge.spec.plans import AuxFile, MergePlan
+from shardmerge.spec.tensors import SourceFile
 from shardmerge.system.regular_files import open_regular, read_small, why_not_readable
 from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Findings
 from shardmerge.verification.reading import file_checksums

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardmerge.reporting.report import human_bytes, human_seconds, labelled, peak_memory, table
-from shardmerge.spec import jsonable
+from shardmerge.reporting.text import human_bytes, human_seconds, labelled, table
+from shardmerge.spec.plans import jsonable
+from shardmerge.system.memory_use import peak_memory
 from shardmerge.system.terminal_text import one_line
 
 #: Problems of one kind that are told one by one; of the rest only the number is said.

@@ -21,7 +21,8 @@ from typing import Any
 from shardmerge.destinations.record import RECORD_NAME
 from shardmerge.errors import FormatError
 from shardmerge.sources.local import LocalSource
-from shardmerge.spec import MergePlan, SourceFile, TensorInfo, row_nbytes
+from shardmerge.spec.plans import MergePlan
+from shardmerge.spec.tensors import SourceFile, TensorInfo, row_nbytes
 from shardmerge.system.regular_files import why_not_readable
 from shardmerge.verification.exact import Exact
 from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Findings

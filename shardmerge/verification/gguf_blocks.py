@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 
 from shardmerge.codecs import NUMBER_DTYPES
-from shardmerge.spec import BLOCKS, Finish
+from shardmerge.spec.plans import Finish
+from shardmerge.spec.tensors import BLOCKS
 from shardmerge.verification.rounding import rounded
 
 _BLOCK = 32

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from shardmerge.errors import FormatError
-from shardmerge.spec import TensorInfo, row_nbytes
+from shardmerge.spec.tensors import TensorInfo, row_nbytes
 from shardmerge.system.checksums import Checksums
 
 #: What a header may take: the largest vocabularies with their merges take 20 MB.

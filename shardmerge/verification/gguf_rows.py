@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardmerge.spec import BLOCKS, Finish, RowRange, SourceFile, TensorPlan, row_nbytes
+from shardmerge.spec.plans import Finish, TensorPlan
+from shardmerge.spec.tensors import BLOCKS, RowRange, SourceFile, row_nbytes
 from shardmerge.verification.exact import Exact, is_copied
 from shardmerge.verification.findings import TOUCHED, UNTOUCHED, Findings
 from shardmerge.verification.gguf_blocks import VALUE, Numbers, between, compare

@@ -16,7 +16,7 @@ from torch import Tensor
 from shardmerge.codecs import NUMBER_DTYPES
 from shardmerge.errors import SourceError
 from shardmerge.sources.source import Reader, open_reader
-from shardmerge.spec import DTYPE_BITS, RowRange, SourceFile, TensorRef
+from shardmerge.spec.tensors import DTYPE_BITS, RowRange, SourceFile, TensorRef
 from shardmerge.system.checksums import Checksums
 from shardmerge.system.regular_files import open_regular
 

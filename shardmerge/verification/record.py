@@ -16,8 +16,9 @@ from shardmerge.file_formats.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.planning.fingerprint import with_contents
 from shardmerge.planning.planner import make_plan
 from shardmerge.sources.source import open_source
-from shardmerge.spec import MergePlan, SourceFile, digest_of
 from shardmerge.spec.notices import Warned
+from shardmerge.spec.plans import MergePlan, digest_of
+from shardmerge.spec.tensors import SourceFile
 from shardmerge.system.regular_files import why_not_readable
 from shardmerge.verification.findings import STRUCTURE, TOUCHED, Findings
 from shardmerge.verification.scaling import ScaledBy

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from shardmerge.adapters.work import tile_dtype
-from shardmerge.spec import DTYPE_BITS, TensorPlan
+from shardmerge.spec.plans import TensorPlan
+from shardmerge.spec.tensors import DTYPE_BITS
 
 #: Of a float64 the bits that say its power of two.
 _POWER = 0x7FF << 52

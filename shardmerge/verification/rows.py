@@ -14,7 +14,8 @@ import random
 from collections.abc import Iterator
 
 from shardmerge.adapters.registry import FAMILIES
-from shardmerge.spec import RowRange, TensorPlan
+from shardmerge.spec.plans import TensorPlan
+from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.windows import boundaries, locate, reaching
 
 #: float64 numbers that are worked on at a time; a group of rows that is larger is worked on whole.

@@ -28,7 +28,7 @@ from typing import Any
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.key_mapping.naming import module_name, unwrapped
-from shardmerge.spec import Update
+from shardmerge.spec.updates import Update
 
 #: How a factor's key ends, in any of the formats.
 _FACTOR = re.compile(r"(\.lora_[A-Za-z_]+(\..*)?|[._]lora(_linear_layer)?\.(down|up)\.weight|\.[AB])$")

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from shardmerge.codecs import NUMBER_DTYPES
-from shardmerge.spec import DTYPE_BITS, RowRange, SourceFile, TensorInfo, TensorPlan
+from shardmerge.spec.plans import TensorPlan
+from shardmerge.spec.tensors import DTYPE_BITS, RowRange, SourceFile, TensorInfo
 from shardmerge.system.checksums import Checksums
 from shardmerge.verification.exact import Exact, is_copied
 from shardmerge.verification.findings import CHECKSUMS, TOUCHED, UNTOUCHED, Findings

@@ -16,7 +16,8 @@ from shardmerge.file_formats.checkpoint_files import MAX_INDEX_BYTES, MAX_JSON_B
 from shardmerge.key_mapping.resolver import Names
 from shardmerge.planning.vocabulary import vocabulary_size
 from shardmerge.sources.local import LocalSource
-from shardmerge.spec import DTYPE_NAMES, FLOAT_DTYPES, MergePlan, ShardPlan, SourceFile, TensorInfo
+from shardmerge.spec.plans import MergePlan, ShardPlan
+from shardmerge.spec.tensors import DTYPE_NAMES, FLOAT_DTYPES, SourceFile, TensorInfo
 from shardmerge.system.regular_files import read_small, why_not_readable
 from shardmerge.verification.findings import STRUCTURE, Findings
 from shardmerge.verification.record import Record

@@ -26,7 +26,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from shardmerge.file_formats.checkpoint import Checkpoint
-from shardmerge.spec import TensorInfo, TensorPlan
+from shardmerge.spec.plans import TensorPlan
+from shardmerge.spec.tensors import TensorInfo
 from shardmerge.system.events import Stopwatch, event
 from shardmerge.verification.exact import Exact
 from shardmerge.verification.files import check_added, check_files

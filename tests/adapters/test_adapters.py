@@ -11,7 +11,7 @@ import torch
 from shardmerge.adapters.formats.refused import REFUSED_TYPES
 from shardmerge.adapters.methods.base import Claims, ModuleUpdate, add_scaled, check_dtypes
 from shardmerge.adapters.registry import FAMILIES, claim, detect_format
-from shardmerge.spec import TensorRef
+from shardmerge.spec.tensors import TensorRef
 from tests.support.builders import ALPHA, Q0, RANK, V0, content, peft_config, peft_tensors, refs_of
 
 P = "base_model.model."

@@ -15,7 +15,8 @@ from shardmerge.adapters.formats.pure_pytorch import looks_like
 from shardmerge.adapters.methods.base import Claims
 from shardmerge.adapters.registry import FAMILIES, claim
 from shardmerge.errors import FormatError
-from shardmerge.spec import RowRange, TensorRef, Window
+from shardmerge.spec.tensors import RowRange, TensorRef
+from shardmerge.spec.updates import Window
 from tests.support.builders import (
     GATE0,
     Q0,

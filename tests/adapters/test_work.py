@@ -24,7 +24,9 @@ from shardmerge.adapters.methods.base import Family
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.adapters.work import elements_for, is_computed_everywhere, narrow_dtype, needs_work, tile_dtype
 from shardmerge.planning.tiling import tile_all
-from shardmerge.spec import MergePlan, Place, RowRange, TensorPlan, TensorRef, Update, dtype_code
+from shardmerge.spec.plans import MergePlan, TensorPlan
+from shardmerge.spec.tensors import RowRange, TensorRef, dtype_code
+from shardmerge.spec.updates import Place, Update
 from shardmerge.spec.windows import Part, locate
 from tests.support.builders import update_of
 from tests.support.gguf_zoo import make as make_for_gguf
@@ -293,7 +295,7 @@ def test_what_is_all_computed_needs_no_wider_tile() -> None:
     """So that the ordinary case takes no more memory than it did."""
     refs = {name: TensorRef(name, "/f", "F32", shape, 0, 4) for name, shape in (("w", (64, 48)), ("a", (3, 48)))}
     refs["b"] = TensorRef("b", "/f", "F32", (64, 3), 0, 4)
-    from shardmerge.spec import TensorInfo
+    from shardmerge.spec.tensors import TensorInfo
 
     tensor = TensorPlan(refs["w"], TensorInfo("F32", (64, 48), (0, 64 * 48 * 4)), (_lora(refs, (64, 48)),))
     assert is_computed_everywhere(tensor)
@@ -507,7 +509,7 @@ def test_a_gguf_file_in_which_an_update_is_lost(
 def test_what_is_expected_is_what_tiles_give() -> None:
     """The plan's own count against the parts of all tiles, for every scene and for parts of its rows."""
     from shardmerge.planning.tiling import tile_counts
-    from shardmerge.spec import TensorInfo
+    from shardmerge.spec.tensors import TensorInfo
 
     for name, what in SCENES.items():
         refs = {key: TensorRef(key, "/f", "F32", tuple(of.shape), 0, of.nbytes) for key, of in what.factors.items()}

@@ -13,7 +13,7 @@ from benchmarks.making import Made, ensure
 from benchmarks.shapes import SHAPES
 from benchmarks.stages import Clock, NoWriter, Product, Row
 from shardmerge.execution import pipeline
-from shardmerge.spec import MergePlan
+from shardmerge.spec.plans import MergePlan
 
 MIB = 1 << 20
 

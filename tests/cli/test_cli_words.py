@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 import shardmerge
 from shardmerge.cli.main import cli
-from shardmerge.reporting.report import labelled
+from shardmerge.reporting.text import labelled
 from shardmerge.spec.notices import Warned, prefixed, severity
 from tests.support.builders import (
     Place,

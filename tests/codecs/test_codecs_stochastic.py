@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shardmerge.codecs import encode_by_chance
-from shardmerge.spec import RowRange
+from shardmerge.spec.tensors import RowRange
 from tests.support.peft_oracle import random
 
 NARROW = [torch.bfloat16, torch.float16, torch.float32]

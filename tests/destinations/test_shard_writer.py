@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from shardmerge import OutputError
 from shardmerge.file_formats import safetensors_header
-from shardmerge.spec import PAGE, ShardPlan, TensorInfo, TensorPlan
+from shardmerge.spec.plans import ShardPlan, TensorPlan
+from shardmerge.spec.tensors import PAGE, TensorInfo
 from tests.support.builders import refs_of, shard_writer, untimed
 
 

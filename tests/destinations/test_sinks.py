@@ -19,7 +19,7 @@ from torch import Tensor
 import shardmerge
 from shardmerge import OutputError
 from shardmerge.destinations.shard_writer import ShardWriter
-from shardmerge.spec import PAGE
+from shardmerge.spec.tensors import PAGE
 from shardmerge.system import durable
 from shardmerge.system.directory import Directory
 from tests.support.builders import shard_writer

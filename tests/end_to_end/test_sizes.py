@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from shardmerge.file_formats.safetensors_header import encode
-from shardmerge.spec import TensorInfo
+from shardmerge.spec.tensors import TensorInfo
 from tests.support.builders import ROOT, Place, make_place, peft_config, slow_but
 
 #: What a small VM has for a plan.

@@ -48,7 +48,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> PretendedCuda:
         "shardmerge.execution.tiles.resolve_device", lambda name, **_: DEVICE if name == "cuda" else torch.device(name)
     )
     monkeypatch.setattr(
-        "shardmerge.execution.devices.missing", lambda name, setting="": None
+        "shardmerge.system.torch_devices.missing", lambda name, setting="": None
     )  # the plan asks for it, too
     monkeypatch.setattr("shardmerge.execution.threads._cores", lambda: WORKERS)
     share = ComputeThreads.share

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import shardmerge
-from shardmerge.spec import LIBRARY_BYTES
+from shardmerge.spec.tensors import LIBRARY_BYTES
 from tests.support.builders import slow_but
 from tests.support.peft_oracle import (
     ATTENTION,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import shardmerge
-from shardmerge.spec import LIBRARY_BYTES
+from shardmerge.spec.tensors import LIBRARY_BYTES
 from tests.support.peft_oracle import (
     assert_same_bits,
     bits,

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardmerge.execution.jobs import Job, positions
-from shardmerge.spec import BUFFER_SLACK, DTYPE_BITS, PAGE, TensorInfo, TensorPlan, even_rows
+from shardmerge.spec.plans import TensorPlan
+from shardmerge.spec.tensors import BUFFER_SLACK, DTYPE_BITS, PAGE, TensorInfo, even_rows
 from tests.support.builders import refs_of, untimed
 from tests.support.peft_oracle import (
     Base,

@@ -19,7 +19,8 @@ from shardmerge.file_formats.adapter_file import open_adapter
 from shardmerge.file_formats.torch_pickle import read_pickled
 from shardmerge.sources.local import LocalReader, LocalSource
 from shardmerge.sources.source import Reader
-from shardmerge.spec import ALIGNMENT, RowRange, SourceFile, TensorRef, Update, even_rows
+from shardmerge.spec.tensors import ALIGNMENT, RowRange, SourceFile, TensorRef, even_rows
+from shardmerge.spec.updates import Update
 from tests.support.builders import update_of
 from tests.support.peft_oracle import random, write_adapter
 

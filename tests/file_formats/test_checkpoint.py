@@ -17,7 +17,7 @@ from shardmerge.file_formats.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.file_formats.checkpoint_files import read_json
 from shardmerge.sources.local import LocalSource
 from shardmerge.sources.source import open_source
-from shardmerge.spec import DTYPE_BITS
+from shardmerge.spec.tensors import DTYPE_BITS
 from tests.support.builders import (
     Q0,
     llama_tensors,

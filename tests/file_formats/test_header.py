@@ -31,7 +31,7 @@ from shardmerge.file_formats.safetensors_header import (
     read_header,
     validate,
 )
-from shardmerge.spec import DTYPE_BITS, TensorInfo, tensor_nbytes
+from shardmerge.spec.tensors import DTYPE_BITS, TensorInfo, tensor_nbytes
 from tests.support.builders import ROOT, llama_tensors, slow_but, untimed
 
 WHERE = "some/file.safetensors"

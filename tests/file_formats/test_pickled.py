@@ -21,7 +21,7 @@ from shardmerge.errors import FormatError, SourceError
 from shardmerge.file_formats.adapter_file import open_adapter
 from shardmerge.file_formats.torch_pickle import read_pickled
 from shardmerge.sources.source import open_source
-from shardmerge.spec import DTYPE_BITS, TensorRef
+from shardmerge.spec.tensors import DTYPE_BITS, TensorRef
 from tests.support.builders import peft_tensors, run_python, untimed, write_peft, write_pure
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -320,7 +320,7 @@ def _check_bomb(tmp_path: Path, bomb: str) -> None:
     path = rewrite(write_pure(tmp_path / "x.pt"), data_pkl=b"\x80\x04" + _BOMBS[bomb] + b".")
     code = (
         "import pathlib; from shardmerge.file_formats.torch_pickle import read_pickled\n"
-        "from shardmerge.errors import FormatError; from shardmerge.reporting.report import peak_memory\n"
+        "from shardmerge.errors import FormatError; from shardmerge.system.memory_use import peak_memory\n"
         f"try: read_pickled(pathlib.Path({str(path)!r}), 'x')\n"
         "except FormatError as error: print(peak_memory(), error)"
     )
@@ -400,7 +400,10 @@ def test_damaged_pickle(tmp_path_factory: pytest.TempPathFactory, data: st.DataO
 
 def test_torch_is_not_needed(tmp_path: Path) -> None:
     path = write_pure(tmp_path / "x.pt")
-    code = f"import sys, pathlib; from shardmerge.file_formats import torch_pickle as p; p.read_pickled(pathlib.Path({str(path)!r}), 'x')"
+    code = (
+        "import sys, pathlib; from shardmerge.file_formats.torch_pickle import read_pickled; "
+        f"read_pickled(pathlib.Path({str(path)!r}), 'x')"
+    )
     done = run_python("-c", f"{code}; assert 'torch' not in sys.modules")
     assert done.returncode == 0, done.stderr
 

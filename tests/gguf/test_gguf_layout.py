@@ -14,7 +14,8 @@ from shardmerge.gguf.defaults import DEFAULTS
 from shardmerge.gguf.formats import TYPES, padded
 from shardmerge.gguf.layout import Layout, OutputTensor, Part, RopeScaling, lay_out
 from shardmerge.gguf.model import read_model
-from shardmerge.spec import RowRange, TensorRef, jsonable
+from shardmerge.spec.plans import jsonable
+from shardmerge.spec.tensors import RowRange, TensorRef
 from tests.support.builders import run_python
 
 LLAMA: dict[str, Any] = {

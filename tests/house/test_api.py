@@ -14,7 +14,7 @@ from xxhash import xxh3_128_hexdigest
 
 import shardmerge
 from shardmerge import ConfigError, MergeConfig, MergePlan, MergeReport, PlanError, Progress
-from shardmerge.spec import jsonable
+from shardmerge.spec.plans import jsonable
 from tests.support.peft_oracle import (
     assert_same_bits,
     make_config,

@@ -11,7 +11,7 @@ import torch
 
 from shardmerge.key_mapping.resolver import Names
 from shardmerge.key_mapping.spoken import Speakers, Spoken
-from shardmerge.spec import Parameter, Place
+from shardmerge.spec.updates import Parameter, Place
 from tests.support.names_zoo import State, matrix
 
 Shapes = dict[str, tuple[int, ...]]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import shardmerge
-from shardmerge.spec import MergePlan
+from shardmerge.spec.plans import MergePlan
 from shardmerge.verification.verifier import verify_output
 from tests.support.builders import (
     AUX_FILES,

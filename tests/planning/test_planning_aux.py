@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import shardmerge
-from shardmerge.spec import MergePlan
+from shardmerge.spec.plans import MergePlan
 from tests.support.builders import (
     AUX_FILES,
     Place,

@@ -22,7 +22,8 @@ from shardmerge.file_formats.checkpoint_files import Shard
 from shardmerge.planning.layout import lay_out
 from shardmerge.sources.local import LocalReader, LocalSource
 from shardmerge.sources.source import open_source
-from shardmerge.spec import SourceFile, TensorRef, Weight, jsonable
+from shardmerge.spec.plans import jsonable
+from shardmerge.spec.tensors import SourceFile, TensorRef, Weight
 from tests.support.builders import (
     Q0,
     Place,

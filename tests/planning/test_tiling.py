@@ -11,20 +11,17 @@ from hypothesis import strategies as st
 
 from shardmerge.adapters.work import needs_work
 from shardmerge.planning.tiling import _SIZES, BUFFERS, WORKERS, itemsize, row_bytes, tile_all, tile_counts
-from shardmerge.spec import (
+from shardmerge.spec.plans import Finish, MemoryPlan, ShardPlan, TensorPlan
+from shardmerge.spec.tensors import (
     FLOAT_DTYPES,
     KEPT_WHOLE_BYTES,
     LIBRARY_BYTES,
     MIN_TILE_ROWS,
-    Finish,
-    MemoryPlan,
-    ShardPlan,
     TensorInfo,
-    TensorPlan,
     TensorRef,
-    Update,
     even_rows,
 )
+from shardmerge.spec.updates import Update
 from tests.support.builders import refs_of, untimed, update_of
 
 SMALLEST, LARGEST, TILE = _SIZES[-1][0], _SIZES[0][0], _SIZES[0][1]

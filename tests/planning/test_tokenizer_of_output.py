@@ -16,7 +16,7 @@ import pytest
 
 import shardmerge
 from shardmerge.planning.tokenizer import is_tokenizer
-from shardmerge.spec import MergePlan
+from shardmerge.spec.plans import MergePlan
 from tests.support.builders import Place, make_place, write_json, write_peft
 from tests.support.tokenizers_zoo import KINDS, byte_level, word_level, write_tokenizer
 

@@ -18,7 +18,7 @@ from shardmerge.errors import SourceError
 from shardmerge.sources.hub import _redacted as redacted
 from shardmerge.sources.local import LocalReader, LocalSource
 from shardmerge.sources.source import open_reader, open_source
-from shardmerge.spec import SourceFile
+from shardmerge.spec.tensors import SourceFile
 from tests.support.hub_stub import SIGNATURE, Fault, HubStub, running_hub
 
 ROOT = Path(__file__).resolve().parents[2]

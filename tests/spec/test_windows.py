@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shardmerge.planning.tiling import tile_counts
-from shardmerge.spec import Place, TensorInfo, TensorPlan, Update
+from shardmerge.spec.plans import TensorPlan
+from shardmerge.spec.tensors import TensorInfo
+from shardmerge.spec.updates import Place, Update
 from shardmerge.spec.windows import boundaries, locate
 from tests.support.builders import refs_of, untimed, update_of
 

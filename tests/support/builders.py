@@ -22,8 +22,10 @@ from torch import Tensor
 
 from shardmerge.adapters.registry import AdapterContent
 from shardmerge.destinations.shard_writer import ShardWriter
-from shardmerge.spec import Place as Place_
-from shardmerge.spec import ShardPlan, TensorRef, Update, tensor_nbytes
+from shardmerge.spec.plans import ShardPlan
+from shardmerge.spec.tensors import TensorRef, tensor_nbytes
+from shardmerge.spec.updates import Place as Place_
+from shardmerge.spec.updates import Update
 from shardmerge.system.directory import Directory
 
 #: A loaded machine is slow, which is no reason to fail a test.

@@ -18,7 +18,7 @@ import torch
 
 from shardmerge.key_mapping.resolver import Names
 from shardmerge.key_mapping.spoken import Spoken
-from shardmerge.spec import Parameter
+from shardmerge.spec.updates import Parameter
 
 State = dict[str, torch.Tensor]
 _EMBEDDING_ROWS = 16

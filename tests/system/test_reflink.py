@@ -32,7 +32,8 @@ from shardmerge.errors import ChangedError
 from shardmerge.file_formats import safetensors_header
 from shardmerge.sources.inline import inline_file
 from shardmerge.sources.source import open_reader
-from shardmerge.spec import PAGE, ShardPlan, TensorInfo, TensorPlan, TensorRef
+from shardmerge.spec.plans import ShardPlan, TensorPlan
+from shardmerge.spec.tensors import PAGE, TensorInfo, TensorRef
 from shardmerge.system import reflink
 from tests.support.builders import shard_writer, untimed
 from tests.support.peft_oracle import merge_to, random, write_adapter, write_base

@@ -11,7 +11,7 @@ from random import Random
 import pytest
 
 from shardmerge.sources.local import LocalReader
-from shardmerge.spec import PAGE, SourceFile
+from shardmerge.spec.tensors import PAGE, SourceFile
 from shardmerge.system.page_cache import Residency, open_direct
 
 SIZE = 40 * PAGE + 123

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 import shardmerge
 from shardmerge import FormatError, PlanError, VerifyReport
 from shardmerge.cli.main import cli
-from shardmerge.reporting.report import table
+from shardmerge.reporting.text import table
 from shardmerge.system.terminal_text import one_line, shown, shown_answer, shown_json
 from shardmerge.verification.findings import Findings, describe, summary
 from tests.support.builders import ROOT, make_place, peft_config, run_cli, run_python, write_json

@@ -27,7 +27,8 @@ from shardmerge import Progress, VerifyReport
 from shardmerge.errors import FormatError
 from shardmerge.gguf.quantize import quantize_into
 from shardmerge.sources.local import LocalSource
-from shardmerge.spec import Finish, TensorInfo
+from shardmerge.spec.plans import Finish
+from shardmerge.spec.tensors import TensorInfo
 from shardmerge.verification.findings import Findings
 from shardmerge.verification.gguf import check_places
 from shardmerge.verification.gguf_blocks import compare

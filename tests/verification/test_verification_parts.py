@@ -22,8 +22,10 @@ from shardmerge.cli.main import cli
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.file_formats.adapter_file import open_adapter
 from shardmerge.sources.source import open_source
-from shardmerge.spec import Place as Where
-from shardmerge.spec import RowRange, TensorInfo, TensorPlan, TensorRef, Update
+from shardmerge.spec.plans import TensorPlan
+from shardmerge.spec.tensors import RowRange, TensorInfo, TensorRef
+from shardmerge.spec.updates import Place as Where
+from shardmerge.spec.updates import Update
 from shardmerge.verification.exact import PlainFactors
 from shardmerge.verification.reading import Factor, Files
 from shardmerge.verification.rounding import half_unit

@@ -17,7 +17,7 @@ from shardmerge.adapters.formats.peft_lora import LoraMethod
 from shardmerge.adapters.formats.scales import Scales, config_said, numbers_said
 from shardmerge.adapters.methods.base import Claims, ModuleUpdate
 from shardmerge.key_mapping.naming import unwrapped
-from shardmerge.spec import TensorRef
+from shardmerge.spec.tensors import TensorRef
 
 #: Families whose scaling is α / r.
 _SCALED = frozenset({"lora", "dora", "kasa", "lora-bias", "lora-blocks", "lora-experts", "lora-gated"})

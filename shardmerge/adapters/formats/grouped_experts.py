@@ -23,7 +23,8 @@ from collections.abc import Callable, Mapping
 
 from shardmerge.adapters.methods.base import Claims, ModuleUpdate
 from shardmerge.key_mapping.naming import module_name
-from shardmerge.spec import DTYPE_BITS, Parameter, TensorRef
+from shardmerge.spec.tensors import DTYPE_BITS, TensorRef
+from shardmerge.spec.updates import Parameter
 
 #: Rank and scaling of a module, by its name in the adapter.
 Scaled = Callable[[str], tuple[int, float]]

@@ -23,7 +23,7 @@ from shardmerge.adapters.formats.peft import Context
 from shardmerge.adapters.formats.scales import Scales
 from shardmerge.adapters.methods.base import Claims, ModuleUpdate
 from shardmerge.key_mapping.naming import WRAPPER, module_name, unwrapped
-from shardmerge.spec import TensorRef
+from shardmerge.spec.tensors import TensorRef
 
 _INFIX = rf"(?:\.{WRAPPER})*?(?:\.(?!weight$)[^.]+)??(?:\.{WRAPPER})*?"
 #: How a pair's keys end. PEFT's are here for files that have other keys, too.

@@ -15,7 +15,7 @@ from shardmerge.adapters.methods.base import Claims, ModuleUpdate
 from shardmerge.adapters.methods.loha import Loha
 from shardmerge.adapters.methods.lokr import Lokr
 from shardmerge.key_mapping.naming import PEFT_PREFIX, unwrapped
-from shardmerge.spec import TensorRef
+from shardmerge.spec.tensors import TensorRef
 
 _OF: Mapping[str, PeftMethod] = {"hada": Loha(), "lokr": Lokr()}
 #: How keys begin → what PEFT calls the method.

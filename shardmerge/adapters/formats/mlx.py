@@ -14,7 +14,7 @@ from typing import Any
 from shardmerge.adapters.formats.peft import is_number
 from shardmerge.adapters.methods.base import Claims, ModuleUpdate
 from shardmerge.key_mapping.naming import module_name
-from shardmerge.spec import TensorRef
+from shardmerge.spec.tensors import TensorRef
 
 _KEY = re.compile(r"(?P<module>.+)\.(?P<role>lora_a|lora_b|m)")
 _WHOLE = re.compile(r"(?P<module>.+)\.(?P<parameter>\w+)")

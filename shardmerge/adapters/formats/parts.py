@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 
-from shardmerge.spec import Parameter
+from shardmerge.spec.updates import Parameter
 
 #: Tells of a module's weight in the base; None where there is none.
 Weight = Callable[[str], Parameter | None]

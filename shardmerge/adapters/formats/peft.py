@@ -21,7 +21,8 @@ from shardmerge.adapters.formats.peft_keys import FOREIGN, GENERAL, ignored_prob
 from shardmerge.adapters.formats.peft_targets import SELECTORS, left_out, target_problems
 from shardmerge.adapters.methods.base import Claims, ModuleUpdate
 from shardmerge.key_mapping.naming import WRAPPER, module_name, peeled, unwrapped
-from shardmerge.spec import ModuleOrder, Parameter, TensorRef
+from shardmerge.spec.tensors import TensorRef
+from shardmerge.spec.updates import ModuleOrder, Parameter
 from shardmerge.system.bounded_regex import first_match
 from shardmerge.system.bounded_regex import problems as regex_problems
 

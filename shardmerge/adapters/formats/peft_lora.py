@@ -40,7 +40,7 @@ from shardmerge.adapters.formats.peft_variants import TRAINING_STATE, variants
 from shardmerge.adapters.methods.base import Claims, ModuleUpdate
 from shardmerge.adapters.methods.lora import scaling_of
 from shardmerge.key_mapping.naming import module_name
-from shardmerge.spec import TensorRef
+from shardmerge.spec.tensors import TensorRef
 
 _CANNOT = "which cannot be merged"
 

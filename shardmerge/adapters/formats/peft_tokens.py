@@ -13,7 +13,7 @@ from typing import Any
 from shardmerge.adapters.formats.peft import MISSING
 from shardmerge.adapters.methods.base import Claims, ModuleUpdate
 from shardmerge.key_mapping.naming import module_name, unwrapped
-from shardmerge.spec import TensorRef
+from shardmerge.spec.tensors import TensorRef
 
 _TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?")
 

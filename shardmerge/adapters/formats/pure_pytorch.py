@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from shardmerge.adapters.formats.scales import Scales
 from shardmerge.adapters.methods.base import Claims, ModuleUpdate
 from shardmerge.key_mapping.naming import module_name
-from shardmerge.spec import TensorRef
+from shardmerge.spec.tensors import TensorRef
 
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<role>[AB]|alpha)")
 _FROZEN = re.compile(r"(?P<module>.+)\.original\.(?P<parameter>weight|bias)")

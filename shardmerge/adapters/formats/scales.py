@@ -23,8 +23,8 @@ from typing import Any
 
 from shardmerge.adapters.formats.parts import part_of
 from shardmerge.adapters.methods.base import Claims
-from shardmerge.spec import TensorRef
 from shardmerge.spec.notices import Warned
+from shardmerge.spec.tensors import TensorRef
 
 #: Reads a tensor of one number.
 ReadNumber = Callable[[TensorRef], float]

@@ -22,7 +22,8 @@ from shardmerge.adapters.formats.peft_lora import LoraMethod
 from shardmerge.adapters.formats.peft_tokens import claim_tokens, token_problems
 from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped, oriented
 from shardmerge.key_mapping.naming import module_name
-from shardmerge.spec import Parameter, TensorRef, Update, Window
+from shardmerge.spec.tensors import TensorRef
+from shardmerge.spec.updates import Parameter, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

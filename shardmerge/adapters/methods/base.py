@@ -14,17 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from shardmerge.spec import (
-    FACTOR_DTYPES,
-    FLOAT_DTYPES,
-    INTEGER_DTYPES,
-    Parameter,
-    RowRange,
-    TensorRef,
-    Update,
-    Window,
-    even_rows,
-)
+from shardmerge.spec.tensors import FACTOR_DTYPES, FLOAT_DTYPES, INTEGER_DTYPES, RowRange, TensorRef, even_rows
+from shardmerge.spec.updates import Parameter, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ClassVar
 from shardmerge.adapters.formats.peft import COUNT, RANK, Check, Config, Context, Module, PeftMethod, is_count
 from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
 from shardmerge.adapters.methods.blocks import block_bytes, cayley, rotate, widened
-from shardmerge.spec import Update, Window
+from shardmerge.spec.updates import Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.formats.peft import RANK, RANK_PATTERN, Check, Context, Module, PeftMethod, pattern_value
 from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
-from shardmerge.spec import RowRange, Update, Window
+from shardmerge.spec.tensors import RowRange
+from shardmerge.spec.updates import Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

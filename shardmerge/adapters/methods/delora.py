@@ -25,7 +25,7 @@ from shardmerge.adapters.formats.peft import (
     pattern_value,
 )
 from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, add_scaled, misshaped
-from shardmerge.spec import Update, Window
+from shardmerge.spec.updates import Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.methods.base import Factors, Family, add_scaled
-from shardmerge.spec import RowRange, Update, Window, even_rows
+from shardmerge.spec.tensors import RowRange, even_rows
+from shardmerge.spec.updates import Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,7 +25,7 @@ from shardmerge.adapters.formats.peft import (
     pattern_value,
 )
 from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, add_scaled, oriented
-from shardmerge.spec import Parameter, Update, Window
+from shardmerge.spec.updates import Parameter, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

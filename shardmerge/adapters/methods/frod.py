@@ -22,7 +22,7 @@ from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpda
 from shardmerge.adapters.methods.factored import PART_ROWS, parts_of
 from shardmerge.adapters.methods.osf import stored_dtype
 from shardmerge.errors import FormatError
-from shardmerge.spec import Update, Window
+from shardmerge.spec.updates import Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.methods.base import Factors, Family, ModuleUpdate
 from shardmerge.errors import FormatError
-from shardmerge.spec import Update, Window
+from shardmerge.spec.updates import Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

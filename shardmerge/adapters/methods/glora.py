@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, ClassVar
 from shardmerge.adapters.formats.peft import RANK, Check, Context, Module, PeftMethod, checked
 from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
 from shardmerge.adapters.methods.lora import add_product
-from shardmerge.spec import MIN_TILE_ROWS, RowRange, Update, Window
+from shardmerge.spec.tensors import MIN_TILE_ROWS, RowRange
+from shardmerge.spec.updates import Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,8 @@ from shardmerge.adapters.formats.peft import COUNT, NUMBER, RANK, Check, Config,
 from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, add_scaled, misshaped, oriented
 from shardmerge.adapters.methods.factored import PART_ROWS, parts_of
 from shardmerge.adapters.methods.lora import add_product
-from shardmerge.spec import MIN_TILE_ROWS, Parameter, RowRange, Update, Window
+from shardmerge.spec.tensors import MIN_TILE_ROWS, RowRange
+from shardmerge.spec.updates import Parameter, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 from shardmerge.adapters.formats.peft import RANK, RANK_PATTERN, Check, Context, Module, PeftMethod, pattern_value
 from shardmerge.adapters.methods.base import Claims, Factors, ModuleUpdate
 from shardmerge.adapters.methods.lora import Lora
-from shardmerge.spec import Parameter, Update, Window
+from shardmerge.spec.updates import Parameter, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

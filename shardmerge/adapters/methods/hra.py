@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.formats.peft import FLAG, RANK, Check, Context, Module, PeftMethod
 from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
-from shardmerge.spec import Update, Window
+from shardmerge.spec.updates import Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

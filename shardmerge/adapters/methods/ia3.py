@@ -24,7 +24,7 @@ from shardmerge.adapters.methods.base import (
     misshaped,
     oriented,
 )
-from shardmerge.spec import Parameter, Update, Window
+from shardmerge.spec.updates import Parameter, Update, Window
 from shardmerge.system.bounded_regex import first_match
 from shardmerge.system.bounded_regex import problems as regex_problems
 

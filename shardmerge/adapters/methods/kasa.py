@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 from shardmerge.adapters.methods.base import Factors, ModuleUpdate, add_scaled, misshaped
 from shardmerge.adapters.methods.lora import Lora
 from shardmerge.adapters.methods.osf import stored_dtype, svd_bytes
-from shardmerge.spec import Update, Window
+from shardmerge.spec.updates import Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -39,7 +39,8 @@ from shardmerge.adapters.methods.base import (
     slab_elements,
     slabs,
 )
-from shardmerge.spec import RowRange, Update, Window
+from shardmerge.spec.tensors import RowRange
+from shardmerge.spec.updates import Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

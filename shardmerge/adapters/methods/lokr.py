@@ -31,7 +31,8 @@ from shardmerge.adapters.methods.base import (
     slabs,
 )
 from shardmerge.adapters.methods.loha import LYCORIS_INERT, LYCORIS_SETTINGS, rank_and_scaling
-from shardmerge.spec import KEPT_WHOLE_BYTES, RowRange, Update, Window
+from shardmerge.spec.tensors import KEPT_WHOLE_BYTES, RowRange
+from shardmerge.spec.updates import Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

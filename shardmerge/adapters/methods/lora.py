@@ -20,7 +20,8 @@ import re
 from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.methods.base import Factors, Family, ModuleUpdate, add_scaled, oriented
-from shardmerge.spec import MIN_TILE_ROWS, Parameter, RowRange, Update, Window, even_rows
+from shardmerge.spec.tensors import MIN_TILE_ROWS, RowRange, even_rows
+from shardmerge.spec.updates import Parameter, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.formats.peft import RANK, Check, Context, Module, PeftMethod, checked, is_rank
 from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped, slab_elements, slabs
-from shardmerge.spec import Update, Window
+from shardmerge.spec.updates import Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -32,8 +32,8 @@ from shardmerge.adapters.formats.peft import (
 )
 from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
 from shardmerge.adapters.methods.blocks import block_bytes, cayley, neumann, rotate, rotate_back, widened
-from shardmerge.spec import Update, Window
 from shardmerge.spec.notices import Warned
+from shardmerge.spec.updates import Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

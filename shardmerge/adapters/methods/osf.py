@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from shardmerge.adapters.formats.peft import MISSING, Check, Config, Context, Module, PeftMethod, checked, is_number
 from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
-from shardmerge.spec import MIN_TILE_ROWS, Update, Window, even_rows
+from shardmerge.spec.tensors import MIN_TILE_ROWS, even_rows
+from shardmerge.spec.updates import Update, Window
 from shardmerge.system.bounded_regex import first_match
 from shardmerge.system.bounded_regex import problems as regex_problems
 

@@ -26,7 +26,8 @@ from shardmerge.adapters.formats.peft import (
 )
 from shardmerge.adapters.methods.base import Claims, Factors, ModuleUpdate, misshaped
 from shardmerge.adapters.methods.factored import Surveyed
-from shardmerge.spec import RowRange, Update
+from shardmerge.spec.tensors import RowRange
+from shardmerge.spec.updates import Update
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -35,7 +35,8 @@ from shardmerge.adapters.methods.blocks import cayley, neumann
 from shardmerge.adapters.methods.factored import Factored
 from shardmerge.adapters.methods.fourierft import SEED
 from shardmerge.adapters.methods.osf import svd_bytes
-from shardmerge.spec import RowRange, Update
+from shardmerge.spec.tensors import RowRange
+from shardmerge.spec.updates import Update
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, ClassVar
 from shardmerge.adapters.formats.peft import RANK, Check, Context, Module, PeftMethod
 from shardmerge.adapters.methods.base import Claims, Factors, ModuleUpdate, misshaped, oriented
 from shardmerge.adapters.methods.factored import Factored
-from shardmerge.spec import Parameter, RowRange, Update
+from shardmerge.spec.tensors import RowRange
+from shardmerge.spec.updates import Parameter, Update
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -35,7 +35,8 @@ from shardmerge.adapters.methods.base import (
     slabs,
 )
 from shardmerge.adapters.methods.vera import SEED, rounded, shared_projections, sized
-from shardmerge.spec import DTYPE_BITS, Parameter, RowRange, TensorRef, Update, Window, even_rows
+from shardmerge.spec.tensors import DTYPE_BITS, RowRange, TensorRef, even_rows
+from shardmerge.spec.updates import Parameter, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, ClassVar
 from shardmerge.adapters.formats.peft import Check, Context, Module, PeftMethod, checked, is_rank
 from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
 from shardmerge.adapters.methods.blocks import rotate_rows, widened
-from shardmerge.spec import RowRange, Update, Window
+from shardmerge.spec.tensors import RowRange
+from shardmerge.spec.updates import Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,7 +25,7 @@ from shardmerge.adapters.formats.peft import (
 )
 from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
 from shardmerge.errors import FormatError
-from shardmerge.spec import Update, Window
+from shardmerge.spec.updates import Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

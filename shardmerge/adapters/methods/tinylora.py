@@ -20,7 +20,8 @@ from shardmerge.adapters.formats.peft import RANK, Check, Config, Context, Modul
 from shardmerge.adapters.methods.base import Claims, Factors, ModuleUpdate, misshaped, oriented
 from shardmerge.adapters.methods.factored import Factored
 from shardmerge.errors import FormatError
-from shardmerge.spec import Parameter, RowRange, TensorRef, Update
+from shardmerge.spec.tensors import RowRange, TensorRef
+from shardmerge.spec.updates import Parameter, Update
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from typing import ClassVar
 from shardmerge.adapters.formats.peft import Check, Config, Context, Module, PeftMethod
 from shardmerge.adapters.formats.peft_tokens import claim_tokens, token_problems
 from shardmerge.adapters.methods.base import Claims
-from shardmerge.spec import TensorRef
+from shardmerge.spec.tensors import TensorRef
 
 
 class TrainableTokensMethod(PeftMethod):

@@ -17,7 +17,8 @@ from shardmerge.adapters.methods.base import Claims, Factors, ModuleUpdate, miss
 from shardmerge.adapters.methods.factored import Factored
 from shardmerge.adapters.methods.unilora_seeded import deal
 from shardmerge.errors import FormatError
-from shardmerge.spec import Parameter, RowRange, TensorRef, Update
+from shardmerge.spec.tensors import RowRange, TensorRef
+from shardmerge.spec.updates import Parameter, Update
 
 if TYPE_CHECKING:
     from torch import Tensor

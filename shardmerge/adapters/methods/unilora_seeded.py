@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, ClassVar
 from shardmerge.adapters.formats.peft import Config, Context
 from shardmerge.adapters.methods.base import Factors, ModuleUpdate, misshaped
 from shardmerge.adapters.methods.factored import Factored
-from shardmerge.spec import DTYPE_NAMES, RowRange, TensorRef, Update
+from shardmerge.spec.tensors import DTYPE_NAMES, RowRange, TensorRef
+from shardmerge.spec.updates import Update
 
 if TYPE_CHECKING:
     from torch import Tensor

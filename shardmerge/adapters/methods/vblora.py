@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 from shardmerge.adapters.formats.peft import FLAG, RANK, Check, Context, Module, PeftMethod
 from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, add_scaled, misshaped, oriented
 from shardmerge.errors import FormatError
-from shardmerge.spec import Parameter, Update, Window
+from shardmerge.spec.updates import Parameter, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

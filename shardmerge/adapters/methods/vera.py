@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.formats.peft import FLAG, RANK, Check, Context, Module, PeftMethod, checked
 from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, add_scaled, misshaped, oriented
-from shardmerge.spec import DTYPE_NAMES, Parameter, RowRange, TensorRef, Update, Window
+from shardmerge.spec.tensors import DTYPE_NAMES, RowRange, TensorRef
+from shardmerge.spec.updates import Parameter, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -30,7 +30,7 @@ from shardmerge.adapters.formats.peft import (
 from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, oriented
 from shardmerge.adapters.methods.fourierft import SEED, add_part, claim_spectrum, places, spectrum_problems
 from shardmerge.adapters.methods.wavelets import WAVELETS
-from shardmerge.spec import Parameter, Update, Window
+from shardmerge.spec.updates import Parameter, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,7 +23,6 @@ from torch import Tensor
 from shardmerge.config import suggestions
 from shardmerge.config.choices import DEVICE, DEVICES
 from shardmerge.errors import ConfigError, FormatError
-from shardmerge.execution.devices import resolve_device
 from shardmerge.inference import hf
 from shardmerge.inference.comparison.attached import attach
 from shardmerge.inference.comparison.figures import (
@@ -39,6 +38,7 @@ from shardmerge.inference.comparison.figures import (
 )
 from shardmerge.reporting.origin import Origin, read_origin, stored_dtypes
 from shardmerge.system.garbage import give_back
+from shardmerge.system.torch_devices import resolve_device
 
 __all__ = ["MAX_NEW_TOKENS", "PROMPTS", "Comparison", "compare", "describe", "difference"]
 

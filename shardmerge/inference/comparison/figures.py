@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardmerge.reporting.report import labelled, table
+from shardmerge.reporting.text import labelled, table
 from shardmerge.spec.notices import Warned
 
 #: A mean KL below this is no difference, whatever the adapter does: to see one takes a million tokens.

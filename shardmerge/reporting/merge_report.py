@@ -1,0 +1,145 @@
+"""What a merge did: its report, and the tables of sizes and of what was kept of the updates."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardmerge.reporting.text import human_bytes, human_seconds, notices, table
+from shardmerge.spec.notices import Warned
+from shardmerge.spec.plans import Fidelity, MergePlan, Receipt, jsonable
+from shardmerge.spec.tensors import BLOCKS, DTYPE_NAMES, row_nbytes, tensor_nbytes
+from shardmerge.spec.words import EXPORT, MERGE
+
+#: Formats of the size table: dtypes of a checkpoint, and quantisations of a GGUF file.
+_PLAIN = {"F32": "float32", "BF16": "bfloat16"}
+
+
+_QUANTIZED = ("Q8_0", "Q4_0")
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge did. Sizes are bytes; ``seconds`` is wall time; ``peak_memory`` is the process's maximum.
+
+    ``working_set`` is what the merge took above what was resident before it, to compare with the plan's; None where an
+    earlier maximum of the process hides it. Where shards of an earlier run were taken up, ``bytes_read``,
+    ``bytes_written`` and ``seconds`` are of this run alone; that it has read those shards to check them is not counted.
+    """
+
+    output: str
+    files: tuple[str, ...]
+    targets: int
+    adapter_bytes: int
+    base_bytes: int
+    merged_bytes: int
+    merged_dtype: str
+    bytes_read: int
+    bytes_written: int
+    shards_reused: int
+    seconds: float
+    peak_memory: int
+    working_set: int | None
+    #: What the merged weights would take in other formats, in bytes.
+    sizes: Mapping[str, int]
+    #: How the updates came through the rounding, by kind of module; see `shardmerge.execution.fidelity`.
+    fidelity: Mapping[str, Fidelity]
+    warnings: tuple[str, ...]
+    #: ``"merge"``, or ``"export"`` where there was no adapter.
+    kind: str = "merge"
+
+    def to_json(self) -> dict[str, Any]:
+        result: dict[str, Any] = jsonable(self)
+        result["fidelity"] = {kind: fidelity_json(of) for kind, of in self.fidelity.items()}
+        result["notices"] = notices(self.warnings)
+        return result
+
+
+def merged_dtype(plan: MergePlan) -> str:
+    """The dtype most of the output's bytes are in."""
+    sizes: dict[str, int] = defaultdict(int)
+    for shard in plan.shards:
+        for tensor in shard.tensors:
+            sizes[tensor.out.dtype] += tensor.out.nbytes
+    code = max(sizes, key=lambda dtype: sizes[dtype]) if sizes else "F32"
+    return DTYPE_NAMES.get(code, code.lower())
+
+
+def sizes_by_format(plan: MergePlan) -> dict[str, int]:
+    """Bytes of the merged weights in formats that people choose between, headers left out.
+
+    Of a GGUF quantisation: matrices whose rows are whole blocks in it, others in float16, vectors in float32.
+    """
+    shapes = [tensor.out.shape for shard in plan.shards for tensor in shard.tensors]
+    sizes = {name: sum(tensor_nbytes(code, shape) for shape in shapes) for code, name in _PLAIN.items()}
+    for kind in _QUANTIZED:
+        block = BLOCKS[kind][0]
+        sizes[kind.lower()] = sum(
+            tensor_nbytes("F32", shape)
+            if len(shape) < 2
+            else row_nbytes(kind if shape[-1] % block == 0 else "F16", math.prod(shape))
+            for shape in shapes
+        )
+    return sizes
+
+
+def fidelity_by_kind(receipts: Iterable[Receipt]) -> dict[str, Fidelity]:
+    """Sums over all tensors whose names end alike."""
+    result: dict[str, Fidelity] = {}
+    for receipt in receipts:
+        for name, of in receipt.fidelity.items():
+            kind = name.removesuffix(".weight").rpartition(".")[2]
+            result[kind] = result[kind] + of if kind in result else of
+    return result
+
+
+def fidelity_warnings(plan: MergePlan, by_kind: Mapping[str, Fidelity]) -> list[str]:
+    """Where the output's dtype cannot tell most of an update from nothing."""
+    kept = sorted((of.share_kept, kind) for kind, of in by_kind.items() if of.share_kept < _TOO_LITTLE)
+    if not kept:
+        return []
+    shares = ", ".join(f"{1 - share:.0%} of that of {kind}" for share, kind in kept)
+    return [
+        Warned(
+            f"much of the update is below the resolution of {merged_dtype(plan)} and was lost to rounding: {shares}. "
+            "output.dtype: float32 keeps it; output.rounding: stochastic keeps it on average"
+        )
+    ]
+
+
+def size_table(report: MergeReport) -> str:
+    """Adapter, base, merged, time, peak memory, and how much of the update the rounding kept."""
+    rows = [
+        *([] if report.kind == EXPORT.noun else [("adapter", human_bytes(report.adapter_bytes))]),
+        ("model" if report.kind == EXPORT.noun else "base", human_bytes(report.base_bytes)),
+        (
+            f"{EXPORT.done if report.kind == EXPORT.noun else MERGE.done} ({report.merged_dtype})",
+            human_bytes(report.merged_bytes),
+        ),
+        *((f"  as {name}", human_bytes(size)) for name, size in report.sizes.items() if name != report.merged_dtype),
+        ("time", human_seconds(report.seconds)),
+        ("peak memory", human_bytes(report.peak_memory)),
+    ]
+    if report.fidelity:
+        whole = functools.reduce(operator.add, report.fidelity.values())
+        rows.append(("update kept", f"{whole.share_kept:.1%}"))
+    return table(rows, right=(1,))
+
+
+def fidelity_json(of: Fidelity) -> dict[str, float]:
+    """Four digits of each, which is what a sample is good for."""
+    figures = {
+        "relative_update": of.relative_update,
+        "share_kept": of.share_kept,
+        "share_unchanged": of.share_unchanged,
+    }
+    return {name: float(f"{value:.4g}") for name, value in figures.items()}
+
+
+#: Less than this of an update left is worth a warning: what is merged is hardly what was trained.
+_TOO_LITTLE = 0.5

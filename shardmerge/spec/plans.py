@@ -1,0 +1,298 @@
+"""Everything that a merge will do, and what a finished shard is known by, as data."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardmerge.spec.tensors import BUFFER_SLACK, LIBRARY_BYTES, RowRange, SourceFile, TensorInfo, TensorRef, even_rows
+from shardmerge.spec.updates import Update
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """What another file format does to rows after they are merged: round, turn, add, in this order.
+
+    ``shuffle`` (g, a, b): rows seen as (g, a, b) are the file's seen as (g, b, a); a tile holds multiples of a · b.
+    """
+
+    #: What the merged value is rounded to, as if it had been stored in between.
+    dtype: str
+    shuffle: tuple[int, int, int] | None = None
+    #: Added in float32; in float16 where ``dtype`` is F16.
+    addend: float = 0.0
+
+    @property
+    def group(self) -> int:
+        return self.shuffle[1] * self.shuffle[2] if self.shuffle else 1
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """One output tensor: its source, its place in the new shard, its updates in order, its number of row tiles.
+
+    ``tiles == 0`` means that the bytes travel as they are. ``segments`` are (rows, tiles) of runs of rows that no tile
+    reaches across: experts, and modules that are stored as one tensor. Empty, there is one run.
+    """
+
+    source: TensorRef
+    out: TensorInfo
+    updates: tuple[Update, ...] = ()
+    tiles: int = 0
+    segments: tuple[tuple[int, int], ...] = ()
+    finish: Finish | None = None
+    #: Rows of the source that the output is made of; None is all.
+    part: RowRange | None = None
+    #: The base's own tensor, where the source is an adapter's in its place.
+    base: TensorRef | None = None
+
+    @property
+    def row_dims(self) -> int:
+        """Leading dimensions whose product is the number of rows."""
+        in_stack = any(update.in_stack for update in self.updates)
+        return 2 if in_stack or (self.finish is not None and len(self.source.shape) == 3) else 1
+
+    @property
+    def goes_by_rows(self) -> bool:
+        """Conversion alone works by element, so there every element is a row."""
+        return bool(self.source.shape) and (bool(self.updates) or self.finish is not None)
+
+    @property
+    def all_rows(self) -> int:
+        """Rows of the source."""
+        return math.prod(self.source.shape[: self.row_dims] if self.goes_by_rows else self.source.shape)
+
+    @property
+    def first_row(self) -> int:
+        return self.part.start if self.part else 0
+
+    @property
+    def rows(self) -> int:
+        """Rows that tiles are made of."""
+        return len(self.part) if self.part else self.all_rows
+
+    @property
+    def row_elements(self) -> int:
+        return math.prod(self.source.shape[self.row_dims :]) if self.updates or self.finish else 1
+
+    def ranges(self) -> Iterator[RowRange]:
+        """The rows of every tile, in order, as the source counts them."""
+        start = self.first_row
+        for rows, tiles in self.segments or ((self.rows, self.tiles),):
+            for part in even_rows(rows, tiles):
+                yield RowRange(start + part.start, start + part.stop)
+            start += rows
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One output file: its name, the header's metadata and its tensors in the order of their data."""
+
+    name: str
+    metadata: tuple[tuple[str, str], ...]
+    tensors: tuple[TensorPlan, ...]
+    header_bytes: int
+    data_bytes: int
+    #: All that comes before the data, where it is no safetensors header.
+    head: bytes = b""
+
+    @property
+    def nbytes(self) -> int:
+        return self.header_bytes + self.data_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AuxFile:
+    """A file that is copied beside the shards. ``content`` replaces the source's bytes where it is not None."""
+
+    name: str
+    source: SourceFile
+    content: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """The working set: what a merge takes above the interpreter with torch and the plan in it, in bytes."""
+
+    buffers: int
+    buffer_bytes: int
+    #: Threads that compute, each with a workspace and rows of factors of its own.
+    workers: int
+    workspace_bytes: int
+    factor_bytes: int
+    #: Factors that several weights share, kept beside those of the weight at hand.
+    shared_bytes: int = 0
+    #: What torch takes on top of what it always does, for operations that only some outputs or dtypes need.
+    code_bytes: int = 0
+
+    @property
+    def total(self) -> int:
+        buffers = self.buffers * (self.buffer_bytes + BUFFER_SLACK)
+        work = self.workers * self.workspace_bytes + self.factor_bytes + self.shared_bytes
+        return buffers + work + LIBRARY_BYTES + self.code_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """What a plan and a record say of the base."""
+
+    location: str
+    revision: str | None
+    nbytes: int
+    shards: int
+    tensors: int
+    model_type: str | None
+    files: tuple[SourceFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """What a plan and a record say of an adapter."""
+
+    location: str
+    revision: str | None
+    format: str
+    family: str
+    weight: float
+    nbytes: int
+    tensors: int
+    trained_on: str | None
+    files: tuple[SourceFile, ...]
+
+
+#: What a merge's bytes depend on: of each part (base, adapters, files, config, program, work) a value by name, so that
+#: one can say in what two merges differ.
+Fingerprint = Mapping[str, Mapping[str, Any]]
+
+
+def digest_of(value: Any) -> str:
+    """A hash of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """Everything that a merge will do, decided from headers alone."""
+
+    base: CheckpointInfo
+    adapters: tuple[AdapterInfo, ...]
+    output: str
+    output_dtype: str
+    compute_dtype: str
+    compute_device: str
+    shards: tuple[ShardPlan, ...]
+    index_name: str | None
+    index_metadata: tuple[tuple[str, Any], ...]
+    aux: tuple[AuxFile, ...]
+    memory: MemoryPlan
+    bytes_read: int
+    bytes_written: int
+    warnings: tuple[str, ...]
+    overwrite: bool
+    config: Mapping[str, Any]
+    fingerprint: Fingerprint
+
+    @property
+    def digest(self) -> str:
+        """Which plan this is. A plan has read headers only; what a merge writes down has seen the adapters' bytes."""
+        return digest_of(self.fingerprint)
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the output is one GGUF file, and no checkpoint."""
+        return bool(self.config["output"]["format"] == "gguf")
+
+    @property
+    def rounding(self) -> str:
+        """How updated weights are rounded: ``nearest`` or ``stochastic``."""
+        return str(self.config["output"]["rounding"])
+
+    @property
+    def seed(self) -> int:
+        """Of stochastic rounding."""
+        return int(self.config["output"]["seed"])
+
+    @property
+    def sha256(self) -> bool:
+        """Whether shards get a sha256 beside their other checksum."""
+        return bool(self.config["output"]["sha256"])
+
+    def updates(self) -> Iterator[tuple[TensorPlan, Update]]:
+        """Every update, with the tensor it applies to."""
+        for shard in self.shards:
+            for tensor in shard.tensors:
+                for update in tensor.updates:
+                    yield tensor, update
+
+
+def jsonable(value: Any) -> Any:
+    """Dataclasses → dictionaries, tuples → lists, bytes → base64, all the way down."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """How a sample of a tensor's elements came through: sums over them, so that samples can be added."""
+
+    #: Σ W², Σ ΔW² and Σ ΔŴ·ΔW, where ΔW is the update before and ΔŴ after the rounding.
+    weight: float
+    update: float
+    kept: float
+    #: Elements that are what they would be without the update.
+    unchanged: int
+    elements: int
+
+    def __add__(self, other: Fidelity) -> Fidelity:
+        return Fidelity(
+            self.weight + other.weight,
+            self.update + other.update,
+            self.kept + other.kept,
+            self.unchanged + other.unchanged,
+            self.elements + other.elements,
+        )
+
+    @property
+    def relative_update(self) -> float:
+        """‖ΔW‖ / ‖W‖; 0 where W is all zero."""
+        return math.sqrt(self.update / self.weight) if self.weight else 0.0
+
+    @property
+    def share_kept(self) -> float:
+        """How much of ΔW the rounding kept: the projection of ΔŴ on it. 1 where there is nothing to keep."""
+        return self.kept / self.update if self.update else 1.0
+
+    @property
+    def share_unchanged(self) -> float:
+        return self.unchanged / self.elements if self.elements else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Says that a shard of a merge is finished and durable."""
+
+    shard: str
+    nbytes: int
+    #: Of the whole file, header included: ``xxh3_128``, and ``sha256`` where it was asked for.
+    checksums: Mapping[str, str]
+    #: Adapters, by number, of which some factor B in this shard was not all zero.
+    active_adapters: tuple[int, ...]
+    #: How the updates of this shard's tensors came through the rounding, by the tensor's name.
+    fidelity: Mapping[str, Fidelity] = dataclasses.field(default_factory=dict)
+
+    def entry(self) -> dict[str, Any]:
+        """What the journal and the record say of the file."""
+        return {"bytes": self.nbytes, **self.checksums}

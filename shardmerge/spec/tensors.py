@@ -1,0 +1,210 @@
+"""Stored tensors: their dtypes, the bytes they take, and where they are, without their data."""
+
+from __future__ import annotations
+
+import dataclasses
+import reprlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+#: Bits per element of every dtype the safetensors format knows.
+DTYPE_BITS: Mapping[str, int] = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+
+
+#: The dtypes that weights are merged in and converted between.
+FLOAT_DTYPES = ("F32", "F16", "BF16")
+
+
+#: The dtypes that an adapter's factors are read from.
+FACTOR_DTYPES = (*FLOAT_DTYPES, "F64")
+
+
+#: What indices among an adapter's factors are stored as.
+INTEGER_DTYPES = ("I64", "I32", "I16", "I8", "U8", "BOOL")
+
+
+#: How the config and torch call them.
+DTYPE_NAMES: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+def dtype_code(name: str) -> str:
+    """``"bfloat16"`` → ``"BF16"``."""
+    return next(code for code, known in DTYPE_NAMES.items() if known == name)
+
+
+#: Elements and bytes of a block, for dtypes whose rows are blocks. They are llama.cpp's, and outputs only.
+BLOCKS: Mapping[str, tuple[int, int]] = {
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q8_0": (32, 34),
+}
+
+
+def row_nbytes(dtype: str, elements: int) -> int:
+    """Bytes of a row of so many elements, or of several rows together."""
+    if dtype in BLOCKS:
+        block, size = BLOCKS[dtype]
+        return elements // block * size
+    return elements * DTYPE_BITS[dtype] // 8
+
+
+def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes that a dense tensor takes.
+
+    ``ValueError`` where a sub-byte dtype does not fill its last byte, or where no file could hold so many elements.
+    """
+    elements = 1
+    for size in shape:  # not math.prod: a hostile shape takes it minutes
+        elements *= size
+        if elements >= 1 << 63:
+            raise ValueError(f"{dtype} of shape {reprlib.repr(list(shape))} has more elements than a file can hold")
+    bits = elements * DTYPE_BITS[dtype]
+    if bits % 8:
+        raise ValueError(f"{dtype} of shape {list(shape)} does not fill whole bytes")
+    return bits // 8
+
+
+#: Factors of which only columns are needed are read whole up to this size, rather than row by row in pieces.
+KEPT_WHOLE_BYTES = 1 << 20
+
+
+#: A matrix product of fewer rows than some goes through another kernel, and rounds differently.
+MIN_TILE_ROWS = 16
+
+
+#: What direct I/O is aligned to, in the file and in memory.
+PAGE = 4096
+
+
+#: What a buffer has beyond its bytes: the pages that a block begins and ends in, and room between input and output.
+BUFFER_SLACK = 4 * PAGE
+
+
+#: What torch takes when it first computes: pages of its code (most of it), MKL's packing buffers, threads. Measured.
+LIBRARY_BYTES = 9 << 20
+
+
+#: Where matrices begin that are multiplied. MKL rounds differently where memory is less aligned than torch's own.
+ALIGNMENT = 64
+
+
+def aligned(size: int) -> int:
+    """Bytes up to the next multiple of `ALIGNMENT`."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One entry of a safetensors header; ``data_offsets`` count from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        return self.data_offsets[1] - self.data_offsets[0]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file as it was when the plan was made. ``uri`` is an absolute path, or ``hub://org/name@commit/file``."""
+
+    uri: str
+    size: int
+    mtime_ns: int = 0
+    #: 0 where there is no such thing, as of the Hub's files; so are the next two.
+    inode: int = 0
+    device: int = 0
+    #: The time of the last change of content or status, which no program can choose.
+    ctime_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Where a stored tensor lies, without its data.
+
+    ``offset`` counts from the start of the file. ``strides`` are in elements; ``None`` means dense and row-major, which
+    is all that safetensors has. Pickled views, and factors that are kept transposed, have strides. ``is_transposed``
+    says that ``shape`` is the other way round than in the file.
+    """
+
+    name: str
+    uri: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    strides: tuple[int, ...] | None = None
+    is_transposed: bool = False
+
+    def transposed(self) -> TensorRef:
+        """The same bytes seen as the transpose of a matrix."""
+        rows, columns = self.shape
+        row_stride, column_stride = self.strides or (columns, 1)
+        return dataclasses.replace(
+            self,
+            shape=(columns, rows),
+            strides=(column_stride, row_stride),
+            is_transposed=not self.is_transposed,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RowRange:
+    """Rows ``start <= row < stop``."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def even_rows(rows: int, tiles: int) -> Iterator[RowRange]:
+    """Split ``rows`` into ``tiles`` ranges whose lengths differ by one at most, the longer ones first."""
+    quotient, remainder = divmod(rows, tiles)
+    start = 0
+    for tile in range(tiles):
+        stop = start + quotient + (tile < remainder)
+        yield RowRange(start, stop)
+        start = stop
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A logical weight of the base: the stored tensors that make it up, by role, and the shard each lies in."""
+
+    name: str
+    parts: tuple[tuple[str, TensorRef], ...]
+    shard: str
+
+    @property
+    def tensor(self) -> TensorRef:
+        """The one part of a weight that is stored plainly."""
+        return self.parts[0][1]

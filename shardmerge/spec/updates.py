@@ -1,0 +1,128 @@
+"""What a module of an adapter does, and to which part of which stored tensor."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from shardmerge.spec.tensors import RowRange, TensorRef
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a part of a module's matrix lies in a stored tensor.
+
+    Rows are those of the matrix in its own orientation, (out, in). Of experts (E, out, in) they are the rows of every
+    expert's matrix, and of experts' biases (E, out) the entries of every expert's vector.
+    """
+
+    #: Name in the checkpoint.
+    tensor: str
+    #: How many of the matrix's rows lie here.
+    rows: int
+    #: The matrix's row of the first of them.
+    start: int = 0
+    #: The stored tensor's row (its column if ``transposed``) at which that row lies.
+    stored_start: int = 0
+    #: The parameter has experts: the tensor stores this expert's matrix only; None: it stores all of them, (E, …).
+    #: The parameter is one expert's matrix: the tensor stores all experts, (E, …), and the matrix is this one of them.
+    expert: int | None = None
+    #: The stored tensor's last two dimensions are swapped against the matrix.
+    transposed: bool = False
+    #: (g, a, b): the stored rows [stored_start, stored_start + rows) seen as (g, a, b) are the matrix's rows seen as
+    #: (g, b, a): ``matrix_rows = stored_rows.view(g, a, b, …).transpose(1, 2).reshape(rows, …)``.
+    shuffle: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of a module as an adapter speaks of it, and where the checkpoint keeps it."""
+
+    #: The in-memory name; the adapter's own where the adapter speaks of a part of a parameter (an expert, a half).
+    name: str
+    #: In matrix orientation: (out, in), (E, out, in), (out, in, k, …), (n,), (V, D).
+    shape: tuple[int, ...]
+    #: Together they cover the matrix exactly once.
+    places: tuple[Place, ...]
+    #: Whether the module in memory keeps it as (in, out); None where the architecture is not known: then places are not
+    #: transposed, and the shape is as stored.
+    is_transposed: bool | None
+    #: Whether the first dimension counts experts: ``shape`` is (E, out, in), or (E, out) for their biases.
+    experts: bool = False
+    #: Whether its rows are those of two matrices in turn, of gate and of up.
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleOrder:
+    """The Linear layers of a model in the order in which its class registers them."""
+
+    #: The class.
+    architecture: str
+    modules: tuple[str, ...]
+    #: Modules with a matrix whose place is not known, or that are no Linear layers.
+    others: tuple[str, ...]
+    #: Linear layers that the class has and the checkpoint has no weight of.
+    absent: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The part of a module's matrix (of one expert's) that a tile holds."""
+
+    rows: RowRange
+    columns: RowRange
+    expert: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one module of one adapter does to one stored tensor.
+
+    ``scaling`` is the whole multiplier: the adapter's own scaling times its weight in the config. ``shape`` is that of
+    the matrix that the family speaks of: (out, in), (out, in, kernel…), (n,), or with ``experts`` (E, out, in). Where
+    ``transposes``, that is the parameter's transpose. ``settings`` are what else the family needs to know.
+    """
+
+    adapter: int
+    family: str
+    module: str
+    target: str
+    factors: tuple[tuple[str, TensorRef], ...]
+    scaling: float
+    rank: int
+    shape: tuple[int, ...]
+    place: Place
+    parameter: str = "weight"
+    experts: int = 0
+    transposes: bool = False
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix (of each expert's)."""
+        return self.shape[1 if self.experts else 0]
+
+    @property
+    def columns(self) -> int:
+        return math.prod(self.shape[2 if self.experts else 1 :])
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether a tile of stored rows holds columns of the matrix rather than rows."""
+        return self.place.transposed != self.transposes
+
+    @property
+    def in_stack(self) -> bool:
+        """Whether the stored tensor holds several experts."""
+        return (self.experts > 0) == (self.place.expert is None) and (self.experts > 0 or self.place.expert is not None)
+
+    def factor(self, role: str) -> TensorRef:
+        return next(ref for name, ref in self.factors if name == role)
+
+    def has(self, role: str) -> bool:
+        return any(name == role for name, _ in self.factors)
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        return next((value for key, value in self.settings if key == name), default)
