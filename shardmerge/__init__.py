@@ -8,7 +8,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from shardmerge.api import Progress, merge, plan, verify
+    from shardmerge.api.library import merge, plan, verify
+    from shardmerge.api.progress import Progress
     from shardmerge.config.schema import MergeConfig
     from shardmerge.errors import (
         ConfigError,
@@ -52,13 +53,13 @@ _ERRORS = ("Config", "Format", "Limit", "NonFinite", "Output", "Plan", "Resume",
 _HOMES = {
     **{f"{name}Error": "shardmerge.errors" for name in _ERRORS},
     "MergeConfig": "shardmerge.config.schema",
-    "MergePlan": "shardmerge.spec",
+    "MergePlan": "shardmerge.spec.plans",
     "MergeReport": "shardmerge.reporting.merge_report",
-    "Progress": "shardmerge.api",
+    "Progress": "shardmerge.api.progress",
     "VerifyReport": "shardmerge.verification.verifier",
-    "merge": "shardmerge.api",
-    "plan": "shardmerge.api",
-    "verify": "shardmerge.api",
+    "merge": "shardmerge.api.library",
+    "plan": "shardmerge.api.library",
+    "verify": "shardmerge.api.library",
 }
 
 

@@ -71,7 +71,7 @@ def _plan(config: Path, overrides: tuple[str, ...], *, overwrite: bool, allow_co
     if allow_config_loss:
         overrides = (*overrides, "output.allow_config_loss=true")
     with no_garbage_collection():  # the modules are many objects, too
-        from shardmerge.api import plan
+        from shardmerge.api.library import plan
 
         return plan(_load(config, overrides), overwrite=overwrite)
 
@@ -90,7 +90,7 @@ def run(
 
 def _carry_out(planned: MergePlan, *, as_json: bool, quiet: bool) -> None:
     """Merge, with progress and notes on stderr and the result on stdout."""
-    from shardmerge.api import merge
+    from shardmerge.api.library import merge
     from shardmerge.cli.progress import show_progress
     from shardmerge.reporting.merge_report import size_table
     from shardmerge.reporting.plan_text import next_steps
@@ -154,7 +154,7 @@ def export(
     as_json: bool,
 ) -> None:
     """Write MODEL, a finished merge or any checkpoint, in another format, dtype or shards. Streams like a merge."""
-    from shardmerge.api import plan
+    from shardmerge.api.library import plan
     from shardmerge.config.schema import ExportConfig
 
     if quantization and format_ != "gguf":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from shardmerge.reporting.text import human_bytes
 
 if TYPE_CHECKING:
-    from shardmerge.api import Progress
+    from shardmerge.api.progress import Progress
 
 #: Seconds between two lines where there is no terminal.
 LINE_SECONDS = 5.0

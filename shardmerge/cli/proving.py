@@ -42,7 +42,7 @@ def verify(
     Exits with 6 if something is wrong, or if something could not be verified and --partial was not given.
     """
     check_room_for_torch()
-    from shardmerge import api
+    from shardmerge.api import library as api
     from shardmerge.cli.progress import show_progress
     from shardmerge.verification.findings import describe
 

@@ -155,7 +155,7 @@ def test_a_bug_and_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         def fail(*_: object, error: BaseException = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr("shardmerge.api.merge", fail)
+        monkeypatch.setattr("shardmerge.api.library.merge", fail)
         CliRunner().invoke(cli, ["run", str(place.config_file()), "--log", str(log)])
         assert lines(log)[-1]["exit_code"] == code
     assert "in fail" in next(line["traceback"] for line in lines(log) if "traceback" in line)

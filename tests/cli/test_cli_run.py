@@ -24,7 +24,7 @@ from tests.support.builders import ROOT, contents, make_place, run_python, snaps
 STOPPED = """
 import contextlib, os, signal, sys
 import shardmerge.cli.progress
-from shardmerge.cli import main
+from shardmerge.cli.main import main
 
 # A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -88,9 +88,9 @@ def test_stopped_while_replacing_a_finished_merge(tmp_path: Path) -> None:
 def test_stopped_while_planning(tmp_path: Path) -> None:
     place = make_place(tmp_path)
     script = (
-        "import os, signal, shardmerge.api\n"
+        "import os, signal, shardmerge.api.library\n"
         "from shardmerge.cli.main import main\n"
-        "shardmerge.api.make_plan = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "shardmerge.api.library.make_plan = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
         "main()"
     )
     config = place.config_file()

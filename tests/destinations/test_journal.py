@@ -381,7 +381,7 @@ def test_a_plan_does_not_replace_what_was_finished_after_it_was_made(place: Plac
 _HOLDER = """
 import sys
 from pathlib import Path
-from shardmerge.journal import Journal
+from shardmerge.destinations.journal import Journal
 with Journal(Path(sys.argv[1]), False) as journal:
     journal.begin({})
     print("locked", flush=True)

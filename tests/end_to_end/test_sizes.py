@@ -28,8 +28,8 @@ MOST_BYTES, MOST_SECONDS = 300_000_000, 10
 #: Runs a command, and says what it and its children took: bytes, and seconds of the processor.
 _MEASURED = """
 import os, sys
-from shardmerge.cli import main
-from shardmerge.report import peak_memory
+from shardmerge.cli.main import main
+from shardmerge.system.memory_use import peak_memory
 leave = os._exit
 
 def measured(code):

@@ -425,7 +425,7 @@ _QUICK = ("lists in lists", "one name of wide letters", "a key again and again",
 _READS = """
 import os, sys
 from shardmerge.errors import FormatError
-from shardmerge.header import read_header
+from shardmerge.file_formats.safetensors_header import read_header
 
 def resident(what):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(what))

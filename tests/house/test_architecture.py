@@ -251,7 +251,7 @@ def test_the_reader_finds_every_import() -> None:
 _REPORT = "; import sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
 _HELP = """
 import os, sys
-from shardmerge.cli import main
+from shardmerge.cli.main import main
 os._exit = sys.exit  # the command ends its process at once; here there is something to say yet
 sys.argv = ["shardmerge", {}"--help"]
 try:
@@ -284,7 +284,7 @@ def test_starting_up_imports_nothing_heavy(code: str) -> None:
 
 _RUN = """
 import os, sys
-from shardmerge.cli import main
+from shardmerge.cli.main import main
 os._exit = sys.exit
 sys.argv = ["shardmerge", "run", {!r}, "--quiet"]
 try:

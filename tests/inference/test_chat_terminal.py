@@ -37,7 +37,7 @@ if "--no-session" not in sys.argv:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 sys.argv = [word for word in sys.argv if word != "--no-session"]
 from shardmerge import chat
-from shardmerge.cli import main
+from shardmerge.cli.main import main
 
 def echo():
     return "on" if termios.tcgetattr(0)[3] & termios.ECHO else "off"

@@ -642,8 +642,9 @@ REAL = """
 import json, sys
 from pathlib import Path
 import peft, torch, transformers.models.llama.modeling_llama
-from shardmerge.comparison import compare, describe
-from shardmerge.report import peak_memory
+from shardmerge.inference.comparison.comparing import compare
+from shardmerge.inference.comparison.figures import describe
+from shardmerge.system.memory_use import peak_memory
 torch.set_num_threads(1)
 before = peak_memory()
 output, question, count, *adapters = sys.argv[1:]

@@ -381,7 +381,7 @@ def run_python(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Co
 _GROWTH = """
 import sys
 from pathlib import Path
-from shardmerge.report import peak_memory
+from shardmerge.system.memory_use import peak_memory
 from shardmerge.verification import verify_output
 small, large = map(Path, sys.argv[1:3])
 assert verify_output(small).complete

@@ -12,7 +12,7 @@ from tests.support.builders import run_python
 #: Many objects are made; then some more, as of which Python would look through all of them.
 _CODE = """
 import gc
-from shardmerge.garbage import no_garbage_collection, process_is_ours
+from shardmerge.system.garbage import no_garbage_collection, process_is_ours
 
 passes = []
 gc.callbacks.append(lambda phase, about: passes.append(about["generation"]))

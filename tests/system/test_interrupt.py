@@ -18,7 +18,7 @@ from tests.support.builders import ROOT, Place, contents, llama_tensors, make_pl
 #: One that does not listen: the main thread is in a function of C that does not come back.
 _DEAF = """
 import ctypes, signal, threading
-from shardmerge.interrupt import stopping_in_time
+from shardmerge.system.interrupt import stopping_in_time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 lock = ctypes.CDLL(None).pthread_mutex_lock

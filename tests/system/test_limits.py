@@ -173,7 +173,7 @@ def test_a_stage_that_gets_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 #: What the interpreter does where the system allows no further thread, or no further process.
 _NONE_MORE = """
 import _posixsubprocess, _thread, errno, os, subprocess, sys, threading
-from shardmerge.cli import main
+from shardmerge.cli.main import main
 
 def no_thread(*_, **__):
     raise RuntimeError("can't start new thread")

@@ -56,7 +56,7 @@ def test_huge_pages_are_asked_for_and_no_more_than_fit() -> None:
     """In a process of its own, of which /proc/self/smaps then tells."""
     code = """
 import ctypes, re
-from shardmerge.pages import pages
+from shardmerge.system.aligned_memory import pages
 
 view = pages(4 * (2 << 20) + 4096)
 view[:] = bytes(len(view))
