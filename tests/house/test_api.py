@@ -71,7 +71,8 @@ def test_what_is_not_there_is_an_attribute_error() -> None:
 
 
 def test_a_later_name_is_the_same_object_as_at_its_home() -> None:
-    for name, home in {"merge": "api", "plan": "api", "MergePlan": "spec", "MergeReport": "report"}.items():
+    homes = {"merge": "api.library", "plan": "api.library", "MergePlan": "spec.plans"}
+    for name, home in {**homes, "MergeReport": "reporting.merge_report"}.items():
         assert getattr(shardmerge, name) is getattr(importlib.import_module(f"shardmerge.{home}"), name)
 
 
