@@ -5,8 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+# A failed assertion of a helper shows its values, as that of a test does.
+pytest.register_assert_rewrite("tests.support", "tests.contracts")
+
+if TYPE_CHECKING:
+    from tests.support.gguf_merges import GgufModels
 
 # transformers and PEFT look for files of a model on the Hub, even of one in a local directory.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,3 +42,11 @@ def smollm2() -> Path:
     from tools.smollm2 import ensure_base
 
     return ensure_base()
+
+
+@pytest.fixture(scope="session")
+def gguf_models(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> GgufModels:
+    """Models that a GGUF file can hold, with adapters, by their name in `tests.support.gguf_zoo`."""
+    from tests.support.gguf_merges import GgufModels
+
+    return GgufModels(tmp_path_factory.mktemp("gguf-models"), smollm2)

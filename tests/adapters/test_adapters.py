@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 
 from shardmerge.adapters.formats.refused import REFUSED_TYPES
-from shardmerge.adapters.methods.base import Claims, ModuleUpdate, add_scaled, check_dtypes
+from shardmerge.adapters.methods.base import ModuleUpdate, add_scaled, check_dtypes
 from shardmerge.adapters.registry import FAMILIES, claim, detect_format
 from shardmerge.spec.tensors import TensorRef
-from tests.support.builders import ALPHA, Q0, RANK, V0, content, peft_config, peft_tensors, refs_of
+from tests.support.builders import ALPHA, Q0, RANK, V0, content, peft_config, refs_of
+from tests.support.claims import claim_peft, shapes
 
 P = "base_model.model."
-
-
-def shapes(*modules: str, infix: str = "", rank: int = RANK) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in peft_tensors(modules, rank, infix=infix).items()}
-
-
-def claim_peft(tensors: Mapping[str, TensorRef], **changes: Any) -> Claims:
-    return claim("peft", content(tensors, peft_config(**changes)))
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import shardmerge
-from tests.adapters.test_adapters_targets import KINDS, SETTINGS, of_every_method
 from tests.support.family_oracle import Case, Net, assert_same_outputs, refusal, unmerged, write_case
+from tests.support.peft_kinds import KINDS, SETTINGS, of_every_method
 from tests.support.peft_oracle import assert_same_bits, make_config, merge_to, stored
 
 TARGETS = ["wide", "square"]

@@ -14,7 +14,7 @@ from peft import LoraConfig, LoraRuntimeConfig
 import shardmerge
 from shardmerge.adapters.formats import peft_keys
 from shardmerge.adapters.registry import METHODS
-from tests.adapters.test_adapters_targets import KINDS, SETTINGS
+from tests.support.peft_kinds import KINDS, SETTINGS
 from tests.support.peft_oracle import (
     Base,
     Lora,

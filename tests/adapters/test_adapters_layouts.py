@@ -13,8 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 import shardmerge
-from tests.adapters.test_adapters_lora import Mixture
-from tests.support.family_oracle import Case, merged_by_peft, write_case
+from tests.support.family_oracle import Case, Mixture, merged_by_peft, write_case
 from tests.support.peft_oracle import assert_same_bits, make_config, merge_to, stored
 
 #: Of `Mixture`: four experts, up_proj (E, 40, 24).

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 from peft import PeftModel
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import MIN_TARGET_MODULES_FOR_OPTIMIZATION, BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from shardmerge.adapters.formats import peft_targets as targets
 from shardmerge.adapters.registry import METHODS
-from tests.adapters.test_adapters import claim_peft, shapes
 from tests.support.builders import layer, refs_of
+from tests.support.claims import claim_peft, shapes
 from tests.support.family_oracle import Case, Net, refusal, write_case
+from tests.support.peft_kinds import KINDS, SETTINGS, of_every_method
 
 NAMES = (
     "model.layers.0.self_attn.q_proj",
@@ -145,32 +145,6 @@ def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
 
 # --- every method -----------------------------------------------------------------------------------------------------
 
-#: What a method needs besides its targets; those of layers of another kind have their own.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "ADALORA": {"init_r": 4, "total_step": 10},
-    "C3A": {"block_size": 8},
-    "DELORA": {"r": 4},
-    "FOURIERFT": {"n_frequency": 10},
-    "FROD": {"sparse_rate": 0.05, "progressbar": False},
-    "IA3": {"feedforward_modules": []},
-    "MISS": {"r": 4},
-    "OFT": {"oft_block_size": 8},
-    "OSF": {"effective_rank": 6},
-    "PSOFT": {"r": 8},
-    "RANDLORA": {"r": 4},
-    "ROAD": {"group_size": 8},
-    "SHIRA": {"r": 2},
-    "SUPERTUNING": {"sparsity": 0.9},
-    "TINYLORA": {"r": 2, "u": 4},
-    "TRAINABLE_TOKENS": {"token_indices": [1, 2]},
-    "UNILORA": {"r": 4, "save_indices": True},
-    "VBLORA": {"r": 2, "num_vectors": 8, "vector_length": 8},
-    "WAVEFT": {"n_frequency": 10},
-}
-#: The methods whose tests are quick; the others' are run with the slow ones.
-QUICK = ("LORA", "IA3", "LOHA", "ROAD", "VERA", "LN_TUNING")
-KINDS = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.value in METHODS}
-
 
 class Stack(nn.Module):
     """A network whose modules are in a layer."""
@@ -178,12 +152,6 @@ class Stack(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList([Net()])
-
-
-def of_every_method(*but: str) -> pytest.MarkDecorator:
-    kinds = [kind for kind in KINDS if kind not in but]
-    slow = [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in kinds]
-    return pytest.mark.parametrize("kind", slow)
 
 
 def case_of(kind: str, folder: Path) -> tuple[Case, str]:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import shardmerge
 from shardmerge import PlanError
-from tests.end_to_end.test_conformance import FAMILIES, Row, merged, row
 from tests.support import text_zoo, zoo
+from tests.support.conformance import FAMILIES, Row, merged, row
 from tests.support.family_oracle import Case, Net, change_tensors, merged_by_peft, write_case
 from tests.support.peft_oracle import _new_folder as new_folder
 from tests.support.peft_oracle import assert_same_bits, make_config, merge_to, stored

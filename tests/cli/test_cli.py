@@ -6,14 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
 import shardmerge
-from shardmerge.cli.main import cli
 from tests.support.builders import (
     DOWN1,
     Q0,
@@ -32,21 +29,7 @@ from tests.support.builders import (
     write_peft,
     write_pure,
 )
-
-
-def invoke(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path, code: int = 0) -> Result:
-    """The command in this process; any exception but an exit fails the test."""
-    monkeypatch.setattr(sys, "argv", ["shardmerge", *map(str, arguments)])
-    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
-
-
-def invoke_json(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path, code: int = 0) -> Any:
-    return json.loads(invoke(monkeypatch, *arguments, "--json", code=code).stdout)
-
+from tests.support.command_line import invoke, invoke_json
 
 # --- run --------------------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ import yaml
 
 import shardmerge
 from shardmerge.config.schema import MergeConfig, load_yaml
-from tests.cli.test_cli import invoke
 from tests.support.builders import make_place, peft_config, peft_tensors, write_peft, write_pure
+from tests.support.command_line import invoke
 
 
 def test_config_of_a_peft_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

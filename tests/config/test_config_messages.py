@@ -24,9 +24,9 @@ from shardmerge.config.schema import MAX_CONFIG_BYTES, ExportConfig, MergeConfig
 from shardmerge.config.suggestions import hint
 from shardmerge.errors import ConfigError
 from shardmerge.planning.planner import make_plan
-from tests.cli.test_cli import invoke
-from tests.config.test_config import DATA, problems
 from tests.support.builders import ROOT, contents, make_place, peft_config, random_tensor, write_peft
+from tests.support.command_line import invoke
+from tests.support.configs import DATA, problems
 from tests.support.gguf_zoo import make as make_for_gguf
 
 #: Words of pydantic's, of its messages and its addresses.

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from shardmerge.config.schema import MAX_CONFIG_BYTES, MergeConfig, load_yaml
 from shardmerge.errors import ConfigError
-from tests.config.test_config import BOUND, DATA, GOOD, from_text, refusal
 from tests.support.builders import untimed
+from tests.support.configs import BOUND, DATA, GOOD, from_text, refusal
 
 
 @pytest.mark.parametrize(

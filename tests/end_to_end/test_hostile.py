@@ -27,7 +27,6 @@ from safetensors.torch import load_file, save_file
 
 import shardmerge
 from shardmerge.cli.main import cli
-from tests.file_formats.test_header import REFUSED as HEADERS
 from tests.support.builders import (
     ROOT,
     Place,
@@ -39,6 +38,7 @@ from tests.support.builders import (
     write_json,
     write_peft,
 )
+from tests.support.headers import REFUSED as HEADERS
 
 FIRST, SECOND = shard_names(2)
 INDEX = "model.safetensors.index.json"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import shardmerge as library
-from tests.execution.test_compute_device import NAMES, config_of
 from tests.support.builders import make_place, run_python, write_json
+from tests.support.device_cases import NAMES, config_of
 from tests.support.peft_oracle import stored
 
 #: An interpreter whose import system does not find numpy.

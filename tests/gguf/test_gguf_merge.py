@@ -6,7 +6,6 @@ That the merged checkpoint is PEFT's is shown elsewhere, for every architecture;
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,14 @@ import torch
 import shardmerge
 from shardmerge.config.schema import ExportConfig, recorded_config
 from shardmerge.errors import PlanError
-from tests.support.builders import peft_config, read_tensors, run_cli, write_json, write_peft
+from tests.support.builders import read_tensors, run_cli, write_json
+from tests.support.gguf_merges import GgufModels, as_gguf, config
 from tests.support.gguf_oracle import Converter, differences, shared_converter, write
-from tests.support.gguf_zoo import KINDS, conversions, make
+from tests.support.gguf_zoo import KINDS, conversions
 from tests.support.peft_oracle import least_memory
 
 #: Models whose tokenizers are made here.
 QUICK = [name for name, kind in KINDS.items() if kind.tokenizer == "spm"]
-_EXPERT_OR_LINEAR = re.compile(r".*(_proj|\.w[123])\.weight")
 
 
 @pytest.fixture(scope="session")
@@ -32,52 +31,11 @@ def converter() -> Converter:
     return shared_converter()
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Any:
-    """A model of the zoo by name, with an adapter of its own beside it."""
-    root = tmp_path_factory.mktemp("gguf-merge")
-    made: dict[str, tuple[Path, Path]] = {}
-
-    def get(name: str) -> tuple[Path, Path]:
-        if name not in made:
-            base = make(name, root / name / "base", smollm2)
-            made[name] = (base, write_adapter(base, root / name / "adapter"))
-        return made[name]
-
-    return get
-
-
-def write_adapter(base: Path, folder: Path) -> Path:
-    """LoRA on every linear layer that the base stores as one, experts included."""
-    factors: dict[str, torch.Tensor] = {}
-    torch.manual_seed(3)
-    for name, weight in read_tensors(base).items():
-        if _EXPERT_OR_LINEAR.fullmatch(name) and weight.dim() == 2 and "vision" not in name:
-            module = f"base_model.model.{name.removesuffix('.weight')}"
-            factors[f"{module}.lora_A.weight"] = 0.2 * torch.randn(4, weight.shape[1])
-            factors[f"{module}.lora_B.weight"] = 0.2 * torch.randn(weight.shape[0], 4)
-    targets = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in factors})
-    return write_peft(folder, factors, config=peft_config(r=4, lora_alpha=8, target_modules=targets))
-
-
-def config(base: Path, adapter: Path, output: Path, **options: Any) -> dict[str, Any]:
-    compute = {"max_memory": options.pop("max_memory", "auto")}
-    tied = {"tied": options.pop("tied")} if "tied" in options else {}
-    output_options = {"path": str(output), **options}
-    return {"base": str(base), "adapters": [str(adapter)], "output": output_options, "compute": compute, **tied}
-
-
-def as_gguf(base: Path, adapter: Path, output: Path, quantization: str, **options: Any) -> Path:
-    """The file's path."""
-    shardmerge.merge(config(base, adapter, output, format="gguf", quantization=quantization, **options))
-    return output / f"{output.name}-{quantization}.gguf"
-
-
 @pytest.mark.parametrize(("kind", "quantization"), conversions(QUICK))
 def test_the_file_is_that_of_the_converter(
-    kind: str, quantization: str, models: Any, converter: Converter, tmp_path: Path
+    kind: str, quantization: str, gguf_models: GgufModels, converter: Converter, tmp_path: Path
 ) -> None:
-    base, adapter = models(kind)
+    base, adapter = gguf_models(kind)
     ours = as_gguf(base, adapter, tmp_path / "Model", quantization)
     # The converter calls the model by its folder.
     shardmerge.merge(config(base, adapter, tmp_path / "model"))
@@ -88,9 +46,9 @@ def test_the_file_is_that_of_the_converter(
 
 @pytest.mark.parametrize("quantization", ["q4_0", "q5_1"])
 @pytest.mark.parametrize("kind", ["llama-spm", "mixtral", "phi3"])
-def test_tiles_do_not_show(kind: str, quantization: str, models: Any, tmp_path: Path) -> None:
+def test_tiles_do_not_show(kind: str, quantization: str, gguf_models: GgufModels, tmp_path: Path) -> None:
     """Nor does it matter that no whole tensor was ever in memory: the oracle quantises whole tensors."""
-    base, adapter = models(kind)
+    base, adapter = gguf_models(kind)
     least = least_memory(config(base, adapter, tmp_path / "Model", format="gguf", quantization=quantization))
     ours = as_gguf(base, adapter, tmp_path / "Model", quantization, max_memory=least)
     shardmerge.merge(config(base, adapter, tmp_path / "model"))
@@ -102,9 +60,11 @@ def test_tiles_do_not_show(kind: str, quantization: str, models: Any, tmp_path: 
     ("kind", "dtype", "quantization"),
     [("llama3-rope", "float16", "f32"), ("llama-spm", "bfloat16", "f16"), ("gemma2", "float16", "q8_0")],
 )
-def test_the_dtype_in_between_shows(kind: str, dtype: str, quantization: str, models: Any, tmp_path: Path) -> None:
+def test_the_dtype_in_between_shows(
+    kind: str, dtype: str, quantization: str, gguf_models: GgufModels, tmp_path: Path
+) -> None:
     """Also in what is stored as the file has it, and would not have to be rounded on the way."""
-    base, adapter = models(kind)
+    base, adapter = gguf_models(kind)
     ours = as_gguf(base, adapter, tmp_path / "Model", quantization, dtype=dtype)
     shardmerge.merge(config(base, adapter, tmp_path / "model", dtype=dtype))
     write(tmp_path / "model", quantization.upper(), tmp_path / "whole.gguf", "Model")
@@ -116,10 +76,10 @@ def test_the_dtype_in_between_shows(kind: str, dtype: str, quantization: str, mo
     [("llama3-rope", "bfloat16", "q8_0"), ("mistral", "bfloat16", "q4_0"), ("llama-spm", "float64", "q5_1")],
 )
 def test_the_dtype_of_the_work_may_be_narrower_or_wider(
-    kind: str, dtype: str, quantization: str, models: Any, tmp_path: Path
+    kind: str, dtype: str, quantization: str, gguf_models: GgufModels, tmp_path: Path
 ) -> None:
     """What blocks are made of, float32, has its room all the same."""
-    base, adapter = models(kind)
+    base, adapter = gguf_models(kind)
     for output in ("Model", "model"):
         options = {"format": "gguf", "quantization": quantization} if output == "Model" else {}
         settings = config(base, adapter, tmp_path / output, **options)
@@ -129,12 +89,12 @@ def test_the_dtype_of_the_work_may_be_narrower_or_wider(
     assert differences(tmp_path / "Model" / f"Model-{quantization}.gguf", tmp_path / "whole.gguf") == []
 
 
-def test_a_length_that_rows_beyond_the_file_count_in(models: Any, tmp_path: Path) -> None:
+def test_a_length_that_rows_beyond_the_file_count_in(gguf_models: GgufModels, tmp_path: Path) -> None:
     """DoRA's lengths of an embedding go down its rows, also those that no token means and that the file leaves out."""
     import peft
     import transformers
 
-    source, _ = models("gemma3")
+    source, _ = gguf_models("gemma3")
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     settings = peft.LoraConfig(r=4, use_dora=True, target_modules=["embed_tokens"], init_lora_weights=False)
     peft.get_peft_model(model, settings).save_pretrained(tmp_path / "adapter")
@@ -146,9 +106,9 @@ def test_a_length_that_rows_beyond_the_file_count_in(models: Any, tmp_path: Path
     assert differences(ours, tmp_path / "whole.gguf") == []
 
 
-def test_a_vocabulary_of_the_adapter_that_gguf_cannot_hold(models: Any, tmp_path: Path) -> None:
+def test_a_vocabulary_of_the_adapter_that_gguf_cannot_hold(gguf_models: GgufModels, tmp_path: Path) -> None:
     """The base's tokenizer.model is not the adapter's, so it is left out, and the message says so."""
-    base, adapter = models("gemma3")
+    base, adapter = gguf_models("gemma3")
     own = shutil.copytree(adapter, tmp_path / "adapter")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         write_json(own / name, {})
@@ -158,8 +118,8 @@ def test_a_vocabulary_of_the_adapter_that_gguf_cannot_hold(models: Any, tmp_path
     assert any(f"the tokenizer is the one of adapter {own}" in problem for problem in raised.value.problems)
 
 
-def test_an_export_of_the_merge_is_the_merge(models: Any, tmp_path: Path) -> None:
-    base, adapter = models("llama-spm")
+def test_an_export_of_the_merge_is_the_merge(gguf_models: GgufModels, tmp_path: Path) -> None:
+    base, adapter = gguf_models("llama-spm")
     ours = as_gguf(base, adapter, tmp_path / "one" / "Model", "q8_0")
     shardmerge.merge(config(base, adapter, tmp_path / "merged"))
     done = run_cli("export", tmp_path / "merged", "--format", "gguf", "-o", tmp_path / "two" / "Model")
@@ -168,8 +128,8 @@ def test_an_export_of_the_merge_is_the_merge(models: Any, tmp_path: Path) -> Non
     assert (tmp_path / "two" / "Model" / ours.name).read_bytes() == ours.read_bytes()
 
 
-def test_an_export_retypes_and_reshards(models: Any, tmp_path: Path) -> None:
-    base, _ = models("llama-spm")
+def test_an_export_retypes_and_reshards(gguf_models: GgufModels, tmp_path: Path) -> None:
+    base, _ = gguf_models("llama-spm")
     done = run_cli("export", base, "--dtype", "bfloat16", "--max-shard-size", "100kB", "-o", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["targets"] == 0
@@ -180,22 +140,22 @@ def test_an_export_retypes_and_reshards(models: Any, tmp_path: Path) -> None:
     assert run_cli("verify", tmp_path / "out").returncode == 0
 
 
-def test_an_export_may_not_overwrite_its_model(models: Any) -> None:
-    base, _ = models("llama-spm")
+def test_an_export_may_not_overwrite_its_model(gguf_models: GgufModels) -> None:
+    base, _ = gguf_models("llama-spm")
     before = sorted(path.name for path in base.iterdir())
     done = run_cli("export", base, "--dtype", "bfloat16", "-o", base)
     assert done.returncode == 3 and "Traceback" not in done.stderr
     assert sorted(path.name for path in base.iterdir()) == before
 
 
-def test_quantization_is_for_gguf_alone(models: Any, tmp_path: Path) -> None:
-    base, _ = models("llama-spm")
+def test_quantization_is_for_gguf_alone(gguf_models: GgufModels, tmp_path: Path) -> None:
+    base, _ = gguf_models("llama-spm")
     done = run_cli("export", base, "--quantization", "q8_0", "-o", tmp_path / "out")
     assert done.returncode == 2 and "--format gguf" in done.stderr
 
 
-def test_other_architectures_are_refused_by_name(tmp_path: Path, models: Any) -> None:
-    base, adapter = models("llama-spm")
+def test_other_architectures_are_refused_by_name(tmp_path: Path, gguf_models: GgufModels) -> None:
+    base, adapter = gguf_models("llama-spm")
     other = tmp_path / "base"
     other.mkdir()
     for path in base.iterdir():
@@ -207,10 +167,10 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path, models: Any) ->
     assert not (tmp_path / "out").exists()
 
 
-def test_a_killed_merge_is_taken_up(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_merge_is_taken_up(gguf_models: GgufModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from shardmerge.destinations.shard_writer import SafetensorsSink
 
-    base, adapter = models("llama-spm")
+    base, adapter = gguf_models("llama-spm")
     whole = as_gguf(base, adapter, tmp_path / "whole" / "Model", "q8_0")
 
     def stop(*_: Any) -> None:
@@ -225,16 +185,16 @@ def test_a_killed_merge_is_taken_up(models: Any, tmp_path: Path, monkeypatch: py
     assert (tmp_path / "Model" / whole.name).read_bytes() == whole.read_bytes()
 
 
-def test_a_record_of_an_export_is_a_config_again(models: Any, tmp_path: Path) -> None:
-    base, _ = models("llama-spm")
+def test_a_record_of_an_export_is_a_config_again(gguf_models: GgufModels, tmp_path: Path) -> None:
+    base, _ = gguf_models("llama-spm")
     shardmerge.merge(ExportConfig.from_dict({"base": str(base), "output": {"path": str(tmp_path / "out")}}))
     record = json.loads((tmp_path / "out" / "shardmerge.json").read_text())
     assert record["config"]["adapters"] == []
     assert recorded_config(record["config"], "the record").output.path == str(tmp_path / "out")
 
 
-def test_verify_knows_the_files_beside_it(models: Any, tmp_path: Path) -> None:
-    base, adapter = models("llama-spm")
+def test_verify_knows_the_files_beside_it(gguf_models: GgufModels, tmp_path: Path) -> None:
+    base, adapter = gguf_models("llama-spm")
     folder = as_gguf(base, adapter, tmp_path / "Model", "q8_0").parent
     with open(folder / "Modelfile", "a") as file:
         file.write("PARAMETER temperature 2\n")

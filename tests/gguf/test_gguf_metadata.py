@@ -13,8 +13,8 @@ from shardmerge.gguf.files import ModelFiles
 from shardmerge.gguf.metadata import LEFT_OUT, Description, _rounded
 from shardmerge.gguf.sentencepiece import Piece, read_pieces
 from shardmerge.gguf.special_tokens import read_special_tokens
-from tests.gguf.test_gguf_layout import LLAMA, SHAPES, refs
 from tests.support.gguf_oracle import Converter, shared_converter
+from tests.support.gguf_shapes import LLAMA, SHAPES, refs
 from tests.support.gguf_zoo import spm_model
 
 

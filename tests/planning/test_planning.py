@@ -18,30 +18,10 @@ from tests.support.builders import (
     make_place,
     peft_config,
     peft_tensors,
-    snapshot,
     write_base,
     write_peft,
 )
-from tests.support.refusals import REFUSALS, P, Refusal, adapter, factors
-
-EXIT_CODES = {"PlanError": 3, "FormatError": 4, "SourceError": 5}
-
-
-def refused(folder: Path, config: dict[str, Any], refusal: Refusal, **how: Any) -> str:
-    """The message of the refusal, which must come from `plan` and from `merge`, and leave the disk as it was."""
-    before = snapshot(folder)
-    for act in (shardmerge.plan, shardmerge.merge):
-        with pytest.raises(refusal.error) as raised:
-            act(config, **how)
-        assert snapshot(folder) == before
-        assert type(raised.value) is refusal.error
-        assert raised.value.exit_code == EXIT_CODES[refusal.error.__name__]
-        message = str(raised.value)
-        message.encode()
-        assert refusal.error is not PlanError or "nothing was written" in message
-        for part in refusal.parts:
-            assert part in message, message
-    return message
+from tests.support.refusals import REFUSALS, P, Refusal, adapter, factors, refused
 
 
 @pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.planning.test_planning import EXIT_CODES
 from tests.support.builders import Place, make_place, run_cli, run_python, slow_but, snapshot, write_json, write_peft
-from tests.support.refusals import REFUSALS, Refusal
+from tests.support.refusals import EXIT_CODES, REFUSALS, Refusal
 
 #: One of each kind: leftover, shape, setting, base, several problems, other classes of error.
 CHOSEN = (

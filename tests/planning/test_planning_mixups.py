@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 import shardmerge
 from shardmerge.errors import FormatError, MissingError, OtherKindError, PlanError, SourceError
-from tests.cli.test_cli import invoke, invoke_json
 from tests.support.builders import (
     LAYERS,
     LINEAR_SHAPES,
@@ -33,6 +32,7 @@ from tests.support.builders import (
     write_peft,
     write_pure,
 )
+from tests.support.command_line import invoke, invoke_json
 
 ALL = [layer(number, module) for number in range(LAYERS) for module in LINEAR_SHAPES]
 

@@ -13,9 +13,8 @@ import pytest
 import shardmerge
 from shardmerge.errors import PlanError
 from shardmerge.spec.tensors import BUFFER_SLACK, LIBRARY_BYTES
-from tests.planning.test_planning import refused
 from tests.support.builders import Place, make_place, snapshot, write_json, write_pure
-from tests.support.refusals import Refusal
+from tests.support.refusals import Refusal, refused
 
 
 def to(path: str) -> Callable[[Place], dict[str, Any]]:

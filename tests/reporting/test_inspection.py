@@ -26,7 +26,6 @@ from shardmerge.gguf.glance import TYPES, glance
 from shardmerge.reporting import verified
 from shardmerge.reporting.inspection import inspect_path
 from shardmerge.reporting.starter import SCHEMA
-from tests.cli.test_cli import invoke, invoke_json
 from tests.support.builders import (
     llama_tensors,
     make_place,
@@ -37,6 +36,7 @@ from tests.support.builders import (
     write_json,
     write_peft,
 )
+from tests.support.command_line import invoke, invoke_json
 from tests.support.gguf_zoo import SPM_VOCAB, write_spm_tokenizer
 from tools.schema import schema_text
 

@@ -246,3 +246,33 @@ def refusal(case: Case, **changes: Any) -> str:
     except shardmerge.ShardmergeError as error:
         return str(error)
     raise AssertionError("the plan accepts it")
+
+
+class Experts(nn.Module):
+    """Four experts, (E, out, in) or, transposed, (E, in, out)."""
+
+    def __init__(self, transposed: bool, square: bool = False) -> None:
+        super().__init__()
+        self.is_transposed = transposed
+        inner, hidden = (40, 24) if not square else (24, 24)
+        shapes = [(inner, hidden), (hidden, inner)]
+        up, down = [shape[::-1] if transposed else shape for shape in shapes]
+        self.up_proj = nn.Parameter(torch.randn(4, *up) * 0.1)
+        self.down_proj = nn.Parameter(torch.randn(4, *down) * 0.1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        up: Tensor = self.up_proj
+        down: Tensor = self.down_proj
+        if not self.is_transposed:
+            up, down = up.transpose(1, 2), down.transpose(1, 2)
+        return torch.einsum("bli,eio,eoj->blj", hidden, up, down)
+
+
+class Mixture(nn.Module):
+    def __init__(self, transposed: bool = False, square: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(37, 24)
+        self.experts = Experts(transposed, square)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.as_tensor(self.experts(self.embed(tokens)))

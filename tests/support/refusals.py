@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+import shardmerge
 from shardmerge.errors import FormatError, PlanError, ShardmergeError
 from tests.support.builders import (
     DOWN1,
@@ -21,6 +24,7 @@ from tests.support.builders import (
     peft_config,
     peft_tensors,
     pure_tensors,
+    snapshot,
     write_base,
     write_json,
     write_peft,
@@ -295,3 +299,22 @@ REFUSALS: dict[str, Refusal] = {
         ],
     ),
 }
+
+EXIT_CODES = {"PlanError": 3, "FormatError": 4, "SourceError": 5}
+
+
+def refused(folder: Path, config: dict[str, Any], refusal: Refusal, **how: Any) -> str:
+    """The message of the refusal, which must come from `plan` and from `merge`, and leave the disk as it was."""
+    before = snapshot(folder)
+    for act in (shardmerge.plan, shardmerge.merge):
+        with pytest.raises(refusal.error) as raised:
+            act(config, **how)
+        assert snapshot(folder) == before
+        assert type(raised.value) is refusal.error
+        assert raised.value.exit_code == EXIT_CODES[refusal.error.__name__]
+        message = str(raised.value)
+        message.encode()
+        assert refusal.error is not PlanError or "nothing was written" in message
+        for part in refusal.parts:
+            assert part in message, message
+    return message

@@ -20,10 +20,6 @@ import shardmerge
 from shardmerge import ConfigError, Progress, SourceError, VerifyError, VerifyReport
 from shardmerge.adapters.formats import peft_lora
 from shardmerge.adapters.methods import lora
-from shardmerge.destinations.record import sealed
-from shardmerge.sources.local import LocalSource
-from shardmerge.sources.source import open_reader
-from shardmerge.system import checksums
 from shardmerge.verification.findings import describe
 from tests.support.builders import (
     DOWN1,
@@ -44,6 +40,7 @@ from tests.support.builders import (
     write_json,
     write_peft,
 )
+from tests.support.tampering import change_record, forge_checksums, record_of, wrong
 
 SHARDS = shard_names(2)
 BF16 = torch.bfloat16
@@ -58,48 +55,13 @@ def place(tmp_path: Path) -> Place:
     return place
 
 
-def wrong(output: Path, **options: Any) -> VerifyReport:
-    """The report of an output with which something is wrong."""
-    with pytest.raises(VerifyError) as caught:
-        shardmerge.verify(output, **options)
-    report = caught.value.report
-    assert isinstance(report, VerifyReport) and not report.ok
-    assert report.problems[0].text in str(caught.value)
-    return report
-
-
 def kinds(report: VerifyReport) -> set[str]:
     return set(report.counts)
-
-
-def record_of(output: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((output / "shardmerge.json").read_text())
-    return value
-
-
-def change_record(output: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """A record that says something else, as if it had been written so."""
-    value = record_of(output)
-    change(value)
-    write_json(output / "shardmerge.json", sealed(value) if "record_checksum" in value else value)
 
 
 def make_old(record: dict[str, Any]) -> None:
     """Versions before there were checksums of other files and of the record."""
     del record["other_files"], record["record_checksum"]
-
-
-def forge_checksums(output: Path) -> None:
-    """Let the record say what the shards are now, so that only what is in them can tell."""
-
-    def change(record: dict[str, Any]) -> None:
-        for name in record["shards"]:
-            file = LocalSource(str(output)).stat(name)
-            reader = open_reader(file)
-            record["shards"][name] = {"bytes": file.size, **checksums.of_file(reader, file.size)}
-            reader.close()
-
-    change_record(output, change)
 
 
 def flip(path: Path, bit: int) -> None:

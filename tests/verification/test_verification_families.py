@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import shardmerge
 from shardmerge.verification.findings import TOUCHED
-from tests.end_to_end.test_conformance import FAMILIES, Row, merged, row
 from tests.support import zoo
+from tests.support.conformance import FAMILIES, Row, merged, row
 from tests.support.peft_oracle import stored
+from tests.support.tampering import forge_checksums, wrong
 from tests.support.zoo import BF16, F32, lora
-from tests.verification.test_verification import forge_checksums, wrong
 
 ALL = "all-linear"
 ROWS = (

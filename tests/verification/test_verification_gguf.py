@@ -35,13 +35,11 @@ from shardmerge.verification.gguf_blocks import compare
 from shardmerge.verification.gguf_header import GgufHeader, read_header
 from shardmerge.verification.reading import Files
 from shardmerge.verification.rounding import rounded
-from tests.cli.test_cli import invoke, invoke_json
-from tests.gguf.test_gguf_merge import as_gguf, config, models, write_adapter
 from tests.support.builders import growth_of_verify, read_tensors, write_json
+from tests.support.command_line import invoke, invoke_json
+from tests.support.gguf_merges import GgufModels, as_gguf, config, write_adapter
 from tests.support.gguf_zoo import KINDS
-from tests.verification.test_verification import change_record, forge_checksums, wrong
-
-__all__ = ["models"]
+from tests.support.tampering import change_record, forge_checksums, wrong
 
 QUANTIZATIONS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 BLOCKS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
@@ -59,8 +57,8 @@ Tensors = dict[str, ReaderTensor]
 Change = Callable[[bytearray, Tensors], None]
 
 
-def merged(models: Any, kind: str, quantization: str, folder: Path, **options: Any) -> Path:
-    base, adapter = models(kind)
+def merged(gguf_models: GgufModels, kind: str, quantization: str, folder: Path, **options: Any) -> Path:
+    base, adapter = gguf_models(kind)
     return as_gguf(base, adapter, folder / "Model", quantization, **options)
 
 
@@ -70,8 +68,8 @@ def of_all(kind: str, quantization: str) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "quantization"), [of_all(kind, of) for kind in KINDS for of in QUANTIZATIONS])
-def test_what_a_merge_writes_is_proved(kind: str, quantization: str, models: Any, tmp_path: Path) -> None:
-    file = merged(models, kind, quantization, tmp_path)
+def test_what_a_merge_writes_is_proved(kind: str, quantization: str, gguf_models: GgufModels, tmp_path: Path) -> None:
+    file = merged(gguf_models, kind, quantization, tmp_path)
     for rows in (16, None):
         report = shardmerge.verify(file.parent, rows=rows)
         assert report.complete and not report.notes and report.format == "gguf"
@@ -86,9 +84,11 @@ def test_what_a_merge_writes_is_proved(kind: str, quantization: str, models: Any
 
 
 @pytest.fixture(scope="session")
-def finished(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+def finished(gguf_models: GgufModels, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     """A merge that is made once and only copied."""
-    return cache(lambda kind, quantization: merged(models, kind, quantization, tmp_path_factory.mktemp("finished")))
+    return cache(
+        lambda kind, quantization: merged(gguf_models, kind, quantization, tmp_path_factory.mktemp("finished"))
+    )
 
 
 @pytest.fixture
@@ -207,8 +207,8 @@ def test_a_norm_without_its_one(changed: Any) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["f16", "q8_0", "q4_0", "q5_1"])
-def test_another_scaling_of_the_adapter(quantization: str, models: Any, tmp_path: Path) -> None:
-    base, adapter = models("qwen2-yarn")
+def test_another_scaling_of_the_adapter(quantization: str, gguf_models: GgufModels, tmp_path: Path) -> None:
+    base, adapter = gguf_models("qwen2-yarn")
     file = as_gguf(base, adapter, tmp_path / "Model", quantization)
     settings = config(base, adapter, tmp_path / "other" / "Model", format="gguf", quantization=quantization)
     settings["adapters"] = [{"path": str(adapter), "weight": 1.5}]
@@ -234,9 +234,9 @@ def flip_row(content: bytearray, tensors: Tensors, row: int) -> None:
     content[place(tensors[EMBEDDING], row).start + 9] ^= 1 << 6
 
 
-def test_a_row_that_only_the_checksum_tells(models: Any, tmp_path: Path) -> None:
+def test_a_row_that_only_the_checksum_tells(gguf_models: GgufModels, tmp_path: Path) -> None:
     """Then every row is looked at."""
-    file = merged(models, "llama-spm", "q8_0", tmp_path)
+    file = merged(gguf_models, "llama-spm", "q8_0", tmp_path)
     content = bytearray(file.read_bytes())
     flip_row(content, {tensor.name: tensor for tensor in GGUFReader(file).tensors}, 200)
     file.write_bytes(content)
@@ -261,22 +261,22 @@ def unshifted(finish: Finish, tile: torch.Tensor, space: torch.Tensor) -> torch.
     [("llama-spm", unturned, "blk.0.attn_k.weight"), ("gemma2", unshifted, "output_norm.weight")],
 )
 def test_a_merge_that_forgets_what_the_format_asks_for(
-    kind: str, arrange: Any, tensor: str, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, arrange: Any, tensor: str, gguf_models: GgufModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shardmerge.gguf.tiles.arrange", arrange)
-    file = merged(models, kind, "q8_0", tmp_path)
+    file = merged(gguf_models, kind, "q8_0", tmp_path)
     assert tensor in {problem.tensor for problem in wrong(file.parent).problems}
 
 
 @pytest.mark.parametrize("quantization", ["q8_0", "q4_0", "q5_0", "q4_1", "q5_1"])
 def test_a_quantiser_that_is_a_hundredth_off(
-    quantization: str, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantization: str, gguf_models: GgufModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def off(out: torch.Tensor, tile: torch.Tensor, kind: str, scratch: torch.Tensor) -> None:
         quantize_into(out, tile * 1.01, kind, scratch)
 
     monkeypatch.setattr("shardmerge.gguf.quantize.quantize_into", off)
-    file = merged(models, "qwen2-yarn", quantization, tmp_path)
+    file = merged(gguf_models, "qwen2-yarn", quantization, tmp_path)
     report = wrong(file.parent)
     assert sum(report.counts.values()) == report.tensors
 
@@ -358,9 +358,9 @@ def test_tensors_lie_one_after_the_other(tmp_path: Path) -> None:
     assert told(right, second=64) == ["it: two begins at 64 of the data, where 32 is expected"]
 
 
-def test_a_header_is_read_as_the_gguf_package_reads_it(models: Any, tmp_path: Path) -> None:
+def test_a_header_is_read_as_the_gguf_package_reads_it(gguf_models: GgufModels, tmp_path: Path) -> None:
     for kind, quantization in (("mixtral", "q5_0"), ("gemma3", "bf16")):
-        file = merged(models, kind, quantization, tmp_path / kind)
+        file = merged(gguf_models, kind, quantization, tmp_path / kind)
         content, reader = file.read_bytes(), GGUFReader(file)
         header = parse(content)
         assert header.data_start == reader.data_offset and header.values.keys() == {
@@ -382,9 +382,9 @@ def parse(content: bytes) -> Any:
     return read_header(read_into, len(content), "it")
 
 
-def test_a_hostile_header(models: Any, tmp_path: Path) -> None:
+def test_a_hostile_header(gguf_models: GgufModels, tmp_path: Path) -> None:
     """No byte of it leads to anything but a refusal or a header, and no count is believed."""
-    file = merged(models, "llama-spm", "q8_0", tmp_path)
+    file = merged(gguf_models, "llama-spm", "q8_0", tmp_path)
     content = file.read_bytes()
     end = parse(content).data_start
     chooser = random.Random(0)
@@ -419,8 +419,8 @@ def test_a_hostile_header(models: Any, tmp_path: Path) -> None:
 # --- what is not at hand ----------------------------------------------------------------------------------------------
 
 
-def test_base_or_adapter_is_gone(models: Any, tmp_path: Path) -> None:
-    base, adapter = (shutil.copytree(of, tmp_path / of.name) for of in models("llama-spm"))
+def test_base_or_adapter_is_gone(gguf_models: GgufModels, tmp_path: Path) -> None:
+    base, adapter = (shutil.copytree(of, tmp_path / of.name) for of in gguf_models("llama-spm"))
     file = as_gguf(base, adapter, tmp_path / "Model", "q4_0")
     adapter.rename(tmp_path / "elsewhere")
     report = shardmerge.verify(file.parent, partial=True)
@@ -447,8 +447,8 @@ def test_without_the_adapter_the_rest_is_compared(changed: Any, tmp_path: Path) 
     assert {problem.tensor for problem in report.problems} == {EMBEDDING}
 
 
-def test_the_folder_may_move(models: Any, tmp_path: Path) -> None:
-    file = merged(models, "llama-spm", "q8_0", tmp_path)
+def test_the_folder_may_move(gguf_models: GgufModels, tmp_path: Path) -> None:
+    file = merged(gguf_models, "llama-spm", "q8_0", tmp_path)
     moved = file.parent.rename(tmp_path / "elsewhere")
     report = shardmerge.verify(moved)
     assert report.complete and not report.notes
@@ -466,15 +466,17 @@ def test_the_folder_may_move(models: Any, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize(("kind", "quantization"), [("gemma2-f16", "q8_0"), ("llama3-rope", "f16")])
 def test_other_dtypes_in_between(
-    kind: str, quantization: str, options: dict[str, Any], models: Any, tmp_path: Path
+    kind: str, quantization: str, options: dict[str, Any], gguf_models: GgufModels, tmp_path: Path
 ) -> None:
-    file = merged(models, kind, quantization, tmp_path, **options)
+    file = merged(gguf_models, kind, quantization, tmp_path, **options)
     report = shardmerge.verify(file.parent, rows=None)
     assert report.complete and not report.notes
 
 
-def test_an_export_and_the_command_line(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, _ = models("llama-spm")
+def test_an_export_and_the_command_line(
+    gguf_models: GgufModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _ = gguf_models("llama-spm")
     output = tmp_path / "Model"
     invoke(monkeypatch, "export", base, "--format", "gguf", "--quantization", "q5_0", "-o", output)
     report = invoke_json(monkeypatch, "verify", output)
@@ -494,8 +496,8 @@ def test_an_export_and_the_command_line(models: Any, tmp_path: Path, monkeypatch
     assert "is missing" in invoke(monkeypatch, "verify", output, code=6).output
 
 
-def test_a_record_of_several_files(models: Any, tmp_path: Path) -> None:
-    file = merged(models, "llama-spm", "q8_0", tmp_path)
+def test_a_record_of_several_files(gguf_models: GgufModels, tmp_path: Path) -> None:
+    file = merged(gguf_models, "llama-spm", "q8_0", tmp_path)
     change_record(file.parent, lambda record: record["shards"].update({"other.gguf": record["shards"][file.name]}))
     assert any("a GGUF file is one" in problem.text for problem in wrong(file.parent).problems)
 
@@ -510,8 +512,8 @@ def test_a_record_of_several_files(models: Any, tmp_path: Path) -> None:
     ],
     ids=lambda method: method.peft_type.value,
 )
-def test_other_methods(method: Any, models: Any, tmp_path: Path) -> None:
-    base, _ = models("llama-spm")
+def test_other_methods(method: Any, gguf_models: GgufModels, tmp_path: Path) -> None:
+    base, _ = gguf_models("llama-spm")
     torch.manual_seed(0)
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), method)
     with torch.no_grad():
@@ -525,8 +527,8 @@ def test_other_methods(method: Any, models: Any, tmp_path: Path) -> None:
         assert report.complete and not report.notes and report.touched == 4
 
 
-def test_progress(models: Any, tmp_path: Path) -> None:
-    file = merged(models, "mixtral", "q4_0", tmp_path)
+def test_progress(gguf_models: GgufModels, tmp_path: Path) -> None:
+    file = merged(gguf_models, "mixtral", "q4_0", tmp_path)
     seen: list[Progress] = []
     shardmerge.verify(file.parent, progress=seen.append)
     assert seen[0].done == 0 and seen[-1].done == seen[-1].total
@@ -534,8 +536,8 @@ def test_progress(models: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_model(models: Any, tmp_path: Path) -> None:
-    source, adapter = models("llama-spm")
+def test_memory_does_not_grow_with_the_model(gguf_models: GgufModels, tmp_path: Path) -> None:
+    source, adapter = gguf_models("llama-spm")
     base, wide = tmp_path / "base", 1024
     shutil.copytree(source, base, ignore=shutil.ignore_patterns("*.safetensors*"))
     settings = json.loads((base / "config.json").read_text())
