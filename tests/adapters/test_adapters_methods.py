@@ -20,6 +20,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.boft import layer as boft_layer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -515,7 +516,7 @@ class _Butterflies:
 @pytest.mark.parametrize("factors", [2, 3])
 def test_boft_of_several_butterflies(factors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT knows them on CUDA only, where it multiplies the rotations first; we rotate W by one after the other."""
-    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: _Butterflies())
+    monkeypatch.setattr(boft_layer, "get_fbd_cuda", lambda: _Butterflies())
     config = peft.BOFTConfig(
         boft_block_size=4, boft_n_butterfly_factor=factors, target_modules=["tall", "wide", "conv"]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import warnings
@@ -177,6 +178,6 @@ def test_indices_that_peft_would_ignore(tmp_path: Path) -> None:
 
 
 def test_without_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     adapter = zoo.adapter_folder("llama", unilora("q_proj"))
     assert "pip install numpy" in refusal(tmp_path, zoo.base_folder("llama"), adapter)

@@ -23,6 +23,8 @@ from shardmerge import FormatError, NonFiniteError, PlanError, ShardmergeError, 
 from shardmerge.adapters.methods.base import Family
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.adapters.work import elements_for, is_computed_everywhere, narrow_dtype, needs_work, tile_dtype
+from shardmerge.execution import tiles
+from shardmerge.planning import planner, tiling
 from shardmerge.planning.tiling import tile_all
 from shardmerge.spec.plans import MergePlan, TensorPlan
 from shardmerge.spec.tensors import RowRange, TensorRef, dtype_code
@@ -415,7 +417,7 @@ def test_without_a_broken_guard_it_is_merged(tmp_path: Path) -> None:
 
 def test_a_tensor_that_the_tiling_forgets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It would travel as bytes, with an update in the record."""
-    monkeypatch.setattr("shardmerge.planning.tiling.needs_work", lambda tensor: False)
+    monkeypatch.setattr(tiling, "needs_work", lambda tensor: False)
     said = _stops(_ordinary(tmp_path))
     assert "w.weight: the plan has lora of w for 960 of its 960 elements, and 0 were given to it" in said
 
@@ -433,7 +435,7 @@ def test_a_dtype_that_the_matching_lets_through(
 
 
 def test_a_replacement_that_is_not_the_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("shardmerge.planning.planner._replaced", lambda updates: {})
+    monkeypatch.setattr(planner, "_replaced", lambda updates: {})
     assert "n.bias: the plan has replacement of n" in _stops(_ordinary(tmp_path))
 
 
@@ -444,7 +446,7 @@ def test_a_tile_that_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         passed_over = update.family == "lora" and next(seen) == 0
         return None if passed_over else locate(tensor, update, rows)
 
-    monkeypatch.setattr("shardmerge.execution.tiles.locate", elsewhere)
+    monkeypatch.setattr(tiles, "locate", elsewhere)
     assert "0 were given to it" in _stops(_ordinary(tmp_path))
 
 
@@ -457,7 +459,7 @@ def test_a_window_that_never_meets_a_tile(scene: str, monkeypatch: pytest.Monkey
     plan = planned(tmp_path / "wrong", tensors, what.updates)
 
     if scene.startswith(("columns", "one-expert")):
-        monkeypatch.setattr("shardmerge.execution.tiles.reaching", lambda tensor: lambda rows: ())
+        monkeypatch.setattr(tiles, "reaching", lambda tensor: lambda rows: ())
 
     def all_in_one(tensor: TensorPlan) -> TensorPlan:
         return dataclasses.replace(tensor, segments=(), tiles=1) if tensor.source.name == "w" else tensor
@@ -488,7 +490,7 @@ def test_a_gguf_file_in_which_an_update_is_lost(
         return None if update is lost else locate(tensor, update, rows)
 
     if guard == "locate":
-        monkeypatch.setattr("shardmerge.execution.tiles.locate", passed_over)
+        monkeypatch.setattr(tiles, "locate", passed_over)
     else:
         shards = [
             dataclasses.replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_values_are_small_numbers_and_norms_are_ones() -> None:
 def test_command_makes_a_shape(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["making", "tiny", "--rank", "8", "--work", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["making", "tiny", "--rank", "8", "--work", str(tmp_path)])
     making.main()
     assert capsys.readouterr().out.split() == [
         str(path) for path in (tmp_path / "tiny/base", tmp_path / "tiny/adapter-rank8")

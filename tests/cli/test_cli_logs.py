@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import shardmerge
+from shardmerge.api import library
 from shardmerge.cli import environment, logs
 from shardmerge.cli.main import cli
 from shardmerge.system.events import LOG
@@ -155,7 +156,7 @@ def test_a_bug_and_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         def fail(*_: object, error: BaseException = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr("shardmerge.api.library.merge", fail)
+        monkeypatch.setattr(library, "merge", fail)
         CliRunner().invoke(cli, ["run", str(place.config_file()), "--log", str(log)])
         assert lines(log)[-1]["exit_code"] == code
     assert "in fail" in next(line["traceback"] for line in lines(log) if "traceback" in line)

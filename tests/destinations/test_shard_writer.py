@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardmerge import OutputError
+from shardmerge.destinations import shard_writer as writer_module
 from shardmerge.file_formats import safetensors_header
 from shardmerge.spec.plans import ShardPlan, TensorPlan
 from shardmerge.spec.tensors import PAGE, TensorInfo
@@ -54,7 +55,7 @@ def expected(shard: ShardPlan, data: bytes) -> bytes:
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "buffered"])
 def test_any_blocks(tmp_path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not direct:
-        monkeypatch.setattr("shardmerge.destinations.shard_writer.open_direct", lambda path, flags, dir_fd=None: -1)
+        monkeypatch.setattr(writer_module, "open_direct", lambda path, flags, dir_fd=None: -1)
 
     @untimed
     @given(st.integers(0, 5 * PAGE), st.integers(0, 2 * PAGE), st.lists(st.integers(1, 3 * PAGE), max_size=8))

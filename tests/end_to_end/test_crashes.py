@@ -36,6 +36,8 @@ import shardmerge
 from shardmerge import OutputError, PlanError, ResumeError, SourceError
 from shardmerge.destinations.journal import Journal
 from shardmerge.destinations.work_folder import is_unfinished
+from shardmerge.planning import output_checks
+from shardmerge.system import durable
 from tests.support.builders import (
     DOWN1,
     GATE0,
@@ -445,7 +447,7 @@ def remount(disk: Path, pages: int) -> None:
 )
 def test_a_disk_of_any_size(scene: str, small_disk: Path, stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real file system says that it is full, wherever in the merge that is; with more space the merge goes on."""
-    monkeypatch.setattr("shardmerge.planning.output_checks.check_space", lambda output, needed: [])
+    monkeypatch.setattr(output_checks, "check_space", lambda output, needed: [])
     of, output, full = SCENES[scene], small_disk / "out", 0
     for pages in range(1, 200):
         shutil.rmtree(output, ignore_errors=True)
@@ -639,7 +641,7 @@ def _check_left(failure: PowerFailure, scene: Scene, stand: Stand) -> None:
 
 def test_the_model_of_a_power_failure_finds_what_is_not_durable(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     """A merge that forgets an fsync is found out."""
-    monkeypatch.setattr("shardmerge.system.durable.fsync_directory", lambda path: None)
+    monkeypatch.setattr(durable, "fsync_directory", lambda path: None)
     output = stand.begin(SCENES["shards-over-shards"])
     failure = PowerFailure(output.parent)
     with failure.watching():

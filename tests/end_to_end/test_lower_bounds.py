@@ -27,7 +27,7 @@ EXTRAS = ("", "hf", "gguf")
 #: Tests that need neither transformers nor PEFT, of what the dependencies are used for: YAML and pydantic, the Hub's
 #: client, filelock, xxhash, torch. Those of the command line need a newer click for their runner; the last test has
 #: the commands.
-TESTS = (
+NAMES = (
     *("config", "config_yaml", "sources", "hub_merge", "journal", "durable", "verification", "api"),
     *("pickled", "codecs", "engine_bytes", "sinks", "patterns", "fidelity"),
 )
@@ -46,6 +46,15 @@ def lower_bounds() -> dict[str, str]:
             assert len(bounds) == 1, f"{line}: a lower bound is to be given, and tested"
             found[requirement.name] = f"{requirement.name}=={bounds[0]}"
     return found
+
+
+def files_of_tests() -> list[Path]:
+    found = {path.name: path for path in (ROOT / "tests").rglob("test_*.py")}
+    return [found[f"test_{name}.py"] for name in NAMES]
+
+
+def test_the_tests_that_are_run_are_there() -> None:
+    assert len(files_of_tests()) == len(NAMES)
 
 
 def test_every_dependency_has_a_lower_bound() -> None:
@@ -98,8 +107,8 @@ def test_these_are_the_versions(python: Path) -> None:
 
 @pytest.mark.slow
 def test_our_tests_pass(python: Path) -> None:
-    files = [f"tests/test_{name}.py" for name in TESTS]
-    assert "passed" in run(python, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *files)
+    options = ["-q", "-m", "not slow", "-p", "no:cacheprovider"]
+    assert "passed" in run(python, "-m", "pytest", *options, *files_of_tests())
 
 
 @pytest.mark.slow

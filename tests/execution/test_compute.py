@@ -14,7 +14,9 @@ import torch
 import shardmerge
 from shardmerge.adapters.methods.lora import Lora
 from shardmerge.adapters.registry import FAMILIES
+from shardmerge.execution import threads as threads_module
 from shardmerge.execution.threads import ComputeThreads
+from shardmerge.planning import tiling
 from tests.support.builders import slow_but
 from tests.support.peft_oracle import make_config, random, stored, write_adapter, write_base
 
@@ -23,7 +25,7 @@ WORKERS = 2
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[ComputeThreads]:
-    monkeypatch.setattr("shardmerge.execution.threads._cores", lambda: WORKERS)
+    monkeypatch.setattr(threads_module, "_cores", lambda: WORKERS)
     made = ComputeThreads(WORKERS)
     yield made
     made.close()
@@ -151,7 +153,7 @@ def test_after_an_interrupt_nobody_waits_for_what_is_lost(
 
 def test_close_ends_the_threads_though_there_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
     before = set(threading.enumerate())
-    monkeypatch.setattr("shardmerge.execution.threads._cores", lambda: WORKERS)
+    monkeypatch.setattr(threads_module, "_cores", lambda: WORKERS)
     made = ComputeThreads(WORKERS)
     assert len(set(threading.enumerate()) - before) == WORKERS - 1
     made.share(range(4), lambda *_: None, lambda *_: time.sleep(0.01), apart=True)
@@ -169,8 +171,8 @@ def test_the_order_in_which_tiles_end_does_not_matter(
     a, b = random(4, 256, seed=1), random(2048, 4, seed=2)
     where = write_base(tmp_path / "base", [{"m.weight": w}])
     adapter = write_adapter(tmp_path / "adapter", {"m": (a, b)})
-    monkeypatch.setattr("shardmerge.planning.tiling._SIZES", ((1 << 16, 1 << 13),))
-    monkeypatch.setattr("shardmerge.execution.threads._cores", lambda: WORKERS)
+    monkeypatch.setattr(tiling, "_SIZES", ((1 << 16, 1 << 13),))
+    monkeypatch.setattr(threads_module, "_cores", lambda: WORKERS)
 
     class Slow(Lora):
         def apply(self, *given: object) -> None:

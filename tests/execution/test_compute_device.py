@@ -20,11 +20,14 @@ from torch import Tensor
 
 import shardmerge
 from shardmerge.adapters.registry import FAMILIES
+from shardmerge.execution import threads, tiles
 from shardmerge.execution.devices import CudaPlace
 from shardmerge.execution.factors import LazyFactors
 from shardmerge.execution.fidelity import Sampler
 from shardmerge.execution.threads import ComputeThreads
+from shardmerge.planning import tiling
 from shardmerge.sources.open_readers import OpenReaders
+from shardmerge.system import torch_devices
 from tests.support.builders import slow_but
 from tests.support.device_cases import NAMES, TALL, _of, config_of, files
 from tests.support.family_oracle import Tall, write_case
@@ -40,13 +43,9 @@ WORKERS = 2
 def gpu(monkeypatch: pytest.MonkeyPatch) -> PretendedCuda:
     made = PretendedCuda()
     made.install(monkeypatch)
-    monkeypatch.setattr(
-        "shardmerge.execution.tiles.resolve_device", lambda name, **_: DEVICE if name == "cuda" else torch.device(name)
-    )
-    monkeypatch.setattr(
-        "shardmerge.system.torch_devices.missing", lambda name, setting="": None
-    )  # the plan asks for it, too
-    monkeypatch.setattr("shardmerge.execution.threads._cores", lambda: WORKERS)
+    monkeypatch.setattr(tiles, "resolve_device", lambda name, **_: DEVICE if name == "cuda" else torch.device(name))
+    monkeypatch.setattr(torch_devices, "missing", lambda name, setting="": None)  # the plan asks for it, too
+    monkeypatch.setattr(threads, "_cores", lambda: WORKERS)
     share = ComputeThreads.share
 
     def checked(self: Any, items: Any, begin: Any, work: Any, apart: bool) -> Any:
@@ -184,7 +183,7 @@ def test_both_threads_have_their_stream(gpu: PretendedCuda, tmp_path: Path, monk
         apply(tile, *given)
 
     monkeypatch.setattr(type(FAMILIES["lora"]), "apply", lambda self, *given: spy(*given))
-    monkeypatch.setattr("shardmerge.planning.tiling._SIZES", ((1 << 16, 1 << 13),))
+    monkeypatch.setattr(tiling, "_SIZES", ((1 << 16, 1 << 13),))
     where = write_base(tmp_path / "base", [{"m.weight": random(2048, 256, seed=0)}])
     adapter = write_adapter(tmp_path / "adapter", {"m": (random(4, 256, seed=1), random(2048, 4, seed=2))})
     on("cuda", make_config(tmp_path / "out", where, [adapter]))

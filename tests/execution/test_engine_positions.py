@@ -12,7 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardmerge.destinations import shard_writer
 from shardmerge.execution.jobs import Job, positions
+from shardmerge.sources import local
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import BUFFER_SLACK, DTYPE_BITS, PAGE, TensorInfo, even_rows
 from tests.support.builders import refs_of, untimed
@@ -70,8 +72,8 @@ def test_bytes_that_travel_as_they_are(size: int, read_offset: int, write_offset
 
 @pytest.fixture
 def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("sources.local", "sinks.safetensors"):
-        monkeypatch.setattr(f"shardmerge.{place}.open_direct", lambda path, flags, dir_fd=None: -1)
+    for module in (local, shard_writer):
+        monkeypatch.setattr(module, "open_direct", lambda path, flags, dir_fd=None: -1)
 
 
 @pytest.mark.parametrize(

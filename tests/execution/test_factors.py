@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shardmerge.errors import NonFiniteError
+from shardmerge.execution import factors as factors_module
 from shardmerge.execution.devices import Place
 from shardmerge.execution.factors import LazyFactors, UpdateFactors
 from shardmerge.file_formats.adapter_file import open_adapter
@@ -129,7 +130,7 @@ def open_pickle(folder: Path, stored: torch.dtype, layout: str) -> Opened:
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Factors count as large ones, of which only what is needed is read."""
-    monkeypatch.setattr("shardmerge.execution.factors.KEPT_WHOLE_BYTES", 0)
+    monkeypatch.setattr(factors_module, "KEPT_WHOLE_BYTES", 0)
 
 
 @pytest.fixture(params=list(STORED))

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from shardmerge.errors import FormatError, SourceError
+from shardmerge.file_formats import torch_pickle
 from shardmerge.file_formats.adapter_file import open_adapter
 from shardmerge.file_formats.torch_pickle import read_pickled
 from shardmerge.sources.source import open_source
@@ -425,7 +426,7 @@ def test_archive_of_something_else(tmp_path: Path) -> None:
 
 def test_pickle_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_pure(tmp_path / "x.pt")
-    monkeypatch.setattr("shardmerge.file_formats.torch_pickle.MAX_PICKLE_BYTES", 100)
+    monkeypatch.setattr(torch_pickle, "MAX_PICKLE_BYTES", 100)
     assert "the limit is 100" in refusal(path)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import shardmerge
+from shardmerge.gguf import ollama
 from shardmerge.gguf.ollama import FORMATS, Format, modelfile, recognise
 from shardmerge.gguf.values import KeyValue
 from tests.conftest import ROOT
@@ -117,7 +118,7 @@ def test_what_is_not_known_is_left_to_ollama(template: str) -> None:
 
 
 def test_a_template_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shardmerge.gguf.ollama._SECONDS", 1)
+    monkeypatch.setattr(ollama, "_SECONDS", 1)
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     assert recognise(loop, {}) is None
 

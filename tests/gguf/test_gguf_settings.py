@@ -23,6 +23,7 @@ from torch import Tensor
 import shardmerge
 from shardmerge import PlanError
 from shardmerge.gguf import losses, read_model
+from shardmerge.gguf import model as gguf_model
 from shardmerge.gguf.architectures import ARCHITECTURES
 from shardmerge.gguf.inert import INERT, MULTIMODAL, OF_CLASS
 from shardmerge.gguf.settings import READS
@@ -276,7 +277,7 @@ def any_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Qwen3-MoE may have a small SentencePiece model here, too: ids go in, and logits come out."""
     name = "Qwen3MoeForCausalLM"
     changed = dataclasses.replace(ARCHITECTURES[name], sentencepiece=True)
-    monkeypatch.setattr("shardmerge.gguf.model.ARCHITECTURES", {**ARCHITECTURES, name: changed})
+    monkeypatch.setattr(gguf_model, "ARCHITECTURES", {**ARCHITECTURES, name: changed})
 
 
 def build(case: Case, folder: Path) -> Any:

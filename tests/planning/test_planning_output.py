@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import shardmerge
+from shardmerge.destinations.shard_writer import SafetensorsSink
 from shardmerge.errors import PlanError
 from shardmerge.spec.tensors import BUFFER_SLACK, LIBRARY_BYTES
 from tests.support.builders import Place, make_place, snapshot, write_json, write_pure
@@ -252,7 +253,7 @@ def test_what_an_unfinished_merge_has_put_into_place_counts_too(tmp_path: Path, 
     """Killed in its commit, with a disk that is all but full."""
     place = make_place(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("shardmerge.destinations.shard_writer.SafetensorsSink._copy", lambda self, aux: 1 / 0)
+        patch.setattr(SafetensorsSink, "_copy", lambda self, aux: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             shardmerge.merge(place.config())
     assert (place.output / "model-00001-of-00002.safetensors").exists()

@@ -7,6 +7,7 @@ where one can be made and mounted.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ from torch import Tensor
 
 import shardmerge
 from shardmerge import OutputError
+from shardmerge.destinations import shard_writer as writer_module
 from shardmerge.errors import ChangedError
 from shardmerge.file_formats import safetensors_header
 from shardmerge.sources.inline import inline_file
@@ -75,9 +77,9 @@ class Pretended:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
     pretended = Pretended()
-    monkeypatch.setattr("fcntl.ioctl", pretended.ioctl)
+    monkeypatch.setattr(fcntl, "ioctl", pretended.ioctl)
     # Whether the tests' own file system has direct I/O does not matter here.
-    monkeypatch.setattr("shardmerge.destinations.shard_writer.open_direct", os.open)
+    monkeypatch.setattr(writer_module, "open_direct", os.open)
     return pretended
 
 

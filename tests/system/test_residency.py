@@ -10,6 +10,7 @@ from random import Random
 
 import pytest
 
+from shardmerge.sources import local
 from shardmerge.sources.local import LocalReader
 from shardmerge.spec.tensors import PAGE, SourceFile
 from shardmerge.system.page_cache import Residency, open_direct
@@ -80,7 +81,7 @@ def test_blocks_hold_what_the_file_holds(
 ) -> None:
     """Any offset, size and place in memory; beyond the pages of the block nothing is touched."""
     if not direct:
-        monkeypatch.setattr("shardmerge.sources.local.open_direct", lambda path, flags: -1)
+        monkeypatch.setattr(local, "open_direct", lambda path, flags: -1)
     wanted, random = file.read_bytes(), Random(2)
     opened = reader(file)
     memory = mmap.mmap(-1, 48 * PAGE)

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 import shardmerge
 from shardmerge import FormatError, PlanError, VerifyReport
 from shardmerge.cli.main import cli
+from shardmerge.reporting import inspection
 from shardmerge.reporting.text import table
 from shardmerge.system.terminal_text import one_line, shown, shown_answer, shown_json
 from shardmerge.verification.findings import Findings, describe, summary
@@ -69,7 +70,7 @@ def test_an_error(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("shardmerge.reporting.inspection.inspect_path", refuse)
+    monkeypatch.setattr(inspection, "inspect_path", refuse)
     told = CliRunner().invoke(cli, ["inspect", "x"]).stderr
     assert "note: all is well" in told and "\nnote" not in told and not CONTROL.search(told)
     assert told.count("\n") == (3 if isinstance(error, PlanError) else 1)

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 import shardmerge
 from shardmerge import Progress, VerifyReport
 from shardmerge.errors import FormatError
+from shardmerge.gguf import quantize, tiles
 from shardmerge.gguf.quantize import quantize_into
 from shardmerge.sources.local import LocalSource
 from shardmerge.spec.plans import Finish
@@ -263,7 +264,7 @@ def unshifted(finish: Finish, tile: torch.Tensor, space: torch.Tensor) -> torch.
 def test_a_merge_that_forgets_what_the_format_asks_for(
     kind: str, arrange: Any, tensor: str, gguf_models: GgufModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shardmerge.gguf.tiles.arrange", arrange)
+    monkeypatch.setattr(tiles, "arrange", arrange)
     file = merged(gguf_models, kind, "q8_0", tmp_path)
     assert tensor in {problem.tensor for problem in wrong(file.parent).problems}
 
@@ -275,7 +276,7 @@ def test_a_quantiser_that_is_a_hundredth_off(
     def off(out: torch.Tensor, tile: torch.Tensor, kind: str, scratch: torch.Tensor) -> None:
         quantize_into(out, tile * 1.01, kind, scratch)
 
-    monkeypatch.setattr("shardmerge.gguf.quantize.quantize_into", off)
+    monkeypatch.setattr(quantize, "quantize_into", off)
     file = merged(gguf_models, "qwen2-yarn", quantization, tmp_path)
     report = wrong(file.parent)
     assert sum(report.counts.values()) == report.tensors
