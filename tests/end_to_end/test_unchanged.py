@@ -112,7 +112,7 @@ def test_what_a_merge_does_itself_changes_nothing(place: Place) -> None:
     plan = shardmerge.plan(place.config())
     before = {path: path.stat() for folder in (place.base, place.adapter) for path in folder.iterdir()}
     shardmerge.merge(plan)
-    shardmerge.verify(place.output)
+    shardmerge.verify(place.output).raise_for_status()
     for path, status in before.items():
         assert path.stat().st_ctime_ns == status.st_ctime_ns
     first = contents(place.output)

@@ -572,6 +572,6 @@ def test_a_loss_that_is_allowed_is_a_note(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         for named in ("sliding_window is 8", "hidden_act is 'gelu'"):
             assert named in done.stderr + done.stdout
-    shardmerge.verify(str(tmp_path / "out"))
+    shardmerge.verify(str(tmp_path / "out")).raise_for_status()
     asked = run_cli("export", base, "-o", tmp_path / "plain", "--allow-config-loss")
     assert asked.returncode == 2 and "--format gguf" in asked.stderr
