@@ -241,7 +241,8 @@ def _config(config: ConfigLike | None, parts: Mapping[str, Any]) -> MergeConfig:
 
 
 def _section(value: Section) -> dict[str, Any]:
-    return dict(value) if isinstance(value, Mapping) else {"path": os.fspath(value)}
+    found = value if isinstance(value, Mapping) else {"path": value}
+    return {name: os.fspath(of) if isinstance(of, os.PathLike) else of for name, of in found.items()}
 
 
 def _text(path: Location | None) -> str | None:

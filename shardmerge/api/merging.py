@@ -91,7 +91,7 @@ def carry_out(plan: MergePlan, progress: Callable[[Progress], None], started: fl
                 raise _and(
                     error,
                     f"{journal.standing()}. What was finished is kept, but it is of the file as it was: run the "
-                    "same command again when that is back in its place, or start anew with --overwrite",
+                    "same command again when that is back in its place, or start anew with overwrite=True",
                 ) from None
             except (OutputError, SourceError) as error:
                 kept_on = "What was finished is kept; run the same command again to resume it"

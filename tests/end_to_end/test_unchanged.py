@@ -92,7 +92,7 @@ def test_in_the_middle_of_a_merge(place: Place) -> None:
             later(path, rewrite)
             done = True
 
-    with pytest.raises(ChangedError, match=r"(?s)time of change.*start anew with --overwrite"):
+    with pytest.raises(ChangedError, match=r"(?s)time of change.*start anew with overwrite=True"):
         shardmerge.merge(place.config(), progress=change)
     assert done and not (place.output / "model.safetensors.index.json").exists()
 
