@@ -1,41 +1,47 @@
-"""The library: ``plan``, ``merge`` and ``verify``.
+"""The library: ``plan``, ``merge``, ``export``, ``verify``, ``compare``, ``inspect`` and ``init``.
 
 ::
 
     import shardmerge
 
-    plan = shardmerge.plan("config.yaml")
-    report = shardmerge.merge(plan)
-    shardmerge.verify(report.output)
+    report = shardmerge.merge(base="org/model", adapter="output/sft", output="output/merged")
+    shardmerge.verify(report.output).raise_for_status()
+
+What a command of the command line does, a function of the same name does here.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardmerge.config.schema import MergeConfig
-from shardmerge.errors import (
-    VerifyError,
-)
+from shardmerge.api.limits import within_limits
+from shardmerge.api.merging import carry_out
+from shardmerge.api.progress import Progress
+from shardmerge.config.schema import ExportConfig, MergeConfig
+from shardmerge.errors import ConfigError
 from shardmerge.planning.planner import make_plan
-from shardmerge.reporting.merge_report import (
-    MergeReport,
-)
+from shardmerge.reporting.merge_report import MergeReport
 from shardmerge.spec.plans import MergePlan
 from shardmerge.system import limits
 from shardmerge.system.events import notices
 
 if TYPE_CHECKING:
+    from shardmerge.inference.comparison.figures import Comparison
     from shardmerge.verification.findings import VerifyReport
-from shardmerge.api.limits import within_limits
-from shardmerge.api.merging import carry_out
-from shardmerge.api.progress import Progress
 
-ConfigLike = MergeConfig | Mapping[str, Any] | str | os.PathLike[str]
+Location = str | os.PathLike[str]
+#: A path, or what the section of the config with that name may hold.
+Section = Location | Mapping[str, Any]
+ConfigLike = MergeConfig | Mapping[str, Any] | Location
+
+_RESUMABLE = (
+    "An unfinished merge is not a model. The finished part of it is kept: run the same merge again to resume it"
+)
 
 
 def load_config(config: ConfigLike) -> MergeConfig:
@@ -47,74 +53,197 @@ def load_config(config: ConfigLike) -> MergeConfig:
     return MergeConfig.from_file(Path(config))
 
 
-def plan(config: ConfigLike, *, overwrite: bool = False) -> MergePlan:
-    """Plan a merge from headers alone; nothing is written and no weight is read.
+def plan(
+    config: ConfigLike | None = None,
+    *,
+    base: Location | None = None,
+    adapter: Section | Sequence[Section] | None = None,
+    output: Section | None = None,
+    compute: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> MergePlan:
+    """Plan a merge from headers alone. Nothing is written, and no weight is read.
 
-    ``overwrite`` allows an output directory that already holds a finished merge.
+    The merge is given by a ``config``, or by ``base``, ``adapter`` (one or several, in their order) and ``output``:
+    each is a path, or a mapping as in the config (``output={"path": "merged", "dtype": "float32"}``). ``overwrite``
+    allows an output directory that holds a finished merge.
     Raises `ConfigError`, `PlanError` (with every problem), `FormatError` or `SourceError`.
     """
+    parts = {"base": base, "adapters": adapter, "output": output, "compute": compute}
     with within_limits("Nothing was written"):
-        made = make_plan(load_config(config), overwrite)
+        made = make_plan(_config(config, parts), overwrite)
     notices(made.warnings)
     return made
 
 
 def merge(
-    what: MergePlan | ConfigLike,
+    what: MergePlan | ConfigLike | None = None,
     *,
+    base: Location | None = None,
+    adapter: Section | Sequence[Section] | None = None,
+    output: Section | None = None,
+    compute: Mapping[str, Any] | None = None,
+    overwrite: bool | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> MergeReport:
+    """Carry out a plan; or plan and carry out a merge that is given as for `plan`.
+
+    An interrupted merge is resumed: shards that an earlier run finished for the same base, adapters and config are kept
+    if they still have their checksums. The output is a model only when this function returns. ``overwrite`` replaces a
+    finished merge; None is what the plan was made with, and False otherwise. ``progress`` is called often, in the
+    calling thread; an exception that it raises stops the merge. Raises what `plan` raises, and `OutputError`,
+    `ChangedError`, `NonFiniteError`, `ResumeError` and `LimitError`.
+    """
+    started = time.monotonic()
+    if isinstance(what, MergePlan):
+        if {base, adapter, output, compute} != {None}:
+            raise ConfigError("a plan says already what is merged; give base, adapter, output or compute to `plan`")
+        planned = what if overwrite is None else dataclasses.replace(what, overwrite=overwrite)
+    else:
+        parts = {"base": base, "adapter": adapter, "output": output, "compute": compute}
+        planned = plan(what, **parts, overwrite=bool(overwrite))  # type: ignore[arg-type]
+    return _merge(planned, progress, started)
+
+
+def export(
+    model: Location,
+    output: Section,
+    *,
+    compute: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> MergeReport:
-    """Carry out a plan, or plan and carry out a config.
+    """Write a checkpoint anew: in another dtype, in other shards, or as a GGUF file. It streams like a merge.
 
-    A merge that was interrupted is taken up: shards that an earlier run finished for the same base, adapters and config
-    are kept, where they still have their checksums. The output is a model only when this returns. ``progress`` is
-    called often, in the calling thread; what it raises stops the merge. Raises what `plan` raises, `OutputError`,
-    `ChangedError` (a `SourceError`), `NonFiniteError` and `ResumeError`.
+    ``output`` is a path, or a mapping as in the config. Raises what `merge` raises.
     """
     started = time.monotonic()
-    of = what if isinstance(what, MergePlan) else plan(what, overwrite=overwrite)
-    with within_limits(
-        "An unfinished merge is no model; what was finished of it is kept: run the same command again to take it up"
-    ):
-        limits.check_room_for_torch(of.memory.total)
-        return carry_out(of, progress or (lambda _: None), started)
+    return _merge(plan(export_config(model, output, compute), overwrite=overwrite), progress, started)
+
+
+def export_config(model: Location, output: Section, compute: Mapping[str, Any] | None = None) -> ExportConfig:
+    """The config of an export. Raises `ConfigError`."""
+    parts = {"base": os.fspath(model), "output": _section(output), "compute": dict(compute or {})}
+    return ExportConfig.from_dict(parts, "export")
 
 
 def verify(
-    output: str | os.PathLike[str],
+    output: Location,
     *,
     base: str | None = None,
     adapters: Sequence[str] = (),
     rows: int | None = 16,
     seed: int = 0,
-    partial: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> VerifyReport:
-    """Prove a finished merge from its record, base and adapters; see `verification.verifier`. Nothing is written.
+    """Verify a finished merge against its record, base and adapters; see `verification.verifier`. Nothing is written.
 
     ``base`` and ``adapters`` (all of them, in their order) say where those are now, if they were moved. Of every
-    touched tensor ``rows`` rows are computed again, chosen by ``seed``; None computes all. Raises `VerifyError`, with
-    the report, if anything is not as it must be, or if something could not be verified (``report.unverified``), as
-    where base or adapter are gone: with ``partial``, what could be verified is enough. `SourceError` where reading
-    fails, `ConfigError` for wrong arguments.
+    updated tensor ``rows`` rows are computed again, chosen by ``seed``; None computes all. The report has every
+    problem; ``report.raise_for_status()`` raises `VerifyError` if there is one, or if something could not be verified.
+    Raises `SourceError` where reading fails, `ConfigError` for wrong arguments, and `VerifyError` where ``output`` has
+    no record to verify.
     """
     with within_limits("Nothing was written"):
         limits.check_room_for_torch()
         from shardmerge.reporting.steps import verified
-        from shardmerge.verification.findings import summary
         from shardmerge.verification.verifier import verify_output
 
-    tell = progress or (lambda _: None)
+        report_progress = progress or (lambda _: None)
 
-    def told(done: int, total: int, shard: str, number: int, shards: int) -> None:
-        tell(Progress(done, total, shard, number, shards, "verifying"))
+        def advance(done: int, total: int, shard: str, number: int, shards: int) -> None:
+            report_progress(Progress(done, total, shard, number, shards, "verifying"))
+
+        report = verify_output(Path(output), base=base, adapters=adapters, rows=rows, seed=seed, told=advance)
+    verified(report)
+    return report
+
+
+def compare(
+    output: Location,
+    *,
+    base: str | None = None,
+    adapters: Sequence[str] = (),
+    prompts: Sequence[str] | None = None,
+    template: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    max_new_tokens: int = 32,
+) -> Comparison:
+    """Compare the answers of a merged model with those of its base + adapter; see `inference.comparison.comparing`.
+
+    Loads one model after the other, with transformers and PEFT. ``prompts`` None are the built-in ones.
+    """
+    with within_limits("Nothing was written"):
+        limits.check_room_for_torch()
+        from shardmerge.inference.comparison import comparing
+
+        return comparing.compare(
+            Path(output),
+            base=base,
+            adapters=adapters,
+            prompts=comparing.PROMPTS if prompts is None else prompts,
+            template=template,
+            dtype=dtype,
+            device=device,
+            max_new_tokens=max_new_tokens,
+        )
+
+
+def inspect(path: Location) -> dict[str, Any]:
+    """Describe a checkpoint, an adapter, a merge or a GGUF file, from its headers, as a dictionary for JSON.
+
+    Raises `SourceError` or `FormatError`.
+    """
+    from shardmerge.reporting.inspection import inspect_path
 
     with within_limits("Nothing was written"):
-        report = verify_output(Path(output), base=base, adapters=adapters, rows=rows, seed=seed, told=told)
-    verified(report)
-    if not report.ok or not (report.complete or partial):
-        error = VerifyError(summary(report))
-        error.report = report
-        raise error
-    return report
+        return inspect_path(os.fspath(path))
+
+
+def init(
+    adapter: Location, *, base: Location | None = None, output: Location | None = None, name: str = "config.yaml"
+) -> str:
+    """The text of a commented config for an adapter, from the adapter's own metadata. Nothing is written.
+
+    ``name`` is the file that its comments speak of. Raises `SourceError` or `FormatError`.
+    """
+    from shardmerge.reporting.starter import starter_config
+
+    with within_limits("Nothing was written"):
+        return starter_config(os.fspath(adapter), name, _text(base), _text(output))
+
+
+def _merge(planned: MergePlan, progress: Callable[[Progress], None] | None, started: float) -> MergeReport:
+    with within_limits(_RESUMABLE):
+        limits.check_room_for_torch(planned.memory.total)
+        return carry_out(planned, progress or (lambda _: None), started)
+
+
+def _config(config: ConfigLike | None, parts: Mapping[str, Any]) -> MergeConfig:
+    """The config, or one of its parts: ``base``, ``adapters``, ``output`` and ``compute``."""
+    given = {name: value for name, value in parts.items() if value is not None}
+    if config is not None:
+        if given:
+            raise ConfigError(f"give a config, or base, adapter and output, but not both ({', '.join(given)})")
+        return load_config(config)
+    adapters = given.get("adapters", ())
+    several = isinstance(adapters, Sequence) and not isinstance(adapters, str)
+    return MergeConfig.from_dict(
+        {
+            **({"base": _text(given["base"])} if "base" in given else {}),
+            **({"adapters": [_section(one) for one in (adapters if several else [adapters])]} if adapters else {}),
+            **({"output": _section(given["output"])} if "output" in given else {}),
+            **({"compute": dict(given["compute"])} if "compute" in given else {}),
+        },
+        "merge",
+    )
+
+
+def _section(value: Section) -> dict[str, Any]:
+    found = value if isinstance(value, Mapping) else {"path": value}
+    return {name: os.fspath(of) if isinstance(of, os.PathLike) else of for name, of in found.items()}
+
+
+def _text(path: Location | None) -> str | None:
+    return None if path is None else os.fspath(path)

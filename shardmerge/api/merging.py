@@ -91,7 +91,7 @@ def carry_out(plan: MergePlan, progress: Callable[[Progress], None], started: fl
                 raise _and(
                     error,
                     f"{journal.standing()}. What was finished is kept, but it is of the file as it was: run the "
-                    "same command again when that is back in its place, or start anew with --overwrite",
+                    "same command again when that is back in its place, or start anew with overwrite=True",
                 ) from None
             except (OutputError, SourceError) as error:
                 kept_on = "What was finished is kept; run the same command again to resume it"
@@ -191,9 +191,9 @@ def _report(
         bytes_written=plan.bytes_written - merged + made_bytes,
         shards_reused=len(plan.shards) - len(made),
         seconds=time.monotonic() - started,
-        peak_memory=peak_memory(),
-        working_set=working_set.grown(),
-        sizes=sizes_by_format(plan),
+        peak_memory_bytes=peak_memory(),
+        working_set_bytes=working_set.grown(),
+        sizes_bytes=sizes_by_format(plan),
         fidelity=by_kind,
         warnings=(*plan.warnings, *warnings),
         kind=words_for(plan.adapters).noun,

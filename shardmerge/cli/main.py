@@ -21,14 +21,23 @@ from shardmerge.version import __version__
 def cli() -> None:
     """Fold a trained adapter (LoRA and its relatives) into a model's weights, streaming.
 
+    \b
+    Examples:
+      shardmerge merge org/model output/sft -o output/merged
+      shardmerge init output/sft && shardmerge run config.yaml
+      shardmerge verify output/merged
+
     Exit codes: 0 done; 1 a bug; 2 usage or config; 3 the plan is refused; 4 a file is malformed; 5 reading or writing
     failed; 6 verification failed; 7 the output belongs to another merge; 130 interrupted.
+
+    Completion in bash: eval "$(_SHARDMERGE_COMPLETE=bash_source shardmerge)"; zsh and fish likewise.
     """
     environment.warn_of_unknown()
 
 
 for _command in (
     merging.run,
+    merging.merge,
     merging.plan,
     merging.export,
     proving.verify,

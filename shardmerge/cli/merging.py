@@ -1,17 +1,17 @@
-"""``run``, ``plan`` and ``export``."""
+"""``run``, ``merge``, ``plan`` and ``export``."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from shardmerge.cli import environment
+from shardmerge.cli import environment, options
 from shardmerge.cli.logs import keep_log_out_of, logged
-from shardmerge.cli.printing import Command, json_option, print_json, say
-from shardmerge.config.choices import Format, OutputDtype, Quantization
+from shardmerge.cli.printing import count, examples, print_json, say
 from shardmerge.errors import ConfigError
 from shardmerge.system.garbage import no_garbage_collection
 from shardmerge.system.installation import first_time, needless_cuda
@@ -22,25 +22,110 @@ if TYPE_CHECKING:
     from shardmerge.spec.plans import MergePlan
 
 
-def _config_options(command: Command) -> Command:
-    """What `run` and `plan` share."""
-    for decorate in (
-        json_option,
-        click.option(
-            "--overwrite", is_flag=True, help="Replace a finished merge, or an unfinished one of another config."
-        ),
-        click.option(
-            "--allow-config-loss",
-            is_flag=True,
-            help="Write a GGUF file also where llama.cpp does not know a setting of config.json.",
-        ),
-        click.option(
-            "-s", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config, by dotted path."
-        ),
-        click.argument("config", type=click.Path(dir_okay=False, path_type=Path)),
-    ):
-        command = decorate(command)
-    return command
+@click.command(
+    short_help="Merge as a config says.",
+    epilog=examples("run config.yaml", "run config.yaml -s output.dtype=float32", "run - --json < config.yaml"),
+)
+@options.config
+@options.quiet
+@logged
+def run(
+    config: Path, overrides: tuple[str, ...], allow_config_loss: bool, overwrite: bool, as_json: bool, quiet: bool
+) -> None:
+    """Merge as CONFIG says: a YAML file, or - for stdin. Run the same command again to resume an interrupted merge."""
+    planned = _plan(config, overrides, overwrite=overwrite, allow_config_loss=allow_config_loss)
+    _carry_out(planned, as_json=as_json, quiet=quiet)
+
+
+@click.command(
+    short_help="Merge without a config file.",
+    epilog=examples(
+        "merge org/model output/sft -o output/merged",
+        "merge base first second -o merged -s adapters.1.weight=0.5",
+        "merge base sft -o merged --format gguf --quantization q4_0",
+    ),
+)
+@click.argument("base")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@options.output
+@options.overrides
+@logged
+def merge(
+    base: str,
+    adapters: tuple[str, ...],
+    overrides: tuple[str, ...],
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+    **output: Any,
+) -> None:
+    """Merge every ADAPTER into BASE, in this order. Each is a directory, a file or a Hub id."""
+    section = _output(output)
+    planned = _planned({"base": base, "adapters": list(adapters), "output": section}, overrides, overwrite=overwrite)
+    _carry_out(planned, as_json=as_json, quiet=quiet)
+
+
+@click.command(
+    short_help="Say what run would do, or why not.", epilog=examples("plan config.yaml", "plan config.yaml --json")
+)
+@options.config
+@options.quiet
+@logged
+def plan(
+    config: Path, overrides: tuple[str, ...], allow_config_loss: bool, overwrite: bool, as_json: bool, quiet: bool
+) -> None:
+    """Say what `run` would do, and every reason why it would not. Reads headers only. CONFIG may be - for stdin."""
+    from shardmerge.reporting.plan_text import describe_plan, plan_summary
+
+    planned = _plan(config, overrides, overwrite=overwrite, allow_config_loss=allow_config_loss)
+    if as_json:
+        print_json(plan_summary(planned))
+    elif not quiet:
+        say(describe_plan(planned))
+
+
+@click.command(
+    short_help="Write a model in another format or dtype.",
+    epilog=examples(
+        "export output/merged -o output/gguf --format gguf", "export org/model -o output/bf16 --dtype bfloat16"
+    ),
+)
+@click.argument("model")
+@options.output
+@logged
+def export(model: str, overwrite: bool, quiet: bool, as_json: bool, **output: Any) -> None:
+    """Write MODEL, a finished merge or any checkpoint, in another format, dtype or shards. Streams like a merge."""
+    from shardmerge.api.library import export_config, plan
+
+    config = export_config(model, _output(output), environment.compute_defaults())
+    _carry_out(plan(config, overwrite=overwrite), as_json=as_json, quiet=quiet)
+
+
+# --- planning ---------------------------------------------------------------------------------------------------------
+
+
+def _plan(config: Path, overrides: tuple[str, ...], *, overwrite: bool, allow_config_loss: bool) -> MergePlan:
+    if allow_config_loss:
+        overrides = (*overrides, "output.allow_config_loss=true")
+    with no_garbage_collection():  # the modules are many objects, too
+        from shardmerge.api.library import plan
+
+        return plan(_load(config, overrides), overwrite=overwrite)
+
+
+def _planned(config: Mapping[str, Any], overrides: tuple[str, ...], *, overwrite: bool) -> MergePlan:
+    with no_garbage_collection():
+        from shardmerge.api.library import plan
+        from shardmerge.config.schema import MergeConfig
+
+        return plan(
+            MergeConfig.from_dict(config, "merge", overrides, environment.compute_defaults()), overwrite=overwrite
+        )
+
+
+def _output(given: Mapping[str, Any]) -> dict[str, Any]:
+    keep_log_out_of(given["output"])
+    return options.output_section(given["output"], **{key: value for key, value in given.items() if key != "output"})
 
 
 def _load(config: Path, overrides: tuple[str, ...]) -> MergeConfig:
@@ -56,7 +141,7 @@ def _load(config: Path, overrides: tuple[str, ...]) -> MergeConfig:
 
 
 def _stdin() -> bytes:
-    """No more of it than shows that it is too long."""
+    """What is on stdin, or as much of it as shows that it is too long."""
     from shardmerge.config.schema import MAX_CONFIG_BYTES
 
     if sys.stdin is None:  # as in a process that was started without
@@ -67,25 +152,7 @@ def _stdin() -> bytes:
         raise ConfigError(f"the config on stdin cannot be read: {error.strerror}") from None
 
 
-def _plan(config: Path, overrides: tuple[str, ...], *, overwrite: bool, allow_config_loss: bool) -> MergePlan:
-    if allow_config_loss:
-        overrides = (*overrides, "output.allow_config_loss=true")
-    with no_garbage_collection():  # the modules are many objects, too
-        from shardmerge.api.library import plan
-
-        return plan(_load(config, overrides), overwrite=overwrite)
-
-
-@click.command()
-@_config_options
-@environment.quiet_option("No progress and no table; only errors, warnings and notes.")
-@logged
-def run(
-    config: Path, overrides: tuple[str, ...], allow_config_loss: bool, overwrite: bool, as_json: bool, quiet: bool
-) -> None:
-    """Merge as CONFIG says, a YAML file or - for stdin. Run it again to take up an interrupted merge."""
-    planned = _plan(config, overrides, overwrite=overwrite, allow_config_loss=allow_config_loss)
-    _carry_out(planned, as_json=as_json, quiet=quiet)
+# --- merging ----------------------------------------------------------------------------------------------------------
 
 
 def _carry_out(planned: MergePlan, *, as_json: bool, quiet: bool) -> None:
@@ -111,62 +178,5 @@ def _carry_out(planned: MergePlan, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json(report.to_json())
     elif not quiet:
-        done = f"{report.targets} weights merged" if planned.adapters else "exported"
+        done = f"{count(report.targets, 'weight')} merged" if planned.adapters else "exported"
         say(f"{report.output}: {done}\n\n{size_table(report)}{next_steps(planned)}")
-
-
-@click.command()
-@_config_options
-@logged
-def plan(config: Path, overrides: tuple[str, ...], allow_config_loss: bool, overwrite: bool, as_json: bool) -> None:
-    """Say what `run` would do, and every reason why it would not. Reads headers only. CONFIG may be - for stdin."""
-    from shardmerge.reporting.plan_text import describe_plan, plan_summary
-
-    planned = _plan(config, overrides, overwrite=overwrite, allow_config_loss=allow_config_loss)
-    if as_json:
-        print_json(plan_summary(planned))
-    else:
-        say(describe_plan(planned))
-
-
-@click.command()
-@click.argument("model")
-@click.option("-o", "--output", required=True, metavar="DIR", help="Where to; a directory that is empty or not there.")
-@click.option("--format", "format_", type=click.Choice(get_args(Format)), default="safetensors", show_default=True)
-@click.option("--quantization", type=click.Choice(get_args(Quantization)), help="Of a GGUF file.  [default: q8_0]")
-@click.option("--allow-config-loss", is_flag=True, help="Of a GGUF file: though llama.cpp does not know a setting.")
-@click.option("--dtype", type=click.Choice(get_args(OutputDtype)), default="same", show_default=True)
-@click.option("--max-shard-size", metavar="SIZE", default="same", show_default=True, help="For example 5GB.")
-@click.option("--overwrite", is_flag=True, help="Replace what an earlier run has written there.")
-@environment.quiet_option("No progress and no table; only errors, warnings and notes.")
-@json_option
-@logged
-def export(
-    model: str,
-    output: str,
-    format_: str,
-    quantization: str | None,
-    allow_config_loss: bool,
-    dtype: str,
-    max_shard_size: str,
-    overwrite: bool,
-    quiet: bool,
-    as_json: bool,
-) -> None:
-    """Write MODEL, a finished merge or any checkpoint, in another format, dtype or shards. Streams like a merge."""
-    from shardmerge.api.library import plan
-    from shardmerge.config.schema import ExportConfig
-
-    if quantization and format_ != "gguf":
-        raise ConfigError("--quantization is for --format gguf")
-    if allow_config_loss and format_ != "gguf":
-        raise ConfigError("--allow-config-loss is for --format gguf")
-    place: dict[str, Any] = {"path": output, "format": format_, "dtype": dtype, "max_shard_size": max_shard_size}
-    if allow_config_loss:
-        place["allow_config_loss"] = True
-    if quantization:
-        place["quantization"] = quantization
-    keep_log_out_of(output)
-    compute = environment.compute_defaults()
-    config = ExportConfig.from_dict({"base": model, "output": place, "compute": compute}, "export")
-    _carry_out(plan(config, overwrite=overwrite), as_json=as_json, quiet=quiet)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,8 +43,8 @@ def reported(ctx: click.Context) -> Iterator[None]:
         yield
     except ShardmergeError as error:
         if ctx.meta[_AS_JSON]:
-            _print_error(type(error).__name__, error.exit_code, error.problems)
-        say(f"shardmerge: {_message(error)}{hint(str(error))}", err=True)
+            _print_error(type(error).__name__, error.exit_code, [*map(with_options, error.problems)])
+        say(f"shardmerge: {with_options(_message(error))}{hint(str(error))}", err=True)
         raise click.exceptions.Exit(error.exit_code) from None
     except (click.exceptions.Exit, click.Abort, BrokenPipeError):
         raise
@@ -67,6 +68,33 @@ def _message(error: ShardmergeError) -> str:
         return "\n".join([str(error).partition("\n")[0], *(f"  - {one_line(text)}" for text in error.problems)])
     # Of these two, lists are of what stands in the user's own config, and of what was made one line each.
     return str(error) if isinstance(error, (ConfigError, VerifyError)) else one_line(str(error))
+
+
+#: What the library's messages call by the name of a parameter, and the command line by an option.
+_OPTIONS = {
+    "overwrite=True": "--overwrite",
+    "partial=True": "--partial",
+    "template=": "--template",
+    "prompts=": "--prompt",
+    "base=": "--base",
+    "output.allow_config_loss: true": "--allow-config-loss (output.allow_config_loss: true)",
+}
+_PARAMETER = re.compile(r"(?<![\w.=/-])(" + "|".join(map(re.escape, _OPTIONS)) + r")(?![\w/])")
+
+
+def with_options(text: str) -> str:
+    """A message of the library in the terms of the command line."""
+    return _PARAMETER.sub(lambda match: _OPTIONS[match.group()], text)
+
+
+def count(number: int, noun: str) -> str:
+    """``"1 weight"``, ``"1,000 weights"``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def examples(*commands: str) -> str:
+    """An epilog for a command's help. The first character keeps click from joining the lines."""
+    return "\b\nExamples:\n" + "\n".join(f"  shardmerge {command}" for command in commands)
 
 
 def _print_error(name: str, exit_code: int, problems: Sequence[str]) -> None:

@@ -6,24 +6,25 @@ from pathlib import Path
 
 import click
 
-from shardmerge.cli import environment
+from shardmerge.cli import options
 from shardmerge.cli.logs import keep_log_out_of, logged
-from shardmerge.cli.printing import json_option, print_json, say
+from shardmerge.cli.printing import examples, json_option, print_json, say, with_options
 from shardmerge.errors import VerifyError
-from shardmerge.system.limits import check_room_for_torch
 
 
-@click.command()
-@click.argument("output", type=click.Path(path_type=Path))
-@click.option("--base", metavar="PLACE", help="Where the base is now, if not where the merge found it.")
-@click.option(
-    "--adapter", "adapters", multiple=True, metavar="PLACE", help="The same of the adapters, each in its turn."
+@click.command(
+    short_help="Verify a finished merge.",
+    epilog=examples("verify output/merged", "verify output/merged --all", "verify output/merged --base /mnt/base"),
 )
-@click.option("--rows", type=click.IntRange(min=1), default=16, show_default=True, help="Rows of a merged tensor.")
+@click.argument("output", type=click.Path(path_type=Path))
+@options.moved
+@click.option(
+    "--rows", type=click.IntRange(min=1), default=16, show_default=True, help="Rows of each tensor to compute again."
+)
 @click.option("--all", "all_rows", is_flag=True, help="Compute all rows of every merged tensor again.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the rows.")
-@click.option("--partial", is_flag=True, help="Succeed though not everything can be verified: the base is gone, say.")
-@environment.quiet_option("No progress and no table.")
+@click.option("--partial", is_flag=True, help="Succeed if a part could not be verified (the base is gone, say).")
+@options.quiet
 @json_option
 @logged
 def verify(
@@ -37,41 +38,37 @@ def verify(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Prove that OUTPUT is what its record, the base and the adapters make. Nothing is written into it.
+    """Verify that OUTPUT is what its record, the base and the adapters make. Nothing is written into it.
 
     Exits with 6 if something is wrong, or if something could not be verified and --partial was not given.
     """
-    check_room_for_torch()
-    from shardmerge.api import library as api
+    from shardmerge.api import library
     from shardmerge.cli.progress import show_progress
     from shardmerge.verification.findings import describe
 
     keep_log_out_of(output)
-    failure: VerifyError | None = None
     with show_progress(quiet=quiet) as progress:
         of_tensor = None if all_rows else rows
-        try:
-            report = api.verify(
-                output, base=base, adapters=adapters, rows=of_tensor, seed=seed, partial=partial, progress=progress
-            )
-        except VerifyError as error:
-            if error.report is None:
-                raise
-            report, failure = error.report, error
+        report = library.verify(output, base=base, adapters=adapters, rows=of_tensor, seed=seed, progress=progress)
     if as_json:
         print_json(report.to_json())
     elif not quiet:
         say(describe(report))
-    if failure is not None:
-        say(f"shardmerge: {failure}", err=True)
-        raise click.exceptions.Exit(failure.exit_code)
+    try:
+        report.raise_for_status(partial=partial)
+    except VerifyError as error:
+        say(f"shardmerge: {with_options(str(error))}", err=True)
+        raise click.exceptions.Exit(error.exit_code) from None
     if report.complete:
         from shardmerge.reporting.verified import remember
 
         remember(output)
 
 
-@click.command()
+@click.command(
+    short_help="Compare a merge with base + adapter.",
+    epilog=examples("compare output/merged", 'compare output/merged --prompt "Who are you?" --dtype bfloat16'),
+)
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--prompt", "prompts", multiple=True, help="Ask this instead of the built-in prompts; may be repeated.")
 @click.option("--template", help="Put the prompt where {} stands in this text, instead of the model's chat template.")
@@ -83,11 +80,9 @@ def verify(
     show_default=True,
     help="What both models compute in.",
 )
-@click.option("--device", metavar="DEVICE", default="auto", show_default=True, help="cpu, cuda or cuda:1; auto is cpu.")
-@click.option("--base", metavar="PLACE", help="Where the base is now, if not where the merge found it.")
-@click.option(
-    "--adapter", "adapters", multiple=True, metavar="PLACE", help="The same of the adapters, each in its turn."
-)
+@options.device
+@options.moved
+@options.quiet
 @json_option
 def compare(
     output: Path,
@@ -98,29 +93,31 @@ def compare(
     device: str,
     base: str | None,
     adapters: tuple[str, ...],
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Compare the answers of the model in OUTPUT with those of its base + adapter, not merged.
 
     Loads one after the other. Needs transformers and PEFT: pip install transformers peft
     """
-    check_room_for_torch()
-    from shardmerge.inference.comparison import comparing
+    from shardmerge.api import library
 
-    found = comparing.compare(
+    found = library.compare(
         output,
         base=base,
         adapters=adapters,
-        prompts=prompts or comparing.PROMPTS,
+        prompts=prompts or None,
         template=template,
         dtype=dtype,
         device=device,
         max_new_tokens=max_new_tokens,
     )
+    from shardmerge.inference.comparison import figures
+
     if as_json:
         print_json(found.to_json())
-    else:
-        say(comparing.describe(found))
+    elif not quiet:
+        say(figures.describe(found))
     if not found.same:
-        say(f"shardmerge: {comparing.difference(found)}", err=True)
+        say(f"shardmerge: {figures.difference(found)}", err=True)
         raise click.exceptions.Exit(VerifyError.exit_code)

@@ -11,20 +11,28 @@ from pathlib import Path
 
 import click
 
-from shardmerge.cli.printing import json_option, print_json, say
+from shardmerge.cli import options
+from shardmerge.cli.printing import examples, json_option, print_json, say
 from shardmerge.errors import ConfigError
 from shardmerge.system.limits import check_room_for_torch
 from shardmerge.system.terminal_text import one_line
 
 
-@click.command()
+@click.command(
+    short_help="Talk to a merged model.",
+    epilog=examples(
+        "chat output/merged", 'chat output/merged --prompt "Who are you?"', "chat output/merged --adapter-off"
+    ),
+)
 @click.argument("output")
 @click.option("--prompt", help="Answer this and leave; - reads it from stdin.")
 @click.option("--template", help="Put the prompt where {} stands in this text, instead of the model's chat template.")
-@click.option("--system", help="What the model is told before the conversation.")
+@click.option("--system", help="The system message, which comes before the conversation.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--adapter-off", is_flag=True, help="Talk to the base that OUTPUT was merged from.")
 @click.option("--base", metavar="PLACE", help="With --adapter-off: where the base is now.")
+@options.device
+@options.quiet
 @json_option
 def chat(
     output: str,
@@ -34,6 +42,8 @@ def chat(
     max_new_tokens: int,
     adapter_off: bool,
     base: str | None,
+    device: str,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Talk to the model in OUTPUT. Needs transformers: pip install transformers
@@ -54,11 +64,12 @@ def chat(
         from shardmerge.reporting.origin import read_origin
 
         output = str(read_origin(Path(output), base).base_folder())
-        say(f"this is the base, without the adapter: {output}", err=True)
+        if not quiet:
+            say(f"this is the base, without the adapter: {output}", err=True)
     check_room_for_torch()
     # What is typed meanwhile is the first line, which is shown when it is asked for.
-    with _loading(output, quiet=as_json), Terminal(sys.stdin).muted() if prompt is None else nullcontext():
-        model = load(output, template)
+    with _loading(output, quiet=quiet or as_json), Terminal(sys.stdin).muted() if prompt is None else nullcontext():
+        model = load(output, template, device)
     if prompt is None:
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)

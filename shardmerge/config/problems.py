@@ -125,7 +125,7 @@ _IDLE: tuple[tuple[str, Callable[[_Output], bool], str], ...] = (
     (
         "allow_config_loss",
         lambda out: not _is_gguf(out) and _is_on(out, "allow_config_loss", False),
-        "(--allow-config-loss) is for a GGUF file, and output.format is safetensors, so it has no effect; add "
+        "is for a GGUF file, and output.format is safetensors, so it has no effect; add "
         "output.format: gguf, or remove it",
     ),
     (

@@ -226,9 +226,24 @@ class MergeConfig(_Section):
         return _with_list(value) if isinstance(value, dict) else value
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any], where: str = "config") -> Self:
-        """Validate a mapping. `ConfigError` lists everything that is wrong with it, settings without effect as well."""
-        return cls._validated(value, where, without_effect(value))
+    def from_dict(
+        cls,
+        value: Mapping[str, Any],
+        where: str = "config",
+        overrides: Sequence[str] = (),
+        compute: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Validate a mapping, with ``key.path=value`` overrides on top.
+
+        ``compute`` has values of that section for keys of which neither says anything. `ConfigError` lists everything
+        that is wrong, and settings that have no effect.
+        """
+        found = _with_list(dict(value))
+        for override in overrides:
+            _override(found, override)
+        if compute and isinstance(found.setdefault("compute", {}), dict):
+            found["compute"] = {**compute, **found["compute"]}
+        return cls._validated(found, where, without_effect(found))
 
     @classmethod
     def _validated(cls, value: Mapping[str, Any], where: str, idle: Sequence[str] = ()) -> Self:
@@ -249,11 +264,8 @@ class MergeConfig(_Section):
     def from_file(
         cls, path: str | Path, overrides: Sequence[str] = (), compute: Mapping[str, Any] | None = None
     ) -> Self:
-        """Read YAML, put ``key.path=value`` overrides on top, validate.
-
-        ``compute`` has values of that section for keys of which neither says anything.
-        """
-        return cls._from_yaml(load_yaml(Path(path)), overrides, compute, str(path))
+        """`from_dict` of a YAML file."""
+        return cls.from_dict(load_yaml(Path(path)), str(path), overrides, compute)
 
     @classmethod
     def from_text(
@@ -263,19 +275,8 @@ class MergeConfig(_Section):
         compute: Mapping[str, Any] | None = None,
         where: str = "config",
     ) -> Self:
-        """The same of a YAML text, of at most `MAX_CONFIG_BYTES`."""
-        return cls._from_yaml(_mapping(text, where), overrides, compute, where)
-
-    @classmethod
-    def _from_yaml(
-        cls, found: dict[str, Any], overrides: Sequence[str], compute: Mapping[str, Any] | None, where: str
-    ) -> Self:
-        value = _with_list(found)
-        for override in overrides:
-            _override(value, override)
-        if compute and isinstance(value.setdefault("compute", {}), dict):
-            value["compute"] = {**compute, **value["compute"]}
-        return cls.from_dict(value, where)
+        """`from_dict` of a YAML text, of at most `MAX_CONFIG_BYTES`."""
+        return cls.from_dict(_mapping(text, where), where, overrides, compute)
 
 
 class ExportConfig(MergeConfig):

@@ -184,13 +184,13 @@ class Journal:
         if state is None and not self.overwrite and (self.output / RECORD_NAME).exists():
             raise ResumeError(
                 f"{self.output}: other work was finished here after this was planned; nothing was changed. Choose "
-                "another output.path, or replace it with --overwrite"
+                "another output.path, or replace it with overwrite=True"
             )
         if state is not None and state.get("digest") != digest and not self.overwrite:
             raise ResumeError(
                 f"{self.output}: holds unfinished work on something else; nothing was changed. "
                 f"{_difference(state.get('fingerprint'), fingerprint)}. Run it with what it was begun with, choose "
-                "another output.path, or start anew with --overwrite"
+                "another output.path, or start anew with overwrite=True"
             )
         self.digest, self._fingerprint = digest, fingerprint
         self._made = _still_there(self.output, self._state.get("made")) or self._new

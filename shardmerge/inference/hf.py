@@ -219,7 +219,9 @@ def encode(tokenizer: Any, template: str | None, messages: Sequence[Message]) ->
                 list(messages), tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
             )
         except Exception as error:  # a chat template is a program of the model's own and may raise anything
-            raise ConfigError(f"the chat template refuses: {reason(error)}; --template goes around it") from error
+            raise ConfigError(
+                f"the chat template refuses: {reason(error)}; one of your own (template=) goes around it"
+            ) from error
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 

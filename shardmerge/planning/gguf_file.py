@@ -20,7 +20,7 @@ from shardmerge.spec.plans import AuxFile, ShardPlan, TensorPlan
 from shardmerge.spec.tensors import TensorInfo, TensorRef, row_nbytes
 from shardmerge.spec.updates import Update
 
-_ALLOW = "output.allow_config_loss: true (--allow-config-loss) writes a file that computes something else"
+_ALLOW = "output.allow_config_loss: true writes a file that computes something else"
 _ALLOWED = "The file was asked for without it (allow_config_loss), so it computes something else than transformers does"
 
 

@@ -150,12 +150,12 @@ def _not_empty(output: Path, overwrite: bool) -> list[str]:
         what = (
             f"already holds a finished {_noun(record)}" if finished else f"is not empty ({', '.join(entries[:3])}, …)"
         )
-        return [f"output.path {output} {what}; choose another path, or replace it with --overwrite"]
+        return [f"output.path {output} {what}; choose another path, or replace it with overwrite=True"]
     weights = [entry for entry in entries if entry.endswith(_WEIGHT_SUFFIXES)]
     if weights and not finished:
         return [
-            f"output.path {output} holds weights that shardmerge did not write ({', '.join(weights[:3])}); --overwrite "
-            "does not touch them: remove them yourself, or choose another path"
+            f"output.path {output} holds weights that shardmerge did not write ({', '.join(weights[:3])}); "
+            "overwrite=True does not touch them: remove them yourself, or choose another path"
         ]
     return []
 

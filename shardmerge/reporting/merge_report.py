@@ -25,11 +25,11 @@ _QUANTIZED = ("Q8_0", "Q4_0")
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge did. Sizes are bytes; ``seconds`` is wall time; ``peak_memory`` is the process's maximum.
+    """What a merge did. ``seconds`` is wall time; ``peak_memory_bytes`` is the process's maximum.
 
-    ``working_set`` is what the merge took above what was resident before it, to compare with the plan's; None where an
-    earlier maximum of the process hides it. Where shards of an earlier run were taken up, ``bytes_read``,
-    ``bytes_written`` and ``seconds`` are of this run alone; that it has read those shards to check them is not counted.
+    ``working_set_bytes`` is what the merge took above what was resident before it, to compare with the plan's; None
+    where an earlier maximum of the process hides it. Where shards of an earlier run were kept, ``bytes_read``,
+    ``bytes_written`` and ``seconds`` are of this run alone, without its reading of those shards to check them.
     """
 
     output: str
@@ -43,10 +43,10 @@ class MergeReport:
     bytes_written: int
     shards_reused: int
     seconds: float
-    peak_memory: int
-    working_set: int | None
+    peak_memory_bytes: int
+    working_set_bytes: int | None
     #: What the merged weights would take in other formats, in bytes.
-    sizes: Mapping[str, int]
+    sizes_bytes: Mapping[str, int]
     #: How the updates came through the rounding, by kind of module; see `shardmerge.execution.fidelity`.
     fidelity: Mapping[str, Fidelity]
     warnings: tuple[str, ...]
@@ -54,7 +54,9 @@ class MergeReport:
     kind: str = "merge"
 
     def to_json(self) -> dict[str, Any]:
+        """Three keys have an older name beside their own, without the unit."""
         result: dict[str, Any] = jsonable(self)
+        result |= {name: result[f"{name}_bytes"] for name in ("peak_memory", "working_set", "sizes")}
         result["fidelity"] = {kind: fidelity_json(of) for kind, of in self.fidelity.items()}
         result["notices"] = notices(self.warnings)
         return result
@@ -121,9 +123,13 @@ def size_table(report: MergeReport) -> str:
             f"{EXPORT.done if report.kind == EXPORT.noun else MERGE.done} ({report.merged_dtype})",
             human_bytes(report.merged_bytes),
         ),
-        *((f"  as {name}", human_bytes(size)) for name, size in report.sizes.items() if name != report.merged_dtype),
+        *(
+            (f"  as {name}", human_bytes(size))
+            for name, size in report.sizes_bytes.items()
+            if name != report.merged_dtype
+        ),
         ("time", human_seconds(report.seconds)),
-        ("peak memory", human_bytes(report.peak_memory)),
+        ("peak memory", human_bytes(report.peak_memory_bytes)),
     ]
     if report.fidelity:
         whole = functools.reduce(operator.add, report.fidelity.values())

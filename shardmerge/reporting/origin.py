@@ -34,7 +34,7 @@ class Origin:
         names = source.names()
         if "config.json" not in names:
             raise ConfigError(
-                f"{source.location}: the base has no config.json, so transformers cannot load it; --base may name "
+                f"{source.location}: the base has no config.json, so transformers cannot load it; base= may name "
                 "another directory with the same weights"
             )
         for shard in open_checkpoint(source).shards:

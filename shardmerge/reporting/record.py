@@ -46,8 +46,8 @@ def record(
         "fidelity": {name: fidelity_json(of) for receipt in receipts for name, of in receipt.fidelity.items()},
         "memory": {
             "predicted_working_set": plan.memory.total,
-            "working_set": report.working_set,
-            "peak": report.peak_memory,
+            "working_set": report.working_set_bytes,
+            "peak": report.peak_memory_bytes,
         },
         "seconds": round(report.seconds, 3),
         "bytes_read": report.bytes_read,

@@ -92,7 +92,7 @@ def committed(plan: MergePlan, report: MergeReport, seconds: float) -> None:
         shards_reused=report.shards_reused,
         seconds=round(report.seconds, 3),
         seconds_of_commit=seconds,
-        peak_memory=report.peak_memory,
+        peak_memory=report.peak_memory_bytes,
     )
 
 
@@ -112,5 +112,5 @@ def verified(report: VerifyReport) -> None:
         problems=[problem.text for problem in report.problems],
         unverified=list(report.unverified),
         seconds=round(report.seconds, 3),
-        peak_memory=report.peak_memory,
+        peak_memory=report.peak_memory_bytes,
     )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardmerge.errors import VerifyError
 from shardmerge.reporting.text import human_bytes, human_seconds, labelled, table
 from shardmerge.spec.plans import jsonable
 from shardmerge.system.memory_use import peak_memory
@@ -19,7 +20,7 @@ LISTED = 10
 _SUMMARY = 3
 
 _NOT_ALL = "not all of it could be verified"
-_IF_THAT_IS_ENOUGH = "If what could be verified is enough, say so with --partial (partial=True)"
+_IF_THAT_IS_ENOUGH = "If the part that could be verified is enough, allow it with partial=True"
 
 STRUCTURE, CHECKSUMS, UNTOUCHED, TOUCHED = "structure", "checksums", "untouched", "touched"
 
@@ -74,7 +75,7 @@ class VerifyReport:
     problems: tuple[Problem, ...]
     counts: dict[str, int]
     seconds: float
-    peak_memory: int
+    peak_memory_bytes: int
 
     @property
     def ok(self) -> bool:
@@ -86,8 +87,20 @@ class VerifyReport:
         """Whether all could be verified that there is to verify."""
         return not self.unverified
 
+    def raise_for_status(self, *, partial: bool = False) -> VerifyReport:
+        """This report. Raises `VerifyError`, with the report, where something is wrong or could not be verified.
+
+        With ``partial`` the part that could be verified is enough.
+        """
+        if self.ok and (self.complete or partial):
+            return self
+        error = VerifyError(summary(self))
+        error.report = self
+        raise error
+
     def to_json(self) -> dict[str, Any]:
-        return {"ok": self.ok, "complete": self.complete, **jsonable(self)}
+        """``peak_memory`` is the older name of ``peak_memory_bytes``."""
+        return {"ok": self.ok, "complete": self.complete, **jsonable(self), "peak_memory": self.peak_memory_bytes}
 
 
 @dataclass(slots=True)
@@ -149,7 +162,7 @@ class Findings:
             problems=tuple(self.problems),
             counts=dict(self.counts),
             seconds=time.monotonic() - self.started,
-            peak_memory=peak_memory(),
+            peak_memory_bytes=peak_memory(),
         )
 
 
@@ -198,7 +211,9 @@ def _rows(report: VerifyReport) -> Sequence[tuple[str, str, str]]:
         checked = f"{report.untouched} tensors, {human_bytes(report.untouched_bytes)} of their rows, the base's numbers"
     sampled = "all rows" if report.rows == report.all_rows else f"{report.rows:,} of {report.all_rows:,} rows"
     seeded = "" if report.rows == report.all_rows else f" (seed {report.seed})"
-    worst = f", largest error {report.worst:.3f} of what is allowed" if report.worst_tensor else ""
+    within = ", all within the rounding of their dtypes"
+    worst = within if report.worst <= 1 else f", the largest error is {report.worst:.3g} times what rounding explains"
+    worst = worst if report.worst_tensor else ""
     touched = f"{report.touched} tensors, {sampled}{seeded} computed again in float64{worst}"
     return [
         (STRUCTURE, _word(report, STRUCTURE, True), f"{report.files} files, {report.tensors} tensors"),

@@ -101,7 +101,7 @@ def test_trained_weights_beside_it_are_merged(place: Place, file: str, prefix: s
     assert torch.equal(found[NORM], trained(NORM)) and torch.equal(found[K0], trained(K0, 71))
     assert all(torch.equal(found[name], tensor) for name, tensor in without.items() if name not in (NORM, K0))
     assert report.adapter_bytes > (place.adapter / file).stat().st_size
-    assert shardmerge.verify(str(output), rows=None).complete
+    assert shardmerge.verify(str(output), rows=None).raise_for_status().complete
 
 
 @pytest.mark.parametrize("model", ["gpt2", "mixtral", "qwen2.5-vl"])
@@ -414,7 +414,7 @@ def test_ignored_files_are_named_in_plan_and_record(place: Place) -> None:
     record = json.loads((place.folder / "with" / "shardmerge.json").read_text())
     assert record["config"]["adapters"][0]["ignore_files"] == ["value_head.safetensors", "trained.bin"]
     assert contents(place.folder / "with") == contents(place.output)
-    assert shardmerge.verify(str(place.folder / "with"), rows=None).complete
+    assert shardmerge.verify(str(place.folder / "with"), rows=None).raise_for_status().complete
 
 
 @pytest.mark.parametrize("name", ["value_haed.safetensors", "adapter_config.json", "sub/adapter_model.safetensors"])
@@ -444,7 +444,7 @@ def test_verify_finds_that_it_was_trained_anew(place: Place) -> None:
     shardmerge.merge(place.config())
     put(place.adapter / "trained.bin", {NORM: trained(NORM, 3)})
     with pytest.raises(VerifyError, match=f"{NORM}, row 0"):
-        shardmerge.verify(str(place.output), rows=None)
+        shardmerge.verify(str(place.output), rows=None).raise_for_status()
 
 
 # --- inspect ----------------------------------------------------------------------------------------------------------

@@ -200,7 +200,7 @@ def test_shards_merge_to_the_same_bytes(tmp_path: Path, index: str | None) -> No
     report = shardmerge.merge(place.config(adapters=[str(sharded)], output={"path": str(output)}))
     assert contents(output) == contents(place.output)
     assert report.adapter_bytes == sum(path.stat().st_size for path in sharded.glob("*.safetensors"))
-    assert shardmerge.verify(str(output), rows=None).complete
+    assert shardmerge.verify(str(output), rows=None).raise_for_status().complete
     files = json.loads((output / "shardmerge.json").read_text())["adapters"][0]["files"]
     assert len(files) == 4
     assert inspect_path(str(sharded))["files"] == 3

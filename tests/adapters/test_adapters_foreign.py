@@ -92,7 +92,7 @@ class Place:
             error = (ours[name].double() - tensor.double() - change).norm()
             assert error <= 1e-6 * (change.norm() + tensor.norm()), name
             assert change.norm() > 1e-2 * tensor.norm(), name
-        report = shardmerge.verify(self.folder / "out", rows=None)
+        report = shardmerge.verify(self.folder / "out", rows=None).raise_for_status()
         assert report.complete and report.touched == len(changes)
 
 
@@ -313,7 +313,7 @@ def test_a_tensor_that_is_set(tmp_path: Path) -> None:
     place = Place(tmp_path, {f"diffusion_model.{MLP}.set_weight": tensor})
     shardmerge.merge(place.config())
     assert torch.equal(stored(tmp_path / "out")[f"{MLP}.weight"], tensor)
-    assert shardmerge.verify(tmp_path / "out", rows=None).complete
+    assert shardmerge.verify(tmp_path / "out", rows=None).raise_for_status().complete
     assert "weight 0.5 has no meaning" in place.refusal(weight=0.5)
 
 

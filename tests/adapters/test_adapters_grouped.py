@@ -132,7 +132,7 @@ class Experts:
                 continue
             change = (expected[key] - self.base[key].double()).norm()
             assert (tensor.double() - expected[key]).norm() < 1e-6 * change, key
-        shardmerge.verify(folder, rows=None)
+        shardmerge.verify(folder, rows=None).raise_for_status()
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], **settings: Any) -> Path:
@@ -364,7 +364,7 @@ def test_projections_by_themselves(tmp_path: Path, name: str) -> None:
             assert bits(found[key]) == bits(tensor)
         else:
             assert (found[key].double() - tensor.double() - delta).norm() < 1e-6 * delta.norm()
-    shardmerge.verify(tmp_path / "out", rows=None)
+    shardmerge.verify(tmp_path / "out", rows=None).raise_for_status()
 
 
 @pytest.mark.parametrize(

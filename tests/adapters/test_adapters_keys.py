@@ -127,7 +127,7 @@ def test_an_unknown_key_is_refused_whatever_its_value_and_ignored_if_told_to(tmp
     assert "the key 'mystery' is unknown" in told and "name it in the adapter's ignore_keys" in told
     assert "from the file" not in told
     merge_to(tmp_path / "out", place.base, {"path": str(place.adapter), "ignore_keys": ["mystery"]})
-    assert shardmerge.verify(tmp_path / "out").ok
+    assert shardmerge.verify(tmp_path / "out").raise_for_status().ok
 
 
 def test_null_is_not_set_in_any_version(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_an_alpha_of_zero_is_refused_and_our_config_gives_another(tmp_path: Path
     assert "Give the alpha of the training as alpha beside the adapter's path" in refusal(place)
     assert "lora_alpha in adapter_config.json is 0" in refusal(place, alpha=0)
     merge_to(tmp_path / "out", place.base, {"path": str(place.adapter), "alpha": 16})
-    assert shardmerge.verify(tmp_path / "out").ok
+    assert shardmerge.verify(tmp_path / "out").raise_for_status().ok
     given = place_of(tmp_path / "given", lora_alpha=16)
     theirs = merge_with_peft(given.base, given.adapter).state_dict()
     ours = stored(tmp_path / "out")

@@ -46,7 +46,7 @@ def formula(case: Case, word: str) -> torch.Tensor:
 
 def merged(case: Case, output: Path, **entry: Any) -> torch.Tensor:
     merge_to(output, case.base, {"path": str(case.adapter), **entry})
-    assert shardmerge.verify(output).ok
+    assert shardmerge.verify(output).raise_for_status().ok
     return stored(output)["experts.up_proj"].double()
 
 

@@ -98,7 +98,7 @@ class Place:
             change = scalings[module] * (b.double() @ a.double())
             error = (ours[name].double() - base[name].double() - change).norm()
             assert error <= 1e-6 * change.norm(), module
-        assert shardmerge.verify(self.folder / "out", rows=None).complete
+        assert shardmerge.verify(self.folder / "out", rows=None).raise_for_status().complete
         return report
 
 

@@ -121,7 +121,7 @@ def test_lora_of_every_kind(tmp_path: Path, wrapper: str) -> None:
     rename = WRAPPERS.get(wrapper) or FACTORS[wrapper.removeprefix("factor: ")]
     merge_to(tmp_path / "out", case.base, renamed(case.adapter, rename, tmp_path / "adapter"))
     assert_same_bits(stored(tmp_path / "out"), expected)
-    assert shardmerge.verify(tmp_path / "out", rows=None).complete
+    assert shardmerge.verify(tmp_path / "out", rows=None).raise_for_status().complete
 
 
 QUICK = (

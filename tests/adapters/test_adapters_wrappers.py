@@ -91,7 +91,7 @@ def assert_as_peft(case: Case, output: Path) -> None:
     assert max(max(both) for name, both in errors.items() if ".out_proj." in name) < 1e-6
     plain = [name for name in ours if ".out_proj." not in name]
     assert_same_bits({name: ours[name] for name in plain}, {name: theirs[name] for name in plain})
-    assert shardmerge.verify(output).ok
+    assert shardmerge.verify(output).raise_for_status().ok
 
 
 SETTINGS: dict[str, Any] = {
@@ -126,7 +126,7 @@ def test_out_proj_below_a_wrapped_attention_is_added_once(tmp_path: Path) -> Non
     case = write_case(tmp_path / "below", config, make=Blocks)
     # nn.MultiheadAttention reads out_proj's weight, so that PEFT's forward pass misses the layer; its merge does not.
     assert_same_bits(merged_by_us(case, tmp_path / "below" / "out"), merged_in_place(case))
-    assert shardmerge.verify(tmp_path / "below" / "out").ok
+    assert shardmerge.verify(tmp_path / "below" / "out").raise_for_status().ok
 
 
 def test_what_no_wrapper_explains_is_refused(tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_parameters_of_two_dimensions_are_as_they_are_in_memory(tmp_path: Path, 
     for parameter in MODELS[name].parameters:
         changed = [key for key in before if not torch.equal(before[key], ours[key])]
         assert any(parameter.rpartition(".")[0] in key or parameter in key for key in changed), parameter
-    assert shardmerge.verify(tmp_path / "out").ok
+    assert shardmerge.verify(tmp_path / "out").raise_for_status().ok
 
 
 def test_one_adapter_takes_biases_for_a_matrix_and_another_for_experts(tmp_path: Path) -> None:

@@ -320,7 +320,7 @@ def test_every_family_says_whether_it_computes() -> None:
 
 
 def _verified(output: Path) -> None:
-    shardmerge.verify(str(output), rows=None)
+    shardmerge.verify(str(output), rows=None).raise_for_status()
 
 
 @pytest.mark.parametrize("out", OUTPUTS)
@@ -638,7 +638,7 @@ def test_verify_finds_an_infinity_that_neither_has(tmp_path: Path) -> None:
     tensors[name][-2, 1] = INFINITY
     save_file(tensors, file)
     with pytest.raises(VerifyError, match="row 118, column 1: holds inf"):
-        shardmerge.verify(str(tmp_path / "out"))
+        shardmerge.verify(str(tmp_path / "out")).raise_for_status()
 
 
 def test_what_a_gguf_file_cannot_hold_is_told(smollm2: Path, tmp_path: Path) -> None:

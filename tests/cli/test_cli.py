@@ -228,7 +228,8 @@ def test_inspect_another_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     [
         (["plan"], 2, "Missing argument"),
         (["plan", "config.yaml", "--fast"], 2, "No such option"),
-        (["merge", "config.yaml"], 2, "No such command"),
+        (["fold", "config.yaml"], 2, "No such command"),
+        (["merge", "base"], 2, "Missing argument"),
         (["plan", "."], 2, "directory"),
         (["plan", "gone.yaml"], 2, "cannot be read"),
         (["plan", "config.yaml", "-s", "base"], 2, "key.path=value"),

@@ -218,7 +218,7 @@ _OTHERS: dict[str, Callable[[Place], dict[str, Any]]] = {
 def test_an_unfinished_merge_of_something_else_is_left_alone(other: str, place: Place) -> None:
     place.stop_in_shard(3)
     before = {path: path.read_bytes() for path in place.stage.iterdir()}
-    with pytest.raises(ResumeError, match="--overwrite") as caught:
+    with pytest.raises(ResumeError, match="overwrite=True") as caught:
         shardmerge.merge(_OTHERS[other](place))
     assert caught.value.exit_code == 7 and str(place.output) in str(caught.value)
     assert {path: path.read_bytes() for path in place.stage.iterdir()} == before
@@ -310,7 +310,7 @@ def test_it_is_told_what_differs(what: str, place: Place) -> None:
     change(place)
     with pytest.raises(ResumeError, match=told) as caught:
         place.merge(**options)
-    assert caught.value.exit_code == 7 and "--overwrite" in str(caught.value)
+    assert caught.value.exit_code == 7 and "overwrite=True" in str(caught.value)
     assert sorted(os.listdir(place.stage)) == SHARDS[:2]
 
 
@@ -334,7 +334,7 @@ def test_a_finished_output_is_replaced_and_what_is_not_of_it_stays(place: Place)
     (place.output / "notes.txt").write_text("mine")
     (place.output / "notes").mkdir()
     (place.output / "notes" / "more.txt").write_text("mine too")
-    with pytest.raises(ShardmergeError, match="--overwrite"):
+    with pytest.raises(ShardmergeError, match="overwrite=True"):
         place.merge("y")
     place.merge("y", overwrite=True)
     assert weight_bytes(place.output) == expected
@@ -371,7 +371,7 @@ def test_a_record_cannot_name_files_elsewhere(names: Any, place: Place) -> None:
 def test_a_plan_does_not_replace_what_was_finished_after_it_was_made(place: Place) -> None:
     plan = shardmerge.plan(place.config("x"))
     place.merge("y")
-    with pytest.raises(ShardmergeError, match="--overwrite"):
+    with pytest.raises(ShardmergeError, match="overwrite=True"):
         shardmerge.merge(plan)
     assert weight_bytes(place.output) == place.expected("y")
 

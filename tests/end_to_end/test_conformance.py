@@ -337,7 +337,7 @@ def test_answer(row: Row) -> None:
 @each_row
 def test_verification(row: Row) -> None:
     """All rows of every touched tensor, computed again in float64 by other code."""
-    report = shardmerge.verify(merged(row), rows=None)
+    report = shardmerge.verify(merged(row), rows=None).raise_for_status()
     assert report.complete and not report.notes, report
     assert report.touched + report.untouched == report.tensors and report.worst <= 1
 

@@ -388,7 +388,7 @@ def test_an_output_path_that_is_a_link_to_a_folder_is_the_users_choice(place: Pl
     stop_in_second(place)
     assert shardmerge.merge(place.config()).shards_reused == 1
     assert shardmerge.merge(place.config(), overwrite=True).shards_reused == 0
-    assert shardmerge.verify(place.output).complete and place.output.is_symlink()
+    assert shardmerge.verify(place.output).raise_for_status().complete and place.output.is_symlink()
     assert len(load_file(room / FIRST)) and not (room / WORK).exists()
 
 
@@ -589,7 +589,7 @@ def finished(place: Place) -> Place:
 def report_of(place: Place, **options: Any) -> Any:
     """What `verify` finds, right or wrong."""
     try:
-        return shardmerge.verify(place.output, **options)
+        return shardmerge.verify(place.output, **options).raise_for_status()
     except shardmerge.VerifyError as error:
         assert error.exit_code == 6
         return error.report
@@ -667,8 +667,8 @@ def test_what_could_not_be_compared_is_a_failure_unless_partial(finished: Place)
     assert code == 6 and "the base is not there" in message and "--partial" in message
     assert invoke(finished, "verify", finished.output, "--partial")[0] == 0
     with pytest.raises(shardmerge.VerifyError, match="untouched tensors: there is no base"):
-        shardmerge.verify(finished.output)
-    report = shardmerge.verify(finished.output, partial=True)
+        shardmerge.verify(finished.output).raise_for_status()
+    report = shardmerge.verify(finished.output).raise_for_status(partial=True)
     assert report.ok and not report.complete
     assert any("touched tensors" in text for text in report.to_json()["unverified"])
     (finished.output / "evil.py").write_text("")

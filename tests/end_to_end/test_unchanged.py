@@ -92,7 +92,7 @@ def test_in_the_middle_of_a_merge(place: Place) -> None:
             later(path, rewrite)
             done = True
 
-    with pytest.raises(ChangedError, match=r"(?s)time of change.*start anew with --overwrite"):
+    with pytest.raises(ChangedError, match=r"(?s)time of change.*start anew with overwrite=True"):
         shardmerge.merge(place.config(), progress=change)
     assert done and not (place.output / "model.safetensors.index.json").exists()
 
@@ -112,7 +112,7 @@ def test_what_a_merge_does_itself_changes_nothing(place: Place) -> None:
     plan = shardmerge.plan(place.config())
     before = {path: path.stat() for folder in (place.base, place.adapter) for path in folder.iterdir()}
     shardmerge.merge(plan)
-    shardmerge.verify(place.output)
+    shardmerge.verify(place.output).raise_for_status()
     for path, status in before.items():
         assert path.stat().st_ctime_ns == status.st_ctime_ns
     first = contents(place.output)

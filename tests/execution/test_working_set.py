@@ -46,7 +46,7 @@ _MERGE = """
 import json, sys, shardmerge
 config = json.loads(sys.argv[1])
 plan = shardmerge.plan(config)
-print(plan.memory.total, shardmerge.merge(plan).working_set)
+print(plan.memory.total, shardmerge.merge(plan).working_set_bytes)
 """
 
 

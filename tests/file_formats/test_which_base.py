@@ -195,7 +195,7 @@ def test_a_variant_alone_keeps_the_name_of_its_index(tmp_path: Path, stem: str) 
     (place.base / f"{stem}.fp16.safetensors.index.json").rename(place.base / index)
     shardmerge.merge(place.config())
     assert {path.name for path in place.output.glob(f"{stem}.*")} == {*shard_names(2, f"{stem}.fp16"), index}
-    assert shardmerge.verify(place.output).complete
+    assert shardmerge.verify(place.output).raise_for_status().complete
 
 
 def test_two_models_by_the_names_of_two_libraries(tmp_path: Path) -> None:

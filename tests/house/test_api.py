@@ -76,6 +76,83 @@ def test_a_later_name_is_the_same_object_as_at_its_home() -> None:
         assert getattr(shardmerge, name) is getattr(importlib.import_module(f"shardmerge.{home}"), name)
 
 
+def test_dir_shows_what_there_is_and_nothing_else() -> None:
+    assert dir(shardmerge) == list(shardmerge.__all__)
+
+
+# --- without a config -------------------------------------------------------------------------------------------------
+
+
+def test_the_parts_of_a_merge_are_a_config(config: dict[str, Any], tmp_path: Path) -> None:
+    parts = {"base": tmp_path / "base", "adapter": tmp_path / "adapter", "output": {"path": tmp_path / "parts"}}
+    report = shardmerge.merge(**parts)
+    assert report.targets == shardmerge.merge(config).targets == 3
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        assert (tmp_path / "parts" / shard.name).read_bytes() == shard.read_bytes()
+    shardmerge.verify(report.output).raise_for_status()
+
+
+def test_several_adapters_in_their_order(config: dict[str, Any], tmp_path: Path) -> None:
+    entries = [{"path": str(tmp_path / "adapter"), "weight": 0.5}, tmp_path / "adapter"]
+    plan = shardmerge.plan(base=tmp_path / "base", adapter=entries, output=tmp_path / "parts")
+    assert [info.weight for info in plan.adapters] == [0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "base"),
+        ({"base": "b", "adapter": "a"}, "output"),
+        ({"base": "b", "output": "o"}, "adapters"),
+        ({"base": "b", "adapter": [], "output": "o"}, "adapters"),
+    ],
+)
+def test_parts_that_are_missing_are_named(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        shardmerge.merge(**given)
+
+
+def test_a_config_or_its_parts_and_not_both(config: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="but not both"):
+        shardmerge.plan(config, base="b")
+    with pytest.raises(ConfigError, match="a plan says already"):
+        shardmerge.merge(shardmerge.plan(config), base="b")
+
+
+def test_overwrite_is_obeyed_whatever_the_plan_was_made_with(config: dict[str, Any], output: Path) -> None:
+    first, second = shardmerge.plan(config), shardmerge.plan({**config, "tied": "untie"})
+    shardmerge.merge(first)
+    with pytest.raises(shardmerge.ResumeError):
+        shardmerge.merge(second)
+    assert not shardmerge.merge(second, overwrite=True).shards_reused
+    assert json.loads((output / "shardmerge.json").read_text())["config"]["tied"] == "untie"
+    with pytest.raises(shardmerge.ResumeError):
+        shardmerge.merge(shardmerge.plan(config, overwrite=True), overwrite=False)
+
+
+def test_export_inspect_and_init(config: dict[str, Any], output: Path, tmp_path: Path) -> None:
+    shardmerge.merge(config)
+    report = shardmerge.export(output, {"path": tmp_path / "half", "dtype": "float16"})
+    assert report.kind == "export" and report.merged_dtype == "float16"
+    assert shardmerge.inspect(output)["updated_weights"] == 3
+    text = shardmerge.init(tmp_path / "adapter", base=tmp_path / "base", output=tmp_path / "other")
+    path = tmp_path / "init.yaml"
+    path.write_text(text)
+    assert shardmerge.plan(path).base.location == str(tmp_path / "base")
+
+
+def test_a_report_raises_when_it_is_asked_to(config: dict[str, Any], output: Path, tmp_path: Path) -> None:
+    shardmerge.merge(config)
+    report = shardmerge.verify(output)
+    assert report.raise_for_status() is report
+    (tmp_path / "base").rename(tmp_path / "gone")
+    report = shardmerge.verify(output)
+    assert report.ok and not report.complete and report.raise_for_status(partial=True) is report
+    with pytest.raises(shardmerge.VerifyError, match="partial=True") as caught:
+        report.raise_for_status()
+    assert caught.value.report is report
+
+
 # --- three lines ------------------------------------------------------------------------------------------------------
 
 
@@ -225,9 +302,11 @@ def test_the_report_is_true(dtype: str, config: dict[str, Any], output: Path, tm
     aux = sum((output / name).stat().st_size for name in ("config.json", "tokenizer.json"))
     assert report.bytes_written == plan.bytes_written == sizes(output) + aux
     assert 0 < report.seconds < 3600
-    assert report.peak_memory > 10**7
+    assert report.peak_memory_bytes > 10**7
     assert report.warnings == plan.warnings
     expected = json.loads(json.dumps(jsonable(report)))
+    older = {"peak_memory": report.peak_memory_bytes, "sizes": dict(report.sizes_bytes)}
+    expected |= {**older, "working_set": report.working_set_bytes}
     assert {**report.to_json(), "fidelity": None} == {**expected, "fidelity": None, "notices": []}
 
 

@@ -183,7 +183,7 @@ def test_an_adapter_of_the_text_model_alone(tmp_path: Path, name: str, layout: s
     inside = of.all_inside(merged)
     expected = {**base, **(names_zoo.on_disk(of.around, dict(inside)) if layout == "disk" else inside)}
     assert_same_bits(stored(tmp_path / "out"), expected)
-    shardmerge.verify(tmp_path / "out")  # raises where it is not right
+    shardmerge.verify(tmp_path / "out").raise_for_status()  # raises where it is not right
     if name in LOADED and layout == "disk":
         from transformers import AutoModelForCausalLM
 

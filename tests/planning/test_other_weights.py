@@ -68,7 +68,7 @@ def test_weights_of_its_own_are_copied_byte_for_byte(tmp_path: Path, name: str) 
     data[-1] ^= 1
     (place.output / name).write_bytes(data)
     with pytest.raises(shardmerge.VerifyError, match=f"{name} was changed after the merge"):
-        shardmerge.verify(place.output)
+        shardmerge.verify(place.output).raise_for_status()
 
 
 COPIES: dict[str, Mapping[str, torch.Tensor] | str] = {
@@ -170,7 +170,7 @@ def test_verify_reports_an_adapter_in_the_output(tmp_path: Path) -> None:
     shardmerge.merge(place.config())
     write_json(place.output / "adapter_config.json", peft_config())
     with pytest.raises(shardmerge.VerifyError, match=r"adapter_config\.json is not a file of this merge"):
-        shardmerge.verify(place.output)
+        shardmerge.verify(place.output).raise_for_status()
 
 
 def test_verify_reports_a_template_in_the_output(tmp_path: Path) -> None:

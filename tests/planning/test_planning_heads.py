@@ -71,7 +71,9 @@ def wrong(case: Case, folder: Path) -> str:
     named = case.base if case.base == "SplinterForPreTraining" else case.head
     if missing or config["architectures"] != [named] or off > 1e-5 * max(1.0, size) or not size:
         return f"{case}: off by {off:.3g} of {size:.3g}, made up {missing[:2]}, {config['architectures']}"
-    return "" if shardmerge.verify(str(folder / "out"), rows=None).complete else f"{case}: not verified"
+    return (
+        "" if shardmerge.verify(str(folder / "out"), rows=None).raise_for_status().complete else f"{case}: not verified"
+    )
 
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.head)
@@ -120,7 +122,7 @@ def test_what_the_output_is(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
     record = json.loads((place.output / "shardmerge.json").read_text())
     assert record["targets"]["score.weight"][0]["family"] == "replacement"
-    assert shardmerge.verify(str(place.output), rows=None).complete
+    assert shardmerge.verify(str(place.output), rows=None).raise_for_status().complete
 
 
 @pytest.mark.parametrize("labels", [1, 2])
@@ -145,7 +147,7 @@ def test_the_head_is_stored_as_the_base_is(tmp_path: Path) -> None:
     found, _, _ = merged(place)
     assert torch.equal(found["score.weight"], SCORE.to(torch.bfloat16))
     other = merged(place, output={"dtype": "float32", "path": str(tmp_path / "other")})
-    assert shardmerge.verify(str(tmp_path / "other"), rows=None).complete and other
+    assert shardmerge.verify(str(tmp_path / "other"), rows=None).raise_for_status().complete and other
 
 
 def test_a_file_that_held_only_what_is_left_out(tmp_path: Path) -> None:
@@ -197,7 +199,7 @@ def test_a_tied_base_has_no_head_to_untie(tmp_path: Path) -> None:
     found, config, _ = merged(place)
     assert "lm_head.weight" not in found and torch.equal(found["model.embed_tokens.weight"], embedding)
     assert config["tie_word_embeddings"] is True
-    assert shardmerge.verify(str(place.output), rows=None).complete
+    assert shardmerge.verify(str(place.output), rows=None).raise_for_status().complete
 
 
 def test_a_resized_vocabulary_without_its_old_head(tmp_path: Path) -> None:
@@ -238,7 +240,7 @@ def test_another_number_of_labels_than_the_bases_own_head(tmp_path: Path) -> Non
     place = make(tmp_path, {"score.weight": head}, tensors=tensors, architectures=["LlamaForSequenceClassification"])
     found, config, _ = merged(place)
     assert torch.equal(found["score.weight"], head) and len(config["id2label"]) == 5
-    assert shardmerge.verify(str(place.output), rows=None).complete
+    assert shardmerge.verify(str(place.output), rows=None).raise_for_status().complete
 
 
 def test_the_bases_own_head_with_its_own_labels(tmp_path: Path) -> None:

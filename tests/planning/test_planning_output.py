@@ -89,9 +89,9 @@ PLACES: dict[str, Refusal] = {
     "a name that is too long": Refusal(to("x" * 300), ["xxx"]),
     "a name with a zero byte": Refusal(to("a\0b"), ["output.path"]),
     "the home of nobody": Refusal(lambda place: place.config(output={"path": "~no-such-user/x"}), ["~no-such-user"]),
-    "not empty": Refusal(made("merged/notes.txt"), ["is not empty (notes.txt", "--overwrite"]),
-    "not empty but for a folder": Refusal(made("merged/sub", folder=True), ["is not empty (sub", "--overwrite"]),
-    "not empty but for a hidden file": Refusal(made("merged/.git"), ["is not empty (.git", "--overwrite"]),
+    "not empty": Refusal(made("merged/notes.txt"), ["is not empty (notes.txt", "overwrite=True"]),
+    "not empty but for a folder": Refusal(made("merged/sub", folder=True), ["is not empty (sub", "overwrite=True"]),
+    "not empty but for a hidden file": Refusal(made("merged/.git"), ["is not empty (.git", "overwrite=True"]),
 }
 
 
@@ -145,7 +145,7 @@ def test_finished_merge_is_replaced_only_on_demand(tmp_path: Path) -> None:
     place = make_place(tmp_path)
     config = place.config()
     shardmerge.merge(config)
-    refused(tmp_path, config, Refusal(Place.config, ["already holds a finished merge", "--overwrite"]))
+    refused(tmp_path, config, Refusal(Place.config, ["already holds a finished merge", "overwrite=True"]))
     assert shardmerge.plan(config, overwrite=True).overwrite
     before = snapshot(place.output)
     other = place.config(adapters=[{"path": str(place.adapter), "weight": 2}])

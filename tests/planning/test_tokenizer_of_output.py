@@ -159,7 +159,7 @@ def test_saved_by_transformers(tmp_path: Path, where: str) -> None:
     TEMPLATES[where](place.adapter)
     shardmerge.merge(place.config())
     assert facts(place.output) == facts(reference(place.adapter, place.base, tmp_path / "reference"))
-    assert shardmerge.verify(place.output).complete
+    assert shardmerge.verify(place.output).raise_for_status().complete
 
 
 def test_a_base_without_a_tokenizer_gets_one(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_a_merged_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert told["updated_weights"] == 3 and told["verified"].startswith("not by this user")
     text = invoke(monkeypatch, "inspect", place.output).stdout
     assert str(place.base) in text and "shardmerge verify" in text
-    shardmerge.verify(place.output)
+    shardmerge.verify(place.output).raise_for_status()
     assert snapshot(tmp_path) == before
     assert "merged_by" not in invoke_json(monkeypatch, "inspect", place.base)
 

@@ -23,7 +23,7 @@ from tests.support.builders import (
 def wrong(output: Path, **options: Any) -> VerifyReport:
     """The report of an output with which something is wrong."""
     with pytest.raises(VerifyError) as caught:
-        shardmerge.verify(output, **options)
+        shardmerge.verify(output, **options).raise_for_status()
     report = caught.value.report
     assert isinstance(report, VerifyReport) and not report.ok
     assert report.problems[0].text in str(caught.value)

@@ -87,7 +87,7 @@ def shard_of(output: Path, tensor: str) -> Path:
 
 def test_a_finished_merge_is_verified_and_not_touched(place: Place) -> None:
     before = snapshot(place.folder)
-    report = shardmerge.verify(place.output)
+    report = shardmerge.verify(place.output).raise_for_status()
     assert report.ok and report.complete and not report.notes
     assert snapshot(place.folder) == before
     tensors = len(llama_tensors())
@@ -100,7 +100,7 @@ def test_a_finished_merge_is_verified_and_not_touched(place: Place) -> None:
 
 
 def test_all_rows(place: Place) -> None:
-    report = shardmerge.verify(place.output, rows=None)
+    report = shardmerge.verify(place.output, rows=None).raise_for_status()
     assert report.ok and report.rows == report.all_rows == 32 + 16 + 32
 
 
@@ -128,7 +128,7 @@ def test_every_kind_of_output(
     place = make_place(tmp_path, tensors=llama_tensors(dtype), config=config)
     write_peft(place.adapter, peft_tensors(dtype=torch.float64))
     shardmerge.merge(place.config(output=output, compute=compute))
-    report = shardmerge.verify(place.output, rows=None)
+    report = shardmerge.verify(place.output, rows=None).raise_for_status()
     assert report.complete and not report.notes and report.worst <= 1
 
 
@@ -137,33 +137,33 @@ def test_several_adapters_and_weights(tmp_path: Path) -> None:
     other = write_peft(tmp_path / "other", peft_tensors((Q0, DOWN1), rank=3), config=peft_config(r=3, use_rslora=True))
     adapters = [{"path": str(place.adapter), "weight": -0.3}, str(other)]
     shardmerge.merge(place.config(adapters=adapters, base=str(place.base)))
-    assert shardmerge.verify(place.output, rows=None).complete
+    assert shardmerge.verify(place.output, rows=None).raise_for_status().complete
 
 
 def test_moved_base_and_adapter(place: Place) -> None:
     base, adapter = place.folder / "elsewhere", place.folder / "new adapter"
     place.base.rename(base)
     place.adapter.rename(adapter)
-    report = shardmerge.verify(place.output, partial=True)
+    report = shardmerge.verify(place.output).raise_for_status(partial=True)
     assert (
         report.ok and not report.complete and "--base" in report.unverified[0] and "--adapter" in report.unverified[1]
     )
-    report = shardmerge.verify(place.output, base=str(base), adapters=[str(adapter)])
+    report = shardmerge.verify(place.output, base=str(base), adapters=[str(adapter)]).raise_for_status()
     assert report.complete and report.untouched and report.touched
     assert [note.partition(" ")[0] for note in report.notes] == ["the", "adapter"]
     with pytest.raises(ConfigError, match="2 adapters are given, but 1 were merged"):
-        shardmerge.verify(place.output, base=str(base), adapters=[str(adapter)] * 2)
+        shardmerge.verify(place.output, base=str(base), adapters=[str(adapter)] * 2).raise_for_status()
 
 
 def test_the_output_may_move(place: Place) -> None:
     moved = place.output.rename(place.folder / "moved")
-    assert shardmerge.verify(moved).complete
+    assert shardmerge.verify(moved).raise_for_status().complete
 
 
 def test_an_adapter_that_is_gone(place: Place) -> None:
     """The base still tells what is untouched."""
     shutil.rmtree(place.adapter)
-    report = shardmerge.verify(place.output, partial=True)
+    report = shardmerge.verify(place.output).raise_for_status(partial=True)
     assert report.ok and not report.complete
     assert report.untouched == len(llama_tensors()) - 3 and report.touched == 0 and report.checksums == 2
     assert any("touched tensors" in text for text in report.unverified)
@@ -174,7 +174,7 @@ def test_an_adapter_that_is_gone(place: Place) -> None:
 
 def test_a_base_that_is_gone(place: Place) -> None:
     shutil.rmtree(place.base)
-    report = shardmerge.verify(place.output, partial=True)
+    report = shardmerge.verify(place.output).raise_for_status(partial=True)
     assert report.ok and not report.complete and report.checksums == 2 and report.untouched == report.touched == 0
     assert "not all of it could be verified" in describe(report)
     flip(place.output / SHARDS[0], 8 * (place.output / SHARDS[0]).stat().st_size - 5)
@@ -183,7 +183,7 @@ def test_a_base_that_is_gone(place: Place) -> None:
 
 def test_a_base_of_which_a_file_is_gone(place: Place) -> None:
     (place.base / SHARDS[1]).unlink()
-    report = shardmerge.verify(place.output, partial=True)
+    report = shardmerge.verify(place.output).raise_for_status(partial=True)
     assert report.ok and not report.complete and any(SHARDS[1] in text for text in report.unverified)
 
 
@@ -205,7 +205,7 @@ def test_a_flipped_bit_is_found_anywhere(place: Place, name: str) -> None:
         if name in SHARDS:
             assert "checksums" in kinds(report), bit
         path.write_bytes(content)
-    assert shardmerge.verify(place.output).ok
+    assert shardmerge.verify(place.output).raise_for_status().ok
 
 
 def test_a_flipped_bit_is_named_by_tensor_and_row(place: Place) -> None:
@@ -220,7 +220,7 @@ def test_a_flipped_bit_is_named_by_tensor_and_row(place: Place) -> None:
         assert (problem.tensor, problem.row, problem.column) == (tensor, 7, 3 if columns > 3 else 0)
         assert problem.file == path.name and problem.found != problem.expected
         flip(path, 8 * (start + 2 * element) + 13)
-    assert shardmerge.verify(place.output).ok
+    assert shardmerge.verify(place.output).raise_for_status().ok
 
 
 def test_an_untouched_bit_is_found_without_checksums(place: Place) -> None:
@@ -356,7 +356,7 @@ def test_an_adapter_of_another_run_with_the_same_time(place: Place) -> None:
         place.adapter / "adapter_config.json",
         ns=(0, json_time(record_of(place.output), "adapter_config.json")),
     )
-    report = shardmerge.verify(place.output, rows=None)
+    report = shardmerge.verify(place.output, rows=None).raise_for_status()
     assert report.ok and any("digest is another" in note for note in report.notes)
 
 
@@ -437,7 +437,7 @@ def test_an_edited_file_beside_the_weights(place: Place, is_there: bool) -> None
         problems = wrong(place.output).problems
         assert any(of.kind == "checksums" and of.text.startswith(f"{name} was changed after") for of in problems), name
         path.write_bytes(before)
-    report = shardmerge.verify(place.output, partial=True)
+    report = shardmerge.verify(place.output).raise_for_status(partial=True)
     assert report.other_files == len(beside) and report.complete == is_there
 
 
@@ -447,7 +447,7 @@ def test_sha256_of_files_beside_the_weights(tmp_path: Path) -> None:
     content = (place.output / "config.json").read_bytes()
     entry = record_of(place.output)["other_files"]["config.json"]
     assert entry["sha256"] == hashlib.sha256(content).hexdigest() and entry["bytes"] == len(content)
-    assert shardmerge.verify(place.output).complete
+    assert shardmerge.verify(place.output).raise_for_status().complete
     change_record(place.output, lambda record: record["other_files"]["config.json"].update(sha256="0" * 64))
     assert "config.json was changed" in wrong(place.output).problems[0].text
 
@@ -456,7 +456,7 @@ def test_a_head_that_config_says_is_there(tmp_path: Path) -> None:
     config = model_config(tie_word_embeddings=True, vocab_size=VOCAB)
     place = make_place(tmp_path, tensors=llama_tensors(tied=True), config=config)
     shardmerge.merge(place.config())
-    assert shardmerge.verify(place.output).complete
+    assert shardmerge.verify(place.output).raise_for_status().complete
     write_json(place.output / "config.json", {**config, "tie_word_embeddings": False})
     shutil.rmtree(place.base)
     assert "lm_head.weight is not tied to" in wrong(place.output).problems[-1].text
@@ -465,7 +465,7 @@ def test_a_head_that_config_says_is_there(tmp_path: Path) -> None:
 def test_what_the_base_says_wrong_itself_is_a_note(tmp_path: Path) -> None:
     place = make_place(tmp_path, tensors=llama_tensors(BF16), config=model_config(torch_dtype="float32"))
     shardmerge.merge(place.config())
-    report = shardmerge.verify(place.output)
+    report = shardmerge.verify(place.output).raise_for_status()
     assert report.ok and report.notes == (
         "config.json says float32, but most of the weights are bfloat16; so it is in the base",
     )
@@ -478,10 +478,10 @@ def test_a_config_that_is_no_json(place: Place) -> None:
 
 def test_a_readme_may_be_written(place: Place) -> None:
     (place.output / "README.md").write_text("# ours\n")
-    report = shardmerge.verify(place.output)
+    report = shardmerge.verify(place.output).raise_for_status()
     assert report.ok and "README.md was changed" in report.notes[0]
     shutil.rmtree(place.base)
-    report = shardmerge.verify(place.output, partial=True)
+    report = shardmerge.verify(place.output).raise_for_status(partial=True)
     assert report.ok and "README.md was changed" in report.notes[0]
 
 
@@ -549,14 +549,14 @@ def test_a_header_that_says_something_else_of_the_same_length(place: Place) -> N
 
 def test_no_record(place: Place, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no such directory"):
-        shardmerge.verify(tmp_path / "nowhere")
+        shardmerge.verify(tmp_path / "nowhere").raise_for_status()
     with pytest.raises(VerifyError, match=r"there is no shardmerge\.json") as caught:
-        shardmerge.verify(place.base)
+        shardmerge.verify(place.base).raise_for_status()
     assert caught.value.report is None
     (place.output / ".shardmerge").mkdir()
     (place.output / ".shardmerge" / "journal.json").write_text("{}")
     with pytest.raises(VerifyError, match="was not finished"):
-        shardmerge.verify(place.output)
+        shardmerge.verify(place.output).raise_for_status()
 
 
 @pytest.mark.parametrize(
@@ -577,11 +577,11 @@ def test_an_edited_record_is_not_believed(place: Place, edit: Callable[[str], st
     path.write_text(edit(before))
     assert path.read_text() != before
     with pytest.raises(VerifyError, match=r"shardmerge\.json was changed or damaged after the merge") as caught:
-        shardmerge.verify(place.output)
+        shardmerge.verify(place.output).raise_for_status()
     assert caught.value.report is None and str(place.output) in str(caught.value)
     # Spaces and the order of keys mean nothing.
     path.write_text(json.dumps(json.loads(before), sort_keys=True))
-    assert shardmerge.verify(place.output).complete
+    assert shardmerge.verify(place.output).raise_for_status().complete
 
 
 def test_the_checksum_of_a_record_is_of_its_canonical_json(place: Place) -> None:
@@ -596,13 +596,13 @@ def test_the_checksum_of_a_record_is_of_its_canonical_json(place: Place) -> None
 def test_an_old_record(place: Place) -> None:
     """It is verified as far as it goes, and what it lacks is said."""
     change_record(place.output, make_old)
-    report = shardmerge.verify(place.output)
+    report = shardmerge.verify(place.output).raise_for_status()
     assert report.complete and report.other_files == 0
     assert "no record_checksum" in report.notes[0] and "warning: shardmerge.json has no" in describe(report)
     (place.output / "tokenizer.json").write_text("{}")
     assert "tokenizer.json is not what the merge writes" in wrong(place.output).problems[0].text
     shutil.rmtree(place.base)
-    report = shardmerge.verify(place.output, partial=True)
+    report = shardmerge.verify(place.output).raise_for_status(partial=True)
     assert report.ok and any("files beside the weights" in text for text in report.unverified)
 
 
@@ -610,14 +610,14 @@ def test_an_old_record(place: Place) -> None:
 def test_a_damaged_record(place: Place, key: str) -> None:
     change_record(place.output, lambda record: record.pop(key))
     with pytest.raises(VerifyError, match="is damaged"):
-        shardmerge.verify(place.output)
+        shardmerge.verify(place.output).raise_for_status()
 
 
 @pytest.mark.parametrize("name", ["../base/model.safetensors", "/etc/passwd", 7, ""])
 def test_a_record_that_leads_elsewhere(place: Place, name: Any) -> None:
     change_record(place.output, lambda record: record["files"].append(name))
     with pytest.raises(VerifyError, match="no file of this directory"):
-        shardmerge.verify(place.output)
+        shardmerge.verify(place.output).raise_for_status()
 
 
 def test_a_record_whose_config_is_damaged(place: Place) -> None:
@@ -632,7 +632,7 @@ def test_a_record_without_checksums(place: Place) -> None:
         record["shards"] = {name: entry["bytes"] for name, entry in record["shards"].items()}
 
     change_record(place.output, change)
-    report = shardmerge.verify(place.output, partial=True)
+    report = shardmerge.verify(place.output).raise_for_status(partial=True)
     assert report.ok and not report.complete and report.checksums == 0 and report.touched == 3
 
 
@@ -648,7 +648,7 @@ def test_recorded_targets_and_shards_are_compared(place: Place) -> None:
 
 def test_progress(place: Place) -> None:
     seen: list[Progress] = []
-    shardmerge.verify(place.output, progress=seen.append)
+    shardmerge.verify(place.output, progress=seen.append).raise_for_status()
     assert seen[0].done == 0 and seen[-1].done == seen[-1].total and {of.doing for of in seen} == {"verifying"}
     assert [of.done for of in seen] == sorted(of.done for of in seen)
     assert {(of.shard, of.shard_number, of.shards) for of in seen} == {(SHARDS[0], 1, 2), (SHARDS[1], 2, 2)}
@@ -659,7 +659,7 @@ def test_what_progress_raises_stops_it(place: Place) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        shardmerge.verify(place.output, progress=stop)
+        shardmerge.verify(place.output, progress=stop).raise_for_status()
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:

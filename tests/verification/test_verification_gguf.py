@@ -72,7 +72,7 @@ def of_all(kind: str, quantization: str) -> Any:
 def test_what_a_merge_writes_is_proved(kind: str, quantization: str, gguf_models: GgufModels, tmp_path: Path) -> None:
     file = merged(gguf_models, kind, quantization, tmp_path)
     for rows in (16, None):
-        report = shardmerge.verify(file.parent, rows=rows)
+        report = shardmerge.verify(file.parent, rows=rows).raise_for_status()
         assert report.complete and not report.notes and report.format == "gguf"
         assert report.touched and report.untouched and report.touched + report.untouched == report.tensors
         assert report.worst <= 1 and report.rows <= report.all_rows
@@ -424,11 +424,11 @@ def test_base_or_adapter_is_gone(gguf_models: GgufModels, tmp_path: Path) -> Non
     base, adapter = (shutil.copytree(of, tmp_path / of.name) for of in gguf_models("llama-spm"))
     file = as_gguf(base, adapter, tmp_path / "Model", "q4_0")
     adapter.rename(tmp_path / "elsewhere")
-    report = shardmerge.verify(file.parent, partial=True)
+    report = shardmerge.verify(file.parent).raise_for_status(partial=True)
     assert report.ok and not report.complete and (report.untouched, report.touched) == (7, 0)
-    assert shardmerge.verify(file.parent, adapters=[str(tmp_path / "elsewhere")]).complete
+    assert shardmerge.verify(file.parent, adapters=[str(tmp_path / "elsewhere")]).raise_for_status().complete
     base.rename(tmp_path / "other")
-    report = shardmerge.verify(file.parent, partial=True)
+    report = shardmerge.verify(file.parent).raise_for_status(partial=True)
     assert report.ok and not report.complete and (report.untouched, report.checksums, report.tensors) == (0, 1, 21)
     content = bytearray(file.read_bytes())
     put("llama.block_count", 4, "<I", 3, content, {})
@@ -451,7 +451,7 @@ def test_without_the_adapter_the_rest_is_compared(changed: Any, tmp_path: Path) 
 def test_the_folder_may_move(gguf_models: GgufModels, tmp_path: Path) -> None:
     file = merged(gguf_models, "llama-spm", "q8_0", tmp_path)
     moved = file.parent.rename(tmp_path / "elsewhere")
-    report = shardmerge.verify(moved)
+    report = shardmerge.verify(moved).raise_for_status()
     assert report.complete and not report.notes
 
 
@@ -470,7 +470,7 @@ def test_other_dtypes_in_between(
     kind: str, quantization: str, options: dict[str, Any], gguf_models: GgufModels, tmp_path: Path
 ) -> None:
     file = merged(gguf_models, kind, quantization, tmp_path, **options)
-    report = shardmerge.verify(file.parent, rows=None)
+    report = shardmerge.verify(file.parent, rows=None).raise_for_status()
     assert report.complete and not report.notes
 
 
@@ -524,14 +524,14 @@ def test_other_methods(method: Any, gguf_models: GgufModels, tmp_path: Path) -> 
     model.save_pretrained(tmp_path / "adapter")
     file = as_gguf(base, tmp_path / "adapter", tmp_path / "Model", "q8_0")
     for rows in (5, None):
-        report = shardmerge.verify(file.parent, rows=rows)
+        report = shardmerge.verify(file.parent, rows=rows).raise_for_status()
         assert report.complete and not report.notes and report.touched == 4
 
 
 def test_progress(gguf_models: GgufModels, tmp_path: Path) -> None:
     file = merged(gguf_models, "mixtral", "q4_0", tmp_path)
     seen: list[Progress] = []
-    shardmerge.verify(file.parent, progress=seen.append)
+    shardmerge.verify(file.parent, progress=seen.append).raise_for_status()
     assert seen[0].done == 0 and seen[-1].done == seen[-1].total
     assert [of.done for of in seen] == sorted(of.done for of in seen)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from shardmerge.errors import ConfigError
 from shardmerge.inference import hf
+from shardmerge.inference.devices import device_named
 from shardmerge.inference.hf import Message
 
 
@@ -68,12 +69,14 @@ class Streamer:
             self.stream_to(piece)
 
 
-def load(path: str, template: str | None = None) -> Chat:
+def load(path: str, template: str | None = None, device: str = "auto") -> Chat:
     """The model in the directory ``path``, in its stored dtype; never from the network, never running its code.
 
+    ``device`` is where it answers: cpu, cuda or cuda:1; auto is the CPU.
     ``template`` replaces the tokenizer's chat template; ``\\n`` in it, typed as two characters, is a newline.
     """
     hf.check_template(template)
+    place = device_named(device, "the chat")
     hf.check_directory(Path(path))
     tokenizer = hf.load_tokenizer(path)
-    return Chat(tokenizer, hf.load_model(path), hf.template_for(tokenizer, template))
+    return Chat(tokenizer, hf.load_model(path).to(place), hf.template_for(tokenizer, template))

@@ -11,7 +11,6 @@ In bfloat16 every layer rounds, and base + adapter otherwise than merged.
 from __future__ import annotations
 
 import gc
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardmerge.config import suggestions
-from shardmerge.config.choices import DEVICE, DEVICES
 from shardmerge.errors import ConfigError, FormatError
 from shardmerge.inference import hf
 from shardmerge.inference.comparison.attached import attach
@@ -36,9 +33,9 @@ from shardmerge.inference.comparison.figures import (
     parting,
     total,
 )
+from shardmerge.inference.devices import device_named
 from shardmerge.reporting.origin import Origin, read_origin, stored_dtypes
 from shardmerge.system.garbage import give_back
-from shardmerge.system.torch_devices import resolve_device
 
 __all__ = ["MAX_NEW_TOKENS", "PROMPTS", "Comparison", "compare", "describe", "difference"]
 
@@ -78,7 +75,7 @@ def compare(
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ConfigError("a prompt is empty" if prompts else "there is no prompt")
     hf.check_template(template)
-    place = _device(device)
+    place = device_named(device, "the comparison")
     origin = read_origin(output, base, adapters)
     hf.check_directory(output)
     tokenizer = hf.load_tokenizer(str(output))
@@ -168,10 +165,3 @@ class _Speaker:
 
     def _text(self, reference: Reference, tokens: Tensor) -> str:
         return str(self.tokenizer.decode(tokens[reference.asked :].tolist(), skip_special_tokens=True))
-
-
-def _device(name: str) -> torch.device:
-    if not re.fullmatch(DEVICE, name):
-        hint = suggestions.hint(name, DEVICES)
-        raise ConfigError(f"the device is {name!r}; expected auto, cpu, cuda or cuda:1" + (f"; {hint}" if hint else ""))
-    return resolve_device(name, "the device", "the comparison")

@@ -203,7 +203,7 @@ class Comparison:
         """What a person should know who relies on this."""
         if self.figures["adapter_kl"] >= HARDLY:
             return []
-        return [Warned("the adapter hardly shows on these prompts; --prompt takes some that it was trained for")]
+        return [Warned("the adapter hardly shows on these prompts; give some that it was trained for with prompts=")]
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "same": self.same, "differences": self.differences, "notes": self.notes}
