@@ -42,7 +42,7 @@ def test_options_without_effect_are_refused(
 
 def test_a_second_run_names_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = make_place(tmp_path)
-    arguments = ["merge", place.base, place.adapter, "-o", place.output]
+    arguments: list[str | Path] = ["merge", place.base, place.adapter, "-o", place.output]
     invoke(monkeypatch, *arguments)
     result = invoke(monkeypatch, *arguments, code=3)
     assert "--overwrite" in result.stderr and "overwrite=True" not in result.stderr

@@ -84,8 +84,8 @@ def test_dir_shows_what_there_is_and_nothing_else() -> None:
 
 
 def test_the_parts_of_a_merge_are_a_config(config: dict[str, Any], tmp_path: Path) -> None:
-    parts = {"base": tmp_path / "base", "adapter": tmp_path / "adapter", "output": {"path": tmp_path / "parts"}}
-    report = shardmerge.merge(**parts)
+    place = {"path": tmp_path / "parts"}
+    report = shardmerge.merge(base=tmp_path / "base", adapter=tmp_path / "adapter", output=place)
     assert report.targets == shardmerge.merge(config).targets == 3
     for shard in (tmp_path / "out").glob("*.safetensors"):
         assert (tmp_path / "parts" / shard.name).read_bytes() == shard.read_bytes()
@@ -93,7 +93,7 @@ def test_the_parts_of_a_merge_are_a_config(config: dict[str, Any], tmp_path: Pat
 
 
 def test_several_adapters_in_their_order(config: dict[str, Any], tmp_path: Path) -> None:
-    entries = [{"path": str(tmp_path / "adapter"), "weight": 0.5}, tmp_path / "adapter"]
+    entries: list[Any] = [{"path": str(tmp_path / "adapter"), "weight": 0.5}, tmp_path / "adapter"]
     plan = shardmerge.plan(base=tmp_path / "base", adapter=entries, output=tmp_path / "parts")
     assert [info.weight for info in plan.adapters] == [0.5, 1.0]
 
@@ -143,10 +143,10 @@ def test_export_inspect_and_init(config: dict[str, Any], output: Path, tmp_path:
 
 def test_a_report_raises_when_it_is_asked_to(config: dict[str, Any], output: Path, tmp_path: Path) -> None:
     shardmerge.merge(config)
-    report = shardmerge.verify(output)
+    report = shardmerge.verify(output).raise_for_status()
     assert report.raise_for_status() is report
     (tmp_path / "base").rename(tmp_path / "gone")
-    report = shardmerge.verify(output)
+    report = shardmerge.verify(output).raise_for_status()
     assert report.ok and not report.complete and report.raise_for_status(partial=True) is report
     with pytest.raises(shardmerge.VerifyError, match="partial=True") as caught:
         report.raise_for_status()
