@@ -19,11 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 from unittest import mock
 
 import shardmerge
@@ -35,7 +36,7 @@ from shardmerge.destinations.shard_writer import ShardWriter
 from shardmerge.execution import engine, pipeline
 from shardmerge.execution.engine import Engine
 from shardmerge.execution.jobs import Job
-from shardmerge.execution.pipeline import Buffer
+from shardmerge.execution.pipeline import Buffer, Work, Worked
 from shardmerge.spec.plans import MergePlan, ShardPlan
 from shardmerge.system.checksums import Checksums
 from shardmerge.system.directory import Directory
@@ -44,7 +45,7 @@ GB = 1e9
 #: What the machine's limits are measured on, at most: a part of a shard.
 LIMIT_BYTES = 2 << 30
 
-Stage = Callable[[Job, Buffer], None]
+Done = TypeVar("Done")
 
 
 @dataclass(slots=True)
@@ -54,11 +55,12 @@ class Clock:
     seconds: float = 0.0
     nbytes: int = 0
 
-    def time(self, stage: Stage, job: Job, buffer: Buffer, nbytes: int) -> None:
+    def time(self, step: Callable[[], Done], nbytes: int = 0) -> Done:
         started = time.perf_counter()
-        stage(job, buffer)
+        done = step()
         self.seconds += time.perf_counter() - started
         self.nbytes += nbytes
+        return done
 
     @property
     def speed(self) -> float:
@@ -89,31 +91,25 @@ def alone(stage: str, clock: Clock) -> Iterator[None]:
     def run(
         jobs: Iterable[Job],
         buffers: Sequence[Buffer],
-        read: Stage,
-        work: Stage,
-        write: Stage,
+        read: Callable[[Job, Buffer], None],
+        work: Work[Job],
+        write: Callable[[Job, Buffer], None],
         done: Callable[[Job], None],
     ) -> None:
-        at_work: deque[tuple[Job, Buffer]] = deque()
-
-        def finish(left: int) -> None:
-            # What the writer waits for, as threads may be at a buffer's last tiles when the next is begun.
-            while len(at_work) > left:
-                clock.time(write, *at_work.popleft(), 0)
-
+        """The last job is waited for when the next has been handed out, as threads may be at its last tiles."""
+        last = Worked(buffers[0])
         for number, job in enumerate(jobs):
-            buffer = buffers[number % len(buffers)]
+            source, target = buffers[number % 2], buffers[2 + number % 2]
+            targets = iter([target])
             if stage == "read":
-                clock.time(read, job, buffer, job.read_bytes)
+                clock.time(partial(read, job, source), job.read_bytes)
             elif stage == "write":
-                clock.time(write, job, buffer, job.write_bytes)
-            else:
-                finish(len(buffers) - 1)
-                read(job, buffer)
-                if job.tensor is not None:
-                    clock.time(work, job, buffer, job.read_bytes)
-                at_work.append((job, buffer))
-        finish(0)
+                clock.time(partial(write, job, target), job.write_bytes)
+            elif job.tensor is not None:
+                read(job, source)
+                before, last = last, clock.time(partial(work, job, source, targets.__next__), job.read_bytes)
+                clock.time(before.wait)
+        clock.time(last.wait)
 
     # Where tiles are only read, or only written, no update is done, which is all right here alone.
     with mock.patch.object(pipeline, "run", run), mock.patch.object(engine, "missing", lambda tensor, given: ""):

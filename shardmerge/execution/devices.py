@@ -1,8 +1,7 @@
-"""Where tiles are worked on: in the buffers' own memory, or on a GPU, to which they are copied and back.
+"""Where tiles are computed: in the machine's memory, or on a GPU, to which they are copied and back.
 
-On a GPU every thread has a stream of its own, so that the copies of one tile overlap with the products of another. What
-a thread does is done in turns, and what was begun in a turn is over when it ends: bytes have been read from a buffer,
-and have arrived in one, before anyone is told.
+On a GPU every lane has a stream of its own, so that the copies of one tile overlap with the products of another.
+Leaving `on_stream` waits for the stream: then bytes have been read from a buffer, and have arrived in one.
 """
 
 from __future__ import annotations
@@ -15,53 +14,53 @@ import torch
 from torch import Tensor
 
 
-def place_on(device: torch.device, workers: int) -> Place:
-    return Place() if device.type == "cpu" else CudaPlace(torch.device(device.type, device.index or 0), workers)
+def device_for(device: torch.device, streams: int) -> Device:
+    return Device() if device.type == "cpu" else CudaDevice(torch.device(device.type, device.index or 0), streams)
 
 
 _NOTHING = nullcontext()
 
 
-class Place:
-    """The CPU: tiles are decoded from their buffer, and rounded into it."""
+class Device:
+    """The CPU: tiles are decoded from a buffer, and rounded into another."""
 
     device = torch.device("cpu")
 
     def pin(self, buffers: Iterable[Tensor]) -> None:
-        """Get memory ready to be copied from and to, until `close`."""
+        """Page-lock memory that is copied from and to, until `close`."""
 
     def close(self) -> None:
         """Undo `pin`."""
 
-    def turn(self, worker: int) -> AbstractContextManager[None]:
-        """What a thread, told by its number, does in here is done when it leaves."""
+    def on_stream(self, number: int) -> AbstractContextManager[None]:
+        """A context in which work goes to one of the streams; leaving it waits for the work."""
         return _NOTHING
 
     def fetch(self, stored: Tensor) -> Tensor:
-        """What lies in a buffer, here; it may be the same memory."""
+        """A buffer's bytes on this device; it may be the same memory."""
         return stored
 
-    def settle(self) -> None:
-        """Wait for what this thread has begun: it is then for other threads to use."""
+    def synchronize(self) -> None:
+        """Wait for this thread's stream: other threads may then use what it has made."""
 
     def in_full(self) -> AbstractContextManager[None]:
-        """Products of float32 are float32's; for one thread to say, around all turns."""
+        """A context, of the process, in which products of float32 are computed in float32 and not in TF32."""
         return _NOTHING
 
-    def beside(self, target: Tensor) -> Tensor:
-        """Memory here to make in what shall be in ``target``; `deliver` takes it there."""
+    def staging(self, target: Tensor) -> Tensor:
+        """Memory of this device like ``target``, a part of a buffer; it may be the same. `deliver` copies it there."""
         return target
 
-    def deliver(self, made: Tensor, target: Tensor) -> None:
-        """Bring what was made `beside` a target into it; it is there when the turn ends."""
+    def deliver(self, staged: Tensor, target: Tensor) -> None:
+        """Copy a tensor of `staging` to its target, where it is after `synchronize`."""
 
 
-class CudaPlace(Place):
-    """A GPU. Its memory comes from torch's allocator, of which every stream has memory of its own."""
+class CudaDevice(Device):
+    """A GPU. Its memory comes from torch's allocator, which keeps that of each stream apart."""
 
-    def __init__(self, device: torch.device, workers: int) -> None:
+    def __init__(self, device: torch.device, streams: int) -> None:
         self.device = device
-        self._streams = [torch.cuda.Stream(device) for _ in range(workers)]  # type: ignore[no-untyped-call]
+        self._streams = [torch.cuda.Stream(device) for _ in range(streams)]  # type: ignore[no-untyped-call]
         self._pinned: list[int] = []
 
     def pin(self, buffers: Iterable[Tensor]) -> None:
@@ -72,8 +71,8 @@ class CudaPlace(Place):
             if not failed:
                 self._pinned.append(buffer.data_ptr())
                 continue
-            # Copies are slower then, and no less right. But CUDA keeps the error for the next who launches a kernel.
-            with suppress(RuntimeError), self.turn(0):
+            # Copies are slower then, and no less right. But CUDA reports the error again when the next kernel starts.
+            with suppress(RuntimeError), self.on_stream(0):
                 torch.ones(1, device=self.device)
 
     def close(self) -> None:
@@ -81,17 +80,17 @@ class CudaPlace(Place):
             torch.cuda.cudart().cudaHostUnregister(self._pinned.pop())  # type: ignore[no-untyped-call]
 
     @contextmanager
-    def turn(self, worker: int) -> Iterator[None]:
-        with torch.cuda.stream(self._streams[worker]):
+    def on_stream(self, number: int) -> Iterator[None]:
+        with torch.cuda.stream(self._streams[number]):
             try:
                 yield
             finally:
-                self.settle()
+                self.synchronize()
 
     def fetch(self, stored: Tensor) -> Tensor:
         return stored.to(self.device, non_blocking=True)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         torch.cuda.current_stream(self.device).synchronize()
 
     @contextmanager
@@ -110,8 +109,8 @@ class CudaPlace(Place):
             for one, was in zip(of, before, strict=True):
                 setattr(one, switch, was)
 
-    def beside(self, target: Tensor) -> Tensor:
+    def staging(self, target: Tensor) -> Tensor:
         return torch.empty_like(target, device=self.device)
 
-    def deliver(self, made: Tensor, target: Tensor) -> None:
-        target.copy_(made, non_blocking=True)
+    def deliver(self, staged: Tensor, target: Tensor) -> None:
+        target.copy_(staged, non_blocking=True)

@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shardmerge.adapters.work import missing
 from shardmerge.destinations.shard_writer import ShardWriter
 from shardmerge.errors import ShardmergeError
 from shardmerge.execution import pipeline
-from shardmerge.execution.jobs import Job, jobs, positions
-from shardmerge.execution.pipeline import Buffer
+from shardmerge.execution.jobs import Job, jobs
+from shardmerge.execution.pipeline import Buffer, Worked
 from shardmerge.sources.open_readers import OpenReaders
-from shardmerge.spec.plans import MergePlan, Receipt, ShardPlan, TensorPlan
+from shardmerge.spec.plans import Fidelity, MergePlan, Receipt, ShardPlan, TensorPlan
 from shardmerge.spec.tensors import BUFFER_SLACK
 from shardmerge.spec.updates import Update
 from shardmerge.system.garbage import no_garbage_collection
 from shardmerge.system.memory_use import WorkingSet
 
 if TYPE_CHECKING:
-    from shardmerge.execution.threads import Batch
     from shardmerge.execution.tiles import TileWorker
 
 
@@ -44,8 +43,8 @@ class Engine:
         files = [*plan.base.files, *(file for adapter in plan.adapters for file in adapter.files)]
         self._sources, self._factors, self._shared = OpenReaders(files), OpenReaders(files), OpenReaders(files)
         self._worker: TileWorker | None = None
-        #: Seconds that each of the three threads has worked, or waited for the disk, for torch's import, or for those
-        #: that compute.
+        #: Seconds that the threads that read and write have worked or waited for the disk; and that those that compute
+        #: have worked, on average.
         self.seconds = {"reading": 0.0, "working": 0.0, "writing": 0.0}
         self._import = threading.Thread(target=_import_compute, name="shardmerge-import", daemon=True)
         if any(tensor.tiles for shard in plan.shards for tensor in shard.tensors):
@@ -63,40 +62,40 @@ class Engine:
     def merge_shard(self, shard: ShardPlan, writer: ShardWriter, advance: Callable[[int], None]) -> Receipt:
         """Write one shard through ``writer``, which is not committed. ``advance`` is told the bytes done."""
 
-        start = shard.header_bytes
-
         def read(job: Job, buffer: Buffer) -> None:
-            source = self._sources.get(job.uri)
-            source.read_block(buffer.view, positions(job, start).read, job.read_offset, job.read_bytes)
+            self._sources.get(job.uri).read_block(buffer.view, job.read_at, job.read_offset, job.read_bytes)
 
-        at_work: dict[int, Batch[Any, Any]] = {}
-
-        def work(job: Job, buffer: Buffer) -> None:
+        def work(job: Job, source: Buffer, empty: Callable[[], Buffer]) -> Worked:
+            if job.tensor is not None and job.survey is not None:
+                self._compute().survey(job, job.tensor, source)
+                return Worked(source)
             if job.tensor is not None:
-                batch = self._compute().merge(job, job.tensor, buffer, positions(job, start))
-                if batch is not None:
-                    at_work[id(buffer)] = batch
+                target = empty()
+                return Worked(target, self._compute().merge(job, job.tensor, source, target))
+            if job.read_at == job.write_at:
+                return Worked(source)
+            target = empty()
+            target.view[job.write_at : job.write_at + job.write_bytes] = source.view[
+                job.read_at : job.read_at + job.read_bytes
+            ]
+            return Worked(target)
 
-        def write(job: Job, buffer: Buffer) -> None:
-            # Other threads may still be at the buffer's last tiles, while the caller's is at the next buffer.
-            if (batch := at_work.pop(id(buffer), None)) is not None:
-                batch.wait()
+        def write(job: Job, target: Buffer) -> None:
             if not job.write_bytes:
                 return
-            at = positions(job, start)
-            done = at.read if job.tensor is None else at.work
-            if done != at.write:
-                buffer.view[at.write : at.write + job.write_bytes] = buffer.view[done : done + job.write_bytes]
             source = None
             if job.tensor is None and writer.shares:
                 source = self._shared.get(job.uri).fileno(), job.read_offset
-            writer.write_block(buffer.view, at.write, job.write_offset, job.write_bytes, source)
+            elif job.tensor is not None and job.encode_at != job.write_at:
+                made = target.view[job.encode_at : job.encode_at + job.write_bytes]
+                target.view[job.write_at : job.write_at + job.write_bytes] = made
+            writer.write_block(target.view, job.write_at, job.write_offset, job.write_bytes, source)
 
         pipeline.run(
             jobs(shard, self.plan.memory.buffer_bytes),
             self.buffers,
             self._timed("reading", read),
-            self._timed("working", work),
+            work,
             self._timed("writing", write),
             lambda job: advance(job.write_bytes),
         )
@@ -105,8 +104,12 @@ class Engine:
         self._factors.check()
         self._shared.check()  # what was read and hashed is what was shared
         self._must_be_done(shard)
-        seen = self._worker.take() if self._worker else ((), {})
-        return Receipt(shard.name, shard.nbytes, writer.checksums.hex(), *seen)
+        active: tuple[int, ...] = ()
+        fidelity: Mapping[str, Fidelity] = {}
+        if self._worker is not None:
+            active, fidelity, seconds = self._worker.take()
+            self.seconds["working"] += seconds
+        return Receipt(shard.name, shard.nbytes, writer.checksums.hex(), active, fidelity)
 
     def _timed(self, stage: str, step: Callable[[Job, Buffer], None]) -> Callable[[Job, Buffer], None]:
         def timed(job: Job, buffer: Buffer) -> None:

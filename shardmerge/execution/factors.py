@@ -18,7 +18,7 @@ from torch import Tensor
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.codecs import NUMBER_DTYPES
 from shardmerge.errors import NonFiniteError
-from shardmerge.execution.devices import Place
+from shardmerge.execution.devices import Device
 from shardmerge.sources.source import Reader
 from shardmerge.spec.tensors import ALIGNMENT, DTYPE_BITS, KEPT_WHOLE_BYTES, RowRange, TensorRef
 from shardmerge.spec.updates import Update
@@ -35,11 +35,11 @@ class Made:
 class LazyFactors:
     """Reads factors and keeps the whole ones of the current target."""
 
-    def __init__(self, reader: Callable[[str], Reader], place: Place, shared_bytes: int = 0) -> None:
+    def __init__(self, reader: Callable[[str], Reader], device: Device, shared_bytes: int = 0) -> None:
         """``shared_bytes``: of factors that are kept as stored, what the next target needs not may stay so large."""
         self._reader = reader
         self._shared_bytes = shared_bytes
-        self._place = place
+        self._device = device
         self._kept: dict[tuple[TensorRef, torch.dtype], Tensor] = {}
         self._as_stored: dict[TensorRef, Tensor] = {}
         self._built: dict[tuple[int, str], Tensor] = {}
@@ -79,7 +79,7 @@ class LazyFactors:
         if (kept := self._kept.get((ref, made.dtype))) is None:
             kept = self._ready(ref, self._read(ref, RowRange(0, ref.shape[0])), made)
             self._kept[ref, made.dtype] = kept
-            self._place.settle()
+            self._device.synchronize()
         return kept
 
     def as_stored(self, ref: TensorRef) -> Tensor:
@@ -117,7 +117,7 @@ class LazyFactors:
                 kept = self._built[key] = build()
             finally:
                 torch.set_num_threads(threads)
-            self._place.settle()
+            self._device.synchronize()
         return kept
 
     def _stored(self, ref: TensorRef) -> Tensor:
@@ -126,7 +126,7 @@ class LazyFactors:
         return stored
 
     def _ready(self, ref: TensorRef, stored: Tensor, made: Made, first: tuple[int, ...] = ()) -> Tensor:
-        device, dtype = self._place.device, made.dtype
+        device, dtype = self._device.device, made.dtype
         if not stored.dtype.is_floating_point:
             return stored.to(device).to(torch.int64).contiguous()
         self._check(ref, stored, first, made.infinite)

@@ -1,8 +1,8 @@
 """Three stages over one fixed pool of buffers: read → work → write.
 
-Reading and writing have a thread each; the work is done by the caller's thread, which is also where errors and progress
-surface. The pool bounds everything: who wants a buffer waits until one comes back. An error or an interrupt in any
-stage stops the others, and no thread outlives `run`.
+Reading and writing have a thread each; the work is handed out by the caller's thread, which is also where errors and
+progress surface. The pool bounds everything: who wants a buffer waits until one comes back. An error or an interrupt in
+any stage stops the others, and no thread outlives `run`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from shardmerge.system.aligned_memory import pages
@@ -46,13 +47,12 @@ class Channel(Generic[Item]):
     def put(self, item: Item) -> None:
         with self._changed:
             self._items.append(item)
-            self._changed.notify()
+            self._changed.notify_all()
 
-    def get(self) -> Item:
+    def get(self, leave: int = 0) -> Item:
+        """The first item, as soon as there are more than ``leave``."""
         with self._changed:
-            while not self._items:
-                if self._stopped:
-                    raise StoppedError
+            while len(self._items) <= leave and not self._stopped:
                 self._changed.wait()
             if self._stopped:
                 raise StoppedError
@@ -62,6 +62,17 @@ class Channel(Generic[Item]):
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+
+
+@dataclass(frozen=True, slots=True)
+class Worked:
+    """What the work hands to the writer: the buffer to write, which is complete when ``wait`` returns."""
+
+    buffer: Buffer
+    wait: Callable[[], object] = lambda: None
+
+
+Work = Callable[[Job, Buffer, Callable[[], Buffer]], Worked]
 
 
 class _Pipeline(Generic[Job]):
@@ -77,22 +88,26 @@ class _Pipeline(Generic[Job]):
         self.write = write
         self.free = Channel(buffers)
         self.filled: Channel[tuple[Job, Buffer] | None] = Channel()
-        self.ready: Channel[tuple[Job, Buffer] | None] = Channel()
+        self.ready: Channel[tuple[Job, Buffer, Worked] | None] = Channel()
         self.error: BaseException | None = None
         self._error_lock = threading.Lock()
 
     def reading(self) -> None:
         for job in self.jobs:
-            buffer = self.free.get()
+            # The last free buffer is for output: only when that is written, input becomes free.
+            buffer = self.free.get(leave=1)
             self.read(job, buffer)
             self.filled.put((job, buffer))
         self.filled.put(None)
 
     def writing(self) -> None:
         while (entry := self.ready.get()) is not None:
-            job, buffer = entry
-            self.write(job, buffer)
-            self.free.put(buffer)
+            job, source, worked = entry
+            worked.wait()
+            if worked.buffer is not source:
+                self.free.put(source)
+            self.write(job, worked.buffer)
+            self.free.put(worked.buffer)
 
     def guarded(self, stage: Callable[[], None]) -> None:
         try:
@@ -113,15 +128,16 @@ def run(
     jobs: Iterable[Job],
     buffers: Iterable[Buffer],
     read: Callable[[Job, Buffer], None],
-    work: Callable[[Job, Buffer], None],
+    work: Work[Job],
     write: Callable[[Job, Buffer], None],
     done: Callable[[Job], None],
 ) -> None:
     """Take every job through the three stages, in order.
 
     ``jobs`` is consumed, and ``read`` called, in the reading thread; ``write`` in the writing thread; ``work`` and
-    ``done`` in the caller's. ``done`` is called when a job's work is handed to the writer. Raises what the first
-    failing stage raised.
+    ``done`` in the caller's. ``work`` is given the buffer that was read into, and a function that gives it an empty one
+    for its output; it may write from the same buffer. ``done`` is called when a job's work is handed to the writer.
+    There must be two buffers at least. Raises what the first failing stage raised.
     """
     pipeline = _Pipeline(jobs, buffers, read, write)
     threads = [
@@ -135,8 +151,7 @@ def run(
             started.append(thread)
         while (entry := pipeline.filled.get()) is not None:
             job, buffer = entry
-            work(job, buffer)
-            pipeline.ready.put(entry)
+            pipeline.ready.put((job, buffer, work(job, buffer, pipeline.free.get)))
             done(job)
         pipeline.ready.put(None)
         threads[1].join()

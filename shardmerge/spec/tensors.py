@@ -101,8 +101,8 @@ MIN_TILE_ROWS = 16
 PAGE = 4096
 
 
-#: What a buffer has beyond its bytes: the pages that a block begins and ends in, and room between input and output.
-BUFFER_SLACK = 4 * PAGE
+#: What a buffer has beyond its bytes, as they may begin anywhere in a page.
+BUFFER_SLACK = PAGE
 
 
 #: What torch takes when it first computes: pages of its code (most of it), MKL's packing buffers, threads. Measured.

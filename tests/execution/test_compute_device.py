@@ -20,20 +20,19 @@ from torch import Tensor
 
 import shardmerge
 from shardmerge.adapters.registry import FAMILIES
-from shardmerge.execution import threads, tiles
-from shardmerge.execution.devices import CudaPlace
+from shardmerge.execution import nonfinite
+from shardmerge.execution.devices import CudaDevice
 from shardmerge.execution.factors import LazyFactors
 from shardmerge.execution.fidelity import Sampler
 from shardmerge.execution.threads import ComputeThreads
 from shardmerge.planning import tiling
 from shardmerge.sources.open_readers import OpenReaders
-from shardmerge.system import torch_devices
 from tests.support.builders import slow_but
 from tests.support.device_cases import NAMES, TALL, _of, config_of, files
 from tests.support.family_oracle import Tall, write_case
 from tests.support.gguf_zoo import make as make_for_gguf
 from tests.support.peft_oracle import least_memory, make_config, random, stored, write_adapter, write_base
-from tests.support.pretended_cuda import DEVICE, MisuseError, OnDevice, PretendedCuda, every_begin
+from tests.support.pretended_cuda import DEVICE, MisuseError, OnDevice, PretendedCuda, every_tile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORKERS = 2
@@ -43,13 +42,16 @@ WORKERS = 2
 def gpu(monkeypatch: pytest.MonkeyPatch) -> PretendedCuda:
     made = PretendedCuda()
     made.install(monkeypatch)
-    monkeypatch.setattr(tiles, "resolve_device", lambda name, **_: DEVICE if name == "cuda" else torch.device(name))
-    monkeypatch.setattr(torch_devices, "missing", lambda name, setting="": None)  # the plan asks for it, too
-    monkeypatch.setattr(threads, "_cores", lambda: WORKERS)
+    monkeypatch.setattr(
+        "shardmerge.execution.tiles.resolve_device", lambda name, **_: DEVICE if name == "cuda" else torch.device(name)
+    )
+    monkeypatch.setattr(
+        "shardmerge.system.torch_devices.missing", lambda name, setting="": None
+    )  # the plan asks for it, too
     share = ComputeThreads.share
 
-    def checked(self: Any, items: Any, begin: Any, work: Any, apart: bool) -> Any:
-        return share(self, items, every_begin(made, begin), work, apart)
+    def checked(self: Any, items: Any, work: Any) -> Any:
+        return share(self, items, every_tile(made, work))
 
     monkeypatch.setattr(ComputeThreads, "share", checked)
     return made
@@ -191,38 +193,41 @@ def test_both_threads_have_their_stream(gpu: PretendedCuda, tmp_path: Path, monk
 
 
 def test_who_does_not_wait_is_found(gpu: PretendedCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CudaPlace, "settle", lambda self: None)
-    with pytest.raises(MisuseError, match="let go while it is read") as error:
-        on("cuda", config_of("LoRA", tmp_path / "out"))
-    assert "a tile counts as read before its copy is done" in str(error.value.__context__)
+    monkeypatch.setattr(CudaDevice, "on_stream", lambda self, number: torch.cuda.stream(self._streams[number]))
+    monkeypatch.setattr(nonfinite, "is_finite", lambda values: True)  # as this asks for a number, it waits
+    monkeypatch.setattr(tiling, "_SIZES", ((1 << 16, 1 << 13),))
+    where = write_base(tmp_path / "base", [{"m.weight": random(2048, 256, seed=0)}])
+    adapter = write_adapter(tmp_path / "adapter", {"m": (random(4, 256, seed=1), random(2048, 4, seed=2))})
+    with pytest.raises(MisuseError, match=r"a tile counts as done|let go while"):
+        on("cuda", make_config(tmp_path / "out", where, [adapter]))
 
 
-def test_what_is_delivered_is_there_when_the_turn_ends(gpu: PretendedCuda) -> None:
-    place, target = CudaPlace(DEVICE, 1), torch.zeros(5)
-    place.pin([target])
-    with place.turn(0):
-        made = place.beside(target).fill_(3)
-        place.deliver(made, target)
+def test_what_is_delivered_is_there_when_the_stream_is_left(gpu: PretendedCuda) -> None:
+    device, target = CudaDevice(DEVICE, 1), torch.zeros(5)
+    device.pin([target])
+    with device.on_stream(0):
+        made = device.staging(target).fill_(3)
+        device.deliver(made, target)
         made.fill_(4)  # later than the copy
         assert not target.any()
     assert target.eq(3).all()
-    with pytest.raises(ValueError, match="x"), place.turn(0):  # and when it fails
-        place.deliver(place.beside(target).fill_(6), target)
+    with pytest.raises(ValueError, match="x"), device.on_stream(0):  # and when it fails
+        device.deliver(device.staging(target).fill_(6), target)
         raise ValueError("x")
     assert target.eq(6).all()
-    place.close()
+    device.close()
 
 
 def test_factors_are_done_before_another_stream_has_them(gpu: PretendedCuda, tmp_path: Path) -> None:
     base, adapter = files("LoRA", "bfloat16")
     plan = shardmerge.plan(make_config(tmp_path / "out", base, [adapter]))
     tensor = next(tensor for tensor, _ in plan.updates() if tensor.updates[0].family == "lora")
-    place = CudaPlace(DEVICE, 2)
+    device = CudaDevice(DEVICE, 2)
     readers = OpenReaders([file for adapter in plan.adapters for file in adapter.files])
-    loader = LazyFactors(readers.get, place)
+    loader = LazyFactors(readers.get, device)
     loader.begin(tensor.updates, [torch.float64] * len(tensor.updates))
     factors = loader.of(tensor.updates[0])
-    with place.turn(0):
+    with device.on_stream(0):
         a, twice = factors.whole("A"), factors.kept("twice", lambda: 2 * factors.whole("A"))
         own = a + a
         with gpu.entered(gpu.streams[1]):
@@ -268,7 +273,7 @@ def test_the_old_switches_are_used_where_there_are_no_others(
     matmul, convolution = Switches(), Switches()
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
     monkeypatch.setattr(torch.backends, "cudnn", convolution)
-    with pytest.raises(ValueError, match="x"), CudaPlace(DEVICE, 1).in_full():
+    with pytest.raises(ValueError, match="x"), CudaDevice(DEVICE, 1).in_full():
         assert not matmul.allow_tf32 and not convolution.allow_tf32
         raise ValueError("x")
     assert matmul.allow_tf32 and convolution.allow_tf32

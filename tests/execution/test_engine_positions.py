@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardmerge.destinations import shard_writer
-from shardmerge.execution.jobs import Job, positions
+from shardmerge.execution.jobs import Job, jobs
 from shardmerge.sources import local
-from shardmerge.spec.plans import TensorPlan
-from shardmerge.spec.tensors import BUFFER_SLACK, DTYPE_BITS, PAGE, TensorInfo, even_rows
+from shardmerge.spec.plans import ShardPlan, TensorPlan
+from shardmerge.spec.tensors import BUFFER_SLACK, DTYPE_BITS, PAGE, TensorInfo
 from tests.support.builders import refs_of, untimed
 from tests.support.peft_oracle import (
     Base,
@@ -35,39 +35,54 @@ from tests.support.peft_oracle import (
 )
 
 FLOATS = st.sampled_from(["F32", "F16", "BF16"])
+BUFFER = 4 * PAGE
+
+
+def shard_of(*tensors: TensorPlan, header_bytes: int = 80) -> ShardPlan:
+    return ShardPlan("s", (), tensors, header_bytes, sum(tensor.out.nbytes for tensor in tensors))
+
+
+def assert_fits(job: Job, header_bytes: int) -> None:
+    """Whole pages around what is read, encoded and written are within a buffer, and pages are those of the files."""
+    assert job.write_at == (header_bytes + job.write_offset) % PAGE
+    for place, size in ((job.read_at, job.read_bytes), (job.write_at, job.write_bytes)):
+        assert place >= 0 and -(-(place + size) // PAGE) * PAGE <= BUFFER + BUFFER_SLACK
 
 
 @untimed
 @given(st.integers(1, 900), st.integers(1, 40), FLOATS, FLOATS, st.integers(0, 10**6), st.integers(0, 10**6))
 def test_tiles(rows: int, columns: int, source: str, out: str, read_offset: int, write_offset: int) -> None:
-    read_row, write_row = (columns * DTYPE_BITS[dtype] // 8 for dtype in (source, out))
+    read_item, write_item = (DTYPE_BITS[dtype] // 8 for dtype in (source, out))
     ref = dataclasses.replace(refs_of({"w": (rows, columns)}, source)["w"], offset=read_offset)
-    tensor = TensorPlan(ref, TensorInfo(out, (rows, columns), (write_offset, write_offset + rows * write_row)))
-    tiles = tuple(even_rows(rows, max(1, rows // 16)))
-    job = Job("f", read_offset, rows * read_row, write_offset, rows * write_row, tensor, tiles)
-    at = positions(job, data_start=80)
-    buffer = max(rows * read_row, rows * write_row) + BUFFER_SLACK
-    assert at.write == (80 + write_offset) % PAGE
-    if read_offset % (DTYPE_BITS[source] // 8) == 0:
-        assert at.read % PAGE == read_offset % PAGE
-    assert at.read % (DTYPE_BITS[source] // 8) == 0 and at.work % (DTYPE_BITS[out] // 8) == 0
-    assert 0 <= at.work - at.write < 8
-    # Whole pages around what is read and written are within the buffer.
-    for place, size in ((at.read, job.read_bytes), (at.write, job.write_bytes), (at.work, job.write_bytes)):
-        assert place >= 0 and -(-(place + size) // PAGE) * PAGE <= buffer
-    for tile in tiles:
-        written, unread = at.work + tile.stop * write_row, at.read + tile.stop * read_row
-        assert tile is tiles[-1] or written <= unread
+    size = rows * columns * write_item
+    tensor = TensorPlan(ref, TensorInfo(out, (rows, columns), (write_offset, write_offset + size)), tiles=rows)
+    read, written = read_offset, write_offset
+    for job in jobs(shard_of(tensor), BUFFER):
+        assert (job.read_offset, job.write_offset) == (read, written)
+        read, written = read + job.read_bytes, written + job.write_bytes
+        assert_fits(job, 80)
+        assert job.read_at % read_item == 0 and job.encode_at % write_item == 0
+        if read_offset % read_item == 0:
+            assert job.read_at % PAGE == job.read_offset % PAGE
+        assert 0 <= job.encode_at - job.write_at < 8
+        assert -(-(job.encode_at + job.write_bytes) // PAGE) * PAGE <= BUFFER + BUFFER_SLACK
+    assert (read, written) == (read_offset + ref.nbytes, write_offset + size)
 
 
 @untimed
 @given(st.integers(1, 10**5), st.integers(0, 10**6), st.integers(0, 10**6))
 def test_bytes_that_travel_as_they_are(size: int, read_offset: int, write_offset: int) -> None:
-    at = positions(Job("f", read_offset, size, write_offset, size), data_start=1000)
-    assert at.write == (1000 + write_offset) % PAGE and at.read % PAGE == read_offset % PAGE
-    assert at.read >= at.write and -(-(at.read + size) // PAGE) * PAGE <= size + BUFFER_SLACK
-    if read_offset % PAGE == (1000 + write_offset) % PAGE:
-        assert at.read == at.write  # nothing is moved
+    ref = dataclasses.replace(refs_of({"w": (size,)}, "U8")["w"], offset=read_offset)
+    tensor = TensorPlan(ref, TensorInfo("U8", (size,), (write_offset, write_offset + size)))
+    done = 0
+    for job in jobs(shard_of(tensor, header_bytes=1000), BUFFER):
+        assert (job.read_offset, job.write_offset) == (read_offset + done, write_offset + done)
+        assert job.read_bytes == job.write_bytes and job.tensor is None
+        assert_fits(job, 1000)
+        assert job.read_at == job.read_offset % PAGE
+        done += job.read_bytes
+        assert done == size or (1000 + write_offset + done) % PAGE == 0  # whole pages of the output stay whole
+    assert done == size
 
 
 @pytest.fixture

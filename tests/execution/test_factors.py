@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shardmerge.errors import NonFiniteError
 from shardmerge.execution import factors as factors_module
-from shardmerge.execution.devices import Place
+from shardmerge.execution.devices import Device
 from shardmerge.execution.factors import LazyFactors, UpdateFactors
 from shardmerge.file_formats.adapter_file import open_adapter
 from shardmerge.file_formats.torch_pickle import read_pickled
@@ -30,7 +30,7 @@ A, B = random(RANK, IN, seed=1), random(OUT, RANK, seed=2)
 A2, B2 = random(RANK, IN, seed=3), random(OUT, RANK, seed=4)
 #: A dtype of the file, and how its numbers compare with those that were put into it.
 STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CPU = Place()
+CPU = Device()
 
 
 @dataclass

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from shardmerge.execution.pipeline import Buffer, Channel, StoppedError, _Pipeline, pool, run
+from shardmerge.execution.pipeline import Buffer, Channel, StoppedError, Work, Worked, _Pipeline, pool, run
 
 #: Far more than any of these tests takes; where a deadlock is, the stacks of all threads are printed.
 DEADLOCK_SECONDS = 60.0
@@ -36,6 +36,26 @@ def nothing(job: int, buffer: Buffer) -> None:
     pass
 
 
+def same(job: int, source: Buffer, empty: Callable[[], Buffer]) -> Worked:
+    """Work that writes from the buffer that was read into."""
+    return Worked(source)
+
+
+def other(job: int, source: Buffer, empty: Callable[[], Buffer]) -> Worked:
+    """Work that writes from a buffer of its own."""
+    target = empty()
+    target.view[:4] = source.view[:4]
+    return Worked(target)
+
+
+def then(work: Callable[[int, Buffer], None]) -> Work[int]:
+    def worked(job: int, source: Buffer, empty: Callable[[], Buffer]) -> Worked:
+        work(job, source)
+        return Worked(source)
+
+    return worked
+
+
 @dataclass
 class Log:
     """Stages that note what they are called with, and where."""
@@ -55,11 +75,13 @@ class Log:
         self.read.append(job)
         buffer.view[:2] = job.to_bytes(2, "big")
 
-    def on_work(self, job: int, buffer: Buffer) -> None:
+    def on_work(self, job: int, source: Buffer, empty: Callable[[], Buffer]) -> Worked:
         self._note("work")
         self.worked.append(job)
-        assert bytes(buffer.view[:2]) == job.to_bytes(2, "big")
-        buffer.view[2:4] = (job * 3).to_bytes(2, "big")
+        assert bytes(source.view[:2]) == job.to_bytes(2, "big")
+        target = source if job % 3 else empty()
+        target.view[:4] = job.to_bytes(2, "big") + (job * 3).to_bytes(2, "big")
+        return Worked(target)
 
     def on_write(self, job: int, buffer: Buffer) -> None:
         self._note("write")
@@ -77,7 +99,7 @@ class Log:
 # --- the ordinary way -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 2, 6])
+@pytest.mark.parametrize("count", [2, 3, 6])
 @pytest.mark.parametrize("jobs", [0, 1, 2, JOBS])
 def test_every_job_goes_through_every_stage_in_order(jobs: int, count: int) -> None:
     log = Log()
@@ -103,14 +125,14 @@ def test_all_is_written_when_run_returns() -> None:
             release.wait(DEADLOCK_SECONDS)
         written.append(job)
 
-    run(range(2), buffers(), nothing, nothing, write, lambda job: release.set() if job == 1 else None)
+    run(range(2), buffers(), nothing, same, write, lambda job: release.set() if job == 1 else None)
     assert written == [0, 1]
 
 
 def test_the_same_pool_serves_again_after_an_error() -> None:
     pool = buffers()
     with pytest.raises(KeyError):
-        run(range(JOBS), pool, nothing, raising(3, KeyError()), nothing, lambda job: None)
+        run(range(JOBS), pool, nothing, then(raising(3, KeyError())), nothing, lambda job: None)
     log = Log()
     log.run(range(JOBS), pool)
     assert log.written == list(range(JOBS))
@@ -119,51 +141,75 @@ def test_the_same_pool_serves_again_after_an_error() -> None:
 # --- the pool is the bound --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 6])
-def test_there_are_never_more_jobs_in_flight_than_buffers(count: int) -> None:
+@pytest.mark.parametrize("work", ["same", "other"])
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_a_buffer_is_never_used_for_two_things_at_once(count: int, work: str) -> None:
     lock = threading.Lock()
-    flying: set[int] = set()
+    in_use: dict[int, int] = {}
     most = 0
-    in_use: set[int] = set()
 
-    def read(job: int, buffer: Buffer) -> None:
+    def use(job: int, buffer: Buffer) -> None:
         nonlocal most
         with lock:
-            assert id(buffer) not in in_use
-            in_use.add(id(buffer))
-            flying.add(job)
-            most = max(most, len(flying))
+            assert in_use.setdefault(id(buffer), job) == job
+            most = max(most, len(in_use))
 
-    def write(job: int, buffer: Buffer) -> None:
+    def let_go(job: int, buffer: Buffer) -> None:
         with lock:
-            in_use.remove(id(buffer))
-            flying.remove(job)
+            assert in_use.pop(id(buffer)) == job
 
-    run(range(200), buffers(count), read, nothing, write, lambda job: None)
-    assert 1 <= most <= count and not flying
+    def working(job: int, source: Buffer, empty: Callable[[], Buffer]) -> Worked:
+        if work == "same":
+            return Worked(source)
+        target = empty()
+        use(job, target)
+        return Worked(target, lambda: let_go(job, source))
+
+    run(range(200), buffers(count), use, working, let_go, lambda job: None)
+    assert 1 <= most <= count and not in_use
 
 
-def test_a_slow_writer_holds_the_reader_back_after_one_job_a_buffer() -> None:
+def test_a_slow_writer_holds_the_reader_back_until_one_buffer_is_left() -> None:
     log = Log()
     read_all_it_can = threading.Event()
     seen_while_waiting: list[int] = []
 
     def read(job: int, buffer: Buffer) -> None:
         log.on_read(job, buffer)
-        if job == BUFFERS - 1:
+        if job == BUFFERS - 2:
             read_all_it_can.set()
 
     def write(job: int, buffer: Buffer) -> None:
         if job == 0:
             assert read_all_it_can.wait(DEADLOCK_SECONDS)
-            # The reader has had every buffer; whatever time it is given, there is no other.
+            # The reader has had every buffer but the last; whatever time it is given, it does not take that.
             threading.Event().wait(0.05)
             seen_while_waiting.extend(log.read)
-        log.on_write(job, buffer)
+        log.written.append(job)
 
-    run(range(JOBS), buffers(), read, log.on_work, write, log.on_done)
-    assert seen_while_waiting == list(range(BUFFERS))
+    run(range(JOBS), buffers(), read, same, write, log.on_done)
+    assert seen_while_waiting == list(range(BUFFERS - 1))
     assert log.written == list(range(JOBS))
+
+
+def test_what_is_written_is_complete_and_its_source_is_free_by_then() -> None:
+    """Of three buffers, two are read into again while the first is written."""
+    complete: set[int] = set()
+    read_on = threading.Event()
+
+    def read(job: int, buffer: Buffer) -> None:
+        if job == 1:
+            read_on.set()
+
+    def work(job: int, source: Buffer, empty: Callable[[], Buffer]) -> Worked:
+        return Worked(empty(), lambda: complete.add(job))
+
+    def write(job: int, buffer: Buffer) -> None:
+        assert job in complete
+        assert read_on.wait(DEADLOCK_SECONDS)
+
+    run(range(JOBS), buffers(3), read, work, write, lambda job: None)
+    assert complete == set(range(JOBS))
 
 
 def test_jobs_are_made_when_they_are_needed() -> None:
@@ -224,7 +270,7 @@ def test_an_error_of_any_stage_surfaces_as_itself(stage: str, kind: type[BaseExc
             jobs(),
             buffers(),
             failing if stage == "read" else log.on_read,
-            failing if stage == "work" else nothing,
+            then(failing) if stage == "work" else same,
             failing if stage == "write" else log.on_write,
             done,
         )
@@ -243,7 +289,7 @@ def test_the_writer_may_finish_what_it_was_given_before_an_error_and_nothing_els
             range(JOBS),
             buffers(),
             failing if stage == "read" else nothing,
-            failing if stage == "work" else nothing,
+            then(failing) if stage == "work" else same,
             log.on_write,
             log.on_done,
         )
@@ -254,7 +300,7 @@ def test_a_failed_writer_stops_a_reader_that_waits_for_a_buffer() -> None:
     reading = threading.Event()
 
     def read(job: int, buffer: Buffer) -> None:
-        if job == BUFFERS - 1:
+        if job == BUFFERS - 2:
             reading.set()
 
     def write(job: int, buffer: Buffer) -> None:
@@ -262,12 +308,12 @@ def test_a_failed_writer_stops_a_reader_that_waits_for_a_buffer() -> None:
         raise OneError
 
     with pytest.raises(OneError):
-        run(range(JOBS), buffers(), read, nothing, write, lambda job: None)
+        run(range(JOBS), buffers(), read, same, write, lambda job: None)
 
 
 def test_a_failed_reader_stops_a_worker_that_waits() -> None:
     with pytest.raises(OneError):
-        run(range(JOBS), buffers(), raising(0, OneError()), nothing, nothing, lambda job: None)
+        run(range(JOBS), buffers(), raising(0, OneError()), same, nothing, lambda job: None)
 
 
 def test_an_interrupt_waits_for_a_write_that_is_under_way() -> None:
@@ -287,7 +333,7 @@ def test_an_interrupt_waits_for_a_write_that_is_under_way() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(range(JOBS), buffers(), nothing, work, write, lambda job: None)
+        run(range(JOBS), buffers(), nothing, then(work), write, lambda job: None)
     assert finished == [0]
 
 

@@ -52,6 +52,11 @@ class Stream:
         """Whether copies of the host's memory may be under way."""
         return bool(self._from_host)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether copies of the host's memory, or to it, may be under way."""
+        return bool(self._from_host or self._to_host)
+
     def late_copy(self, target: Tensor, source: Tensor) -> None:
         """Copy from the device to the host."""
         self._to_host.append((target, source.clone()))  # what the stream does afterwards is not copied
@@ -168,6 +173,11 @@ class PretendedCuda:
         assert isinstance(stream, Stream)
         return stream
 
+    @property
+    def last_of_thread(self) -> Stream | None:
+        """The stream that this thread was in last."""
+        return getattr(self._here, "last", None)
+
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operation, of the CPU or of the device."""
         given = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, Tensor)]
@@ -266,6 +276,7 @@ class PretendedCuda:
     @contextmanager
     def entered(self, stream: Stream) -> Iterator[None]:
         before, self._here.stream = getattr(self._here, "stream", None), stream
+        self._here.last = stream
         try:
             with _Within(self):
                 yield
@@ -294,13 +305,13 @@ def _is_view(func: Any) -> bool:
     return not func._schema.is_mutable and any(one.alias_info is not None for one in returns)
 
 
-def every_begin(gpu: PretendedCuda, begin: Callable[..., Any]) -> Callable[..., Any]:
-    """``begin`` of `ComputeThreads.share`, which must have read what it reads when it returns."""
+def every_tile(gpu: PretendedCuda, work: Callable[[Any], None]) -> Callable[[Any], None]:
+    """``work`` of `ComputeThreads.share`, which must have read and delivered a tile when it returns."""
 
-    def checked(worker: int, item: Any) -> Any:
-        begun = begin(worker, item)
-        if gpu.streams and gpu.streams[worker].is_reading:
-            raise MisuseError("a tile counts as read before its copy is done")
-        return begun
+    def checked(item: Any) -> None:
+        work(item)
+        stream = gpu.last_of_thread
+        if stream is not None and stream.is_busy:
+            raise MisuseError("a tile counts as done before its copies are")
 
     return checked

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,7 +165,7 @@ def test_a_stage_that_gets_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", second_fails)
-    nothing = lambda *_: None  # noqa: E731
+    nothing: Any = lambda *_: None  # noqa: E731
     with pytest.raises(RuntimeError, match="can't start new thread"):
         pipeline.run(iter([]), [], nothing, nothing, nothing, nothing)
     assert not any(thread.is_alive() for thread in started)
