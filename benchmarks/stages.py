@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +37,7 @@ from shardmerge.execution import engine, pipeline
 from shardmerge.execution.engine import Engine
 from shardmerge.execution.jobs import Job
 from shardmerge.execution.pipeline import Buffer, Work, Worked
-from shardmerge.spec.plans import MergePlan, ShardPlan
+from shardmerge.spec.plans import Fidelity, MergePlan, Receipt, ShardPlan
 from shardmerge.system.checksums import Checksums
 from shardmerge.system.directory import Directory
 
@@ -75,8 +75,8 @@ class NoWriter(ShardWriter):
     def __init__(self) -> None:
         self.checksums = Checksums()
 
-    def fill_up(self) -> None:
-        pass
+    def commit(self, active: Sequence[int] = (), fidelity: Mapping[str, Fidelity] | None = None) -> Receipt:
+        return Receipt("", 0, {}, ())
 
     def write_block(
         self, memory: memoryview, position: int, offset: int, size: int, source: tuple[int, int] | None = None
@@ -127,12 +127,8 @@ def with_workers(plan: MergePlan, workers: int) -> MergePlan:
 
 def run_stage(plan: MergePlan, shard: ShardPlan, stage: str, writer: ShardWriter) -> Clock:
     clock = Clock()
-    merging = Engine(plan)
-    try:
-        with alone(stage, clock):
-            merging.merge_shard(shard, writer, lambda _: None)
-    finally:
-        merging.close()
+    with Engine(plan) as merging, alone(stage, clock):
+        merging.merge_shard(shard, writer, lambda _: None)
     return clock
 
 
@@ -141,7 +137,6 @@ def write_stage(plan: MergePlan, shard: ShardPlan, folder: Path) -> Clock:
     started = time.perf_counter()
     with Directory(folder) as directory, ShardWriter(directory / shard.name, shard) as writer:
         run_stage(plan, shard, "write", writer)
-        writer.commit()
     seconds = time.perf_counter() - started
     (folder / shard.name).unlink()
     return Clock(seconds, shard.nbytes)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardmerge.api.limits import within_limits
-from shardmerge.api.merging import carry_out
 from shardmerge.api.progress import Progress
 from shardmerge.config.schema import ExportConfig, MergeConfig
 from shardmerge.errors import ConfigError
@@ -31,6 +30,7 @@ from shardmerge.system import limits
 from shardmerge.system.events import notices
 
 if TYPE_CHECKING:
+    from shardmerge.execution.executors import Executor
     from shardmerge.inference.comparison.figures import Comparison
     from shardmerge.verification.findings import VerifyReport
 
@@ -85,13 +85,15 @@ def merge(
     compute: Mapping[str, Any] | None = None,
     overwrite: bool | None = None,
     progress: Callable[[Progress], None] | None = None,
+    executor: Executor | None = None,
 ) -> MergeReport:
     """Carry out a plan; or plan and carry out a merge that is given as for `plan`.
 
     An interrupted merge is resumed: shards that an earlier run finished for the same base, adapters and config are kept
     if they still have their checksums. The output is a model only when this function returns. ``overwrite`` replaces a
     finished merge; None is what the plan was made with, and False otherwise. ``progress`` is called often, in the
-    calling thread; an exception that it raises stops the merge. Raises what `plan` raises, and `OutputError`,
+    calling thread; an exception that it raises stops the merge. ``executor`` says where shards are merged (see
+    `execution.executors`); None is in this process, one after the other. Raises what `plan` raises, and `OutputError`,
     `ChangedError`, `NonFiniteError`, `ResumeError` and `LimitError`.
     """
     started = time.monotonic()
@@ -102,7 +104,7 @@ def merge(
     else:
         parts = {"base": base, "adapter": adapter, "output": output, "compute": compute}
         planned = plan(what, **parts, overwrite=bool(overwrite))  # type: ignore[arg-type]
-    return _merge(planned, progress, started)
+    return _merge(planned, progress, started, executor)
 
 
 def export(
@@ -214,10 +216,18 @@ def init(
         return starter_config(os.fspath(adapter), name, _text(base), _text(output))
 
 
-def _merge(planned: MergePlan, progress: Callable[[Progress], None] | None, started: float) -> MergeReport:
+def _merge(
+    planned: MergePlan,
+    progress: Callable[[Progress], None] | None,
+    started: float,
+    executor: Executor | None = None,
+) -> MergeReport:
     with within_limits(_RESUMABLE):
         limits.check_room_for_torch(planned.memory.total)
-        return carry_out(planned, progress or (lambda _: None), started)
+        from shardmerge.api.merging import carry_out
+        from shardmerge.execution.executors import SerialExecutor
+
+        return carry_out(planned, executor or SerialExecutor(), progress or (lambda _: None), started)
 
 
 def _config(config: ConfigLike | None, parts: Mapping[str, Any]) -> MergeConfig:

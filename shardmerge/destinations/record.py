@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shardmerge.destinations.unfinished import FOLDER, is_unfinished
+from shardmerge.destinations.untrusted import is_within, json_object, own_names
+from shardmerge.errors import FormatError, SourceError
+from shardmerge.spec.notices import Warned
 from shardmerge.system import checksums
-from shardmerge.system.regular_files import read_small
+from shardmerge.system.regular_files import read_small, why_not_readable
 
 RECORD_NAME = "shardmerge.json"
 #: The record's key for its own checksum.
@@ -17,26 +22,164 @@ SEAL = "record_checksum"
 #: Bytes of a record at most. That of a model of 70,000 merged tensors has 21 MB.
 _LARGEST = 128 << 20
 
+#: A file's bytes, and its checksums by kind.
+FileEntry = tuple[int, Mapping[str, str]]
 
-def read_record(output: Path) -> dict[str, Any] | None:
-    """The record of the finished merge in a directory, whether or not its seal holds; None where none can be read."""
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a record says. Every name in it is of a file inside the output."""
+
+    values: Mapping[str, Any]
+    shards: Mapping[str, FileEntry]
+    #: The files beside the shards; older records have none.
+    others: Mapping[str, FileEntry]
+    files: tuple[str, ...]
+    targets: Mapping[str, Any]
+
+    @property
+    def seal(self) -> str | None:
+        """The record's own checksum; None in records of older versions."""
+        value = self.values.get(SEAL)
+        return None if value is None else str(value)
+
+    @property
+    def is_believed(self) -> bool:
+        """Whether nobody has changed it. Records of older versions have no seal, and are believed."""
+        return SEAL not in self.values or self.values[SEAL] == seal(self.values)
+
+    @property
+    def version(self) -> str:
+        return str(self.values.get("shardmerge"))
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of a verdict should know of the record itself."""
+        if SEAL in self.values:
+            return []
+        why = "as older versions wrote it: it cannot be told whether it was changed"
+        return [Warned(f"{RECORD_NAME} has no {SEAL}, {why}")]
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the output is a GGUF file, and no checkpoint."""
+        config = self.values.get("config")
+        section = config.get("output") if isinstance(config, dict) else None
+        return isinstance(section, dict) and section.get("format") == "gguf"
+
+    def is_whole(self, output: Path) -> bool:
+        """Whether every file that it names is there, of the size that it names. Contents are not read."""
+        entries = {**self.shards, **self.others}
+        sizes = {name: entries[name][0] if name in entries else None for name in (*self.files, *entries)}
+        return bool(sizes) and all(_has_size(output / name, size) for name, size in sizes.items())
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def find_record(output: Path) -> Record | None:
+    """The record in a directory, whether or not it is believed; None where none can be read."""
     try:
-        return json_object(read_small(output / RECORD_NAME, _LARGEST))
+        values = json_object(read_small(output / RECORD_NAME, _LARGEST))
     except OSError:
         return None
-
-
-def json_object(data: bytes) -> dict[str, Any] | None:
-    """What JSON says; None where it is damaged or says something other than an object."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
+    if values is None:
         return None
-    return value if isinstance(value, dict) else None
+    targets = values.get("targets")
+    return Record(
+        values,
+        _entries(values.get("shards")),
+        _entries(values.get("other_files")),
+        tuple(own_names(values.get("files"))),
+        targets if isinstance(targets, dict) else {},
+    )
+
+
+def believed_record(output: Path) -> Record | None:
+    """The record in a directory; None where none can be read, or it was changed after the merge."""
+    record = find_record(output)
+    return record if record is not None and record.is_believed else None
+
+
+def open_record(output: Path) -> Record:
+    """The record of a finished merge.
+
+    `SourceError` if there is no such directory. `FormatError` if it holds no record, or one that was changed after the
+    merge: then nothing says what was merged, and what the output must be.
+    """
+    if not output.is_dir():
+        raise SourceError(f"{output}: no such directory")
+    if is_unfinished(output):
+        raise FormatError(f"{output}: the merge was not finished; run it again first")
+    record = find_record(output)
+    if record is None:
+        reason = why_not_readable(output / RECORD_NAME) or "is not JSON of ours"
+        raise FormatError(
+            f"{output}: there is no {RECORD_NAME} that can be read, so nothing says what was merged ({reason})"
+        )
+    if not record.is_believed:
+        raise FormatError(
+            f"{output}: {RECORD_NAME} was changed or damaged after the merge: it no longer has its {SEAL}, so nothing "
+            "says what was merged. Put back the record as it was written, or merge again"
+        )
+    files = record.values.get("files")
+    if not record.shards or not isinstance(files, list) or not isinstance(record.values.get("targets"), dict):
+        raise FormatError(f"{output}: {RECORD_NAME} is damaged: it must have shards, files and targets")
+    others = record.values.get("other_files")
+    named = [*record.values["shards"], *(others if isinstance(others, dict) else ()), *files]
+    if wrong := [name for name in named if not isinstance(name, str) or not is_within(name)]:
+        raise FormatError(f"{output}: {RECORD_NAME} names {str(wrong[0])!r:.80}, which is not a file of this directory")
+    return record
+
+
+def has_damaged_record(output: Path) -> bool:
+    """Whether there is a record that is not believed, so that nothing says which files the merge wrote."""
+    return os.path.lexists(output / RECORD_NAME) and believed_record(output) is None
+
+
+def damaged_record(output: Path) -> str:
+    """What is said where the record of a finished merge is not believed."""
+    try:
+        others = sorted(entry for entry in os.listdir(output) if entry not in (FOLDER, RECORD_NAME))
+    except OSError:
+        others = []
+    why = why_not_readable(output / RECORD_NAME) or "was changed or damaged after the merge"
+    files = f" ({', '.join(others[:3])}{', …' if len(others) > 3 else ''})" if others else ""
+    return (
+        f"{RECORD_NAME} {why}, so nothing says which files that merge wrote, and none of them{files} is removed or "
+        "replaced; put back the record as it was written, remove the directory yourself, or choose another output.path"
+    )
+
+
+def files_of_merge(output: Path) -> list[str]:
+    """Every file that the finished merge in a directory wrote; none where its record is not believed."""
+    record = believed_record(output)
+    return list(record.files) if record else []
+
+
+def _entries(value: Any) -> dict[str, FileEntry]:
+    """Files by name. Older records have the bytes of shards alone, and nothing of other files."""
+    found: dict[str, FileEntry] = {}
+    for name, entry in value.items() if isinstance(value, dict) else ():
+        entry = entry if isinstance(entry, dict) else {"bytes": entry}
+        size = entry.get("bytes")
+        if type(size) is int and is_within(name):
+            found[name] = size, {kind: str(entry[kind]) for kind in ("xxh3_128", "sha256") if kind in entry}
+    return found
+
+
+def _has_size(path: Path, size: int | None) -> bool:
+    try:
+        return path.is_file() and (size is None or path.stat().st_size == size)
+    except (OSError, ValueError):
+        return False
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with its own checksum as its last key, which tells whether it was changed or damaged since."""
+    """A record with its own checksum as its last key, which shows whether it was changed or damaged since."""
     return {**record, SEAL: seal(record)}
 
 
@@ -46,46 +189,3 @@ def seal(record: Mapping[str, Any]) -> str:
     found = checksums.Checksums()
     found.update(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
     return found.hex()["xxh3_128"]
-
-
-def believed_record(output: Path) -> dict[str, Any] | None:
-    """The record where it can be read and its seal holds. Records of older versions have none, and are believed."""
-    record = read_record(output)
-    return None if record is None or (SEAL in record and record[SEAL] != seal(record)) else record
-
-
-def has_damaged_record(output: Path) -> bool:
-    """Whether there is a record that is not believed, so that nothing says which files the merge wrote."""
-    return os.path.lexists(output / RECORD_NAME) and believed_record(output) is None
-
-
-def own_names(value: Any) -> list[str]:
-    """The names in a record or a journal that lie inside the output, whatever the file says."""
-    names = [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
-    return [name for name in names if _is_within(name)]
-
-
-def _is_within(name: str) -> bool:
-    return bool(name.strip("/.")) and not name.startswith("/") and "\0" not in name and ".." not in name.split("/")
-
-
-def files_of_merge(output: Path) -> list[str]:
-    """Every file that the finished merge in a directory wrote; none where its record is not believed."""
-    return own_names((believed_record(output) or {}).get("files"))
-
-
-def is_whole(output: Path, record: Mapping[str, Any]) -> bool:
-    """Whether every file that a record names is there, of the size that it names. Contents are not read."""
-    sizes: dict[str, Any] = dict.fromkeys(own_names(record.get("files")))
-    for key in ("shards", "other_files"):
-        entries = record.get(key)
-        for name, entry in entries.items() if isinstance(entries, dict) else ():
-            sizes[name] = entry.get("bytes") if isinstance(entry, dict) else entry
-    return bool(sizes) and all(_has_size(output / name, size) for name, size in sizes.items())
-
-
-def _has_size(path: Path, size: Any) -> bool:
-    try:
-        return path.is_file() and (size is None or path.stat().st_size == size)
-    except (OSError, ValueError):
-        return False

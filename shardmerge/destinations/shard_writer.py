@@ -1,34 +1,25 @@
-"""Write safetensors shards as a stream, and commit a whole checkpoint.
+"""Write a shard as a stream: the header first, then the data at its offsets.
 
-A shard is written header first, then data at its offsets, under a temporary name in the journal's stage; when it is
-durable it takes its own name there. The commit moves the finished shards into the output and writes what makes it a
-model last: the index, or the only shard. Until then ``from_pretrained`` finds no weights.
+It is written under a temporary name, and takes its own name when it is durable.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any
 
-from shardmerge.destinations.journal import Journal
-from shardmerge.destinations.record import RECORD_NAME, sealed
-from shardmerge.errors import OutputError
 from shardmerge.file_formats import safetensors_header
-from shardmerge.sources.source import open_reader
-from shardmerge.spec.plans import AuxFile, MergePlan, ShardPlan, TensorPlan
-from shardmerge.spec.tensors import PAGE, SourceFile
+from shardmerge.spec.plans import Fidelity, Receipt, ShardPlan, TensorPlan
+from shardmerge.spec.tensors import PAGE
 from shardmerge.system import durable, reflink
 from shardmerge.system.aligned_memory import pages
 from shardmerge.system.checksums import Checksums
 from shardmerge.system.directory import Entry
 from shardmerge.system.page_cache import open_direct
 
-_COPY_BYTES = 1 << 20
 _ALIGNMENT = 32
 #: What waits in the page cache at most, where writes go through it. An interrupt, and the news that a disk has failed,
 #: wait for the fsync of no more than that.
@@ -44,8 +35,16 @@ class ShardWriter:
     with it where the file system knows how (`reflink`), and not written.
     """
 
-    def __init__(self, file: Entry, shard: ShardPlan, sha256: bool = False) -> None:
+    def __init__(
+        self,
+        file: Entry,
+        shard: ShardPlan,
+        sha256: bool = False,
+        keep: Callable[[Receipt], None] = lambda receipt: None,
+    ) -> None:
+        """``keep`` is given the receipt when the file is durable."""
         self.path = file
+        self._shard, self._keep = shard, keep
         self.checksums = Checksums(sha256)
         self.data_start = shard.header_bytes
         self._temporary = file.with_ending(durable.TEMPORARY_SUFFIX)
@@ -56,12 +55,9 @@ class ShardWriter:
         self._reflink: reflink.Reflink | None = None
         self._reserved = False
         self._page = bytearray(PAGE)
-        self._nbytes = shard.nbytes
         # Formats other than safetensors have zeros between tensors, fewer than this.
         self._most_zeros = 0 if not shard.head else _ALIGNMENT
-        head = shard.head or safetensors_header.encode(
-            shard.metadata, {tensor.source.name: tensor.out for tensor in shard.tensors}, shard.header_bytes
-        )
+        head = head_of(shard)
         try:
             self._fd = self._temporary.create()
             self._direct = self._open_direct()
@@ -116,13 +112,6 @@ class ShardWriter:
         except OSError as error:
             raise durable.output_error(self.path, f"writing {size} bytes", error) from None
 
-    def fill_up(self) -> None:
-        """The zeros after the last tensor, where the format has some. Then the checksums are those of the file."""
-        try:
-            self._append_zeros(self._nbytes - self._done)
-        except OSError as error:
-            raise durable.output_error(self.path, "writing", error) from None
-
     def _append_zeros(self, size: int) -> None:
         if size:
             memory = pages(2 * PAGE)
@@ -160,7 +149,7 @@ class ShardWriter:
         if self._reflink.share(descriptor, offset + skipped, start + skipped, size):
             return True
         if self._reflink.has_refused and not self._reserved:
-            self._reserve(start, self._nbytes - start)
+            self._reserve(start, self._shard.nbytes - start)
             self._reserved = True
         return False
 
@@ -183,20 +172,30 @@ class ShardWriter:
             direct, self._direct = self._direct, -1
             os.close(direct)
 
-    def commit(self) -> None:
-        """Make the bytes durable, then the name."""
-        try:
+    def commit(self, active: Sequence[int] = (), fidelity: Mapping[str, Fidelity] | None = None) -> Receipt:
+        """Make the bytes durable, then the name, then the receipt. ``active``, ``fidelity``: see `Receipt`."""
+        with durable.reported(self.path, "writing"):
+            self._append_zeros(self._shard.nbytes - self._done)  # after the last tensor, where the format has some
+        with durable.reported(self.path, "fsync"):
             if self._direct >= 0:
                 rest = self._done % PAGE
                 self._write_at(self._done - rest, memoryview(self._page)[:rest])
                 self._close_direct()
             os.fsync(self._fd)
+            self._must_be_mine()
             descriptor, self._fd = self._fd, -1
             os.close(descriptor)
-        except OSError as error:
-            raise durable.output_error(self.path, "fsync", error) from None
         durable.rename(self._temporary, self.path)
         self._finished = True
+        receipt = Receipt(self._shard.name, self._shard.nbytes, self.checksums.hex(), tuple(active), fidelity or {})
+        self._keep(receipt)
+        return receipt
+
+    def _must_be_mine(self) -> None:
+        """Another process, whose driver was killed, may still write the same shard: its file is not to be renamed."""
+        status = self._temporary.status()
+        if status is None or not os.path.samestat(status, os.fstat(self._fd)):
+            raise OSError(errno.ESTALE, "another process writes the same file")
 
     def _discard(self) -> None:
         for descriptor in (self._direct, self._fd):
@@ -214,6 +213,12 @@ class ShardWriter:
     ) -> None:
         if not self._finished:
             self._discard()
+
+
+def head_of(shard: ShardPlan) -> bytes:
+    """All that comes before a shard's data."""
+    tensors = {tensor.source.name: tensor.out for tensor in shard.tensors}
+    return shard.head or safetensors_header.encode(shard.metadata, tensors, shard.header_bytes)
 
 
 def _written(shard: ShardPlan) -> list[tuple[int, int]]:
@@ -236,94 +241,3 @@ def _written(shard: ShardPlan) -> list[tuple[int, int]]:
 def _is_shared(tensor: TensorPlan, start: int) -> bool:
     """Whether a tensor that begins at ``start`` of its file can be shared with its source but for its ends."""
     return not tensor.tiles and tensor.source.nbytes >= reflink.LEAST and (tensor.source.offset - start) % PAGE == 0
-
-
-class SafetensorsSink:
-    """The output directory of a merge."""
-
-    def __init__(self, plan: MergePlan, journal: Journal) -> None:
-        self.plan = plan
-        self.journal = journal
-        self.output = journal.root
-
-    def writer(self, shard: ShardPlan) -> ShardWriter:
-        return ShardWriter(self.journal.stage / shard.name, shard, self.plan.sha256)
-
-    def commit(self, record: dict[str, Any]) -> None:
-        """Turn the finished shards into a checkpoint. Running it again after a crash carries on where it stopped."""
-        plan = self.plan
-        self.journal.begin_commit(self.files())
-        *first, last = plan.shards
-        for shard in first:
-            self._place(shard)
-        others = {aux.name: self._copy(aux) for aux in plan.aux}
-        if plan.index_name is None:
-            self._write_record(record, others)
-            self._place(last)
-        else:
-            self._place(last)
-            index = _json(self._index())
-            self._write_record(record, {**others, plan.index_name: self._entry(index)})
-            durable.write_file(self.output / plan.index_name, [index])
-
-    def files(self) -> list[str]:
-        """Every file of the finished output; the last is the one that makes it a model."""
-        aux, shards = [aux.name for aux in self.plan.aux], [shard.name for shard in self.plan.shards]
-        if self.plan.index_name is None:
-            return [*aux, RECORD_NAME, *shards]
-        return [*aux, *shards, RECORD_NAME, self.plan.index_name]
-
-    def _place(self, shard: ShardPlan) -> None:
-        staged, place = self.journal.stage / shard.name, self.output / shard.name
-        if staged.file_status() is not None:
-            durable.rename(staged, place)
-            return
-        # An earlier run has moved it, and was perhaps killed before it did this.
-        durable.fsync_directory(self.output.here)
-        if (status := place.file_status()) is None or status.st_size != shard.nbytes:
-            raise OutputError(f"{staged}: was finished, and is no longer there")
-
-    def _copy(self, aux: AuxFile) -> dict[str, Any]:
-        """Write a file beside the shards; what the record says of it."""
-        target = self.output / aux.name
-        durable.make_folder(target.parent)
-        if aux.content is not None:
-            content = aux.content.encode()
-            durable.write_file(target, [content])
-            return self._entry(content)
-        checksums = Checksums(self.plan.sha256)
-        durable.write_file(target, _chunks(aux.source, checksums))
-        return {"bytes": aux.source.size, **checksums.hex()}
-
-    def _entry(self, content: bytes) -> dict[str, Any]:
-        checksums = Checksums(self.plan.sha256)
-        checksums.update(content)
-        return {"bytes": len(content), **checksums.hex()}
-
-    def _write_record(self, record: dict[str, Any], others: dict[str, Any]) -> None:
-        durable.write_file(self.output / RECORD_NAME, [_json(sealed({**record, "other_files": others}))])
-
-    def _index(self) -> dict[str, Any]:
-        """``total_size`` is the bytes of all tensors, without headers, as transformers counts it."""
-        shards = self.plan.shards
-        metadata = {**dict(self.plan.index_metadata), "total_size": sum(shard.data_bytes for shard in shards)}
-        weight_map = {tensor.source.name: shard.name for shard in shards for tensor in shard.tensors}
-        return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _chunks(file: SourceFile, checksums: Checksums) -> Iterable[bytes]:
-    """The file's bytes, which ``checksums`` is told too."""
-    reader = open_reader(file)
-    try:
-        for offset in range(0, file.size, _COPY_BYTES):
-            chunk = bytearray(min(_COPY_BYTES, file.size - offset))
-            reader.read_into(offset, memoryview(chunk))
-            checksums.update(memoryview(chunk))
-            yield bytes(chunk)
-        reader.check()
-    finally:
-        reader.close()

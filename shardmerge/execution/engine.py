@@ -1,6 +1,6 @@
-"""Run one shard of a plan: read → work → write.
+"""Merge one shard of a plan: read → work → write.
 
-The only room that sees both files and tensors. Tensors without an update travel as bytes, in runs, and need no torch;
+The only module that sees both files and tensors. Tensors without an update travel as bytes, in runs, and need no torch;
 the others are worked on tile by tile. Where there are any, torch is imported from the beginning in a thread of its own:
 what comes before the first of them is done meanwhile.
 """
@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from functools import partial
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from shardmerge.adapters.work import missing
-from shardmerge.destinations.shard_writer import ShardWriter
+from shardmerge.destinations.destination import Handle, Writer
 from shardmerge.errors import ShardmergeError
 from shardmerge.execution import pipeline
 from shardmerge.execution.jobs import Job, jobs
 from shardmerge.execution.pipeline import Buffer, Worked
+from shardmerge.execution.steps import ShardSteps
 from shardmerge.sources.open_readers import OpenReaders
-from shardmerge.spec.plans import Fidelity, MergePlan, Receipt, ShardPlan, TensorPlan
+from shardmerge.spec.plans import MergePlan, Receipt, ShardPlan, TensorPlan
 from shardmerge.spec.tensors import BUFFER_SLACK
 from shardmerge.spec.updates import Update
 from shardmerge.system.garbage import no_garbage_collection
@@ -31,8 +33,30 @@ if TYPE_CHECKING:
     from shardmerge.execution.tiles import TileWorker
 
 
+def merge_shard(
+    plan: MergePlan,
+    shard: ShardPlan,
+    destination: Handle,
+    *,
+    engine: Engine | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Receipt:
+    """Merge one shard of a plan and commit it to its destination, in this process or another, on any machine.
+
+    ``engine`` is that of this process for this plan, which stays warm between shards; without one, one is made for this
+    shard. ``advance`` is given the bytes done, in the calling thread, and may raise to stop.
+    """
+    with ExitStack() as stack:
+        engine = engine or stack.enter_context(Engine(plan))
+        steps = ShardSteps(shard, engine.seconds)
+        with destination.writer(shard) as writer:
+            receipt = engine.merge_shard(shard, writer, advance)
+        steps.finished(receipt)
+        return receipt
+
+
 class Engine:
-    """Buffers and workspace of a merge, used for every shard in turn. Close it to give back the open files."""
+    """Buffers and workspace of a process for a merge, used for every shard in turn."""
 
     def __init__(self, plan: MergePlan) -> None:
         self.plan = plan
@@ -52,15 +76,25 @@ class Engine:
         if plan.compute_device not in ("auto", "cpu"):
             self._compute()  # whether the device is there shows before anything is written
 
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def close(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
+        """Give back threads and open files. Closing it twice does no harm."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.close()
         self._sources.close()
         self._factors.close()
         self._shared.close()
 
-    def merge_shard(self, shard: ShardPlan, writer: ShardWriter, advance: Callable[[int], None]) -> Receipt:
-        """Write one shard through ``writer``, which is not committed. ``advance`` is told the bytes done."""
+    def merge_shard(self, shard: ShardPlan, writer: Writer, advance: Callable[[int], None]) -> Receipt:
+        """Write one shard through ``writer`` and commit it. ``advance`` is given the bytes done."""
 
         def read(job: Job, buffer: Buffer) -> None:
             self._sources.get(job.uri).read_block(buffer.view, job.read_at, job.read_offset, job.read_bytes)
@@ -99,17 +133,15 @@ class Engine:
             self._timed("writing", write),
             lambda job: advance(job.write_bytes),
         )
-        writer.fill_up()
         self._sources.check()
         self._factors.check()
         self._shared.check()  # what was read and hashed is what was shared
         self._must_be_done(shard)
-        active: tuple[int, ...] = ()
-        fidelity: Mapping[str, Fidelity] = {}
-        if self._worker is not None:
-            active, fidelity, seconds = self._worker.take()
-            self.seconds["working"] += seconds
-        return Receipt(shard.name, shard.nbytes, writer.checksums.hex(), active, fidelity)
+        if self._worker is None:
+            return writer.commit()
+        active, fidelity, seconds = self._worker.take()
+        self.seconds["working"] += seconds
+        return writer.commit(active, fidelity)
 
     def _timed(self, stage: str, step: Callable[[Job, Buffer], None]) -> Callable[[Job, Buffer], None]:
         def timed(job: Job, buffer: Buffer) -> None:

@@ -9,13 +9,13 @@ from typing import TypeVar
 from shardmerge.adapters.registry import are_factors, are_weights
 from shardmerge.config.schema import AdapterConfig, MergeConfig
 from shardmerge.destinations.record import RECORD_NAME
-from shardmerge.destinations.work_folder import is_unfinished
+from shardmerge.destinations.registry import open_destination
+from shardmerge.destinations.unfinished import is_unfinished
 from shardmerge.errors import FormatError, MissingError, OtherKindError, PlanError, ShardmergeError
 from shardmerge.file_formats import recognise
 from shardmerge.file_formats.adapter_file import AdapterFile, open_adapter
 from shardmerge.file_formats.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.planning import steps
-from shardmerge.planning.output_checks import absolute, check_alone
 from shardmerge.planning.settings import check_device
 from shardmerge.sources.local import LocalSource
 from shardmerge.sources.source import Source, directory_of, open_source
@@ -76,7 +76,8 @@ def _all_of(
         problems.insert(0, _SWAPPED.format(base=config.base, adapter=config.adapters[0].path))
     problems += _refused_anyway(adapters)
     if check_output:
-        problems += check_device(config.compute.device) + check_alone(absolute(config.output.path), overwrite)
+        problems += check_device(config.compute.device)
+        problems += open_destination(config.output.path, overwrite).problems()
     return PlanError(problems)
 
 

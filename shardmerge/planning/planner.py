@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from shardmerge.config.schema import AdapterConfig, MergeConfig
+from shardmerge.destinations.registry import open_destination
 from shardmerge.errors import FormatError, PlanError
 from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.file_formats.checkpoint import Checkpoint
@@ -21,7 +23,6 @@ from shardmerge.planning.heads import resolve_heads
 from shardmerge.planning.layout import Layout, lay_out
 from shardmerge.planning.match import match
 from shardmerge.planning.opening import open_all
-from shardmerge.planning.output_checks import absolute, output_problems
 from shardmerge.planning.settings import check_device, check_rounding
 from shardmerge.planning.several import undone
 from shardmerge.planning.tied import resolve_ties
@@ -71,7 +72,7 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
     checkpoint, adapters = open_all(config, overwrite, check_output)
     dtype = "same" if config.output.dtype == "same" else dtype_code(config.output.dtype)
     compute_dtype = dtype_code(config.compute.dtype)
-    output = absolute(config.output.path)
+    destination = open_destination(config.output.path, overwrite)
 
     names = _names(checkpoint, checkpoint.config.get("architectures"))
     matches = match(checkpoint, names, adapters)
@@ -106,7 +107,7 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
 
         out = config.output
         file = gguf_file.lay_out(
-            layout, matches.updates, aux.files, output.name, out.quantization, out.allow_config_loss
+            layout, matches.updates, aux.files, Path(destination.location).name, out.quantization, out.allow_config_loss
         )
         left_out = [note for note in aux.of_tokenizer if file.problems and "tokenizer.model" in note]
         layout, problems = file.layout, [*problems, *file.problems, *left_out]
@@ -123,19 +124,11 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
             "least 16 of its rows at a time; give at least that"
         )
     written = sum(shard.nbytes for shard in shards) + sum(_aux_bytes(file) for file in aux.files)
-    sources = [adapter for _, adapter in adapters]
-    if check_output:
-        problems += check_rounding(config, shards, compute_dtype) + check_device(config.compute.device)
-        files = [*(file.name for file in aux.files), *(shard.name for shard in shards)]
-        files += [layout.index_name] if layout.index_name else []
-        problems += output_problems(output, checkpoint, sources, files, written, overwrite)
-    if problems:
-        raise PlanError(problems)
     infos = tuple(_adapter_info(entry, adapter) for entry, adapter in adapters)
     plan = MergePlan(
         base=checkpoint.info(),
         adapters=infos,
-        output=str(output),
+        output=destination.location,
         output_dtype=config.output.dtype,
         compute_dtype=config.compute.dtype,
         compute_device=config.compute.device,
@@ -157,6 +150,11 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
         config=config.model_dump(mode="json"),
         fingerprint={},
     )
+    if check_output:
+        problems += check_rounding(config, shards, compute_dtype) + check_device(config.compute.device)
+        problems += destination.problems(plan)
+    if problems:
+        raise PlanError(problems)
     return dataclasses.replace(plan, fingerprint=_fingerprint(plan, checkpoint, made_of))
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge.config.schema import AdapterConfig, recorded_config, relocated
-from shardmerge.destinations.record import RECORD_NAME, SEAL, read_record, seal
-from shardmerge.destinations.work_folder import is_unfinished
+from shardmerge.destinations.record import RECORD_NAME, open_record
 from shardmerge.errors import ConfigError, FormatError, SourceError
 from shardmerge.file_formats.adapter_file import AdapterFile, open_adapter
 from shardmerge.file_formats.checkpoint import open_checkpoint
@@ -58,27 +57,13 @@ def read_origin(output: Path, base: str | None = None, adapters: Sequence[str] =
     Raises `SourceError` if there is no such directory, `FormatError` if no record of a finished merge is in it,
     `ConfigError` where the number of adapters is another.
     """
-    if not output.is_dir():
-        raise SourceError(f"{output}: no such directory")
-    if is_unfinished(output):
-        raise FormatError(f"{output}: the merge was not finished; run it again first")
-    record = read_record(output)
-    recorded = (record or {}).get("config")
-    if record is None or not isinstance(recorded, dict):
-        raise FormatError(f"{output}: there is no {RECORD_NAME} that can be read, so nothing says what was merged")
-    if SEAL in record and record[SEAL] != seal(record):
-        raise FormatError(
-            f"{output}: {RECORD_NAME} was changed or damaged after the merge: it no longer has its {SEAL}, so it does "
-            "not say what was merged"
-        )
+    record = open_record(output)
     try:
-        config = recorded_config(recorded, RECORD_NAME)
+        config = recorded_config(record.values.get("config"), RECORD_NAME)
     except ConfigError as error:
         raise FormatError(f"{output}: the config in {RECORD_NAME} is damaged: {error}") from None
-    config = relocated(config, record, base, adapters)
-    targets = record.get("targets")
-    names = frozenset(targets) if isinstance(targets, dict) else frozenset()
-    return Origin(config.base, config.adapters, names)
+    config = relocated(config, record.values, base, adapters)
+    return Origin(config.base, config.adapters, frozenset(record.targets))
 
 
 def stored_dtypes(output: Path, names: frozenset[str]) -> set[str]:

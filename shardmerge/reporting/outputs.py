@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shardmerge.destinations.record import RECORD_NAME, SEAL, read_record, seal
-from shardmerge.destinations.work_folder import is_unfinished
+from shardmerge.destinations.record import RECORD_NAME, SEAL, find_record
+from shardmerge.destinations.unfinished import is_unfinished
 from shardmerge.errors import FormatError
 from shardmerge.gguf.glance import glance
 from shardmerge.reporting.verified import last_time
@@ -65,18 +65,17 @@ def refuse_unfinished(source: Source) -> None:
 
 def made_of(source: Source) -> dict[str, Any]:
     """What the record beside an output says; empty where there is none."""
-    record = read_record(Path(source.root)) if isinstance(source, LocalSource) else None
-    if record is None or not isinstance(source, LocalSource):
+    if not isinstance(source, LocalSource) or (record := find_record(Path(source.root))) is None:
         return {}
-    adapters = record.get("adapters")
+    adapters = record.values.get("adapters")
     found: dict[str, Any] = {
-        "merged_by": f"shardmerge {record.get('shardmerge', 'of an unknown version')}",
-        "base": _place(record.get("base")),
+        "merged_by": f"shardmerge {record.values.get('shardmerge', 'of an unknown version')}",
+        "base": _place(record.values.get("base")),
         "adapters": [_place(info) for info in adapters] if isinstance(adapters, list) else [],
-        "updated_weights": len(targets) if isinstance(targets := record.get("targets"), dict) else None,
-        "verified": last_time(Path(source.root), record.get(SEAL)) or _NOT_REMEMBERED,
+        "updated_weights": len(targets) if isinstance(targets := record.values.get("targets"), dict) else None,
+        "verified": last_time(Path(source.root), record.seal) or _NOT_REMEMBERED,
     }
-    if SEAL in record and record[SEAL] != seal(record):
+    if not record.is_believed:
         found["problems"] = [f"{RECORD_NAME} was changed after the merge: it no longer has its {SEAL}"]
     return found
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
-from shardmerge.destinations.record import SEAL, believed_record
+from shardmerge.destinations.record import believed_record
 from shardmerge.system.installation import state_folder
 from shardmerge.system.regular_files import read_small
 
@@ -22,11 +22,11 @@ _LARGEST = 1_000_000
 
 def remember(output: Path) -> None:
     """That all of an output was verified just now. Where the home cannot be written to, nothing is remembered."""
-    seal = (believed_record(output) or {}).get(SEAL)
-    if not isinstance(seal, str):
+    record = believed_record(output)
+    if record is None or record.seal is None:
         return  # an old record, which nothing tells from another
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    lines = [*_lines(), json.dumps({"record": seal, "output": os.path.realpath(output), "at": now})]
+    lines = [*_lines(), json.dumps({"record": record.seal, "output": os.path.realpath(output), "at": now})]
     if sum(map(len, lines)) > _LARGEST // 2:
         lines = lines[len(lines) // 2 :]
     temporary = _file().with_name(f"verified.{os.getpid()}.tmp")

@@ -37,13 +37,23 @@ class Directory:
     The path itself may be a link to a directory, or lead through one: that is the choice of who named it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, inode: int | None = None) -> None:
+        """``inode`` is that of the only directory that `open` takes, where it is known."""
         self.path = path
+        self._inode = inode
         self._fd = -1
+
+    def __reduce__(self) -> tuple[type[Directory], tuple[Path, int | None]]:
+        # In another process it is closed, and must be the same one when it is opened there.
+        return Directory, (self.path, self._inode)
 
     @property
     def fd(self) -> int:
         return self._fd
+
+    @property
+    def is_open(self) -> bool:
+        return self._fd >= 0
 
     @property
     def here(self) -> Entry:
@@ -54,8 +64,13 @@ class Directory:
         return self.here / name
 
     def open(self) -> Directory:
-        """Open it. `OSError` if it is not there."""
+        """Open it. `OSError` if it is not there, or is another directory than it was when it was opened before."""
         self._fd = os.open(self.path, _OPEN_DIRECTORY)
+        inode = os.fstat(self._fd).st_ino
+        if self._inode not in (None, inode):
+            self.close()
+            raise OSError(errno.ESTALE, "another directory has taken its place", os.fspath(self.path))
+        self._inode = inode
         return self
 
     def close(self) -> None:
@@ -142,7 +157,7 @@ class Entry:
         return None
 
     def names(self) -> list[str]:
-        """Of what lies in the folder that this is, sorted."""
+        """The names in the folder that this is, sorted."""
         with self.descriptor() as fd:
             return sorted(os.listdir(fd))
 
@@ -193,7 +208,7 @@ class Entry:
             os.rmdir(self.name, dir_fd=folder)
 
     def remove_tree(self) -> None:
-        """Remove a folder and all that lies in it; links there are removed, and not followed."""
+        """Remove a folder and all that is in it; links there are removed, and not followed."""
         with self.parent.descriptor() as folder:
             _remove_tree(self.name, folder, self.path, _DEEPEST)
 

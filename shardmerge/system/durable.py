@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shardmerge.errors import OutputError
@@ -25,6 +25,15 @@ def output_error(path: Path | Entry | str, doing: str, error: OSError) -> Output
     return OutputError(f"{path}: {doing} failed: {error.strerror or error}")
 
 
+@contextmanager
+def reported(path: Path | Entry, doing: str) -> Iterator[None]:
+    """An `OSError` within is an `output_error`."""
+    try:
+        yield
+    except OSError as error:
+        raise output_error(path, doing, error) from None
+
+
 # --- the directory itself ---------------------------------------------------------------------------------------------
 
 
@@ -32,18 +41,16 @@ def make_directory(path: Path) -> list[Path]:
     """Create a directory and its parents, durably; those that were missing, innermost first. On failure none stays."""
     made: list[Path] = []
     try:
-        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-        for folder in reversed(missing):
-            with suppress(FileExistsError):  # somebody else was as quick
-                folder.mkdir()
-                made.insert(0, folder)
-            with Directory(folder.parent) as parent:
-                fsync_directory(parent.here)
-        if not path.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    except OSError as error:
-        remove_empty(made)
-        raise output_error(path, "making the directory", error) from None
+        with reported(path, "making the directory"):
+            missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+            for folder in reversed(missing):
+                with suppress(FileExistsError):  # somebody else was as quick
+                    folder.mkdir()
+                    made.insert(0, folder)
+                with Directory(folder.parent) as parent:
+                    fsync_directory(parent.here)
+            if not path.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     except BaseException:
         remove_empty(made)
         raise
@@ -52,10 +59,21 @@ def make_directory(path: Path) -> list[Path]:
 
 def open_directory(directory: Directory) -> None:
     """Hold a directory that is there open, until `Directory.close`."""
-    try:
+    with reported(directory.path, "opening"):
         directory.open()
-    except OSError as error:
-        raise output_error(directory.path, "opening", error) from None
+
+
+@contextmanager
+def held(directory: Directory) -> Iterator[None]:
+    """The directory is open within; it is closed afterwards where it was closed before."""
+    if directory.is_open:
+        yield
+        return
+    open_directory(directory)
+    try:
+        yield
+    finally:
+        directory.close()
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
@@ -65,32 +83,25 @@ def remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-# --- what lies in it --------------------------------------------------------------------------------------------------
+# --- what is in it ----------------------------------------------------------------------------------------------------
 
 
 def fsync_directory(folder: Entry) -> None:
     """Make the names in a folder durable. Some file systems refuse to fsync a directory; that is not an error."""
-    try:
-        with folder.descriptor() as descriptor:
-            _fsync_names(descriptor)
-    except OSError as error:
-        raise output_error(folder, "fsync", error) from None
-
-
-def _fsync_names(descriptor: int) -> None:
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-            raise
+    with reported(folder, "fsync"), folder.descriptor() as descriptor:
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+                raise
 
 
 def make_folder(folder: Entry) -> bool:
-    """Create a folder, and those that it lies in, durably; whether it was missing. A link is not taken for one."""
+    """Create a folder, and those around it, durably; whether it was missing. A link is not taken for one."""
     if not folder.parts:
         return False
     make_folder(folder.parent)
-    try:
+    with reported(folder, "making the directory"):
         is_missing = folder.status() is None
         if is_missing:
             with suppress(FileExistsError):  # somebody else was as quick
@@ -98,8 +109,6 @@ def make_folder(folder: Entry) -> bool:
             _fsync_or_remove(folder)
         with folder.descriptor():
             return is_missing
-    except OSError as error:
-        raise output_error(folder, "making the directory", error) from None
 
 
 def _fsync_or_remove(folder: Entry) -> None:
@@ -114,10 +123,8 @@ def _fsync_or_remove(folder: Entry) -> None:
 
 def rename(source: Entry, target: Entry) -> None:
     """Replace ``target`` by ``source`` and make the new name durable."""
-    try:
+    with reported(target, "the rename into place"):
         source.replace(target)
-    except OSError as error:
-        raise output_error(target, "the rename into place", error) from None
     fsync_directory(target.parent)
     if source.parent != target.parent:
         fsync_directory(source.parent)
@@ -134,11 +141,9 @@ def write_file(file: Entry, chunks: Iterable[bytes]) -> None:
     """Write a file durably, all or nothing. Its mode follows the umask."""
     temporary = file.with_ending(TEMPORARY_SUFFIX)
     try:
-        _write_temporary(temporary, chunks)
-        rename(temporary, file)
-    except OSError as error:
-        remove_leftover(temporary)
-        raise output_error(file, "writing", error) from None
+        with reported(file, "writing"):
+            _write_temporary(temporary, chunks)
+            rename(temporary, file)
     except BaseException:
         remove_leftover(temporary)
         raise
@@ -162,20 +167,15 @@ def remove_leftover(file: Entry) -> None:
 
 def remove(file: Entry) -> None:
     """Remove a file if it is there; its absence is durable when this returns."""
-    try:
-        file.unlink()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise output_error(file, "removing", error) from None
+    with reported(file, "removing"):
+        try:
+            file.unlink()
+        except FileNotFoundError:
+            return
     fsync_directory(file.parent)
 
 
 def remove_tree(folder: Entry) -> None:
-    """Remove a folder and all that lies in it, if it is there."""
-    try:
+    """Remove a folder and all that is in it, if it is there."""
+    with reported(folder, "removing"), suppress(FileNotFoundError):
         folder.remove_tree()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be removed: {error.strerror or error}") from None

@@ -10,8 +10,8 @@ import errno
 import os
 import stat
 
-#: What else there is, by the kind of an inode.
 _KINDS = {
+    stat.S_IFREG: "a file",
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -19,6 +19,11 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFLNK: "a link",
 }
+
+
+def kind_of(mode: int) -> str:
+    """What a status' ``st_mode`` says that something is: ``"a link"``, ``"a FIFO"`` and so on."""
+    return _KINDS.get(stat.S_IFMT(mode), "a special file")
 
 
 class NotRegularError(OSError):

@@ -17,15 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shardmerge.destinations.record import RECORD_NAME
-from shardmerge.destinations.work_folder import FOLDER, kind
+from shardmerge.destinations.record import RECORD_NAME, Record
+from shardmerge.destinations.unfinished import is_work, left_behind
 from shardmerge.sources.source import open_reader
 from shardmerge.spec.plans import AuxFile, MergePlan
 from shardmerge.spec.tensors import SourceFile
-from shardmerge.system.regular_files import open_regular, read_small, why_not_readable
+from shardmerge.system.regular_files import kind_of, open_regular, read_small, why_not_readable
 from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Findings
 from shardmerge.verification.reading import file_checksums
-from shardmerge.verification.record import Record
 
 _CHUNK = 1 << 20
 #: Files that people write anew after a merge, and that no program acts on.
@@ -182,15 +181,15 @@ def check_added(output: Path, record: Record, findings: Findings) -> None:
         if _is_harmless(name, status):
             harmless.append(name)
         else:
-            what = name if stat.S_ISREG(status.st_mode) else f"{name} ({kind(status)})"
+            what = name if stat.S_ISREG(status.st_mode) else f"{name} ({kind_of(status.st_mode)})"
             text = f"{what} is not a file of this merge, and what loads the model may act on it"
             findings.problem(STRUCTURE, text, file=name)
     if harmless:
         more = f", and {len(harmless) - _NAMED} more" if len(harmless) > _NAMED else ""
         names = ", ".join(harmless[:_NAMED])
         findings.notes.append(f"not files of this merge, and of kinds that no program loads: {names}{more}")
-    if (output / FOLDER).is_dir() and not (output / FOLDER).is_symlink():
-        findings.notes.append(f"{FOLDER}, the work folder of a merge, was left behind; it may be removed")
+    if folder := left_behind(output):
+        findings.notes.append(f"{folder}, the work folder of a merge, was left behind; it may be removed")
 
 
 def _is_harmless(name: str, status: os.stat_result) -> bool:
@@ -212,5 +211,5 @@ def _entries(output: Path, findings: Findings) -> Iterator[tuple[str, os.stat_re
             name = folder + entry.name
             if not entry.is_dir(follow_symlinks=False):
                 yield name, entry.stat(follow_symlinks=False)
-            elif name != FOLDER:
+            elif not is_work(name):
                 waiting.append(f"{name}/")

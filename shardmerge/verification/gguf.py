@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shardmerge.destinations.record import RECORD_NAME
+from shardmerge.destinations.record import RECORD_NAME, Record
 from shardmerge.errors import FormatError
 from shardmerge.sources.local import LocalSource
 from shardmerge.spec.plans import MergePlan
@@ -30,7 +30,7 @@ from shardmerge.verification.gguf_header import GgufHeader, read_header
 from shardmerge.verification.gguf_rows import Piece, RowCheck
 from shardmerge.verification.gguf_values import contradictions
 from shardmerge.verification.reading import Files, threads
-from shardmerge.verification.record import Again, Record, files_of, plan_of_base
+from shardmerge.verification.record import Again, files_of, plan_of_base
 from shardmerge.verification.shards import ShardCheck, ShardFile
 
 Told = Callable[[int, int, str, int, int], None]

@@ -1,4 +1,4 @@
-"""The record of a merge, read back, and the merge planned again from it. Nothing is written."""
+"""The merge planned again from its record. Nothing is written."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge.config.schema import MergeConfig, recorded_config, relocated
-from shardmerge.destinations.record import RECORD_NAME, SEAL, read_record, seal
-from shardmerge.destinations.work_folder import is_unfinished
-from shardmerge.errors import ConfigError, PlanError, ShardmergeError, SourceError, VerifyError
+from shardmerge.destinations.record import RECORD_NAME, Record
+from shardmerge.errors import ConfigError, PlanError, ShardmergeError, SourceError
 from shardmerge.file_formats.adapter_file import open_adapter
 from shardmerge.file_formats.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.planning.fingerprint import with_contents
@@ -19,45 +18,12 @@ from shardmerge.sources.source import open_source
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.plans import MergePlan, digest_of
 from shardmerge.spec.tensors import SourceFile
-from shardmerge.system.regular_files import why_not_readable
 from shardmerge.verification.findings import STRUCTURE, TOUCHED, Findings
 from shardmerge.verification.scaling import ScaledBy
 from shardmerge.version import __version__
 
 #: Changed files that are told one by one.
 _TOLD = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What ``shardmerge.json`` says, as far as it is used here; names in it lie within the output."""
-
-    values: Mapping[str, Any]
-    #: Shards by name: their bytes, and their checksums by kind.
-    shards: Mapping[str, tuple[int, Mapping[str, str]]]
-    #: The same of the files beside the shards; none of those of older records.
-    others: Mapping[str, tuple[int, Mapping[str, str]]]
-    files: tuple[str, ...]
-    targets: Mapping[str, Any]
-
-    @property
-    def version(self) -> str:
-        return str(self.values.get("shardmerge"))
-
-    @property
-    def notes(self) -> list[str]:
-        """What a reader of the verdict should know of the record itself."""
-        if SEAL in self.values:
-            return []
-        why = "as older versions wrote it: it cannot be told whether it was changed"
-        return [Warned(f"{RECORD_NAME} has no {SEAL}, {why}")]
-
-    @property
-    def is_gguf(self) -> bool:
-        """Whether the output is a GGUF file, and no checkpoint."""
-        config = self.values.get("config")
-        section = config.get("output") if isinstance(config, dict) else None
-        return isinstance(section, dict) and section.get("format") == "gguf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,54 +37,6 @@ class Again:
     adapters: tuple[ScaledBy, ...] = ()
     base: Checkpoint | None = None
     config: MergeConfig | None = None
-
-
-# --- reading it -------------------------------------------------------------------------------------------------------
-
-
-def open_record(output: Path) -> Record:
-    """The record of a finished merge. `SourceError` if there is no such directory.
-
-    `VerifyError` if it holds none, or one that was changed after the merge: then nothing says what the output must be.
-    """
-    if not output.is_dir():
-        raise SourceError(f"{output}: no such directory")
-    if is_unfinished(output):
-        raise VerifyError(f"{output}: the merge was not finished; run it again, and verify then")
-    values = read_record(output)
-    if values is None:
-        reason = why_not_readable(output / RECORD_NAME) or "is not JSON of ours"
-        raise VerifyError(
-            f"{output}: there is no {RECORD_NAME} that can be read, so nothing says what it must be ({reason})"
-        )
-    if SEAL in values and values[SEAL] != seal(values):
-        raise VerifyError(
-            f"{output}: {RECORD_NAME} was changed or damaged after the merge: it no longer has its {SEAL}, so nothing "
-            "says what the output must be. Put back the record as it was written, or merge again"
-        )
-    known, others = _sizes(values.get("shards")), _sizes(values.get("other_files"))
-    files, targets = values.get("files"), values.get("targets")
-    if not known or not isinstance(files, list) or not isinstance(targets, dict):
-        raise VerifyError(f"{output}: {RECORD_NAME} is damaged: it must have shards, files and targets")
-    names = [*known, *others, *files]
-    if wrong := [name for name in names if not isinstance(name, str) or not _is_within(name)]:
-        raise VerifyError(f"{output}: {RECORD_NAME} names {str(wrong[0])!r:.80}, which is no file of this directory")
-    return Record(values, known, others, tuple(files), targets)
-
-
-def _is_within(name: str) -> bool:
-    return bool(name) and not name.startswith("/") and "\0" not in name and ".." not in name.split("/")
-
-
-def _sizes(value: Any) -> dict[str, tuple[int, Mapping[str, str]]]:
-    """Older records have the bytes of shards alone, and nothing of other files."""
-    found: dict[str, tuple[int, Mapping[str, str]]] = {}
-    for name, entry in value.items() if isinstance(value, dict) else ():
-        entry = entry if isinstance(entry, dict) else {"bytes": entry}
-        size = entry.get("bytes")
-        if type(size) is int:
-            found[name] = size, {kind: str(entry[kind]) for kind in ("xxh3_128", "sha256") if kind in entry}
-    return found
 
 
 # --- planning again ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shardmerge.destinations.record import RECORD_NAME
+from shardmerge.destinations.record import RECORD_NAME, Record
 from shardmerge.errors import FormatError
 from shardmerge.file_formats import safetensors_header
 from shardmerge.file_formats.checkpoint_files import MAX_INDEX_BYTES, MAX_JSON_BYTES, is_index
@@ -20,7 +20,6 @@ from shardmerge.spec.plans import MergePlan, ShardPlan
 from shardmerge.spec.tensors import DTYPE_NAMES, FLOAT_DTYPES, SourceFile, TensorInfo
 from shardmerge.system.regular_files import read_small, why_not_readable
 from shardmerge.verification.findings import STRUCTURE, Findings
-from shardmerge.verification.record import Record
 
 #: What input embeddings and output heads of language models are called; of others, rows count something else.
 _VOCABULARY = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "lm_head", "embed_out"})

@@ -25,6 +25,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from shardmerge.destinations.record import Record, open_record
+from shardmerge.errors import FormatError, VerifyError
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import TensorInfo
@@ -34,7 +36,7 @@ from shardmerge.verification.files import check_added, check_files
 from shardmerge.verification.findings import Findings, Problem, VerifyReport, describe, summary
 from shardmerge.verification.gguf import check_gguf
 from shardmerge.verification.reading import Files, threads
-from shardmerge.verification.record import Again, Record, files_of, open_record, plan_again
+from shardmerge.verification.record import Again, files_of, plan_again
 from shardmerge.verification.shards import Piece, ShardCheck, ShardFile
 from shardmerge.verification.structure import (
     Stored,
@@ -70,7 +72,10 @@ def verify_output(
     wrong arguments, `SourceError` where reading fails.
     """
     watch = Stopwatch()
-    record = open_record(output)
+    try:
+        record = open_record(output)
+    except FormatError as error:
+        raise VerifyError(str(error)) from None
     findings = Findings(str(output), seed)
     findings.notes += record.notes
     again = plan_again(record, output, base, adapters, findings)

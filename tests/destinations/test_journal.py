@@ -20,9 +20,11 @@ from xxhash import xxh3_128_hexdigest
 import shardmerge
 from shardmerge import FormatError, OutputError, ResumeError, ShardmergeError, SourceError
 from shardmerge.cli.main import cli
-from shardmerge.destinations import journal, work_folder
-from shardmerge.destinations.journal import Journal
-from shardmerge.destinations.shard_writer import SafetensorsSink
+from shardmerge.destinations.local import journal, layout
+from shardmerge.destinations.local.commit import Commit
+from shardmerge.destinations.local.directory import LocalDirectory
+from shardmerge.destinations.local.stage import Stage
+from shardmerge.destinations.record import sealed
 from shardmerge.system.directory import Entry
 from tests.support.peft_oracle import make_config, random, weight_bytes, write_adapter, write_base
 
@@ -67,7 +69,7 @@ class Place:
 
         with pytest.MonkeyPatch.context() as patch:
             if number > 3:
-                patch.setattr(SafetensorsSink, "commit", _stop)
+                patch.setattr(Commit, "run", _stop)
             with pytest.raises(StopError):
                 shardmerge.merge(self.config(adapter, **options), progress=progress)
         self.written.clear()
@@ -85,13 +87,13 @@ def _stop(*_: Any) -> None:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     written: list[str] = []
-    original = SafetensorsSink.writer
+    original = Stage.writer
 
-    def noting(self: SafetensorsSink, shard: Any) -> Any:
+    def noting(self: Stage, shard: Any) -> Any:
         written.append(shard.name)
         return original(self, shard)
 
-    monkeypatch.setattr(SafetensorsSink, "writer", noting)
+    monkeypatch.setattr(Stage, "writer", noting)
     return Place(tmp_path, written)
 
 
@@ -116,7 +118,7 @@ def test_what_the_journal_says_is_read_once(place: Place, monkeypatch: pytest.Mo
     place.stop_in_shard(4)
     plan = shardmerge.plan(place.config())
     read: list[str] = []
-    original = work_folder.read_json
+    original = layout.read_json
 
     def noting(file: Entry) -> Any:
         read.append(file.name)
@@ -362,7 +364,7 @@ def test_a_record_cannot_name_files_elsewhere(names: Any, place: Place) -> None:
     if isinstance(names, list):
         names = [name.format(place.folder) if isinstance(name, str) else name for name in names]
     record = place.output / "shardmerge.json"
-    record.write_text(json.dumps(journal.sealed({**json.loads(record.read_text()), "files": names})))
+    record.write_text(json.dumps(sealed({**json.loads(record.read_text()), "files": names})))
     place.merge("y", overwrite=True)
     assert (place.folder / "victim").read_text() == "mine"
     assert weight_bytes(place.output) == place.expected("y")
@@ -380,10 +382,8 @@ def test_a_plan_does_not_replace_what_was_finished_after_it_was_made(place: Plac
 
 _HOLDER = """
 import sys
-from pathlib import Path
-from shardmerge.destinations.journal import Journal
-with Journal(Path(sys.argv[1]), False) as journal:
-    journal.begin({})
+from shardmerge.destinations.local.directory import LocalDirectory
+with LocalDirectory(sys.argv[1], False):
     print("locked", flush=True)
     sys.stdin.read()
 """
@@ -421,7 +421,7 @@ def test_the_lock_of_a_killed_process_is_no_lock(place: Place) -> None:
 
 
 def test_two_merges_of_one_process_lock_each_other_out(place: Place) -> None:
-    with Journal(place.output, False), pytest.raises(ResumeError, match=f"process {os.getpid()} on "):
+    with LocalDirectory(str(place.output), False), pytest.raises(ResumeError, match=f"process {os.getpid()} on "):
         place.merge()
     place.merge()
 

@@ -34,9 +34,10 @@ from gguf import GGUFReader
 
 import shardmerge
 from shardmerge import OutputError, PlanError, ResumeError, SourceError
-from shardmerge.destinations.journal import Journal
-from shardmerge.destinations.work_folder import is_unfinished
-from shardmerge.planning import output_checks
+from shardmerge.destinations.local import checks
+from shardmerge.destinations.local.directory import LocalDirectory
+from shardmerge.destinations.local.journal import Journal
+from shardmerge.destinations.unfinished import is_unfinished
 from shardmerge.system import durable
 from tests.support.builders import (
     DOWN1,
@@ -447,7 +448,7 @@ def remount(disk: Path, pages: int) -> None:
 )
 def test_a_disk_of_any_size(scene: str, small_disk: Path, stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real file system says that it is full, wherever in the merge that is; with more space the merge goes on."""
-    monkeypatch.setattr(output_checks, "check_space", lambda output, needed: [])
+    monkeypatch.setattr(checks, "check_space", lambda output, needed: [])
     of, output, full = SCENES[scene], small_disk / "out", 0
     for pages in range(1, 200):
         shutil.rmtree(output, ignore_errors=True)
@@ -513,7 +514,7 @@ def test_taking_over_what_was_complete_but_for_its_work_folder_can_be_cut_too(
     steps, scene = ("replace", "unlink"), Scene(finished, taking)
     whole = stand.new()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "finish", lambda self: None)
+        patch.setattr(LocalDirectory, "_clean_up", lambda self: None)
         finished.run(stand.folder, whole)
     tree = read_tree(whole)
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 import shardmerge
 from shardmerge import OutputError, PlanError, ResumeError, ShardmergeError
 from shardmerge.cli.main import cli
+from shardmerge.destinations.local.commit import Commit
 from shardmerge.destinations.record import sealed
-from shardmerge.destinations.shard_writer import SafetensorsSink
 from tests.support.builders import (
     Place,
     contents,
@@ -486,11 +486,11 @@ def test_an_error_says_whether_the_old_model_is_whole(fault: str, overwrite: boo
 
 
 def test_an_error_in_the_commit_says_that_the_output_is_no_model(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: SafetensorsSink, aux: Any) -> dict[str, Any]:
+    def fail(self: Commit, aux: Any) -> dict[str, Any]:
         raise OutputError("no room")
 
     shardmerge.merge(place.config())
-    monkeypatch.setattr(SafetensorsSink, "_copy", fail)
+    monkeypatch.setattr(Commit, "_copy", fail)
     with pytest.raises(OutputError, match="The output is no model yet"):
         shardmerge.merge(place.config(), overwrite=True)
     assert not (place.output / INDEX).exists()

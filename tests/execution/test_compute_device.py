@@ -20,13 +20,14 @@ from torch import Tensor
 
 import shardmerge
 from shardmerge.adapters.registry import FAMILIES
-from shardmerge.execution import nonfinite
+from shardmerge.execution import nonfinite, tiles
 from shardmerge.execution.devices import CudaDevice
 from shardmerge.execution.factors import LazyFactors
 from shardmerge.execution.fidelity import Sampler
 from shardmerge.execution.threads import ComputeThreads
 from shardmerge.planning import tiling
 from shardmerge.sources.open_readers import OpenReaders
+from shardmerge.system import torch_devices
 from tests.support.builders import slow_but
 from tests.support.device_cases import NAMES, TALL, _of, config_of, files
 from tests.support.family_oracle import Tall, write_case
@@ -42,12 +43,8 @@ WORKERS = 2
 def gpu(monkeypatch: pytest.MonkeyPatch) -> PretendedCuda:
     made = PretendedCuda()
     made.install(monkeypatch)
-    monkeypatch.setattr(
-        "shardmerge.execution.tiles.resolve_device", lambda name, **_: DEVICE if name == "cuda" else torch.device(name)
-    )
-    monkeypatch.setattr(
-        "shardmerge.system.torch_devices.missing", lambda name, setting="": None
-    )  # the plan asks for it, too
+    monkeypatch.setattr(tiles, "resolve_device", lambda name, **_: DEVICE if name == "cuda" else torch.device(name))
+    monkeypatch.setattr(torch_devices, "missing", lambda name, setting="": None)  # the plan asks for it, too
     share = ComputeThreads.share
 
     def checked(self: Any, items: Any, work: Any) -> Any:

@@ -168,7 +168,7 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path, gguf_models: Gg
 
 
 def test_a_killed_merge_is_taken_up(gguf_models: GgufModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shardmerge.destinations.shard_writer import SafetensorsSink
+    from shardmerge.destinations.local.commit import Commit
 
     base, adapter = gguf_models("llama-spm")
     whole = as_gguf(base, adapter, tmp_path / "whole" / "Model", "q8_0")
@@ -177,7 +177,7 @@ def test_a_killed_merge_is_taken_up(gguf_models: GgufModels, tmp_path: Path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(SafetensorsSink, "commit", stop)
+        patch.setattr(Commit, "run", stop)
         as_gguf(base, adapter, tmp_path / "Model", "q8_0")
     assert not list((tmp_path / "Model").glob("*.gguf"))
     report = shardmerge.merge(config(base, adapter, tmp_path / "Model", format="gguf"))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import shardmerge
-from shardmerge.destinations.shard_writer import SafetensorsSink
+from shardmerge.destinations.local.commit import Commit
 from shardmerge.errors import PlanError
 from shardmerge.spec.tensors import BUFFER_SLACK, LIBRARY_BYTES
 from tests.support.builders import Place, make_place, snapshot, write_json, write_pure
@@ -71,15 +71,15 @@ PLACES: dict[str, Refusal] = {
     "the base": Refusal(to("base"), ["is the directory of the base", "never written to"]),
     "the base with dots": Refusal(to("adapter/../base"), ["is the directory of the base"]),
     "a link to the base": Refusal(link("link", "base"), ["is the directory of the base"]),
-    "inside the base": Refusal(to("base/merged"), ["lies inside the base", "choose a place beside it"]),
-    "deep inside the base": Refusal(to("base/a/b/c"), ["lies inside the base"]),
+    "inside the base": Refusal(to("base/merged"), ["is inside the base", "choose a place beside it"]),
+    "deep inside the base": Refusal(to("base/a/b/c"), ["is inside the base"]),
     "through a link into the base": Refusal(
-        lambda place: link("link", "base")(place) | to("link/merged")(place), ["lies inside the base"]
+        lambda place: link("link", "base")(place) | to("link/merged")(place), ["is inside the base"]
     ),
     "around the base": Refusal(lambda place: place.config(output={"path": str(place.folder)}), ["holds the base"]),
     "the folder of a base that is one file": Refusal(single_file_base("base"), ["is the directory of the base"]),
     "the adapter": Refusal(to("adapter"), ["is the directory of the adapter", "never written to"]),
-    "inside the adapter": Refusal(to("adapter/merged"), ["lies inside the adapter"]),
+    "inside the adapter": Refusal(to("adapter/merged"), ["is inside the adapter"]),
     "the folder of an adapter that is one file": Refusal(adapter_file("adapter"), ["is the directory of the adapter"]),
     "a file": Refusal(made("merged"), ["merged is a file; it must be a directory"]),
     "below a file": Refusal(made("file", output="file/merged"), ["file"]),
@@ -253,7 +253,7 @@ def test_what_an_unfinished_merge_has_put_into_place_counts_too(tmp_path: Path, 
     """Killed in its commit, with a disk that is all but full."""
     place = make_place(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SafetensorsSink, "_copy", lambda self, aux: 1 / 0)
+        patch.setattr(Commit, "_copy", lambda self, aux: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             shardmerge.merge(place.config())
     assert (place.output / "model-00001-of-00002.safetensors").exists()

@@ -1,0 +1,75 @@
+"""What a finished output holds beside its shards, whatever the destination is: the bytes of each file, and an order.
+
+The index, or the only shard, makes an output a model, and so comes last.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from typing import Any
+
+from shardmerge.destinations.record import RECORD_NAME, sealed
+from shardmerge.sources.source import open_reader
+from shardmerge.spec.plans import AuxFile, MergePlan
+from shardmerge.system.checksums import Checksums
+
+_COPY_BYTES = 1 << 20
+
+
+def files_of(plan: MergePlan) -> list[str]:
+    """Every file of the finished output; the last is the one that makes it a model."""
+    aux, shards = [aux.name for aux in plan.aux], [shard.name for shard in plan.shards]
+    if plan.index_name is None:
+        return [*aux, RECORD_NAME, *shards]
+    return [*aux, *shards, RECORD_NAME, plan.index_name]
+
+
+def aux_chunks(aux: AuxFile, checksums: Checksums) -> Iterator[bytes]:
+    """The bytes of a file beside the shards, of which ``checksums`` are taken as they come."""
+    if aux.content is not None:
+        content = aux.content.encode()
+        checksums.update(content)
+        yield content
+        return
+    with closing(open_reader(aux.source)) as reader:
+        for offset in range(0, aux.source.size, _COPY_BYTES):
+            chunk = bytearray(min(_COPY_BYTES, aux.source.size - offset))
+            reader.read_into(offset, memoryview(chunk))
+            checksums.update(memoryview(chunk))
+            yield bytes(chunk)
+        reader.check()
+
+
+def aux_bytes(aux: AuxFile) -> int:
+    """How many bytes `aux_chunks` gives."""
+    return aux.source.size if aux.content is None else len(aux.content.encode())
+
+
+def index_of(plan: MergePlan) -> bytes:
+    """The index. ``total_size`` is the bytes of all tensors, without headers, as transformers counts it."""
+    metadata = {**dict(plan.index_metadata), "total_size": sum(shard.data_bytes for shard in plan.shards)}
+    weight_map = {tensor.source.name: shard.name for shard in plan.shards for tensor in shard.tensors}
+    return _json({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def record_of(record: Mapping[str, Any], others: Mapping[str, Any]) -> bytes:
+    """The record's file. ``others`` says of each file beside the shards, the index among them, its `entry`."""
+    return _json(sealed({**record, "other_files": others}))
+
+
+def entry(nbytes: int, checksums: Checksums) -> dict[str, Any]:
+    """What the record says of a file."""
+    return {"bytes": nbytes, **checksums.hex()}
+
+
+def entry_of(content: bytes, sha256: bool) -> dict[str, Any]:
+    """What the record says of a file with this content."""
+    checksums = Checksums(sha256)
+    checksums.update(content)
+    return entry(len(content), checksums)
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,154 @@
+"""``journal.json``: whose merge an unfinished output is, and how far its commit has come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shardmerge.destinations.local.layout import identity, placed, read_json
+from shardmerge.destinations.record import RECORD_NAME, damaged_record, files_of_merge, has_damaged_record
+from shardmerge.destinations.unfinished import JOURNAL
+from shardmerge.destinations.untrusted import own_names
+from shardmerge.errors import OutputError, ResumeError
+from shardmerge.spec.plans import Fingerprint
+from shardmerge.system import durable
+from shardmerge.system.directory import Entry
+
+
+class Journal:
+    """The journal of an output that is locked. It is read once, and from then on what it says is known."""
+
+    def __init__(self, folder: Entry) -> None:
+        self._file = folder / JOURNAL
+        self._root = folder.root
+        self._state: dict[str, Any] = {}
+
+    @property
+    def is_committing(self) -> bool:
+        """Whether finished shards may be in the output itself."""
+        return bool(self._state.get("committing"))
+
+    @property
+    def digest(self) -> str:
+        """Of the merge that this is; empty where it is none."""
+        return str(self._state.get("digest") or "")
+
+    @property
+    def placed(self) -> list[str]:
+        """The files that the commit has put, or was about to put, into the output."""
+        return placed(self._state)
+
+    def open(self, digest: str, fingerprint: Fingerprint, overwrite: bool) -> bool:
+        """Read the journal; whether it is of this very merge.
+
+        `ResumeError` where the output holds other work and may not be overwritten; then nothing is changed.
+        """
+        output, state = self._root.path, read_json(self._file)
+        self._state = state or {}
+        if not self.is_committing and has_damaged_record(output):
+            raise ResumeError(f"{output}: {damaged_record(output)}; nothing was changed")
+        if state is None and not overwrite and (output / RECORD_NAME).exists():
+            raise ResumeError(
+                f"{output}: other work was finished here after this was planned; nothing was changed. Choose "
+                "another output.path, or replace it with overwrite=True"
+            )
+        if state is not None and state.get("digest") != digest and not overwrite:
+            raise ResumeError(
+                f"{output}: holds unfinished work on something else; nothing was changed. "
+                f"{_difference(state.get('fingerprint'), fingerprint)}. Run it with what it was begun with, choose "
+                "another output.path, or start anew with overwrite=True"
+            )
+        return state is not None and state.get("digest") == digest
+
+    def made(self) -> list[Path]:
+        """Of the output and the folders around it, those that were made for this merge, the innermost first."""
+        found, known = [], self._state.get("made")
+        places = [self._root.path, *self._root.path.parents]
+        for path, before in zip(places, known if isinstance(known, list) else (), strict=False):
+            if not before or before != identity(path):
+                break
+            found.append(path)
+        return found
+
+    def begin(self, digest: str, fingerprint: Fingerprint, made: Sequence[Path]) -> None:
+        """Write down that the output is now of this merge.
+
+        The files that another merge's commit has put into the output or was about to remove stay until this merge
+        commits: they may be all of a model that is still good.
+        """
+        stale = [*reversed(self.placed), *own_names(self._state.get("stale"))]
+        merge = {"digest": digest, "fingerprint": fingerprint, "made": [identity(path) for path in made]}
+        self._write(merge, False, (), stale)
+
+    def begin_commit(self, new_files: Sequence[str]) -> None:
+        """From here on finished shards may be in the output itself. ``new_files`` ends with what makes it a model.
+
+        A merge that is being replaced stops being a model first: its index, or its only shard, is removed before its
+        other files. That they were removed is written down before the new files come, which may have the same names.
+        """
+        output, stale = self._root.path, own_names(self._state.get("stale"))
+        if not self.is_committing:
+            if has_damaged_record(output):  # since this merge has begun
+                raise OutputError(f"{output}: {damaged_record(output)}")
+            stale = [*reversed(files_of_merge(output)), *stale]
+            self._write(self._state, True, new_files, stale)
+        for name in stale:
+            durable.remove(self._root / name)
+        if stale:
+            durable.fsync_directory(self._root.here)  # an earlier run may have been killed between removal and fsync
+            self._write(self._state, True, new_files, ())
+
+    def remove(self) -> None:
+        """The output is complete; nothing is left to resume."""
+        durable.remove(self._file)
+
+    def _write(
+        self, merge: Mapping[str, Any], committing: bool, places: Collection[str], stale: Collection[str]
+    ) -> None:
+        state = {key: merge.get(key) for key in ("digest", "fingerprint", "made")}
+        state |= {"committing": committing, "places": [*places], "stale": [*stale]}
+        durable.write_file(self._file, [json.dumps(state).encode()])
+        self._state = state
+
+
+# --- in what two merges differ ----------------------------------------------------------------------------------------
+
+_PARTS: Mapping[str, str] = {
+    "base": "the base",
+    "adapters": "the adapter",
+    "files": "files beside the weights",
+    "config": "the config",
+    "program": "the program",
+    "work": "what the program makes of them",
+}
+#: Differences of a part that are named.
+_NAMED = 4
+
+
+def _difference(before: Any, now: Fingerprint) -> str:
+    """In what the unfinished merge differs from this one, by the names in their fingerprints."""
+    if not isinstance(before, dict):
+        return "What it was begun with is not known (another version of shardmerge?)"
+    found: list[str] = []
+    for part, what in _PARTS.items():
+        if part == "work" and found:
+            continue  # it follows from the others
+        old, new = before.get(part), now.get(part)
+        changes = list(_changes(old if isinstance(old, dict) else {}, new or {}))
+        if changes:
+            more = f", and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
+            found.append(f"{what} ({', '.join(changes[:_NAMED])}{more})")
+    return f"Different are: {'; '.join(found)}"
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    for name in sorted({*old, *new}):
+        if name not in old:
+            yield f"{name} is new"
+        elif name not in new:
+            yield f"{name} is gone"
+        elif old[name] != new[name]:
+            long = any(isinstance(value, str) and len(value) > 30 for value in (old[name], new[name]))
+            yield name if long else f"{name} was {old[name]}, is {new[name]}"
