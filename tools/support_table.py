@@ -15,7 +15,8 @@ _BEGIN, _END = "<!-- support table: tools/support_table.py -->", "<!-- end of th
 def table_text() -> str:
     """Formats, methods by their title, and what is refused by name."""
     lines = ["| format | what it is |", "|---|---|"]
-    lines += [f"| `{name}` | {what} |" for name, what in FORMATS.items()]
+    for format_ in sorted(FORMATS.values(), key=lambda format_: (format_.name != "peft", format_.name)):
+        lines.append(f"| `{format_.name}` | {format_.summary} |")
     lines += ["", "| method of PEFT | `peft_type` | described in | |", "|---|---|---|---|"]
     for method in sorted(METHODS.values(), key=lambda method: (method.peft_type != "LORA", method.title.lower())):
         lines.append(f"| {method.title} | `{method.peft_type}` | {method.paper or '-'} | {method.note} |")

@@ -239,7 +239,7 @@ class UpdateFactors:
 
     def _seen(self, role: str, factor: Tensor) -> Tensor:
         active, adapter = self._loader.active, self._update.adapter
-        tells = role in FAMILIES[self._update.family].zero_means_nothing
+        tells = role in FAMILIES[self._update.family].neutral_if_zero
         if adapter not in active and tells and bool(factor.any()):
             active.add(adapter)
         return factor

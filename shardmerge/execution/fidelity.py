@@ -87,5 +87,5 @@ class Sampler:
 
 def _is_changed(tensor: TensorPlan) -> bool:
     """Whether something is done to numbers of the base. Where a tensor is replaced, nothing can be lost."""
-    families = [update.family for update in tensor.updates if FAMILIES[update.family].changes_weight]
-    return bool(families) and "replacement" not in families
+    families = [FAMILIES[update.family] for update in tensor.updates]
+    return any(of.changes_weight for of in families) and not any(of.is_source for of in families)

@@ -102,7 +102,7 @@ def _blocks(tensor: TensorPlan, buffer_bytes: int, data_start: int) -> Iterator[
     write_row = row_nbytes(tensor.out.dtype, tensor.row_elements)
     most_rows = buffer_bytes // max(1, read_row, write_row)
     item = DTYPE_BITS[tensor.source.dtype] // 8
-    surveys = [index for index, update in enumerate(tensor.updates) if FAMILIES[update.family].surveys(update)]
+    surveys = [index for index, update in enumerate(tensor.updates) if FAMILIES[update.family].needs_prepass(update)]
     for survey in (*surveys, None):
         for tiles in _grouped(tensor.ranges() if survey is None else _surveyed(tensor), most_rows):
             start, rows = tiles[0].start, tiles[-1].stop - tiles[0].start

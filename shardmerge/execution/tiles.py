@@ -241,7 +241,7 @@ class TileWorker:
         for update in self._reaching(rows):
             part, family = locate(tensor, update, rows), FAMILIES[update.family]
             if part is not None:
-                self._give(lane, update, rows, part, family.survey if update is surveyed else family.apply)
+                self._give(lane, update, rows, part, family.prepass if update is surveyed else family.apply)
             if update is surveyed:
                 return
 

@@ -9,9 +9,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardmerge.adapters.formats.peft import Ordered, Registered, Stored, claim_beside, is_number, no_order
-from shardmerge.adapters.methods.base import Claims
-from shardmerge.adapters.registry import AdapterContent, claim, detect_format, method_of
+from shardmerge.adapters.base_view import NO_BASE, BaseView
+from shardmerge.adapters.claims import Claims
+from shardmerge.adapters.formats.base import AdapterContent
+from shardmerge.adapters.formats.wholes import claim_beside
+from shardmerge.adapters.registry import FORMATS, detect_format
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.errors import FormatError
 from shardmerge.file_formats import adapter_folder
@@ -93,22 +95,15 @@ class AdapterFile:
     @property
     def family(self) -> str:
         """The method that made it, by PEFT's name where it has one."""
-        if self.config is None:
-            return method_of(self.tensors)
-        return str(self.config.get("peft_type", self.config.get("fine_tune_type", "LORA")))
+        return detect_format(self.tensors, self.config).method(self.tensors, self.config)
 
     def format(self, wanted: str = "auto") -> str:
-        return detect_format(self.tensors, self.config) if wanted == "auto" else wanted
+        """The name of its format: the one that is ``wanted``, or that which its files show."""
+        return detect_format(self.tensors, self.config).name if wanted == "auto" else wanted
 
-    def claims(
-        self,
-        config: AdapterConfig,
-        registered: Registered = lambda module: (),
-        stored: Stored | None = None,
-        ordered: Ordered = no_order,
-    ) -> Claims:
-        """Its updates and problems, as ``config`` says; the others are as `adapters.registry.claim` takes them."""
-        claims = self._own_claims(config, registered, stored, ordered)
+    def claims(self, config: AdapterConfig, base: BaseView = NO_BASE) -> Claims:
+        """Its updates and problems, as ``config`` says; the reader asks ``base`` what the files leave open."""
+        claims = self._own_claims(config, base)
         claims.problems += self.problems
         claims.warnings += self.notes
         for beside in self.beside:
@@ -125,22 +120,13 @@ class AdapterFile:
             claim_beside(claims, beside.name, {name: ref for name, ref in tensors.items() if name not in twice})
         return claims
 
-    def _own_claims(
-        self, config: AdapterConfig, registered: Registered, stored: Stored | None, ordered: Ordered
-    ) -> Claims:
-        kind, adapter = self.format(config.format), self.config
-        scaled = config.alpha is not None or config.scaling is not None
-        if adapter is not None and config.alpha is not None and _has_no_alpha(adapter):
-            adapter = {**adapter, "lora_alpha": config.alpha}
-        elif adapter is not None and kind in ("peft", "mlx") and scaled:
-            problem = f"it has its own {CONFIG_NAME}, so alpha and scaling must not be given; weight scales it"
-            return Claims(problems=[problem], refused=True)
+    def _own_claims(self, config: AdapterConfig, base: BaseView) -> Claims:
         tensors = self.chosen(config)
         if not tensors:
-            return Claims(problems=[f"no tensor's name begins with prefix {config.prefix!r}"], refused=True)
+            return Claims.refusal(f"no tensor's name begins with prefix {config.prefix!r}")
         content = AdapterContent(
             tensors,
-            adapter,
+            self.config,
             self.metadata,
             config.alpha,
             config.scaling,
@@ -150,9 +136,9 @@ class AdapterFile:
         )
         try:
             with bounded_regex.bounded():
-                return claim(kind, content, registered, stored, ordered)
+                return FORMATS[self.format(config.format)].claim(content, base)
         except bounded_regex.SlowPatternError as error:
-            return Claims(problems=[f"{CONFIG_NAME}: {error}"], refused=True)
+            return Claims.refusal(f"{CONFIG_NAME}: {error}")
 
     def chosen(self, config: AdapterConfig) -> Mapping[str, TensorRef]:
         """Its tensors, or those that begin with the config's ``prefix``."""
@@ -174,12 +160,6 @@ class AdapterFile:
         if not math.isfinite(value):
             raise FormatError(f"{ref.uri}: {ref.name} holds {value}")
         return float(value)
-
-
-def _has_no_alpha(adapter: Mapping[str, Any]) -> bool:
-    """Whether a LoRA's config holds the 0 that exporters write for "fill it in": with it the adapter is nothing."""
-    alpha = adapter.get("lora_alpha")
-    return adapter.get("peft_type") == "LORA" and is_number(alpha) and alpha == 0
 
 
 def open_adapter(source: Source, ignore: Sequence[str] = ()) -> AdapterFile:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardmerge.adapters.methods.base import ModuleUpdate
+from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.file_formats.checkpoint import Checkpoint
 

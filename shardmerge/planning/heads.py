@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardmerge.adapters.methods.base import ModuleUpdate
+from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.methods.whole import whole_settings
+from shardmerge.adapters.registry import FAMILIES
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.file_formats.checkpoint import Checkpoint
@@ -108,7 +110,7 @@ class _Resolving:
         """Whether this adapter has a tensor of the head that the base stores, too."""
         return any(
             update.adapter == self.number
-            and update.setting("saved", False)
+            and whole_settings(update).saved
             and f"{update.module}.{update.parameter}" in head.shapes
             for of in self.matches.updates.values()
             for update in of
@@ -122,7 +124,7 @@ class _Resolving:
             stored = self.names.resolve(module, parameter)
             if isinstance(stored, Parameter):
                 wholes = self.matches.updates.get(stored.places[0].tensor, ())
-                shapes = [update.factor("whole").shape for update in wholes if update.family == "replacement"]
+                shapes = [update.factor("whole").shape for update in wholes if FAMILIES[update.family].is_source]
                 found[name] = [stored.shape, *shapes][-1]
         return found
 

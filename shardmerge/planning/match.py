@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 
-from shardmerge.adapters.methods.base import Claims, ModuleUpdate, check_dtypes
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.methods.base import check_dtypes
+from shardmerge.adapters.methods.whole import whole_settings
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.file_formats.adapter_file import AdapterFile
@@ -18,9 +20,9 @@ from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.key_mapping.heads import LABELS, head_for
 from shardmerge.key_mapping.naming import nearest
 from shardmerge.key_mapping.resolver import Names
-from shardmerge.key_mapping.spoken import Speakers
+from shardmerge.key_mapping.spoken import Speakers, Spoken
 from shardmerge.planning.another_model import Fit, another_model
-from shardmerge.planning.modules import Modules
+from shardmerge.planning.modules import KnownBase, Modules
 from shardmerge.planning.quantised import has_packed, is_quantised
 from shardmerge.planning.several import compare_copies, in_order, list_some, order_of, overlap, read_too_late
 from shardmerge.planning.tied import stands_for
@@ -94,7 +96,7 @@ class _Matching:
             return problems
         tensors = self.adapter.chosen(self.config)
         beside = {ref.name: ref for update in claims.updates if beside_of(update) for _, ref in update.factors}
-        problems += list_some(_empty({**tensors, **beside}, claims.told))
+        problems += list_some(_empty({**tensors, **beside}, claims.accounted))
         problems += list_some([partial(self._leftover, name) for name in claims.leftovers(tensors)])
         if not claims.updates:
             return problems if claims.problems else [*problems, "holds nothing that could be merged"]
@@ -119,9 +121,7 @@ class _Matching:
 
     def _understood(self) -> tuple[Claims, list[str]]:
         """The adapter's claims, once it is known whose names it has; and why that is not certain."""
-        order = self.names.module_order
-        registered = self.modules.registered(self.speakers)
-        claims = self.adapter.claims(self.config, registered, self._parameter_of, order)
+        claims = self.adapter.claims(self.config, self._base_view(self.speakers.own))
         # A head that was made for training, and files beside the adapter, may have no place in any class's names.
         targets = [
             (self.modules.plain(update), update.parameter)
@@ -130,8 +130,7 @@ class _Matching:
         ]
         self.spoken, unclear = self.speakers.chosen(targets, self.modules.exists)
         if self.spoken.note:
-            registered = self.modules.registered(self.spoken)
-            claims = self.adapter.claims(self.config, registered, self._parameter_of, order)
+            claims = self.adapter.claims(self.config, self._base_view(self.spoken))
             self.matches.warnings.append(prefixed(self._who, self.spoken.note))
         return claims, [unclear] if unclear else []
 
@@ -147,7 +146,7 @@ class _Matching:
         if isinstance(oriented, str):
             self.misfits.append(named(update, oriented))
             return
-        if oriented.family == "lora" and parameter.experts and len(parameter.shape) == 2:
+        if FAMILIES[oriented.family].stacks_vectors and parameter.experts and len(parameter.shape) == 2:
             matrix = _as_matrix(parameter)
             if isinstance(matrix, str):
                 self.misfits.append(f"{update.first}: {matrix}")
@@ -167,7 +166,7 @@ class _Matching:
         self.fit.add(update, _shape(update, parameter), bool(wrong))
         if wrong or _is_told(update):
             return
-        if update.family == "replacement" and update.factor("whole").shape != _shape(update, parameter):
+        if FAMILIES[update.family].is_source and update.factor("whole").shape != _shape(update, parameter):
             rows = update.factor("whole").shape[0]
             parameter = dataclasses.replace(
                 parameter,
@@ -189,7 +188,7 @@ class _Matching:
     def _place_nowhere(self, update: ModuleUpdate, why: str) -> None:
         """Say that an update has no place; of a whole tensor that was trained, one may yet be found."""
         problem = partial(self._unmatched, update, why)
-        trained = update.setting("saved", False) or beside_of(update)
+        trained = whole_settings(update).saved or beside_of(update)
         if trained and not _is_told(update):
             self.matches.unplaced.append(Unplaced(self.number, update, why, problem))
         else:
@@ -212,12 +211,13 @@ class _Matching:
 
     def _as_stored(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate:
         """A whole tensor can only be the source where it is stored as it is; else it is written over the base's."""
-        if update.family != "replacement":
+        family = FAMILIES[update.family]
+        if not family.is_source:
             return update
-        place, whole = parameter.places[0], update.factor("whole")
+        place = parameter.places[0]
         plain = len(parameter.places) == 1 and place == Place(place.tensor, place.rows, transposed=update.transposes)
         all_of_it = math.prod(self._stored(place.tensor).shape) == math.prod(parameter.shape)
-        return update if plain and all_of_it and whole.strides is None else update.changed(family="overwrite")
+        return family.placed(update, can_be_source=plain and all_of_it)
 
     def _as_factor(self, parameter: Parameter) -> TensorRef | None:
         """A parameter of the base as a factor, in the matrix's orientation; None if it is not rows of one tensor."""
@@ -261,7 +261,7 @@ class _Matching:
                 "number"
             )
         # A copy of what the adapter was trained on is no part of what it learned.
-        is_copy = update.setting("copy", False)
+        is_copy = whole_settings(update).copy
         if self.config.weight != 1 and family.changes_weight and not family.adds and not is_copy:
             problems.append(
                 f"{update.module}: weight {self.config.weight:g} has no meaning for {update.family}, which does "
@@ -286,7 +286,7 @@ class _Matching:
                     f"{place.start} to {place.start + place.rows - 1} of its {update.parameter} by themselves"
                 )
                 break
-        if update.family == "replacement" and not problems and not self._has_label_rows(update):
+        if family.is_source and not problems and not self._has_label_rows(update):
             problems += may_resize(self.checkpoint, update, stored[0])
         return problems
 
@@ -300,10 +300,8 @@ class _Matching:
         is_there = not isinstance(self.head, str) and self.head.is_there
         return is_there and self._of_head(update)[:1] == (LABELS,)
 
-    def _parameter_of(self, module: str, name: str) -> tuple[Parameter, str] | None:
-        spoken = self.speakers if self.spoken is self.speakers.own else self.spoken
-        parameter = self.modules.parameter(spoken.resolve, module, name)
-        return None if parameter is None else (parameter, self._stored(parameter.places[0].tensor).dtype)
+    def _base_view(self, spoken: Spoken) -> KnownBase:
+        return KnownBase(self.names, self.modules, self.speakers, self._stored, spoken)
 
     def _stored(self, name: str) -> TensorRef:
         """A stored tensor; of one that is tied and so not stored, the one that is."""

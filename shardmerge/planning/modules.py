@@ -12,13 +12,15 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from functools import cached_property, lru_cache
 
+from shardmerge.adapters.base_view import BaseView
+from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.adapters.formats import parts
-from shardmerge.adapters.methods.base import ModuleUpdate
 from shardmerge.key_mapping.naming import module_name, peeled
 from shardmerge.key_mapping.resolver import Names
 from shardmerge.key_mapping.spoken import Speakers, Spoken
 from shardmerge.planning.tied import tied_parameter
-from shardmerge.spec.updates import Parameter
+from shardmerge.spec.tensors import TensorRef
+from shardmerge.spec.updates import ModuleOrder, Parameter
 
 
 class Modules:
@@ -43,7 +45,7 @@ class Modules:
         found = self._named(update, spoken)
         if found != "":
             return found
-        others = [(other, self._named(update.changed(module=other), spoken)) for other in self._others(update.module)]
+        others = [(other, self._named(update.changed(module=other), spoken)) for other in self.others(update.module)]
         known = [(other, found) for other, found in others if found != ""]
         refused = [found for _, found in known if isinstance(found, str)]
         if refused or not known:
@@ -63,31 +65,9 @@ class Modules:
         names = list(dict.fromkeys(self._less(update.module)))
         if len(names) == 1:
             return update.module
-        names += self._others(update.module)
+        names += self.others(update.module)
         inner = min(peeled(update.module), key=len)
         return next((name for name in names if self.exists(name, update.parameter)), inner)
-
-    def registered(self, spoken: Spoken | Speakers) -> Callable[[str], tuple[str, ...]]:
-        """What tells of the order of a module's parameters, as ``spoken`` does, by any of the module's names.
-
-        Of modules that differ in numbers only, one is looked up: an adapter of experts has a hundred thousand.
-        """
-        found: dict[str, tuple[str, ...]] = {}
-
-        @lru_cache(maxsize=8)  # a module is asked for several times, one after the other
-        def registered(module: str) -> tuple[str, ...]:
-            key = self._speakers.template(module)
-            if key not in found:
-                names = (module, *self._others(module))
-                found[key] = next(filter(None, map(spoken.registered_parameters, names)), ())
-            return found[key]
-
-        return registered
-
-    def parameter(self, known: Callable[[str, str], Parameter | str], module: str, parameter: str) -> Parameter | None:
-        """What ``known`` tells of a module's parameter, by its name as it stands or without the wrappers before it."""
-        found = (known(name, parameter) for name in peeled(module))
-        return next((item for item in found if isinstance(item, Parameter)), None)
 
     def problem(self) -> str:
         """What is wrong with an adapter from whose names several parts were taken off."""
@@ -109,7 +89,7 @@ class Modules:
     def _readings(self, update: ModuleUpdate) -> Iterator[ModuleUpdate]:
         yield update
         module, dot, parameter = update.module.rpartition(".")
-        if dot and update.setting("or_parameter", False):
+        if dot and update.or_parameter:
             yield update.changed(module=module, parameter=parameter)
 
     def _found(self, module: str, parameter: str) -> tuple[Parameter | str, str]:
@@ -125,7 +105,7 @@ class Modules:
 
     # --- other names ---
 
-    def _others(self, module: str) -> Iterator[str]:
+    def others(self, module: str) -> Iterator[str]:
         """All names but the module's own that it may have; none twice."""
         seen = {module}
         for name in self._less(module):
@@ -182,3 +162,37 @@ class Modules:
             for module in modules
             if module[len(module) - len(name) - 1] == "." and fits(module)
         ]
+
+
+class KnownBase(BaseView):
+    """The base as the readers of one adapter see it: by the names of ``spoken``, or of whoever knows a module."""
+
+    is_known = True
+
+    def __init__(
+        self, names: Names, modules: Modules, speakers: Speakers, stored: Callable[[str], TensorRef], spoken: Spoken
+    ) -> None:
+        """``stored`` finds a stored tensor by its name."""
+        self._names = names
+        self._modules = modules
+        self._template = lru_cache(maxsize=8)(speakers.template)  # a module is asked for several times in a row
+        self._stored = stored
+        self._spoken = speakers if spoken is speakers.own else spoken
+        self._orders: dict[str, tuple[str, ...]] = {}
+
+    def registered(self, module: str) -> tuple[str, ...]:
+        """See `BaseView`. Of modules that differ in numbers only, one is looked up, by any of its names."""
+        key = self._template(module)
+        if key not in self._orders:
+            names = (module, *self._modules.others(module))
+            self._orders[key] = next(filter(None, map(self._spoken.registered_parameters, names)), ())
+        return self._orders[key]
+
+    def stored(self, module: str, parameter: str) -> tuple[Parameter, str] | None:
+        """See `BaseView`: by the module's name as it stands or without the wrappers before it."""
+        found = (self._spoken.resolve(name, parameter) for name in peeled(module))
+        known = next((item for item in found if isinstance(item, Parameter)), None)
+        return None if known is None else (known, self._stored(known.places[0].tensor).dtype)
+
+    def ordered(self) -> ModuleOrder | str:
+        return self._names.module_order()

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shardmerge.adapters.registry import FAMILIES
 from shardmerge.config.schema import AdapterConfig, MergeConfig
 from shardmerge.destinations.registry import open_destination
 from shardmerge.errors import FormatError, PlanError
@@ -180,7 +181,7 @@ def _replaced(updates: Mapping[str, Sequence[Update]]) -> dict[str, TensorRef]:
         target: dataclasses.replace(update.factor("whole"), name=target)
         for target, of in updates.items()
         for update in of
-        if update.family == "replacement"
+        if FAMILIES[update.family].is_source
     }
 
 
@@ -220,7 +221,7 @@ def bytes_read(shards: Sequence[ShardPlan]) -> int:
         for tensor in tensors
         for update in tensor.updates
         for _, ref in update.factors
-        if update.family != "replacement"  # which is the tensor's source already
+        if not FAMILIES[update.family].is_source  # which is the tensor's source already
     )
     return sum(tensor.source.nbytes for tensor in tensors) + sum(factors)
 
@@ -277,7 +278,7 @@ def _fingerprint(plan: MergePlan, checkpoint: Checkpoint, made_of: Mapping[str, 
     updates = [
         [
             *[tensor.source.name, update.adapter, update.family, update.module, update.scaling, update.rank],
-            *[update.transposes, *where(update.place), update.settings],
+            *[update.transposes, *where(update.place), _settings_of(update)],
         ]
         for tensor, update in plan.updates()
     ]
@@ -298,6 +299,11 @@ def _fingerprint(plan: MergePlan, checkpoint: Checkpoint, made_of: Mapping[str, 
         "program": {"shardmerge": __version__, "format": _DIGEST_VERSION},
         "work": {"updates": digest_of(updates), "output": digest_of(output)},
     }
+
+
+def _settings_of(update: Update) -> list[Any] | None:
+    """The method's settings of an update, with what they are called."""
+    return None if update.settings is None else [type(update.settings).__name__, jsonable(update.settings)]
 
 
 def _header(shard: Shard) -> list[Any]:

@@ -6,20 +6,32 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 
-from shardmerge.adapters.methods.base import ModuleUpdate
+from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.methods.base import Effect
+from shardmerge.adapters.methods.frozen import FrozenCopy
+from shardmerge.adapters.methods.whole import TokenSettings, whole_settings
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.key_mapping.ties import Tie
 from shardmerge.spec.updates import Place, Update
 
-#: Families that put a whole tensor in the place of the base's.
-WHOLE = ("replacement", "overwrite")
 #: Problems of one kind that are listed one by one; of the rest only the number is said.
 _LISTED = 10
 
 
-def order_of(update: Update | ModuleUpdate) -> int:
-    return FAMILIES[update.family].order
+def order_of(update: Update | ModuleUpdate) -> Effect:
+    """What an update does to a weight, by which those of one adapter are ordered."""
+    return FAMILIES[update.family].effect
+
+
+def replaces(update: Update | ModuleUpdate) -> bool:
+    """Whether an update puts a whole tensor in the place of the base's."""
+    return order_of(update) is Effect.REPLACES
+
+
+def replaces_rows(update: Update | ModuleUpdate) -> bool:
+    """Whether an update puts rows in the place of some of the base's."""
+    return order_of(update) is Effect.REPLACES_ROWS
 
 
 def in_order(updates: Sequence[Update]) -> list[Update]:
@@ -51,27 +63,26 @@ def compare_copies(
     alone = [(name,) for name in updates if not any(name in names for names in tied)]
     for names in (*tied, *alone):
         of = sorted((u for name in names for u in updates.get(name, ()) if order_of(u)), key=lambda u: u.adapter)
-        for copy in [u for u in of if u.setting("copy", False) and u.adapter > of[0].adapter]:
+        for copy in [u for u in of if whole_settings(u).copy and u.adapter > of[0].adapter]:
             mine = updates[copy.target]
             if not _is_replaced(mine, copy):
                 problems += _other_size(copy, of, adapters)
                 factors = (("copy", copy.factor("whole")),)
-                mine[mine.index(copy)] = dataclasses.replace(copy, family="frozen-copy", factors=factors)
+                mine[mine.index(copy)] = dataclasses.replace(copy, family=FrozenCopy.name, factors=factors)
     return list_some(problems)
 
 
 def _is_replaced(updates: Sequence[Update], copy: Update) -> bool:
     """Whether an adapter before has trained the whole weight, which then is lost: `undone` says so."""
     return any(
-        update.adapter < copy.adapter and update.family in WHOLE and not update.setting("copy", False)
-        for update in updates
+        update.adapter < copy.adapter and replaces(update) and not whole_settings(update).copy for update in updates
     )
 
 
 def _other_size(update: Update, of: Sequence[Update], adapters: Sequence[AdapterConfig]) -> Iterator[str]:
     """A copy of another number of rows than the weight has by then cannot be the same."""
     before = next(other for other in of if other.adapter < update.adapter and order_of(other))
-    if update.family == "replacement" and before.place.rows != update.place.rows:
+    if FAMILIES[update.family].is_source and before.place.rows != update.place.rows:
         copy = update.factor("whole")
         yield (
             f"adapter {adapters[update.adapter].path}: {copy.name}, its copy of {update.target}, has "
@@ -94,7 +105,7 @@ def undone(updates: Mapping[str, Sequence[Update]], adapters: Sequence[AdapterCo
             if before.adapter < update.adapter and order_of(before) and _undoes(update, before)
         )
         for before, update in itertools.islice(lost, 1):
-            what = f"rows of {target}" if update.family == "token-rows" else f"{target} whole"
+            what = f"rows of {target}" if replaces_rows(update) else f"{target} whole"
             problems.append(
                 f"adapter {adapters[update.adapter].path} replaces {what}, which would undo what adapter "
                 f"{adapters[before.adapter].path} does to it; put it first, if that is what is meant"
@@ -103,13 +114,13 @@ def undone(updates: Mapping[str, Sequence[Update]], adapters: Sequence[AdapterCo
 
 
 def _undoes(update: Update, before: Update) -> bool:
-    if update.family in WHOLE:
+    if replaces(update):
         return overlap(before.place, update.place)
-    if update.family != "token-rows" or before.setting("copy", False):
+    if not replaces_rows(update) or whole_settings(before).copy:
         return False
-    rows = set(update.setting("indices"))
-    if before.family == "token-rows":
-        return not rows.isdisjoint(before.setting("indices"))
+    rows = set(TokenSettings.of(update).indices)
+    if replaces_rows(before):
+        return not rows.isdisjoint(TokenSettings.of(before).indices)
     place = before.place
     if place.transposed or place.shuffle or update.place.transposed or update.place.shuffle:
         return True

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from shardmerge.adapters.registry import FAMILIES
+from shardmerge.adapters.methods.whole import TokenSettings, whole_settings
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.key_mapping.resolver import Names
 from shardmerge.key_mapping.ties import Tie, is_head
-from shardmerge.planning.several import WHOLE, in_order
+from shardmerge.planning.several import in_order, order_of, replaces, replaces_rows
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.tensors import TensorRef
 from shardmerge.spec.updates import Parameter, Update
@@ -161,7 +161,7 @@ class _Resolving:
 
     def _trained(self, name: str) -> list[Update]:
         """What changes a weight; a copy that is compared does not."""
-        return [update for update in self.updates.get(name, ()) if FAMILIES[update.family].order]
+        return [update for update in self.updates.get(name, ()) if order_of(update)]
 
     def _joined(self, tie: Tie) -> list[str]:
         """The names that are one tensor: one that is stored with other values is not tied, as transformers 5 loads it.
@@ -183,9 +183,7 @@ class _Resolving:
     def _hangs_on_values(self, tie: Tie) -> bool:
         if self.mode == "peft" or not self.names.knows_ties or self.checkpoint.model_type in _NEVER_UNTIED:
             return True
-        return any(
-            update.family in WHOLE and self._is_shared(update) for name in tie.names for update in self._trained(name)
-        )
+        return any(replaces(update) and self._is_shared(update) for name in tie.names for update in self._trained(name))
 
     def _differ(self, one: str, other: str) -> bool:
         """Whether two stored tensors are not the same bytes."""
@@ -204,11 +202,11 @@ class _Resolving:
 
     def _is_shared(self, update: Update) -> bool:
         """Whether it is of the one tensor rather than of one module's."""
-        if update.family == "token-rows":
+        if replaces_rows(update):
             return True
-        saved = update.setting("saved", False)
+        saved = whole_settings(update).saved
         ensured = bool(self.configs[update.adapter].get("ensure_weight_tying"))
-        return update.family in WHOLE and (not saved or ensured)
+        return replaces(update) and (not saved or ensured)
 
     # --- deciding ---
 
@@ -219,7 +217,7 @@ class _Resolving:
             # What is stored apart is said to be: not every program compares the values.
             can = self.names.knows_ties and not self._why_tied(tie)
             return "untie" if alone and can and len(joined) < len(tie.names) else "keep"
-        saved = any(update.family in WHOLE and update.setting("saved") for update in alone)
+        saved = any(replaces(update) and whole_settings(update).saved for update in alone)
         if not self.names.knows_ties:
             return self._decide_unknown(tie, saved)
         if self.mode == "peft" and not saved:
@@ -266,10 +264,9 @@ class _Resolving:
         return all(update.factors[0][1].shape == shape and self._is_copy(update) for update in copies)
 
     def _is_copy(self, update: Update) -> bool:
-        if update.family == "token-rows":
-            # In this method the head has no tokens of its own where it is tied.
-            return self.configs[update.adapter].get("peft_type") == "TRAINABLE_TOKENS"
-        return update.family in WHOLE and self._is_shared(update)
+        if replaces_rows(update):
+            return TokenSettings.of(update).for_both_sides
+        return replaces(update) and self._is_shared(update)
 
     def _why_tied(self, tie: Tie) -> str | None:
         """Why a tie cannot be undone."""
@@ -317,7 +314,7 @@ class _Resolving:
         joined = self.joined[tie]
         own = {name: self.updates.get(name, []) for name in tie.names}
         if kind == "peft":
-            adding = [u for name in joined if name != tie.main for u in own[name] if u.family not in WHOLE]
+            adding = [u for name in joined if name != tie.main for u in own[name] if not replaces(u)]
             one = [*own[tie.main], *adding, *self._seen(tie.main, tie, joined, own)]
             self.result.notes.append(
                 Warned(
@@ -326,7 +323,7 @@ class _Resolving:
                 )
             )
         else:
-            compared = [u for name in joined for u in own[name] if not FAMILIES[u.family].order and name != tie.source]
+            compared = [u for name in joined for u in own[name] if not order_of(u) and name != tie.source]
             one = [*(own[tie.source] if self._trained(tie.source) else own[tie.main]), *compared]
         for name in tie.names:
             if name not in self.checkpoint.weights:
@@ -344,7 +341,7 @@ class _Resolving:
             stored = name in self.checkpoint.weights
             if kind == "keep" and not stored and name != tie.source:
                 # Of one tensor that was trained for all names, the source's word is taken.
-                own = {**own, name: [update for update in own[name] if not FAMILIES[update.family].order]}
+                own = {**own, name: [update for update in own[name] if not order_of(update)]}
             self._set(name, [*own[name], *self._seen(name, tie, joined, own)])
             if not stored:
                 self.result.added.append(dataclasses.replace(self.checkpoint.weights[tie.main].tensor, name=name))
@@ -358,18 +355,17 @@ class _Resolving:
         found: list[Update] = []
         others = [tie.source, *(other for other in joined if other != tie.source)]
         for update in [update for other in others if other != name for update in own.get(other, ())]:
-            tokens = update.family == "token-rows" and update.target == tie.source
-            whole = update.family in WHOLE and self._is_shared(update) and name in joined
+            tokens = replaces_rows(update) and update.target == tie.source
+            whole = replaces(update) and self._is_shared(update) and name in joined
             if (tokens or whole) and not self._is_known(update, [*own[name], *found]):
                 found.append(update)
         return found
 
     def _is_known(self, update: Update, others: Sequence[Update]) -> bool:
         """Whether an update means nothing to a weight that has these."""
-        if update.setting("copy", False) and any(other.adapter < update.adapter for other in others):
+        if whole_settings(update).copy and any(other.adapter < update.adapter for other in others):
             return True  # what the base was when the adapter was trained says nothing of what others did to it
-        families = WHOLE if update.family in WHOLE else (update.family,)
-        return any(other.adapter == update.adapter and other.family in families for other in others)
+        return any(other.adapter == update.adapter and order_of(other) == order_of(update) for other in others)
 
     def _set(self, name: str, updates: Sequence[Update]) -> None:
         if updates or name in self.updates:

@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from shardmerge.adapters.methods.base import ModuleUpdate
+from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.methods.base import Effect
+from shardmerge.adapters.methods.whole import whole_settings
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.file_formats.adapter_file import way_out
 from shardmerge.spec.updates import Place
@@ -29,7 +31,7 @@ class Unplaced:
 
 def beside_of(update: ModuleUpdate) -> str:
     """The file beside the adapter that an update is from; empty where it is the adapter's own."""
-    return str(update.setting("beside", ""))
+    return whole_settings(update).beside
 
 
 def first_of(update: ModuleUpdate) -> str:
@@ -62,8 +64,8 @@ def already_there(regions: Mapping[str, Iterable[tuple[Place, ModuleUpdate]]]) -
     found: defaultdict[str, list[str]] = defaultdict(list)
     for target, of in regions.items():
         updates = [update for _, update in of]
-        files = {beside_of(update) for update in updates if _replaces(update) and not update.setting("copy", False)}
-        if any(FAMILIES[update.family].order > 1 for update in updates):
+        files = {beside_of(update) for update in updates if _replaces(update) and not whole_settings(update).copy}
+        if any(FAMILIES[update.family].effect > Effect.REPLACES for update in updates):
             for file in files - {""}:
                 found[file].append(target)
     return [
@@ -75,4 +77,4 @@ def already_there(regions: Mapping[str, Iterable[tuple[Place, ModuleUpdate]]]) -
 
 
 def _replaces(update: ModuleUpdate) -> bool:
-    return FAMILIES[update.family].order == 1
+    return FAMILIES[update.family].effect is Effect.REPLACES

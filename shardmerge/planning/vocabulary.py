@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from shardmerge.adapters.formats.peft import is_embedding
-from shardmerge.adapters.methods.base import ModuleUpdate
+from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.formats.wholes import is_embedding
+from shardmerge.adapters.registry import FAMILIES
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.spec.tensors import TensorRef
 from shardmerge.spec.updates import Update
@@ -56,7 +57,7 @@ def resized(
     changed: dict[str, int] = {}
     for name, of in updates.items():
         for update in of:
-            if update.family == "replacement" and name in rows:
+            if FAMILIES[update.family].is_source and name in rows:
                 size = update.factor("whole").shape[0]
                 rows[name] = size
                 if size != old:
@@ -84,6 +85,6 @@ def _biases(
         module, _, parameter = name.rpartition(".")
         of_head = parameter == "bias" and (is_embedding(module) or f"{module}.weight" in changed)
         if (of_head or name.endswith(_BIASES)) and weight.tensor.shape[-1:] == (old,):
-            wholes = [update.factor("whole") for update in updates.get(name, ()) if update.family == "replacement"]
+            wholes = [update.factor("whole") for update in updates.get(name, ()) if FAMILIES[update.family].is_source]
             found[name] = (wholes or [weight.tensor])[-1].shape[-1:][0]
     return found

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from shardmerge.adapters.formats.peft import Registered
-from shardmerge.adapters.methods.base import ModuleUpdate
-from shardmerge.adapters.registry import FAMILIES, METHODS, are_factors, looks_like_image_trainers
+from shardmerge.adapters.base_view import BaseView
+from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.registry import FAMILIES, METHODS, are_factors, is_telling
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.errors import FormatError
 from shardmerge.file_formats.adapter_file import CONFIG_NAME, AdapterFile, open_adapter
@@ -67,9 +67,7 @@ def _is_adapter(source: Source) -> bool:
 
 def _has_factors(checkpoint: Checkpoint) -> bool:
     names = checkpoint.weights
-    return looks_like_image_trainers(names) or any(
-        ".lora_A." in name or name.endswith((".A", ".lora_A", ".lora_a")) for name in names
-    )
+    return is_telling(names) or any(".lora_A." in name or name.endswith((".A", ".lora_A", ".lora_a")) for name in names)
 
 
 def _dtypes(tensors: Mapping[str, TensorRef]) -> dict[str, dict[str, int]]:
@@ -101,10 +99,10 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _describe_adapter(adapter: AdapterFile, location: str) -> dict[str, Any]:
     config = adapter.config or {}
-    claims = adapter.claims(AdapterConfig(path=location), _registered(adapter))
+    claims = adapter.claims(AdapterConfig(path=location), _Described(adapter))
     needs_scale = claims.unscaled
     if needs_scale:  # 1 as scaling lets the rest be read
-        claims = adapter.claims(AdapterConfig(path=location, scaling=1.0), _registered(adapter))
+        claims = adapter.claims(AdapterConfig(path=location, scaling=1.0), _Described(adapter))
     updates = [update for update in claims.updates if FAMILIES[update.family].changes_weight]
     kinds = Counter(_kind(update) for update in updates)
     adding = [update for update in updates if FAMILIES[update.family].adds]
@@ -131,13 +129,17 @@ def _describe_adapter(adapter: AdapterFile, location: str) -> dict[str, Any]:
     }
 
 
-def _registered(adapter: AdapterFile) -> Registered:
-    """Without a base, the order of a module's parameters is not known; for a description, the config's will do."""
-    wrapped = {name.partition(".base_layer.")[0] for name in adapter.tensors if ".base_layer.lora_" in name}
-    targets = (adapter.config or {}).get("target_parameters")
-    names = tuple(str(target).rpartition(".")[2] for target in targets) if isinstance(targets, list) else ()
-    modules = {module_name(name) for name in wrapped}
-    return lambda module: names if module in modules else ()
+class _Described(BaseView):
+    """Without a base the order of a module's parameters is not known; for a description, the config's will do."""
+
+    def __init__(self, adapter: AdapterFile) -> None:
+        wrapped = {name.partition(".base_layer.")[0] for name in adapter.tensors if ".base_layer.lora_" in name}
+        targets = (adapter.config or {}).get("target_parameters")
+        self._names = tuple(str(of).rpartition(".")[2] for of in targets) if isinstance(targets, list) else ()
+        self._modules = {module_name(name) for name in wrapped}
+
+    def registered(self, module: str) -> tuple[str, ...]:
+        return self._names if module in self._modules else ()
 
 
 def _kind(update: ModuleUpdate) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, TypeVar
 
 from shardmerge.spec.tensors import RowRange, TensorRef
 
@@ -76,6 +76,28 @@ class Window:
     expert: int = 0
 
 
+S = TypeVar("S", bound="Settings")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a method needs to know of a module besides its factors. A method has a subclass; every field is JSON."""
+
+    @classmethod
+    def of(cls: type[S], update: HasSettings) -> S:
+        """The settings of an update of the method that has these."""
+        assert isinstance(update.settings, cls), f"{cls.__name__} expected, found {update.settings}"
+        return update.settings
+
+
+class HasSettings(Protocol):
+    """An update, matched to a weight or not yet."""
+
+    @property
+    def settings(self) -> Settings | None:
+        """What the method needs to know besides factors."""
+
+
 @dataclass(frozen=True, slots=True)
 class Update:
     """What one module of one adapter does to one stored tensor.
@@ -97,7 +119,7 @@ class Update:
     parameter: str = "weight"
     experts: int = 0
     transposes: bool = False
-    settings: tuple[tuple[str, Any], ...] = ()
+    settings: Settings | None = None
 
     @property
     def rows(self) -> int:
@@ -123,6 +145,3 @@ class Update:
 
     def has(self, role: str) -> bool:
         return any(name == role for name, _ in self.factors)
-
-    def setting(self, name: str, default: Any = None) -> Any:
-        return next((value for key, value in self.settings if key == name), default)

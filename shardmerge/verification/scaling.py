@@ -1,6 +1,7 @@
 """The scaling of LoRA's updates, worked out once more from the adapter's own files.
 
-On purpose no code of ``adapters.registry`` is called: a mistake there must not repeat itself here. The definitions:
+On purpose no code that reads adapters for a merge is called: a mistake there must not repeat itself here. The
+definitions, by the adapter's format:
 
 - PEFT: α / r, or α / √r with ``use_rslora``. α and r are ``lora_alpha`` and ``r``, or the value of the first key of
   ``alpha_pattern`` and ``rank_pattern`` that, as a regular expression, matches the end of the module's name (of a
@@ -20,11 +21,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from shardmerge.adapters.methods.lora import ExpertSettings
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.key_mapping.naming import module_name, unwrapped
@@ -33,8 +35,6 @@ from shardmerge.spec.updates import Update
 #: How a factor's key ends, in any of the formats.
 _FACTOR = re.compile(r"(\.lora_[A-Za-z_]+(\..*)?|[._]lora(_linear_layer)?\.(down|up)\.weight|\.[AB])$")
 _ALPHAS = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")
-#: Families whose scaling is worked out here.
-SCALED = frozenset({"lora", "dora", "lora-experts", "lora-blocks", "lora-gated", "lora-bias"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +45,28 @@ class ScaledBy:
     entry: AdapterConfig
 
     def scaling(self, update: Update) -> float:
-        """The whole multiplier of an update of one of the families `SCALED`."""
-        return self._own(update) * self.entry.weight
+        """The whole multiplier of an update of one of the families that `exact` has a formula for.
 
-    def _own(self, update: Update) -> float:
-        entry, config = self.entry, self.adapter.config
-        kind = self.adapter.format(entry.format)
-        if kind == "mlx" and config is not None:
-            return float(config["lora_parameters"]["scale"])
-        if kind == "peft" and config is not None:
-            return self._peft(update, config)
+        That of an adapter of a format which is not defined here is the plan's.
+        """
+        defined = _BY_FORMAT.get(self.adapter.format(self.entry.format))
+        return update.scaling if defined is None else defined(self, update) * self.entry.weight
+
+    def mlx(self, update: Update) -> float:
+        """The scale that MLX's config states for all modules."""
+        return float((self.adapter.config or {})["lora_parameters"]["scale"])
+
+    def peft(self, update: Update) -> float:
+        """By PEFT's config; without one as of any file, but twice for the out_proj of an nn.MultiheadAttention."""
+        if self.adapter.config is not None:
+            return self._peft(update, self.adapter.config)
+        return self.bare(update, twice=2 if _attention(_owner(update), {}) else 1)
+
+    def bare(self, update: Update, twice: int = 1) -> float:
+        """By our config, by the file's numbers and by its metadata."""
+        entry = self.entry
         if entry.scaling is not None:
             return entry.scaling
-        twice = 2 if kind == "peft" and _attention(_owner(update), {}) else 1
         alpha = entry.alpha
         if alpha is None:
             beside = _FACTOR.sub(".alpha", update.factors[0][1].name)
@@ -69,7 +78,7 @@ class ScaledBy:
     def _peft(self, update: Update, config: Mapping[str, Any]) -> float:
         owner = _owner(update)
         module = module_name(owner).removeprefix(config.get("part", ""))
-        of_parameter = any(key == "layout" for key, _ in update.settings)
+        of_parameter = isinstance(update.settings, ExpertSettings)
         if of_parameter:
             while module.endswith(".base_layer"):
                 module = module.removesuffix(".base_layer")
@@ -98,6 +107,15 @@ class ScaledBy:
             return None
         config = {key.removeprefix(part): value for key, value in said.items() if key.startswith(part)}
         return {**config, "part": part}
+
+
+#: How the scaling follows from files, by the format's name.
+_BY_FORMAT: Mapping[str, Callable[[ScaledBy, Update], float]] = {
+    "kohya": ScaledBy.bare,
+    "mlx": ScaledBy.mlx,
+    "peft": ScaledBy.peft,
+    "pure-pytorch": ScaledBy.bare,
+}
 
 
 def alpha_said(adapter: AdapterFile, beside: str) -> float | None:

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from shardmerge.adapters.methods.base import ModuleUpdate
+from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.file_formats.adapter_file import open_adapter
 from shardmerge.sources.source import open_source

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.refused import REFUSED_TYPES
-from shardmerge.adapters.methods.base import ModuleUpdate, add_scaled, check_dtypes
-from shardmerge.adapters.registry import FAMILIES, claim, detect_format
+from shardmerge.adapters.methods.base import add_scaled, check_dtypes
+from shardmerge.adapters.registry import FAMILIES, FORMATS, detect_format
 from shardmerge.spec.tensors import TensorRef
 from tests.support.builders import ALPHA, Q0, RANK, V0, content, peft_config, refs_of
 from tests.support.claims import claim_peft, shapes
@@ -220,14 +221,14 @@ def test_setting_that_does_nothing(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", REFUSED_TYPES)
 def test_method_without_a_merge_is_refused_by_name(kind: str) -> None:
-    claims = claim("peft", content(refs_of(shapes(Q0)), peft_config(peft_type=kind)))
+    claims = FORMATS["peft"].claim(content(refs_of(shapes(Q0)), peft_config(peft_type=kind)))
     assert claims.problems == [f"peft_type {kind}: {REFUSED_TYPES[kind]}"]
     assert claims.refused
 
 
 @pytest.mark.parametrize("kind", [None, ..., "LORAX", 7, ["LORA"]], ids=str)
 def test_config_without_a_method(kind: object) -> None:
-    claims = claim("peft", content(refs_of(shapes(Q0)), peft_config(peft_type=kind)))
+    claims = FORMATS["peft"].claim(content(refs_of(shapes(Q0)), peft_config(peft_type=kind)))
     (problem,) = claims.problems
     assert "this version merges" in problem and "LORA" in problem
     assert claims.refused
@@ -242,13 +243,13 @@ def test_config_without_a_method(kind: object) -> None:
     ids=["alpha", "scaling", "alpha 0", "scaling 0", "negative"],
 )
 def test_bare_factors(alpha: float | None, scaling: float | None, expected: float) -> None:
-    claims = claim("peft", content(refs_of(shapes(Q0)), None, alpha, scaling))
+    claims = FORMATS["peft"].claim(content(refs_of(shapes(Q0)), None, alpha, scaling))
     assert claims.problems == []
     assert [(update.module, update.rank, update.scaling) for update in claims.updates] == [(Q0, RANK, expected)]
 
 
 def test_bare_factors_need_a_scale() -> None:
-    claims = claim("peft", content(refs_of(shapes(Q0))))
+    claims = FORMATS["peft"].claim(content(refs_of(shapes(Q0))))
     assert claims.refused
     assert "no adapter_config.json" in claims.problems[0]
     assert "give alpha (or scaling)" in claims.problems[0]
@@ -257,19 +258,19 @@ def test_bare_factors_need_a_scale() -> None:
 @pytest.mark.parametrize(("a", "b"), [((), ()), ((0, 32), (32, 0)), ((4, 32), (32, 5))], ids=str)
 def test_bare_factors_that_do_not_fit(a: tuple[int, ...], b: tuple[int, ...]) -> None:
     tensors = refs_of({f"{Q0}.lora_A.weight": a, f"{Q0}.lora_B.weight": b})
-    claims = claim("peft", content(tensors, None, 8.0))
+    claims = FORMATS["peft"].claim(content(tensors, None, 8.0))
     assert claims.leftovers(tensors) == []
     assert bool(claims.problems) == (0 not in a)
 
 
 def test_formats_are_told_apart() -> None:
     peft, pure = refs_of(shapes(Q0)), refs_of({Q0 + ".A": (32, 4), Q0 + ".B": (4, 32)})
-    assert detect_format(peft, peft_config()) == "peft"
-    assert detect_format(peft, None) == "peft"
-    assert detect_format(pure, None) == "pure-pytorch"
-    assert detect_format(pure, peft_config()) == "peft"
-    assert detect_format({**pure, **refs_of({"other": (1,)})}, None) == "peft"
-    assert detect_format({}, None) == "peft"
+    assert detect_format(peft, peft_config()).name == "peft"
+    assert detect_format(peft, None).name == "peft"
+    assert detect_format(pure, None).name == "pure-pytorch"
+    assert detect_format(pure, peft_config()).name == "peft"
+    assert detect_format({**pure, **refs_of({"other": (1,)})}, None).name == "peft"
+    assert detect_format({}, None).name == "peft"
 
 
 # --- the family -------------------------------------------------------------------------------------------------------

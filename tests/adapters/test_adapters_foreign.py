@@ -503,7 +503,7 @@ def test_what_is_not_merged_is_named(tmp_path: Path, end: str, beside: bool) -> 
 
 def test_formats() -> None:
     for end in ("lora_down.weight", "lokr_w1", "hada_w1_a", "diff", "diff_b", "w_norm", "dora_scale", "oft_blocks"):
-        assert detect_format(refs_of({f"x.{end}": (1,)}), None) == "kohya", end
-        assert detect_format(refs_of({f"x.{end}": (1,)}), {"peft_type": "LORA"}) == "peft"
-    assert detect_format(refs_of({"x.lora_A.weight": (1,), "x.alpha": ()}), None) == "peft"
-    assert detect_format(refs_of({"x.lora_A.weight": (1,), "y.diff": (1,)}), None) == "kohya"
+        assert detect_format(refs_of({f"x.{end}": (1,)}), None).name == "kohya", end
+        assert detect_format(refs_of({f"x.{end}": (1,)}), {"peft_type": "LORA"}).name == "peft"
+    assert detect_format(refs_of({"x.lora_A.weight": (1,), "x.alpha": ()}), None).name == "peft"
+    assert detect_format(refs_of({"x.lora_A.weight": (1,), "y.diff": (1,)}), None).name == "kohya"

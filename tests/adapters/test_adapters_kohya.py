@@ -12,7 +12,7 @@ from torch import Tensor
 
 import shardmerge
 from shardmerge import PlanError
-from shardmerge.adapters.registry import claim, detect_format
+from shardmerge.adapters.registry import FORMATS, detect_format
 from tests.support.builders import content, random_tensor, read_tensors, refs_of, write_base
 
 UNET: dict[str, tuple[int, ...]] = {
@@ -147,7 +147,7 @@ def test_scaling(alpha: float | None, given: dict[str, float], scaling: float) -
     shapes = {"m.lora_down.weight": (4, 20), "m.lora_up.weight": (24, 4), **({} if alpha is None else {"m.alpha": ()})}
     refs = refs_of(shapes)
     numbers = {} if alpha is None else {"m.alpha": alpha}
-    claims = claim("kohya", content(refs, None, given.get("alpha"), given.get("scaling"), numbers))
+    claims = FORMATS["kohya"].claim(content(refs, None, given.get("alpha"), given.get("scaling"), numbers))
     assert claims.problems == [] and claims.leftovers(refs) == []
     assert [(update.scaling, update.rank) for update in claims.updates] == [(scaling, 4)]
 
@@ -166,7 +166,7 @@ def test_scaling(alpha: float | None, given: dict[str, float], scaling: float) -
 )
 def test_what_does_not_fit(shapes: dict[str, tuple[int, ...]], part: str) -> None:
     refs = refs_of(shapes)
-    claims = claim("kohya", content(refs))
+    claims = FORMATS["kohya"].claim(content(refs))
     (problem,) = claims.problems
     assert part in problem
     assert claims.leftovers(refs) == []
@@ -175,7 +175,7 @@ def test_what_does_not_fit(shapes: dict[str, tuple[int, ...]], part: str) -> Non
 def test_an_alpha_of_zero_is_asked_about() -> None:
     """kohya's modules take it for a scale of 1, its merge and other loaders for 0."""
     refs = refs_of({"m.lora_down.weight": (4, 20), "m.lora_up.weight": (24, 4), "m.alpha": ()})
-    claims = claim("kohya", content(refs, numbers={"m.alpha": 0.0}))
+    claims = FORMATS["kohya"].claim(content(refs, numbers={"m.alpha": 0.0}))
     (problem,) = claims.problems
     assert "m.alpha holds 0" in problem and "give alpha (or scaling)" in problem
 
@@ -192,6 +192,6 @@ def test_alpha_is_read_in_any_dtype(tmp_path: Path, dtype: str) -> None:
 
 
 def test_format_is_detected() -> None:
-    assert detect_format(refs_of({"lora_unet_x.lora_down.weight": (1,)}), None) == "kohya"
-    assert detect_format(refs_of({"unet.x.lora.down.weight": (1,)}), None) == "kohya"
-    assert detect_format(refs_of({"x.lora_A.weight": (1,)}), None) == "peft"
+    assert detect_format(refs_of({"lora_unet_x.lora_down.weight": (1,)}), None).name == "kohya"
+    assert detect_format(refs_of({"unet.x.lora.down.weight": (1,)}), None).name == "kohya"
+    assert detect_format(refs_of({"x.lora_A.weight": (1,)}), None).name == "peft"

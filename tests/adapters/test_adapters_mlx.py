@@ -13,7 +13,7 @@ from torch import Tensor
 
 import shardmerge
 from shardmerge import PlanError
-from shardmerge.adapters.registry import claim, detect_format
+from shardmerge.adapters.registry import FORMATS, detect_format
 from tests.support.builders import (
     Q0,
     VOCAB,
@@ -134,8 +134,8 @@ def test_refusals(tmp_path: Path, tensors: dict[str, Tensor], config: dict[str, 
 
 def test_format_is_detected() -> None:
     refs = refs_of({"x.lora_a": (2, 2), "x.lora_b": (2, 2)})
-    assert detect_format(refs, {"lora_parameters": {"scale": 1.0}}) == "mlx"
-    assert detect_format(refs, {"fine_tune_type": "full"}) == "mlx"
-    assert detect_format(refs, {"peft_type": "LORA"}) == "peft"
-    claims = claim("mlx", content(refs, {"lora_parameters": {"scale": 1}}))
+    assert detect_format(refs, {"lora_parameters": {"scale": 1.0}}).name == "mlx"
+    assert detect_format(refs, {"fine_tune_type": "full"}).name == "mlx"
+    assert detect_format(refs, {"peft_type": "LORA"}).name == "peft"
+    claims = FORMATS["mlx"].claim(content(refs, {"lora_parameters": {"scale": 1}}))
     assert [(update.rank, update.scaling) for update in claims.updates] == [(2, 1.0)]

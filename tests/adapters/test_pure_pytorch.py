@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import shardmerge
+from shardmerge.adapters.claims import Claims
 from shardmerge.adapters.formats.pure_pytorch import looks_like
-from shardmerge.adapters.methods.base import Claims
-from shardmerge.adapters.registry import FAMILIES, claim
+from shardmerge.adapters.registry import FAMILIES, FORMATS
 from shardmerge.errors import FormatError
 from shardmerge.spec.tensors import RowRange, TensorRef
 from shardmerge.spec.updates import Window
@@ -35,7 +35,7 @@ from tests.support.builders import (
 
 
 def claim_pure(tensors: dict[str, TensorRef], alpha: float | None = 8.0, scaling: float | None = None) -> Claims:
-    return claim("pure-pytorch", content(tensors, None, alpha, scaling))
+    return FORMATS["pure-pytorch"].claim(content(tensors, None, alpha, scaling))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from torch import Tensor
 import shardmerge
 from shardmerge import FormatError, NonFiniteError, PlanError, ShardmergeError, VerifyError
 from shardmerge.adapters.methods.base import Family
+from shardmerge.adapters.methods.whole import TokenSettings
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.adapters.work import elements_for, is_computed_everywhere, narrow_dtype, needs_work, tile_dtype
 from shardmerge.execution import tiles
@@ -139,7 +140,7 @@ def _everything_of(name: str, rows: slice) -> Callable[[Tensor, Mapping[str, Ten
 
 
 TOKENS = [3, 17, 40]
-_TOKENS_AFTER = (("indices", TOKENS),)
+_TOKENS_AFTER = TokenSettings(tuple(TOKENS), for_both_sides=False)
 SCENES: Mapping[str, Scene] = {
     "rows-of-a-larger-tensor": Scene(
         (64, 48),

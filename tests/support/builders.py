@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shardmerge.adapters.registry import AdapterContent
+from shardmerge.adapters.formats.base import AdapterContent
 from shardmerge.destinations.shard_writer import ShardWriter
 from shardmerge.spec.plans import ShardPlan
 from shardmerge.spec.tensors import TensorRef, tensor_nbytes

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardmerge.adapters.formats.peft import pattern_value
+from shardmerge.adapters.formats.checks import pattern_value
 from shardmerge.adapters.formats.peft_targets import matches
 from shardmerge.system import bounded_regex
 from shardmerge.system.bounded_regex import How, SlowPatternError, bounded, first_match, problems

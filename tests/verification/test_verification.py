@@ -18,7 +18,7 @@ from xxhash import xxh3_128_hexdigest
 
 import shardmerge
 from shardmerge import ConfigError, Progress, SourceError, VerifyError, VerifyReport
-from shardmerge.adapters.formats import peft_lora
+from shardmerge.adapters.formats import lora_forms
 from shardmerge.adapters.methods import lora
 from shardmerge.verification.findings import describe
 from tests.support.builders import (
@@ -314,7 +314,7 @@ def test_a_wrong_scaling(place: Place, weight: float) -> None:
 
 def test_a_wrong_scaling_of_the_program_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planning again makes the same mistake, and the record has it, too; verifying does not."""
-    for module in (lora, peft_lora):
+    for module in (lora, lora_forms):
         monkeypatch.setattr(module, "scaling_of", lambda alpha, rank, rslora: 1.01 * alpha / rank)
     place = make_place(tmp_path, tensors=llama_tensors(BF16))
     shardmerge.merge(place.config())

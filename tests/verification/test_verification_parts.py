@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import shardmerge
+from shardmerge.adapters.methods.road import RoadSettings
 from shardmerge.cli.main import cli
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.file_formats.adapter_file import open_adapter
@@ -27,10 +28,11 @@ from shardmerge.spec.tensors import RowRange, TensorInfo, TensorRef
 from shardmerge.spec.updates import Place as Where
 from shardmerge.spec.updates import Update
 from shardmerge.verification.exact import PlainFactors
+from shardmerge.verification.formulas import FORMULAS
 from shardmerge.verification.reading import Factor, Files
 from shardmerge.verification.rounding import half_unit
 from shardmerge.verification.rows import all_rows, sampled
-from shardmerge.verification.scaling import SCALED, ScaledBy
+from shardmerge.verification.scaling import ScaledBy
 from tests.support.builders import (
     DOWN1,
     GATE0,
@@ -129,7 +131,7 @@ def test_every_expert_has_a_row() -> None:
 
 
 def test_groups_of_rows_stay_together() -> None:
-    update = part(0, 40, 4, family="road", settings=(("group", 8), ("group_size", 8)))
+    update = part(0, 40, 4, family="road", settings=RoadSettings("road_1", 8))
     tensor = plan_of((40, 4), update)
     for windows in (sampled(tensor, 3, 0), all_rows(tensor)):
         assert all(window.start % 8 == 0 and len(window) % 8 == 0 for window in windows)
@@ -206,8 +208,8 @@ def scalings(entry: dict[str, Any], tmp_path: Path) -> dict[str, float]:
     output = {"path": str(tmp_path / "merged")}
     plan = shardmerge.plan({"base": str(tmp_path / "base"), "adapters": [entry], "output": output})
     scaled = ScaledBy(open_adapter(open_source(entry["path"])), AdapterConfig.model_validate(entry))
-    found = {update.module: scaled.scaling(update) for _, update in plan.updates() if update.family in SCALED}
-    planned = {update.module: update.scaling for _, update in plan.updates() if update.family in SCALED}
+    found = {update.module: scaled.scaling(update) for _, update in plan.updates() if update.family in FORMULAS}
+    planned = {update.module: update.scaling for _, update in plan.updates() if update.family in FORMULAS}
     assert found == pytest.approx(planned, rel=1e-15) and found
     return found
 

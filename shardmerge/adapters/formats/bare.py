@@ -11,16 +11,16 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats import grouped_experts, parts
-from shardmerge.adapters.formats.peft import Config, Context, Module
+from shardmerge.adapters.formats.checks import Config
 from shardmerge.adapters.formats.peft_lora import LoraMethod
+from shardmerge.adapters.formats.peft_method import Context, Module
 from shardmerge.adapters.formats.scales import Scales, config_said, numbers_said
-from shardmerge.adapters.methods.base import Claims, ModuleUpdate
+from shardmerge.adapters.tables import FAMILIES
 from shardmerge.key_mapping.naming import unwrapped
 from shardmerge.spec.tensors import TensorRef
 
-#: Families whose scaling is α / r.
-_SCALED = frozenset({"lora", "dora", "kasa", "lora-bias", "lora-blocks", "lora-experts", "lora-gated"})
 _ALPHA = ".alpha"
 _UNKNOWN = (
     "there is no adapter_config.json beside it, and neither tensors nor the metadata of the file say its alpha, so its "
@@ -33,28 +33,32 @@ class _OfPart(LoraMethod):
 
     def grouped(self, tensors: Mapping[str, TensorRef]) -> tuple[list[Module], dict[str, TensorRef]]:
         modules, shared = super().grouped(tensors)
-        for module in modules:
-            module.name = module.name.removeprefix(parts.part_of(module.name))
-            module.asked = module.asked.removeprefix(parts.part_of(module.asked))
-        return modules, shared
+        return [
+            dataclasses.replace(
+                module,
+                name=module.name.removeprefix(parts.part_of(module.name)),
+                asked=module.asked.removeprefix(parts.part_of(module.asked)),
+            )
+            for module in modules
+        ], shared
 
 
 def claim(tensors: Mapping[str, TensorRef], scales: Scales, context: Context) -> Claims:
     """Updates of the factors; ``context`` has what is known of the base, and no config."""
     modules = LoraMethod().grouped(tensors)[0]
     names = [module.name for module in modules]
-    if problem := parts.problem_of_several(names, context.weight):
-        return Claims(problems=[problem], refused=True)
+    if problem := parts.problem_of_several(names, context.base.weight):
+        return Claims.refusal(problem)
     said = config_said(scales.metadata, names)
     if isinstance(said, str) and not scales.given:
-        return Claims(problems=[said], refused=True)
+        return Claims.refusal(said)
     numbers = alphas_in(tensors)
     if isinstance(said, dict):
         claims = _by_config(tensors, said, scales, context, numbers)
     else:
         claims = _by_shapes(modules, scales, context, numbers)
     for module, number in numbers.items():
-        if number.name not in claims.told:
+        if number.name not in claims.accounted:
             claims.half(number, f"{module}.lora_A.weight")
     return claims
 
@@ -84,17 +88,17 @@ def _by_shapes(modules: list[Module], scales: Scales, context: Context, numbers:
         }
         before, number = len(claims.updates), numbers.get(module.prefix)
         if number is not None:
-            claims.told.add(number.name)
-        given = Context(config, stored=context.stored)
-        if why := method.unwrap(module, given):
-            claims.problems.append(f"{next(iter(module.factors.values())).name}: {why}")
-            claims.told |= {ref.name for ref in module.factors.values()}
+            claims.account_for([number])
+        given = Context(config, context.base)
+        asked, why = method.asked_name(module, given)
+        if why:
+            claims.reject(module.refs, f"{module.first.name}: {why}")
             continue
-        method.claim_module(claims, module, given)
+        method.claim_module(claims, dataclasses.replace(module, asked=asked), given)
         if len(claims.updates) == before:
             continue
         # GPT-2 calls its own modules `transformer.…`; then nothing says that the file is diffusers'.
-        of_part = parts.part_of(module.name) != "" and not parts.is_own(module.name, context.weight)
+        of_part = parts.part_of(module.name) != "" and not parts.is_own(module.name, context.base.weight)
         scaling = scales.of(claims, max(rank, 1), number, one_if_unsaid=of_part)
         claims.updates[before:] = [_scaled(update, scaling, scales) for update in claims.updates[before:]]
     scales.finish(claims, _UNKNOWN, "diffusers and ComfyUI")
@@ -114,14 +118,15 @@ def _by_config(
     tensors: Mapping[str, TensorRef], said: Config, scales: Scales, context: Context, numbers: Mapping[str, TensorRef]
 ) -> Claims:
     if problems := list(_contradictions(said, scales)):
-        return Claims(problems=problems, refused=True)
+        return Claims.refusal(*problems)
     config = _with_ours(said, scales)
     factors = {name: ref for name, ref in tensors.items() if not name.endswith(_ALPHA)}
     claims = _OfPart().claim(factors, dataclasses.replace(context, config=config))
     claims.problems = [problem.replace("adapter_config.json", "lora_adapter_metadata") for problem in claims.problems]
     if scales.scaling is not None:
         claims.updates = [
-            update.changed(scaling=scales.scaling) if update.family in _SCALED else update for update in claims.updates
+            update.changed(scaling=scales.scaling) if FAMILIES[update.family].scales_by_alpha else update
+            for update in claims.updates
         ]
     _compare(claims, scales, numbers)
     return claims
@@ -158,9 +163,9 @@ def _compare(claims: Claims, scales: Scales, numbers: Mapping[str, TensorRef]) -
     for update in claims.updates:
         prefix = re.sub(r"\.lora_[A-Za-z_]+\b.*", "", unwrapped(update.first))
         number = numbers.get(prefix)
-        if number is None or update.family not in _SCALED:
+        if number is None or not FAMILIES[update.family].scales_by_alpha:
             continue
-        claims.told.add(number.name)
+        claims.account_for([number])
         if number.shape not in ((), (1,)):
             claims.problems.append(f"{number.name} is {list(number.shape)}; expected one number")
         if scales.given or number.shape not in ((), (1,)):

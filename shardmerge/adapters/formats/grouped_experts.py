@@ -21,7 +21,8 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 
-from shardmerge.adapters.methods.base import Claims, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.methods.lora import Lora, LoraGated
 from shardmerge.key_mapping.naming import module_name
 from shardmerge.spec.tensors import DTYPE_BITS, TensorRef
 from shardmerge.spec.updates import Parameter
@@ -66,8 +67,7 @@ def claim_stacked(
     a, b = factors["A"], factors["B"]
     for role, ref in factors.items():
         if role not in "AB":
-            claims.told.add(ref.name)
-            claims.problems.append(f"{ref.name}: grouped experts know neither DoRA nor biases")
+            claims.reject([ref], f"{ref.name}: grouped experts know neither DoRA nor biases")
     experts = max(a.shape[0], b.shape[0])
     part = _PARTS.get(match["part"], match["part"])
     both = weight(_single(match["experts"], "gate_up_proj", 0)) if part in _ENDS else None
@@ -85,7 +85,7 @@ def claim_stacked(
 
 def _in_turn(claims: Claims, updates: list[ModuleUpdate], experts: str, part: str) -> list[ModuleUpdate]:
     """Updates of the matrix in which rows of gate and up are in turn, with the other's if they came first."""
-    others = {of.module: of for of in claims.updates if of.family == "lora-gated"}
+    others = {of.module: of for of in claims.updates if of.family == LoraGated.name}
     made, taken = [], set()
     for expert, update in enumerate(updates):
         module = _single(experts, "gate_up_proj", expert)
@@ -96,8 +96,8 @@ def _in_turn(claims: Claims, updates: list[ModuleUpdate], experts: str, part: st
         ):  # else both stay, and are refused: one update a weight
             factors = tuple(sorted((*other.factors, *factors), key=lambda factor: factor[0]))
             taken.add(module)
-        made.append(update.changed(module=module, family="lora-gated", factors=factors))
-    claims.updates = [of for of in claims.updates if not (of.family == "lora-gated" and of.module in taken)]
+        made.append(update.changed(module=module, family=LoraGated.name, factors=factors))
+    claims.updates = [of for of in claims.updates if not (of.family == LoraGated.name and of.module in taken)]
     return made
 
 
@@ -150,7 +150,7 @@ def _matrices(module: str, part: str, rows: int, weight: Weight) -> Mapping[str,
 
 def _update(module: str, part: str, expert: int, a: TensorRef, b: TensorRef, scaling: float) -> ModuleUpdate:
     factors = (("A", a), ("B", b))
-    return ModuleUpdate(_single(module, part, expert), "weight", "lora", factors, scaling, a.shape[0])
+    return ModuleUpdate(_single(module, part, expert), "weight", Lora.name, factors, scaling, a.shape[0])
 
 
 def _single(module: str, part: str, expert: int) -> str:
@@ -169,10 +169,8 @@ def _claim(claims: Claims, updates: list[ModuleUpdate], module: str, part: str, 
 
 
 def _misfit(claims: Claims, a: TensorRef, b: TensorRef, expected: str) -> None:
-    claims.told |= {a.name, b.name}
-    claims.problems.append(
-        f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} are no grouped factors of experts: {expected}"
-    )
+    what = f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} are no grouped factors of experts"
+    claims.reject([a, b], f"{what}: {expected}")
 
 
 def _member(ref: TensorRef, index: int) -> TensorRef:

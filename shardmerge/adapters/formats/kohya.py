@@ -18,10 +18,16 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
+from shardmerge.adapters.base_view import BaseView
+from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats import lycoris, parts
-from shardmerge.adapters.formats.peft import Context
+from shardmerge.adapters.formats.base import AdapterContent, AdapterFormat, Tensors
+from shardmerge.adapters.formats.checks import Config
 from shardmerge.adapters.formats.scales import Scales
-from shardmerge.adapters.methods.base import Claims, ModuleUpdate
+from shardmerge.adapters.methods.difference import Difference
+from shardmerge.adapters.methods.lora import Lora
+from shardmerge.adapters.methods.whole import Replacement, WholeSettings
+from shardmerge.adapters.tables import register_format
 from shardmerge.key_mapping.naming import WRAPPER, module_name, unwrapped
 from shardmerge.spec.tensors import TensorRef
 
@@ -34,12 +40,12 @@ _PAIRS = re.compile(
 _LYCORIS = re.compile(rf"(?P<module>.+)\.(?P<role>{'|'.join(lycoris.ROLES)})")
 #: The end of a key → what it is to the module: the parameter, and whether the tensor is added to it or replaces it.
 _WHOLES: Mapping[str, tuple[str, str]] = {
-    "diff": ("weight", "difference"),
-    "diff_b": ("bias", "difference"),
-    "diff_m": ("modulation", "difference"),  # LightX2V's
-    "w_norm": ("weight", "difference"),
-    "b_norm": ("bias", "difference"),
-    "set_weight": ("weight", "replacement"),
+    "diff": ("weight", Difference.name),
+    "diff_b": ("bias", Difference.name),
+    "diff_m": ("modulation", Difference.name),  # LightX2V's
+    "w_norm": ("weight", Difference.name),
+    "b_norm": ("bias", Difference.name),
+    "set_weight": ("weight", Replacement.name),
 }
 _WHOLE = re.compile(rf"(?P<module>.+)\.(?P<role>{'|'.join(_WHOLES)})")
 _ALPHA = re.compile(r"(?P<module>.+)\.(?P<role>alpha)")
@@ -64,43 +70,53 @@ _UNKNOWN = (
 )
 
 
-def looks_like(names: Collection[str]) -> bool:
-    """Whether an adapter of these tensors, which has no config, is such a file; PEFT's LoRA keys alone are none."""
-    plain = [unwrapped(name) for name in names]
-    pairs = [match["peft"] is None for name in plain if (match := _PAIRS.fullmatch(name))]
-    if any(pairs) or any(_LYCORIS.fullmatch(name) or _WHOLE.fullmatch(name) for name in plain):
-        return True
-    # DoRA's lengths by PEFT's name are read beside PEFT's keys.
-    refused = tuple(f".{end}" for end in REFUSED if not (pairs and end == "lora_magnitude_vector"))
-    return any(name.endswith(refused) for name in plain)
+@register_format
+class Kohya(AdapterFormat):
+    """``format: kohya``."""
 
+    name = "kohya"
+    summary = (
+        "image and video trainers' files: LoRA as `lora_down`, `lora_up` and `alpha` by module, LoKr and LoHa by "
+        "LyCORIS' names, whole differences (`diff`, `diff_b`, `w_norm`); names with dots or underscores"
+    )
 
-def is_telling(names: Iterable[str]) -> bool:
-    """Whether a file that may be a checkpoint, too, is such an adapter: it has factors, or nothing but differences."""
-    plain = [unwrapped(name) for name in names]
-    if all(_WHOLE.fullmatch(name) or _ALPHA.fullmatch(name) for name in plain):
-        return bool(plain)
-    return any(_LYCORIS.fullmatch(name) or ((of := _PAIRS.fullmatch(name)) and of["peft"] is None) for name in plain)
+    def detect(self, tensors: Tensors, config: Config | None) -> bool:
+        """PEFT's LoRA keys alone are not such a file."""
+        if config is not None:
+            return False
+        plain = [unwrapped(name) for name in tensors]
+        pairs = [match["peft"] is None for name in plain if (match := _PAIRS.fullmatch(name))]
+        if any(pairs) or any(_LYCORIS.fullmatch(name) or _WHOLE.fullmatch(name) for name in plain):
+            return True
+        # DoRA's lengths by PEFT's name are read beside PEFT's keys.
+        refused = tuple(f".{end}" for end in REFUSED if not (pairs and end == "lora_magnitude_vector"))
+        return any(name.endswith(refused) for name in plain)
 
+    def is_telling(self, names: Collection[str]) -> bool:
+        """It has factors, or nothing but differences."""
+        plain = [unwrapped(name) for name in names]
+        if all(_WHOLE.fullmatch(name) or _ALPHA.fullmatch(name) for name in plain):
+            return bool(plain)
+        return any(
+            _LYCORIS.fullmatch(name) or ((of := _PAIRS.fullmatch(name)) and of["peft"] is None) for name in plain
+        )
 
-def method(names: Iterable[str]) -> str:
-    """What made it, by PEFT's name for it."""
-    kinds = {match["role"].partition("_")[0] for name in names if (match := _LYCORIS.fullmatch(unwrapped(name)))}
-    return " and ".join(lycoris.METHODS[kind] for kind in sorted(kinds)) or "LORA"
+    def method(self, tensors: Collection[str], config: Config | None) -> str:
+        kinds = {match["role"].partition("_")[0] for name in tensors if (match := _LYCORIS.fullmatch(unwrapped(name)))}
+        return " and ".join(lycoris.METHODS[kind] for kind in sorted(kinds)) or "LORA"
 
-
-def claim(tensors: Mapping[str, TensorRef], scales: Scales, context: Context) -> Claims:
-    """Pair the factors and compute each scaling; ``context`` has what is known of the base, and no config."""
-    if problem := _refusal(tensors) or scales.unread():
-        return Claims(problems=[problem], refused=True)
-    modules = _grouped(tensors)
-    if problem := parts.problem_of_several(map(module_name, modules), context.weight):
-        return Claims(problems=[problem], refused=True)
-    claims = Claims()
-    for module, found in modules.items():
-        _claim_module(claims, module, found, scales, context)
-    scales.finish(claims, _UNKNOWN, "kohya's scripts, ComfyUI and diffusers")
-    return claims
+    def read(self, content: AdapterContent, base: BaseView) -> Claims:
+        """Pair the factors and compute each scaling."""
+        scales, claims = content.scales, Claims()
+        if problem := _refusal(content.tensors) or scales.unread():
+            return Claims.refusal(problem)
+        modules = _grouped(content.tensors)
+        if problem := parts.problem_of_several(map(module_name, modules), base.weight):
+            return Claims.refusal(problem)
+        for module, found in modules.items():
+            _claim_module(claims, module, found, scales, base)
+        scales.finish(claims, _UNKNOWN, "kohya's scripts, ComfyUI and diffusers")
+        return claims
 
 
 def _refusal(tensors: Iterable[str]) -> str:
@@ -131,9 +147,7 @@ def _grouped(tensors: Mapping[str, TensorRef]) -> dict[str, dict[str, TensorRef]
     return modules
 
 
-def _claim_module(
-    claims: Claims, module: str, found: Mapping[str, TensorRef], scales: Scales, context: Context
-) -> None:
+def _claim_module(claims: Claims, module: str, found: Mapping[str, TensorRef], scales: Scales, base: BaseView) -> None:
     number = found.get("alpha")
     for role, (parameter, family) in _WHOLES.items():
         if role in found:
@@ -143,10 +157,10 @@ def _claim_module(
         lycoris.claim(claims, placed(module), kind, factors, number, scales)
     pair = {role: found[role] for role in ("down", "up") if role in found}
     if pair or (number is not None and not methods):
-        _claim_pair(claims, module, {**pair, **({"alpha": number} if number is not None else {})}, scales, context)
+        _claim_pair(claims, module, {**pair, **({"alpha": number} if number is not None else {})}, scales, base)
 
 
-def placed(module: str, parameter: str = "weight", family: str = "lora") -> ModuleUpdate:
+def placed(module: str, parameter: str = "weight", family: str = Lora.name) -> ModuleUpdate:
     """An update of a module by its name in the file: without kohya's name of a part, which is no part of any name."""
     part = parts.flat_part_of(module)
     name = module_name(module.removeprefix(part))
@@ -154,26 +168,25 @@ def placed(module: str, parameter: str = "weight", family: str = "lora") -> Modu
 
 
 def _claim_whole(claims: Claims, module: str, parameter: str, family: str, ref: TensorRef) -> None:
-    update = placed(module, parameter, family)
-    role = {"difference": "difference", "replacement": "whole"}[family]
-    settings = (("as_in_memory", True), ("or_parameter", parameter == "weight"))
-    claims.updates.append(update.changed(factors=((role, ref),), settings=settings))
+    update = placed(module, parameter, family).changed(or_parameter=parameter == "weight")
+    if family == Replacement.name:
+        update = update.changed(factors=(("whole", ref),), settings=WholeSettings(as_in_memory=True))
+    else:
+        update = update.changed(factors=(("difference", ref),))
+    claims.updates.append(update)
 
 
-def _claim_pair(
-    claims: Claims, module: str, factors: Mapping[str, TensorRef], scales: Scales, context: Context
-) -> None:
+def _claim_pair(claims: Claims, module: str, factors: Mapping[str, TensorRef], scales: Scales, base: BaseView) -> None:
     if missing := {"down", "up"} - factors.keys():
-        there = next(iter(factors.values()))
-        claims.half(there, f"{module}.{_end(factors)[min(missing)]}.weight")
-        claims.told |= {ref.name for ref in factors.values()}
+        key = f"{module}.{_end(factors)[min(missing)]}.weight"
+        claims.half(next(iter(factors.values())), key, factors.values())
         return
     down, up = factors["down"], factors["up"]
     if "alpha" in factors:
-        claims.told.add(factors["alpha"].name)
+        claims.account_for([factors["alpha"]])
     claims.updates.append(placed(module).changed(factors=(("A", down), ("B", up))))
     if 0 in down.shape or 0 in up.shape:
-        return  # an empty tensor is told of as such
+        return
     kernels = up.shape[2:]
     if len(down.shape) < 2 or len(up.shape) < 2 or up.shape[1] != down.shape[0] or any(size != 1 for size in kernels):
         claims.misfit(
@@ -183,7 +196,7 @@ def _claim_pair(
         return
     rank = down.shape[0]
     of_peft = ".lora_A" in down.name
-    of_part = parts.part_of(module) != "" and not parts.is_own(module, context.weight)
+    of_part = parts.part_of(module) != "" and not parts.is_own(module, base.weight)
     scaling = scales.of(claims, rank, factors.get("alpha"), one_if_unsaid=not of_peft or of_part)
     claims.updates[-1] = claims.updates[-1].changed(rank=rank, scaling=scaling)
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from shardmerge.adapters.formats.peft import Context, Module, PeftMethod
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftMethod
 from shardmerge.adapters.formats.scales import Scales
-from shardmerge.adapters.methods.base import Claims, ModuleUpdate
 from shardmerge.adapters.methods.loha import Loha
-from shardmerge.adapters.methods.lokr import Lokr
+from shardmerge.adapters.methods.lokr import Lokr, LokrSettings
 from shardmerge.key_mapping.naming import PEFT_PREFIX, unwrapped
 from shardmerge.spec.tensors import TensorRef
 
@@ -41,15 +41,14 @@ def claim(
 ) -> None:
     """Append the module's update, or say what is wrong with its factors; ``number`` is its α."""
     if number is not None:
-        claims.told.add(number.name)
+        claims.account_for([number])
     first = next(iter(found.values()))
     prefix = unwrapped(first.name).rpartition(f".{kind}_")[0]
     rank = next((found[role].shape[0] for role in _INNER if role in found and found[role].shape), 0)
-    module = Module(update.module, prefix, "", dict(found))
+    module = Module(update.module, prefix, "", dict(found), update.module)
     missing = [key for key, role in _OF[kind].roles.items() if not role.endswith("?") and role not in found]
     if missing:
-        claims.half(first, module.key(missing[0]))
-        claims.told |= {ref.name for ref in found.values()}
+        claims.half(first, module.key(missing[0]), module.refs)
         return
     made = _made(claims, module, kind, rank)
     if made is None:
@@ -64,7 +63,9 @@ def claim(
                 f"{first.name} and {found['w2'].name} are PEFT's and whole, so that the r of their scale alpha / r is "
                 "in adapter_config.json alone, which is not beside them: give scaling"
             )
-    settings = made.settings if of_peft or kind != "lokr" else (*made.settings, ("kronecker", True))
+    settings = made.settings
+    if isinstance(settings, LokrSettings) and not of_peft:
+        settings = LokrSettings(kronecker=True)
     claims.updates[-1] = made.changed(scaling=scaling, flattened=update.flattened, settings=settings)
 
 

@@ -8,11 +8,15 @@ A full fine-tune holds whole tensors. Source: mlx-lm, tuner/lora.py, tuner/dora.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
-from shardmerge.adapters.formats.peft import is_number
-from shardmerge.adapters.methods.base import Claims, ModuleUpdate
+from shardmerge.adapters.base_view import BaseView
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.base import AdapterContent, AdapterFormat, Pairs, Tensors
+from shardmerge.adapters.formats.checks import Config, is_number
+from shardmerge.adapters.formats.wholes import whole_update
+from shardmerge.adapters.methods.lora import Dora, Lora
+from shardmerge.adapters.tables import register_format
 from shardmerge.key_mapping.naming import module_name
 from shardmerge.spec.tensors import TensorRef
 
@@ -20,22 +24,45 @@ _KEY = re.compile(r"(?P<module>.+)\.(?P<role>lora_a|lora_b|m)")
 _WHOLE = re.compile(r"(?P<module>.+)\.(?P<parameter>\w+)")
 
 
-def is_config(config: Mapping[str, Any]) -> bool:
-    """Whether an adapter_config.json is MLX's."""
-    return "peft_type" not in config and ("lora_parameters" in config or "fine_tune_type" in config)
+@register_format
+class Mlx(AdapterFormat):
+    """``format: mlx``."""
+
+    name = "mlx"
+    summary = "`adapters.safetensors` of mlx-lm: LoRA, DoRA, or whole tensors"
+    config_states_scale = True
+    pairs = Pairs(re.compile(r"(?P<module>.+)\.lora_(?P<role>[ab])"), is_input_first=True)
+
+    def detect(self, tensors: Tensors, config: Config | None) -> bool:
+        return (
+            config is not None
+            and "peft_type" not in config
+            and ("lora_parameters" in config or "fine_tune_type" in config)
+        )
+
+    def method(self, tensors: Collection[str], config: Config | None) -> str:
+        return str((config or {}).get("fine_tune_type", "LORA"))
+
+    def stated_scale(self, config: Config | None) -> float | None:
+        parameters = (config or {}).get("lora_parameters")
+        scale = parameters.get("scale") if isinstance(parameters, dict) else None
+        return float(scale) if is_number(scale) else None
+
+    def read(self, content: AdapterContent, base: BaseView) -> Claims:
+        if content.config is None:
+            return Claims.refusal("there is no adapter_config.json beside it, in which MLX states the scale")
+        return _claim(content.tensors, content.config)
 
 
-def claim(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Claims:
+def _claim(tensors: Tensors, config: Config) -> Claims:
     """Pair the factors; every module has the config's one scale."""
     claims = Claims()
     kind = config.get("fine_tune_type", "lora")
     if kind == "full":
-        for name, ref in tensors.items():
-            if match := _WHOLE.fullmatch(name):
-                factors = (("whole", ref),)
-                claims.updates.append(
-                    ModuleUpdate(module_name(match["module"]), match["parameter"], "replacement", factors)
-                )
+        matches = ((_WHOLE.fullmatch(name), ref) for name, ref in tensors.items())
+        claims.updates += [
+            whole_update(module_name(match["module"]), match["parameter"], ref) for match, ref in matches if match
+        ]
         return claims
     parameters = config.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
@@ -60,14 +87,13 @@ def claim(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Claims
 def _claim_pair(claims: Claims, module: str, found: Mapping[str, TensorRef], scale: float, dora: bool) -> None:
     wanted = {"lora_a", "lora_b", "m"} if dora else {"lora_a", "lora_b"}
     if missing := sorted(wanted - found.keys()):
-        claims.half(next(iter(found.values())), f"{module}.{missing[0]}")
-        claims.told |= {ref.name for ref in found.values()}
+        claims.half(next(iter(found.values())), f"{module}.{missing[0]}", found.values())
         return
     a, b = found["lora_a"], found["lora_b"]
     if "m" in found and not dora:
-        claims.told.add(found["m"].name)
-        claims.problems.append(f"{found['m'].name} is a length of DoRA, but fine_tune_type is not dora")
-    update = ModuleUpdate(module_name(module), "weight", "lora", (("A", a), ("B", b)), scale)
+        claims.reject([found["m"]], f"{found['m'].name} is a length of DoRA, but fine_tune_type is not dora")
+    # It does not say whether a module is an embedding.
+    update = ModuleUpdate(module_name(module), "weight", Lora.name, (("A", a), ("B", b)), scale, either_way=True)
     claims.updates.append(update)
     if 0 in a.shape or 0 in b.shape:
         return
@@ -80,6 +106,5 @@ def _claim_pair(claims: Claims, module: str, found: Mapping[str, TensorRef], sca
     factors = (("A", a.transposed()), ("B", b.transposed()))
     if dora:
         factors = (*factors, ("magnitude", found["m"]))  # type: ignore[assignment]
-    settings = (("either_way", True),)
-    family = "dora" if dora else "lora"
-    claims.updates[-1] = update.changed(family=family, factors=factors, rank=a.shape[1], settings=settings)
+    family = Dora.name if dora else Lora.name
+    claims.updates[-1] = update.changed(family=family, factors=factors, rank=a.shape[1])

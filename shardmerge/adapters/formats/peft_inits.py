@@ -13,7 +13,7 @@ import re
 import reprlib
 from typing import Any
 
-from shardmerge.adapters.formats.peft import MISSING
+from shardmerge.adapters.formats.checks import MISSING
 
 _PLAIN = frozenset({"eva", "orthogonal"})
 #: Those that PEFT takes in any case.

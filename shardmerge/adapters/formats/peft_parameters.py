@@ -18,10 +18,12 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from shardmerge.adapters.formats.peft import MISSING, Context, Module, is_rank
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import MISSING, is_rank
+from shardmerge.adapters.formats.peft_method import Context, Module
 from shardmerge.adapters.formats.peft_targets import matches
 from shardmerge.adapters.formats.peft_variants import variants
-from shardmerge.adapters.methods.base import Claims, ModuleUpdate
+from shardmerge.adapters.methods.lora import ExpertSettings, LoraExperts
 
 #: The file's word for a layout → ours.
 LAYOUTS: Mapping[str, str] = {"rank_major": "peft", "grouped_by_expert": "unsloth"}
@@ -48,7 +50,7 @@ def targeted(module: str, context: Context) -> list[str]:
     targets = context.config.get("target_parameters")
     if not targets:
         return _all_targeted(module, context)
-    known = context.registered(module)
+    known = context.base.registered(module)
     found = []
     for target in targets:
         owner, _, parameter = target.rpartition(".")
@@ -63,14 +65,14 @@ def _all_targeted(module: str, context: Context) -> list[str]:
     targets = context.config.get("target_modules")
     if not isinstance(targets, (list, frozenset)) or not matches(targets, module):
         return []
-    return [name for name in context.registered(module) if "bias" not in name]
+    return [name for name in context.base.registered(module) if "bias" not in name]
 
 
 def _has(module: str, parameter: str, context: Context) -> bool:
     """Whether a module has a parameter of that name; a bare name is of every module that has one."""
-    if known := context.registered(module):
+    if known := context.base.registered(module):
         return parameter in known
-    return context.stored is not None and context.stored(module, parameter) is not None
+    return context.base.stored(module, parameter) is not None
 
 
 def claim_parameter(claims: Claims, module: Module, rank: int, scaling: float, context: Context) -> None:
@@ -83,13 +85,13 @@ def claim_parameter(claims: Claims, module: Module, rank: int, scaling: float, c
         return
     extra = [ref for role, ref in module.factors.items() if role not in ("A", "B")]
     for ref in extra:
-        claims.told.add(ref.name)
-        claims.problems.append(f"{ref.name}: target_parameters know neither DoRA nor biases")
+        claims.reject([ref], f"{ref.name}: target_parameters know neither DoRA nor biases")
     if names := variants(context.config):
         claims.problems.append(f"{name}.{parameter}: adapter_config.json sets {names[0]}, which target_parameters lack")
-    settings = (("peft_version", str(context.config.get("peft_version") or "")), ("layout", "peft"))
+    version = str(context.config.get("peft_version") or "")
+    settings = ExpertSettings("peft", version)
     claims.updates.append(
-        ModuleUpdate(name, parameter, "lora-experts", (("A", a), ("B", b)), scaling, rank, settings=settings),
+        ModuleUpdate(name, parameter, LoraExperts.name, (("A", a), ("B", b)), scaling, rank, settings=settings),
     )
     if 0 in a.shape or 0 in b.shape:
         return
@@ -102,29 +104,29 @@ def claim_parameter(claims: Claims, module: Module, rank: int, scaling: float, c
     if problem:
         claims.misfit(f"{b.name}: {problem}")
     elif layout != "peft":
-        claims.updates[-1] = claims.updates[-1].changed(settings=(settings[0], ("layout", layout)))
+        claims.updates[-1] = claims.updates[-1].changed(settings=ExpertSettings(layout, version))
 
 
 def owner(module: str, context: Context) -> str | None:
     """The parameter whose factors stand under a module's name, wrappers counted; None where that cannot be told."""
     name, depth = bare(module)
     targets = targeted(name, context)
-    if depth >= len(targets) or (len(targets) > 1 and not context.registered(name)):
+    if depth >= len(targets) or (len(targets) > 1 and not context.base.registered(name)):
         return None
     return targets[len(targets) - 1 - depth]
 
 
 def _say_whose(claims: Claims, module: Module, name: str, context: Context) -> None:
     a, targets = module.factors["A"], targeted(name, context)
-    if len(targets) > 1 and not context.registered(name):
-        claims.told |= {ref.name for ref in module.factors.values()}
-        claims.problems.append(
+    if len(targets) > 1 and not context.base.registered(name):
+        claims.reject(
+            module.refs,
             f"{a.name} belongs to one of {', '.join(targets)} of {name}, but which cannot be told: the order in which "
-            "the model registers them is not known"
+            "the model registers them is not known",
         )
         return
-    claims.half(a, f"a parameter of {name} in target_parameters that it could belong to")
-    claims.told.add(module.factors["B"].name)
+    missing = f"a parameter of {name} in target_parameters that it could belong to"
+    claims.half(a, missing, [module.factors["B"]])
 
 
 # --- the layout of B --------------------------------------------------------------------------------------------------

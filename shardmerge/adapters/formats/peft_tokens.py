@@ -10,16 +10,22 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from shardmerge.adapters.formats.peft import MISSING
-from shardmerge.adapters.methods.base import Claims, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import MISSING
+from shardmerge.adapters.methods.whole import TokenRows, TokenSettings
 from shardmerge.key_mapping.naming import module_name, unwrapped
 from shardmerge.spec.tensors import TensorRef
 
 _TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?")
 
 
-def claim_tokens(claims: Claims, tensors: Mapping[str, TensorRef], indices: Any) -> None:
-    """Rows of trained tokens. ``indices`` is a list for the input embedding, or a list for each module by name."""
+def claim_tokens(
+    claims: Claims, tensors: Mapping[str, TensorRef], indices: Any, *, for_both_sides: bool = False
+) -> None:
+    """Rows of trained tokens. ``indices`` is a list for the input embedding, or a list for each module by name.
+
+    ``for_both_sides``: whether a head that is tied to the embedding has no tokens of its own.
+    """
     for name, ref in tensors.items():
         match = _TOKENS.fullmatch(unwrapped(name))
         if match is None:
@@ -30,11 +36,10 @@ def claim_tokens(claims: Claims, tensors: Mapping[str, TensorRef], indices: Any)
             found = [value for key, value in indices.items() if module == key or module.endswith(f".{key}")]
             of_module = found[0] if len(found) == 1 else None
         if not of_module:
-            claims.told.add(name)
-            claims.problems.append(f"{name}: the config does not say which tokens of {module} these are")
+            claims.reject([ref], f"{name}: the config does not say which tokens of {module} these are")
         else:
-            settings = (("indices", tuple(of_module)),)
-            claims.updates.append(ModuleUpdate(module, "weight", "token-rows", (("rows", ref),), settings=settings))
+            settings = TokenSettings(tuple(of_module), for_both_sides)
+            claims.updates.append(ModuleUpdate(module, "weight", TokenRows.name, (("rows", ref),), settings=settings))
 
 
 def _indices_problem(where: str, value: Any) -> list[str]:

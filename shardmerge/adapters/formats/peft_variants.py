@@ -5,7 +5,7 @@ Source: peft/tuners/lora/variants.py, 0.21.
 
 from __future__ import annotations
 
-from shardmerge.adapters.formats.peft import Config
+from shardmerge.adapters.formats.checks import Config
 
 #: Variants, by the setting, → what they save that only training reads: PEFT's merge leaves it out, and so does its
 #: forward pass then. MonteCLoRA draws perturbations, VeLoRA compresses what the backward pass needs.

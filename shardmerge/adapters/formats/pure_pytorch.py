@@ -8,12 +8,17 @@ and ``….original.bias``.
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
+from shardmerge.adapters.base_view import BaseView
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.base import AdapterContent, AdapterFormat, Pairs, Tensors
+from shardmerge.adapters.formats.checks import Config
 from shardmerge.adapters.formats.scales import Scales
-from shardmerge.adapters.methods.base import Claims, ModuleUpdate
+from shardmerge.adapters.methods.frozen import FrozenCopy
+from shardmerge.adapters.methods.lora import Lora
+from shardmerge.adapters.tables import register_format
 from shardmerge.key_mapping.naming import module_name
 from shardmerge.spec.tensors import TensorRef
 
@@ -21,43 +26,57 @@ _FACTOR = re.compile(r"(?P<module>.+)\.(?P<role>[AB]|alpha)")
 _FROZEN = re.compile(r"(?P<module>.+)\.original\.(?P<parameter>weight|bias)")
 
 
-def looks_like(names: Mapping[str, TensorRef]) -> bool:
+@register_format
+class PurePytorch(AdapterFormat):
+    """``format: pure-pytorch``."""
+
+    name = "pure-pytorch"
+    summary = "the `.pt` of a training loop that computes `x @ A @ B * scale`: `….A` (in, r), `….B` (r, out)"
+    pairs = Pairs(
+        re.compile(r"(?P<module>.+)\.(?P<role>[AB])"),
+        is_input_first=True,
+        others=re.compile(rf".*\.alpha|{_FROZEN.pattern}"),
+    )
+
+    def detect(self, tensors: Tensors, config: Config | None) -> bool:
+        return config is None and looks_like(tensors)
+
+    def read(self, content: AdapterContent, base: BaseView) -> Claims:
+        """Pair the factors, check the pairs, compute each scaling."""
+        scales, claims = content.scales, Claims()
+        if problem := scales.unread():
+            return Claims.refusal(problem)
+        pairs: dict[str, dict[str, TensorRef]] = {}
+        for name, ref in content.tensors.items():
+            if match := _FROZEN.fullmatch(name):
+                module = module_name(match["module"])
+                claims.updates.append(ModuleUpdate(module, match["parameter"], FrozenCopy.name, (("copy", ref),)))
+            elif match := _FACTOR.fullmatch(name):
+                pairs.setdefault(match["module"], {})[match["role"]] = ref
+        for name, pair in pairs.items():
+            _claim_pair(claims, name, pair, scales)
+        unknown = "it carries no config, so its scale is unknown: give alpha (or scaling) in the config"
+        scales.finish(claims, unknown, "")
+        return claims
+
+
+def looks_like(names: Collection[str]) -> bool:
     """Whether a file of these tensors is such an adapter."""
     return not all(name.endswith(".alpha") for name in names) and all(
         _FACTOR.fullmatch(name) or _FROZEN.fullmatch(name) for name in names
     )
 
 
-def claim(tensors: Mapping[str, TensorRef], scales: Scales) -> Claims:
-    """Pair the factors, check the pairs, compute each scaling."""
-    if problem := scales.unread():
-        return Claims(problems=[problem], refused=True)
-    claims = Claims()
-    pairs: dict[str, dict[str, TensorRef]] = {}
-    for name, ref in tensors.items():
-        if match := _FROZEN.fullmatch(name):
-            module = module_name(match["module"])
-            claims.updates.append(ModuleUpdate(module, match["parameter"], "frozen-copy", (("copy", ref),), 1.0, 0))
-        elif match := _FACTOR.fullmatch(name):
-            pairs.setdefault(match["module"], {})[match["role"]] = ref
-    for name, pair in pairs.items():
-        _claim_pair(claims, name, pair, scales)
-    scales.finish(claims, "it carries no config, so its scale is unknown: give alpha (or scaling) in the config", "")
-    return claims
-
-
 def _claim_pair(claims: Claims, name: str, pair: Mapping[str, TensorRef], scales: Scales) -> None:
     if missing := {"A", "B"} - pair.keys():
-        there = next(iter(pair.values()))
-        claims.half(there, f"{name}.{min(missing)}")
-        claims.told |= {ref.name for ref in pair.values()}
+        claims.half(next(iter(pair.values())), f"{name}.{min(missing)}", pair.values())
         return
     a, b = pair["A"], pair["B"]
-    claims.updates.append(ModuleUpdate(module_name(name), "weight", "lora", (("A", a), ("B", b)), 1.0, 0))
+    claims.updates.append(ModuleUpdate(module_name(name), "weight", Lora.name, (("A", a), ("B", b))))
     rank = a.shape[1] if len(a.shape) == 2 else 1
     scaling = scales.of(claims, rank, pair.get("alpha"), one_if_unsaid=False)
     if 0 in a.shape or 0 in b.shape:
-        return  # an empty tensor is told of as such
+        return
     matrices = len(a.shape) == 2 and len(b.shape) == 2
     if not matrices or a.shape[1] != b.shape[0]:
         hint = ""
@@ -68,4 +87,4 @@ def _claim_pair(claims: Claims, name: str, pair: Mapping[str, TensorRef], scales
         )
         return
     factors = (("A", a.transposed()), ("B", b.transposed()))
-    claims.updates[-1] = dataclasses.replace(claims.updates[-1], factors=factors, scaling=scaling, rank=rank)
+    claims.updates[-1] = claims.updates[-1].changed(factors=factors, scaling=scaling, rank=rank)

@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardmerge.adapters.claims import Claims
 from shardmerge.adapters.formats.parts import part_of
-from shardmerge.adapters.methods.base import Claims
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.tensors import TensorRef
 
@@ -75,7 +75,7 @@ class Scales:
         ``one_if_unsaid``: whether all who load such a file take 1 where nothing is said.
         """
         if number is not None:
-            claims.told.add(number.name)
+            claims.account_for([number])
         if self.scaling is not None:
             return self.scaling
         alpha = self.alpha

@@ -15,15 +15,19 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from shardmerge.adapters.formats.peft import FLAG, MISSING, NUMBER, RANK, Check, Config, Context, Module, PeftMethod
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import FLAG, MISSING, NUMBER, RANK, Check, Config
 from shardmerge.adapters.formats.peft_lora import LoraMethod
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.formats.peft_tokens import claim_tokens, token_problems
-from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped, oriented
+from shardmerge.adapters.methods.base import Factors, misshaped, oriented
+from shardmerge.adapters.tables import register
 from shardmerge.key_mapping.naming import module_name
 from shardmerge.spec.tensors import TensorRef
-from shardmerge.spec.updates import Parameter, Update, Window
+from shardmerge.spec.updates import Parameter, Settings, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,28 +35,48 @@ if TYPE_CHECKING:
 _EPS = 1e-5
 
 
-class AdaLora(Family, PeftMethod):
+def _pattern_problems(key: str, value: Any) -> list[str]:
+    if value is MISSING or value is None:
+        return []
+    if not isinstance(value, dict):
+        return [f"{key} must map names of lora_E to what is left of them, found {reprlib.repr(value)}"]
+    return [
+        f"{key}[{name!r}] must be a list of true and false, found {reprlib.repr(item)}"
+        for name, item in value.items()
+        if not (isinstance(item, list) and all(isinstance(flag, bool) for flag in item))
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class AdaLoraSettings(Settings):
+    """r₀."""
+
+    init_r: int
+
+
+@register
+class AdaLora(PeftFamily):
     """``peft_type: ADALORA``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "adalora"
-    by_rows: ClassVar[frozenset[str]] = frozenset({"B"})
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"E"})
-    by_column_windows: ClassVar[bool] = True
-    rows_are_independent: ClassVar[bool] = True
-    adds: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "ADALORA"
-    title: ClassVar[str] = "AdaLoRA"
-    paper: ClassVar[str] = "arXiv:2303.10512"
+    name = "adalora"
+    by_rows = frozenset({"B"})
+    neutral_if_zero = frozenset({"E"})
+    by_column_windows = True
+    rows_are_independent = True
+    adds = True
+    peft_type = "ADALORA"
+    title = "AdaLoRA"
+    paper = "arXiv:2303.10512"
     roles: ClassVar[Mapping[str, str]] = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
     settings: ClassVar[Mapping[str, Check]] = {
         "init_r": RANK,
         "lora_alpha": NUMBER,
-        "rank_pattern": lambda key, value: _pattern_problems(key, value),
+        "rank_pattern": _pattern_problems,
         "fan_in_fan_out": FLAG,
-        "trainable_token_indices": lambda key, value: token_problems(key, value),
+        "trainable_token_indices": token_problems,
     }
     # AdaLoRA inherits LoRA's settings; those that are here, it does not read.
-    inert: ClassVar[frozenset[str]] = LoraMethod.inert | {
+    inert = LoraMethod.inert | {
         "alpha_pattern",
         "beta1",
         "beta2",
@@ -84,14 +108,13 @@ class AdaLora(Family, PeftMethod):
         rank = started if kept is None else sum(kept)
         empty = [ref for role, ref in found.items() if ref.shape == _empty_shape(role, ref)]
         if rank == 0 and len(empty) == len(found):
-            claims.told |= {ref.name for ref in found.values()}
+            claims.account_for(module.refs)
             return
         alpha = config["lora_alpha"]
-        settings = (("init_r", started), ("fan_in_fan_out", bool(config.get("fan_in_fan_out"))))
-        factors, scaling = tuple(found.items()), alpha if alpha > 0 else rank
-        claims.updates.append(ModuleUpdate(module.name, "weight", self.name, factors, scaling, rank, settings=settings))
-        if any(0 in ref.shape for ref in found.values()):
-            return  # an empty tensor is told of as such
+        scaling, settings = alpha if alpha > 0 else rank, AdaLoraSettings(started)
+        claims.updates.append(self.update(module, context, scaling=scaling, rank=rank, settings=settings))
+        if module.is_empty:
+            return
         if kept is not None and len(kept) != started:
             claims.misfit(
                 f"adapter_config.json: rank_pattern tells of {len(kept)} ranks of {module.name}, but init_r is "
@@ -113,7 +136,7 @@ class AdaLora(Family, PeftMethod):
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         return oriented(update, parameter, update.factor("B").shape[0], update.factor("A").shape[-1])
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         a, b = update.factor("A"), update.factor("B")
         if len(shape) < 2:
             return [f"{update.module}.{update.parameter}, {list(shape)} is no matrix, so AdaLoRA cannot update it"]
@@ -131,7 +154,7 @@ class AdaLora(Family, PeftMethod):
             right = right[:, window.columns.start : window.columns.stop]
         torch.mm(factors.rows("B", window.rows), right, out=scratch)
         # The sum first, as PEFT makes it, in the dtype of the work.
-        rank = torch.full((1,), update.setting("init_r"), dtype=tile.dtype, device=tile.device) + _EPS
+        rank = torch.full((1,), AdaLoraSettings.of(update).init_r, dtype=tile.dtype, device=tile.device) + _EPS
         tile.add_(scratch.mul_(update.scaling).div_(rank))
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
@@ -151,15 +174,3 @@ def _kept(config: Config, module: str) -> list[bool] | None:
             kept: list[bool] = value
             return kept
     return None
-
-
-def _pattern_problems(key: str, value: Any) -> list[str]:
-    if value is MISSING or value is None:
-        return []
-    if not isinstance(value, dict):
-        return [f"{key} must map names of lora_E to what is left of them, found {reprlib.repr(value)}"]
-    return [
-        f"{key}[{name!r}] must be a list of true and false, found {reprlib.repr(item)}"
-        for name, item in value.items()
-        if not (isinstance(item, list) and all(isinstance(flag, bool) for flag in item))
-    ]

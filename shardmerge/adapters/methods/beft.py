@@ -7,29 +7,31 @@ dtype of the base.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping
 from typing import ClassVar
 
-from shardmerge.adapters.formats.peft import Context, Module, PeftMethod
-from shardmerge.adapters.methods.base import Claims, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftMethod
+from shardmerge.adapters.methods.base import as_vector
 from shardmerge.adapters.methods.lora import LoraBias
+from shardmerge.adapters.tables import register
 
 
+@register
 class Beft(LoraBias, PeftMethod):
     """``peft_type: BEFT``; a bias is added as that of LoRA's B is."""
 
-    name: ClassVar[str] = "beft"
-    peft_type: ClassVar[str] = "BEFT"
-    selectors: ClassVar[frozenset[str]] = frozenset()
-    title: ClassVar[str] = "BEFT"
-    paper: ClassVar[str] = "arXiv:2509.15974"
+    name = "beft"
+    scales_by_alpha = False
+    peft_type = "BEFT"
+    selectors = frozenset()
+    title = "BEFT"
+    paper = "arXiv:2509.15974"
     roles: ClassVar[Mapping[str, str]] = {"beft_bias": "bias"}
-    inert: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+    inert = frozenset({"init_weights"})
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         bias = module.factors["bias"]
-        if len(bias.shape) == 2 and bias.shape[0] == 1 and bias.strides is None:
-            bias = dataclasses.replace(bias, shape=(math.prod(bias.shape),))
+        if len(bias.shape) == 2 and bias.shape[0] == 1:
+            bias = as_vector(bias)
         claims.updates.append(ModuleUpdate(module.name, "bias", self.name, (("bias", bias),)))

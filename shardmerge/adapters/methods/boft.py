@@ -14,36 +14,50 @@ it multiplies the F_i first, we rotate W by one after the other, so the last bit
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import COUNT, RANK, Check, Config, Context, Module, PeftMethod, is_count
-from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import COUNT, RANK, Check, Config, is_count
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, as_vector, misshaped
 from shardmerge.adapters.methods.blocks import block_bytes, cayley, rotate, widened
-from shardmerge.spec.updates import Update, Window
+from shardmerge.adapters.tables import register
+from shardmerge.spec.updates import Settings, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Boft(Family, PeftMethod):
+@dataclass(frozen=True, slots=True)
+class BoftSettings(Settings):
+    """b and n as the config has them, 0 where it leaves them open, and m."""
+
+    size: int
+    count: int
+    butterflies: int
+
+
+@register
+class Boft(PeftFamily):
     """``peft_type: BOFT``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "boft"
-    by_rows: ClassVar[frozenset[str]] = frozenset({"scale"})
-    rows_are_independent: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "BOFT"
-    title: ClassVar[str] = "BOFT"
-    paper: ClassVar[str] = "arXiv:2311.06243"
+    name = "boft"
+    mixes_weight = True  # W R, R a product of rotations
+    by_rows = frozenset({"scale"})
+    rows_are_independent = True
+    peft_type = "BOFT"
+    title = "BOFT"
+    paper = "arXiv:2311.06243"
     roles: ClassVar[Mapping[str, str]] = {"boft_R": "blocks", "boft_s": "scale"}
     settings: ClassVar[Mapping[str, Check]] = {
         "boft_block_size": COUNT,
         "boft_block_num": COUNT,
         "boft_n_butterfly_factor": RANK,
     }
-    inert: ClassVar[frozenset[str]] = frozenset({"boft_dropout", "init_weights"})
+    inert = frozenset({"boft_dropout", "init_weights"})
 
     def check_config(self, config: Config) -> list[str]:
         size, count = config.get("boft_block_size") or 0, config.get("boft_block_num") or 0
@@ -54,34 +68,34 @@ class Boft(Family, PeftMethod):
             ]
         return []
 
-    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
-        config, blocks, scale = context.config, module.factors["blocks"], module.factors["scale"]
+    def settings_of(self, config: Config, module: Module) -> Settings:
         # Without its kernel PEFT makes and loads one factor, whatever the config says.
-        alone = blocks.shape[:1] == (1,)
-        settings = (
-            ("size", config.get("boft_block_size") or 0),
-            ("count", config.get("boft_block_num") or 0),
-            ("butterflies", 1 if alone else config["boft_n_butterfly_factor"]),
-        )
+        alone = module.factors["blocks"].shape[:1] == (1,)
+        size, count = config.get("boft_block_size") or 0, config.get("boft_block_num") or 0
+        return BoftSettings(size, count, 1 if alone else config["boft_n_butterfly_factor"])
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        scale = module.factors["scale"]
         # Dense, (out, 1) and (1, out) are the same bytes.
         if len(scale.shape) == 2 and 1 in scale.shape and scale.strides is None:
-            scale = dataclasses.replace(scale, shape=(math.prod(scale.shape),))
-        factors = (("blocks", blocks), ("scale", scale))
-        claims.updates.append(ModuleUpdate(module.name, "weight", self.name, factors, settings=settings))
+            scale = as_vector(scale)
+        factors = (("blocks", module.factors["blocks"]), ("scale", scale))
+        claims.updates.append(self.update(module, context, factors=factors))
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         if len(shape) not in (2, 4) or shape[2:3] != shape[3:4]:
             return [
                 f"{update.module}.{update.parameter} is {list(shape)}; BOFT updates Linear layers and "
                 "convolutions of two dimensions with square kernels"
             ]
-        columns, many = math.prod(shape[1:]), update.setting("butterflies")
+        wanted, columns = BoftSettings.of(update), math.prod(shape[1:])
+        many = wanted.butterflies
         # Clipped, as a hostile count takes a power long; more butterflies than columns fit no shape.
         reach = 1 << min(many - 1, columns.bit_length())
-        size = update.setting("size") or columns // update.setting("count")
+        size = wanted.size or columns // wanted.count
         if not size or columns % size or (many > 1 and (columns % (size * reach) or size % 2)):
             return [
-                f"{update.module}: blocks of {size}, {update.setting('count') or columns // max(size, 1)} of them and "
+                f"{update.module}: blocks of {size}, {wanted.count or columns // max(size, 1)} of them and "
                 f"{many} butterfly factors (boft_block_size, boft_block_num and boft_n_butterfly_factor) do not "
                 f"divide its {columns} inputs"
             ]

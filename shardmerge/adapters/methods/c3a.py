@@ -10,39 +10,49 @@ also of those that are zero. Here K's numbers are put where they belong, so C is
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import RANK, RANK_PATTERN, Check, Context, Module, PeftMethod, pattern_value
-from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.formats.checks import RANK, RANK_PATTERN, Check, Config, pattern_value
+from shardmerge.adapters.formats.peft_method import Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, misshaped
+from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
-from shardmerge.spec.updates import Update, Window
+from shardmerge.spec.updates import Settings, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class C3a(Family, PeftMethod):
+@dataclass(frozen=True, slots=True)
+class C3aSettings(Settings):
+    """b, the size of a block."""
+
+    size: int
+
+
+@register
+class C3a(PeftFamily):
     """``peft_type: C3A``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "c3a"
-    by_rows: ClassVar[frozenset[str]] = frozenset({"kernel"})
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"kernel"})
-    adds: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "C3A"
-    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
-    title: ClassVar[str] = "C3A"
-    paper: ClassVar[str] = "arXiv:2407.19342"
+    name = "c3a"
+    by_rows = frozenset({"kernel"})
+    neutral_if_zero = frozenset({"kernel"})
+    adds = True
+    peft_type = "C3A"
+    selectors = frozenset({"layers_to_transform", "layers_pattern"})
+    title = "C3A"
+    paper = "arXiv:2407.19342"
     roles: ClassVar[Mapping[str, str]] = {"c3a_kernel": "kernel"}
     settings: ClassVar[Mapping[str, Check]] = {"block_size": RANK, "block_size_pattern": RANK_PATTERN}
-    inert: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+    inert = frozenset({"init_weights"})
 
-    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
-        size = pattern_value(context.config.get("block_size_pattern"), module.name, context.config["block_size"])
-        factors = (("kernel", module.factors["kernel"]),)
-        claims.updates.append(ModuleUpdate(module.name, "weight", self.name, factors, settings=(("size", size),)))
+    def settings_of(self, config: Config, module: Module) -> Settings:
+        return C3aSettings(pattern_value(config.get("block_size_pattern"), module.name, config["block_size"]))
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        size = update.setting("size")
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        size = C3aSettings.of(update).size
         if len(shape) != 2 or any(of % size for of in shape):
             return [
                 f"{update.module}.{update.parameter} is {list(shape)}, which blocks of {size} do not divide "
@@ -52,7 +62,7 @@ class C3a(Family, PeftMethod):
         return misshaped(update.factor("kernel"), expected, f"a kernel for every block of {size} × {size}")
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        size, rows = update.setting("size"), window.rows
+        size, rows = C3aSettings.of(update).size, window.rows
         first = rows.start // size
         # As many blocks as rows at most.
         kernel = factors.rows("kernel", RowRange(first, -(-rows.stop // size)))

@@ -11,25 +11,39 @@ sums in float32, and on a 16-bit base rounds the update before it adds it, so bi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import FLAG, OPTIONAL_NUMBER, RANK, Check, Context, Module, PeftMethod, checked
-from shardmerge.adapters.methods.base import Claims, Factors, ModuleUpdate, misshaped, oriented
-from shardmerge.adapters.methods.factored import Surveyed
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import FLAG, OPTIONAL_NUMBER, RANK, Check, Config, checked
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, misshaped, oriented
+from shardmerge.adapters.methods.factored import TwoPass
+from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
-from shardmerge.spec.updates import Parameter, Update
+from shardmerge.spec.updates import Parameter, Settings, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Deft(Surveyed, PeftMethod):
+@dataclass(frozen=True, slots=True)
+class DeftSettings(Settings):
+    """α, and whether P's QR decomposition takes P's place."""
+
+    alpha: float | None
+    orthogonal: bool
+
+
+@register
+class Deft(TwoPass, PeftFamily):
     """``peft_type: DEFT``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "deft"
-    peft_type: ClassVar[str] = "DEFT"
-    title: ClassVar[str] = "DEFT"
-    paper: ClassVar[str] = ""
+    name = "deft"
+    mixes_weight = True  # B Q looks at whole columns of W
+    peft_type = "DEFT"
+    title = "DEFT"
+    updates = "Linear layers"
     roles: ClassVar[Mapping[str, str]] = {"deft_P": "P", "deft_R": "R?"}
     settings: ClassVar[Mapping[str, Check]] = {
         "r": RANK,
@@ -37,33 +51,25 @@ class Deft(Surveyed, PeftMethod):
         "para": FLAG,
         "decomposition_method": checked(lambda value: value in ("relu", "qr"), "relu or qr"),
     }
-    inert: ClassVar[frozenset[str]] = frozenset({"deft_dropout", "init_scale", "init_weights"})
+    inert = frozenset({"deft_dropout", "init_scale", "init_weights"})
+
+    def settings_of(self, config: Config, module: Module) -> Settings:
+        return DeftSettings(config.get("alpha"), config.get("decomposition_method") == "qr")
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         config, there = context.config, module.factors
         if ("R" in there) == bool(config.get("para")):
             says = "says para, so PEFT would ignore it" if "R" in there else "does not say para"
             what = there["R"].name if "R" in there else f"{module.key('deft_R')} is missing, and it"
-            claims.problems.append(f"{what}: adapter_config.json {says}")
-            claims.told |= {ref.name for ref in there.values()}
+            claims.reject(module.refs, f"{what}: adapter_config.json {says}")
             return
-        settings = (
-            ("alpha", config.get("alpha")),
-            ("orthogonal", config.get("decomposition_method") == "qr"),
-            ("fan_in_fan_out", bool(config.get("fan_in_fan_out"))),
-        )
-        factors = tuple(there.items())
-        claims.updates.append(
-            ModuleUpdate(module.name, "weight", self.name, factors, rank=config["r"], settings=settings)
-        )
+        claims.updates.append(self.update(module, context, rank=config["r"]))
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         columns = update.factor("R").shape[-1] if update.has("R") else None
         return oriented(update, parameter, (*update.factor("P").shape, 0)[0], columns)
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        if len(shape) != 2:
-            return [f"{update.module}.{update.parameter} is {list(shape)}; DEFT updates Linear layers"]
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         rank = min(update.rank, shape[0])
         problems = misshaped(update.factor("P"), (shape[0], rank), "(out, r), r at most out")
         if update.has("R"):
@@ -75,7 +81,7 @@ class Deft(Surveyed, PeftMethod):
 
     def view(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
         part = self.left(factors, update, rows)
-        return part.t() if update.setting("orthogonal") else part.relu().t()
+        return part.t() if DeftSettings.of(update).orthogonal else part.relu().t()
 
     def left(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
         import torch
@@ -84,13 +90,13 @@ class Deft(Surveyed, PeftMethod):
             q: Tensor = torch.linalg.qr(factors.whole("P").double())[0]
             return q
 
-        left = factors.kept("Q", basis) if update.setting("orthogonal") else factors.whole("P")
+        left = factors.kept("Q", basis) if DeftSettings.of(update).orthogonal else factors.whole("P")
         return left[rows.start : rows.stop]
 
     def made(self, seen: Tensor, factors: Factors, update: Update, columns: RowRange) -> Tensor:
         if not update.has("R"):
             return seen.neg()
-        alpha, rest = update.setting("alpha"), factors.whole("R")[:, columns.start : columns.stop]
+        alpha, rest = DeftSettings.of(update).alpha, factors.whole("R")[:, columns.start : columns.stop]
         return rest.double() * (alpha / self.inner(update) if alpha else 1.0) - seen
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:

@@ -11,20 +11,13 @@ round once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from shardmerge.adapters.formats.peft import (
-    NUMBER_PATTERN,
-    OPTIONAL_NUMBER,
-    RANK,
-    RANK_PATTERN,
-    Check,
-    Context,
-    Module,
-    PeftMethod,
-    pattern_value,
-)
-from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, add_scaled, misshaped
+from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.formats.checks import NUMBER_PATTERN, OPTIONAL_NUMBER, RANK, RANK_PATTERN, Check, rank_of
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, add_scaled, all_misshaped
+from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Update, Window
 
 if TYPE_CHECKING:
@@ -33,15 +26,16 @@ if TYPE_CHECKING:
 _LEAST = 1e-4
 
 
-class Delora(Family, PeftMethod):
+@register
+class Delora(PeftFamily):
     """``peft_type: DELORA``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "delora"
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"B"})
-    adds: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "DELORA"
-    title: ClassVar[str] = "DeLoRA"
-    paper: ClassVar[str] = "arXiv:2503.18225"
+    name = "delora"
+    neutral_if_zero = frozenset({"B"})
+    adds = True
+    peft_type = "DELORA"
+    title = "DeLoRA"
+    paper = "arXiv:2503.18225"
     roles: ClassVar[Mapping[str, str]] = {
         "delora_A": "A",
         "delora_B": "B",
@@ -55,24 +49,17 @@ class Delora(Family, PeftMethod):
         "delora_lambda": OPTIONAL_NUMBER,
         "lambda_pattern": NUMBER_PATTERN,
     }
-    inert: ClassVar[frozenset[str]] = frozenset({"init_weights", "module_dropout"})
+    inert = frozenset({"init_weights", "module_dropout"})
 
-    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
-        rank: int = pattern_value(context.config.get("rank_pattern"), module.name, context.config["r"])
-        factors = tuple(module.factors.items())
-        claims.updates.append(ModuleUpdate(module.name, "weight", self.name, factors, rank=rank))
+    updates = "matrices"
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        if len(shape) != 2:
-            return [f"{update.module}.{update.parameter} is {list(shape)}; DeLoRA updates matrices"]
+    def update(self, module: Module, context: Context, **changes: Any) -> ModuleUpdate:
+        return super().update(module, context, rank=rank_of(context.config, module.name), **changes)
+
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         meaning = f"for {update.module} {list(shape)} with r = {update.rank} in adapter_config.json"
-        expected = {
-            "A": (update.rank, shape[1]),
-            "B": (shape[0], update.rank),
-            "lambda": (1,),
-            "w": (shape[1],),
-        }
-        return [problem for role, size in expected.items() for problem in misshaped(update.factor(role), size, meaning)]
+        expected = {"A": (update.rank, shape[1]), "B": (shape[0], update.rank), "lambda": (1,), "w": (shape[1],)}
+        return all_misshaped(update, expected, meaning)
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         import torch

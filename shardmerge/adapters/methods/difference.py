@@ -6,24 +6,27 @@ patches. Source: LyCORIS, lycoris/modules/full.py and norms.py; ComfyUI, comfy/l
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from shardmerge.adapters.methods.base import Factors, Family, ModuleUpdate, add_scaled
+from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.methods.base import Factors, Family, add_scaled, window_of
+from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Parameter, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+@register
 class Difference(Family):
     """W + s · D, by rows or by columns."""
 
-    name: ClassVar[str] = "difference"
-    by_rows: ClassVar[frozenset[str]] = frozenset({"difference"})
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"difference"})
-    by_column_windows: ClassVar[bool] = True
-    rows_are_independent: ClassVar[bool] = True
-    adds: ClassVar[bool] = True
+    name = "difference"
+    by_rows = frozenset({"difference"})
+    neutral_if_zero = frozenset({"difference"})
+    by_column_windows = True
+    rows_are_independent = True
+    adds = True
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         """D is as the module keeps W in memory, a Conv1D's (in, out)."""
@@ -38,10 +41,5 @@ class Difference(Family):
         ]
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        if update.experts:
-            part = factors.whole("difference")[window.expert].reshape(update.rows, update.columns)
-            part = part[window.rows.start : window.rows.stop]
-        else:
-            part = factors.rows("difference", window.rows).reshape(len(window.rows), update.columns)
-        scratch.copy_(part[:, window.columns.start : window.columns.stop])
+        scratch.copy_(window_of(factors, "difference", update, window))
         add_scaled(tile, scratch, update.scaling)

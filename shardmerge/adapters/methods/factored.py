@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from shardmerge.adapters.methods.base import Factors, Family, add_scaled
 from shardmerge.spec.tensors import RowRange, even_rows
@@ -24,7 +24,7 @@ PART_ROWS = 64
 class Factored(Family):
     """A family whose update is a product."""
 
-    by_column_windows: ClassVar[bool] = True
+    by_column_windows = True
 
     @abstractmethod
     def left(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
@@ -59,7 +59,7 @@ def parts_of(rows: RowRange) -> Iterator[tuple[slice, RowRange]]:
         yield slice(part.start, part.stop), RowRange(rows.start + part.start, rows.start + part.stop)
 
 
-class Surveyed(Factored):
+class TwoPass(Factored):
     """W' = W + s · L f(V W), where V (k, out) looks at whole columns of W: R is made of what it sees.
 
     Where tiles are rows, a first pass adds up V W. Where W is stored transposed, tiles have whole columns. All of it is
@@ -74,10 +74,10 @@ class Surveyed(Factored):
     def made(self, seen: Tensor, factors: Factors, update: Update, columns: RowRange) -> Tensor:
         """These columns of R, in float64, of the same columns of V W, which are float64, too."""
 
-    def surveys(self, update: Update) -> bool:
+    def needs_prepass(self, update: Update) -> bool:
         return not update.by_columns
 
-    def survey(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+    def prepass(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         import torch
 
         shape = (self.inner(update), update.columns)

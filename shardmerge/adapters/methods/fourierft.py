@@ -11,41 +11,41 @@ on, and kept until its last. The bits are those of PEFT's merge, for every dtype
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from shardmerge.adapters.formats.peft import (
-    NUMBER,
-    RANK,
-    RANK_PATTERN,
-    Check,
-    Context,
-    Module,
-    PeftMethod,
-    checked,
-    pattern_value,
-)
-from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, add_scaled, oriented
-from shardmerge.spec.updates import Parameter, Update, Window
+from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.formats.checks import NUMBER, RANK, RANK_PATTERN, SEED, Check, Config, pattern_value
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, add_scaled, oriented
+from shardmerge.adapters.tables import register
+from shardmerge.spec.updates import Parameter, Settings, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SEED = checked(
-    lambda value: type(value) is int and -(1 << 63) <= value < 1 << 64, "a whole number of 64 bits", required=True
-)
+
+@dataclass(frozen=True, slots=True)
+class SpectrumSettings(Settings):
+    """How many numbers there are, where the config says it, and the seed of their places."""
+
+    count: int | None
+    seed: int
 
 
-class FourierFt(Family, PeftMethod):
+@register
+class FourierFt(PeftFamily):
     """``peft_type: FOURIERFT``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "fourierft"
-    by_column_windows: ClassVar[bool] = True
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"spectrum"})
-    adds: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "FOURIERFT"
-    title: ClassVar[str] = "FourierFT"
-    paper: ClassVar[str] = "arXiv:2405.03003"
-    note: ClassVar[str] = "makes a weight's whole update at once, in memory that grows with the weight"
+    name = "fourierft"
+    by_column_windows = True
+    neutral_if_zero = frozenset({"spectrum"})
+    adds = True
+    peft_type = "FOURIERFT"
+    title = "FourierFT"
+    updates = "Linear layers"
+    paper = "arXiv:2405.03003"
+    note = "makes a weight's whole update at once, in memory that grows with the weight"
     roles: ClassVar[Mapping[str, str]] = {"fourierft_spectrum": "spectrum"}
     settings: ClassVar[Mapping[str, Check]] = {
         "n_frequency": RANK,
@@ -53,15 +53,18 @@ class FourierFt(Family, PeftMethod):
         "scaling": NUMBER,
         "random_loc_seed": SEED,
     }
-    inert: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+    inert = frozenset({"init_weights"})
 
-    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
-        claim_spectrum(claims, module, context, self.name)
+    def settings_of(self, config: Config, module: Module) -> Settings:
+        return SpectrumSettings(*spectrum_of(config, module))
+
+    def update(self, module: Module, context: Context, **changes: Any) -> ModuleUpdate:
+        return super().update(module, context, scaling=float(context.config["scaling"]), **changes)
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         return oriented(update, parameter, None, None)  # nothing but the config's flag tells
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         return spectrum_problems(update, shape)
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
@@ -74,28 +77,15 @@ class FourierFt(Family, PeftMethod):
         return update.rows * update.columns * (itemsize + 4 + 3 * 8)
 
 
-def claim_spectrum(
-    claims: Claims, module: Module, context: Context, family: str, *settings: tuple[str, object]
-) -> None:
-    """An update by numbers at random places."""
-    config, spectrum = context.config, module.factors["spectrum"]
+def spectrum_of(config: Config, module: Module) -> tuple[int | None, int]:
+    """The number of a module's numbers, where the config says it, and the seed of their places."""
     count = pattern_value(config.get("n_frequency_pattern"), module.name, config["n_frequency"])
-    common = (
-        ("count", None if config.get("proportional_parameters") else count),
-        ("seed", config["random_loc_seed"]),
-        ("fan_in_fan_out", bool(config.get("fan_in_fan_out"))),
-    )
-    factors = (("spectrum", spectrum),)
-    claims.updates.append(
-        ModuleUpdate(module.name, "weight", family, factors, float(config["scaling"]), settings=(*common, *settings))
-    )
+    return None if config.get("proportional_parameters") else count, config["random_loc_seed"]
 
 
 def spectrum_problems(update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
     """Whether the config and the weight allow so many numbers."""
-    spectrum, count = update.factor("spectrum"), update.setting("count")
-    if len(shape) != 2:
-        return [f"{update.module}.{update.parameter} is {list(shape)}; {update.family} updates Linear layers"]
+    spectrum, count = update.factor("spectrum"), SpectrumSettings.of(update).count
     if len(spectrum.shape) != 1 or count not in (None, spectrum.shape[0]):
         expected = "(n)" if count is None else f"[{count}]"
         return [
@@ -113,7 +103,7 @@ def places(update: Update, count: int) -> tuple[Tensor, Tensor]:
     """Rows and columns of the numbers, as the seed has them."""
     import torch
 
-    generator = torch.Generator().manual_seed(update.setting("seed"))
+    generator = torch.Generator().manual_seed(SpectrumSettings.of(update).seed)
     order = torch.randperm(update.rows * update.columns, generator=generator)[:count]
     return order // update.columns, order % update.columns
 

@@ -17,10 +17,12 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import Check, Context, Module, PeftMethod
-from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, misshaped
 from shardmerge.adapters.methods.factored import PART_ROWS, parts_of
 from shardmerge.adapters.methods.osf import stored_dtype
+from shardmerge.adapters.tables import register
 from shardmerge.errors import FormatError
 from shardmerge.spec.updates import Update, Window
 
@@ -32,20 +34,22 @@ _SHARED = re.compile(r"(?:base_model\.)?(?:model\.)?frod_(?P<what>V|s_indices|s_
 _SHORT = 1e-12
 
 
-class Frod(Family, PeftMethod):
+@register
+class Frod(PeftFamily):
     """``peft_type: FROD``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "frod"
-    whole_numbers: ClassVar[frozenset[str]] = frozenset({"places"})
-    streamed: ClassVar[frozenset[str]] = frozenset({"W"})
-    peft_type: ClassVar[str] = "FROD"
-    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
-    title: ClassVar[str] = "FRoD"
-    paper: ClassVar[str] = "AAAI 2026, doi 10.1609/aaai.v40i31.39813"
-    note: ClassVar[str] = "makes a weight's whole update at once, in memory that grows with the weight"
+    name = "frod"
+    whole_numbers = frozenset({"places"})
+    streamed = frozenset({"W"})
+    peft_type = "FROD"
+    selectors = frozenset({"layers_to_transform", "layers_pattern"})
+    title = "FRoD"
+    updates = "Linear layers"
+    mixes_weight = True  # W in another basis
+    paper = "AAAI 2026, doi 10.1609/aaai.v40i31.39813"
+    note = "makes a weight's whole update at once, in memory that grows with the weight"
     roles: ClassVar[Mapping[str, str]] = {"frod_lambda_l": "diagonal", "frod_lambda_s_values": "values"}
-    settings: ClassVar[Mapping[str, Check]] = {}
-    inert: ClassVar[frozenset[str]] = frozenset(
+    inert = frozenset(
         {
             "frod_dropout",
             "init_weights",
@@ -66,34 +70,29 @@ class Frod(Family, PeftMethod):
         category = category_of(module.name)
         shared = [context.shared.get(f"{what} {category}") for what in ("V", "s_indices")]
         if shared[0] is None or shared[1] is None:
-            claims.half(
-                module.factors["diagonal"],
-                f"base_model.frod_V.{category} and frod_s_indices.{category}; save it again with save_projection: true",
+            what = (
+                f"base_model.frod_V.{category} and frod_s_indices.{category}; save it again with save_projection: true"
             )
-            claims.told.add(module.factors["values"].name)
+            claims.half(module.factors["diagonal"], what, module.refs)
             return
         factors = (*module.factors.items(), ("V", shared[0]), ("places", shared[1]))
         # Of W itself only the dtype is needed beside the tile.
-        update = ModuleUpdate(module.name, "weight", self.name, factors, of_base=(("W", "weight"),))
-        claims.updates.append(update)
+        claims.updates.append(self.update(module, context, factors=factors, of_base=(("W", "weight"),)))
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        if len(shape) != 2:
-            return [f"{update.module}.{update.parameter} is {list(shape)}; FRoD updates Linear layers"]
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         count = update.factor("values").shape[:1]
+        numbers = f"(2, n) for the numbers of {update.factor('values').name}"
         return [
             *misshaped(update.factor("V"), (shape[1], shape[1]), f"(in, in) of {update.module}"),
             *misshaped(update.factor("diagonal"), (shape[1],), f"a number for every input of {update.module}"),
             *misshaped(update.factor("values"), count, "one dimension"),
-            *misshaped(
-                update.factor("places"), (2, *count), f"(2, n) for the numbers of {update.factor('values').name}"
-            ),
+            *misshaped(update.factor("places"), (2, *count), numbers),
         ]
 
-    def surveys(self, update: Update) -> bool:
+    def needs_prepass(self, update: Update) -> bool:
         return True
 
-    def survey(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+    def prepass(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         import torch
 
         squares = factors.kept("squares", lambda: torch.zeros(update.columns, dtype=torch.float64, device=tile.device))

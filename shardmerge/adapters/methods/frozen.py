@@ -7,9 +7,11 @@ merged into; of PEFT's that is asked of every adapter but the first (`shardmerge
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from shardmerge.adapters.methods.base import Factors, Family, ModuleUpdate
+from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.methods.base import Effect, Factors, Family, window_of
+from shardmerge.adapters.tables import register
 from shardmerge.errors import FormatError
 from shardmerge.spec.updates import Update, Window
 
@@ -17,16 +19,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@register
 class FrozenCopy(Family):
     """Stops the merge where the copy and the base differ."""
 
-    name: ClassVar[str] = "frozen-copy"
-    changes_weight: ClassVar[bool] = False
-    computes: ClassVar[bool] = False
-    by_rows: ClassVar[frozenset[str]] = frozenset({"copy"})
-    by_column_windows: ClassVar[bool] = True
-    rows_are_independent: ClassVar[bool] = True
-    order: ClassVar[int] = 0
+    name = "frozen-copy"
+    effect = Effect.COMPARES
+    by_rows = frozenset({"copy"})
+    by_column_windows = True
+    rows_are_independent = True
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         copy = update.factor("copy")
@@ -40,12 +41,7 @@ class FrozenCopy(Family):
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         import torch
 
-        if update.experts:
-            copy = factors.whole("copy")[window.expert].view(update.rows, update.columns)
-            copy = copy[window.rows.start : window.rows.stop]
-        else:
-            copy = factors.rows("copy", window.rows).reshape(len(window.rows), update.columns)
-        copy = copy[:, window.columns.start : window.columns.stop]
+        copy = window_of(factors, "copy", update, window)
         # A copy in a narrower dtype than the base's can only agree within that dtype's rounding.
         narrow = getattr(torch, {"F16": "float16", "BF16": "bfloat16"}.get(update.factor("copy").dtype, "float64"))
         if not torch.equal(scratch.copy_(tile).to(narrow), copy.to(narrow)):

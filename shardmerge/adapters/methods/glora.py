@@ -12,13 +12,17 @@ time. On a 16-bit base PEFT rounds the factors and every step; we round once.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import RANK, Check, Context, Module, PeftMethod, checked
-from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import RANK, Check, checked
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, Family, misshaped
 from shardmerge.adapters.methods.lora import add_product
+from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import MIN_TILE_ROWS, RowRange
-from shardmerge.spec.updates import Update, Window
+from shardmerge.spec.updates import Settings, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,16 +36,25 @@ def _one_of(*names: str) -> Check:
     return checked(lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}")
 
 
-class Glora(Family, PeftMethod):
+@dataclass(frozen=True, slots=True)
+class GloraSettings(Settings):
+    """The letters of the factors that are vectors, rather than one number."""
+
+    vectors: str
+
+
+@register
+class Glora(PeftFamily):
     """``peft_type: GLORA``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "glora"
-    by_rows: ClassVar[frozenset[str]] = frozenset({"A.Xd", "B.Xd", "A.zeros", "B.zeros"})
-    rows_are_independent: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "GLORA"
-    selectors: ClassVar[frozenset[str]] = frozenset()
-    title: ClassVar[str] = "GLoRA"
-    paper: ClassVar[str] = "arXiv:2306.07967"
+    name = "glora"
+    by_rows = frozenset({"A.Xd", "B.Xd", "A.zeros", "B.zeros"})
+    rows_are_independent = True
+    peft_type = "GLORA"
+    selectors = frozenset()
+    title = "GLoRA"
+    updates = "Linear layers"
+    paper = "arXiv:2306.07967"
     roles: ClassVar[Mapping[str, str]] = {
         f"glora_{letter}.{part}": f"{letter}.{part}?" for letter in "ABCDE" for part in _PARTS
     }
@@ -51,7 +64,7 @@ class Glora(Family, PeftMethod):
         "config_C": _one_of("lora", "vector", "none"),
         "config_D_E": _one_of("vector", "constant", "none"),
     }
-    inert: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+    inert = frozenset({"init_weights"})
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         config = context.config
@@ -67,35 +80,32 @@ class Glora(Family, PeftMethod):
                 wanted += [f"{letter}.Xd", f"{letter}.Xu"] if form == "lora" else [f"{letter}.X"]
         there = module.factors
         if missing := [role for role in wanted if role not in there]:
-            claims.half(next(iter(there.values())), module.key(f"glora_{missing[0]}"))
-            claims.told |= {ref.name for ref in there.values()}
+            claims.half(module.first, module.key(f"glora_{missing[0]}"), module.refs)
             return
         if extra := [ref for role, ref in there.items() if role not in wanted]:
-            claims.problems.append(
-                f"{extra[0].name} does not fit adapter_config.json, by which {module.name} has "
-                f"{', '.join(sorted(wanted))}"
+            has = ", ".join(sorted(wanted))
+            claims.reject(
+                module.refs, f"{extra[0].name} does not fit adapter_config.json, by which {module.name} has {has}"
             )
-            claims.told |= {ref.name for ref in there.values()}
             return
-        settings = tuple((letter, forms[letter] or default) for letter, default in defaults.items())
-        for parameter, family, letters in (("weight", self.name, "AB"), ("bias", "glora-bias", "CDE")):
+        vectors = (letter for letter, default in defaults.items() if (forms[letter] or default) == "vector")
+        settings = GloraSettings("".join(vectors))
+        for parameter, family, letters in (("weight", self.name, "AB"), ("bias", GloraBias.name, "CDE")):
             factors = tuple((role, there[role]) for role in wanted if role[0] in letters)
             if not factors:
                 continue
-            update = ModuleUpdate(module.name, parameter, family, factors, rank=config["r"], settings=settings)
+            update = self.update(module, context, family=family, factors=factors, rank=config["r"], settings=settings)
             if parameter == "bias":
                 # Zeros are there whether or not the layer has a bias.
-                update = update.changed(optional=not has_bias)
+                update = update.changed(parameter=parameter, optional=not has_bias)
             if any(role[0] == "C" for role, _ in factors):
                 update = update.changed(of_base=(("W", "weight"),))
             claims.updates.append(update)
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        if len(shape) != 2:
-            return [f"{update.module}.{update.parameter} is {list(shape)}; GLoRA updates Linear layers"]
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         problems = []
         for letter in "AB":
-            column = (shape[0], 1) if update.setting(letter) == "vector" else (1,)
+            column = (shape[0], 1) if letter in GloraSettings.of(update).vectors else (1,)
             problems += _misshaped(update, letter, shape[0], shape[1], {"X": column, "zeros": shape})
         return problems
 
@@ -117,16 +127,18 @@ class Glora(Family, PeftMethod):
         return 2 * MIN_TILE_ROWS * update.columns * itemsize if update.has("B.Xd") else 0
 
 
+@register
 class GloraBias(Family):
     """b + (b ∘ D + E + W C)."""
 
-    name: ClassVar[str] = "glora-bias"
-    streamed: ClassVar[frozenset[str]] = frozenset({"W"})
+    name = "glora-bias"
+    streamed = frozenset({"W"})
+    mixes_weight = True  # W C
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         problems = []
         for letter in "DE":
-            of_each = update.setting(letter) == "vector"
+            of_each = letter in GloraSettings.of(update).vectors
             problems += _misshaped(update, letter, shape[0], 1, {"X": shape if of_each else (1,), "zeros": shape})
         if update.has("W"):
             columns = update.factor("W").shape[1]

@@ -11,31 +11,44 @@ The bits are those of PEFT's merge, for every dtype of the base.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import COUNT, NUMBER, RANK, Check, Config, Context, Module, PeftMethod, is_rank
-from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, add_scaled, misshaped, oriented
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import COUNT, NUMBER, RANK, Check, Config, is_rank
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, add_scaled, misshaped, oriented
 from shardmerge.adapters.methods.factored import PART_ROWS, parts_of
 from shardmerge.adapters.methods.lora import add_product
+from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import MIN_TILE_ROWS, RowRange
-from shardmerge.spec.updates import Parameter, Update, Window
+from shardmerge.spec.updates import Parameter, Settings, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Gralora(Family, PeftMethod):
+@dataclass(frozen=True, slots=True)
+class GraloraSettings(Settings):
+    """k, and h."""
+
+    blocks: int
+    hybrid: int
+
+
+@register
+class Gralora(PeftFamily):
     """``peft_type: GRALORA``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "gralora"
-    by_rows: ClassVar[frozenset[str]] = frozenset({"general_B"})
-    by_column_windows: ClassVar[bool] = True
-    adds: ClassVar[bool] = True
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"B", "general_B"})
-    peft_type: ClassVar[str] = "GRALORA"
-    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
-    title: ClassVar[str] = "GraLoRA"
-    paper: ClassVar[str] = "arXiv:2505.20355"
+    name = "gralora"
+    by_rows = frozenset({"general_B"})
+    by_column_windows = True
+    adds = True
+    neutral_if_zero = frozenset({"B", "general_B"})
+    peft_type = "GRALORA"
+    selectors = frozenset({"layers_to_transform", "layers_pattern"})
+    title = "GraLoRA"
+    paper = "arXiv:2505.20355"
     roles: ClassVar[Mapping[str, str]] = {
         "gralora_A": "A",
         "gralora_B": "B",
@@ -43,7 +56,7 @@ class Gralora(Family, PeftMethod):
         "gralora_B_general.weight": "general_B?",
     }
     settings: ClassVar[Mapping[str, Check]] = {"r": RANK, "hybrid_r": COUNT, "gralora_k": RANK, "alpha": NUMBER}
-    inert: ClassVar[frozenset[str]] = frozenset({"gralora_dropout", "init_weights"})
+    inert = frozenset({"gralora_dropout", "init_weights"})
 
     def check_config(self, config: Config) -> list[str]:
         rank, many = config.get("r"), config.get("gralora_k")
@@ -53,27 +66,16 @@ class Gralora(Family, PeftMethod):
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         config, hybrid = context.config, context.config.get("hybrid_r") or 0
         for role in ("general_A", "general_B"):
-            key = f"gralora_{role[-1]}_general.weight"
-            if hybrid and role not in module.factors:
-                claims.problems.append(f"adapter_config.json says hybrid_r, but {module.key(key)} is missing")
-                claims.told |= {ref.name for ref in module.factors.values()}
-                return
-            if not hybrid and role in module.factors:
-                claims.problems.append(
-                    f"{module.factors[role].name} is there, but adapter_config.json says no hybrid_r; PEFT would "
-                    "ignore it"
-                )
-                claims.told |= {ref.name for ref in module.factors.values()}
-                return
-        settings = (
-            ("blocks", config["gralora_k"]),
-            ("hybrid", hybrid),
-            ("fan_in_fan_out", bool(config.get("fan_in_fan_out"))),
-        )
-        factors, scaling = tuple(module.factors.items()), config["alpha"] / (config["r"] + hybrid)
-        claims.updates.append(
-            ModuleUpdate(module.name, "weight", self.name, factors, scaling, config["r"], settings=settings)
-        )
+            there, key = module.factors.get(role), module.key(f"gralora_{role[-1]}_general.weight")
+            if (there is not None) == (hybrid > 0):
+                continue
+            says = f"adapter_config.json says hybrid_r, but {key} is missing"
+            if there is not None:
+                says = f"{there.name} is there, but adapter_config.json says no hybrid_r; PEFT would ignore it"
+            claims.reject(module.refs, says)
+            return
+        settings, scaling = GraloraSettings(config["gralora_k"], hybrid), config["alpha"] / (config["r"] + hybrid)
+        claims.updates.append(self.update(module, context, scaling=scaling, rank=config["r"], settings=settings))
         a, b = module.factors["A"], module.factors["B"]
         if len(a.shape) != 3 or len(b.shape) != 3:
             claims.misfit(
@@ -86,8 +88,9 @@ class Gralora(Family, PeftMethod):
             return update
         return oriented(update, parameter, b.shape[0] * b.shape[2], a.shape[0] * a.shape[1])
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        many, rank, hybrid = update.setting("blocks"), update.rank, update.setting("hybrid")
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        of, rank = GraloraSettings.of(update), update.rank
+        many, hybrid = of.blocks, of.hybrid
         if len(shape) != 2 or any(size % many for size in shape):
             return [
                 f"{update.module}.{update.parameter} is {list(shape)}, which gralora_k, {many}, does not divide "
@@ -105,7 +108,7 @@ class Gralora(Family, PeftMethod):
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         for part, rows in parts_of(window.rows):
             self._add_blocks(scratch[part], factors, update, Window(rows, window.columns))
-        if update.setting("hybrid"):
+        if GraloraSettings.of(update).hybrid:
             general = factors.whole("general_A")[:, window.columns.start : window.columns.stop]
             add_product(scratch, factors.rows("general_B", window.rows), general)
         add_scaled(tile, scratch, update.scaling)

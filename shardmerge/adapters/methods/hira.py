@@ -13,23 +13,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import RANK, RANK_PATTERN, Check, Context, Module, PeftMethod, pattern_value
-from shardmerge.adapters.methods.base import Claims, Factors, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import RANK, RANK_PATTERN, Check, rank_of
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors
 from shardmerge.adapters.methods.lora import Lora
+from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Parameter, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Hira(Lora, PeftMethod):
+@register
+class Hira(Lora, PeftFamily):
     """``peft_type: HIRA``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "hira"
-    adds: ClassVar[bool] = False
-    peft_type: ClassVar[str] = "HIRA"
-    title: ClassVar[str] = "HiRA"
-    paper: ClassVar[str] = "ICLR 2025, TwJrTz9cRS"
+    name = "hira"
+    adds = False
+    peft_type = "HIRA"
+    title = "HiRA"
+    paper = "ICLR 2025, TwJrTz9cRS"
     roles: ClassVar[Mapping[str, str]] = {
         "hira_A": "A?",
         "hira_B": "B?",
@@ -37,32 +41,22 @@ class Hira(Lora, PeftMethod):
         "hira_embedding_B": "embedding_B?",
     }
     settings: ClassVar[Mapping[str, Check]] = {"r": RANK, "rank_pattern": RANK_PATTERN}
-    inert: ClassVar[frozenset[str]] = frozenset({"hira_dropout", "init_weights"})
+    inert = frozenset({"hira_dropout", "init_weights"})
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         infix = "embedding_" if module.factors.keys() & {"embedding_A", "embedding_B"} else ""
         wanted = (f"{infix}A", f"{infix}B")
         if len(module.factors) > 2 or module.factors.keys() - set(wanted):
-            claims.problems.append(f"{module.name} has the factors both of an embedding and of another layer")
-            claims.told |= {ref.name for ref in module.factors.values()}
+            claims.reject(module.refs, f"{module.name} has the factors both of an embedding and of another layer")
             return
         if missing := [role for role in wanted if role not in module.factors]:
-            claims.half(next(iter(module.factors.values())), module.key(f"hira_{missing[0]}"))
+            claims.half(module.first, module.key(f"hira_{missing[0]}"))
             return
         a, b = (module.factors[role] for role in wanted)
         # PEFT reads rank_pattern only where a module has an adapter already, so r is as good.
-        rank: int = pattern_value(context.config.get("rank_pattern"), module.name, context.config["r"])
-        claims.updates.append(
-            ModuleUpdate(
-                module.name,
-                "weight",
-                self.name,
-                (("A", a), ("B", b)),
-                rank=rank,
-                settings=(("fan_in_fan_out", bool(context.config.get("fan_in_fan_out"))),),
-                transposes=bool(infix),
-            )
-        )
+        rank = rank_of(context.config, module.name)
+        factors = (("A", a), ("B", b))
+        claims.updates.append(self.update(module, context, factors=factors, rank=rank, transposes=bool(infix)))
         if 0 in a.shape or 0 in b.shape:
             return  # an empty tensor is told of as such
         if len(a.shape) < 2 or len(b.shape) != len(a.shape) or any(size != 1 for size in b.shape[2:]):
@@ -84,7 +78,7 @@ class Hira(Lora, PeftMethod):
         """
         square = len(parameter.shape) == 2 and parameter.shape[0] == parameter.shape[1]
         unclear = square and parameter.is_transposed is None and not update.transposes
-        if unclear and update.setting("fan_in_fan_out"):
+        if unclear and update.fan_in_fan_out:
             return (
                 f"{update.module}: adapter_config.json says fan_in_fan_out, but PEFT's HiRA goes by the layer's class, "
                 f"and whether {list(parameter.shape)} is of a Conv1D cannot be known in an architecture that is not; "

@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from shardmerge.adapters.formats.peft import FLAG, RANK, Check, Context, Module, PeftMethod
-from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
-from shardmerge.spec.updates import Update, Window
+from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.formats.checks import FLAG, RANK, Check, Config
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, misshaped
+from shardmerge.adapters.tables import register
+from shardmerge.spec.updates import Settings, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,26 +29,34 @@ if TYPE_CHECKING:
 _ROWS = 256
 
 
-class Hra(Family, PeftMethod):
+@dataclass(frozen=True, slots=True)
+class HraSettings(Settings):
+    """Whether the vectors are made orthogonal."""
+
+    orthogonal: bool
+
+
+@register
+class Hra(PeftFamily):
     """``peft_type: HRA``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "hra"
-    rows_are_independent: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "HRA"
-    title: ClassVar[str] = "HRA"
-    paper: ClassVar[str] = "arXiv:2405.17484"
+    name = "hra"
+    mixes_weight = True  # W H, reflections
+    rows_are_independent = True
+    peft_type = "HRA"
+    title = "HRA"
+    paper = "arXiv:2405.17484"
     roles: ClassVar[Mapping[str, str]] = {"hra_u": "U"}
     settings: ClassVar[Mapping[str, Check]] = {"r": RANK, "apply_GS": FLAG}
-    inert: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+    inert = frozenset({"init_weights"})
 
-    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
-        settings = (("orthogonal", bool(context.config.get("apply_GS"))),)
-        factors = (("U", module.factors["U"]),)
-        claims.updates.append(
-            ModuleUpdate(module.name, "weight", self.name, factors, rank=context.config["r"], settings=settings)
-        )
+    def settings_of(self, config: Config, module: Module) -> Settings:
+        return HraSettings(bool(config.get("apply_GS")))
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+    def update(self, module: Module, context: Context, **changes: Any) -> ModuleUpdate:
+        return super().update(module, context, rank=context.config["r"], **changes)
+
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         if len(shape) not in (2, 4) or shape[2:3] != shape[3:4]:
             return [
                 f"{update.module}.{update.parameter} is {list(shape)}; HRA updates Linear layers and convolutions "
@@ -56,7 +68,7 @@ class Hra(Family, PeftMethod):
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         import torch
 
-        rotation = factors.kept("rotation", lambda: _rotation(factors.whole("U"), update.setting("orthogonal")))
+        rotation = factors.kept("rotation", lambda: _rotation(factors.whole("U"), HraSettings.of(update).orthogonal))
         tile.copy_(torch.mm(tile, rotation, out=scratch))
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:

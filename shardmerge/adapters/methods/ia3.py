@@ -11,20 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import FLAG, STRINGS, Check, Config, Context, Module, PeftMethod
-from shardmerge.adapters.methods.base import (
-    Claims,
-    Factors,
-    Family,
-    ModuleUpdate,
-    as_vector,
-    is_vector,
-    misshaped,
-    oriented,
-)
-from shardmerge.spec.updates import Parameter, Update, Window
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import FLAG, STRINGS, Check, Config
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, as_vector, is_vector, misshaped, oriented
+from shardmerge.adapters.tables import register
+from shardmerge.spec.updates import Parameter, Settings, Update, Window
 from shardmerge.system.bounded_regex import first_match
 from shardmerge.system.bounded_regex import problems as regex_problems
 
@@ -32,19 +27,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Ia3(Family, PeftMethod):
+@dataclass(frozen=True, slots=True)
+class Ia3Settings(Settings):
+    """Whether l is of the inputs, and how many dimensions it has."""
+
+    feedforward: bool
+    dims: int
+
+
+@register
+class Ia3(PeftFamily):
     """``peft_type: IA3``, and what it does to a matrix or a bias."""
 
-    name: ClassVar[str] = "ia3"
-    by_column_windows: ClassVar[bool] = True
-    rows_are_independent: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "IA3"
-    selectors: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
-    title: ClassVar[str] = "(IA)³"
-    paper: ClassVar[str] = "arXiv:2205.05638"
+    name = "ia3"
+    by_column_windows = True
+    rows_are_independent = True
+    peft_type = "IA3"
+    selectors = frozenset({"exclude_modules"})
+    title = "(IA)³"
+    paper = "arXiv:2205.05638"
     roles: ClassVar[Mapping[str, str]] = {"ia3_l": "l"}
     settings: ClassVar[Mapping[str, Check]] = {"feedforward_modules": STRINGS, "fan_in_fan_out": FLAG}
-    inert: ClassVar[frozenset[str]] = frozenset({"init_ia3_weights"})
+    inert = frozenset({"init_ia3_weights"})
 
     def check_config(self, config: Config) -> list[str]:
         named = config.get("feedforward_modules")
@@ -56,15 +60,10 @@ class Ia3(Family, PeftMethod):
         dims, forward = len(ref.shape), _is_feedforward(module.name, context.config)
         if forward is None and dims == 2:
             forward = ref.shape[0] == 1
-        settings = (
-            ("feedforward", bool(forward)),
-            ("dims", dims),
-            ("fan_in_fan_out", bool(context.config.get("fan_in_fan_out"))),
-        )
-        update = ModuleUpdate(module.name, "weight", self.name, (("l", ref),), settings=settings)
+        update = self.update(module, context, settings=Ia3Settings(bool(forward), dims))
         claims.updates.append(update)
-        if 0 in ref.shape:
-            return  # an empty tensor is told of as such
+        if module.is_empty:
+            return
         axis = 1 if forward or dims > 2 else 0
         if dims not in (2, 4, 5) or not is_vector(ref) or ref.shape[axis] != math.prod(ref.shape):
             claims.misfit(
@@ -85,16 +84,13 @@ class Ia3(Family, PeftMethod):
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         size = update.factor("l").shape[0]
-        return oriented(update, parameter, *((None, size) if update.setting("feedforward") else (size, None)))
+        return oriented(update, parameter, *((None, size) if Ia3Settings.of(update).feedforward else (size, None)))
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        ref = update.factor("l")
-        if update.parameter == "weight" and len(shape) != update.setting("dims"):
-            return [
-                f"{ref.name} has {update.setting('dims')} dimensions, but {update.module}.{update.parameter} is "
-                f"{list(shape)}"
-            ]
-        if not update.setting("feedforward"):
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        ref, of = update.factor("l"), Ia3Settings.of(update)
+        if update.parameter == "weight" and len(shape) != of.dims:
+            return [f"{ref.name} has {of.dims} dimensions, but {update.module}.{update.parameter} is {list(shape)}"]
+        if not of.feedforward:
             return misshaped(ref, (shape[0],), f"a number for every output of {update.module}")
         groups, rest = divmod(ref.shape[0], max(1, shape[1]))
         if len(shape) > 2 and groups and not rest and not shape[0] % groups:
@@ -102,7 +98,7 @@ class Ia3(Family, PeftMethod):
         return misshaped(ref, (shape[1],), f"a number for every input of {update.module}")
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        if not update.setting("feedforward"):
+        if not Ia3Settings.of(update).feedforward:
             tile.mul_(factors.rows("l", window.rows).view(-1, 1))
             return
         inputs = update.shape[1]
@@ -114,7 +110,7 @@ class Ia3(Family, PeftMethod):
             tile[start:stop].mul_(scale[window.columns.start : window.columns.stop])
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        groups = max(1, update.factor("l").shape[0] // update.shape[1]) if update.setting("feedforward") else 0
+        groups = max(1, update.factor("l").shape[0] // update.shape[1]) if Ia3Settings.of(update).feedforward else 0
         return groups * update.columns * itemsize
 
 

@@ -12,26 +12,33 @@ it, we round once.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from shardmerge.adapters.methods.base import Factors, ModuleUpdate, add_scaled, misshaped
+from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.methods.base import Factors, add_scaled, misshaped
 from shardmerge.adapters.methods.lora import Lora
 from shardmerge.adapters.methods.osf import stored_dtype, svd_bytes
+from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+@register
 class Kasa(Lora):
     """LoRA on a matrix that is cut first."""
 
-    name: ClassVar[str] = "kasa"
-    by_columns: ClassVar[frozenset[str]] = frozenset()
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset()
-    by_column_windows: ClassVar[bool] = False
-    rows_are_independent: ClassVar[bool] = False
-    adds: ClassVar[bool] = False
+    name = "kasa"
+    mixes_weight = True  # W is cut
+    by_columns = frozenset()
+    neutral_if_zero = frozenset()
+    by_column_windows = False
+    rows_are_independent = False
+    adds = False
+    stacks_vectors = False
+    #: As OSF's (see `osf`), but here it is W itself that is rounded: the larger entries of a row move by a whole unit.
+    sum_units = 4096
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         if len(shape) != 2 or update.parameter != "weight" or update.transposes:

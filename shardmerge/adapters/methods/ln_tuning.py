@@ -10,19 +10,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from shardmerge.adapters.formats.peft import Context, Module, PeftMethod
-from shardmerge.adapters.methods.base import Claims, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftMethod
+from shardmerge.adapters.methods.whole import Replacement
+from shardmerge.adapters.tables import register
 
 
+@register
 class LnTuning(PeftMethod):
     """``peft_type: LN_TUNING``; its tensors replace the base's."""
 
-    peft_type: ClassVar[str] = "LN_TUNING"
-    selectors: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
-    title: ClassVar[str] = "LN tuning"
-    paper: ClassVar[str] = "arXiv:2312.11420"
+    peft_type = "LN_TUNING"
+    selectors = frozenset({"exclude_modules"})
+    title = "LN tuning"
+    paper = "arXiv:2312.11420"
     roles: ClassVar[Mapping[str, str]] = {"ln_tuning_layers.weight": "weight?", "ln_tuning_layers.bias": "bias?"}
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         for parameter, ref in module.factors.items():
-            claims.updates.append(ModuleUpdate(module.name, parameter, "replacement", (("whole", ref),)))
+            claims.updates.append(ModuleUpdate(module.name, parameter, Replacement.name, (("whole", ref),)))

@@ -16,7 +16,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import (
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import (
     FLAG,
     NUMBER,
     NUMBER_PATTERN,
@@ -24,21 +25,12 @@ from shardmerge.adapters.formats.peft import (
     RANK_PATTERN,
     Check,
     Config,
-    Context,
-    Module,
-    PeftMethod,
     pattern_value,
+    rank_of,
 )
-from shardmerge.adapters.methods.base import (
-    Claims,
-    Factors,
-    Family,
-    ModuleUpdate,
-    add_scaled,
-    misshaped,
-    slab_elements,
-    slabs,
-)
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, add_scaled, misshaped, slab_elements, slabs
+from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Update, Window
 
@@ -58,22 +50,23 @@ LYCORIS_INERT = frozenset({"init_weights", "module_dropout", "rank_dropout", "ra
 
 def rank_and_scaling(config: Config, module: str) -> tuple[int, float]:
     """r and s = α / r of a module."""
-    rank: int = pattern_value(config.get("rank_pattern"), module, config["r"])
+    rank = rank_of(config, module)
     alpha: float = pattern_value(config.get("alpha_pattern"), module, config["alpha"])
     return rank, alpha / rank
 
 
-class Loha(Family, PeftMethod):
+@register
+class Loha(PeftFamily):
     """``peft_type: LOHA``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "loha"
-    by_rows: ClassVar[frozenset[str]] = frozenset({"w1_a", "w2_a"})
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"w2_b"})
-    rows_are_independent: ClassVar[bool] = True
-    adds: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "LOHA"
-    title: ClassVar[str] = "LoHa"
-    paper: ClassVar[str] = "arXiv:2108.06098"
+    name = "loha"
+    by_rows = frozenset({"w1_a", "w2_a"})
+    neutral_if_zero = frozenset({"w2_b"})
+    rows_are_independent = True
+    adds = True
+    peft_type = "LOHA"
+    title = "LoHa"
+    paper = "arXiv:2108.06098"
     roles: ClassVar[Mapping[str, str]] = {
         "hada_w1_a": "w1_a",
         "hada_w1_b": "w1_b",
@@ -83,20 +76,19 @@ class Loha(Family, PeftMethod):
         "hada_t2": "t2?",
     }
     settings: ClassVar[Mapping[str, Check]] = LYCORIS_SETTINGS
-    inert: ClassVar[frozenset[str]] = LYCORIS_INERT
+    inert = LYCORIS_INERT
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         found = module.factors
         if ("t1" in found) != ("t2" in found):
             there, missing = ("t1", "t2") if "t1" in found else ("t2", "t1")
-            claims.half(found[there], module.key(f"hada_{missing}"))
-            claims.told |= {ref.name for ref in found.values()}
+            claims.half(found[there], module.key(f"hada_{missing}"), module.refs)
             return
         rank, scaling = rank_and_scaling(context.config, module.name)
         family = LohaTucker.name if "t1" in found else self.name
-        claims.updates.append(ModuleUpdate(module.name, "weight", family, tuple(found.items()), scaling, rank))
+        claims.updates.append(self.update(module, context, family=family, scaling=scaling, rank=rank))
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         if len(shape) < 2:
             return [f"{update.module}.{update.parameter}, {list(shape)} is no matrix, so LoHa cannot update it"]
         rank, columns = update.rank, math.prod(shape[1:])
@@ -118,6 +110,9 @@ class Loha(Family, PeftMethod):
             out.mul_(self.multiply("2", factors, part))
         add_scaled(tile, scratch, update.scaling)
 
+    def weighs(self, config: Config) -> bool:
+        return True
+
     def multiply(self, which: str, factors: Factors, rows: RowRange, out: Tensor | None = None) -> Tensor:
         """Rows of the first or the second of the products."""
         import torch
@@ -128,14 +123,15 @@ class Loha(Family, PeftMethod):
         return slab_elements(update.columns) * itemsize
 
 
+@register
 class LohaTucker(Loha):
     """The same for a convolution with a core of its own."""
 
-    name: ClassVar[str] = "loha-tucker"
-    by_rows: ClassVar[frozenset[str]] = frozenset()
-    rows_are_independent: ClassVar[bool] = False
+    name = "loha-tucker"
+    by_rows = frozenset()
+    rows_are_independent = False
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         if len(shape) not in (3, 4):
             return [
                 f"{update.factor('t1').name} is for a convolution of one or two dimensions, but "

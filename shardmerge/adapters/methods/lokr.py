@@ -17,22 +17,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import Check, Context, Module, PeftMethod
-from shardmerge.adapters.methods.base import (
-    Claims,
-    Factors,
-    Family,
-    ModuleUpdate,
-    add_scaled,
-    misshaped,
-    slab_elements,
-    slabs,
-)
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import Check, Config
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, add_scaled, misshaped, slab_elements, slabs
 from shardmerge.adapters.methods.loha import LYCORIS_INERT, LYCORIS_SETTINGS, rank_and_scaling
+from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import KEPT_WHOLE_BYTES, RowRange
-from shardmerge.spec.updates import Update, Window
+from shardmerge.spec.updates import Settings, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,15 +36,23 @@ if TYPE_CHECKING:
 _LEAST_ROWS = 16
 
 
-class Lokr(Family, PeftMethod):
+@dataclass(frozen=True, slots=True)
+class LokrSettings(Settings):
+    """Whether the update is Kronecker's product on a convolution of one dimension, too."""
+
+    kronecker: bool = False
+
+
+@register
+class Lokr(PeftFamily):
     """``peft_type: LOKR``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "lokr"
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"w1", "w1_a"})
-    adds: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "LOKR"
-    title: ClassVar[str] = "LoKr"
-    paper: ClassVar[str] = "arXiv:2309.14859"
+    name = "lokr"
+    neutral_if_zero = frozenset({"w1", "w1_a"})
+    adds = True
+    peft_type = "LOKR"
+    title = "LoKr"
+    paper = "arXiv:2309.14859"
     roles: ClassVar[Mapping[str, str]] = {
         "lokr_w1": "w1?",
         "lokr_w1_a": "w1_a?",
@@ -60,31 +63,30 @@ class Lokr(Family, PeftMethod):
         "lokr_t2": "t2?",
     }
     settings: ClassVar[Mapping[str, Check]] = LYCORIS_SETTINGS
-    inert: ClassVar[frozenset[str]] = LYCORIS_INERT | {"decompose_both", "decompose_factor"}
+    inert = LYCORIS_INERT | {"decompose_both", "decompose_factor"}
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         found = module.factors
-        first = next(iter(found.values()))
         for whole in ("w1", "w2"):
             parts = [role for role in (f"{whole}_a", f"{whole}_b", "t2"[: 2 * (whole == "w2")]) if role in found]
             if whole in found and parts:
-                claims.problems.append(f"{found[whole].name} is there beside {found[parts[0]].name}; one must be")
+                claims.reject(module.refs, f"{found[whole].name} is there beside {found[parts[0]].name}; one must be")
             elif whole not in found and (missing := sorted({f"{whole}_a", f"{whole}_b"} - found.keys())):
                 role = missing[0] if len(missing) == 1 else whole
-                claims.half(found[parts[0]] if parts else first, module.key(f"lokr_{role}"))
+                claims.half(found[parts[0]] if parts else module.first, module.key(f"lokr_{role}"), module.refs)
             else:
                 continue
-            claims.told |= {ref.name for ref in found.values()}
             return
         rank, scaling = rank_and_scaling(context.config, module.name)
-        update = ModuleUpdate(module.name, "weight", self.name, tuple(found.items()), scaling, rank)
+        update = self.update(module, context, scaling=scaling, rank=rank, settings=LokrSettings())
         claims.updates.append(update)
-        if any(0 in ref.shape for ref in found.values()):
-            return  # an empty tensor is told of as such
-        if problems := _misfits(update):
+        if not module.is_empty and (problems := _misfits(update)):
             claims.misfit(problems[0])
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+    def weighs(self, config: Config) -> bool:
+        return True
+
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         a, c, b, rest = _sizes(update)
         made, columns = (a * b, c * rest), math.prod(shape[1:])
         problems = [
@@ -108,7 +110,7 @@ class Lokr(Family, PeftMethod):
 
         first = factors.kept("w1", lambda: _first(factors, update))
         a, c, b, rest = _sizes(update)
-        mixed = len(update.shape) == 3 and update.has("w2") and not update.setting("kronecker", False)
+        mixed = len(update.shape) == 3 and update.has("w2") and not LokrSettings.of(update).kronecker
         for part in _parts(window.rows, update):
             out = scratch[part.start - window.rows.start : part.stop - window.rows.start]
             rows = torch.arange(part.start, part.stop, device=tile.device)

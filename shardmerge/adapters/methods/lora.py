@@ -17,35 +17,38 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from shardmerge.adapters.methods.base import Factors, Family, ModuleUpdate, add_scaled, oriented
+from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.methods.base import Factors, Family, add_scaled, oriented
+from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import MIN_TILE_ROWS, RowRange, even_rows
-from shardmerge.spec.updates import Parameter, Update, Window
+from shardmerge.spec.updates import Parameter, Settings, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+@register
 class Lora(Family):
     """W + s · B A, by rows or by columns."""
 
-    name: ClassVar[str] = "lora"
-    by_rows: ClassVar[frozenset[str]] = frozenset({"B"})
-    by_columns: ClassVar[frozenset[str]] = frozenset({"A"})
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"B"})
-    by_column_windows: ClassVar[bool] = True
-    rows_are_independent: ClassVar[bool] = True
-    adds: ClassVar[bool] = True
+    name = "lora"
+    by_rows = frozenset({"B"})
+    by_columns = frozenset({"A"})
+    neutral_if_zero = frozenset({"B"})
+    by_column_windows = True
+    rows_are_independent = True
+    adds = True
+    scales_by_alpha = True
+    stacks_vectors = True
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        """See `oriented`.
-
-        MLX does not say whether a module is an embedding; those are never square.
-        """
+        """See `oriented`. Where shapes alone tell an embedding from a Linear layer, it is taken not to be square."""
         made = (update.factor("B").shape[0], update.factor("A").shape[-1])
-        if dict(update.settings).get("either_way") and made[0] != made[1]:
-            return dataclasses.replace(update, transposes=made == parameter.shape[::-1])
+        if update.either_way and made[0] != made[1]:
+            return update.changed(transposes=made == parameter.shape[::-1])
         return oriented(update, parameter, *made)
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
@@ -96,6 +99,7 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
+@register
 class Dora(Lora):
     """LoRA whose rows are then brought to a trained length.
 
@@ -103,10 +107,11 @@ class Dora(Lora):
     the last bit can differ from PEFT's float32 norm, which is the less exact of the two.
     """
 
-    name: ClassVar[str] = "dora"
-    by_rows: ClassVar[frozenset[str]] = frozenset({"B", "magnitude"})
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset()
-    adds: ClassVar[bool] = False
+    name = "dora"
+    stacks_vectors = False
+    by_rows = frozenset({"B", "magnitude"})
+    neutral_if_zero = frozenset()
+    adds = False
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         magnitude = update.factor("magnitude")
@@ -117,10 +122,10 @@ class Dora(Lora):
             ]
         return problems
 
-    def surveys(self, update: Update) -> bool:
+    def needs_prepass(self, update: Update) -> bool:
         return update.by_columns
 
-    def survey(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+    def prepass(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         import torch
 
         self.add(tile, factors, update, window, scratch)
@@ -129,13 +134,13 @@ class Dora(Lora):
         squares[window.rows.start : window.rows.stop] += part
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        return update.rows * 8 if self.surveys(update) else 0
+        return update.rows * 8 if self.needs_prepass(update) else 0
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         import torch
 
         self.add(tile, factors, update, window, scratch)
-        if self.surveys(update):
+        if self.needs_prepass(update):
             squares = factors.kept("squares", lambda: torch.zeros(0))
             norm = squares[window.rows.start : window.rows.stop].sqrt().to(tile.dtype)
         elif len(update.shape) == 2:
@@ -146,6 +151,15 @@ class Dora(Lora):
         tile.mul_(factor.view(-1, 1))
 
 
+@dataclass(frozen=True, slots=True)
+class BlockSettings(Settings):
+    """How many blocks there are, and the factor, A or B, that has them."""
+
+    blocks: int
+    diagonal: str
+
+
+@register
 class LoraBlocks(Lora):
     """BD-LoRA: one factor is block-diagonal, and only its blocks are stored, one below the other.
 
@@ -154,11 +168,13 @@ class LoraBlocks(Lora):
     Source: peft/tuners/lora/variants.py, BdLoraLinearVariant.
     """
 
-    name: ClassVar[str] = "lora-blocks"
-    by_columns: ClassVar[frozenset[str]] = frozenset()
+    name = "lora-blocks"
+    stacks_vectors = False
+    by_columns = frozenset()
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        blocks, diagonal = dict(update.settings)["blocks"], dict(update.settings)["diagonal"]
+        of = BlockSettings.of(update)
+        blocks, diagonal = of.blocks, of.diagonal
         stored = update.factor(diagonal)
         whole = (stored.shape[0], stored.shape[1] * blocks)
         if whole[0] % blocks:
@@ -169,19 +185,19 @@ class LoraBlocks(Lora):
         return super().check(dataclasses.replace(update, factors=unfolded), shape)
 
     def a(self, factors: Factors, update: Update, columns: RowRange) -> Tensor:
-        whole = factors.whole("A")
-        if update.setting("diagonal") == "A":
-            whole = factors.kept("A", lambda: _unfolded(whole, 0, len(whole), update.setting("blocks")))
+        whole, of = factors.whole("A"), BlockSettings.of(update)
+        if of.diagonal == "A":
+            whole = factors.kept("A", lambda: _unfolded(whole, 0, len(whole), of.blocks))
         return whole[:, columns.start : columns.stop]
 
     def b(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
-        part = factors.rows("B", rows)
-        if update.setting("diagonal") == "B":
-            return _unfolded(part, rows.start, update.rows, update.setting("blocks"))
+        part, of = factors.rows("B", rows), BlockSettings.of(update)
+        if of.diagonal == "B":
+            return _unfolded(part, rows.start, update.rows, of.blocks)
         return part
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        return update.rank * update.columns * itemsize if update.setting("diagonal") == "A" else 0
+        return update.rank * update.columns * itemsize if BlockSettings.of(update).diagonal == "A" else 0
 
 
 def _unfolded(part: Tensor, first: int, rows: int, blocks: int) -> Tensor:
@@ -194,17 +210,28 @@ def _unfolded(part: Tensor, first: int, rows: int, blocks: int) -> Tensor:
     return whole.view(part.shape[0], blocks * width)
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertSettings(Settings):
+    """How B's columns are laid out, ``peft`` or ``unsloth``, and the PEFT that saved the adapter ("" if unknown)."""
+
+    layout: str
+    peft_version: str
+
+
+@register
 class LoraExperts(Family):
     """LoRA on fused experts: every expert e has its own A, rows e·r and following, and its own B, every E-th column."""
 
-    name: ClassVar[str] = "lora-experts"
-    by_columns: ClassVar[frozenset[str]] = frozenset()
-    by_rows: ClassVar[frozenset[str]] = frozenset({"A"})
-    as_stored: ClassVar[frozenset[str]] = frozenset({"B"})
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"B"})
-    by_column_windows: ClassVar[bool] = True
-    rows_are_independent: ClassVar[bool] = True
-    adds: ClassVar[bool] = True
+    name = "lora-experts"
+    scales_by_alpha = True
+    has_expert_layout = True
+    by_columns = frozenset()
+    by_rows = frozenset({"A"})
+    as_stored = frozenset({"B"})
+    neutral_if_zero = frozenset({"B"})
+    by_column_windows = True
+    rows_are_independent = True
+    adds = True
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         """A parameter of two dimensions is one expert, (out, in) as it is in memory. Of three, see `_is_swapped`.
@@ -212,13 +239,13 @@ class LoraExperts(Family):
         A Conv1D's weight is (in, out) in memory: what PEFT takes for its outputs are its inputs.
         """
         if len(parameter.shape) == 2:
-            return dataclasses.replace(update, family="lora", transposes=bool(parameter.is_transposed))
+            return update.changed(family=Lora.name, transposes=bool(parameter.is_transposed))
         if len(parameter.shape) != 3:
             return update
         swapped = _is_swapped(update, parameter)
         if isinstance(swapped, str):
             return swapped
-        return dataclasses.replace(update, transposes=swapped, experts=True)
+        return update.changed(transposes=swapped, experts=True)
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         a, b = update.factor("A"), update.factor("B")
@@ -239,7 +266,7 @@ class LoraExperts(Family):
         rank, first = update.rank, window.expert * update.rank
         a = factors.rows("A", RowRange(first, first + rank))[:, window.columns.start : window.columns.stop]
         b = factors.as_stored("B")
-        if update.setting("layout") == "unsloth":  # (out, E, r)
+        if ExpertSettings.of(update).layout == "unsloth":  # (out, E, r)
             b = b.view(update.rows, update.experts, rank)[:, window.expert]
         else:
             b = b.view(update.rows, rank, update.experts)[:, :, window.expert]
@@ -258,7 +285,7 @@ def _is_swapped(update: ModuleUpdate, parameter: Parameter) -> bool | str:
     made = (update.factor("B").shape[0], update.factor("A").shape[-1])
     if out_features != in_features:
         return made == (in_features, out_features)
-    version = _version(str(dict(update.settings).get("peft_version", "")))
+    version = _version(ExpertSettings.of(update).peft_version)
     if parameter.is_transposed is None or version is None:
         return (
             f"{update.module}: its {update.parameter} is square, so shapes cannot tell the inputs from the outputs, "
@@ -275,17 +302,19 @@ def _version(text: str) -> tuple[int, int, int] | None:
     return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
 
+@register
 class LoraGated(Lora):
     """LoRA on two matrices, gate and up, whose rows are stored in turn: gate's first, up's first, gate's second, …
 
     Gate has A (r, in) and B (out / 2, r), up has A_up and B_up; either may be missing, and its rows then stay.
     """
 
-    name: ClassVar[str] = "lora-gated"
-    by_rows: ClassVar[frozenset[str]] = frozenset()
-    by_columns: ClassVar[frozenset[str]] = frozenset()
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"B", "B_up"})
-    rows_are_independent: ClassVar[bool] = False
+    name = "lora-gated"
+    stacks_vectors = False
+    by_rows = frozenset()
+    by_columns = frozenset()
+    neutral_if_zero = frozenset({"B", "B_up"})
+    rows_are_independent = False
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         return update
@@ -317,14 +346,16 @@ class LoraGated(Lora):
             torch.mm(b, a.contiguous(), out=rows)
 
 
+@register
 class LoraBias(Family):
     """b' = b + s · lb: the bias of lora_B, trained with ``lora_bias``."""
 
-    name: ClassVar[str] = "lora-bias"
-    by_rows: ClassVar[frozenset[str]] = frozenset({"bias"})
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"bias"})
-    rows_are_independent: ClassVar[bool] = True
-    adds: ClassVar[bool] = True
+    name = "lora-bias"
+    scales_by_alpha = True
+    by_rows = frozenset({"bias"})
+    neutral_if_zero = frozenset({"bias"})
+    rows_are_independent = True
+    adds = True
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         bias = update.factor("bias")

@@ -12,25 +12,37 @@ formulas are the same, and PEFT's way of converting such an adapter is to rename
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import RANK, Check, Context, Module, PeftMethod, checked, is_rank
-from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped, slab_elements, slabs
-from shardmerge.spec.updates import Update, Window
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import RANK, Check, checked, is_rank
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, misshaped, slab_elements, slabs
+from shardmerge.adapters.tables import register
+from shardmerge.spec.updates import Settings, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Miss(Family, PeftMethod):
+@dataclass(frozen=True, slots=True)
+class MissSettings(Settings):
+    """m with ``mini``, else 0."""
+
+    mini_r: int
+
+
+@register
+class Miss(PeftFamily):
     """``peft_type: MISS``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "miss"
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"M"})
-    adds: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "MISS"
-    title: ClassVar[str] = "MiSS, Bat"
-    paper: ClassVar[str] = "arXiv:2409.15371"
+    name = "miss"
+    neutral_if_zero = frozenset({"M"})
+    adds = True
+    peft_type = "MISS"
+    title = "MiSS, Bat"
+    paper = "arXiv:2409.15371"
     roles: ClassVar[Mapping[str, str]] = {"miss_block": "M"}
     settings: ClassVar[Mapping[str, Check]] = {
         "r": RANK,
@@ -39,21 +51,21 @@ class Miss(Family, PeftMethod):
             lambda value: isinstance(value, bool) or value in ("bat", "mini"), "true, false, 'bat' or 'mini'"
         ),
     }
-    inert: ClassVar[frozenset[str]] = frozenset({"miss_dropout"})
+    inert = frozenset({"miss_dropout"})
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         config, way = context.config, context.config.get("init_weights")
-        settings = (("mini_r", (config.get("mini_r") or 1) if way == "mini" else 0),)
+        settings = MissSettings((config.get("mini_r") or 1) if way == "mini" else 0)
         family = MissBat.name if way == "bat" else self.name
-        factors = tuple(module.factors.items())
-        claims.updates.append(ModuleUpdate(module.name, "weight", family, factors, rank=config["r"], settings=settings))
+        claims.updates.append(self.update(module, context, family=family, rank=config["r"], settings=settings))
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         if len(shape) != 2:
             return [f"{update.module}.{update.parameter} is {list(shape)}; MiSS updates matrices"]
-        width, rank, where = update.setting("mini_r") or shape[0], update.rank, f"{update.module} {list(shape)}"
+        mini_r, rank, where = MissSettings.of(update).mini_r, update.rank, f"{update.module} {list(shape)}"
+        width = mini_r or shape[0]
         if rank > shape[1] or shape[0] % width:
-            return [f"r is {rank} and mini_r {update.setting('mini_r')}, which do not fit {where}"]
+            return [f"r is {rank} and mini_r {mini_r}, which do not fit {where}"]
         return misshaped(
             update.factor("M"), (rank, width), f"by r, mini_r and init_weights in adapter_config.json, for {where}"
         )
@@ -75,24 +87,27 @@ class Miss(Family, PeftMethod):
         return 2 * slab * itemsize + 2 * 8 * max(1, slab // max(1, update.columns))
 
 
+@register
 class Bone(Miss):
     """``peft_type: BONE``, as MiSS was called before."""
 
-    peft_type: ClassVar[str] = "BONE"
-    title: ClassVar[str] = "Bone"
+    peft_type = "BONE"
+    title = "Bone"
     roles: ClassVar[Mapping[str, str]] = {"bone_block": "M"}
     settings: ClassVar[Mapping[str, Check]] = {
         "r": RANK,
         "init_weights": checked(lambda value: isinstance(value, bool) or value == "bat", "true, false or 'bat'"),
     }
-    inert: ClassVar[frozenset[str]] = frozenset()
+    inert = frozenset()
 
 
+@register
 class MissBat(Miss):
     """The variant that multiplies, too."""
 
-    name: ClassVar[str] = "miss-bat"
-    adds: ClassVar[bool] = False
+    name = "miss-bat"
+    mixes_weight = True  # W times blocks
+    adds = False
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         if len(shape) != 2 or shape[0] % update.rank or shape[1] % update.rank:

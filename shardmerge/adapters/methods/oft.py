@@ -15,25 +15,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import (
-    COUNT,
-    FLAG,
-    OPTIONAL_NUMBER,
-    Check,
-    Config,
-    Context,
-    Module,
-    PeftMethod,
-    checked,
-    is_count,
-    is_rank,
-)
-from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import COUNT, FLAG, OPTIONAL_NUMBER, Check, Config, checked, is_count, is_rank
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, misshaped
 from shardmerge.adapters.methods.blocks import block_bytes, cayley, neumann, rotate, rotate_back, widened
+from shardmerge.adapters.tables import register
 from shardmerge.spec.notices import Warned
-from shardmerge.spec.updates import Update, Window
+from shardmerge.spec.updates import Settings, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,15 +36,31 @@ _EPS = 6e-5
 _MOST_TERMS = 1000
 
 
-class Oft(Family, PeftMethod):
+@dataclass(frozen=True, slots=True)
+class OftSettings(Settings):
+    """The config's number of blocks and their size (0 where it leaves one open), and how R is made of Q."""
+
+    blocks: int
+    size: int
+    shared: bool
+    #: ε; None without ``coft``.
+    most: float | None
+    #: Terms of the series; 0 for Cayley's formula itself.
+    terms: int
+    embedding: bool
+
+
+@register
+class Oft(PeftFamily):
     """``peft_type: OFT``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "oft"
-    rows_are_independent: ClassVar[bool] = True
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"Q"})
-    peft_type: ClassVar[str] = "OFT"
-    title: ClassVar[str] = "OFT, COFT"
-    paper: ClassVar[str] = "arXiv:2306.07280"
+    name = "oft"
+    mixes_weight = True  # W R, rotations
+    rows_are_independent = True
+    neutral_if_zero = frozenset({"Q"})
+    peft_type = "OFT"
+    title = "OFT, COFT"
+    paper = "arXiv:2306.07280"
     roles: ClassVar[Mapping[str, str]] = {"oft_R.weight": "Q?", "oft_embedding_R.weight": "embedding_Q?"}
     settings: ClassVar[Mapping[str, Check]] = {
         "r": COUNT,
@@ -71,7 +79,7 @@ class Oft(Family, PeftMethod):
         ),
     }
     # alpha_pattern was a setting of all that LyCORIS made up to PEFT 0.14, and OFT has no alpha.
-    inert: ClassVar[frozenset[str]] = frozenset({"alpha_pattern", "init_weights", "module_dropout"})
+    inert = frozenset({"alpha_pattern", "init_weights", "module_dropout"})
     refused: ClassVar[Mapping[str, str]] = {
         "rank_pattern": "OFT of PEFT 0.14 and older, with another number of blocks for some modules; it means other "
         "rotations, and must be trained again"
@@ -83,26 +91,27 @@ class Oft(Family, PeftMethod):
             return [f"adapter_config.json: one of r and oft_block_size is above zero, found {blocks} and {size}"]
         return []
 
-    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
-        config = context.config
+    def settings_of(self, config: Config, module: Module) -> OftSettings:
         series = config.get("use_cayley_neumann")
         series = True if series is None else series  # as PEFT's class has it
-        settings: tuple[tuple[str, Any], ...] = (
-            ("blocks", config.get("r") or 0),
-            ("size", config["oft_block_size"]),
-            ("shared", bool(config.get("block_share"))),
-            ("most", (_EPS if config.get("eps") is None else config["eps"]) if config.get("coft") else None),
-            ("terms", (config.get("num_cayley_neumann_terms") or _TERMS) if series else 0),
-            ("embedding", "embedding_Q" in module.factors),
+        return OftSettings(
+            blocks=config.get("r") or 0,
+            size=config["oft_block_size"],
+            shared=bool(config.get("block_share")),
+            most=(_EPS if config.get("eps") is None else config["eps"]) if config.get("coft") else None,
+            terms=(config.get("num_cayley_neumann_terms") or _TERMS) if series else 0,
+            embedding="embedding_Q" in module.factors,
         )
+
+    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
+        config = context.config
         if len(module.factors) > 1:
-            claims.problems.append(f"{module.name} has the factors both of an embedding and of another layer")
-            claims.told |= {ref.name for ref in module.factors.values()}
+            claims.reject(module.refs, f"{module.name} has the factors both of an embedding and of another layer")
             return
-        factors = tuple(("Q", ref) for ref in module.factors.values())
-        claims.updates.append(ModuleUpdate(module.name, "weight", self.name, factors, settings=settings))
+        update = self.update(module, context, factors=(("Q", module.first),))
+        claims.updates.append(update)
         version = re.match(r"0\.(\d{1,4})\.", str(config.get("peft_version") or "0.0."))
-        if series and version and int(version[1]) < 18 and not claims.warnings:
+        if OftSettings.of(update).terms and version and int(version[1]) < 18 and not claims.warnings:
             claims.warnings.append(
                 Warned(
                     "it may be of a PEFT before 0.18, which took the last term of the Cayley-Neumann series twice; as "
@@ -110,9 +119,9 @@ class Oft(Family, PeftMethod):
                 )
             )
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        factor = update.factor("Q")
-        if len(shape) not in (2, 4) or (update.setting("embedding") and len(shape) != 2):
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        factor, of = update.factor("Q"), OftSettings.of(update)
+        if len(shape) not in (2, 4) or (of.embedding and len(shape) != 2):
             return [f"{update.module}.{update.parameter} is {list(shape)}; OFT rotates the inputs of matrices"]
         if math.prod(shape[2:]) != 1:
             return [
@@ -120,9 +129,9 @@ class Oft(Family, PeftMethod):
                 "PEFT's OFT sums patches that overlap, and no weight is equal to that; keep the adapter beside the base"
             ]
         columns = math.prod(shape[1:])
-        size = update.setting("size")
-        size = nearest_divisor(columns, size) if size else columns // nearest_divisor(columns, update.setting("blocks"))
-        rows = 1 if update.setting("shared") else columns // size
+        size = nearest_divisor(columns, of.size or of.blocks)
+        size = size if of.size else columns // size
+        rows = 1 if of.shared else columns // size
         meaning = (
             f"as block size {size} of the {columns} inputs of {update.module} makes it (r, oft_block_size and "
             "block_share in adapter_config.json)"
@@ -131,7 +140,7 @@ class Oft(Family, PeftMethod):
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         blocks = factors.kept("blocks", lambda: _rotations(factors.whole("Q"), update))
-        if update.setting("embedding"):
+        if OftSettings.of(update).embedding:
             rotate_back(tile, blocks, scratch)
         else:
             rotate(tile, blocks, scratch)
@@ -160,7 +169,7 @@ def _rotations(numbers: Tensor, update: Update) -> Tensor:
     """R₁, …, R_n, (n, b, b), some of them put together."""
     import torch
 
-    size, terms = _block_size(numbers.shape[1]), update.setting("terms")
+    size, of = _block_size(numbers.shape[1]), OftSettings.of(update)
     rows, columns = torch.triu_indices(size, size, 1, device=numbers.device)
 
     def skew(upper: Tensor) -> Tensor:
@@ -168,12 +177,12 @@ def _rotations(numbers: Tensor, update: Update) -> Tensor:
         matrix[:, rows, columns] = upper
         return matrix - matrix.transpose(1, 2)
 
-    if update.setting("most") is not None:
+    if of.most is not None:
         matrix = skew(numbers)
-        most = update.setting("most") / torch.sqrt(torch.tensor(len(matrix)))
+        most = of.most / torch.sqrt(torch.tensor(len(matrix)))
         lengths = torch.norm(matrix, dim=(1, 2), keepdim=True)
         matrix = torch.where(lengths <= most, matrix, most * (matrix / lengths))
         numbers = matrix[:, rows, columns].to(numbers.dtype)
     matrix = skew(numbers)
-    rotations = neumann(matrix, terms) if terms else cayley(matrix)
+    rotations = neumann(matrix, of.terms) if of.terms else cayley(matrix)
     return widened(rotations, update.columns // size)

@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from shardmerge.adapters.formats.peft import MISSING, Check, Config, Context, Module, PeftMethod, checked, is_number
-from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.formats.checks import MISSING, Check, Config, checked, is_number
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, all_misshaped
+from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import MIN_TILE_ROWS, even_rows
-from shardmerge.spec.updates import Update, Window
+from shardmerge.spec.updates import Settings, Update, Window
 from shardmerge.system.bounded_regex import first_match
 from shardmerge.system.bounded_regex import problems as regex_problems
 
@@ -43,16 +47,29 @@ def _check_patterns(key: str, value: Any) -> list[str]:
     return [*problems, *(f"{key}: {reprlib.repr(name)} is no regular expression: {why}" for name, why in wrong)]
 
 
-class Osf(Family, PeftMethod):
+@dataclass(frozen=True, slots=True)
+class OsfSettings(Settings):
+    """How many singular values are kept, or a share of them; None where the config leaves it open."""
+
+    kept: float | None
+
+
+@register
+class Osf(PeftFamily):
     """``peft_type: OSF``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "osf"
-    by_rows: ClassVar[frozenset[str]] = frozenset({"U"})
-    peft_type: ClassVar[str] = "OSF"
-    selectors: ClassVar[frozenset[str]] = frozenset()
-    title: ClassVar[str] = "OSF"
-    paper: ClassVar[str] = "arXiv:2504.07097"
-    note: ClassVar[str] = "makes a weight's whole update at once, in memory that grows with the weight"
+    name = "osf"
+    by_rows = frozenset({"U"})
+    peft_type = "OSF"
+    selectors = frozenset()
+    title = "OSF"
+    updates = "Linear layers"
+    mixes_weight = True  # the smaller part of W is taken away
+    #: The factors of W's decomposition are rounded to W's 16 bits. Where LAPACK gives another last bit than it gave the
+    #: merge (another CPU, another number of threads), some of them are rounded to the other side.
+    sum_units = 1024
+    paper = "arXiv:2504.07097"
+    note = "makes a weight's whole update at once, in memory that grows with the weight"
     roles: ClassVar[Mapping[str, str]] = {
         "osf_svd_params.U_low": "U",
         "osf_svd_params.S_low": "S",
@@ -62,24 +79,18 @@ class Osf(Family, PeftMethod):
         "effective_rank": checked(_is_rank, "a number of singular values, or a share of them"),
         "rank_pattern": _check_patterns,
     }
-    inert: ClassVar[frozenset[str]] = frozenset({"init_weights", "target_svd_config"})
+    inert = frozenset({"init_weights", "target_svd_config"})
 
-    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
-        settings = (("kept", _wanted(context.config, module.name)),)
-        factors = tuple(module.factors.items())
-        update = ModuleUpdate(module.name, "weight", self.name, factors, settings=settings)
-        claims.updates.append(update.changed(of_base=(("W", "weight"),)))
+    def settings_of(self, config: Config, module: Module) -> Settings:
+        return OsfSettings(_wanted(config, module.name))
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        if len(shape) != 2:
-            return [f"{update.module}.{update.parameter} is {list(shape)}; OSF updates Linear layers"]
-        rest = min(shape) - _rank(update.setting("kept"), min(shape))
+    def update(self, module: Module, context: Context, **changes: Any) -> ModuleUpdate:
+        return super().update(module, context, of_base=(("W", "weight"),), **changes)
+
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        rest = min(shape) - _rank(OsfSettings.of(update).kept, min(shape))
         meaning = f"as effective_rank and rank_pattern leave {rest} singular values"
-        return [
-            *misshaped(update.factor("U"), (shape[0], rest), meaning),
-            *misshaped(update.factor("S"), (rest,), meaning),
-            *misshaped(update.factor("V"), (rest, shape[1]), meaning),
-        ]
+        return all_misshaped(update, {"U": (shape[0], rest), "S": (rest,), "V": (rest, shape[1])}, meaning)
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         before = factors.kept("before", lambda: _smaller(factors.whole("W"), update))

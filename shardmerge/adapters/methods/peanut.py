@@ -12,22 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import (
-    OPTIONAL_NUMBER,
-    RANK,
-    Check,
-    Context,
-    Module,
-    PeftMethod,
-    checked,
-    is_count,
-)
-from shardmerge.adapters.methods.base import Claims, Factors, ModuleUpdate, misshaped
-from shardmerge.adapters.methods.factored import Surveyed
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import OPTIONAL_NUMBER, RANK, Check, checked, is_count
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, all_misshaped
+from shardmerge.adapters.methods.factored import TwoPass
+from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
-from shardmerge.spec.updates import Update
+from shardmerge.spec.updates import Settings, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,15 +55,26 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Peanut(Surveyed, PeftMethod):
+@dataclass(frozen=True, slots=True)
+class PeanutSettings(Settings):
+    """d, and σ by transformers' name."""
+
+    depth: int
+    activation: str
+
+
+@register
+class Peanut(TwoPass, PeftFamily):
     """``peft_type: PEANUT``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "peanut"
-    by_rows: ClassVar[frozenset[str]] = frozenset({"B"})
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"B"})
-    peft_type: ClassVar[str] = "PEANUT"
-    title: ClassVar[str] = "PEANuT"
-    paper: ClassVar[str] = "arXiv:2410.01870"
+    name = "peanut"
+    mixes_weight = True  # a network looks at W
+    by_rows = frozenset({"B"})
+    neutral_if_zero = frozenset({"B"})
+    peft_type = "PEANUT"
+    title = "PEANuT"
+    updates = "Linear layers"
+    paper = "arXiv:2410.01870"
     roles: ClassVar[Mapping[str, str]] = {
         "peanut_A.weight": "A",
         "peanut_B.weight": "B",
@@ -84,7 +90,7 @@ class Peanut(Surveyed, PeftMethod):
             f"an activation that this version knows ({', '.join(_ACTIVATIONS)})",
         ),
     }
-    inert: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+    inert = frozenset({"init_weights"})
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         config, there = context.config, module.factors
@@ -93,27 +99,16 @@ class Peanut(Surveyed, PeftMethod):
         if there.keys() != wanted:
             odd = sorted(wanted ^ there.keys())
             what = there[odd[0]].name + " is one too many" if odd[0] in there else f"{module.name} is without {odd[0]}"
-            claims.problems.append(f"{what}: adapter_config.json says depth {depth}")
-            claims.told |= {ref.name for ref in there.values()}
+            claims.reject(module.refs, f"{what}: adapter_config.json says depth {depth}")
             return
         scaling = 1.0 if config.get("scaling") is None else float(config["scaling"])
-        settings = (("depth", depth), ("activation", config.get("act_fn") or "relu"))
-        claims.updates.append(
-            ModuleUpdate(
-                module.name, "weight", self.name, tuple(there.items()), scaling, config["r"], settings=settings
-            )
-        )
+        settings = PeanutSettings(depth, config.get("act_fn") or "relu")
+        claims.updates.append(self.update(module, context, scaling=scaling, rank=config["r"], settings=settings))
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        if len(shape) != 2:
-            return [f"{update.module}.{update.parameter} is {list(shape)}; PEANuT updates Linear layers"]
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         rank = update.rank
-        expected = {"A": (rank, shape[0]), "B": (shape[0], rank)}
-        return [
-            problem
-            for role, ref in update.factors
-            for problem in misshaped(ref, expected.get(role, (rank, rank)), "by the config's r and the weight's shape")
-        ]
+        expected = {role: (rank, rank) for role, _ in update.factors} | {"A": (rank, shape[0]), "B": (shape[0], rank)}
+        return all_misshaped(update, expected, "by the config's r and the weight's shape")
 
     def inner(self, update: Update) -> int:
         return update.rank
@@ -125,7 +120,8 @@ class Peanut(Surveyed, PeftMethod):
         return factors.rows("B", rows)
 
     def made(self, seen: Tensor, factors: Factors, update: Update, columns: RowRange) -> Tensor:
-        activate, depth = _ACTIVATIONS[update.setting("activation")], update.setting("depth")
+        of = PeanutSettings.of(update)
+        activate, depth = _ACTIVATIONS[of.activation], of.depth
         hidden = activate(seen)
         before = []
         for index in range(depth):
@@ -137,5 +133,5 @@ class Peanut(Surveyed, PeftMethod):
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         # What the encoders made, for the decoders.
-        steps: int = update.setting("depth") + 2
+        steps = PeanutSettings.of(update).depth + 2
         return super().kept_bytes(update, itemsize) + steps * update.rank * update.columns * 8

@@ -16,27 +16,19 @@ round once.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import (
-    FLAG,
-    NUMBER,
-    RANK,
-    Check,
-    Context,
-    Module,
-    PeftMethod,
-    checked,
-    is_number,
-    is_rank,
-)
-from shardmerge.adapters.methods.base import Claims, Factors, ModuleUpdate, misshaped
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import FLAG, NUMBER, RANK, SEED, Check, Config, checked, is_number, is_rank
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, misshaped
 from shardmerge.adapters.methods.blocks import cayley, neumann
 from shardmerge.adapters.methods.factored import Factored
-from shardmerge.adapters.methods.fourierft import SEED
 from shardmerge.adapters.methods.osf import svd_bytes
+from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
-from shardmerge.spec.updates import Update
+from shardmerge.spec.updates import Settings, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,15 +38,34 @@ _MOST = 1000
 _STEPS = checked(lambda value: is_rank(value) and value <= _MOST, f"a whole number from 1 to {_MOST}")
 
 
-class Psoft(Factored, PeftMethod):
+@dataclass(frozen=True, slots=True)
+class PsoftSettings(Settings):
+    """How R is made of its numbers, and A and B of W."""
+
+    orthogonal: bool
+    #: Terms of the series; 0 for Cayley's formula itself.
+    terms: int
+    #: The most that Q's length may be.
+    most: float | None
+    #: Whether A and B both get the root of S_r.
+    even: bool
+    #: Steps of the random method; 0 for the exact one.
+    steps: int
+    seed: int
+    scaling: float
+
+
+@register
+class Psoft(Factored, PeftFamily):
     """``peft_type: PSOFT``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "psoft"
-    by_column_windows: ClassVar[bool] = False
-    peft_type: ClassVar[str] = "PSOFT"
-    title: ClassVar[str] = "PSOFT"
-    paper: ClassVar[str] = "arXiv:2505.11235"
-    note: ClassVar[str] = "makes a weight's whole update at once, in memory that grows with the weight"
+    name = "psoft"
+    by_column_windows = False
+    peft_type = "PSOFT"
+    title = "PSOFT"
+    mixes_weight = True  # W's subspace is rotated
+    paper = "arXiv:2505.11235"
+    note = "makes a weight's whole update at once, in memory that grows with the weight"
     roles: ClassVar[Mapping[str, str]] = {
         "psoft_R.weight": "R",
         "psoft_R.vector_a": "a?",
@@ -74,45 +85,45 @@ class Psoft(Factored, PeftMethod):
         "psoft_svd_lowrank_niter": _STEPS,
         "random_seed": lambda key, value: [] if value is None else SEED(key, value),
     }
-    inert: ClassVar[frozenset[str]] = frozenset({"init_weights", "psoft_dropout"})
+    inert = frozenset({"init_weights", "psoft_dropout"})
+
+    def settings_of(self, config: Config, module: Module) -> Settings:
+        series = config.get("use_cayley_neumann")
+        return PsoftSettings(
+            orthogonal=config.get("psoft_orth") is not False,
+            terms=(config.get("num_cayley_neumann_terms") or 5) if series else 0,
+            most=config.get("cayley_neumann_eps") if series else None,
+            even=config.get("ab_svd_init") == "pissa_init",
+            steps=(config.get("psoft_svd_lowrank_niter") or 10) if config.get("psoft_svd") == "lowrank" else 0,
+            seed=config.get("random_seed") or 0,
+            scaling=config["psoft_alpha"] / config["r"],
+        )
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
-        config, there = context.config, module.factors
+        config = context.config
         for letter in "ab":
             wanted = config.get(f"psoft_mag_{letter}") is not False
-            if (letter in there) != wanted:
+            if (letter in module.factors) != wanted:
                 key = module.key(f"psoft_R.vector_{letter}")
-                claims.problems.append(
+                claims.reject(
+                    module.refs,
                     f"{key} is {'missing' if wanted else 'there'}, but adapter_config.json says psoft_mag_{letter} is "
-                    f"{'true' if wanted else 'false'}"
+                    f"{'true' if wanted else 'false'}",
                 )
-                claims.told |= {ref.name for ref in there.values()}
                 return
-        series = config.get("use_cayley_neumann")
-        settings = (
-            ("orthogonal", config.get("psoft_orth") is not False),
-            ("terms", (config.get("num_cayley_neumann_terms") or 5) if series else 0),
-            ("most", config.get("cayley_neumann_eps") if series else None),
-            ("even", config.get("ab_svd_init") == "pissa_init"),
-            ("steps", (config.get("psoft_svd_lowrank_niter") or 10) if config.get("psoft_svd") == "lowrank" else 0),
-            ("seed", config.get("random_seed") or 0),
-            ("scaling", config["psoft_alpha"] / config["r"]),
-        )
-        scaling, factors = config["psoft_alpha"] / config["r"], tuple(there.items())
-        update = ModuleUpdate(module.name, "weight", self.name, factors, scaling, config["r"], settings=settings)
-        update = update.changed(of_base=(("W", "weight"),))
-        claims.updates.append(update)
+        scaling, of_base = config["psoft_alpha"] / config["r"], (("W", "weight"),)
+        claims.updates.append(self.update(module, context, scaling=scaling, rank=config["r"], of_base=of_base))
         if config["psoft_alpha"] <= 0:
             claims.misfit(f"adapter_config.json: psoft_alpha must be above zero, found {config['psoft_alpha']}")
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         rank = update.rank
         if len(shape) != 2 or rank > min(shape):
             return [
                 f"{update.module}.{update.parameter} is {list(shape)}; PSOFT updates Linear layers of at least r, "
                 f"{rank}, inputs and outputs"
             ]
-        expected = (rank * (rank - 1) // 2,) if update.setting("orthogonal") else (rank, rank)
+        expected = (rank * (rank - 1) // 2,) if PsoftSettings.of(update).orthogonal else (rank, rank)
         problems = misshaped(update.factor("R"), expected, f"as r {rank} and psoft_orth have it")
         for role in ("a", "b"):
             problems += misshaped(update.factor(role), (rank,), "one number for each of r") if update.has(role) else []
@@ -146,18 +157,18 @@ def _main_directions(weight: Tensor, update: Update) -> Tensor:
     """B (out, r), and below it Aᵀ (in, r)."""
     import torch
 
-    rank, steps = update.rank, update.setting("steps")
+    rank, of = update.rank, PsoftSettings.of(update)
     # On the CPU wherever the rest is computed: which of two opposite directions is found, and what is drawn, differs.
     wide = weight.float().cpu()
-    if steps:
+    if of.steps:
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(update.setting("seed"))  # and not the GPUs' too, as torch's does
-            u, s, v = torch.svd_lowrank(wide, q=rank, niter=steps)
+            torch.default_generator.manual_seed(of.seed)  # and not the GPUs' too, as torch's does
+            u, s, v = torch.svd_lowrank(wide, q=rank, niter=of.steps)
         right = v.t()
     else:
         u, s, right = torch.linalg.svd(wide, full_matrices=False)
-    u, s, right = u[:, :rank], s[:rank] / update.setting("scaling"), right[:rank]
-    if update.setting("even"):
+    u, s, right = u[:, :rank], s[:rank] / of.scaling, right[:rank]
+    if of.even:
         root = torch.diag(s.sqrt())
         left, right = u @ root, root @ right
     else:
@@ -169,16 +180,15 @@ def _rotation(factors: Factors, update: Update) -> Tensor:
     """R, (r, r)."""
     import torch
 
-    rank, rotation = update.rank, factors.whole("R")
-    if update.setting("orthogonal"):
+    rank, rotation, of = update.rank, factors.whole("R"), PsoftSettings.of(update)
+    if of.orthogonal:
         rows, columns = torch.triu_indices(rank, rank, 1, device=rotation.device)
         skew = rotation.new_zeros(rank, rank)
         skew[rows, columns] = rotation
         skew = skew - skew.t()
-        most = update.setting("most")
-        if most is not None and (length := torch.linalg.norm(skew, ord="fro")) > most:
-            skew = skew * (most / (length + 1e-12))
-        rotation = neumann(skew, update.setting("terms")) if update.setting("terms") else cayley(-skew)
+        if of.most is not None and (length := torch.linalg.norm(skew, ord="fro")) > of.most:
+            skew = skew * (of.most / (length + 1e-12))
+        rotation = neumann(skew, of.terms) if of.terms else cayley(-skew)
     if update.has("b"):
         rotation = factors.whole("b")[:, None] * rotation
     if update.has("a"):

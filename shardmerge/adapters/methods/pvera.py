@@ -13,9 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import RANK, Check, Context, Module, PeftMethod
-from shardmerge.adapters.methods.base import Claims, Factors, ModuleUpdate, misshaped, oriented
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import RANK, Check
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, misshaped, oriented
 from shardmerge.adapters.methods.factored import Factored
+from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Parameter, Update
 
@@ -23,22 +26,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Pvera(Factored, PeftMethod):
+@register
+class Pvera(Factored, PeftFamily):
     """``peft_type: PVERA``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "pvera"
-    by_rows: ClassVar[frozenset[str]] = frozenset({"B", "lambda_b"})
-    rows_are_independent: ClassVar[bool] = True
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"lambda_b"})
-    adds: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "PVERA"
-    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
-    title: ClassVar[str] = "PVeRA"
-    paper: ClassVar[str] = "arXiv:2512.07703"
+    name = "pvera"
+    by_rows = frozenset({"B", "lambda_b"})
+    rows_are_independent = True
+    neutral_if_zero = frozenset({"lambda_b"})
+    adds = True
+    peft_type = "PVERA"
+    selectors = frozenset({"layers_to_transform", "layers_pattern"})
+    title = "PVeRA"
+    updates = "Linear layers"
+    paper = "arXiv:2512.07703"
     roles: ClassVar[Mapping[str, str]] = {"pvera_lambda_b": "lambda_b", "pvera_lambda_d": "lambda_d"}
     shared_roles: ClassVar[Mapping[str, str]] = {"pvera_A": "A", "pvera_B": "B"}
     settings: ClassVar[Mapping[str, Check]] = {"r": RANK}
-    inert: ClassVar[frozenset[str]] = frozenset(
+    inert = frozenset(
         {"d_initial", "generator_seed", "init_weights", "projection_prng_key", "pvera_dropout", "save_projection"}
     )
     refused: ClassVar[Mapping[str, str]] = {
@@ -49,24 +54,17 @@ class Pvera(Factored, PeftMethod):
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         missing = [key for key, role in self.shared_roles.items() if role not in context.shared]
         if missing:
-            claims.half(
-                module.factors["lambda_b"],
-                f"base_model.{missing[0]}, which all modules share; save it again with save_projection: true",
-            )
-            claims.told.add(module.factors["lambda_d"].name)
+            what = f"base_model.{missing[0]}, which all modules share; save it again with save_projection: true"
+            claims.half(module.factors["lambda_b"], what, module.refs)
             return
         factors = (*module.factors.items(), ("A", context.shared["A"]), ("B", context.shared["B"]))
-        settings = (("fan_in_fan_out", bool(context.config.get("fan_in_fan_out"))),)
-        update = ModuleUpdate(module.name, "weight", self.name, factors, rank=context.config["r"], settings=settings)
-        claims.updates.append(update)
+        claims.updates.append(self.update(module, context, factors=factors, rank=context.config["r"]))
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         return oriented(update, parameter, update.factor("lambda_b").shape[0], None)
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         rank, a, b = update.rank, update.factor("A"), update.factor("B")
-        if len(shape) != 2:
-            return [f"{update.module}.{update.parameter} is {list(shape)}; PVeRA updates Linear layers"]
         problems = [
             *misshaped(update.factor("lambda_b"), (shape[0],), f"a number for every output of {update.module}"),
             *misshaped(update.factor("lambda_d"), (2 * rank,), "twice the config's r"),

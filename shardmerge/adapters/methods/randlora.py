@@ -20,21 +20,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import FLAG, NUMBER, RANK, Check, Context, Module, PeftMethod
-from shardmerge.adapters.methods.base import (
-    Claims,
-    Factors,
-    Family,
-    ModuleUpdate,
-    add_scaled,
-    misshaped,
-    oriented,
-    slab_elements,
-    slabs,
-)
-from shardmerge.adapters.methods.vera import SEED, rounded, shared_projections, sized
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import FLAG, NUMBER, OPTIONAL_SEED, RANK, Check
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, add_scaled, misshaped, oriented, slab_elements, slabs
+from shardmerge.adapters.methods.vera import ProjectionSettings, rounded, shared_projections, sized
+from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import DTYPE_BITS, RowRange, TensorRef, even_rows
 from shardmerge.spec.updates import Parameter, Update, Window
 
@@ -45,18 +39,27 @@ if TYPE_CHECKING:
 _BASIS_ROWS = 64
 
 
-class RandLora(Family, PeftMethod):
+@dataclass(frozen=True, slots=True)
+class RandLoraSettings(ProjectionSettings):
+    """And how few of A's and B's numbers are not zero: "", "sparse" or "very"."""
+
+    sparse: str = ""
+
+
+@register
+class RandLora(PeftFamily):
     """``peft_type: RANDLORA``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "randlora"
-    streamed: ClassVar[frozenset[str]] = frozenset({"B"})
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"lambda"})
-    by_column_windows: ClassVar[bool] = True
-    adds: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "RANDLORA"
-    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
-    title: ClassVar[str] = "RandLoRA"
-    paper: ClassVar[str] = "arXiv:2502.00987"
+    name = "randlora"
+    streamed = frozenset({"B"})
+    neutral_if_zero = frozenset({"lambda"})
+    by_column_windows = True
+    adds = True
+    peft_type = "RANDLORA"
+    selectors = frozenset({"layers_to_transform", "layers_pattern"})
+    title = "RandLoRA"
+    updates = "matrices"
+    paper = "arXiv:2502.00987"
     # PEFT saves A and B, which all modules share, once more for every module.
     roles: ClassVar[Mapping[str, str]] = {
         "randlora_lambda": "lambda",
@@ -69,12 +72,12 @@ class RandLora(Family, PeftMethod):
         "r": RANK,
         "randlora_alpha": NUMBER,
         "save_projection": FLAG,
-        "projection_prng_key": SEED,
+        "projection_prng_key": OPTIONAL_SEED,
         "sparse": FLAG,
         "very_sparse": FLAG,
         "fan_in_fan_out": FLAG,
     }
-    inert: ClassVar[frozenset[str]] = frozenset({"init_weights", "randlora_dropout"})
+    inert = frozenset({"init_weights", "randlora_dropout"})
 
     def claim(self, tensors: Mapping[str, TensorRef], context: Context) -> Claims:
         return sized(super().claim(tensors, context), RandLoraSeeded(), context)
@@ -85,25 +88,20 @@ class RandLora(Family, PeftMethod):
         if projections is None:
             return
         sparse = "very" if config.get("very_sparse") else "sparse" if config.get("sparse") else ""
-        settings = (
-            ("seed", config.get("projection_prng_key") or 0),
-            ("sparse", sparse),
-            ("fan_in_fan_out", bool(config.get("fan_in_fan_out"))),
-        )
-        rank, family = config["r"], self.name if projections else RandLoraSeeded.name
-        factors = ({**module.factors, **projections}).items()
-        scaling = config["randlora_alpha"] / rank
-        claims.updates.append(
-            ModuleUpdate(module.name, "weight", family, tuple(factors), scaling, rank, settings=settings)
-        )
+        fields = {
+            "family": self.name if projections else RandLoraSeeded.name,
+            "factors": tuple({**module.factors, **projections}.items()),
+            "scaling": config["randlora_alpha"] / config["r"],
+            "rank": config["r"],
+            "settings": RandLoraSettings(config.get("projection_prng_key") or 0, sparse=sparse),
+        }
+        claims.updates.append(self.update(module, context, **fields))
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         # No factor tells the outputs from the inputs.
         return oriented(update, parameter, None, None)
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        if len(shape) != 2:
-            return [f"{update.module}.{update.parameter}, {list(shape)} is no matrix, so RandLoRA cannot update it"]
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         rank, small, large = update.rank, min(shape), max(shape)
         bases = math.ceil(small / rank)
         where = f"with r = {rank} in adapter_config.json, for {update.module} {list(shape)}"
@@ -153,11 +151,12 @@ class RandLora(Family, PeftMethod):
         return whole + _working_bytes(update, itemsize, row) + 2 * _BASIS_ROWS * row * DTYPE_BITS[ref.dtype] // 8
 
 
+@register
 class RandLoraSeeded(RandLora):
     """The same with A and B drawn from the seed."""
 
-    name: ClassVar[str] = "randlora-seeded"
-    streamed: ClassVar[frozenset[str]] = frozenset()
+    name = "randlora-seeded"
+    streamed = frozenset()
 
     def small(self, factors: Factors, update: Update) -> Tensor:
         numbers = factors.whole("lambda")
@@ -168,11 +167,11 @@ class RandLoraSeeded(RandLora):
         return rounded(drawn.float(), update).to(factors.whole("lambda"))
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        sizes: tuple[int, int] = update.setting("sizes")
+        of, sizes = RandLoraSettings.of(update), RandLoraSettings.of(update).sizes
         large, small = max(sizes), min(sizes)
         row = math.ceil(small / update.rank) * update.rank
         # Of sparse ones there are, for a moment, the numbers drawn, a mask, and what they make.
-        number = 12 if update.setting("sparse") else 2
+        number = 12 if of.sparse else 2
         smaller = update.rank * small * (itemsize + 12)
         return large * row * number + smaller + _working_bytes(update, itemsize, row) + 3 * 4 * _BASIS_ROWS * row
 
@@ -193,10 +192,11 @@ def _draw(update: Update, *, with_large: bool) -> Tensor:
     """A, or B; either is drawn after A."""
     import torch
 
-    rank, sizes, sparse = update.rank, update.setting("sizes"), update.setting("sparse")
+    rank, of = update.rank, RandLoraSettings.of(update)
+    sizes, sparse = of.sizes, of.sparse
     small, large = min(sizes), max(sizes)
     bases = math.ceil(small / rank)
-    generator = torch.Generator().manual_seed(update.setting("seed"))
+    generator = torch.Generator().manual_seed(of.seed)
     if sparse:
         sparsity = math.sqrt(small) if sparse == "very" else 3
         numbers = torch.rand((rank, 1, small), generator=generator)

@@ -14,13 +14,17 @@ are nearer. The last bit of b' depends on the processor: its product with all of
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import Check, Context, Module, PeftMethod, checked, is_rank
-from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import Check, Config, checked, is_rank
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, all_misshaped
 from shardmerge.adapters.methods.blocks import rotate_rows, widened
+from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
-from shardmerge.spec.updates import Update, Window
+from shardmerge.spec.updates import Settings, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,14 +35,24 @@ _ROWS = 256
 _VARIANTS = {"road_1": 1, "road_2": 2, "road_4": 4}
 
 
-class Road(Family, PeftMethod):
+@dataclass(frozen=True, slots=True)
+class RoadSettings(Settings):
+    """How angles are shared, and g."""
+
+    variant: str
+    group: int
+
+
+@register
+class Road(PeftFamily):
     """``peft_type: ROAD``, and what it does to a matrix and to a bias."""
 
-    name: ClassVar[str] = "road"
-    peft_type: ClassVar[str] = "ROAD"
-    selectors: ClassVar[frozenset[str]] = frozenset()
-    title: ClassVar[str] = "RoAd"
-    paper: ClassVar[str] = "arXiv:2409.00119"
+    name = "road"
+    mixes_weight = True  # pairs of W's rows are rotated
+    peft_type = "ROAD"
+    selectors = frozenset()
+    title = "RoAd"
+    paper = "arXiv:2409.00119"
     roles: ClassVar[Mapping[str, str]] = {"road_theta": "theta", "road_alpha": "alpha"}
     settings: ClassVar[Mapping[str, Check]] = {
         "variant": checked(
@@ -48,30 +62,32 @@ class Road(Family, PeftMethod):
             lambda value: is_rank(value) and value % 2 == 0, "an even number above zero", required=True
         ),
     }
-    inert: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+    inert = frozenset({"init_weights"})
+
+    def settings_of(self, config: Config, module: Module) -> Settings:
+        return RoadSettings(config["variant"], config["group_size"])
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
-        settings = (("variant", context.config["variant"]), ("group", context.config["group_size"]))
-        factors = tuple(module.factors.items())
-        claims.updates.append(ModuleUpdate(module.name, "weight", self.name, factors, settings=settings))
+        update = self.update(module, context)
         # The bias is rotated where there is one.
-        bias = ModuleUpdate(module.name, "bias", self.name, factors, settings=settings, optional=True)
-        claims.updates.append(bias)
+        claims.updates += [update, update.changed(parameter="bias", optional=True)]
 
     def row_unit(self, update: Update | ModuleUpdate) -> int:
-        return int(update.setting("group"))
+        return RoadSettings.of(update).group
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        group, variant = update.setting("group"), update.setting("variant")
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        of = RoadSettings.of(update)
+        group, variant = of.group, of.variant
         if len(shape) > 2:
             return [f"{update.module}.{update.parameter} is {list(shape)}; RoAd rotates the outputs of Linear layers"]
         if shape[0] % group:
             return [f"{update.module} has {shape[0]} outputs, which groups of {group} do not divide (group_size)"]
-        size, meaning = shape[0] // 2 * _VARIANTS[variant], f"as {variant} has it for {shape[0]} outputs"
-        return [problem for role in ("theta", "alpha") for problem in misshaped(update.factor(role), (size,), meaning)]
+        size = (shape[0] // 2 * _VARIANTS[variant],)
+        return all_misshaped(update, {"theta": size, "alpha": size}, f"as {variant} has it for {shape[0]} outputs")
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        group, first = update.setting("group"), window.rows.start // update.setting("group")
+        group = RoadSettings.of(update).group
+        first = window.rows.start // group
         count, step = len(tile) // group, max(1, _ROWS // group)
         for start in range(0, count, step):
             stop = min(start + step, count)
@@ -81,20 +97,21 @@ class Road(Family, PeftMethod):
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         # The blocks of some rows, as they are and put together, and the angles on the way.
-        group: int = update.setting("group")
+        group = RoadSettings.of(update).group
         return max(_ROWS, group) * (group + max(64, group) + 8) * itemsize
 
 
 def _rotations(factors: Factors, update: Update, groups: RowRange) -> Tensor:
     """R's blocks for these groups, (groups, g, g)."""
-    group, half = update.setting("group"), update.setting("group") // 2
+    variant, group = RoadSettings.of(update).variant, RoadSettings.of(update).group
+    half = group // 2
     count = update.rows // group
     theta, alpha = (factors.whole(role).view(count, -1)[groups.start : groups.stop] for role in ("theta", "alpha"))
-    if update.setting("variant") == "road_4":
+    if variant == "road_4":
         own = alpha[:, :group] * theta[:, :group].cos()
         partner = alpha[:, group:] * theta[:, group:].sin()
     else:
-        if update.setting("variant") == "road_1":
+        if variant == "road_1":
             theta, alpha = (of.repeat(1, 2) for of in (theta, alpha))
         own, partner = alpha * theta.cos(), alpha * theta.sin()
     blocks = own.new_zeros(len(own), group, group)

@@ -9,10 +9,13 @@ The bits are those of PEFT's merge.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from shardmerge.adapters.formats.peft import RANK, Check, Context, Module, PeftMethod
-from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.formats.checks import RANK, Check
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, misshaped
+from shardmerge.adapters.tables import register
 from shardmerge.errors import FormatError
 from shardmerge.spec.updates import Update, Window
 
@@ -20,29 +23,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Shira(Family, PeftMethod):
+@register
+class Shira(PeftFamily):
     """``peft_type: SHIRA``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "shira"
-    whole_numbers: ClassVar[frozenset[str]] = frozenset({"places"})
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"numbers"})
-    by_column_windows: ClassVar[bool] = True
-    adds: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "SHIRA"
-    selectors: ClassVar[frozenset[str]] = frozenset()
-    title: ClassVar[str] = "SHiRA"
-    paper: ClassVar[str] = "arXiv:2406.13175"
+    name = "shira"
+    whole_numbers = frozenset({"places"})
+    neutral_if_zero = frozenset({"numbers"})
+    by_column_windows = True
+    adds = True
+    peft_type = "SHIRA"
+    selectors = frozenset()
+    title = "SHiRA"
+    paper = "arXiv:2406.13175"
     roles: ClassVar[Mapping[str, str]] = {"shira_weight": "numbers", "shira_indices": "places"}
     settings: ClassVar[Mapping[str, Check]] = {"r": RANK}
-    inert: ClassVar[frozenset[str]] = frozenset({"init_weights", "mask_type", "random_seed"})
+    inert = frozenset({"init_weights", "mask_type", "random_seed"})
 
-    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
-        factors = tuple(module.factors.items())
-        claims.updates.append(ModuleUpdate(module.name, "weight", self.name, factors, rank=context.config["r"]))
+    updates = "matrices"
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        if len(shape) != 2:
-            return [f"{update.module}.{update.parameter} is {list(shape)}; SHiRA updates matrices"]
+    def update(self, module: Module, context: Context, **changes: Any) -> ModuleUpdate:
+        return super().update(module, context, rank=context.config["r"], **changes)
+
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         count = update.rank * sum(shape)
         meaning = f"r (out + in) of {update.module} {list(shape)} with r = {update.rank} in adapter_config.json"
         return [

@@ -11,38 +11,43 @@ PEFT's merge. On a 16-bit base PEFT rounds the values, and B A too; we round onc
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import (
-    OPTIONAL_NUMBER,
-    Check,
-    Context,
-    Module,
-    PeftMethod,
-    checked,
-    is_number,
-    is_rank,
-)
-from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, misshaped
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import OPTIONAL_NUMBER, Check, checked, is_number, is_rank
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, all_misshaped, misshaped
+from shardmerge.adapters.tables import register
 from shardmerge.errors import FormatError
-from shardmerge.spec.updates import Update, Window
+from shardmerge.spec.updates import Settings, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class SuperTuning(Family, PeftMethod):
+@dataclass(frozen=True, slots=True)
+class SuperTuningSettings(Settings):
+    """The share of W's elements that stay, and α / r."""
+
+    sparsity: float
+    lora: float
+
+
+@register
+class SuperTuning(PeftFamily):
     """``peft_type: SUPERTUNING``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "supertuning"
-    by_rows: ClassVar[frozenset[str]] = frozenset({"B"})
-    whole_numbers: ClassVar[frozenset[str]] = frozenset({"indices"})
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"values", "B"})
-    adds: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "SUPERTUNING"
-    selectors: ClassVar[frozenset[str]] = frozenset()
-    title: ClassVar[str] = "Super-Tuning"
-    paper: ClassVar[str] = "arXiv:2607.09287"
+    name = "supertuning"
+    by_rows = frozenset({"B"})
+    whole_numbers = frozenset({"indices"})
+    neutral_if_zero = frozenset({"values", "B"})
+    adds = True
+    peft_type = "SUPERTUNING"
+    selectors = frozenset()
+    title = "Super-Tuning"
+    updates = "Linear layers"
+    paper = "arXiv:2607.09287"
     roles: ClassVar[Mapping[str, str]] = {
         "supertuning_values": "values",
         "supertuning_indices": "indices?",
@@ -54,39 +59,32 @@ class SuperTuning(Family, PeftMethod):
         "r": checked(is_rank, "a whole number above zero, or null"),
         "lora_alpha": OPTIONAL_NUMBER,
     }
-    inert: ClassVar[frozenset[str]] = frozenset(
-        {"init_weights", "lora_dropout", "save_precomputed_indices", "select_top"}
-    )
+    inert = frozenset({"init_weights", "lora_dropout", "save_precomputed_indices", "select_top"})
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         rank, there = context.config.get("r"), module.factors
         if "indices" not in there:
             missing = module.key("supertuning_indices")
-            claims.half(there["values"], f"{missing}; save it again with save_precomputed_indices: true")
-            claims.told |= {ref.name for ref in there.values()}
+            claims.half(there["values"], f"{missing}; save it again with save_precomputed_indices: true", module.refs)
             return
         if any((role in there) != (rank is not None) for role in ("A", "B")):
             says = f"r {rank}" if rank else "no r"
-            claims.problems.append(
+            claims.reject(
+                module.refs,
                 f"{module.name} has {', '.join(sorted(there))}, but adapter_config.json says {says}: both of "
-                "lora_A and lora_B are there with r, and neither without"
+                "lora_A and lora_B are there with r, and neither without",
             )
-            claims.told |= {ref.name for ref in there.values()}
             return
         alpha = context.config.get("lora_alpha")
         hybrid = 0.0 if rank is None else (2 * rank if alpha is None else alpha) / rank
-        settings = (("sparsity", context.config["sparsity"]), ("lora", hybrid))
-        claims.updates.append(
-            ModuleUpdate(module.name, "weight", self.name, tuple(there.items()), rank=rank or 0, settings=settings)
-        )
+        settings = SuperTuningSettings(context.config["sparsity"], hybrid)
+        claims.updates.append(self.update(module, context, rank=rank or 0, settings=settings))
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        if len(shape) != 2:
-            return [f"{update.module}.{update.parameter} is {list(shape)}; Super-Tuning updates Linear layers"]
-        count = int(shape[0] * shape[1] * (1 - update.setting("sparsity")))
-        meaning = f"as sparsity {update.setting('sparsity')} of {shape[0]} × {shape[1]} elements makes it"
-        problems = misshaped(update.factor("values"), (count,), meaning)
-        problems += misshaped(update.factor("indices"), (count,), meaning)
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        sparsity = SuperTuningSettings.of(update).sparsity
+        count = (int(shape[0] * shape[1] * (1 - sparsity)),)
+        meaning = f"as sparsity {sparsity} of {shape[0]} × {shape[1]} elements makes it"
+        problems = all_misshaped(update, {"values": count, "indices": count}, meaning)
         if update.rank:
             problems += misshaped(update.factor("A"), (update.rank, shape[1]), "(r, in)")
             problems += misshaped(update.factor("B"), (shape[0], update.rank), "(out, r)")
@@ -104,7 +102,7 @@ class SuperTuning(Family, PeftMethod):
         tile.view(-1).scatter_add_(0, indices[here] - bounds[0], values * update.scaling)
         if update.rank:
             torch.mm(factors.rows("B", window.rows), factors.whole("A"), out=scratch)
-            tile.add_(scratch.mul_(update.setting("lora") * update.scaling))
+            tile.add_(scratch.mul_(SuperTuningSettings.of(update).lora * update.scaling))
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         # The order, and while it is made the sorted indices and two masks; and the part that is in a tile.

@@ -14,14 +14,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import RANK, Check, Config, Context, Module, PeftMethod, checked, is_number
-from shardmerge.adapters.methods.base import Claims, Factors, ModuleUpdate, misshaped, oriented
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import RANK, Check, Config, checked, is_number
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, all_misshaped, oriented
 from shardmerge.adapters.methods.factored import Factored
+from shardmerge.adapters.tables import register
 from shardmerge.errors import FormatError
 from shardmerge.spec.tensors import RowRange, TensorRef
-from shardmerge.spec.updates import Parameter, Update
+from shardmerge.spec.updates import Parameter, Settings, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,17 +35,29 @@ _VECTOR = re.compile(r"(?:base_model\.)?(?:model\.)?tinylora_v(?:\.[^.]+)?\.(?P<
 _MOST = 1 << 22
 
 
-class TinyLora(Factored, PeftMethod):
+@dataclass(frozen=True, slots=True)
+class TinyLoraSettings(Settings):
+    """u, the config's seed, and how many modules and groups there are."""
+
+    numbers: int
+    seed: int
+    modules: int = 0
+    groups: int = 0
+
+
+@register
+class TinyLora(Factored, PeftFamily):
     """``peft_type: TINYLORA``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "tinylora"
-    by_rows: ClassVar[frozenset[str]] = frozenset({"B"})
-    rows_are_independent: ClassVar[bool] = True
-    adds: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "TINYLORA"
-    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
-    title: ClassVar[str] = "TinyLoRA"
-    paper: ClassVar[str] = "arXiv:2602.04118"
+    name = "tinylora"
+    by_rows = frozenset({"B"})
+    rows_are_independent = True
+    adds = True
+    peft_type = "TINYLORA"
+    selectors = frozenset({"layers_to_transform", "layers_pattern"})
+    title = "TinyLoRA"
+    updates = "matrices"
+    paper = "arXiv:2602.04118"
     roles: ClassVar[Mapping[str, str]] = {"tinylora_A": "A", "tinylora_B": "B", "tinylora_P": "P?"}
     settings: ClassVar[Mapping[str, Check]] = {
         "r": RANK,
@@ -51,7 +67,7 @@ class TinyLora(Factored, PeftMethod):
             lambda value: type(value) is int and abs(value) < 1 << 62, "a whole number of 62 bits", required=True
         ),
     }
-    inert: ClassVar[frozenset[str]] = frozenset({"init_v_bound", "init_weights", "save_projection", "tinylora_dropout"})
+    inert = frozenset({"init_v_bound", "init_weights", "save_projection", "tinylora_dropout"})
 
     def _shared_role(self, name: str) -> str | None:
         match = _VECTOR.fullmatch(name)
@@ -61,21 +77,15 @@ class TinyLora(Factored, PeftMethod):
         factors = module.factors
         if "P" not in factors:
             missing = module.key("tinylora_P")
-            claims.half(factors["A"], f"{missing}; save it again with save_projection: true")
-            claims.told |= {ref.name for ref in factors.values()}
+            claims.half(factors["A"], f"{missing}; save it again with save_projection: true", module.refs)
             return
-        settings = (
-            ("numbers", context.config["u"]),
-            ("seed", context.config["projection_seed"]),
-            ("fan_in_fan_out", bool(context.config.get("fan_in_fan_out"))),
-        )
-        update = ModuleUpdate(module.name, "weight", self.name, tuple(factors.items()), rank=context.config["r"])
-        claims.updates.append(update.changed(settings=settings))
+        settings = TinyLoraSettings(context.config["u"], context.config["projection_seed"])
+        claims.updates.append(self.update(module, context, rank=context.config["r"], settings=settings))
 
     def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
         """Give every update the vectors that may be its own, now that the number of modules is known."""
         vectors = {role: ref for name, ref in tensors.items() if (role := self._shared_role(name))}
-        claims.told |= {ref.name for ref in vectors.values()}
+        claims.account_for(vectors.values())
         count = len(claims.updates)
         groups = max(1, round(count * (1 - (config.get("weight_tying") or 0))))
         wanted = [f"v{group}" for group in range(min(groups, count))]
@@ -87,9 +97,11 @@ class TinyLora(Factored, PeftMethod):
             claims.updates = [update.changed(fits=False) for update in claims.updates]
         else:
             shared = tuple((role, vectors[role]) for role in wanted)
-            counts = (("modules", count), ("groups", groups))
             claims.updates = [
-                update.changed(factors=(*update.factors, *shared), settings=(*update.settings, *counts))
+                update.changed(
+                    factors=(*update.factors, *shared),
+                    settings=replace(TinyLoraSettings.of(update), modules=count, groups=groups),
+                )
                 for update in claims.updates
             ]
         super().claim_rest(claims, tensors, config)
@@ -97,17 +109,11 @@ class TinyLora(Factored, PeftMethod):
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         return oriented(update, parameter, update.factor("B").shape[0], update.factor("A").shape[-1])
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        if len(shape) != 2:
-            return [f"{update.module}.{update.parameter} is {list(shape)}; TinyLoRA updates matrices"]
-        rank, numbers = min(update.rank, *shape), update.setting("numbers")
-        expected = {"A": (rank, shape[1]), "B": (shape[0], rank), "P": (numbers, rank, rank)}
-        expected_all = {**expected, **{role: (numbers,) for role, _ in update.factors if role not in expected}}
-        return [
-            problem
-            for role, wanted in expected_all.items()
-            for problem in misshaped(update.factor(role), wanted, "by r, u and the weight's shape")
-        ]
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        rank, numbers = min(update.rank, *shape), TinyLoraSettings.of(update).numbers
+        expected: dict[str, tuple[int, ...]] = {role: (numbers,) for role, _ in update.factors}
+        expected |= {"A": (rank, shape[1]), "B": (shape[0], rank), "P": (numbers, rank, rank)}
+        return all_misshaped(update, expected, "by r, u and the weight's shape")
 
     def left(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
         mixture = factors.kept("mixture", lambda: _mixture(factors, update))
@@ -137,17 +143,18 @@ def _group(projections: Tensor, update: Update) -> int:
     """The group of the module, by the seed that its P was drawn from."""
     import torch
 
-    modules, groups = update.setting("modules"), update.setting("groups")
+    of = TinyLoraSettings.of(update)
+    modules, groups = of.modules, of.groups
     if groups == 1:
         return 0
     dtypes = (torch.float32, torch.bfloat16, torch.float16)  # beside a 16-bit base P has been rounded
     for index in range(modules):
-        generator = torch.Generator().manual_seed(update.setting("seed") + index)
+        generator = torch.Generator().manual_seed(of.seed + index)
         drawn = torch.normal(0.0, 1.0 / projections.shape[1] ** 0.5, tuple(projections.shape), generator=generator)
         if any(torch.equal(drawn.to(dtype).to(projections.dtype), projections.cpu()) for dtype in dtypes):
             return int(min(index // max(1, modules // groups), groups - 1))
     ref = update.factor("P")
     raise FormatError(
-        f"{ref.uri}: {ref.name} was not drawn from projection_seed {update.setting('seed')} for any of {modules} "
+        f"{ref.uri}: {ref.name} was not drawn from projection_seed {of.seed} for any of {modules} "
         "modules, so which of the shared vectors is this module's cannot be told"
     )

@@ -8,21 +8,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from shardmerge.adapters.formats.peft import Check, Config, Context, Module, PeftMethod
+from shardmerge.adapters.claims import Claims
+from shardmerge.adapters.formats.checks import Check, Config
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftMethod
 from shardmerge.adapters.formats.peft_tokens import claim_tokens, token_problems
-from shardmerge.adapters.methods.base import Claims
+from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import TensorRef
 
 
+@register
 class TrainableTokensMethod(PeftMethod):
     """``peft_type: TRAINABLE_TOKENS``."""
 
-    peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
-    selectors: ClassVar[frozenset[str]] = frozenset()
-    title: ClassVar[str] = "Trainable tokens"
+    peft_type = "TRAINABLE_TOKENS"
+    selectors = frozenset()
+    title = "Trainable tokens"
     roles: ClassVar[Mapping[str, str]] = {"trainable_tokens_delta": "rows"}
-    settings: ClassVar[Mapping[str, Check]] = {"token_indices": lambda key, value: token_problems(key, value)}
-    inert: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+    settings: ClassVar[Mapping[str, Check]] = {"token_indices": token_problems}
+    inert = frozenset({"init_weights"})
 
     def grouped(self, tensors: Mapping[str, TensorRef]) -> tuple[list[Module], dict[str, TensorRef]]:
         return [], {}
@@ -31,5 +34,5 @@ class TrainableTokensMethod(PeftMethod):
         raise NotImplementedError
 
     def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
-        claim_tokens(claims, tensors, config.get("token_indices"))
+        claim_tokens(claims, tensors, config.get("token_indices"), for_both_sides=True)
         super().claim_rest(claims, tensors, config)

@@ -10,39 +10,53 @@ The bits are those of PEFT's merge, for every dtype of the base.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import FLAG, RANK, Check, Context, Module, PeftMethod, checked
-from shardmerge.adapters.methods.base import Claims, Factors, ModuleUpdate, misshaped, oriented
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import FLAG, RANK, Check, checked
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, all_misshaped, oriented
 from shardmerge.adapters.methods.factored import Factored
 from shardmerge.adapters.methods.unilora_seeded import deal
+from shardmerge.adapters.tables import register
 from shardmerge.errors import FormatError
 from shardmerge.spec.tensors import RowRange, TensorRef
-from shardmerge.spec.updates import Parameter, Update
+from shardmerge.spec.updates import Parameter, Settings, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class UniLora(Factored, PeftMethod):
+@dataclass(frozen=True, slots=True)
+class UniLoraSettings(Settings):
+    """d, θ's length by the config."""
+
+    length: int
+
+
+@register
+class UniLora(Factored, PeftFamily):
     """``peft_type: UNILORA``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "unilora"
-    by_rows: ClassVar[frozenset[str]] = frozenset({"indices_B", "scales_B"})
-    whole_numbers: ClassVar[frozenset[str]] = frozenset({"indices_A", "indices_B"})
-    rows_are_independent: ClassVar[bool] = True
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"theta"})
-    adds: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "UNILORA"
-    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
-    title: ClassVar[str] = "Uni-LoRA"
-    paper: ClassVar[str] = "arXiv:2506.00799"
+    name = "unilora"
+    by_rows = frozenset({"indices_B", "scales_B"})
+    whole_numbers = frozenset({"indices_A", "indices_B"})
+    rows_are_independent = True
+    neutral_if_zero = frozenset({"theta"})
+    adds = True
+    peft_type = "UNILORA"
+    selectors = frozenset({"layers_to_transform", "layers_pattern"})
+    title = "Uni-LoRA"
+    updates = "Linear layers"
+    paper = "arXiv:2506.00799"
     roles: ClassVar[Mapping[str, str]] = {
         "unilora_indices_A": "indices_A",
         "unilora_indices_B": "indices_B",
         "unilora_scales_A": "scales_A",
         "unilora_scales_B": "scales_B",
     }
+    kept_once = ("unilora_theta_d",)
     shared_roles: ClassVar[Mapping[str, str]] = {"unilora_theta_d": "theta"}
     settings: ClassVar[Mapping[str, Check]] = {
         "r": RANK,
@@ -50,7 +64,7 @@ class UniLora(Factored, PeftMethod):
         "save_indices": FLAG,
         "proj_seed": checked(lambda value: type(value) is int and 0 <= value < 1 << 64, "a whole number of 64 bits"),
     }
-    inert: ClassVar[frozenset[str]] = frozenset({"init_theta_d_bound", "init_weights", "unilora_dropout"})
+    inert = frozenset({"init_theta_d_bound", "init_weights", "unilora_dropout"})
 
     def claim(self, tensors: Mapping[str, TensorRef], context: Context) -> Claims:
         claims = super().claim(tensors, context)
@@ -62,46 +76,34 @@ class UniLora(Factored, PeftMethod):
             return claims
         dealt = deal(theta, context, lambda module: not self.left_out(module, context))
         if isinstance(dealt, str):
-            claims.told.add(theta.name)
-            claims.problems.append(f"{theta.name}: {dealt}")
+            claims.reject([theta], f"{theta.name}: {dealt}")
         else:
             claims.updates += dealt
         return claims
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         if not context.config.get("save_indices"):
-            names = {ref.name for ref in module.factors.values()}
-            claims.told |= names
-            claims.problems.append(
-                f"{min(names)} is there, but adapter_config.json does not say save_indices; PEFT would ignore it"
-            )
+            first = min(ref.name for ref in module.refs)
+            says = "adapter_config.json does not say save_indices; PEFT would ignore it"
+            claims.reject(module.refs, f"{first} is there, but {says}")
             return
         if "theta" not in context.shared:
-            claims.half(module.factors["indices_A"], "base_model.unilora_theta_d, which all modules share")
-            claims.told |= {ref.name for ref in module.factors.values()}
+            what = "base_model.unilora_theta_d, which all modules share"
+            claims.half(module.factors["indices_A"], what, module.refs)
             return
         factors = (*module.factors.items(), ("theta", context.shared["theta"]))
-        settings = (
-            ("length", context.config["theta_d_length"]),
-            ("fan_in_fan_out", bool(context.config.get("fan_in_fan_out"))),
-        )
-        update = ModuleUpdate(module.name, "weight", self.name, factors, rank=context.config["r"], settings=settings)
+        settings = UniLoraSettings(context.config["theta_d_length"])
+        update = self.update(module, context, factors=factors, rank=context.config["r"], settings=settings)
         claims.updates.append(update)
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         a, b = update.factor("indices_A"), update.factor("indices_B")
         return oriented(update, parameter, (*b.shape, 0)[0], (0, *a.shape)[-1])
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        if len(shape) != 2:
-            return [f"{update.module}.{update.parameter} is {list(shape)}; Uni-LoRA updates Linear layers"]
-        a, b = (update.rank, shape[1]), (shape[0], update.rank)
-        expected = {"indices_A": a, "scales_A": a, "indices_B": b, "scales_B": b, "theta": (update.setting("length"),)}
-        return [
-            problem
-            for role, wanted in expected.items()
-            for problem in misshaped(update.factor(role), wanted, "by r, theta_d_length and the weight's shape")
-        ]
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        a, b, theta = (update.rank, shape[1]), (shape[0], update.rank), (UniLoraSettings.of(update).length,)
+        expected = {"indices_A": a, "scales_A": a, "indices_B": b, "scales_B": b, "theta": theta}
+        return all_misshaped(update, expected, "by r, theta_d_length and the weight's shape")
 
     def left(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
         return _picked(factors, update, factors.rows("indices_B", rows), "indices_B") * factors.rows("scales_B", rows)

@@ -15,14 +15,18 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from shardmerge.adapters.formats.peft import Config, Context
-from shardmerge.adapters.methods.base import Factors, ModuleUpdate, misshaped
+from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.formats.checks import Config
+from shardmerge.adapters.formats.peft_method import Context
+from shardmerge.adapters.methods.base import Factors, misshaped
 from shardmerge.adapters.methods.factored import Factored
+from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import DTYPE_NAMES, RowRange, TensorRef
-from shardmerge.spec.updates import Update
+from shardmerge.spec.updates import Settings, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,24 +43,36 @@ _CLASSES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class UniLoraSeededSettings(Settings):
+    """Where a module's indices begin in the list, the dtype of its weight, D, d, and the seed."""
+
+    first: int
+    dtype: str
+    count: int
+    length: int
+    seed: int
+
+
+@register
 class UniLoraSeeded(Factored):
     """Uni-LoRA whose indices and scales are drawn again."""
 
-    name: ClassVar[str] = "unilora-seeded"
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"theta"})
-    adds: ClassVar[bool] = True
+    name = "unilora-seeded"
+    neutral_if_zero = frozenset({"theta"})
+    adds = True
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        length = update.setting("length")
+        length = UniLoraSeededSettings.of(update).length
         return misshaped(update.factor("theta"), (length,), "theta_d_length in adapter_config.json")
 
     def left(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
-        first = update.setting("first") + update.rank * update.columns
+        first = UniLoraSeededSettings.of(update).first + update.rank * update.columns
         start, stop = (first + row * update.rank for row in (rows.start, rows.stop))
         return _numbers(factors, update, start, stop).view(len(rows), update.rank)
 
     def right(self, factors: Factors, update: Update) -> Tensor:
-        first = update.setting("first")
+        first = UniLoraSeededSettings.of(update).first
         return _numbers(factors, update, first, first + update.rank * update.columns).view(update.rank, update.columns)
 
     def inner(self, update: Update) -> int:
@@ -64,19 +80,18 @@ class UniLoraSeeded(Factored):
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         # While the list is made there are two of 64 bits and one of 32; of A's and some rows of B's indices, 64 bits.
-        count: int = update.setting("count")
-        length: int = update.setting("length")
-        dealt = update.rank * (update.columns + update.rows)
-        return super().kept_bytes(update, itemsize) + 20 * count + 24 * length + dealt * (8 + 2 * itemsize)
+        of, dealt = UniLoraSeededSettings.of(update), update.rank * (update.columns + update.rows)
+        return super().kept_bytes(update, itemsize) + 20 * of.count + 24 * of.length + dealt * (8 + 2 * itemsize)
 
 
 def _numbers(factors: Factors, update: Update, start: int, stop: int) -> Tensor:
     """The elements that the list's indices from ``start`` on make: θ's numbers, scaled."""
     import torch
 
-    indices, scales = _list(update.setting("count"), update.setting("length"), update.setting("seed"))
+    of = UniLoraSeededSettings.of(update)
+    indices, scales = _list(of.count, of.length, of.seed)
     theta, part = factors.whole("theta"), indices[start:stop].long()
-    scaled = scales[part].to(getattr(torch, DTYPE_NAMES[update.setting("dtype")]))
+    scaled = scales[part].to(getattr(torch, DTYPE_NAMES[of.dtype]))
     return theta[part.to(theta.device)] * scaled.to(theta)
 
 
@@ -100,7 +115,7 @@ def _list(count: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def deal(theta: TensorRef, context: Context, covers: Callable[[str], bool]) -> list[ModuleUpdate] | str:
     """The updates of all modules that the config targets; a string says why they cannot be known."""
-    config, order = context.config, context.ordered()
+    config, order = context.config, context.base.ordered()
     if config.get("target_modules") in (None, "all-linear"):
         return f"adapter_config.json does not say by their names which modules share it; {_SAVE}"
     if isinstance(order, str):
@@ -129,15 +144,19 @@ def _other_class(config: Config, architecture: str) -> str | None:
 
 def _dealt(theta: TensorRef, context: Context, modules: list[str]) -> list[ModuleUpdate]:
     config, rank = context.config, context.config["r"]
-    first, found = 0, []
+    first, starts = 0, []
     for module in modules:
-        weight = context.stored(module, "weight") if context.stored else None
+        weight = context.base.stored(module, "weight")
         if weight is None:
             raise AssertionError(f"{module} is in the order of the base's modules, but not in the base")
-        settings = (("first", first), ("dtype", weight[1]))
-        found.append(
-            ModuleUpdate(module, "weight", UniLoraSeeded.name, (("theta", theta),), rank=rank, settings=settings)
-        )
+        starts.append((module, first, weight[1]))
         first += rank * sum(weight[0].shape)
-    shared = (("count", first), ("length", config["theta_d_length"]), ("seed", config.get("proj_seed", 42)))
-    return [update.changed(settings=(*update.settings, *shared)) for update in found]
+    factors, shared = (("theta", theta),), (first, config["theta_d_length"], config.get("proj_seed", 42))
+    return [
+        ModuleUpdate(
+            *(module, "weight", UniLoraSeeded.name, factors),
+            rank=rank,
+            settings=UniLoraSeededSettings(start, dtype, *shared),
+        )
+        for module, start, dtype in starts
+    ]

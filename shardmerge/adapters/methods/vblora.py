@@ -14,12 +14,16 @@ negative number's logarithm, and what it makes of the weight is NaN.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import FLAG, RANK, Check, Context, Module, PeftMethod
-from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, add_scaled, misshaped, oriented
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import FLAG, RANK, Check
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, add_scaled, misshaped, oriented
+from shardmerge.adapters.tables import register
 from shardmerge.errors import FormatError
-from shardmerge.spec.updates import Parameter, Update, Window
+from shardmerge.spec.updates import Parameter, Settings, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,17 +31,25 @@ if TYPE_CHECKING:
 _LOGITS, _INDICES, _WEIGHTS = ("logits_A", "logits_B"), ("indices_A", "indices_B"), ("weights_A", "weights_B")
 
 
-class VbLora(Family, PeftMethod):
+@dataclass(frozen=True, slots=True)
+class VbLoraSettings(Settings):
+    """k."""
+
+    topk: int
+
+
+@register
+class VbLora(PeftFamily):
     """``peft_type: VBLORA``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "vblora"
-    whole_numbers: ClassVar[frozenset[str]] = frozenset(_INDICES)
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"bank"})
-    by_column_windows: ClassVar[bool] = True
-    adds: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "VBLORA"
-    title: ClassVar[str] = "VB-LoRA"
-    paper: ClassVar[str] = "arXiv:2405.15179"
+    name = "vblora"
+    whole_numbers = frozenset(_INDICES)
+    neutral_if_zero = frozenset({"bank"})
+    by_column_windows = True
+    adds = True
+    peft_type = "VBLORA"
+    title = "VB-LoRA"
+    paper = "arXiv:2405.15179"
     roles: ClassVar[Mapping[str, str]] = {
         "vblora_logits_A": "logits_A?",
         "vblora_logits_B": "logits_B?",
@@ -46,6 +58,7 @@ class VbLora(Family, PeftMethod):
         "vblora_logits_A_topk_weights": "weights_A?",
         "vblora_logits_B_topk_weights": "weights_B?",
     }
+    kept_once = ("vblora_vector_bank",)
     shared_roles: ClassVar[Mapping[str, str]] = {"vblora_vector_bank": "bank"}
     settings: ClassVar[Mapping[str, Check]] = {
         "r": RANK,
@@ -55,26 +68,25 @@ class VbLora(Family, PeftMethod):
         "save_only_topk_weights": FLAG,
         "fan_in_fan_out": FLAG,
     }
-    inert: ClassVar[frozenset[str]] = frozenset({"init_logits_std", "init_vector_bank_bound", "vblora_dropout"})
+    inert = frozenset({"init_logits_std", "init_vector_bank_bound", "vblora_dropout"})
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         config, found, bank = context.config, module.factors, context.shared.get("bank")
         if problem := _incomplete(module, config.get("save_only_topk_weights") is True, bank is not None):
-            claims.told |= {ref.name for ref in found.values()}
+            claims.account_for(module.refs)
             if problem not in claims.problems:
                 claims.problems.append(problem)
             return
-        assert bank is not None  # else it was told
+        assert bank is not None  # else there was a problem
         most = config["topk"]
         if most == 1:
             # One vector has all the weight, and the rest of its weights is saved as nothing.
-            claims.told |= {found[role].name for role in _WEIGHTS if role in found}
+            claims.account_for(found[role] for role in _WEIGHTS if role in found)
         factors = (("bank", bank), *((role, ref) for role, ref in found.items() if most > 1 or role not in _WEIGHTS))
-        settings = (("topk", most), ("fan_in_fan_out", bool(config.get("fan_in_fan_out"))))
-        rank = config["r"]
-        claims.updates.append(ModuleUpdate(module.name, "weight", self.name, factors, rank=rank, settings=settings))
+        update = self.update(module, context, factors=factors, rank=config["r"], settings=VbLoraSettings(most))
+        claims.updates.append(update)
         if any(0 in ref.shape for _, ref in factors):
-            return  # an empty tensor is told of as such
+            return
         size = (config["num_vectors"], config["vector_length"])
         if problems := misshaped(bank, size, "num_vectors and vector_length in adapter_config.json"):
             claims.misfit(problems[0])
@@ -89,12 +101,12 @@ class VbLora(Family, PeftMethod):
         a, b = (update.factor(role).shape for role in kind)
         return oriented(update, parameter, b[0] * length, a[1] * length)
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         count, length = update.factor("bank").shape
         where = f"{update.module} {list(shape)}"
         if len(shape) != 2 or shape[0] % length or shape[1] % length:
             return [f"{where} is no matrix that vectors of {length} numbers (vector_length) make up"]
-        rank, most = update.rank, update.setting("topk")
+        rank, most = update.rank, VbLoraSettings.of(update).topk
         pieces = {"A": (rank, shape[1] // length), "B": (shape[0] // length, rank)}
         last = {"logits": count, "indices": most, "weights": most - 1}
         meaning = f"of {where}, with r = {rank} and topk = {most} in adapter_config.json"
@@ -118,7 +130,7 @@ class VbLora(Family, PeftMethod):
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         count, length = update.factor("bank").shape
-        most: int = update.setting("topk")
+        most = VbLoraSettings.of(update).topk
         sizes = [update.rank * size for size in (update.rows, update.columns)]
         # Of the larger, its k vectors, weighed, and summed up; and before, the logits twice.
         making = max(sizes) * (2 * most + 2) + 3 * max(sizes) // length * count
@@ -149,7 +161,7 @@ def _pieces(letter: str, factors: Factors, update: Update) -> Tensor:
     """Sums of weighed vectors of the bank, (…, …, b)."""
     bank = factors.whole("bank")
     logits = factors.whole(f"logits_{letter}") if update.has(f"logits_{letter}") else _logits(letter, factors, update)
-    highest, indices = logits.topk(update.setting("topk"), dim=-1)
+    highest, indices = logits.topk(VbLoraSettings.of(update).topk, dim=-1)
     weights = highest.softmax(dim=-1)
     pieces: Tensor = (weights.unsqueeze(-1) * bank[indices]).sum(-2)
     return pieces

@@ -15,44 +15,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import FLAG, RANK, Check, Context, Module, PeftMethod, checked
-from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, add_scaled, misshaped, oriented
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import FLAG, OPTIONAL_SEED, RANK, Check
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.methods.base import Factors, Family, add_scaled, misshaped, oriented
+from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import DTYPE_NAMES, RowRange, TensorRef
-from shardmerge.spec.updates import Parameter, Update, Window
+from shardmerge.spec.updates import Parameter, Settings, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Seeds that torch takes.
-SEED: Check = checked(
-    lambda value: type(value) is int and -(1 << 63) <= value < 1 << 64, "a whole number that fits in 64 bits"
-)
+
+@dataclass(frozen=True, slots=True)
+class ProjectionSettings(Settings):
+    """The seed of A and B, out* and in*, and the dtypes of the modules' weights that they were rounded to."""
+
+    seed: int
+    sizes: tuple[int, int] = (0, 0)
+    dtypes: tuple[str, ...] = ()
 
 
-class Vera(Family, PeftMethod):
+@register
+class Vera(PeftFamily):
     """``peft_type: VERA``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "vera"
-    by_rows: ClassVar[frozenset[str]] = frozenset({"lambda_b", "B"})
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"lambda_b"})
-    by_column_windows: ClassVar[bool] = True
-    rows_are_independent: ClassVar[bool] = True
-    adds: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "VERA"
-    selectors: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
-    title: ClassVar[str] = "VeRA"
-    paper: ClassVar[str] = "arXiv:2310.11454"
+    name = "vera"
+    by_rows = frozenset({"lambda_b", "B"})
+    neutral_if_zero = frozenset({"lambda_b"})
+    by_column_windows = True
+    rows_are_independent = True
+    adds = True
+    peft_type = "VERA"
+    selectors = frozenset({"layers_to_transform", "layers_pattern"})
+    title = "VeRA"
+    updates = "matrices"
+    paper = "arXiv:2310.11454"
     roles: ClassVar[Mapping[str, str]] = {"vera_lambda_b": "lambda_b", "vera_lambda_d": "lambda_d"}
     shared_roles: ClassVar[Mapping[str, str]] = {"vera_A": "A", "vera_B": "B"}
     settings: ClassVar[Mapping[str, Check]] = {
         "r": RANK,
         "save_projection": FLAG,
-        "projection_prng_key": SEED,
+        "projection_prng_key": OPTIONAL_SEED,
         "fan_in_fan_out": FLAG,
     }
-    inert: ClassVar[frozenset[str]] = frozenset({"d_initial", "init_weights", "vera_dropout"})
+    inert = frozenset({"d_initial", "init_weights", "vera_dropout"})
 
     def claim(self, tensors: Mapping[str, TensorRef], context: Context) -> Claims:
         claims = super().claim(tensors, context)
@@ -60,18 +70,16 @@ class Vera(Family, PeftMethod):
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         found, rank = module.factors, context.config["r"]
-        settings = (
-            ("seed", context.config.get("projection_prng_key") or 0),
-            ("fan_in_fan_out", bool(context.config.get("fan_in_fan_out"))),
-        )
         projections = shared_projections(claims, module, context, "vera_A", "vera_B")
         if projections is None:
             return
         factors = (*found.items(), *projections.items())
         family = self.name if projections else VeraSeeded.name
-        claims.updates.append(ModuleUpdate(module.name, "weight", family, factors, rank=rank, settings=settings))
+        settings = ProjectionSettings(context.config.get("projection_prng_key") or 0)
+        update = self.update(module, context, family=family, factors=factors, rank=rank, settings=settings)
+        claims.updates.append(update)
         if any(0 in ref.shape for _, ref in factors):
-            return  # an empty tensor is told of as such
+            return
         b, d = found["lambda_b"], found["lambda_d"]
         if len(b.shape) != 1 or d.shape != (rank,):
             claims.misfit(
@@ -82,13 +90,12 @@ class Vera(Family, PeftMethod):
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         return oriented(update, parameter, update.factor("lambda_b").shape[0], None)
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        if len(shape) != 2:
-            return [f"{update.module}.{update.parameter}, {list(shape)} is no matrix, so VeRA cannot update it"]
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         problems = misshaped(update.factor("lambda_b"), (shape[0],), f"a number for every output of {update.module}")
         if problems or not update.has("A"):
             return problems
-        rows, columns = dict(update.settings).get("sizes") or shape
+        sizes = ProjectionSettings.of(update).sizes
+        rows, columns = sizes if any(sizes) else shape
         what = "as large as the largest module"
         problems += misshaped(update.factor("A"), (update.rank, columns), what)
         problems += misshaped(update.factor("B"), (rows, update.rank), what)
@@ -119,18 +126,19 @@ class Vera(Family, PeftMethod):
         return update.rank * (update.rows + update.columns) * itemsize
 
 
+@register
 class VeraSeeded(Vera):
     """The same with A and B drawn from the seed."""
 
-    name: ClassVar[str] = "vera-seeded"
-    rows_are_independent: ClassVar[bool] = False
+    name = "vera-seeded"
+    rows_are_independent = False
 
     def inputs(self, factors: Factors, update: Update) -> Tensor:
-        _, columns = update.setting("sizes")
+        _, columns = ProjectionSettings.of(update).sizes
         return self._drawn(factors, update)[: update.rank * columns].view(update.rank, columns)
 
     def outputs(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
-        _, columns = update.setting("sizes")
+        _, columns = ProjectionSettings.of(update).sizes
         return self._drawn(factors, update)[update.rank * columns :].view(-1, update.rank)[rows.start : rows.stop]
 
     def _drawn(self, factors: Factors, update: Update) -> Tensor:
@@ -139,15 +147,15 @@ class VeraSeeded(Vera):
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         # In the dtype of the work, in float32, and once more while they are rounded.
-        numbers: int = update.rank * sum(update.setting("sizes"))
+        numbers = update.rank * sum(ProjectionSettings.of(update).sizes)
         return super().kept_bytes(update, itemsize) + numbers * (itemsize + 8)
 
 
 def _draw(update: Update) -> Tensor:
     import torch
 
-    rank, (rows, columns) = update.rank, update.setting("sizes")
-    generator = torch.Generator().manual_seed(update.setting("seed"))
+    rank, (rows, columns) = update.rank, ProjectionSettings.of(update).sizes
+    generator = torch.Generator().manual_seed(ProjectionSettings.of(update).seed)
     numbers = torch.empty(rank * (columns + rows), dtype=torch.float32)
     for part, inputs in ((numbers[: rank * columns], columns), (numbers[rank * columns :], rank)):
         bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(inputs))
@@ -159,7 +167,7 @@ def rounded(numbers: Tensor, update: Update) -> Tensor:
     """As numbers are that were kept in the dtypes of the modules' weights."""
     import torch
 
-    for name in update.setting("dtypes"):
+    for name in ProjectionSettings.of(update).dtypes:
         numbers = numbers.to(getattr(torch, DTYPE_NAMES[name])).to(numbers.dtype)
     return numbers
 
@@ -179,7 +187,7 @@ def shared_projections(claims: Claims, module: Module, context: Context, *names:
     problem = f"{missing} is missing, but {why}"
     if problem not in claims.problems:
         claims.problems.append(problem)
-    claims.told |= {ref.name for ref in there.values()}
+    claims.account_for(there.values())
     return None
 
 
@@ -188,8 +196,8 @@ def sized(claims: Claims, family: Family, context: Context) -> Claims:
     rows, columns = 0, 0
     dtypes: dict[str, None] = {}
     for update in claims.updates:
-        asked = update.family == family.name and update.fits and context.stored is not None
-        stored = context.stored(update.module, "weight") if asked and context.stored else None
+        asked = update.family == family.name and update.fits
+        stored = context.base.stored(update.module, "weight") if asked else None
         if stored is None or len(stored[0].shape) != 2:
             continue  # where it is no matrix of the base, the match says so
         oriented_update = family.orient(update, stored[0])
@@ -198,9 +206,8 @@ def sized(claims: Claims, family: Family, context: Context) -> Claims:
         rows, columns = max(rows, shape[0]), max(columns, shape[1])
         if stored[1] in DTYPE_NAMES and stored[1] != "F32":
             dtypes[stored[1]] = None
-    known = (("sizes", (rows, columns)), ("dtypes", tuple(dtypes)))
-    claims.updates = [
-        update.changed(settings=(*update.settings, *known)) if update.family == family.name else update
-        for update in claims.updates
-    ]
+    for index, update in enumerate(claims.updates):
+        if update.family == family.name:
+            settings = replace(ProjectionSettings.of(update), sizes=(rows, columns), dtypes=tuple(dtypes))
+            claims.updates[index] = update.changed(settings=settings)
     return claims

@@ -14,23 +14,16 @@ merge, for every dtype of the base.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.peft import (
-    FLAG,
-    NUMBER,
-    RANK,
-    RANK_PATTERN,
-    Check,
-    Context,
-    Module,
-    PeftMethod,
-    checked,
-)
-from shardmerge.adapters.methods.base import Claims, Factors, Family, ModuleUpdate, oriented
-from shardmerge.adapters.methods.fourierft import SEED, add_part, claim_spectrum, places, spectrum_problems
+from shardmerge.adapters.formats.checks import FLAG, Check, Config, checked
+from shardmerge.adapters.formats.peft_method import Module
+from shardmerge.adapters.methods.base import Factors
+from shardmerge.adapters.methods.fourierft import FourierFt, SpectrumSettings, add_part, places, spectrum_of
 from shardmerge.adapters.methods.wavelets import WAVELETS
-from shardmerge.spec.updates import Parameter, Update, Window
+from shardmerge.adapters.tables import register
+from shardmerge.spec.updates import Settings, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,42 +31,36 @@ if TYPE_CHECKING:
 _WAVELET = "db1"
 
 
-class WaveFt(Family, PeftMethod):
+@dataclass(frozen=True, slots=True)
+class WaveFtSettings(SpectrumSettings):
+    """And the wavelet; None where S itself is the delta."""
+
+    wavelet: str | None
+
+
+@register
+class WaveFt(FourierFt):
     """``peft_type: WAVEFT``, and what it does to a matrix."""
 
-    name: ClassVar[str] = "waveft"
-    by_column_windows: ClassVar[bool] = True
-    zero_means_nothing: ClassVar[frozenset[str]] = frozenset({"spectrum"})
-    adds: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "WAVEFT"
-    title: ClassVar[str] = "WaveFT"
-    paper: ClassVar[str] = "arXiv:2505.12532"
-    note: ClassVar[str] = "makes a weight's whole update at once, in memory that grows with the weight"
+    name = "waveft"
+    peft_type = "WAVEFT"
+    title = "WaveFT"
+    paper = "arXiv:2505.12532"
     roles: ClassVar[Mapping[str, str]] = {"waveft_spectrum": "spectrum"}
     settings: ClassVar[Mapping[str, Check]] = {
-        "n_frequency": RANK,
-        "n_frequency_pattern": RANK_PATTERN,
+        **FourierFt.settings,
         "proportional_parameters": FLAG,
-        "scaling": NUMBER,
-        "random_loc_seed": SEED,
         "use_idwt": FLAG,
         "wavelet_family": checked(
             lambda value: isinstance(value, str) and value in WAVELETS,
             "a wavelet that PEFT has the filters of (db1 to db10, sym2 to sym10, coif1 to coif5)",
         ),
     }
-    inert: ClassVar[frozenset[str]] = frozenset({"init_weights"})
 
-    def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
-        inverts = context.config.get("use_idwt")
-        wavelet = (context.config.get("wavelet_family") or _WAVELET) if inverts or inverts is None else None
-        claim_spectrum(claims, module, context, self.name, ("wavelet", wavelet))
-
-    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        return oriented(update, parameter, None, None)  # nothing but the config's flag tells
-
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        return spectrum_problems(update, shape)
+    def settings_of(self, config: Config, module: Module) -> Settings:
+        inverts = config.get("use_idwt")
+        wavelet = (config.get("wavelet_family") or _WAVELET) if inverts or inverts is None else None
+        return WaveFtSettings(*spectrum_of(config, module), wavelet)
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         delta = factors.kept("delta", lambda: _delta(factors.whole("spectrum"), update))
@@ -82,7 +69,7 @@ class WaveFt(Family, PeftMethod):
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         # The spectrum, its quarters, the delta, and what the convolution takes: by measurement, up to eight times as
         # much. The order of all elements comes before, and takes less.
-        taps = len(WAVELETS.get(update.setting("wavelet"), ()))
+        taps = len(WAVELETS.get(WaveFtSettings.of(update).wavelet or "", ()))
         return (update.rows + taps) * (update.columns + taps) * (11 if taps else 3) * max(itemsize, 4)
 
 
@@ -91,12 +78,13 @@ def _delta(spectrum: Tensor, update: Update) -> Tensor:
     import torch
 
     rows, columns = (of.to(spectrum.device) for of in places(update, len(spectrum)))
-    if update.setting("wavelet") is None:
+    wavelet = WaveFtSettings.of(update).wavelet
+    if wavelet is None:
         delta = spectrum.new_zeros(update.rows, update.columns)
         delta[rows, columns] = spectrum
         return delta
     wide = torch.promote_types(spectrum.dtype, torch.float32)
-    low = torch.tensor(WAVELETS[update.setting("wavelet")], dtype=wide, device=spectrum.device)
+    low = torch.tensor(WAVELETS[wavelet], dtype=wide, device=spectrum.device)
     high = low.flip(0) * torch.tensor([1.0, -1.0], dtype=wide, device=spectrum.device).repeat(len(low) // 2)
     more = len(low) - 2
     height, width = (size + more + (size + more) % 2 for size in (update.rows, update.columns))

@@ -8,28 +8,57 @@ Trainable tokens: peft/tuners/trainable_tokens/layer.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from shardmerge.adapters.methods.base import Factors, Family, ModuleUpdate
-from shardmerge.spec.updates import Parameter, Update, Window
+from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.methods.base import Effect, Factors, Family, window_of
+from shardmerge.adapters.tables import register
+from shardmerge.spec.updates import HasSettings, Parameter, Settings, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class WholeSettings(Settings):
+    """Where a whole tensor is from, and what it stands for."""
+
+    #: Whether PEFT saved it for a module of its own, apart from what is tied to that.
+    saved: bool = False
+    #: Whether it is a copy of what the adapter was trained on, rather than what was trained.
+    copy: bool = False
+    #: Whether it is as the module keeps it in memory: a Conv1D's is (in, out).
+    as_in_memory: bool = False
+    #: The file beside the adapter that it is from; empty where it is the adapter's own.
+    beside: str = ""
+
+
+def whole_settings(update: HasSettings) -> WholeSettings:
+    """Where an update's whole tensor is from; of an update that has none, nothing is true."""
+    return update.settings if isinstance(update.settings, WholeSettings) else _NONE
+
+
+_NONE = WholeSettings()
+
+
+@register
 class Replacement(Family):
     """The adapter's tensor in place of the base's. The plan makes it the source, so nothing is left to do by tile."""
 
-    name: ClassVar[str] = "replacement"
-    computes: ClassVar[bool] = False
-    is_source: ClassVar[bool] = True
-    by_rows: ClassVar[frozenset[str]] = frozenset({"whole"})
-    by_column_windows: ClassVar[bool] = True
-    order: ClassVar[int] = 1
+    name = "replacement"
+    effect = Effect.REPLACES
+    is_source = True
+    by_rows = frozenset({"whole"})
+    by_column_windows = True
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        in_memory = bool(parameter.is_transposed) and update.setting("as_in_memory", False)
+        in_memory = bool(parameter.is_transposed) and whole_settings(update).as_in_memory
         return update.changed(transposes=in_memory)
+
+    def placed(self, update: ModuleUpdate, *, can_be_source: bool) -> ModuleUpdate:
+        is_source = can_be_source and update.factor("whole").strides is None
+        return update if is_source else update.changed(family=Overwrite.name)
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         whole = update.factor("whole")
@@ -41,13 +70,14 @@ class Replacement(Family):
         return
 
 
+@register
 class Overwrite(Replacement):
     """The same where the base stores the tensor in parts, in a larger one, or the other way round."""
 
-    name: ClassVar[str] = "overwrite"
-    is_source: ClassVar[bool] = False
-    by_rows: ClassVar[frozenset[str]] = frozenset({"whole"})
-    rows_are_independent: ClassVar[bool] = True
+    name = "overwrite"
+    is_source = False
+    by_rows = frozenset({"whole"})
+    rows_are_independent = True
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         whole = update.factor("whole")
@@ -60,24 +90,26 @@ class Overwrite(Replacement):
         ]
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        if update.experts:
-            part = factors.whole("whole")[window.expert]
-            part = part.view(update.rows, update.columns)[window.rows.start : window.rows.stop]
-        else:
-            part = factors.rows("whole", window.rows).view(len(window.rows), update.columns)
-        tile.copy_(part[:, window.columns.start : window.columns.stop])
+        tile.copy_(window_of(factors, "whole", update, window))
 
 
+@dataclass(frozen=True, slots=True)
+class TokenSettings(Settings):
+    """The tokens whose rows were trained, and whether a head that is tied to the embedding has the same rows."""
+
+    indices: tuple[int, ...]
+    for_both_sides: bool
+
+
+@register
 class TokenRows(Family):
     """Rows of an embedding (or of the output head) replaced."""
 
-    name: ClassVar[str] = "token-rows"
-    computes: ClassVar[bool] = False
-    #: Where PEFT puts LoRA on a head that is tied, the tokens are in the layer that LoRA wraps.
-    order: ClassVar[int] = 2
+    name = "token-rows"
+    effect = Effect.REPLACES_ROWS
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        rows, indices = update.factor("rows"), dict(update.settings)["indices"]
+        rows, indices = update.factor("rows"), TokenSettings.of(update).indices
         if rows.shape != (len(indices), *shape[1:]) or len(shape) != 2:
             return [
                 f"{rows.name} is {list(rows.shape)}, but the config names {len(indices)} tokens of an embedding of "
@@ -88,6 +120,6 @@ class TokenRows(Family):
         return []
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        for position, index in enumerate(update.setting("indices")):
+        for position, index in enumerate(TokenSettings.of(update).indices):
             if window.rows.start <= index < window.rows.stop:
                 tile[index - window.rows.start].copy_(factors.whole("rows")[position])

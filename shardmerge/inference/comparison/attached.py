@@ -2,14 +2,14 @@
 
 PEFT's adapters are PEFT's own to load; of a pickle it takes tensors alone, after `file_formats.torch_pickle` has.
 Those that have no config for it are rebuilt from the formula of the layer that trained them, on every module's output:
-y = base(x) + x A B · scale, with A (in, r) and B (r, out). No code of `adapters.registry` is called, nor of the
-engine: a mistake there must not repeat itself here.
+y = base(x) + x A B · scale, with A (in, r) and B (r, out). Formats and methods say as data how their factors are named
+and what PEFT can do with them; no code that reads them for a merge is called, nor any of the engine: a mistake there
+must not repeat itself here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardmerge.adapters.registry import FORMATS, METHODS
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.errors import ConfigError
 from shardmerge.file_formats.adapter_file import AdapterFile
@@ -26,16 +27,6 @@ from shardmerge.key_mapping.naming import module_name, nearest
 from shardmerge.verification.reading import Factor, Files
 from shardmerge.verification.scaling import alpha_said
 
-#: Methods whose layers have a ``scaling`` by adapter that ΔW is linear in, so that ``weight`` can be put on it.
-_SCALED = ("LORA", "LOHA", "LOKR")
-#: What PEFT keeps once and tells of at every layer.
-_SHARED = ("vblora_vector_bank", "unilora_theta_d")
-#: Keys of a pair by format: the module, and which of the two it is.
-_KEYS = {
-    "pure-pytorch": re.compile(r"(?P<module>.+)\.(?P<role>[AB])"),
-    "mlx": re.compile(r"(?P<module>.+)\.lora_(?P<role>[ab])"),
-    "peft": re.compile(r"(?P<module>.+)\.lora_(?P<role>[AB])(\.\w+)?\.weight"),
-}
 _VERIFY = "`shardmerge verify` checks such a merge without loading the model"
 
 
@@ -101,7 +92,7 @@ def attach(model: Any, adapters: Sequence[tuple[AdapterFile, AdapterConfig]], vo
 
 
 def _is_pefts(adapter: AdapterFile, entry: AdapterConfig) -> bool:
-    return adapter.format(entry.format) == "peft" and adapter.config is not None
+    return FORMATS[adapter.format(entry.format)].is_loaded_by_peft(adapter.config)
 
 
 # --- PEFT -------------------------------------------------------------------------------------------------------------
@@ -119,9 +110,10 @@ def _check_composition(adapters: Sequence[tuple[AdapterFile, AdapterConfig]], co
             )
         if entry.prefix:
             raise ConfigError(f"{where}: PEFT cannot load a part of an adapter (prefix {entry.prefix!r}); {_VERIFY}")
-        if entry.weight != 1 and (adapter.family not in _SCALED or config.get("use_dora")):
+        method = METHODS.get(adapter.family)
+        if entry.weight != 1 and not (method and method.weighs(config)):
             raise ConfigError(f"{where}: PEFT has no weight for {_method(adapter)}, found {entry.weight:g}; {_VERIFY}")
-        if count > 1 and (adapter.family != "LORA" or config.get("use_dora")):
+        if count > 1 and not (method and method.composes(config)):
             raise ConfigError(
                 f"{where}: {_method(adapter)} does more than add to the base, and PEFT applies several adapters "
                 f"otherwise than one after the other; {_VERIFY}"
@@ -146,7 +138,8 @@ def _with_peft(model: Any, adapters: Sequence[tuple[AdapterFile, AdapterConfig]]
                 found = wrapped.load_adapter(folder, name, torch_device="cpu")
         except Exception as error:  # PEFT has no error class of its own
             raise ConfigError(f"{where}: PEFT cannot load this adapter: {reason(error)}. {_VERIFY}") from error
-        missing = (key for key in found.missing_keys if not any(part in key for part in _SHARED))
+        kept = METHODS[adapter.family].kept_once if adapter.family in METHODS else ()
+        missing = (key for key in found.missing_keys if not any(part in key for part in kept))
         if lost := sorted({*found.unexpected_keys, *missing}):
             raise ConfigError(
                 f"{where}: PEFT does not load this adapter whole, so there is nothing to compare with: "
@@ -172,46 +165,40 @@ def _weigh(model: nn.Module, name: str, weight: float) -> None:
 
 
 def _formulas(model: Any, adapter: AdapterFile, entry: AdapterConfig) -> list[Formula]:
-    kind, where = adapter.format(entry.format), adapter.source.location
-    if kind not in _KEYS or "lora_adapter_metadata" in adapter.metadata:
-        of = f"of the format {kind}" if kind not in _KEYS else "with lora_adapter_metadata in their header"
+    kind, where = FORMATS[adapter.format(entry.format)], adapter.source.location
+    if kind.pairs is None or "lora_adapter_metadata" in adapter.metadata:
+        of = f"of the format {kind.name}" if kind.pairs is None else "with lora_adapter_metadata in their header"
         raise ConfigError(f"{where}: adapters {of} cannot be loaded beside their base here; {_VERIFY}")
     tensors = {name: tensor for name, tensor in _read(adapter).items() if name.startswith(entry.prefix or "")}
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if match := _KEYS[kind].fullmatch(name):
-            pairs.setdefault(match["module"], {})[match["role"].lower()] = tensor
-        elif not _is_no_factor(kind, name):
+        if match := kind.pairs.keys.fullmatch(name):
+            is_a = match["role"].lower() == "a"
+            factor = tensor if kind.pairs.is_input_first else tensor.T
+            pairs.setdefault(match["module"], {})["a" if is_a else "b"] = factor
+        elif not kind.pairs.others.fullmatch(name):
             raise ConfigError(f"{where}: {name} is no factor of LoRA, which is all that can be rebuilt here; {_VERIFY}")
     if halves := [name for name, pair in pairs.items() if len(pair) < 2]:
         raise ConfigError(f"{where}: {halves[0]} has one factor, expected two")
-    return [
-        _attach_pair(model, where, name, pair, _scale(kind, adapter, entry, name, pair), kind)
-        for name, pair in pairs.items()
-    ]
+    formulas = []
+    for name, pair in pairs.items():
+        stated = kind.stated_scale(adapter.config)
+        scale = _scale(adapter, entry, name, pair["a"].shape[1]) if stated is None else stated
+        formulas.append(_attach_pair(model, where, name, pair, scale * entry.weight))
+    return formulas
 
 
-def _is_no_factor(kind: str, name: str) -> bool:
-    """Whether it is a number, or a copy of the base."""
-    return name.endswith(".alpha") or (kind == "pure-pytorch" and ".original." in name)
+def _scale(adapter: AdapterFile, entry: AdapterConfig, module: str, rank: int) -> float:
+    """s of a module, by our config or the file; where nothing says it, the merge took 1."""
+    if entry.scaling is not None:
+        return entry.scaling
+    alpha = entry.alpha if entry.alpha is not None else alpha_said(adapter, f"{module}.alpha")
+    return 1.0 if alpha is None else alpha / rank
 
 
-def _scale(kind: str, adapter: AdapterFile, entry: AdapterConfig, module: str, pair: Mapping[str, Tensor]) -> float:
-    if kind == "mlx":
-        scale = float((adapter.config or {})["lora_parameters"]["scale"])
-    elif entry.scaling is not None:
-        scale = entry.scaling
-    else:
-        a = pair["a"]
-        alpha = entry.alpha if entry.alpha is not None else alpha_said(adapter, f"{module}.alpha")
-        # Where nothing says it, the merge took 1.
-        scale = 1.0 if alpha is None else alpha / (a.shape[0] if kind == "peft" else a.shape[1])
-    return scale * entry.weight
-
-
-def _attach_pair(model: Any, where: str, name: str, pair: Mapping[str, Tensor], scale: float, kind: str) -> Formula:
+def _attach_pair(model: Any, where: str, name: str, pair: Mapping[str, Tensor], scale: float) -> Formula:
     module = _find(model, where, module_name(name))
-    a, b = (pair[role].T if kind == "peft" else pair[role] for role in "ab")
+    a, b = pair["a"], pair["b"]
     inner = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     weight = inner.weight
     shape = tuple(weight.shape if type(inner).__name__ == "Conv1D" else weight.shape[::-1])

@@ -1,0 +1,100 @@
+"""What a reader makes of an adapter's tensors: updates of modules, and everything that is wrong with the adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardmerge.spec.tensors import TensorRef
+from shardmerge.spec.updates import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleUpdate:
+    """An update as the adapter states it: a module by name, not yet matched to a base weight."""
+
+    module: str
+    parameter: str
+    family: str
+    factors: tuple[tuple[str, TensorRef], ...]
+    scaling: float = 1.0
+    rank: int = 0
+    #: Whether the factors fit each other.
+    fits: bool = True
+    #: What else the family needs to know.
+    settings: Settings | None = None
+    #: Whether the family speaks of the parameter's transpose, as LoRA does on an embedding.
+    transposes: bool = False
+    #: Whether the adapter says that its modules keep (in, out). It counts where neither model nor shape says it.
+    fan_in_fan_out: bool = False
+    #: Whether only the shapes say if the factors are of the parameter or of its transpose.
+    either_way: bool = False
+    #: Whether every expert has a matrix of its own in the parameter.
+    experts: bool = False
+    #: Whether nothing is lost if the base has no such tensor.
+    optional: bool = False
+    #: Whether dots of the module's name are written as underscores.
+    flattened: bool = False
+    #: Whether the last part of the module's name may be a parameter's.
+    or_parameter: bool = False
+    #: Role → parameter of the same module, whose values in the base, before anything changed them, are a factor, too.
+    of_base: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def first(self) -> str:
+        """The name of one of its tensors, for messages."""
+        return self.factors[0][1].name
+
+    def has(self, role: str) -> bool:
+        return any(name == role for name, _ in self.factors)
+
+    def factor(self, role: str) -> TensorRef:
+        return next(ref for name, ref in self.factors if name == role)
+
+    def changed(self, **changes: Any) -> ModuleUpdate:
+        """The same with other fields."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(slots=True)
+class Claims:
+    """What a reader made of an adapter's tensors; tensors in no update's factors are left over."""
+
+    updates: list[ModuleUpdate] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    #: Whether the adapter as a whole was refused, so that listing its tensors one by one would only repeat it.
+    refused: bool = False
+    #: Whether all that is missing is the scale, which our config can give.
+    unscaled: bool = False
+    #: Names of tensors in no update that are accounted for: a problem names them, or they do not change the weights.
+    accounted: set[str] = field(default_factory=set)
+
+    @classmethod
+    def refusal(cls, *problems: str) -> Claims:
+        """The claims on an adapter that is refused as a whole."""
+        return cls(problems=list(problems), refused=True)
+
+    def account_for(self, refs: Iterable[TensorRef]) -> None:
+        """Mark tensors as accounted for."""
+        self.accounted |= {ref.name for ref in refs}
+
+    def reject(self, refs: Iterable[TensorRef], problem: str) -> None:
+        """Report what is wrong with tensors that make no update."""
+        self.problems.append(problem)
+        self.account_for(refs)
+
+    def half(self, ref: TensorRef, missing: str, others: Iterable[TensorRef] = ()) -> None:
+        """Report that a factor is there without its other half; ``others`` are of no use without that, either."""
+        self.reject((ref, *others), f"{ref.name} is there without {missing}")
+
+    def misfit(self, problem: str) -> None:
+        """Report that the factors of the newest update do not fit each other; it is not matched further."""
+        self.problems.append(problem)
+        self.updates[-1] = self.updates[-1].changed(fits=False)
+
+    def leftovers(self, tensors: Mapping[str, TensorRef]) -> list[str]:
+        used = self.accounted | {ref.name for update in self.updates for _, ref in update.factors}
+        return [name for name in tensors if name not in used]

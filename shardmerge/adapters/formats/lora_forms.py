@@ -1,0 +1,200 @@
+"""The forms that LoRA takes in PEFT's files: matrices and convolutions, blocks, embeddings, DoRA, KaSA, biases.
+
+Source: peft/tuners/lora/model.py and layer.py, 0.21.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import MISSING, Config, is_rank, is_strings, pattern_value, rank_of
+from shardmerge.adapters.formats.peft_method import Module
+from shardmerge.adapters.methods.kasa import Kasa
+from shardmerge.adapters.methods.lora import BlockSettings, Dora, Lora, LoraBias, LoraBlocks, scaling_of
+from shardmerge.spec.tensors import TensorRef
+
+#: The end of a key → the factor's role.
+ROLES: Mapping[str, str] = {
+    "lora_A.weight": "A?",
+    "lora_B.weight": "B?",
+    "lora_B.bias": "bias?",
+    "lora_diag": "diagonal?",
+    "lora_embedding_A": "embedding_A?",
+    "lora_embedding_B": "embedding_B?",
+    "lora_magnitude_vector": "magnitude?",
+    "lora_magnitude_vector.weight": "magnitude?",
+}
+
+
+def rank_and_scaling(config: Config, key: str) -> tuple[int, float]:
+    """Rank and scaling of a module or parameter, by its name."""
+    rank = rank_of(config, key)
+    alpha: float = pattern_value(config.get("alpha_pattern"), key, config["lora_alpha"])
+    return rank, scaling_of(alpha, rank, bool(config.get("use_rslora")))
+
+
+def say_no_alpha(claims: Claims, config: Config) -> None:
+    """Refuse what would write the base again and call it a merge: 0 is no alpha, and a module has no other."""
+    if config["lora_alpha"] == 0 and any(update.scaling == 0 for update in claims.updates):
+        claims.problems.append(
+            "lora_alpha in adapter_config.json is 0, so the adapter would change nothing; some exporters write 0 for "
+            "what they do not know. Give the alpha of the training as alpha beside the adapter's path"
+        )
+
+
+def paired(claims: Claims, module: Module, one: str, other: str) -> bool:
+    """Whether both factors are there; says which is not."""
+    names = {role.removesuffix("?"): key for key, role in reversed(list(ROLES.items()))}
+    missing = [role for role in (one, other) if role not in module.factors]
+    if missing:
+        claims.half(module.first, module.key(names[missing[0]]), module.refs)
+    return not missing
+
+
+def claim_matrix(claims: Claims, module: Module, config: Config) -> None:
+    """LoRA on a Linear layer, a Conv1D or a convolution."""
+    rank, scaling = rank_and_scaling(config, module.asked)
+    if module.asked != module.name:
+        # The out_proj of nn.MultiheadAttention: PEFT adds its update twice, when it merges and when it runs.
+        scaling *= 2
+    a, b = module.factors["A"], module.factors["B"]
+    update = ModuleUpdate(module.name, "weight", Lora.name, (("A", a), ("B", b)), scaling, rank)
+    if isinstance(config.get("use_bdlora"), dict):
+        _claim_blocks(claims, module, config["use_bdlora"], update)
+        return
+    update = update.changed(fan_in_fan_out=bool(config.get("fan_in_fan_out")))
+    update = _with_magnitude(claims, module, config, update)
+    claims.updates.append(_with_diagonal(claims, module, config, update))
+    if 0 in a.shape or 0 in b.shape:
+        return
+    if len(a.shape) < 2 or len(b.shape) != len(a.shape) or any(size != 1 for size in b.shape[2:]):
+        claims.misfit(
+            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} are no factors: expected (r, in) and (out, r), or "
+            "of a convolution (r, in, k…) and (out, r, 1…)"
+        )
+    else:
+        _check_ranks(claims, a, b, rank, module.name)
+    _claim_bias(claims, module, config, scaling)
+
+
+def _claim_blocks(claims: Claims, module: Module, blocks: Mapping[str, Any], update: ModuleUpdate) -> None:
+    """BD-LoRA: which factor is block-diagonal goes by the module's own name."""
+    last = module.name.rpartition(".")[2]
+    diagonal = [
+        role
+        for role, key in (("A", "target_modules_bd_a"), ("B", "target_modules_bd_b"))
+        if any(pattern in last for pattern in blocks.get(key) or ())
+    ]
+    claims.updates.append(update)
+    if extra := [ref for role, ref in module.factors.items() if role not in ("A", "B")]:
+        claims.reject(extra, f"{extra[0].name}: BD-LoRA knows neither DoRA nor biases")
+    if len(diagonal) == 2:
+        claims.misfit(f"{module.name}: use_bdlora says that both its factors are block-diagonal")
+    elif len(update.factor("A").shape) != 2 or len(update.factor("B").shape) != 2:
+        claims.misfit(f"{update.first} is no matrix: BD-LoRA is of Linear layers")
+    elif diagonal:
+        settings = BlockSettings(blocks.get("nblocks", 1), diagonal[0])
+        claims.updates[-1] = update.changed(family=LoraBlocks.name, settings=settings)
+
+
+def blocks_problems(key: str, value: Any) -> list[str]:
+    if value is MISSING or value in (None, False):
+        return []
+    if not isinstance(value, dict) or not is_rank(value.get("nblocks", 1)):
+        return [f"{key} must hold nblocks, a whole number above zero, found {reprlib.repr(value)}"]
+    patterns = (value.get("target_modules_bd_a"), value.get("target_modules_bd_b"))
+    if not all(of is None or is_strings(of) for of in patterns):
+        return [f"{key}: target_modules_bd_a and target_modules_bd_b must be lists of strings"]
+    return []
+
+
+def _check_ranks(claims: Claims, a: TensorRef, b: TensorRef, rank: int, name: str) -> None:
+    if a.shape[0] != b.shape[1]:
+        hint = ""
+        if len(b.shape) > 2 and b.shape[1] and not a.shape[0] % b.shape[1]:
+            hint = "; they may be of a convolution of several groups, which PEFT cannot merge either"
+        elif a.shape[0] and a.shape[0] < b.shape[1] and not b.shape[1] % a.shape[0]:
+            hint = (
+                f"; A has 1/{b.shape[1] // a.shape[0]} of its rows, as where one process of several (FSDP, ZeRO-3) "
+                "saved only its own part of every factor: save the adapter again from the full, gathered state dict"
+            )
+        claims.misfit(
+            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} disagree on the rank: expected (r, in) and (out, r)"
+            + hint
+        )
+    elif a.shape[0] != rank:
+        claims.misfit(
+            f"{a.name} has rank {a.shape[0]}, but adapter_config.json says {rank} for {name} (r and rank_pattern)"
+        )
+
+
+def _with_magnitude(claims: Claims, module: Module, config: Config, update: ModuleUpdate) -> ModuleUpdate:
+    """DoRA, where the config says so and the lengths are there."""
+    magnitude, wanted = module.factors.get("magnitude"), bool(config.get("use_dora"))
+    if wanted and magnitude is None:
+        claims.problems.append(
+            f"adapter_config.json says use_dora, but {module.key('lora_magnitude_vector')} is missing"
+        )
+    if magnitude is None:
+        return update
+    if not wanted:
+        what = f"{magnitude.name} is a length of DoRA"
+        claims.reject([magnitude], f"{what}, but adapter_config.json does not say use_dora; PEFT would ignore it")
+        return update
+    # A convolution's is (1, out, 1…).
+    flat = (
+        dataclasses.replace(magnitude, shape=(math.prod(magnitude.shape),)) if magnitude.strides is None else magnitude
+    )
+    return update.changed(family=Dora.name, factors=(*update.factors, ("magnitude", flat)))
+
+
+def _with_diagonal(claims: Claims, module: Module, config: Config, update: ModuleUpdate) -> ModuleUpdate:
+    """KaSA, where the config says so and d is there."""
+    diagonal, wanted = module.factors.get("diagonal"), config.get("kasa_config") is not None
+    if wanted and diagonal is None:
+        claims.problems.append(f"adapter_config.json says kasa_config, but {module.key('lora_diag')} is missing")
+    elif diagonal is not None and not wanted:
+        what = f"{diagonal.name} is a diagonal of KaSA"
+        claims.reject([diagonal], f"{what}, but adapter_config.json does not say kasa_config; PEFT would ignore it")
+    elif diagonal is not None:
+        factors = (*update.factors, ("diagonal", diagonal))
+        return update.changed(family=Kasa.name, factors=factors, of_base=(("W", "weight"),))
+    return update
+
+
+def _claim_bias(claims: Claims, module: Module, config: Config, scaling: float) -> None:
+    bias = module.factors.get("bias")
+    if bias is not None and config.get("lora_bias"):
+        update = ModuleUpdate(module.name, "bias", LoraBias.name, (("bias", bias),), scaling)
+        claims.updates.insert(len(claims.updates) - 1, update)
+    elif bias is not None:
+        what = f"{bias.name} is a trained bias of lora_B"
+        claims.reject([bias], f"{what}, but adapter_config.json does not say lora_bias; PEFT would ignore it")
+    elif config.get("lora_bias"):
+        claims.problems.append(f"adapter_config.json says lora_bias, but {module.key('lora_B.bias')} is missing")
+
+
+def claim_embedding(claims: Claims, module: Module, config: Config) -> None:
+    """A is (r, V), B is (D, r), and the weight (V, D): B A is the update's transpose."""
+    if not paired(claims, module, "embedding_A", "embedding_B"):
+        return
+    for role in ("A", "B", "bias"):
+        if role in module.factors:
+            ref = module.factors[role]
+            claims.reject([ref], f"{ref.name} is there beside the factors of an embedding")
+    rank, scaling = rank_and_scaling(config, module.name)
+    a, b = module.factors["embedding_A"], module.factors["embedding_B"]
+    update = ModuleUpdate(module.name, "weight", Lora.name, (("A", a), ("B", b)), scaling, rank, transposes=True)
+    update = _with_magnitude(claims, module, config, update)
+    claims.updates.append(_with_diagonal(claims, module, config, update))
+    if 0 in a.shape or 0 in b.shape:
+        return
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        claims.misfit(f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (r, V) and (D, r)")
+    else:
+        _check_ranks(claims, a, b, rank, module.name)

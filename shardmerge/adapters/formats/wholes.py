@@ -1,0 +1,94 @@
+"""Tensors that were trained and saved whole: they replace the base's.
+
+Among PEFT's factors these are ``modules_to_save``, trained biases, embeddings whose vocabulary was resized, and the own
+weights of layers that it has wrapped. Trainers also write them into files of their own beside the adapter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.formats.checks import Config
+from shardmerge.adapters.methods.whole import Replacement, WholeSettings
+from shardmerge.key_mapping.naming import module_name, unwrapped
+from shardmerge.spec.tensors import TensorRef
+
+_WHOLE = re.compile(r"(?P<module>.+)\.(?P<parameter>[A-Za-z_]\w*)")
+_SAVED = re.compile(r"\.modules_to_save(\.(?!weight$|bias$)[^.]+)?(?=\.)")
+_WRAPPED = re.compile(r"(\.token_adapter)?\.base_layer(?=\.)")
+#: Modules that PEFT saves whole by itself when the vocabulary was resized or they were targeted.
+_EMBEDDINGS = frozenset(
+    {
+        *("embed_in", "embed_tokens", "shared", "tok_embeddings", "tokens_embed", "word_embedding", "word_embeddings"),
+        *("wte", "decoder", "embed_out", "generator_lm_head", "lm_head", "lm_loss", "output", "output_layer"),
+        *("output_projection", "proj_out", "vocab_projector"),
+    }
+)
+
+
+def claim_wholes(claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
+    """Whole tensors in place of the base's: ``modules_to_save``, trained biases, embeddings, wrapped base layers.
+
+    Where the vocabulary was resized, PEFT writes all that a trained embedding's wrapper holds, beside the tensor
+    itself: the copy under ``modules_to_save`` and the untrained original. It reads neither, and nor do we.
+    """
+    known = {unwrapped(name) for name in tensors}
+    for written in claims.leftovers(tensors):
+        name = unwrapped(written)
+        if ".original_module." in name and _SAVED.sub("", name.replace(".original_module.", ".")) in known:
+            claims.accounted.add(written)
+            continue
+        plain = _SAVED.sub("", name)
+        if plain != name and plain in known:
+            claims.accounted.add(written)
+            continue
+        match = _WHOLE.fullmatch(_WRAPPED.sub("", plain))
+        if match is None:
+            continue
+        module, parameter = module_name(match["module"]), match["parameter"]
+        saved = plain != name or _is_saved(module, config)
+        bias = parameter == "bias" and config.get("bias") not in (None, "none")
+        embedding = parameter in ("weight", "bias") and is_embedding(module)
+        wrapped = _WRAPPED.search(plain) is not None
+        if saved or bias or embedding or wrapped:
+            settings = WholeSettings(saved=saved, copy=wrapped and not (saved or bias), as_in_memory=True)
+            claims.updates.append(whole_update(module, parameter, tensors[written], settings))
+
+
+def claim_beside(claims: Claims, file: str, tensors: Mapping[str, TensorRef]) -> None:
+    """Whole tensors of a file beside the adapter: weights that were trained in full, in their own place in the model.
+
+    So a tied one was trained for both sides, but for PEFT's copy of a module, which is apart. The weight within a layer
+    that PEFT has wrapped is what LoRA adds to; see `claim_wholes`.
+    """
+    for name, ref in tensors.items():
+        whole = unwrapped(name)
+        plain = _SAVED.sub("", whole)
+        module, _, parameter = module_name(_WRAPPED.sub("", plain)).rpartition(".")
+        copy = _WRAPPED.search(whole) is not None
+        settings = WholeSettings(saved=plain != whole, copy=copy, as_in_memory=True, beside=file)
+        claims.updates.append(whole_update(module, parameter, ref, settings))
+
+
+def whole_update(
+    module: str, parameter: str, ref: TensorRef, settings: WholeSettings | None = None, **changes: Any
+) -> ModuleUpdate:
+    """A whole tensor in place of a module's parameter."""
+    factors = (("whole", ref),)
+    return ModuleUpdate(module, parameter, Replacement.name, factors, settings=settings or WholeSettings(), **changes)
+
+
+def is_embedding(module: str) -> bool:
+    """Whether a module is called as input embeddings and output heads are."""
+    return module.rpartition(".")[2] in _EMBEDDINGS
+
+
+def _is_saved(module: str, config: Config) -> bool:
+    """Whether a module or one around it is in ``modules_to_save``, by the end of its name as PEFT compares it."""
+    saved = config.get("modules_to_save") or ()
+    segments = module.split(".")
+    paths = [".".join(segments[: count + 1]) for count in range(len(segments))]
+    return any(path.endswith(tuple(saved)) for path in paths)
