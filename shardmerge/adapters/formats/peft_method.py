@@ -161,7 +161,7 @@ class PeftMethod(ABC):
         while modules:  # which takes back its memory: an adapter of experts has a hundred thousand of them
             self._claim_one(claims, modules.pop(), context)
         if has_modules:
-            claims.account_for(ref for ref in shared.values() if 0 in ref.shape)
+            claims.account_for(ref for ref in shared.values() if 0 not in ref.shape)
         self.claim_rest(claims, tensors, config)
         return claims
 
