@@ -121,7 +121,8 @@ class _Matching:
 
     def _understood(self) -> tuple[Claims, list[str]]:
         """The adapter's claims, once it is known whose names it has; and why that is not certain."""
-        claims = self.adapter.claims(self.config, self._base_view(self.speakers.own))
+        asked = self._base_view(self.speakers.own)
+        claims = self.adapter.claims(self.config, asked)
         # A head that was made for training, and files beside the adapter, may have no place in any class's names.
         targets = [
             (self.modules.plain(update), update.parameter)
@@ -130,7 +131,8 @@ class _Matching:
         ]
         self.spoken, unclear = self.speakers.chosen(targets, self.modules.exists)
         if self.spoken.note:
-            claims = self.adapter.claims(self.config, self._base_view(self.spoken))
+            if not asked.agrees_with(chosen := self._base_view(self.spoken)):
+                claims = self.adapter.claims(self.config, chosen)
             self.matches.warnings.append(prefixed(self._who, self.spoken.note))
         return claims, [unclear] if unclear else []
 

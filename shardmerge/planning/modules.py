@@ -178,21 +178,32 @@ class KnownBase(BaseView):
         self._template = lru_cache(maxsize=8)(speakers.template)  # a module is asked for several times in a row
         self._stored = stored
         self._spoken = speakers if spoken is speakers.own else spoken
-        self._orders: dict[str, tuple[str, ...]] = {}
+        #: What was asked, and the answers. Of modules that differ in numbers only, one is looked up.
+        self._orders: dict[str, tuple[str, tuple[str, ...]]] = {}
+        self._found: dict[tuple[str, str], tuple[Parameter, str] | None] = {}
 
     def registered(self, module: str) -> tuple[str, ...]:
-        """See `BaseView`. Of modules that differ in numbers only, one is looked up, by any of its names."""
+        """See `BaseView`: by any of the module's names."""
         key = self._template(module)
         if key not in self._orders:
             names = (module, *self._modules.others(module))
-            self._orders[key] = next(filter(None, map(self._spoken.registered_parameters, names)), ())
-        return self._orders[key]
+            self._orders[key] = module, next(filter(None, map(self._spoken.registered_parameters, names)), ())
+        return self._orders[key][1]
 
     def stored(self, module: str, parameter: str) -> tuple[Parameter, str] | None:
         """See `BaseView`: by the module's name as it stands or without the wrappers before it."""
-        found = (self._spoken.resolve(name, parameter) for name in peeled(module))
-        known = next((item for item in found if isinstance(item, Parameter)), None)
-        return None if known is None else (known, self._stored(known.places[0].tensor).dtype)
+        if (module, parameter) not in self._found:
+            found = (self._spoken.resolve(name, parameter) for name in peeled(module))
+            known = next((item for item in found if isinstance(item, Parameter)), None)
+            answer = None if known is None else (known, self._stored(known.places[0].tensor).dtype)
+            self._found[module, parameter] = answer
+        return self._found[module, parameter]
+
+    def agrees_with(self, other: KnownBase) -> bool:
+        """Whether the other gives the same answers to all that this one was asked."""
+        return all(other.registered(module) == names for module, names in self._orders.values()) and all(
+            other.stored(*asked) == found for asked, found in self._found.items()
+        )
 
     def ordered(self) -> ModuleOrder | str:
         return self._names.module_order()

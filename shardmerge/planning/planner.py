@@ -51,7 +51,7 @@ from shardmerge.version import __version__
 __all__ = ["bytes_read", "make_plan"]
 
 #: Raised when the same plan comes to mean other bytes, so that unfinished work of an older version is not mixed in.
-_DIGEST_VERSION = 4
+_DIGEST_VERSION = 5
 
 
 def make_plan(config: MergeConfig, overwrite: bool = False, *, check_output: bool = True) -> MergePlan:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardmerge.adapters.methods.lora import BlockSettings, ExpertSettings
+from shardmerge.adapters.methods.lora import BlockSettings
+from shardmerge.adapters.methods.lora_experts import ExpertSettings
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Update, Window
 from shardmerge.verification.reading import Factor, Files, threads

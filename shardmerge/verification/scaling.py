@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from shardmerge.adapters.methods.lora import ExpertSettings
+from shardmerge.adapters.methods.lora_experts import ExpertSettings
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.key_mapping.naming import module_name, unwrapped

@@ -22,7 +22,8 @@ import re
 from collections.abc import Callable, Mapping
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.methods.lora import Lora, LoraGated
+from shardmerge.adapters.methods.lora import Lora
+from shardmerge.adapters.methods.lora_experts import LoraGated
 from shardmerge.key_mapping.naming import module_name
 from shardmerge.spec.tensors import DTYPE_BITS, TensorRef
 from shardmerge.spec.updates import Parameter

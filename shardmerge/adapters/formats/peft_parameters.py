@@ -23,7 +23,7 @@ from shardmerge.adapters.formats.checks import MISSING, is_rank
 from shardmerge.adapters.formats.peft_method import Context, Module
 from shardmerge.adapters.formats.peft_targets import matches
 from shardmerge.adapters.formats.peft_variants import variants
-from shardmerge.adapters.methods.lora import ExpertSettings, LoraExperts
+from shardmerge.adapters.methods.lora_experts import ExpertSettings, LoraExperts
 
 #: The file's word for a layout → ours.
 LAYOUTS: Mapping[str, str] = {"rank_major": "peft", "grouped_by_expert": "unsloth"}

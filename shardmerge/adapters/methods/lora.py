@@ -2,10 +2,9 @@
 
 W is (out, in), A (r, in), B (out, r), m (out); s = α / r, or α / √r with rsLoRA. On a convolution A is (r, in, k…) and
 B (out, r, 1…), and everything is seen as matrices, kernels flattened. On an embedding, whose W is (V, D), A is (r, V)
-and B (D, r), and B A is Wᵀ's update; m is (D). Of fused experts, W (E, out, in), A is (r·E, in) with experts outermost
-and B (out, r·E) with experts *innermost*.
+and B (D, r), and B A is Wᵀ's update; m is (D).
 LoRA: Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. DoRA: Liu et al. 2024,
-arXiv:2402.09353. Experts: peft/tuners/lora/layer.py, ParamWrapper.
+arXiv:2402.09353.
 
 The scale is applied after the product and the sum is made in the compute dtype, so the result is rounded once. That is
 what PEFT's default ``merge_and_unload`` computes, bit for bit. Scaling a factor first, or a fused multiply-add, would
@@ -16,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -208,142 +206,6 @@ def _unfolded(part: Tensor, first: int, rows: int, blocks: int) -> Tensor:
         start, stop = (max(0, edge * rows // blocks - first) for edge in (block, block + 1))
         whole[start:stop, block] = part[start:stop]
     return whole.view(part.shape[0], blocks * width)
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertSettings(Settings):
-    """How B's columns are laid out, ``peft`` or ``unsloth``, and the PEFT that saved the adapter ("" if unknown)."""
-
-    layout: str
-    peft_version: str
-
-
-@register
-class LoraExperts(Family):
-    """LoRA on fused experts: every expert e has its own A, rows e·r and following, and its own B, every E-th column."""
-
-    name = "lora-experts"
-    scales_by_alpha = True
-    has_expert_layout = True
-    by_columns = frozenset()
-    by_rows = frozenset({"A"})
-    as_stored = frozenset({"B"})
-    neutral_if_zero = frozenset({"B"})
-    by_column_windows = True
-    rows_are_independent = True
-    adds = True
-
-    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        """A parameter of two dimensions is one expert, (out, in) as it is in memory. Of three, see `_is_swapped`.
-
-        A Conv1D's weight is (in, out) in memory: what PEFT takes for its outputs are its inputs.
-        """
-        if len(parameter.shape) == 2:
-            return update.changed(family=Lora.name, transposes=bool(parameter.is_transposed))
-        if len(parameter.shape) != 3:
-            return update
-        swapped = _is_swapped(update, parameter)
-        if isinstance(swapped, str):
-            return swapped
-        return update.changed(transposes=swapped, experts=True)
-
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        a, b = update.factor("A"), update.factor("B")
-        if len(shape) != 3:
-            return [f"{update.module}: its {update.parameter} {list(shape)} does not hold experts' matrices"]
-        experts, out_features, in_features = shape
-        if a.shape != (update.rank * experts, in_features) or b.shape != (out_features, update.rank * experts):
-            return [
-                f"{update.module}: {a.name} {list(a.shape)} and {b.name} {list(b.shape)} do not fit {experts} experts "
-                f"of ({out_features}, {in_features}) at rank {update.rank}: expected "
-                f"[{update.rank * experts}, {in_features}] and [{out_features}, {update.rank * experts}]"
-            ]
-        return []
-
-    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
-        rank, first = update.rank, window.expert * update.rank
-        a = factors.rows("A", RowRange(first, first + rank))[:, window.columns.start : window.columns.stop]
-        b = factors.as_stored("B")
-        if ExpertSettings.of(update).layout == "unsloth":  # (out, E, r)
-            b = b.view(update.rows, update.experts, rank)[:, window.expert]
-        else:
-            b = b.view(update.rows, rank, update.experts)[:, :, window.expert]
-        b = b[window.rows.start : window.rows.stop].to(device=tile.device, dtype=tile.dtype)
-        torch.mm(b.contiguous(), a.contiguous(), out=scratch)
-        add_scaled(tile, scratch, update.scaling)
-
-
-def _is_swapped(update: ModuleUpdate, parameter: Parameter) -> bool | str:
-    """Whether A takes the outputs and B the inputs: PEFT has changed its mind on that twice.
-
-    Up to 0.18.1 A took the parameter's second dimension, whatever it was; in 0.19.0 it took the outputs; since 0.19.1
-    it takes the inputs. Shapes tell, except where they are square.
-    """
-    _, out_features, in_features = parameter.shape
-    made = (update.factor("B").shape[0], update.factor("A").shape[-1])
-    if out_features != in_features:
-        return made == (in_features, out_features)
-    version = _version(ExpertSettings.of(update).peft_version)
-    if parameter.is_transposed is None or version is None:
-        return (
-            f"{update.module}: its {update.parameter} is square, so shapes cannot tell the inputs from the outputs, "
-            "and "
-            + ("adapter_config.json has no peft_version" if version is None else "the base's architecture is not known")
-        )
-    if version < (0, 19, 0):
-        return not parameter.is_transposed
-    return version < (0, 19, 1)
-
-
-def _version(text: str) -> tuple[int, int, int] | None:
-    match = re.match(r"(\d{1,4})\.(\d{1,4})\.(\d{1,4})", text)
-    return (int(match[1]), int(match[2]), int(match[3])) if match else None
-
-
-@register
-class LoraGated(Lora):
-    """LoRA on two matrices, gate and up, whose rows are stored in turn: gate's first, up's first, gate's second, …
-
-    Gate has A (r, in) and B (out / 2, r), up has A_up and B_up; either may be missing, and its rows then stay.
-    """
-
-    name = "lora-gated"
-    stacks_vectors = False
-    by_rows = frozenset()
-    by_columns = frozenset()
-    neutral_if_zero = frozenset({"B", "B_up"})
-    rows_are_independent = False
-
-    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        return update
-
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        problems = []
-        for end in ("", "_up"):
-            if not update.has(f"A{end}"):
-                continue
-            a, b = update.factor(f"A{end}"), update.factor(f"B{end}")
-            if len(shape) != 2 or (2 * b.shape[0], a.shape[1]) != shape:
-                problems.append(
-                    f"{update.module}: {a.name} {list(a.shape)} and {b.name} {list(b.shape)} make every second row of "
-                    f"({2 * b.shape[0]}, {a.shape[1]}), but the weight is {shape}"
-                )
-        return problems
-
-    def product(self, factors: Factors, update: Update, window: Window, out: Tensor) -> None:
-        import torch
-
-        for parity, end in enumerate(("", "_up")):
-            rows = out[(parity - window.rows.start) % 2 :: 2]
-            if not update.has(f"A{end}"):
-                rows.zero_()
-                continue
-            first = (window.rows.start - parity + 1) // 2
-            b = factors.whole(f"B{end}")[first : first + len(rows)]
-            a = factors.whole(f"A{end}")[:, window.columns.start : window.columns.stop]
-            torch.mm(b, a.contiguous(), out=rows)
 
 
 @register
