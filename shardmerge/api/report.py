@@ -35,7 +35,7 @@ def report_of(
     ``made`` are the shards that this run has made, ``damaged`` those of an earlier run that the disk has not kept.
     """
     active = {number for receipt in receipts for number in receipt.active_adapters}
-    active |= {of.adapter for _, of in changing_updates(plan) if not FAMILIES[of.family].zero_means_nothing}
+    active |= {of.adapter for _, of in changing_updates(plan) if not FAMILIES[of.family].neutral_if_zero}
     idle = [info.location for number, info in enumerate(plan.adapters) if number not in active]
     nothing = "changes nothing: every lora_B is zero, as before training"
     warnings: list[str] = [Warned(f"adapter {location} {nothing}") for location in idle]

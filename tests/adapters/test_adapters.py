@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.adapters.formats.refused import REFUSED_TYPES
 from shardmerge.adapters.methods.base import add_scaled, check_dtypes
 from shardmerge.adapters.registry import FAMILIES, FORMATS, detect_format

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shardmerge.adapters.methods.base import Claims
-from shardmerge.adapters.registry import claim
+from shardmerge.adapters.claims import Claims
+from shardmerge.adapters.registry import FORMATS
 from shardmerge.spec.tensors import TensorRef
 from tests.support.builders import RANK, content, peft_config, peft_tensors
 
@@ -16,4 +16,4 @@ def shapes(*modules: str, infix: str = "", rank: int = RANK) -> dict[str, tuple[
 
 
 def claim_peft(tensors: Mapping[str, TensorRef], **changes: Any) -> Claims:
-    return claim("peft", content(tensors, peft_config(**changes)))
+    return FORMATS["peft"].claim(content(tensors, peft_config(**changes)))
