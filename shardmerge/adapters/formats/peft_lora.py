@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import ClassVar
 
 from shardmerge.adapters.claims import Claims
 from shardmerge.adapters.formats import grouped_experts, peft_parameters
@@ -18,7 +17,6 @@ from shardmerge.adapters.formats.checks import (
     RANK,
     RANK_PATTERN,
     SUBCONFIG,
-    Check,
     Config,
     checked,
     is_strings,
@@ -56,8 +54,8 @@ class LoraMethod(PeftMethod):
         "BD-LoRA, MiCA, MonteCLoRA, VeLoRA, KaSA; `lora_bias`, trained biases and tokens, `modules_to_save`"
     )
     paper = "arXiv:2106.09685, 2312.03732, 2402.09353"
-    roles: ClassVar[Mapping[str, str]] = ROLES
-    settings: ClassVar[Mapping[str, Check]] = {
+    roles = ROLES
+    settings = {
         "r": RANK,
         "lora_alpha": NUMBER,
         "rank_pattern": RANK_PATTERN,
@@ -91,7 +89,7 @@ class LoraMethod(PeftMethod):
             "qalora_group_size",
         }
     )
-    refused: ClassVar[Mapping[str, str]] = {
+    refused = {
         "layer_replication": "replicated layers: the model has layers that the base does not store; build that base "
         "first",
         "alora_invocation_tokens": f"activated LoRA acts on the tokens after its invocation only, {_CANNOT}; serve it "

@@ -16,21 +16,19 @@ import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import FLAG, MISSING, NUMBER, RANK, Check, Config
+from shardmerge.adapters.formats.checks import FLAG, MISSING, NUMBER, RANK, Config
 from shardmerge.adapters.formats.peft_lora import LoraMethod
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.formats.peft_tokens import claim_tokens, token_problems
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, misshaped, oriented
 from shardmerge.adapters.tables import register
 from shardmerge.key_mapping.naming import module_name
 from shardmerge.spec.tensors import TensorRef
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _EPS = 1e-5
 
@@ -67,8 +65,8 @@ class AdaLora(PeftFamily):
     peft_type = "ADALORA"
     title = "AdaLoRA"
     paper = "arXiv:2303.10512"
-    roles: ClassVar[Mapping[str, str]] = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
-    settings: ClassVar[Mapping[str, Check]] = {
+    roles = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
+    settings = {
         "init_r": RANK,
         "lora_alpha": NUMBER,
         "rank_pattern": _pattern_problems,
@@ -95,7 +93,7 @@ class AdaLora(PeftFamily):
         "use_rslora",
         "velora_config",
     }
-    refused: ClassVar[Mapping[str, str]] = {
+    refused = {
         **LoraMethod.refused,
         "target_parameters": "AdaLoRA updates layers, not single parameters; PEFT would ignore it",
         "use_bdlora": "AdaLoRA has no block-diagonal factors; PEFT would ignore it",
@@ -147,8 +145,6 @@ class AdaLora(PeftFamily):
         ]
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         right = factors.kept("A E", lambda: factors.whole("A") * factors.whole("E"))
         if len(window.columns) < update.columns:
             right = right[:, window.columns.start : window.columns.stop]

@@ -13,14 +13,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.spec.tensors import FACTOR_DTYPES, FLOAT_DTYPES, INTEGER_DTYPES, RowRange, TensorRef, even_rows
 from shardmerge.spec.updates import Parameter, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Factors(Protocol):

@@ -7,9 +7,6 @@ dtype of the base.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftMethod
 from shardmerge.adapters.methods.base import as_vector
@@ -27,7 +24,7 @@ class Beft(LoraBias, PeftMethod):
     selectors = frozenset()
     title = "BEFT"
     paper = "arXiv:2509.15974"
-    roles: ClassVar[Mapping[str, str]] = {"beft_bias": "bias"}
+    roles = {"beft_bias": "bias"}
     inert = frozenset({"init_weights"})
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:

@@ -8,11 +8,7 @@ another kernel, which rounds otherwise; so they are put together to blocks of so
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from shardmerge.adapters.lazy_torch import Tensor, torch
 
 #: How wide blocks are made, where they can be.
 _WIDTH = 64
@@ -37,8 +33,6 @@ def widened(blocks: Tensor, count: int) -> Tensor:
 
 def rotate(tile: Tensor, blocks: Tensor, scratch: Tensor) -> None:
     """``tile`` (rows, n·b) becomes tile · Rᵀ; ``blocks`` is (n, b, b), or (1, b, b) where all are the same."""
-    import torch
-
     size = blocks.shape[1]
     parts = tile.view(len(tile), -1, size)
     count = parts.shape[1]
@@ -52,8 +46,6 @@ def rotate(tile: Tensor, blocks: Tensor, scratch: Tensor) -> None:
 
 def rotate_back(tile: Tensor, blocks: Tensor, scratch: Tensor) -> None:
     """``tile`` (rows, n·b) becomes tile · R."""
-    import torch
-
     size = blocks.shape[1]
     parts = tile.view(len(tile), -1, size)
     count = parts.shape[1]
@@ -67,16 +59,12 @@ def rotate_back(tile: Tensor, blocks: Tensor, scratch: Tensor) -> None:
 
 def rotate_rows(tile: Tensor, blocks: Tensor, scratch: Tensor) -> None:
     """``tile`` (n·b, columns) becomes R · tile."""
-    import torch
-
     parts, out = (of.view(len(blocks), blocks.shape[1], -1) for of in (tile, scratch))
     parts.copy_(torch.bmm(blocks, parts, out=out))
 
 
 def cayley(skew: Tensor) -> Tensor:
     """(I + S)⁻¹ (I − S) of skew-symmetric matrices (n, b, b), which are rotations."""
-    import torch
-
     # There is no solver for 16-bit floats.
     wide = skew.to(torch.promote_types(skew.dtype, torch.float32))
     identity = torch.eye(skew.shape[-1], dtype=wide.dtype, device=skew.device).expand_as(wide)
@@ -86,8 +74,6 @@ def cayley(skew: Tensor) -> Tensor:
 
 def neumann(skew: Tensor, terms: int) -> Tensor:
     """The first terms of (I + S)(I − S)⁻¹ = I + 2S + 2S² + …, the last of them once only; of 3 terms, those of 4."""
-    import torch
-
     rotation = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand_as(skew).clone()
     if terms > 1:
         rotation.add_(skew, alpha=2.0)

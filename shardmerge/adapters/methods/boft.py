@@ -15,20 +15,16 @@ it multiplies the F_i first, we rotate W by one after the other, so the last bit
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import COUNT, RANK, Check, Config, is_count
+from shardmerge.adapters.formats.checks import COUNT, RANK, Config, is_count
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, as_vector, misshaped
 from shardmerge.adapters.methods.blocks import block_bytes, cayley, rotate, widened
 from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Settings, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +47,8 @@ class Boft(PeftFamily):
     peft_type = "BOFT"
     title = "BOFT"
     paper = "arXiv:2311.06243"
-    roles: ClassVar[Mapping[str, str]] = {"boft_R": "blocks", "boft_s": "scale"}
-    settings: ClassVar[Mapping[str, Check]] = {
+    roles = {"boft_R": "blocks", "boft_s": "scale"}
+    settings = {
         "boft_block_size": COUNT,
         "boft_block_num": COUNT,
         "boft_n_butterfly_factor": RANK,

@@ -9,20 +9,16 @@ also of those that are zero. Here K's numbers are put where they belong, so C is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.claims import ModuleUpdate
-from shardmerge.adapters.formats.checks import RANK, RANK_PATTERN, Check, Config, pattern_value
+from shardmerge.adapters.formats.checks import RANK, RANK_PATTERN, Config, pattern_value
 from shardmerge.adapters.formats.peft_method import Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, misshaped
 from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Settings, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +40,8 @@ class C3a(PeftFamily):
     selectors = frozenset({"layers_to_transform", "layers_pattern"})
     title = "C3A"
     paper = "arXiv:2407.19342"
-    roles: ClassVar[Mapping[str, str]] = {"c3a_kernel": "kernel"}
-    settings: ClassVar[Mapping[str, Check]] = {"block_size": RANK, "block_size_pattern": RANK_PATTERN}
+    roles = {"c3a_kernel": "kernel"}
+    settings = {"block_size": RANK, "block_size_pattern": RANK_PATTERN}
     inert = frozenset({"init_weights"})
 
     def settings_of(self, config: Config, module: Module) -> Settings:

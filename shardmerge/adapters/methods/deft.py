@@ -10,21 +10,17 @@ sums in float32, and on a 16-bit base rounds the update before it adds it, so bi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import FLAG, OPTIONAL_NUMBER, RANK, Check, Config, checked
+from shardmerge.adapters.formats.checks import FLAG, OPTIONAL_NUMBER, RANK, Config, checked
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, misshaped, oriented
 from shardmerge.adapters.methods.factored import TwoPass
 from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Parameter, Settings, Update
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +40,8 @@ class Deft(TwoPass, PeftFamily):
     peft_type = "DEFT"
     title = "DEFT"
     updates = "Linear layers"
-    roles: ClassVar[Mapping[str, str]] = {"deft_P": "P", "deft_R": "R?"}
-    settings: ClassVar[Mapping[str, Check]] = {
+    roles = {"deft_P": "P", "deft_R": "R?"}
+    settings = {
         "r": RANK,
         "alpha": OPTIONAL_NUMBER,
         "para": FLAG,
@@ -84,8 +80,6 @@ class Deft(TwoPass, PeftFamily):
         return part.t() if DeftSettings.of(update).orthogonal else part.relu().t()
 
     def left(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
-        import torch
-
         def basis() -> Tensor:
             q: Tensor = torch.linalg.qr(factors.whole("P").double())[0]
             return q

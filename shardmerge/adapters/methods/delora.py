@@ -10,18 +10,15 @@ round once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from shardmerge.adapters.claims import ModuleUpdate
-from shardmerge.adapters.formats.checks import NUMBER_PATTERN, OPTIONAL_NUMBER, RANK, RANK_PATTERN, Check, rank_of
+from shardmerge.adapters.formats.checks import NUMBER_PATTERN, OPTIONAL_NUMBER, RANK, RANK_PATTERN, rank_of
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, add_scaled, all_misshaped
 from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _LEAST = 1e-4
 
@@ -36,14 +33,14 @@ class Delora(PeftFamily):
     peft_type = "DELORA"
     title = "DeLoRA"
     paper = "arXiv:2503.18225"
-    roles: ClassVar[Mapping[str, str]] = {
+    roles = {
         "delora_A": "A",
         "delora_B": "B",
         "delora_lambda": "lambda",
         "delora_w_norm": "w",
     }
     # λ in the config is where training began.
-    settings: ClassVar[Mapping[str, Check]] = {
+    settings = {
         "r": RANK,
         "rank_pattern": RANK_PATTERN,
         "delora_lambda": OPTIONAL_NUMBER,
@@ -62,8 +59,6 @@ class Delora(PeftFamily):
         return all_misshaped(update, expected, meaning)
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         def left() -> Tensor:
             a, b = factors.whole("A"), factors.whole("B")
             lengths = torch.clamp(a.norm(dim=1), min=_LEAST) * torch.clamp(b.norm(dim=0), min=_LEAST)

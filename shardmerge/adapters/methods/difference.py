@@ -6,15 +6,11 @@ patches. Source: LyCORIS, lycoris/modules/full.py and norms.py; ComfyUI, comfy/l
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, Family, add_scaled, window_of
 from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Parameter, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @register

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, Family, add_scaled
 from shardmerge.spec.tensors import RowRange, even_rows
 from shardmerge.spec.updates import Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 #: Rows of L that are made at once; a part has up to twice as many.
 PART_ROWS = 64
@@ -39,8 +35,6 @@ class Factored(Family):
         """k."""
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         right = factors.kept("right", lambda: self.right(factors, update))
         if len(window.columns) < update.columns:
             right = right[:, window.columns.start : window.columns.stop].contiguous()
@@ -78,8 +72,6 @@ class TwoPass(Factored):
         return not update.by_columns
 
     def prepass(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         shape = (self.inner(update), update.columns)
         seen = factors.kept("seen", lambda: torch.zeros(shape, dtype=torch.float64, device=tile.device))
         self._look(seen, tile, factors, update, window.rows)
@@ -89,14 +81,10 @@ class TwoPass(Factored):
             seen += self.view(factors, update, these).double() @ tile[part].double()
 
     def right(self, factors: Factors, update: Update) -> Tensor:
-        import torch
-
         seen = factors.kept("seen", lambda: torch.zeros(0))  # there since the first pass
         return self.made(seen, factors, update, RowRange(0, update.columns))
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         if update.by_columns:
             seen = torch.zeros(self.inner(update), tile.shape[1], dtype=torch.float64, device=tile.device)
             self._look(seen, tile, factors, update, window.rows)

@@ -10,19 +10,16 @@ on, and kept until its last. The bits are those of PEFT's merge, for every dtype
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from shardmerge.adapters.claims import ModuleUpdate
-from shardmerge.adapters.formats.checks import NUMBER, RANK, RANK_PATTERN, SEED, Check, Config, pattern_value
+from shardmerge.adapters.formats.checks import NUMBER, RANK, RANK_PATTERN, SEED, Config, pattern_value
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, add_scaled, oriented
 from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +43,8 @@ class FourierFt(PeftFamily):
     updates = "Linear layers"
     paper = "arXiv:2405.03003"
     note = "makes a weight's whole update at once, in memory that grows with the weight"
-    roles: ClassVar[Mapping[str, str]] = {"fourierft_spectrum": "spectrum"}
-    settings: ClassVar[Mapping[str, Check]] = {
+    roles = {"fourierft_spectrum": "spectrum"}
+    settings = {
         "n_frequency": RANK,
         "n_frequency_pattern": RANK_PATTERN,
         "scaling": NUMBER,
@@ -101,8 +98,6 @@ def spectrum_problems(update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]
 
 def places(update: Update, count: int) -> tuple[Tensor, Tensor]:
     """Rows and columns of the numbers, as the seed has them."""
-    import torch
-
     generator = torch.Generator().manual_seed(SpectrumSettings.of(update).seed)
     order = torch.randperm(update.rows * update.columns, generator=generator)[:count]
     return order // update.columns, order % update.columns
@@ -116,8 +111,6 @@ def add_part(tile: Tensor, delta: Tensor, update: Update, window: Window, scratc
 
 def _delta(spectrum: Tensor, update: Update) -> Tensor:
     """Re F⁻¹(S), (out, in)."""
-    import torch
-
     rows, columns = places(update, len(spectrum))
     # PEFT's spectrum is float32, whatever the dtype of the merge.
     dense = torch.zeros(update.rows, update.columns, device=spectrum.device)

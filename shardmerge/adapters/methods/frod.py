@@ -14,20 +14,16 @@ tiles. On a 16-bit base PEFT rounds every product; we round once.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, misshaped
 from shardmerge.adapters.methods.factored import PART_ROWS, parts_of
 from shardmerge.adapters.methods.osf import stored_dtype
 from shardmerge.adapters.tables import register
 from shardmerge.errors import FormatError
 from shardmerge.spec.updates import Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _SHARED = re.compile(r"(?:base_model\.)?(?:model\.)?frod_(?P<what>V|s_indices|s_size)\.(?P<category>[^.]+)(?:\.[^.]+)?")
 #: A column this short has no direction; PEFT's bound.
@@ -48,7 +44,7 @@ class Frod(PeftFamily):
     mixes_weight = True  # W in another basis
     paper = "AAAI 2026, doi 10.1609/aaai.v40i31.39813"
     note = "makes a weight's whole update at once, in memory that grows with the weight"
-    roles: ClassVar[Mapping[str, str]] = {"frod_lambda_l": "diagonal", "frod_lambda_s_values": "values"}
+    roles = {"frod_lambda_l": "diagonal", "frod_lambda_s_values": "values"}
     inert = frozenset(
         {
             "frod_dropout",
@@ -93,15 +89,11 @@ class Frod(PeftFamily):
         return True
 
     def prepass(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         squares = factors.kept("squares", lambda: torch.zeros(update.columns, dtype=torch.float64, device=tile.device))
         for part, _ in parts_of(window.rows):
             squares += _in_basis(tile[part], factors).square_().sum(dim=0)
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         lengths = factors.kept("squares", lambda: torch.zeros(0)).sqrt()
         middle = factors.kept("middle", lambda: _middle(factors, update))
         stored = stored_dtype(update)
@@ -130,8 +122,6 @@ def category_of(module: str) -> str:
 
 def _in_basis(rows: Tensor, factors: Factors) -> Tensor:
     """These rows of W V⁻ᵀ, in float64."""
-    import torch
-
     basis = factors.kept("basis", lambda: _decomposed(factors.whole("V").double()))
     if basis.shape[0] == basis.shape[1]:
         return rows.double() @ basis.t()
@@ -141,8 +131,6 @@ def _in_basis(rows: Tensor, factors: Factors) -> Tensor:
 
 def _decomposed(basis: Tensor) -> Tensor:
     """V's LU decomposition, the pivots as its last row; or V⁻¹, if V has none, where PEFT takes the pseudo-inverse."""
-    import torch
-
     lu, pivots, failed = torch.linalg.lu_factor_ex(basis)
     inverse: Tensor = torch.linalg.pinv(basis, rtol=1e-6) if int(failed) else torch.cat((lu, pivots.double()[None]))
     return inverse
@@ -150,8 +138,6 @@ def _decomposed(basis: Tensor) -> Tensor:
 
 def _middle(factors: Factors, update: Update) -> Tensor:
     """S + diag(λ), (in, in)."""
-    import torch
-
     places, values = factors.whole("places"), factors.whole("values")
     if bool((places < 0).any()) or bool((places >= update.columns).any()):
         ref = update.factor("places")

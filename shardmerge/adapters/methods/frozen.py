@@ -7,16 +7,12 @@ merged into; of PEFT's that is asked of every adapter but the first (`shardmerge
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Effect, Factors, Family, window_of
 from shardmerge.adapters.tables import register
 from shardmerge.errors import FormatError
 from shardmerge.spec.updates import Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @register
@@ -39,8 +35,6 @@ class FrozenCopy(Family):
         return []
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         copy = window_of(factors, "copy", update, window)
         # A copy in a narrower dtype than the base's can only agree within that dtype's rounding.
         narrow = getattr(torch, {"F16": "float16", "BF16": "bfloat16"}.get(update.factor("copy").dtype, "float64"))

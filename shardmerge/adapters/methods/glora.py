@@ -13,19 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.checks import RANK, Check, checked
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, Family, misshaped
 from shardmerge.adapters.methods.lora import add_product
 from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import MIN_TILE_ROWS, RowRange
 from shardmerge.spec.updates import Settings, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 #: Rows of W that are read at once for W C.
 _ROWS = 64
@@ -55,10 +52,8 @@ class Glora(PeftFamily):
     title = "GLoRA"
     updates = "Linear layers"
     paper = "arXiv:2306.07967"
-    roles: ClassVar[Mapping[str, str]] = {
-        f"glora_{letter}.{part}": f"{letter}.{part}?" for letter in "ABCDE" for part in _PARTS
-    }
-    settings: ClassVar[Mapping[str, Check]] = {
+    roles = {f"glora_{letter}.{part}": f"{letter}.{part}?" for letter in "ABCDE" for part in _PARTS}
+    settings = {
         "r": RANK,
         "config_A_B": _one_of("lora", "vector", "constant", "none"),
         "config_C": _one_of("lora", "vector", "none"),
@@ -110,8 +105,6 @@ class Glora(PeftFamily):
         return problems
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         if update.has("A.Xd"):
             torch.mm(factors.rows("A.Xd", window.rows), factors.whole("A.Xu"), out=scratch)
             scratch.mul_(tile)
@@ -146,8 +139,6 @@ class GloraBias(Family):
         return problems
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         torch.mul(tile, _value(factors, update, "D", tile, window.rows).reshape(-1, 1), out=scratch)
         scratch.add_(_value(factors, update, "E", tile, window.rows).reshape(-1, 1))
         if update.has("W"):

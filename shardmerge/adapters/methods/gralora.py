@@ -10,22 +10,19 @@ The bits are those of PEFT's merge, for every dtype of the base.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import COUNT, NUMBER, RANK, Check, Config, is_rank
+from shardmerge.adapters.formats.checks import COUNT, NUMBER, RANK, Config, is_rank
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, add_scaled, misshaped, oriented
 from shardmerge.adapters.methods.factored import PART_ROWS, parts_of
 from shardmerge.adapters.methods.lora import add_product
 from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import MIN_TILE_ROWS, RowRange
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +46,13 @@ class Gralora(PeftFamily):
     selectors = frozenset({"layers_to_transform", "layers_pattern"})
     title = "GraLoRA"
     paper = "arXiv:2505.20355"
-    roles: ClassVar[Mapping[str, str]] = {
+    roles = {
         "gralora_A": "A",
         "gralora_B": "B",
         "gralora_A_general.weight": "general_A?",
         "gralora_B_general.weight": "general_B?",
     }
-    settings: ClassVar[Mapping[str, Check]] = {"r": RANK, "hybrid_r": COUNT, "gralora_k": RANK, "alpha": NUMBER}
+    settings = {"r": RANK, "hybrid_r": COUNT, "gralora_k": RANK, "alpha": NUMBER}
     inert = frozenset({"gralora_dropout", "init_weights"})
 
     def check_config(self, config: Config) -> list[str]:

@@ -10,19 +10,14 @@ we round once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
-
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import RANK, RANK_PATTERN, Check, rank_of
+from shardmerge.adapters.formats.checks import RANK, RANK_PATTERN, rank_of
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors
 from shardmerge.adapters.methods.lora import Lora
 from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Parameter, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @register
@@ -34,13 +29,13 @@ class Hira(Lora, PeftFamily):
     peft_type = "HIRA"
     title = "HiRA"
     paper = "ICLR 2025, TwJrTz9cRS"
-    roles: ClassVar[Mapping[str, str]] = {
+    roles = {
         "hira_A": "A?",
         "hira_B": "B?",
         "hira_embedding_A": "embedding_A?",
         "hira_embedding_B": "embedding_B?",
     }
-    settings: ClassVar[Mapping[str, Check]] = {"r": RANK, "rank_pattern": RANK_PATTERN}
+    settings = {"r": RANK, "rank_pattern": RANK_PATTERN}
     inert = frozenset({"hira_dropout", "init_weights"})
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:

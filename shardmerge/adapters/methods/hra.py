@@ -11,19 +11,16 @@ but round otherwise. So the bits are PEFT's for every dtype of the base.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from shardmerge.adapters.claims import ModuleUpdate
-from shardmerge.adapters.formats.checks import FLAG, RANK, Check, Config
+from shardmerge.adapters.formats.checks import FLAG, RANK, Config
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, misshaped
 from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Settings, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 #: Rows of H that are reflected at once.
 _ROWS = 256
@@ -46,8 +43,8 @@ class Hra(PeftFamily):
     peft_type = "HRA"
     title = "HRA"
     paper = "arXiv:2405.17484"
-    roles: ClassVar[Mapping[str, str]] = {"hra_u": "U"}
-    settings: ClassVar[Mapping[str, Check]] = {"r": RANK, "apply_GS": FLAG}
+    roles = {"hra_u": "U"}
+    settings = {"r": RANK, "apply_GS": FLAG}
     inert = frozenset({"init_weights"})
 
     def settings_of(self, config: Config, module: Module) -> Settings:
@@ -66,8 +63,6 @@ class Hra(PeftFamily):
         return misshaped(update.factor("U"), (math.prod(shape[1:]), update.rank), meaning)
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         rotation = factors.kept("rotation", lambda: _rotation(factors.whole("U"), HraSettings.of(update).orthogonal))
         tile.copy_(torch.mm(tile, rotation, out=scratch))
 
@@ -77,8 +72,6 @@ class Hra(PeftFamily):
 
 def _rotation(u: Tensor, orthogonal: bool) -> Tensor:
     """H, (in, in)."""
-    import torch
-
     if orthogonal:
         units = [(u[:, 0] / u[:, 0].norm()).view(-1, 1)]
         for index in range(1, u.shape[1]):

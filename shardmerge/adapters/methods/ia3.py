@@ -10,21 +10,17 @@ The bits are those of PEFT's merge.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import FLAG, STRINGS, Check, Config
+from shardmerge.adapters.formats.checks import FLAG, STRINGS, Config
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, as_vector, is_vector, misshaped, oriented
 from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
 from shardmerge.system.bounded_regex import first_match
 from shardmerge.system.bounded_regex import problems as regex_problems
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +42,8 @@ class Ia3(PeftFamily):
     selectors = frozenset({"exclude_modules"})
     title = "(IA)³"
     paper = "arXiv:2205.05638"
-    roles: ClassVar[Mapping[str, str]] = {"ia3_l": "l"}
-    settings: ClassVar[Mapping[str, Check]] = {"feedforward_modules": STRINGS, "fan_in_fan_out": FLAG}
+    roles = {"ia3_l": "l"}
+    settings = {"feedforward_modules": STRINGS, "fan_in_fan_out": FLAG}
     inert = frozenset({"init_ia3_weights"})
 
     def check_config(self, config: Config) -> list[str]:

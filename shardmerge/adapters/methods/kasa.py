@@ -12,17 +12,13 @@ it, we round once.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, add_scaled, misshaped
 from shardmerge.adapters.methods.lora import Lora
 from shardmerge.adapters.methods.osf import stored_dtype, svd_bytes
 from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @register
@@ -52,8 +48,6 @@ class Kasa(Lora):
         return [*misshaped(update.factor("diagonal"), (update.rank,), meaning), *super().check(update, shape)]
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         cut = factors.kept("cut", lambda: _cut(factors.whole("W"), update))
         tile.copy_(cut[window.rows.start : window.rows.stop])
         left = self.b(factors, update, window.rows) * factors.whole("diagonal")
@@ -69,8 +63,6 @@ class Kasa(Lora):
 
 def _cut(weight: Tensor, update: Update) -> Tensor:
     """T(W), (out, in)."""
-    import torch
-
     u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
     kept = len(s) - update.rank
     cut: Tensor = (u[:, :kept] * s[:kept]) @ v[:kept]

@@ -7,9 +7,6 @@ Zhao et al. 2023, arXiv:2312.11420. Source: peft/tuners/ln_tuning/layer.py, 0.21
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftMethod
 from shardmerge.adapters.methods.whole import Replacement
@@ -24,7 +21,7 @@ class LnTuning(PeftMethod):
     selectors = frozenset({"exclude_modules"})
     title = "LN tuning"
     paper = "arXiv:2312.11420"
-    roles: ClassVar[Mapping[str, str]] = {"ln_tuning_layers.weight": "weight?", "ln_tuning_layers.bias": "bias?"}
+    roles = {"ln_tuning_layers.weight": "weight?", "ln_tuning_layers.bias": "bias?"}
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         for parameter, ref in module.factors.items():

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.checks import (
@@ -29,13 +28,11 @@ from shardmerge.adapters.formats.checks import (
     rank_of,
 )
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, add_scaled, misshaped, slab_elements, slabs
 from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 #: What LyCORIS' two methods have in common.
 LYCORIS_SETTINGS: Mapping[str, Check] = {
@@ -67,7 +64,7 @@ class Loha(PeftFamily):
     peft_type = "LOHA"
     title = "LoHa"
     paper = "arXiv:2108.06098"
-    roles: ClassVar[Mapping[str, str]] = {
+    roles = {
         "hada_w1_a": "w1_a",
         "hada_w1_b": "w1_b",
         "hada_w2_a": "w2_a",
@@ -75,7 +72,7 @@ class Loha(PeftFamily):
         "hada_t1": "t1?",
         "hada_t2": "t2?",
     }
-    settings: ClassVar[Mapping[str, Check]] = LYCORIS_SETTINGS
+    settings = LYCORIS_SETTINGS
     inert = LYCORIS_INERT
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
@@ -115,8 +112,6 @@ class Loha(PeftFamily):
 
     def multiply(self, which: str, factors: Factors, rows: RowRange, out: Tensor | None = None) -> Tensor:
         """Rows of the first or the second of the products."""
-        import torch
-
         return torch.mm(factors.rows(f"w{which}_a", rows), factors.whole(f"w{which}_b"), out=out)
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
@@ -149,8 +144,6 @@ class LohaTucker(Loha):
         ]
 
     def multiply(self, which: str, factors: Factors, rows: RowRange, out: Tensor | None = None) -> Tensor:
-        import torch
-
         def build() -> Tensor:
             # In this order of dimensions, and multiplied from this side, the bits are those of PEFT's one einsum.
             core, inputs = factors.whole(f"t{which}"), factors.whole(f"w{which}_b")

@@ -16,21 +16,18 @@ PEFT's merge.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import Check, Config
+from shardmerge.adapters.formats.checks import Config
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, add_scaled, misshaped, slab_elements, slabs
 from shardmerge.adapters.methods.loha import LYCORIS_INERT, LYCORIS_SETTINGS, rank_and_scaling
 from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import KEPT_WHOLE_BYTES, RowRange
 from shardmerge.spec.updates import Settings, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 #: Rows of w2_a w2_b that are at least made at once, so that the bits are those of the whole.
 _LEAST_ROWS = 16
@@ -53,7 +50,7 @@ class Lokr(PeftFamily):
     peft_type = "LOKR"
     title = "LoKr"
     paper = "arXiv:2309.14859"
-    roles: ClassVar[Mapping[str, str]] = {
+    roles = {
         "lokr_w1": "w1?",
         "lokr_w1_a": "w1_a?",
         "lokr_w1_b": "w1_b?",
@@ -62,7 +59,7 @@ class Lokr(PeftFamily):
         "lokr_w2_b": "w2_b?",
         "lokr_t2": "t2?",
     }
-    settings: ClassVar[Mapping[str, Check]] = LYCORIS_SETTINGS
+    settings = LYCORIS_SETTINGS
     inert = LYCORIS_INERT | {"decompose_both", "decompose_factor"}
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
@@ -106,8 +103,6 @@ class Lokr(PeftFamily):
         return problems if rest % math.prod(kernel) else []
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         first = factors.kept("w1", lambda: _first(factors, update))
         a, c, b, rest = _sizes(update)
         mixed = len(update.shape) == 3 and update.has("w2") and not LokrSettings.of(update).kronecker
@@ -139,14 +134,11 @@ class Lokr(PeftFamily):
 
 def _first(factors: Factors, update: Update) -> Tensor:
     """w1."""
-    import torch
-
     return factors.whole("w1") if update.has("w1") else torch.mm(factors.whole("w1_a"), factors.whole("w1_b"))
 
 
 def _second(factors: Factors, update: Update, rows: RowRange) -> tuple[Tensor, int]:
     """Rows of w2, kernels flattened, that some rows of W need, and which is the first of them."""
-    import torch
 
     def tucker() -> Tensor:
         core, outputs, inputs = (factors.whole(role) for role in ("t2", "w2_a", "w2_b"))

@@ -16,16 +16,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, Family, add_scaled, oriented
 from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import MIN_TILE_ROWS, RowRange, even_rows
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @register
@@ -63,8 +60,6 @@ class Lora(Family):
 
     def product(self, factors: Factors, update: Update, window: Window, out: Tensor) -> None:
         """The window of B A, into ``out``."""
-        import torch
-
         torch.mm(self.b(factors, update, window.rows), self.a(factors, update, window.columns), out=out)
 
     def a(self, factors: Factors, update: Update, columns: RowRange) -> Tensor:
@@ -124,8 +119,6 @@ class Dora(Lora):
         return update.by_columns
 
     def prepass(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         self.add(tile, factors, update, window, scratch)
         squares = factors.kept("squares", lambda: torch.zeros(update.rows, dtype=torch.float64, device=tile.device))
         part = scratch.copy_(tile).double().square_().sum(dim=1)
@@ -135,8 +128,6 @@ class Dora(Lora):
         return update.rows * 8 if self.needs_prepass(update) else 0
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         self.add(tile, factors, update, window, scratch)
         if self.needs_prepass(update):
             squares = factors.kept("squares", lambda: torch.zeros(0))

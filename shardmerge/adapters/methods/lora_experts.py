@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, Family, add_scaled
 from shardmerge.adapters.methods.lora import Lora
 from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +69,6 @@ class LoraExperts(Family):
         return []
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         rank, first = update.rank, window.expert * update.rank
         a = factors.rows("A", RowRange(first, first + rank))[:, window.columns.start : window.columns.stop]
         b = factors.as_stored("B")
@@ -144,8 +139,6 @@ class LoraGated(Lora):
         return problems
 
     def product(self, factors: Factors, update: Update, window: Window, out: Tensor) -> None:
-        import torch
-
         for parity, end in enumerate(("", "_up")):
             rows = out[(parity - window.rows.start) % 2 :: 2]
             if not update.has(f"A{end}"):

@@ -11,19 +11,15 @@ formulas are the same, and PEFT's way of converting such an adapter is to rename
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import RANK, Check, checked, is_rank
+from shardmerge.adapters.formats.checks import RANK, checked, is_rank
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, misshaped, slab_elements, slabs
 from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Settings, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +39,8 @@ class Miss(PeftFamily):
     peft_type = "MISS"
     title = "MiSS, Bat"
     paper = "arXiv:2409.15371"
-    roles: ClassVar[Mapping[str, str]] = {"miss_block": "M"}
-    settings: ClassVar[Mapping[str, Check]] = {
+    roles = {"miss_block": "M"}
+    settings = {
         "r": RANK,
         "mini_r": checked(is_rank, "a whole number above zero"),
         "init_weights": checked(
@@ -71,8 +67,6 @@ class Miss(PeftFamily):
         )
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         numbers, rank = factors.whole("M"), update.rank
         whole = update.columns // rank * rank
         for part in slabs(window.rows, update.columns):
@@ -93,8 +87,8 @@ class Bone(Miss):
 
     peft_type = "BONE"
     title = "Bone"
-    roles: ClassVar[Mapping[str, str]] = {"bone_block": "M"}
-    settings: ClassVar[Mapping[str, Check]] = {
+    roles = {"bone_block": "M"}
+    settings = {
         "r": RANK,
         "init_weights": checked(lambda value: isinstance(value, bool) or value == "bat", "true, false or 'bat'"),
     }
@@ -122,8 +116,6 @@ class MissBat(Miss):
         return update.rank
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         rank, blocks = update.rank, factors.whole("M")
         count = update.columns // rank
         for start in range(0, len(window.rows), rank):

@@ -14,21 +14,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import COUNT, FLAG, OPTIONAL_NUMBER, Check, Config, checked, is_count, is_rank
+from shardmerge.adapters.formats.checks import COUNT, FLAG, OPTIONAL_NUMBER, Config, checked, is_count, is_rank
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, misshaped
 from shardmerge.adapters.methods.blocks import block_bytes, cayley, neumann, rotate, rotate_back, widened
 from shardmerge.adapters.tables import register
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.updates import Settings, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _TERMS = 5
 _EPS = 6e-5
@@ -61,8 +57,8 @@ class Oft(PeftFamily):
     peft_type = "OFT"
     title = "OFT, COFT"
     paper = "arXiv:2306.07280"
-    roles: ClassVar[Mapping[str, str]] = {"oft_R.weight": "Q?", "oft_embedding_R.weight": "embedding_Q?"}
-    settings: ClassVar[Mapping[str, Check]] = {
+    roles = {"oft_R.weight": "Q?", "oft_embedding_R.weight": "embedding_Q?"}
+    settings = {
         "r": COUNT,
         "oft_block_size": checked(
             is_count,
@@ -80,7 +76,7 @@ class Oft(PeftFamily):
     }
     # alpha_pattern was a setting of all that LyCORIS made up to PEFT 0.14, and OFT has no alpha.
     inert = frozenset({"alpha_pattern", "init_weights", "module_dropout"})
-    refused: ClassVar[Mapping[str, str]] = {
+    refused = {
         "rank_pattern": "OFT of PEFT 0.14 and older, with another number of blocks for some modules; it means other "
         "rotations, and must be trained again"
     }
@@ -167,8 +163,6 @@ def _block_size(numbers: int) -> int:
 
 def _rotations(numbers: Tensor, update: Update) -> Tensor:
     """R₁, …, R_n, (n, b, b), some of them put together."""
-    import torch
-
     size, of = _block_size(numbers.shape[1]), OftSettings.of(update)
     rows, columns = torch.triu_indices(size, size, 1, device=numbers.device)
 

@@ -12,22 +12,19 @@ vectors happen to have. The bits are those of PEFT's merge, for every dtype of t
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from shardmerge.adapters.claims import ModuleUpdate
-from shardmerge.adapters.formats.checks import MISSING, Check, Config, checked, is_number
+from shardmerge.adapters.formats.checks import MISSING, Config, checked, is_number
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, all_misshaped
 from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import MIN_TILE_ROWS, even_rows
 from shardmerge.spec.updates import Settings, Update, Window
 from shardmerge.system.bounded_regex import first_match
 from shardmerge.system.bounded_regex import problems as regex_problems
-
-if TYPE_CHECKING:
-    from torch import Tensor, dtype
 
 
 def _is_rank(value: Any) -> bool:
@@ -70,12 +67,12 @@ class Osf(PeftFamily):
     sum_units = 1024
     paper = "arXiv:2504.07097"
     note = "makes a weight's whole update at once, in memory that grows with the weight"
-    roles: ClassVar[Mapping[str, str]] = {
+    roles = {
         "osf_svd_params.U_low": "U",
         "osf_svd_params.S_low": "S",
         "osf_svd_params.V_low": "V",
     }
-    settings: ClassVar[Mapping[str, Check]] = {
+    settings = {
         "effective_rank": checked(_is_rank, "a number of singular values, or a share of them"),
         "rank_pattern": _check_patterns,
     }
@@ -114,10 +111,8 @@ def svd_bytes(update: Update) -> int:
     return 4 * (2 * update.rows * update.columns + both + 6 * smaller * smaller)
 
 
-def stored_dtype(update: Update) -> dtype:
+def stored_dtype(update: Update) -> torch.dtype:
     """The dtype in which PEFT keeps what it makes of W: W's own."""
-    import torch
-
     return {"F16": torch.float16, "BF16": torch.bfloat16}.get(update.factor("W").dtype, torch.float32)
 
 
@@ -138,8 +133,6 @@ def _rank(wanted: float | None, smaller: int) -> int:
 
 def _smaller(weight: Tensor, update: Update) -> Tensor:
     """U₀ ∘ S₀ (out, m − k), and below it V₀ᵀ (in, m − k)."""
-    import torch
-
     rest, dtype = update.factor("S").shape[0], stored_dtype(update)
     parts = torch.linalg.svd(weight.float(), full_matrices=False)
     first = len(parts[1]) - rest

@@ -13,19 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import OPTIONAL_NUMBER, RANK, Check, checked, is_count
+from shardmerge.adapters.formats.checks import OPTIONAL_NUMBER, RANK, checked, is_count
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, all_misshaped
 from shardmerge.adapters.methods.factored import TwoPass
 from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Settings, Update
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _DEEPEST = 32
 
@@ -75,13 +72,13 @@ class Peanut(TwoPass, PeftFamily):
     title = "PEANuT"
     updates = "Linear layers"
     paper = "arXiv:2410.01870"
-    roles: ClassVar[Mapping[str, str]] = {
+    roles = {
         "peanut_A.weight": "A",
         "peanut_B.weight": "B",
         **{f"peanut_encoders.{index}.weight": f"encoder{index}?" for index in range(_DEEPEST)},
         **{f"peanut_decoders.{index}.weight": f"decoder{index}?" for index in range(_DEEPEST)},
     }
-    settings: ClassVar[Mapping[str, Check]] = {
+    settings = {
         "r": RANK,
         "depth": checked(lambda value: is_count(value) and value <= _DEEPEST, f"a whole number up to {_DEEPEST}"),
         "scaling": OPTIONAL_NUMBER,

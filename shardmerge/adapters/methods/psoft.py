@@ -15,13 +15,12 @@ round once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import FLAG, NUMBER, RANK, SEED, Check, Config, checked, is_number, is_rank
+from shardmerge.adapters.formats.checks import FLAG, NUMBER, RANK, SEED, Config, checked, is_number, is_rank
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, misshaped
 from shardmerge.adapters.methods.blocks import cayley, neumann
 from shardmerge.adapters.methods.factored import Factored
@@ -29,9 +28,6 @@ from shardmerge.adapters.methods.osf import svd_bytes
 from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Settings, Update
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 #: More steps than anyone would ask for.
 _MOST = 1000
@@ -66,12 +62,12 @@ class Psoft(Factored, PeftFamily):
     mixes_weight = True  # W's subspace is rotated
     paper = "arXiv:2505.11235"
     note = "makes a weight's whole update at once, in memory that grows with the weight"
-    roles: ClassVar[Mapping[str, str]] = {
+    roles = {
         "psoft_R.weight": "R",
         "psoft_R.vector_a": "a?",
         "psoft_R.vector_b": "b?",
     }
-    settings: ClassVar[Mapping[str, Check]] = {
+    settings = {
         "r": RANK,
         "psoft_alpha": NUMBER,
         "psoft_orth": FLAG,
@@ -142,8 +138,6 @@ class Psoft(Factored, PeftFamily):
         return factors.kept("both", lambda: _main_directions(factors.whole("W"), update))
 
     def _left(self, factors: Factors, update: Update) -> Tensor:
-        import torch
-
         rotation = _rotation(factors, update)
         identity = torch.eye(update.rank, dtype=rotation.dtype, device=rotation.device)
         return self._both(factors, update)[: update.rows] @ (rotation - identity)
@@ -155,8 +149,6 @@ class Psoft(Factored, PeftFamily):
 
 def _main_directions(weight: Tensor, update: Update) -> Tensor:
     """B (out, r), and below it Aᵀ (in, r)."""
-    import torch
-
     rank, of = update.rank, PsoftSettings.of(update)
     # On the CPU wherever the rest is computed: which of two opposite directions is found, and what is drawn, differs.
     wide = weight.float().cpu()
@@ -178,8 +170,6 @@ def _main_directions(weight: Tensor, update: Update) -> Tensor:
 
 def _rotation(factors: Factors, update: Update) -> Tensor:
     """R, (r, r)."""
-    import torch
-
     rank, rotation, of = update.rank, factors.whole("R"), PsoftSettings.of(update)
     if of.orthogonal:
         rows, columns = torch.triu_indices(rank, rank, 1, device=rotation.device)

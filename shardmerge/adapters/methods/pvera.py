@@ -10,20 +10,15 @@ The bits are those of PEFT's merge, for every dtype of the base.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
-
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import RANK, Check
+from shardmerge.adapters.formats.checks import RANK
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, misshaped, oriented
 from shardmerge.adapters.methods.factored import Factored
 from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Parameter, Update
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @register
@@ -40,13 +35,13 @@ class Pvera(Factored, PeftFamily):
     title = "PVeRA"
     updates = "Linear layers"
     paper = "arXiv:2512.07703"
-    roles: ClassVar[Mapping[str, str]] = {"pvera_lambda_b": "lambda_b", "pvera_lambda_d": "lambda_d"}
-    shared_roles: ClassVar[Mapping[str, str]] = {"pvera_A": "A", "pvera_B": "B"}
-    settings: ClassVar[Mapping[str, Check]] = {"r": RANK}
+    roles = {"pvera_lambda_b": "lambda_b", "pvera_lambda_d": "lambda_d"}
+    shared_roles = {"pvera_A": "A", "pvera_B": "B"}
+    settings = {"r": RANK}
     inert = frozenset(
         {"d_initial", "generator_seed", "init_weights", "projection_prng_key", "pvera_dropout", "save_projection"}
     )
-    refused: ClassVar[Mapping[str, str]] = {
+    refused = {
         "sample_at_inference": "it draws its weights at random for every input, which no weight is equal to; set it to "
         "false in adapter_config.json to merge the mean, as PEFT does"
     }

@@ -21,19 +21,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import FLAG, NUMBER, OPTIONAL_SEED, RANK, Check
+from shardmerge.adapters.formats.checks import FLAG, NUMBER, OPTIONAL_SEED, RANK
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, add_scaled, misshaped, oriented, slab_elements, slabs
 from shardmerge.adapters.methods.vera import ProjectionSettings, rounded, shared_projections, sized
 from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import DTYPE_BITS, RowRange, TensorRef, even_rows
 from shardmerge.spec.updates import Parameter, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 #: Rows of B that are worked on at once: enough that making A' for them takes less time than multiplying.
 _BASIS_ROWS = 64
@@ -61,14 +58,14 @@ class RandLora(PeftFamily):
     updates = "matrices"
     paper = "arXiv:2502.00987"
     # PEFT saves A and B, which all modules share, once more for every module.
-    roles: ClassVar[Mapping[str, str]] = {
+    roles = {
         "randlora_lambda": "lambda",
         "randlora_gamma": "gamma",
         "randlora_A": "A?",
         "randlora_B": "B?",
     }
-    shared_roles: ClassVar[Mapping[str, str]] = {"randlora_A": "A", "randlora_B": "B"}
-    settings: ClassVar[Mapping[str, Check]] = {
+    shared_roles = {"randlora_A": "A", "randlora_B": "B"}
+    settings = {
         "r": RANK,
         "randlora_alpha": NUMBER,
         "save_projection": FLAG,
@@ -119,8 +116,6 @@ class RandLora(PeftFamily):
         return problems
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         tall = update.rows >= update.columns
         out = scratch if tall else scratch.T
         first, second = (window.rows, window.columns) if tall else (window.columns, window.rows)
@@ -190,8 +185,6 @@ def _working_bytes(update: Update, itemsize: int, row: int) -> int:
 
 def _draw(update: Update, *, with_large: bool) -> Tensor:
     """A, or B; either is drawn after A."""
-    import torch
-
     rank, of = update.rank, RandLoraSettings.of(update)
     sizes, sparse = of.sizes, of.sparse
     small, large = min(sizes), max(sizes)

@@ -13,21 +13,17 @@ are nearer. The last bit of b' depends on the processor: its product with all of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import Check, Config, checked, is_rank
+from shardmerge.adapters.formats.checks import Config, checked, is_rank
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, all_misshaped
 from shardmerge.adapters.methods.blocks import rotate_rows, widened
 from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Settings, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 #: Rows that are rotated at once, if a group has no more.
 _ROWS = 256
@@ -53,8 +49,8 @@ class Road(PeftFamily):
     selectors = frozenset()
     title = "RoAd"
     paper = "arXiv:2409.00119"
-    roles: ClassVar[Mapping[str, str]] = {"road_theta": "theta", "road_alpha": "alpha"}
-    settings: ClassVar[Mapping[str, Check]] = {
+    roles = {"road_theta": "theta", "road_alpha": "alpha"}
+    settings = {
         "variant": checked(
             lambda value: isinstance(value, str) and value in _VARIANTS, f"one of {', '.join(_VARIANTS)}", required=True
         ),

@@ -8,19 +8,16 @@ The bits are those of PEFT's merge.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from shardmerge.adapters.claims import ModuleUpdate
-from shardmerge.adapters.formats.checks import RANK, Check
+from shardmerge.adapters.formats.checks import RANK
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, misshaped
 from shardmerge.adapters.tables import register
 from shardmerge.errors import FormatError
 from shardmerge.spec.updates import Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @register
@@ -36,8 +33,8 @@ class Shira(PeftFamily):
     selectors = frozenset()
     title = "SHiRA"
     paper = "arXiv:2406.13175"
-    roles: ClassVar[Mapping[str, str]] = {"shira_weight": "numbers", "shira_indices": "places"}
-    settings: ClassVar[Mapping[str, Check]] = {"r": RANK}
+    roles = {"shira_weight": "numbers", "shira_indices": "places"}
+    settings = {"r": RANK}
     inert = frozenset({"init_weights", "mask_type", "random_seed"})
 
     updates = "matrices"

@@ -10,20 +10,16 @@ PEFT's merge. On a 16-bit base PEFT rounds the values, and B A too; we round onc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import OPTIONAL_NUMBER, Check, checked, is_number, is_rank
+from shardmerge.adapters.formats.checks import OPTIONAL_NUMBER, checked, is_number, is_rank
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, all_misshaped, misshaped
 from shardmerge.adapters.tables import register
 from shardmerge.errors import FormatError
 from shardmerge.spec.updates import Settings, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +44,13 @@ class SuperTuning(PeftFamily):
     title = "Super-Tuning"
     updates = "Linear layers"
     paper = "arXiv:2607.09287"
-    roles: ClassVar[Mapping[str, str]] = {
+    roles = {
         "supertuning_values": "values",
         "supertuning_indices": "indices?",
         "supertuning_lora_A.weight": "A?",
         "supertuning_lora_B.weight": "B?",
     }
-    settings: ClassVar[Mapping[str, Check]] = {
+    settings = {
         "sparsity": checked(lambda value: is_number(value) and 0 <= value < 1, "from 0 to below 1", required=True),
         "r": checked(is_rank, "a whole number above zero, or null"),
         "lora_alpha": OPTIONAL_NUMBER,
@@ -91,8 +87,6 @@ class SuperTuning(PeftFamily):
         return problems
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         order = factors.kept("order", lambda: _order(factors, update))
         bounds = torch.tensor([window.rows.start, window.rows.stop], device=order.device) * update.columns
         indices = factors.whole("indices")

@@ -15,20 +15,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import RANK, Check, Config, checked, is_number
+from shardmerge.adapters.formats.checks import RANK, Config, checked, is_number
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, all_misshaped, oriented
 from shardmerge.adapters.methods.factored import Factored
 from shardmerge.adapters.tables import register
 from shardmerge.errors import FormatError
 from shardmerge.spec.tensors import RowRange, TensorRef
 from shardmerge.spec.updates import Parameter, Settings, Update
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _VECTOR = re.compile(r"(?:base_model\.)?(?:model\.)?tinylora_v(?:\.[^.]+)?\.(?P<group>\d{1,9})")
 #: Modules times groups; more would be no model's, but a file made to keep us busy.
@@ -58,8 +55,8 @@ class TinyLora(Factored, PeftFamily):
     title = "TinyLoRA"
     updates = "matrices"
     paper = "arXiv:2602.04118"
-    roles: ClassVar[Mapping[str, str]] = {"tinylora_A": "A", "tinylora_B": "B", "tinylora_P": "P?"}
-    settings: ClassVar[Mapping[str, Check]] = {
+    roles = {"tinylora_A": "A", "tinylora_B": "B", "tinylora_P": "P?"}
+    settings = {
         "r": RANK,
         "u": RANK,
         "weight_tying": checked(lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
@@ -132,8 +129,6 @@ class TinyLora(Factored, PeftFamily):
 
 def _mixture(factors: Factors, update: Update) -> Tensor:
     """R, (r, r)."""
-    import torch
-
     projections = factors.whole("P")
     vector = factors.whole(f"v{_group(projections, update)}")
     return torch.einsum("i,ijk->jk", vector, projections)
@@ -141,8 +136,6 @@ def _mixture(factors: Factors, update: Update) -> Tensor:
 
 def _group(projections: Tensor, update: Update) -> int:
     """The group of the module, by the seed that its P was drawn from."""
-    import torch
-
     of = TinyLoraSettings.of(update)
     modules, groups = of.modules, of.groups
     if groups == 1:

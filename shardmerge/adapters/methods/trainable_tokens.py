@@ -6,10 +6,9 @@ Source: peft/tuners/trainable_tokens, 0.21.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 from shardmerge.adapters.claims import Claims
-from shardmerge.adapters.formats.checks import Check, Config
+from shardmerge.adapters.formats.checks import Config
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftMethod
 from shardmerge.adapters.formats.peft_tokens import claim_tokens, token_problems
 from shardmerge.adapters.tables import register
@@ -23,8 +22,8 @@ class TrainableTokensMethod(PeftMethod):
     peft_type = "TRAINABLE_TOKENS"
     selectors = frozenset()
     title = "Trainable tokens"
-    roles: ClassVar[Mapping[str, str]] = {"trainable_tokens_delta": "rows"}
-    settings: ClassVar[Mapping[str, Check]] = {"token_indices": token_problems}
+    roles = {"trainable_tokens_delta": "rows"}
+    settings = {"token_indices": token_problems}
     inert = frozenset({"init_weights"})
 
     def grouped(self, tensors: Mapping[str, TensorRef]) -> tuple[list[Module], dict[str, TensorRef]]:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import FLAG, RANK, Check, checked
+from shardmerge.adapters.formats.checks import FLAG, RANK, checked
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, all_misshaped, oriented
 from shardmerge.adapters.methods.factored import Factored
 from shardmerge.adapters.methods.unilora_seeded import deal
@@ -23,9 +23,6 @@ from shardmerge.adapters.tables import register
 from shardmerge.errors import FormatError
 from shardmerge.spec.tensors import RowRange, TensorRef
 from shardmerge.spec.updates import Parameter, Settings, Update
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +47,15 @@ class UniLora(Factored, PeftFamily):
     title = "Uni-LoRA"
     updates = "Linear layers"
     paper = "arXiv:2506.00799"
-    roles: ClassVar[Mapping[str, str]] = {
+    roles = {
         "unilora_indices_A": "indices_A",
         "unilora_indices_B": "indices_B",
         "unilora_scales_A": "scales_A",
         "unilora_scales_B": "scales_B",
     }
     kept_once = ("unilora_theta_d",)
-    shared_roles: ClassVar[Mapping[str, str]] = {"unilora_theta_d": "theta"}
-    settings: ClassVar[Mapping[str, Check]] = {
+    shared_roles = {"unilora_theta_d": "theta"}
+    settings = {
         "r": RANK,
         "theta_d_length": RANK,
         "save_indices": FLAG,

@@ -17,19 +17,16 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.adapters.formats.checks import Config
 from shardmerge.adapters.formats.peft_method import Context
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, misshaped
 from shardmerge.adapters.methods.factored import Factored
 from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import DTYPE_NAMES, RowRange, TensorRef
 from shardmerge.spec.updates import Settings, Update
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _SAVE = "load it with PEFT, set save_indices in the adapter's config, and save it again"
 #: What the names of the classes end in that PEFT's task types are for.
@@ -86,8 +83,6 @@ class UniLoraSeeded(Factored):
 
 def _numbers(factors: Factors, update: Update, start: int, stop: int) -> Tensor:
     """The elements that the list's indices from ``start`` on make: θ's numbers, scaled."""
-    import torch
-
     of = UniLoraSeededSettings.of(update)
     indices, scales = _list(of.count, of.length, of.seed)
     theta, part = factors.whole("theta"), indices[start:stop].long()
@@ -99,7 +94,6 @@ def _numbers(factors: Factors, update: Update, start: int, stop: int) -> Tensor:
 def _list(count: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
     """The indices, (D), and every index's scale, (d)."""
     import numpy
-    import torch
 
     generator = numpy.random.default_rng(seed)
     dealt = numpy.repeat(numpy.arange(length), count // length)

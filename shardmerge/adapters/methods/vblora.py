@@ -13,20 +13,16 @@ negative number's logarithm, and what it makes of the weight is NaN.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import FLAG, RANK, Check
+from shardmerge.adapters.formats.checks import FLAG, RANK
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, add_scaled, misshaped, oriented
 from shardmerge.adapters.tables import register
 from shardmerge.errors import FormatError
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _LOGITS, _INDICES, _WEIGHTS = ("logits_A", "logits_B"), ("indices_A", "indices_B"), ("weights_A", "weights_B")
 
@@ -50,7 +46,7 @@ class VbLora(PeftFamily):
     peft_type = "VBLORA"
     title = "VB-LoRA"
     paper = "arXiv:2405.15179"
-    roles: ClassVar[Mapping[str, str]] = {
+    roles = {
         "vblora_logits_A": "logits_A?",
         "vblora_logits_B": "logits_B?",
         "vblora_logits_A_topk_indices": "indices_A?",
@@ -59,8 +55,8 @@ class VbLora(PeftFamily):
         "vblora_logits_B_topk_weights": "weights_B?",
     }
     kept_once = ("vblora_vector_bank",)
-    shared_roles: ClassVar[Mapping[str, str]] = {"vblora_vector_bank": "bank"}
-    settings: ClassVar[Mapping[str, Check]] = {
+    shared_roles = {"vblora_vector_bank": "bank"}
+    settings = {
         "r": RANK,
         "num_vectors": RANK,
         "vector_length": RANK,
@@ -119,8 +115,6 @@ class VbLora(PeftFamily):
         ]
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         a = factors.kept("A", lambda: _pieces("A", factors, update).reshape(update.rank, -1))
         b = factors.kept("B", lambda: _pieces("B", factors, update).transpose(1, 2).reshape(-1, update.rank))
         if len(window.columns) < update.columns:
@@ -169,8 +163,6 @@ def _pieces(letter: str, factors: Factors, update: Update) -> Tensor:
 
 def _logits(letter: str, factors: Factors, update: Update) -> Tensor:
     """Logits whose softmax are the weights that were saved."""
-    import torch
-
     count = len(factors.whole("bank"))
     indices = factors.whole(f"indices_{letter}")
     if bool((indices < 0).any()) or bool((indices >= count).any()):

@@ -16,18 +16,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import FLAG, OPTIONAL_SEED, RANK, Check
+from shardmerge.adapters.formats.checks import FLAG, OPTIONAL_SEED, RANK
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, Family, add_scaled, misshaped, oriented
 from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import DTYPE_NAMES, RowRange, TensorRef
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +51,9 @@ class Vera(PeftFamily):
     title = "VeRA"
     updates = "matrices"
     paper = "arXiv:2310.11454"
-    roles: ClassVar[Mapping[str, str]] = {"vera_lambda_b": "lambda_b", "vera_lambda_d": "lambda_d"}
-    shared_roles: ClassVar[Mapping[str, str]] = {"vera_A": "A", "vera_B": "B"}
-    settings: ClassVar[Mapping[str, Check]] = {
+    roles = {"vera_lambda_b": "lambda_b", "vera_lambda_d": "lambda_d"}
+    shared_roles = {"vera_A": "A", "vera_B": "B"}
+    settings = {
         "r": RANK,
         "save_projection": FLAG,
         "projection_prng_key": OPTIONAL_SEED,
@@ -102,8 +99,6 @@ class Vera(PeftFamily):
         return problems
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        import torch
-
         def right() -> Tensor:
             return factors.whole("lambda_d").unsqueeze(1) * self.inputs(factors, update)[:, : update.columns]
 
@@ -152,8 +147,6 @@ class VeraSeeded(Vera):
 
 
 def _draw(update: Update) -> Tensor:
-    import torch
-
     rank, (rows, columns) = update.rank, ProjectionSettings.of(update).sizes
     generator = torch.Generator().manual_seed(ProjectionSettings.of(update).seed)
     numbers = torch.empty(rank * (columns + rows), dtype=torch.float32)
@@ -165,8 +158,6 @@ def _draw(update: Update) -> Tensor:
 
 def rounded(numbers: Tensor, update: Update) -> Tensor:
     """As numbers are that were kept in the dtypes of the modules' weights."""
-    import torch
-
     for name in ProjectionSettings.of(update).dtypes:
         numbers = numbers.to(getattr(torch, DTYPE_NAMES[name])).to(numbers.dtype)
     return numbers

@@ -13,20 +13,16 @@ merge, for every dtype of the base.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
-from shardmerge.adapters.formats.checks import FLAG, Check, Config, checked
+from shardmerge.adapters.formats.checks import FLAG, Config, checked
 from shardmerge.adapters.formats.peft_method import Module
+from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors
 from shardmerge.adapters.methods.fourierft import FourierFt, SpectrumSettings, add_part, places, spectrum_of
 from shardmerge.adapters.methods.wavelets import WAVELETS
 from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Settings, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _WAVELET = "db1"
 
@@ -46,8 +42,8 @@ class WaveFt(FourierFt):
     peft_type = "WAVEFT"
     title = "WaveFT"
     paper = "arXiv:2505.12532"
-    roles: ClassVar[Mapping[str, str]] = {"waveft_spectrum": "spectrum"}
-    settings: ClassVar[Mapping[str, Check]] = {
+    roles = {"waveft_spectrum": "spectrum"}
+    settings = {
         **FourierFt.settings,
         "proportional_parameters": FLAG,
         "use_idwt": FLAG,
@@ -75,8 +71,6 @@ class WaveFt(FourierFt):
 
 def _delta(spectrum: Tensor, update: Update) -> Tensor:
     """D⁻¹(S), (out, in)."""
-    import torch
-
     rows, columns = (of.to(spectrum.device) for of in places(update, len(spectrum)))
     wavelet = WaveFtSettings.of(update).wavelet
     if wavelet is None:

@@ -9,15 +9,12 @@ Trainable tokens: peft/tuners/trainable_tokens/layer.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Effect, Factors, Family, window_of
 from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import HasSettings, Parameter, Settings, Update, Window
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
