@@ -91,7 +91,7 @@ def claim_parameter(claims: Claims, module: Module, rank: int, scaling: float, c
     version = str(context.config.get("peft_version") or "")
     settings = ExpertSettings("peft", version)
     claims.updates.append(
-        ModuleUpdate(name, parameter, LoraExperts.name, (("A", a), ("B", b)), scaling, rank, settings=settings),
+        ModuleUpdate(name, parameter, LoraExperts.name, (("A", a), ("B", b)), scaling, rank, settings=settings)
     )
     if 0 in a.shape or 0 in b.shape:
         return

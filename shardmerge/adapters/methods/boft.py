@@ -48,11 +48,7 @@ class Boft(PeftFamily):
     title = "BOFT"
     paper = "arXiv:2311.06243"
     roles = {"boft_R": "blocks", "boft_s": "scale"}
-    settings = {
-        "boft_block_size": COUNT,
-        "boft_block_num": COUNT,
-        "boft_n_butterfly_factor": RANK,
-    }
+    settings = {"boft_block_size": COUNT, "boft_block_num": COUNT, "boft_n_butterfly_factor": RANK}
     inert = frozenset({"boft_dropout", "init_weights"})
 
     def check_config(self, config: Config) -> list[str]:

@@ -33,12 +33,7 @@ class Delora(PeftFamily):
     peft_type = "DELORA"
     title = "DeLoRA"
     paper = "arXiv:2503.18225"
-    roles = {
-        "delora_A": "A",
-        "delora_B": "B",
-        "delora_lambda": "lambda",
-        "delora_w_norm": "w",
-    }
+    roles = {"delora_A": "A", "delora_B": "B", "delora_lambda": "lambda", "delora_w_norm": "w"}
     # λ in the config is where training began.
     settings = {
         "r": RANK,

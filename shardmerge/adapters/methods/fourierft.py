@@ -44,12 +44,7 @@ class FourierFt(PeftFamily):
     paper = "arXiv:2405.03003"
     note = "makes a weight's whole update at once, in memory that grows with the weight"
     roles = {"fourierft_spectrum": "spectrum"}
-    settings = {
-        "n_frequency": RANK,
-        "n_frequency_pattern": RANK_PATTERN,
-        "scaling": NUMBER,
-        "random_loc_seed": SEED,
-    }
+    settings = {"n_frequency": RANK, "n_frequency_pattern": RANK_PATTERN, "scaling": NUMBER, "random_loc_seed": SEED}
     inert = frozenset({"init_weights"})
 
     def settings_of(self, config: Config, module: Module) -> Settings:

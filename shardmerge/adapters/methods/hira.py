@@ -29,12 +29,7 @@ class Hira(Lora, PeftFamily):
     peft_type = "HIRA"
     title = "HiRA"
     paper = "ICLR 2025, TwJrTz9cRS"
-    roles = {
-        "hira_A": "A?",
-        "hira_B": "B?",
-        "hira_embedding_A": "embedding_A?",
-        "hira_embedding_B": "embedding_B?",
-    }
+    roles = {"hira_A": "A?", "hira_B": "B?", "hira_embedding_A": "embedding_A?", "hira_embedding_B": "embedding_B?"}
     settings = {"r": RANK, "rank_pattern": RANK_PATTERN}
     inert = frozenset({"hira_dropout", "init_weights"})
 

@@ -67,11 +67,7 @@ class Osf(PeftFamily):
     sum_units = 1024
     paper = "arXiv:2504.07097"
     note = "makes a weight's whole update at once, in memory that grows with the weight"
-    roles = {
-        "osf_svd_params.U_low": "U",
-        "osf_svd_params.S_low": "S",
-        "osf_svd_params.V_low": "V",
-    }
+    roles = {"osf_svd_params.U_low": "U", "osf_svd_params.S_low": "S", "osf_svd_params.V_low": "V"}
     settings = {
         "effective_rank": checked(_is_rank, "a number of singular values, or a share of them"),
         "rank_pattern": _check_patterns,

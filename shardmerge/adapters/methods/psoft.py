@@ -62,11 +62,7 @@ class Psoft(Factored, PeftFamily):
     mixes_weight = True  # W's subspace is rotated
     paper = "arXiv:2505.11235"
     note = "makes a weight's whole update at once, in memory that grows with the weight"
-    roles = {
-        "psoft_R.weight": "R",
-        "psoft_R.vector_a": "a?",
-        "psoft_R.vector_b": "b?",
-    }
+    roles = {"psoft_R.weight": "R", "psoft_R.vector_a": "a?", "psoft_R.vector_b": "b?"}
     settings = {
         "r": RANK,
         "psoft_alpha": NUMBER,

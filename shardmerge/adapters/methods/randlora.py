@@ -58,12 +58,7 @@ class RandLora(PeftFamily):
     updates = "matrices"
     paper = "arXiv:2502.00987"
     # PEFT saves A and B, which all modules share, once more for every module.
-    roles = {
-        "randlora_lambda": "lambda",
-        "randlora_gamma": "gamma",
-        "randlora_A": "A?",
-        "randlora_B": "B?",
-    }
+    roles = {"randlora_lambda": "lambda", "randlora_gamma": "gamma", "randlora_A": "A?", "randlora_B": "B?"}
     shared_roles = {"randlora_A": "A", "randlora_B": "B"}
     settings = {
         "r": RANK,

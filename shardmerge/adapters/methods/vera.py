@@ -53,12 +53,7 @@ class Vera(PeftFamily):
     paper = "arXiv:2310.11454"
     roles = {"vera_lambda_b": "lambda_b", "vera_lambda_d": "lambda_d"}
     shared_roles = {"vera_A": "A", "vera_B": "B"}
-    settings = {
-        "r": RANK,
-        "save_projection": FLAG,
-        "projection_prng_key": OPTIONAL_SEED,
-        "fan_in_fan_out": FLAG,
-    }
+    settings = {"r": RANK, "save_projection": FLAG, "projection_prng_key": OPTIONAL_SEED, "fan_in_fan_out": FLAG}
     inert = frozenset({"d_initial", "init_weights", "vera_dropout"})
 
     def claim(self, tensors: Mapping[str, TensorRef], context: Context) -> Claims:
