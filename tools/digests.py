@@ -4,7 +4,7 @@
 
 shows what a change of the code does to the bytes. A line is: name of the configuration, exit code, digest of the
 output's files, digest of its records (``shardmerge.json``) without what differs from run to run. A configuration that
-is not merged has ``-`` for both.
+is not merged has ``-`` for both. The exit code is 1 where a configuration ended otherwise than it should.
 
 Inputs are made once, into the work folder, and used by all later runs there. A run waits for another one in the same
 folder. The checkout is run as a process of its own, by this interpreter; of the checkout, this program knows the
@@ -45,8 +45,6 @@ CHANGING = frozenset(
         *("mtime_ns", "ctime_ns", "inode", "device"),
     }
 )
-#: What stands for the work folder in records.
-_PLACEHOLDER = "WORK"
 _DIGITS = 32
 
 
@@ -187,7 +185,7 @@ def run_case(checkout: Path, work: Work, case: Case, *, keep: bool = False) -> t
             break
     if code != case.exit:
         print(f"{case.name}: exit code {code}, expected {case.exit}\n{done.stderr}", file=sys.stderr)
-    digests = "- -" if code else f"{digest_of_files(output)} {digest_of_records(output, work.folder)}"
+    digests = "- -" if code else f"{digest_of_files(output)} {digest_of_records(output, work)}"
     if not keep:
         shutil.rmtree(output, ignore_errors=True)
     return f"{case.name:<40} {code} {digests}", code == case.exit
@@ -209,13 +207,14 @@ def digest_of_files(output: Path) -> str:
     return found.hexdigest()[:_DIGITS]
 
 
-def digest_of_records(output: Path, folder: Path) -> str:
-    """Records without `CHANGING` keys, in the order of their keys, with a placeholder for the work folder."""
+def digest_of_records(output: Path, work: Work) -> str:
+    """Records without `CHANGING` keys, in the order of their keys, with placeholders for the work folder's paths."""
     found = hashlib.sha256()
     for file in _files(output):
         if file.name == RECORD:
-            lasting = json.dumps(without_changing(json.loads(file.read_bytes())))
-            found.update(f"{file.relative_to(output)} {lasting.replace(str(folder), _PLACEHOLDER)}\n".encode())
+            lasting = json.dumps(without_changing(json.loads(file.read_bytes())), ensure_ascii=False)
+            lasting = lasting.replace(str(work.inputs), "INPUTS").replace(str(work.folder), "WORK")
+            found.update(f"{file.relative_to(output)} {lasting}\n".encode())
     return found.hexdigest()[:_DIGITS]
 
 
@@ -229,9 +228,10 @@ def without_changing(value: Any) -> Any:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def chosen(pattern: str) -> list[Case]:
-    """Cases whose names match a shell's pattern."""
-    return [case for case in CASES if fnmatch.fnmatch(case.name, pattern)]
+def chosen(patterns: Iterable[str]) -> list[Case]:
+    """Cases whose names match one of a shell's patterns."""
+    patterns = list(patterns)
+    return [case for case in CASES if any(fnmatch.fnmatch(case.name, pattern) for pattern in patterns)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -240,12 +240,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkout", type=Path, default=ROOT, help="the code that merges (default: this checkout)")
     default = Path.home() / ".cache" / "shardmerge" / "digests"
     parser.add_argument("--work", type=Path, default=default, help="inputs and outputs (default: %(default)s)")
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="names of configurations, such as 'gguf-*'")
+    only = "names of configurations, such as 'gguf-*'; may be repeated"
+    parser.add_argument("--only", action="append", metavar="PATTERN", help=only)
     parser.add_argument("--jobs", type=int, default=1, help="how many are merged at once (default: 1)")
     parser.add_argument("--keep", action="store_true", help="keep the outputs in the work folder")
     parser.add_argument("--list", action="store_true", help="print the names of the configurations alone")
     options = parser.parse_args(arguments)
-    cases = chosen(options.only)
+    cases = chosen(options.only or ["*"])
     if options.list:
         print("\n".join(case.name for case in cases))
         return 0
