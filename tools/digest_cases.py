@@ -37,7 +37,7 @@ def _case(name: str, base: str, *adapters: Any, exit: int = 0, export: str = "",
 
 def _dtypes() -> list[Case]:
     """Dtypes of base, sums and output; and how they are rounded."""
-    rows = [
+    rows: list[tuple[str, str, dict[str, Any]]] = [
         ("f32", "float32", {}),
         ("f32", "float64", {}),
         ("f32", "bfloat16", {}),

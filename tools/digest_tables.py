@@ -40,7 +40,7 @@ def _mixed(file: str, tensors: Tensors) -> None:
 
 MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
-UNET = {
+UNET: dict[str, tuple[int, ...]] = {
     "down_blocks.0.attentions.0.proj_in.weight": (24, 20, 1, 1),
     "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight": (24, 20),
     "down_blocks.0.resnets.0.conv1.weight": (24, 8, 3, 3),
@@ -48,10 +48,9 @@ UNET = {
 SMALL = decoder_shapes(64, 160, layers=2)
 TALL = decoder_shapes(192, 768, layers=2)
 LARGE = decoder_shapes(1024, 4096, vocab=12_000)
-RAW = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+RAW: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 _SPM: dict[str, Any] = {"tokenizer": True, "vocab_size": 128}
-_GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32}
+_GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32}
 
 BASES: dict[str, MakeBase] = {
     "llama-f32": model("LlamaForCausalLM"),

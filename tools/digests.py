@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ CHANGING = frozenset(
 _DIGITS = 32
 
 
+@cache
+def _way_of_making() -> str:
+    """A name for how inputs are made: where that changes, other ones are made."""
+    found = hashlib.sha256()
+    for module in (digest_inputs, digest_tables):
+        found.update(Path(str(module.__file__)).read_bytes())
+    return found.hexdigest()[:12]
+
+
 @dataclass(frozen=True)
 class Work:
     """The folder of inputs, configs and outputs."""
@@ -56,11 +66,7 @@ class Work:
 
     @property
     def inputs(self) -> Path:
-        """Named by how inputs are made, so that other ones are made when that changes."""
-        found = hashlib.sha256()
-        for module in (digest_inputs, digest_tables):
-            found.update(Path(str(module.__file__)).read_bytes())
-        return self.folder / f"inputs-{found.hexdigest()[:12]}"
+        return self.folder / f"inputs-{_way_of_making()}"
 
     def base(self, name: str) -> Path:
         return self.inputs / "bases" / name
@@ -92,7 +98,7 @@ def make_inputs(work: Work, cases: Iterable[Case]) -> None:
         for name in case.adapter_names():
             adapter = ADAPTERS[name]
             base = _made(work.base(adapter.base), BASES[adapter.base])
-            _made(work.adapter(name), lambda folder, make=adapter.make, base=base: make(base, folder))
+            _made(work.adapter(name), partial(adapter.make, base))
         _made(work.base(case.base), BASES[case.base])
         write_config(work, case)
 
