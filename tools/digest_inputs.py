@@ -235,7 +235,7 @@ def peft(
                 if parameter.requires_grad:  # many are zero or one to begin with
                     parameter += scale * torch.randn_like(parameter)
             made.save_pretrained(folder)
-        _tidy(folder, getattr(torch, dtype), pickled)
+        _tidy(folder, getattr(torch, dtype), pickled, settings)
 
     return make
 
@@ -250,13 +250,15 @@ def _loaded(base: Path) -> Any:
     return made
 
 
-def _tidy(folder: Path, dtype: torch.dtype, pickled: bool) -> None:
-    """Stores the numbers in ``dtype``, and in an order of its own whatever PEFT writes from a set or with a date."""
+def _tidy(folder: Path, dtype: torch.dtype, pickled: bool, settings: Mapping[str, Any]) -> None:
+    """Store the numbers in ``dtype``; lists that PEFT writes from sets, sorted or as they were in ``settings``."""
     (folder / "README.md").unlink(missing_ok=True)
     config = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
     for key, value in config.items():
         if key in ("target_modules", "modules_to_save", "feedforward_modules") and isinstance(value, list):
             config[key] = sorted(value)
+    if "target_parameters" in settings:
+        config["target_parameters"] = settings["target_parameters"]
     write_json(folder / _ADAPTER_CONFIG, {**config, "base_model_name_or_path": None})
     file = folder / _ADAPTER_FILE
     tensors = {

@@ -31,6 +31,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tools import digest_inputs, digest_tables
 from tools.digest_cases import CASES, Case
 from tools.digest_tables import ADAPTERS, BASES
@@ -93,14 +95,23 @@ class Work:
 
 
 def make_inputs(work: Work, cases: Iterable[Case]) -> None:
-    """Make what the cases need and the folder lacks."""
-    for case in cases:
-        for name in case.adapter_names():
-            adapter = ADAPTERS[name]
-            base = _made(work.base(adapter.base), BASES[adapter.base])
-            _made(work.adapter(name), partial(adapter.make, base))
-        _made(work.base(case.base), BASES[case.base])
-        write_config(work, case)
+    """Make what the cases need and the folder lacks, in one thread: on more, decompositions have other last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for case in cases:
+            _make_inputs_of(work, case)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _make_inputs_of(work: Work, case: Case) -> None:
+    for name in case.adapter_names():
+        adapter = ADAPTERS[name]
+        base = _made(work.base(adapter.base), BASES[adapter.base])
+        _made(work.adapter(name), partial(adapter.make, base))
+    _made(work.base(case.base), BASES[case.base])
+    write_config(work, case)
 
 
 def _made(folder: Path, make: Callable[[Path], None]) -> Path:
