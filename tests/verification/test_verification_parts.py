@@ -27,8 +27,7 @@ from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import RowRange, TensorInfo, TensorRef
 from shardmerge.spec.updates import Place as Where
 from shardmerge.spec.updates import Update
-from shardmerge.verification.exact import PlainFactors
-from shardmerge.verification.formulas import FORMULAS
+from shardmerge.verification.formulas import FORMULAS, PlainFactors
 from shardmerge.verification.reading import Factor, Files
 from shardmerge.verification.rounding import half_unit
 from shardmerge.verification.rows import all_rows, sampled

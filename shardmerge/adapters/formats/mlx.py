@@ -46,7 +46,7 @@ class Mlx(AdapterFormat):
     def stated_scale(self, config: Config | None) -> float | None:
         parameters = (config or {}).get("lora_parameters")
         scale = parameters.get("scale") if isinstance(parameters, dict) else None
-        return float(scale) if is_number(scale) else None
+        return float(scale) if isinstance(scale, (int, float)) and is_number(scale) else None
 
     def read(self, content: AdapterContent, base: BaseView) -> Claims:
         if content.config is None:
