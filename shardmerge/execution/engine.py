@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -46,13 +46,14 @@ def merge_shard(
     ``engine`` is that of this process for this plan, which stays warm between shards; without one, one is made for this
     shard. ``advance`` is given the bytes done, in the calling thread, and may raise to stop.
     """
-    with ExitStack() as stack:
-        engine = engine or stack.enter_context(Engine(plan))
-        steps = ShardSteps(shard, engine.seconds)
-        with destination.writer(shard) as writer:
-            receipt = engine.merge_shard(shard, writer, advance)
-        steps.finished(receipt)
-        return receipt
+    if engine is None:
+        with Engine(plan) as engine:
+            return merge_shard(plan, shard, destination, engine=engine, advance=advance)
+    steps = ShardSteps(shard, engine.seconds)
+    with destination.writer(shard) as writer:
+        receipt = engine.merge_shard(shard, writer, advance)
+    steps.finished(receipt)
+    return receipt
 
 
 class Engine:
@@ -85,7 +86,7 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Give back threads and open files. Closing it twice does no harm."""
+        """Give back threads and open files, which are made and opened again if they are needed again."""
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.close()
@@ -95,7 +96,18 @@ class Engine:
 
     def merge_shard(self, shard: ShardPlan, writer: Writer, advance: Callable[[int], None]) -> Receipt:
         """Write one shard through ``writer`` and commit it. ``advance`` is given the bytes done."""
+        try:
+            self._write_shard(shard, writer, advance)
+        except BaseException:
+            self.close()  # nothing that was seen of this shard may get into the receipt of the next
+            raise
+        if self._worker is None:
+            return writer.commit()
+        active, fidelity, seconds = self._worker.take()
+        self.seconds["working"] += seconds
+        return writer.commit(active, fidelity)
 
+    def _write_shard(self, shard: ShardPlan, writer: Writer, advance: Callable[[int], None]) -> None:
         def read(job: Job, buffer: Buffer) -> None:
             self._sources.get(job.uri).read_block(buffer.view, job.read_at, job.read_offset, job.read_bytes)
 
@@ -137,11 +149,6 @@ class Engine:
         self._factors.check()
         self._shared.check()  # what was read and hashed is what was shared
         self._must_be_done(shard)
-        if self._worker is None:
-            return writer.commit()
-        active, fidelity, seconds = self._worker.take()
-        self.seconds["working"] += seconds
-        return writer.commit(active, fidelity)
 
     def _timed(self, stage: str, step: Callable[[Job, Buffer], None]) -> Callable[[Job, Buffer], None]:
         def timed(job: Job, buffer: Buffer) -> None:

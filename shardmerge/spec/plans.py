@@ -294,5 +294,5 @@ class Receipt:
     fidelity: Mapping[str, Fidelity] = dataclasses.field(default_factory=dict)
 
     def entry(self) -> dict[str, Any]:
-        """What the journal and the record say of the file."""
+        """What the record says of the file."""
         return {"bytes": self.nbytes, **self.checksums}

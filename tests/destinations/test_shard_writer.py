@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import mmap
 import os
 from pathlib import Path
@@ -10,14 +11,17 @@ from random import Random
 from typing import Any
 
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shardmerge import OutputError
 from shardmerge.destinations import shard_writer as writer_module
+from shardmerge.destinations.shard_writer import ShardWriter
 from shardmerge.file_formats import safetensors_header
-from shardmerge.spec.plans import ShardPlan, TensorPlan
+from shardmerge.spec.plans import Receipt, ShardPlan, TensorPlan
 from shardmerge.spec.tensors import PAGE, TensorInfo
+from shardmerge.system.directory import Directory
 from tests.support.builders import refs_of, shard_writer, untimed
 
 
@@ -143,3 +147,32 @@ def test_blocks_come_in_order(tmp_path: Path) -> None:
     told = pytest.raises(AssertionError, match="byte 5 of the data comes at the place of")
     with shard_writer(tmp_path / "s", shard) as writer, told:
         writer.write_block(memory, (shard.header_bytes + 5) % PAGE, 5, 5)
+
+
+def test_a_file_that_another_writer_has_begun_anew_is_not_renamed(tmp_path: Path) -> None:
+    """A worker whose driver was killed may be at the same shard as that of the next run."""
+    shard, memory = shard_of(10), memoryview(bytearray(2 * PAGE))
+    with shard_writer(tmp_path / "s", shard) as old, shard_writer(tmp_path / "s", shard) as new:
+        for writer in (old, new):
+            writer.write_block(memory, shard.header_bytes % PAGE, 0, 10)
+        with pytest.raises(OutputError, match="another process writes the same file"):
+            old.commit()
+        assert not (tmp_path / "s").exists()
+        new.commit()
+    assert (tmp_path / "s").read_bytes() == expected(shard, bytes(10))
+
+
+def test_a_receipt_comes_after_the_file(tmp_path: Path) -> None:
+    kept: list[tuple[Receipt, bytes]] = []
+    shard = shard_of(5)
+    with Directory(tmp_path) as folder:
+
+        def keep(receipt: Receipt) -> None:
+            kept.append((receipt, (tmp_path / "s").read_bytes()))
+
+        with ShardWriter(folder / "s", shard, True, keep) as writer:
+            writer.write_block(memoryview(bytearray(2 * PAGE)), shard.header_bytes % PAGE, 0, 5)
+            receipt = writer.commit((1,))
+    data = expected(shard, bytes(5))
+    checksums = {"xxh3_128": xxhash.xxh3_128_hexdigest(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert kept == [(receipt, data)] and receipt == Receipt("model.safetensors", len(data), checksums, (1,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -189,3 +190,31 @@ def test_a_directory_that_cannot_be_synced_is_an_output_error(
     with pytest.raises(OutputError, match=str(tmp_path)):
         durable.fsync_directory(directory / "inner")
     assert len(closed) == 1
+
+
+# --- in another process -----------------------------------------------------------------------------------------------
+
+
+def test_a_pickled_directory_is_closed_and_opens_as_the_same(tmp_path: Path) -> None:
+    with Directory(tmp_path) as directory:
+        copy = pickle.loads(pickle.dumps(directory / "a")).root
+        assert directory.is_open and not copy.is_open
+        with durable.held(copy):
+            assert os.path.samestat(os.fstat(copy.fd), os.fstat(directory.fd))
+            with durable.held(copy):
+                pass
+            assert copy.is_open
+        assert not copy.is_open
+
+
+def test_a_pickled_directory_is_no_other_that_has_taken_its_place(tmp_path: Path) -> None:
+    place, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    place.mkdir()
+    elsewhere.mkdir()
+    with Directory(place) as directory:
+        copy = pickle.loads(pickle.dumps(directory))
+    place.rename(tmp_path / "moved")
+    place.symlink_to(elsewhere)
+    with pytest.raises(OutputError, match="another directory has taken its place"), durable.held(copy):
+        pass
+    assert not copy.is_open
