@@ -42,11 +42,6 @@ def aux_chunks(aux: AuxFile, checksums: Checksums) -> Iterator[bytes]:
         reader.check()
 
 
-def aux_bytes(aux: AuxFile) -> int:
-    """How many bytes `aux_chunks` gives."""
-    return aux.source.size if aux.content is None else len(aux.content.encode())
-
-
 def index_of(plan: MergePlan) -> bytes:
     """The index. ``total_size`` is the bytes of all tensors, without headers, as transformers counts it."""
     metadata = {**dict(plan.index_metadata), "total_size": sum(shard.data_bytes for shard in plan.shards)}

@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol
 
+from shardmerge.destinations.local.directory import LocalDirectory
 from shardmerge.spec.plans import Fidelity, Fingerprint, MergePlan, Receipt, ShardPlan
 
 
@@ -109,3 +110,14 @@ class Destination(Protocol):
 
     def standing(self) -> str:
         """Whether the place holds a model at this moment, and which, as an error says it."""
+
+
+#: What makes a destination of its name and of whether a finished merge there may be replaced, by the scheme of the name
+#: (``scheme://…``). A name without one is a local directory.
+DESTINATIONS: dict[str, Callable[[str, bool], Destination]] = {"": LocalDirectory}
+
+
+def open_destination(location: str, overwrite: bool) -> Destination:
+    """The destination of that name, which is not looked at yet. `PlanError` where there can be none."""
+    scheme, separator, _ = location.partition("://")
+    return DESTINATIONS.get(scheme if separator else "", LocalDirectory)(location, overwrite)

@@ -1,4 +1,8 @@
-"""``shardmerge.json``, the record of a finished merge: written with a checksum of itself, read with suspicion."""
+"""What a directory holds of ours: a finished merge with its record, or one that was not finished.
+
+``shardmerge.json``, the record, is written with a checksum of itself. Whoever prepared a directory may have written it,
+so it is read with suspicion.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardmerge.destinations.unfinished import FOLDER, is_unfinished
-from shardmerge.destinations.untrusted import is_within, json_object, own_names
 from shardmerge.errors import FormatError, SourceError
 from shardmerge.spec.notices import Warned
 from shardmerge.system import checksums
 from shardmerge.system.regular_files import read_small, why_not_readable
 
 RECORD_NAME = "shardmerge.json"
+#: The folder in an output that holds an unfinished merge, and the file in it that says whose merge it is.
+FOLDER, JOURNAL = ".shardmerge", "journal.json"
 #: The record's key for its own checksum.
 SEAL = "record_checksum"
 #: Bytes of a record at most. That of a model of 70,000 merged tensors has 21 MB.
@@ -72,6 +76,25 @@ class Record:
         entries = {**self.shards, **self.others}
         sizes = {name: entries[name][0] if name in entries else None for name in (*self.files, *entries)}
         return bool(sizes) and all(_has_size(output / name, size) for name, size in sizes.items())
+
+
+# --- what is unfinished -----------------------------------------------------------------------------------------------
+
+
+def is_unfinished(output: Path) -> bool:
+    """Whether the directory holds a merge of ours that was not finished."""
+    return os.path.lexists(output / FOLDER / JOURNAL)
+
+
+def left_behind(output: Path) -> str | None:
+    """The name of a work folder beside a finished model, which may be removed; None where there is none."""
+    folder = output / FOLDER
+    return FOLDER if folder.is_dir() and not folder.is_symlink() else None
+
+
+def is_work(name: str) -> bool:
+    """Whether a folder of this name in an output is an unfinished merge, and not a part of the model."""
+    return name == FOLDER
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -173,6 +196,26 @@ def _has_size(path: Path, size: int | None) -> bool:
         return path.is_file() and (size is None or path.stat().st_size == size)
     except (OSError, ValueError):
         return False
+
+
+def json_object(data: bytes) -> dict[str, Any] | None:
+    """The JSON object in ``data``; None where it is damaged or is something other than an object."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def is_within(name: str) -> bool:
+    """Whether a name in a record or a journal is of a file inside the output."""
+    return bool(name.strip("/.")) and not name.startswith("/") and "\0" not in name and ".." not in name.split("/")
+
+
+def own_names(value: Any) -> list[str]:
+    """The names in a list that are of files inside the output, whatever else the list holds."""
+    names = [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
+    return [name for name in names if is_within(name)]
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Whose work is this? The fingerprint of a merge, with the bytes of its adapters in it.
 
-A plan has read headers only, and so knows an adapter by size and time. Whether an unfinished output may be taken up is
+A plan has read headers only, and so knows an adapter by size and time. Whether an unfinished output may be resumed is
 asked by a merge alone, and so answered there: an adapter that was fetched again, or copied, has other times but may be
 the same; one that was trained anew may have the same size. The base is too large to be read for that, and is known by
 its headers, sizes and times.
@@ -9,6 +9,7 @@ its headers, sizes and times.
 from __future__ import annotations
 
 import hashlib
+from contextlib import closing
 
 from shardmerge.sources.source import HUB_SCHEME, open_reader
 from shardmerge.spec.plans import AuxFile, Fingerprint, MergePlan
@@ -46,12 +47,9 @@ def with_contents(plan: MergePlan, torch_version: str) -> Fingerprint:
 def _content(file: SourceFile) -> str:
     if file.uri.startswith(HUB_SCHEME):
         return file.uri  # the commit in it is a hash of the contents
-    reader = open_reader(file)
-    try:
+    with closing(open_reader(file)) as reader:
         found = checksums.of_file(reader, file.size)
         reader.check()
-    finally:
-        reader.close()
     return found["xxh3_128"]
 
 

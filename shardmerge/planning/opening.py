@@ -8,9 +8,8 @@ from typing import TypeVar
 
 from shardmerge.adapters.registry import are_factors, are_weights
 from shardmerge.config.schema import AdapterConfig, MergeConfig
-from shardmerge.destinations.record import RECORD_NAME
-from shardmerge.destinations.registry import open_destination
-from shardmerge.destinations.unfinished import is_unfinished
+from shardmerge.destinations.destination import open_destination
+from shardmerge.destinations.record import RECORD_NAME, is_unfinished
 from shardmerge.errors import FormatError, MissingError, OtherKindError, PlanError, ShardmergeError
 from shardmerge.file_formats import recognise
 from shardmerge.file_formats.adapter_file import AdapterFile, open_adapter

@@ -13,7 +13,7 @@ from typing import Any
 
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.config.schema import AdapterConfig, MergeConfig
-from shardmerge.destinations.registry import open_destination
+from shardmerge.destinations.destination import open_destination
 from shardmerge.errors import FormatError, PlanError
 from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.file_formats.checkpoint import Checkpoint
@@ -33,7 +33,6 @@ from shardmerge.planning.vocabulary import resized
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.plans import (
     AdapterInfo,
-    AuxFile,
     Fingerprint,
     MergePlan,
     ShardPlan,
@@ -124,7 +123,7 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
             f"compute.max_memory is {max_memory:,} bytes, but the largest layer needs {memory.total:,} to work on at "
             "least 16 of its rows at a time; give at least that"
         )
-    written = sum(shard.nbytes for shard in shards) + sum(_aux_bytes(file) for file in aux.files)
+    written = sum(shard.nbytes for shard in shards) + sum(file.nbytes for file in aux.files)
     infos = tuple(_adapter_info(entry, adapter) for entry, adapter in adapters)
     plan = MergePlan(
         base=checkpoint.info(),
@@ -203,10 +202,6 @@ def _renamed_weights(checkpoint: Checkpoint, layout: Layout) -> str | None:
     main = layout.index_name or layout.shards[0].name
     named = checkpoint.config.get("transformers_weights")
     return None if named is None or named == main else main
-
-
-def _aux_bytes(file: AuxFile) -> int:
-    return file.source.size if file.content is None else len(file.content.encode())
 
 
 def _changes_dtype(shards: Sequence[ShardPlan]) -> bool:

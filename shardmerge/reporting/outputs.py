@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shardmerge.destinations.record import RECORD_NAME, SEAL, find_record
-from shardmerge.destinations.unfinished import is_unfinished
+from shardmerge.destinations.record import RECORD_NAME, SEAL, find_record, is_unfinished
 from shardmerge.errors import FormatError
 from shardmerge.gguf.glance import glance
 from shardmerge.reporting.verified import last_time

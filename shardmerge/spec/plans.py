@@ -115,6 +115,10 @@ class AuxFile:
     source: SourceFile
     content: str | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return self.source.size if self.content is None else len(self.content.encode())
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:

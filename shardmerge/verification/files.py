@@ -17,8 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shardmerge.destinations.record import RECORD_NAME, Record
-from shardmerge.destinations.unfinished import is_work, left_behind
+from shardmerge.destinations.record import RECORD_NAME, Record, is_work, left_behind
 from shardmerge.sources.source import open_reader
 from shardmerge.spec.plans import AuxFile, MergePlan
 from shardmerge.spec.tensors import SourceFile

@@ -18,9 +18,8 @@ import xxhash
 
 import shardmerge
 from shardmerge import NonFiniteError, OutputError, PlanError, ResumeError
-from shardmerge.destinations import registry
-from shardmerge.destinations.destination import Destination
-from shardmerge.destinations.registry import open_destination
+from shardmerge.destinations import destination
+from shardmerge.destinations.destination import Destination, open_destination
 from shardmerge.errors import ChangedError
 from shardmerge.execution.engine import merge_shard
 from shardmerge.spec.plans import MergePlan
@@ -102,7 +101,7 @@ class Case:
 
 @pytest.fixture(params=KINDS)
 def case(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
-    monkeypatch.setitem(registry.DESTINATIONS, SCHEME, MemoryDestination)
+    monkeypatch.setitem(destination.DESTINATIONS, SCHEME, MemoryDestination)
     kind = KINDS[request.param]
     return Case(kind, ThreeShards(tmp_path).make(), kind.location(tmp_path))
 

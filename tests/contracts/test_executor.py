@@ -19,8 +19,7 @@ import torch
 
 import shardmerge
 from shardmerge import NonFiniteError, OutputError, ShardmergeError
-from shardmerge.destinations.destination import Handle
-from shardmerge.destinations.registry import open_destination
+from shardmerge.destinations.destination import Handle, open_destination
 from shardmerge.execution.engine import Engine, merge_shard
 from shardmerge.execution.executors import Advance, Executor, MergeShard, SerialExecutor
 from shardmerge.spec.plans import MergePlan, Receipt, ShardPlan

@@ -20,7 +20,7 @@ from xxhash import xxh3_128_hexdigest
 import shardmerge
 from shardmerge import FormatError, OutputError, ResumeError, ShardmergeError, SourceError
 from shardmerge.cli.main import cli
-from shardmerge.destinations.local import journal, layout
+from shardmerge.destinations.local import journal, stage
 from shardmerge.destinations.local.commit import Commit
 from shardmerge.destinations.local.directory import LocalDirectory
 from shardmerge.destinations.local.stage import Stage
@@ -118,7 +118,7 @@ def test_what_the_journal_says_is_read_once(place: Place, monkeypatch: pytest.Mo
     place.stop_in_shard(4)
     plan = shardmerge.plan(place.config())
     read: list[str] = []
-    original = layout.read_json
+    original = stage.read_json
 
     def noting(file: Entry) -> Any:
         read.append(file.name)

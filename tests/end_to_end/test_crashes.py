@@ -37,7 +37,7 @@ from shardmerge import OutputError, PlanError, ResumeError, SourceError
 from shardmerge.destinations.local import checks
 from shardmerge.destinations.local.directory import LocalDirectory
 from shardmerge.destinations.local.journal import Journal
-from shardmerge.destinations.unfinished import is_unfinished
+from shardmerge.destinations.record import is_unfinished
 from shardmerge.system import durable
 from tests.support.builders import (
     DOWN1,

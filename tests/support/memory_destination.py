@@ -56,7 +56,7 @@ class MemoryWriter:
     def commit(self, active: Sequence[int] = (), fidelity: Mapping[str, Fidelity] | None = None) -> Receipt:
         self._data += bytes(self._shard.nbytes - len(self._data))
         checksums = Checksums(self._bucket.sha256)
-        checksums.update(self._data)
+        checksums.update(bytes(self._data))
         name = self._shard.name
         receipt = Receipt(name, len(self._data), checksums.hex(), tuple(active), fidelity or {})
         self._bucket.shards[name] = bytes(self._data)
@@ -136,7 +136,7 @@ class MemoryDestination:
         for aux in plan.aux:
             checksums = Checksums(plan.sha256)
             files[aux.name] = b"".join(contents.aux_chunks(aux, checksums))
-            others[aux.name] = contents.entry(contents.aux_bytes(aux), checksums)
+            others[aux.name] = contents.entry(aux.nbytes, checksums)
         if plan.index_name is not None:
             files[plan.index_name] = contents.index_of(plan)
             others[plan.index_name] = contents.entry_of(files[plan.index_name], plan.sha256)

@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge.destinations.contents import files_of
-from shardmerge.destinations.local.layout import RECEIPTS, STAGE, model_bytes, read_state, work_bytes
+from shardmerge.destinations.local.stage import RECEIPTS, STAGE, model_bytes, read_state, work_bytes
 from shardmerge.destinations.record import (
+    FOLDER,
     RECORD_NAME,
     believed_record,
     damaged_record,
     files_of_merge,
     has_damaged_record,
+    is_unfinished,
+    own_names,
 )
-from shardmerge.destinations.unfinished import FOLDER, is_unfinished
-from shardmerge.destinations.untrusted import own_names
 from shardmerge.spec.plans import MergePlan
 from shardmerge.spec.tensors import SourceFile
 from shardmerge.spec.words import words_for

@@ -58,7 +58,7 @@ class Commit:
         target, checksums = self.output / aux.name, Checksums(self.plan.sha256)
         durable.make_folder(target.parent)
         durable.write_file(target, contents.aux_chunks(aux, checksums))
-        return contents.entry(contents.aux_bytes(aux), checksums)
+        return contents.entry(aux.nbytes, checksums)
 
     def _write(self, name: str, content: bytes) -> None:
         durable.write_file(self.output / name, [content])

@@ -1,32 +1,38 @@
 """A directory of this machine as a destination.
 
-What is unfinished is in a folder of its own in it (`layout`), so that nobody takes it for a model. What is resumed is
+What is unfinished is in a folder of its own in it (`stage`), so that nobody takes it for a model. What is resumed is
 read once and compared with its checksum: after a crash, a disk may not have what it said it had. Reading a shard takes
 a fraction of the time of making it again.
 """
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from shardmerge.destinations.contents import files_of
 from shardmerge.destinations.local.checks import all_problems, problems_alone
 from shardmerge.destinations.local.commit import Commit
 from shardmerge.destinations.local.journal import Journal
-from shardmerge.destinations.local.lock import Lock
 from shardmerge.destinations.local.stage import Stage
-from shardmerge.destinations.record import believed_record
-from shardmerge.destinations.unfinished import FOLDER
-from shardmerge.errors import PlanError, ResumeError, SourceError
+from shardmerge.destinations.record import FOLDER, believed_record
+from shardmerge.errors import OutputError, PlanError, ResumeError, SourceError
 from shardmerge.sources.source import open_reader
 from shardmerge.spec.plans import Fingerprint, MergePlan, Receipt, digest_of
 from shardmerge.spec.tensors import SourceFile
 from shardmerge.system import checksums, durable
-from shardmerge.system.directory import Directory
+from shardmerge.system.directory import Directory, Entry
+
+LOCK, HOLDER = "lock", "holder"
+#: Bytes of the file that names who holds the lock.
+_HOLDER_BYTES = 1000
 
 
 class LocalDirectory:
@@ -41,7 +47,7 @@ class LocalDirectory:
         self.overwrite = overwrite
         self._root = Directory(self.path)
         self._folder = self._root / FOLDER
-        self._lock = Lock(self._folder)
+        self._lock = _Lock(self._folder)
         self._journal = Journal(self._folder)
         self._plan: MergePlan | None = None
         self._stage: Stage | None = None
@@ -50,7 +56,7 @@ class LocalDirectory:
         self._new: list[Path] = []
         self._is_new = False
         self._made: list[Path] = []
-        self._has_begun = self._is_complete = False
+        self._is_complete = False
 
     @property
     def location(self) -> str:
@@ -70,17 +76,12 @@ class LocalDirectory:
         except BaseException as error:
             self._leave(undo=not isinstance(error, ResumeError))  # what is there is another's
             raise
-        try:
-            self._lock.name_holder()
-        except BaseException:
-            self._leave(undo=True)
-            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._leave(undo=not self._has_begun)
+        self._leave(undo=self._stage is None)
 
     def _leave(self, undo: bool) -> None:
         """Where nothing was begun, ``undo`` leaves no trace, unless it was there before."""
@@ -97,8 +98,8 @@ class LocalDirectory:
     def begin(self, plan: MergePlan, fingerprint: Fingerprint) -> dict[str, Receipt]:
         digest = digest_of(fingerprint)
         is_resumed = self._journal.open(digest, fingerprint, self.overwrite)
-        self._has_begun, self._plan = True, plan
-        self._stage = stage = Stage(self._root, digest, plan.sha256)
+        self._plan, self._stage = plan, Stage(self._root, digest, plan.sha256)
+        stage = self._stage
         self._made = self._journal.made() or self._new
         if is_resumed:
             durable.fsync_directory(self._folder)  # an earlier run may have been killed before it came to that
@@ -163,7 +164,7 @@ class LocalDirectory:
 
     @property
     def is_resumable(self) -> bool:
-        return self._has_begun and not self._is_complete
+        return self._stage is not None and not self._is_complete
 
     @property
     def holds_model(self) -> bool:
@@ -179,3 +180,63 @@ class LocalDirectory:
         if self._journal.is_committing and record.values.get("digest") == self._journal.digest:
             return "All files of the new model are in place, but it is not certain that they are on the disk"
         return "The model that was there before is still whole"
+
+
+# --- the lock ---------------------------------------------------------------------------------------------------------
+
+
+class _Lock:
+    """Held by the process that drives a merge, from `acquire` to `release`, and given back when that process ends."""
+
+    def __init__(self, folder: Entry) -> None:
+        self._folder = folder
+        self._lock: FileLock | None = None
+        #: A descriptor of the folder, as long as the lock is held.
+        self._locked_in = -1
+
+    def acquire(self) -> None:
+        """`ResumeError` where another process holds it."""
+        output, lock = self._folder.root.path, self._folder / LOCK
+        with durable.reported(output, "locking"):
+            # filelock opens it by a path, and empties it: it must be a file with no other name, in our own folder.
+            if lock.ensure_file().st_nlink > 1:
+                raise OutputError(f"{lock}: has another name, and to lock it could change that file; remove it")
+            with self._folder.descriptor() as folder:
+                self._locked_in = os.dup(folder)
+            self._lock = FileLock(_path_of(self._locked_in, self._folder.path) / LOCK)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise ResumeError(
+                    f"{output}: another shardmerge works on it ({self._holder()}); nothing was changed"
+                ) from None
+        self._name_holder()
+
+    def _name_holder(self) -> None:
+        """Write down which process holds the lock, for the message of one that cannot have it."""
+        holder = self._folder / HOLDER
+        with durable.reported(holder, "writing"):
+            descriptor = holder.create()
+            try:
+                durable.write_all(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            finally:
+                os.close(descriptor)
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+        if self._locked_in >= 0:
+            os.close(self._locked_in)
+            self._locked_in = -1
+
+    def _holder(self) -> str:
+        try:
+            return (self._folder / HOLDER).read_small(_HOLDER_BYTES).decode(errors="replace").strip()
+        except OSError:
+            return "process unknown"
+
+
+def _path_of(folder: int, path: Path) -> Path:
+    """A path to an open folder that stays the folder's, whatever is put into its place; else its own ``path``."""
+    held = Path(f"/proc/self/fd/{folder}")
+    return held if held.is_dir() else path

@@ -7,10 +7,15 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shardmerge.destinations.local.layout import identity, placed, read_json
-from shardmerge.destinations.record import RECORD_NAME, damaged_record, files_of_merge, has_damaged_record
-from shardmerge.destinations.unfinished import JOURNAL
-from shardmerge.destinations.untrusted import own_names
+from shardmerge.destinations.local.stage import placed, read_json
+from shardmerge.destinations.record import (
+    JOURNAL,
+    RECORD_NAME,
+    damaged_record,
+    files_of_merge,
+    has_damaged_record,
+    own_names,
+)
 from shardmerge.errors import OutputError, ResumeError
 from shardmerge.spec.plans import Fingerprint
 from shardmerge.system import durable
@@ -67,7 +72,7 @@ class Journal:
         found, known = [], self._state.get("made")
         places = [self._root.path, *self._root.path.parents]
         for path, before in zip(places, known if isinstance(known, list) else (), strict=False):
-            if not before or before != identity(path):
+            if not before or before != _identity(path):
                 break
             found.append(path)
         return found
@@ -79,7 +84,7 @@ class Journal:
         commits: they may be all of a model that is still good.
         """
         stale = [*reversed(self.placed), *own_names(self._state.get("stale"))]
-        merge = {"digest": digest, "fingerprint": fingerprint, "made": [identity(path) for path in made]}
+        merge = {"digest": digest, "fingerprint": fingerprint, "made": [_identity(path) for path in made]}
         self._write(merge, False, (), stale)
 
     def begin_commit(self, new_files: Sequence[str]) -> None:
@@ -111,6 +116,15 @@ class Journal:
         state |= {"committing": committing, "places": [*places], "stale": [*stale]}
         durable.write_file(self._file, [json.dumps(state).encode()])
         self._state = state
+
+
+def _identity(path: Path) -> list[int]:
+    """Of a directory. Whoever prepares an output elsewhere cannot know those of the folders around it here."""
+    try:
+        status = path.stat()
+    except OSError:
+        return []
+    return [status.st_dev, status.st_ino]
 
 
 # --- in what two merges differ ----------------------------------------------------------------------------------------
