@@ -8,14 +8,15 @@ DEMO_BASE := $(HOME)/.cache/shardmerge/SmolLM2-135M-Instruct
 PARALLEL := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench clean
+.PHONY: help demo test test-all lint format wheel bench clean
 
 help:
 	@echo "make demo      merge an adapter into SmolLM2 and ask base, base + adapter and merged the same questions"
 	@echo "make test      the test suite"
 	@echo "make test-all  the test suite with its slow part"
-	@echo "make lint      ruff and mypy --strict"
+	@echo "make lint      ruff, mypy --strict, and the workflow files against their schema"
 	@echo "make format    let ruff format the code"
+	@echo "make wheel     build the wheel, install it by itself, and try a first merge with it"
 	@echo "make bench     time and memory against a durable copy and PEFT, on models of 2 to 16 GB; takes an hour"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -45,10 +46,21 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema custom.github-workflows-require-timeout .github/workflows/*.yml
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# In a virtual environment of its own: nothing is there but what the wheel asks for.
+WHEEL_VENV := build/wheel-venv
+wheel:
+	rm -rf build dist
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(WHEEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
+	$(WHEEL_VENV)/bin/python -I tools/smoke.py
 
 # Shapes for which disk lacks are left out, and told. MERGEKIT=PATH is an interpreter that has mergekit.
 BENCH_OPTIONS ?= --shape all --runs 5 --check --sweep 8,64,256

@@ -202,7 +202,9 @@ def test_braces_in_a_prompt_are_left_alone(plain_dir: Path, prompts: list[str]) 
 
 
 def test_a_chat_template_that_refuses_is_a_config_error(templated: Chat) -> None:
-    with pytest.raises(ConfigError, match=r"the chat template refuses: .*no word13 here; --template goes around it"):
+    with pytest.raises(
+        ConfigError, match=r"chat template refuses: .*no word13 here; one of your own \(template=\) goes around"
+    ):
         templated.answer([user("word13")], 1, ignore)
 
 
@@ -501,7 +503,7 @@ PATIENCE = 120.0  # seconds, for a machine that does something else as well
 
 ENVIRONMENT = {**os.environ, "TERM": "dumb", "INPUTRC": os.devnull, "OMP_NUM_THREADS": "1"}
 
-ONCE = "import sys; from shardmerge import chat; chat.once(chat.load(sys.argv[1]), 'word1', max_new_tokens=6)"
+ONCE = "import sys; from shardmerge.inference import chat; chat.once(chat.load(sys.argv[1]), 'word1', max_new_tokens=6)"
 # A background job's children inherit an ignored SIGINT, and only a session's leader can take its terminal.
 LOOP = (
     "import fcntl, signal, sys, termios; signal.signal(signal.SIGINT, signal.default_int_handler); "

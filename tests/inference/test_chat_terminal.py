@@ -36,7 +36,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if "--no-session" not in sys.argv:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 sys.argv = [word for word in sys.argv if word != "--no-session"]
-from shardmerge import chat
+from shardmerge.inference import chat
 from shardmerge.cli.main import main
 
 def echo():
@@ -66,7 +66,7 @@ def answer(self, messages, count, stream_to):
     return ""
 
 chat.Chat.answer = answer
-chat.load = lambda path, template=None: chat.Chat(None, None, None)
+chat.load = lambda path, template=None, device="auto": chat.Chat(None, None, None)
 main()
 """.replace("THE_EVIL", repr(EVIL))
 
@@ -104,10 +104,12 @@ class Session:
         """Read until ``text`` appears; returns, and forgets, what came up to its end."""
         end = time.monotonic() + PATIENCE
         while text not in self.seen:
-            ready, _, _ = select.select([self.master], [], [], max(0.0, end - time.monotonic()))
-            if not ready:
+            ended = self.process.poll() is not None  # asked before its last words are looked for
+            ready, _, _ = select.select([self.master], [], [], 0.0 if ended else 1.0)
+            if not ready and (ended or time.monotonic() > end):
                 pytest.fail(f"no {text!r} in {self.seen!r}; notices: {self.notices.read_text()}")
-            self.seen += os.read(self.master, 65536).decode().replace("\r\n", "\n")
+            if ready:
+                self.seen += os.read(self.master, 65536).decode().replace("\r\n", "\n")
         upto, _, self.seen = self.seen.partition(text)
         return upto
 
