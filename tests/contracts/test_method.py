@@ -169,6 +169,7 @@ def test_declared_memory_holds_what_is_kept(every: tuple[Subject, ...]) -> None:
         assert given.kept_bytes <= subject.family.kept_bytes(subject.update, 4), subject.update.family
 
 
+@pytest.mark.slow
 def test_every_family_has_a_case() -> None:
     cases = [toy_method.subjects(), *(subjects(name) for name in NAMES)]
     seen = {subject.update.family for every in cases for subject in every}
