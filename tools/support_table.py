@@ -1,4 +1,4 @@
-"""Write the README's table of what is merged, from the registry, so that it cannot say more than the code does."""
+"""Write the table of what is merged into docs/formats.md, from the registry: it cannot promise more than the code does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from shardmerge.adapters.formats.refused import REFUSED_TYPES
 from shardmerge.adapters.registry import FORMATS, METHODS
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "formats.md"
 _BEGIN, _END = "<!-- support table: tools/support_table.py -->", "<!-- end of the table -->"
 
 
@@ -28,11 +28,11 @@ def table_text() -> str:
     return "\n".join(lines)
 
 
-def updated(readme: str) -> str:
-    """The README with the table of now in it."""
+def updated(page: str) -> str:
+    """The page with the current table in it."""
     between = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
-    return between.sub(lambda _: f"{_BEGIN}\n\n{table_text()}\n\n{_END}", readme)
+    return between.sub(lambda _: f"{_BEGIN}\n\n{table_text()}\n\n{_END}", page)
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

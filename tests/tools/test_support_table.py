@@ -1,4 +1,4 @@
-"""The README says of adapters what the registry says."""
+"""docs/formats.md lists the adapters that the registry has."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import get_args
 from shardmerge.adapters.formats.refused import REFUSED_TYPES
 from shardmerge.adapters.registry import FAMILIES, FORMATS, METHODS
 from shardmerge.config.schema import AdapterConfig
-from tools.support_table import README, table_text, updated
+from tools.support_table import PAGE, table_text, updated
 
 
-def test_readme_is_in_step() -> None:
-    text = README.read_text()
+def test_the_page_is_in_step() -> None:
+    text = PAGE.read_text(encoding="utf-8")
     assert table_text() in text, "run: python -m tools.support_table"
     assert updated(text) == text
 
