@@ -1,4 +1,4 @@
-"""Write the table of what is merged into docs/formats.md, from the registry: it cannot promise more than the code does."""
+"""Write the table of what is merged into docs/formats.md, from the registries."""
 
 from __future__ import annotations
 
