@@ -93,8 +93,7 @@ def verify_output(
     check_structure(output, record, stored, again.plan, findings)
     _check_config(output, record, stored, again, findings)
     check_added(output, record, findings)
-    files = Files([*files_of(again), *(shard.file for shard in stored)])
-    try:
+    with Files([*files_of(again), *(shard.file for shard in stored)]) as files:
         exact = None if again.plan is None else Exact(files, again.plan, again.adapters)
         by_chance = again.plan is not None and again.plan.rounding == "stochastic"
         check = ShardCheck(files, exact, findings, rows, seed, by_chance)
@@ -115,8 +114,6 @@ def verify_output(
             with threads(1):
                 check.run(_shard_file(shard, planned, recorded), advance)
             _checked(shard, findings, watch.lap())
-    finally:
-        files.close()
     if again.plan is None and again.base is not None:
         findings.notes.append("what was not merged was compared with the base, as far as it keeps its dtype")
     return findings.report()

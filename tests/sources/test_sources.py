@@ -33,8 +33,8 @@ RUNNER = """
 import json, sys, time
 time.sleep = lambda seconds: None
 from shardmerge.errors import SourceError
-from shardmerge.sources import open_reader, open_source
-from shardmerge.spec import SourceFile
+from shardmerge.sources.source import open_reader, open_source
+from shardmerge.spec.tensors import SourceFile
 
 def error_of(function, *arguments):
     try:

@@ -8,7 +8,7 @@ a fraction of the time of making it again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -116,7 +116,7 @@ class LocalDirectory:
         if file is None:
             return None
         try:
-            with closing(open_reader(file)) as reader:
+            with open_reader(file) as reader:
                 found = checksums.of_file(reader, receipt.nbytes, self.handle.sha256, advance)
         except SourceError:
             return None

@@ -66,8 +66,7 @@ def put_wholes(model: Any, adapter: AdapterFile, entry: AdapterConfig) -> list[W
 def _of_file(model: Any, adapter: AdapterFile, beside: Beside, prefix: str) -> Iterator[Whole]:
     where = f"{adapter.source.location}: {beside.name}"
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    files = Files([beside.file])
-    try:
+    with Files([beside.file]) as files:
         for name, ref in beside.tensors.items():
             if not name.startswith(prefix):
                 continue
@@ -80,5 +79,3 @@ def _of_file(model: Any, adapter: AdapterFile, beside: Beside, prefix: str) -> I
                 )
             trained = Factor(files, ref).whole().to(parameter.dtype)
             yield Whole(parameter, trained, parameter.detach().clone())
-    finally:
-        files.close()
