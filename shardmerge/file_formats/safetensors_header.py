@@ -10,7 +10,6 @@ import json
 import re
 import reprlib
 from codecs import getincrementaldecoder
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from shardmerge.errors import FormatError
 from shardmerge.file_formats import recognise
 from shardmerge.key_mapping.naming import fault
 from shardmerge.spec.tensors import DTYPE_BITS, TensorInfo, tensor_nbytes
+from shardmerge.system.json_text import DuplicateKeyError, unique_keys
 
 #: What the safetensors library accepts.
 MAX_HEADER_BYTES = 100_000_000
@@ -252,19 +252,6 @@ class _Parts:
 
 
 # --- what an entry must be --------------------------------------------------------------------------------------------
-
-
-class DuplicateKeyError(ValueError):
-    """A JSON object has a key twice; which one is the message."""
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What ``json.loads`` is to make of an object: of a key that stands twice, it would drop one without a word."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        keys = Counter(key for key, _ in pairs)
-        raise DuplicateKeyError(reprlib.repr(keys.most_common(1)[0][0]))
-    return result
 
 
 def _strings_alone(pairs: list[tuple[str, Any]]) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from shardmerge.destinations.unfinished import is_work, left_behind
 from shardmerge.sources.source import open_reader, read_file
 from shardmerge.spec.plans import AuxFile, MergePlan
 from shardmerge.spec.tensors import SourceFile
+from shardmerge.system import json_text
 from shardmerge.system.regular_files import kind_of, open_regular, read_small, why_not_readable
 from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Findings
 from shardmerge.verification.reading import file_checksums
@@ -132,10 +133,10 @@ def _json_difference(path: Path, aux: AuxFile) -> str:
     if max(path.stat().st_size, aux.source.size) > _CHUNK:
         return ""
     try:
-        found = json.loads(read_small(path, _CHUNK))
-        wanted = json.loads(aux.content if aux.content is not None else read_file(aux.source))
+        found = json_text.read_object(path, _CHUNK)
+        wanted = json_text.parse_object(aux.content.encode() if aux.content is not None else read_file(aux.source))
         keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (OSError, json_text.JsonError):
         return ""
     told = [f"{key} is {_brief(found.get(key))}, expected {_brief(wanted.get(key))}" for key in keys[:3]]
     return f": {'; '.join(told)}" if told else ""

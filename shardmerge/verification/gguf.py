@@ -12,7 +12,6 @@ Which stored tensor becomes which of the file, and how its rows are turned, says
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from shardmerge.errors import FormatError
 from shardmerge.sources.local import LocalSource
 from shardmerge.spec.plans import MergePlan
 from shardmerge.spec.tensors import SourceFile, TensorInfo, row_nbytes
+from shardmerge.system import json_text
 from shardmerge.system.regular_files import why_not_readable
 from shardmerge.verification.exact import Exact
 from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Findings
@@ -163,7 +163,7 @@ def _check_values(name: str, header: GgufHeader, plan: MergePlan | None, files: 
     if plan is not None:
         source = next(aux.source for aux in plan.aux)
         files.add(source)
-        config = json.loads(files.read(source.uri, 0, source.size))
+        config = json_text.parse_object(files.read(source.uri, 0, source.size))
     for text in contradictions(header, config):
         findings.problem(STRUCTURE, f"{name}: {text}", file=name)
 
