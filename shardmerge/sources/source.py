@@ -92,6 +92,7 @@ class Reader(Protocol):
 
     def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
         """A hint: these (offset, size) will be read next, in this order. It may do nothing."""
+        return
 
     def fileno(self) -> int:
         """The descriptor of a local file, whose blocks may be shared; -1 where there is none."""
@@ -99,9 +100,11 @@ class Reader(Protocol):
 
     def check(self) -> None:
         """`ChangedError` if the file is no longer what it was when it was opened."""
+        return
 
     def close(self) -> None:
         """Close the file. A second call does nothing."""
+        return
 
     def __enter__(self) -> Self:
         return self

@@ -36,7 +36,7 @@ class DuplicateKeyError(ValueError):
 
 
 def parse(
-    text: bytes,
+    text: bytes | bytearray,
     limit: int = MAX_BYTES,
     memory: int = MAX_MEMORY,
     constant: Callable[[str], Any] | None = None,
@@ -67,7 +67,7 @@ def parse(
 
 
 def parse_object(
-    text: bytes,
+    text: bytes | bytearray,
     limit: int = MAX_BYTES,
     memory: int = MAX_MEMORY,
     constant: Callable[[str], Any] | None = None,
@@ -84,7 +84,7 @@ def read_object(path: Path, limit: int = MAX_BYTES) -> dict[str, Any]:
     return parse_object(read_small(path, limit), limit)
 
 
-def bytes_in_memory(text: bytes) -> int:
+def bytes_in_memory(text: bytes | bytearray) -> int:
     """About the most that reading this JSON takes, the text itself included.
 
     Python's objects take up to thirty times the text that they were read from. They are counted by what stands between

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.tensors import TensorInfo
 from shardmerge.verification.findings import STRUCTURE, Findings
-
-if TYPE_CHECKING:
-    import safetensors
 
 
 def ask_library(path: Path, name: str, tensors: Mapping[str, TensorInfo], findings: Findings) -> None:
@@ -38,7 +35,7 @@ def ask_library(path: Path, name: str, tensors: Mapping[str, TensorInfo], findin
         findings.problem(STRUCTURE, f"{name}: the safetensors library {difference}", file=name)
 
 
-def _difference(file: safetensors.safe_open, tensors: Mapping[str, TensorInfo]) -> str:
+def _difference(file: Any, tensors: Mapping[str, TensorInfo]) -> str:
     """What the library reads otherwise; empty where it agrees."""
     if odd := set(file.keys()) ^ tensors.keys():
         one = min(odd)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from shardmerge.api.library import merge
 from shardmerge.errors import ChangedError, MissingError, SourceError
@@ -71,8 +72,8 @@ def _overwrite(path: Path, content: bytes) -> None:
 def on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
     write(folder / "files")
     with running_hub() as stub:
-        monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(folder / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
         monkeypatch.setattr(hub._API, "endpoint", stub.endpoint)
         stub.commit("org/model", folder / "files")
 
@@ -93,7 +94,7 @@ def in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
 PLACES = {"local": local, "hub": on_the_hub, "memory": in_memory}
 
 
-@pytest.fixture(params=PLACES.values(), ids=PLACES)
+@pytest.fixture(params=list(PLACES.values()), ids=list(PLACES))
 def case(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
     with request.param(tmp_path, monkeypatch) as found:
         yield found

@@ -382,7 +382,7 @@ _GROWTH = """
 import sys
 from pathlib import Path
 from shardmerge.system.memory_use import peak_memory
-from shardmerge.verification import verify_output
+from shardmerge.verification.verifier import verify_output
 small, large = map(Path, sys.argv[1:3])
 assert verify_output(small).complete
 before = peak_memory()
