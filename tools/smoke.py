@@ -2,8 +2,8 @@
 
 Makes a base of two layers and an adapter, both with torch alone, and runs the commands of a first merge on them through
 the console script that is installed beside the interpreter. The merged weights must be W + (alpha / r)·B·A, computed in
-float64, but for the roundings of float32. Isolated (``-I``), the interpreter does not find the checkout, so the installed package
-is tried. Exits 1 where something is wrong.
+float64, but for the roundings of float32. With ``-I`` the interpreter does not find the checkout, so the installed
+package is tried. Exits 1 where something is wrong.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from typing import Any
 
 from shardmerge.destinations.record import RECORD_NAME, sealed
@@ -33,7 +32,7 @@ def aux_chunks(aux: AuxFile, checksums: Checksums) -> Iterator[bytes]:
         checksums.update(content)
         yield content
         return
-    with closing(open_reader(aux.source)) as reader:
+    with open_reader(aux.source) as reader:
         for offset in range(0, aux.source.size, _COPY_BYTES):
             chunk = bytearray(min(_COPY_BYTES, aux.source.size - offset))
             reader.read_into(offset, memoryview(chunk))

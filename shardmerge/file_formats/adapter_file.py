@@ -20,7 +20,7 @@ from shardmerge.file_formats import adapter_folder
 from shardmerge.file_formats.adapter_folder import INDEXES, PICKLES, WEIGHTS, Folder
 from shardmerge.file_formats.checkpoint_files import read_index, read_json, read_shard
 from shardmerge.file_formats.torch_pickle import read_pickled
-from shardmerge.sources.source import Source, directory_of, open_reader
+from shardmerge.sources.source import Source, open_reader
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.tensors import DTYPE_BITS, SourceFile, TensorRef
 from shardmerge.system import bounded_regex
@@ -146,12 +146,9 @@ class AdapterFile:
 
     def read_number(self, ref: TensorRef) -> float:
         """The value of a tensor of one number."""
-        reader = open_reader(next(file for file in self.files if file.uri == ref.uri))
-        try:
-            data = bytearray(DTYPE_BITS[ref.dtype] // 8)
+        data = bytearray(DTYPE_BITS[ref.dtype] // 8)
+        with open_reader(next(file for file in self.files if file.uri == ref.uri)) as reader:
             reader.read_into(ref.offset, memoryview(data))
-        finally:
-            reader.close()
         if ref.dtype == "BF16":  # the upper half of a float32
             data, code = bytearray(b"\0\0") + data, "f"
         elif (code := _STRUCT_CODES.get(ref.dtype, "")) == "":
@@ -204,7 +201,7 @@ def _directory(source: Source) -> tuple[Source, str | None]:
 
     By one of the usual names it still has its folder around it, with the config that PEFT wrote. Any other file is all.
     """
-    directory = directory_of(source)
+    directory = source.directory()
     if directory is source:
         return source, None
     name = source.names()[0]

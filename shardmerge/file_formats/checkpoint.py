@@ -8,41 +8,10 @@ from typing import Any
 
 from shardmerge.errors import FormatError
 from shardmerge.file_formats.checkpoint_choice import Choice, choose
-from shardmerge.file_formats.checkpoint_files import (
-    INDEX_SUFFIX,
-    MAX_DEPTH,
-    MAX_INDEX_BYTES,
-    MAX_JSON_BYTES,
-    Shard,
-    index_of_stem,
-    is_index,
-    read_index,
-    read_json,
-    read_json_value,
-    read_shard,
-    stem_of_index,
-)
-from shardmerge.sources.source import Source, directory_of
+from shardmerge.file_formats.checkpoint_files import Shard, is_index, read_json, read_shard
+from shardmerge.sources.source import Source
 from shardmerge.spec.plans import CheckpointInfo
 from shardmerge.spec.tensors import Weight
-
-__all__ = [
-    "INDEX_SUFFIX",
-    "MAX_DEPTH",
-    "MAX_INDEX_BYTES",
-    "MAX_JSON_BYTES",
-    "Checkpoint",
-    "Shard",
-    "index_of_stem",
-    "is_index",
-    "open_checkpoint",
-    "read_index",
-    "read_json",
-    "read_json_value",
-    "read_shard",
-    "stem_of_index",
-]
-
 
 #: Names that a message lists of many.
 _SHOWN = 5
@@ -90,7 +59,7 @@ class Checkpoint:
 
 def open_checkpoint(source: Source) -> Checkpoint:
     """Read the index and every header. Raises `FormatError` or `SourceError`."""
-    directory = directory_of(source)
+    directory = source.directory()
     names = source.names()
     if names and directory is not source and is_index(names[0]):
         raise FormatError(f"{source.location}: an index alone is no model; give the directory {directory.location}")

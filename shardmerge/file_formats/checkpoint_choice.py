@@ -16,7 +16,6 @@ from typing import Any
 from shardmerge.errors import FormatError, OtherKindError
 from shardmerge.file_formats import recognise
 from shardmerge.file_formats.checkpoint_files import Shard, is_index, read_index, read_shard, stem_of_index
-from shardmerge.sources.local import LocalSource
 from shardmerge.sources.source import Source
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.tensors import TensorRef
@@ -129,7 +128,7 @@ def _or_take(source: Source, rivals: Sequence[str]) -> str:
 
 def _take(source: Source, name: str) -> str:
     """How to name one file of a source as the base."""
-    if isinstance(source, LocalSource):
+    if source.local_path is not None:
         return f"give the path {source.location}/{name}"
     return f"download {source.location} and give the path of its {name}"
 

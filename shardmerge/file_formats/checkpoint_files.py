@@ -1,33 +1,24 @@
-"""Headers, indexes and configs of a checkpoint, read: no tensor data, and nothing without a bound."""
+"""Reads the headers, indexes and configs of a checkpoint: no tensor data, and nothing without a bound."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from shardmerge.errors import FormatError
 from shardmerge.file_formats import recognise
-from shardmerge.file_formats.safetensors_header import (
-    MAX_TENSORS,
-    DuplicateKeyError,
-    Metadata,
-    read_header,
-    unique_keys,
-)
+from shardmerge.file_formats.safetensors_header import MAX_TENSORS, Metadata, read_header
 from shardmerge.sources.source import Source
 from shardmerge.spec.tensors import SourceFile, TensorRef
-from shardmerge.system import json_size
+from shardmerge.system import json_text
+
+T = TypeVar("T")
 
 #: Of an index, which has an entry for every tensor; the largest of well-known models has 27 MB.
 MAX_INDEX_BYTES = 60_000_000
-#: Of a config.json or an adapter_config.json; a million token numbers fit.
-MAX_JSON_BYTES = 10_000_000
-#: Objects and lists inside each other. Real ones have five; what walks through them may call itself for each.
-MAX_DEPTH = 100
 INDEX_SUFFIX = ".safetensors.index.json"
 #: With a variant (``fp16``) transformers and diffusers write it before the last ending.
 _INDEX = re.compile(r"(?P<stem>[^/]+)\.safetensors\.index(\.(?P<variant>[\w-]+))?\.json")
@@ -75,82 +66,40 @@ def read_shard(source: Source, name: str, most: int = MAX_TENSORS) -> Shard:
     return Shard(name, file, metadata, refs)
 
 
-def read_json(
-    source: Source,
-    names: list[str],
-    name: str,
-    limit: int = MAX_JSON_BYTES,
-    constant: Callable[[str], Any] | None = None,
-) -> dict[str, Any]:
-    """A JSON object of a source; empty if there is no such file. `FormatError` if it is something else.
-
-    ``NaN`` and ``Infinity`` are no JSON, but Python writes them, and real configs have them. ``constant`` makes of them
-    what they shall be, or a `ValueError`.
-    """
-    if name not in names:
-        return {}
-    value = read_json_value(source, name, limit, constant)
-    if not isinstance(value, dict):
-        raise FormatError(f"{source.location}: {name} holds no JSON object")
-    return value
+def read_json(source: Source, names: Collection[str], name: str) -> dict[str, Any]:
+    """A JSON object of a source; empty if there is no such file. `FormatError` if it is something else."""
+    return read_json_value(source, name, json_text.parse_object) if name in names else {}
 
 
 def read_json_value(
-    source: Source, name: str, limit: int = MAX_JSON_BYTES, constant: Callable[[str], Any] | None = None
-) -> Any:
-    """The JSON of a file of a source, whatever it is; ``constant`` is as `read_json` takes it. Raises `FormatError`."""
-    where = f"{source.location}: {name}"
+    source: Source, name: str, parse: Callable[[bytes, int], T] = json_text.parse, limit: int = json_text.MAX_BYTES
+) -> T:
+    """What ``parse`` makes of a JSON file of ``limit`` bytes at most. Raises `FormatError`."""
     text = source.read(name, 0, limit + 1)
-    if len(text) > limit:
-        raise FormatError(f"{where} is over {limit:,} bytes long; expected less")
-    if large := json_size.too_large(text):
-        raise FormatError(f"{where} {large}; expected fewer entries")
     try:
-        value = json.loads(text, object_pairs_hook=_without_contradiction, parse_constant=constant)
-        if _depth(value) > MAX_DEPTH:
-            raise FormatError(f"{where} has over {MAX_DEPTH} objects and lists inside each other; expected less")
-        if b"\\u" in text:  # half a surrogate pair, which cannot be stored again
-            json.dumps(value, ensure_ascii=False).encode()
-    except DuplicateKeyError as error:
-        raise FormatError(f"{where} has the key {error} twice, and not with the same value; remove one") from None
-    except (ValueError, RecursionError) as error:
-        if known := recognise.what_is(text[: recognise.HEAD_BYTES]):
-            raise FormatError(f"{where}: {known}") from None
-        raise FormatError(f"{where} is not JSON: {error}") from None
-    return value
-
-
-def _without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What ``json.loads`` makes of an object, which may say the same twice."""
-    result = dict(pairs)
-    return result if all(result[key] == value for key, value in pairs) else unique_keys(pairs)
-
-
-def _depth(value: Any) -> int:
-    """How many objects and lists lie inside each other, `MAX_DEPTH` + 1 at most."""
-    depth, level = 0, [value]
-    while level and depth <= MAX_DEPTH:
-        depth += 1
-        inner = (item for one in level for item in (one.values() if isinstance(one, dict) else one))
-        level = [item for item in inner if isinstance(item, (dict, list))]
-    return depth
+        return parse(text, limit)
+    except json_text.JsonError as error:
+        known = recognise.what_is(text[: recognise.HEAD_BYTES]) if isinstance(error, json_text.NotJsonError) else None
+        problem = f": {known}" if known else f" {error}"
+        raise FormatError(f"{source.location}: {name}{problem}") from None
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def read_index(source: Source, name: str) -> tuple[Mapping[str, Any], Mapping[str, str]]:
     """The metadata of an index, and tensor → file. Raises `FormatError`."""
     where = f"{source.location}: {name}"
-    index = read_json(source, [name], name, MAX_INDEX_BYTES, _no_constant)
+    parse = partial(json_text.parse_object, constant=_no_constant)
+    index = read_json_value(source, name, parse, MAX_INDEX_BYTES)
     weight_map, metadata = index.get("weight_map"), index.get("metadata") or {}
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
         raise FormatError(f'{where}: expected {{"metadata": {{…}}, "weight_map": {{tensor: file}}}}')
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not file.isprintable() or not re.fullmatch(r"[^/\\]+\.safetensors", file):
             raise FormatError(
-                f"{where}: it puts {tensor!r:.200} into {file!r:.200}, which is no name of a .safetensors file in this "
-                "directory"
+                f"{where}: it puts {tensor!r:.200} into {file!r:.200}, which is not the name of a .safetensors file in "
+                "this directory"
             )
     return metadata, weight_map

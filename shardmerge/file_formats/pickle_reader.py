@@ -1,14 +1,14 @@
 """A pickle of tensors, followed without running it.
 
-A pickle is a program for a stack machine. Of its instructions those that describe tensors are followed here, of the
-protocols 2 to 5; none of them calls anything, names stay names, and what they make has a bound in memory. Any other is
-refused. Source: Python's pickletools; torch/_utils.py and torch/storage.py, 2.13.
+A pickle is a program for a stack machine. Python's pickletools splits it into instructions without running them. Those
+that describe tensors are followed here, of the protocols 2 to 5: none of them calls anything, names stay names, and
+what they make has a bound in memory. Any other is refused. Source: torch/_utils.py and torch/storage.py, 2.13.
 """
 
 from __future__ import annotations
 
+import pickletools
 import reprlib
-import struct
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -74,57 +74,25 @@ def follow(text: bytes) -> Any:
     Raises `RefusedError`, `TooLargeError`, or what a damaged one makes Python raise: ``ValueError``, ``TypeError``,
     ``LookupError`` or ``struct.error``.
     """
-    machine = _Machine(text)
-    instructions = _INSTRUCTIONS
-    while True:
-        code = text[machine.at]
-        machine.at += 1
-        if code == _STOP:
+    machine = _Machine()
+    for opcode, argument, _ in pickletools.genops(text):
+        if opcode.name == "STOP":
             return machine.stack.pop()
-        instruction = instructions.get(code)
+        instruction = _INSTRUCTIONS.get(opcode.name)
         if instruction is None:
-            raise RefusedError(f"the instruction {_known_as(code)}")
-        instruction(machine)
-
-
-_STOP = ord(".")
-
-
-def _known_as(code: int) -> str:
-    import pickletools  # for this message alone
-
-    found = (opcode.name for opcode in pickletools.opcodes if opcode.code == chr(code))
-    return next(found, f"0x{code:02x}")
+            raise RefusedError(f"the instruction {opcode.name}")
+        instruction(machine, argument)
+    raise ValueError("it has no end")
 
 
 class _Machine:
-    """A stack, marks in it, and the memo: a list, since whoever pickles counts from 0 on."""
+    """A stack, marks in it, and the memo: a list, since every pickler counts from 0 on."""
 
-    def __init__(self, text: bytes) -> None:
-        self.text = text
-        self.at = 0
+    def __init__(self) -> None:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: list[Any] = []
         self.left = MAX_OBJECT_BYTES
-
-    # --- what is read ---
-
-    def bytes(self, size: int) -> bytes:
-        start, self.at = self.at, self.at + size
-        if self.at > len(self.text):
-            raise ValueError("it ends within an instruction")
-        return self.text[start : self.at]
-
-    def number(self, size: int) -> int:
-        return int.from_bytes(self.bytes(size), "little")
-
-    def line(self) -> str:
-        start, end = self.at, self.text.index(b"\n", self.at)
-        self.at = end + 1
-        return self.text[start:end].decode()
-
-    # --- what is done ---
 
     def spend(self, size: int) -> None:
         self.left -= size
@@ -135,19 +103,15 @@ class _Machine:
         self.spend(sys.getsizeof(value) + _PLACE)
         self.stack.append(value)
 
-    def text_of(self, size: int) -> None:
-        self.push(self.bytes(self.number(size)).decode("utf-8", "surrogatepass"))
-
     def mark(self) -> None:
         self.spend(_INT_BYTES + _PLACE)
         self.marks.append(len(self.stack))
 
-    def get(self, size: int) -> None:
+    def get(self, place: int) -> None:
         self.spend(_PLACE)
-        self.stack.append(self.memo[self.number(size)])
+        self.stack.append(self.memo[place])
 
-    def put(self, size: int) -> None:
-        place = self.number(size)
+    def put(self, place: int) -> None:
         if place == len(self.memo):
             self.memoize()
         else:
@@ -169,9 +133,6 @@ class _Machine:
     def since_mark(self) -> list[Any]:
         return self.top(len(self.stack) - self.marks.pop())
 
-    def tuple(self, items: list[Any]) -> None:
-        self.push(tuple(items))
-
     def append(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if not isinstance(target, list):
@@ -189,67 +150,44 @@ class _Machine:
                 raise ValueError(f"a {type(key).__name__} is a key of a dictionary")
             target[key] = value
 
-    def name(self) -> None:
-        module, name = self.top(2)
+    def name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError(f"the name of something is a {type(name).__name__} of a {type(module).__name__}")
-        self.named(f"{module}.{name}")
-
-    def named(self, name: str) -> None:
-        self.spend(sys.getsizeof(name))
-        self.push(Name(name))
-
-    def call(self) -> None:
-        called, arguments = self.top(2)
-        self.push(_built(called, arguments))
-
-    def float(self) -> None:
-        self.push(struct.unpack(">d", self.bytes(8))[0])
-
-    def signed(self, size: int) -> None:
-        self.push(int.from_bytes(self.bytes(size), "little", signed=True))
+        found = Name(f"{module}.{name}")
+        self.spend(sys.getsizeof(found.name))
+        self.push(found)
 
 
-#: By their byte. BUILD gives a dictionary attributes, such as the versions of its modules, which say nothing here.
-_INSTRUCTIONS: Mapping[int, Callable[[_Machine], object]] = {
-    ord(code): instruction
-    for code, instruction in {
-        "\x80": lambda m: m.bytes(1),  # PROTO
-        "\x95": lambda m: m.bytes(8),  # FRAME
-        "N": lambda m: m.push(None),
-        "\x88": lambda m: m.push(True),
-        "\x89": lambda m: m.push(False),
-        ")": lambda m: m.push(()),
-        "}": lambda m: m.push({}),
-        "]": lambda m: m.push([]),
-        "K": lambda m: m.push(m.number(1)),
-        "M": lambda m: m.push(m.number(2)),
-        "J": lambda m: m.signed(4),
-        "\x8a": lambda m: m.signed(m.number(1)),  # LONG1
-        "G": lambda m: m.float(),
-        "X": lambda m: m.text_of(4),  # BINUNICODE
-        "\x8c": lambda m: m.text_of(1),  # SHORT_BINUNICODE
-        "\x8d": lambda m: m.text_of(8),  # BINUNICODE8
-        "(": lambda m: m.mark(),
-        "h": lambda m: m.get(1),  # BINGET
-        "j": lambda m: m.get(4),
-        "q": lambda m: m.put(1),  # BINPUT
-        "r": lambda m: m.put(4),
-        "\x94": lambda m: m.memoize(),
-        "\x85": lambda m: m.tuple(m.top(1)),
-        "\x86": lambda m: m.tuple(m.top(2)),
-        "\x87": lambda m: m.tuple(m.top(3)),
-        "t": lambda m: m.tuple(m.since_mark()),
-        "a": lambda m: m.append(m.top(1)),
-        "e": lambda m: m.append(m.since_mark()),
-        "s": lambda m: m.set(m.top(2)),
-        "u": lambda m: m.set(m.since_mark()),
-        "c": lambda m: m.named(f"{m.line()}.{m.line()}"),  # GLOBAL
-        "\x93": lambda m: m.name(),  # STACK_GLOBAL
-        "Q": lambda m: m.push(_storage(*m.top(1))),  # BINPERSID
-        "R": lambda m: m.call(),  # REDUCE
-        "b": lambda m: m.top(1),  # BUILD
-    }.items()
+#: By their names in pickletools. BUILD gives a dictionary attributes, such as the versions of its modules, which mean
+#: nothing here.
+_INSTRUCTIONS: Mapping[str, Callable[[_Machine, Any], object]] = {
+    "PROTO": lambda m, _: None,
+    "FRAME": lambda m, _: None,
+    "NONE": lambda m, _: m.push(None),
+    "NEWTRUE": lambda m, _: m.push(True),
+    "NEWFALSE": lambda m, _: m.push(False),
+    "EMPTY_TUPLE": lambda m, _: m.push(()),
+    "EMPTY_DICT": lambda m, _: m.push({}),
+    "EMPTY_LIST": lambda m, _: m.push([]),
+    **dict.fromkeys(("BININT1", "BININT2", "BININT", "LONG1", "BINFLOAT"), lambda m, number: m.push(number)),
+    **dict.fromkeys(("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), lambda m, text: m.push(text)),
+    "MARK": lambda m, _: m.mark(),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda m, place: m.get(place)),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda m, place: m.put(place)),
+    "MEMOIZE": lambda m, _: m.memoize(),
+    "TUPLE1": lambda m, _: m.push(tuple(m.top(1))),
+    "TUPLE2": lambda m, _: m.push(tuple(m.top(2))),
+    "TUPLE3": lambda m, _: m.push(tuple(m.top(3))),
+    "TUPLE": lambda m, _: m.push(tuple(m.since_mark())),
+    "APPEND": lambda m, _: m.append(m.top(1)),
+    "APPENDS": lambda m, _: m.append(m.since_mark()),
+    "SETITEM": lambda m, _: m.set(m.top(2)),
+    "SETITEMS": lambda m, _: m.set(m.since_mark()),
+    "GLOBAL": lambda m, name: m.name(*name.split(" ", 1)),
+    "STACK_GLOBAL": lambda m, _: m.name(*m.top(2)),
+    "BINPERSID": lambda m, _: m.push(_storage(*m.top(1))),
+    "REDUCE": lambda m, _: m.push(_built(*m.top(2))),
+    "BUILD": lambda m, _: m.top(1),
 }
 
 

@@ -10,7 +10,6 @@ import json
 import re
 import reprlib
 from codecs import getincrementaldecoder
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from shardmerge.errors import FormatError
 from shardmerge.file_formats import recognise
 from shardmerge.key_mapping.naming import fault
 from shardmerge.spec.tensors import DTYPE_BITS, TensorInfo, tensor_nbytes
+from shardmerge.system.json_text import DuplicateKeyError, unique_keys
 
 #: What the safetensors library accepts.
 MAX_HEADER_BYTES = 100_000_000
@@ -38,8 +38,6 @@ _METADATA = "__metadata__"
 _TOO_LARGE = 1 << 63
 #: Header bytes that are decoded at a time.
 _PART = 1 << 20
-#: Characters of entries that are read at once.
-_AT_ONCE = 1 << 18
 #: How far from where text was cut JSON may see something else wrong with it: the length of ``-Infinity``.
 _NEAR = 9
 _SPACES = re.compile(r"[ \t\n\r]*")
@@ -151,8 +149,6 @@ def _entries_of_many(data: bytes) -> Iterator[tuple[str, Any]]:
             if has_escapes:
                 _check_surrogates([name, value])
             yield name, value
-            many, index = _whole_entries(parts, index, has_escapes)
-            yield from many
             index = parts.skip(index)
             if parts.text.startswith("}", index):
                 break
@@ -162,24 +158,6 @@ def _entries_of_many(data: bytes) -> Iterator[tuple[str, Any]]:
         index = parts.reach(index, 1)
     if index < len(parts.text):
         raise parts.wrong("extra data", index)
-
-
-def _whole_entries(parts: _Parts, index: int, has_escapes: bool) -> tuple[Iterable[tuple[str, Any]], int]:
-    """The entries behind a comma at ``index`` that are whole in this part, and where they end; perhaps none.
-
-    They are cut off where one looks to be whole. If that was inside of a text or of an entry, what was cut off is not
-    JSON; it then goes entry by entry, like all that is wrong.
-    """
-    end = parts.text.rfind('},"', index, index + _AT_ONCE)
-    if end < 0 or not parts.text.startswith(',"', index):
-        return (), index
-    try:
-        entries = json.loads("{" + parts.text[index + 1 : end + 1] + "}", object_pairs_hook=unique_keys)
-        if has_escapes:
-            _check_surrogates(entries)
-    except (ValueError, RecursionError):
-        return (), index
-    return entries.items(), end + 1
 
 
 def _entry(parts: _Parts, index: int) -> tuple[str, Any, int]:
@@ -252,19 +230,6 @@ class _Parts:
 
 
 # --- what an entry must be --------------------------------------------------------------------------------------------
-
-
-class DuplicateKeyError(ValueError):
-    """A JSON object has a key twice; which one is the message."""
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What ``json.loads`` is to make of an object: of a key that stands twice, it would drop one without a word."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        keys = Counter(key for key, _ in pairs)
-        raise DuplicateKeyError(reprlib.repr(keys.most_common(1)[0][0]))
-    return result
 
 
 def _strings_alone(pairs: list[tuple[str, Any]]) -> dict[str, Any] | None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from shardmerge.system import json_size
+from shardmerge.system import json_text
 
 _NAMES = frozenset(
     {
@@ -78,21 +77,11 @@ class ModelFiles:
     def _parsed(self, name: str) -> dict[str, Any] | None:
         if name not in self._contents:
             return None
-        if large := json_size.too_large(self._contents[name], _MAX_PARSED):
-            self._problems.append(f"{name} {large}; expected fewer entries")
-            return None
         try:
-            value = json.loads(self._contents[name])
-        except (ValueError, RecursionError) as error:
-            self._problems.append(f"{name} is not JSON: {error}")
+            return json_text.parse_object(self._contents[name], MAX_BYTES, _MAX_PARSED)
+        except json_text.JsonError as error:
+            self._problems.append(f"{name} {error}")
             return None
-        if b"\\ud" in self._contents[name].lower() and not _is_text(value):
-            self._problems.append(f"{name} holds half of a surrogate pair, which is no text")
-            return None
-        if not isinstance(value, dict):
-            self._problems.append(f"{name} holds no JSON object")
-            return None
-        return value
 
     def templates(self) -> list[tuple[str, str]]:
         """Additional chat templates: (name, template)."""
@@ -109,11 +98,3 @@ def items(value: Any) -> list[Any]:
 def mapping(value: Any) -> dict[str, Any]:
     """A JSON object as it is, of anything else nothing."""
     return value if isinstance(value, dict) else {}
-
-
-def _is_text(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True

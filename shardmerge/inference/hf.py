@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
-import json
 import logging
 import os
 import re
@@ -19,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge.errors import ConfigError, FormatError, SourceError
-from shardmerge.file_formats.checkpoint_files import MAX_JSON_BYTES
 from shardmerge.sources.local import LocalSource
-from shardmerge.system.regular_files import read_small
+from shardmerge.system import json_text
 from shardmerge.system.terminal_text import one_line, shown
 
 #: What a prompt is put into where the tokenizer has no chat template; ``{}`` is the prompt's place.
@@ -108,8 +106,8 @@ def check_files(path: Path) -> None:
 def _class_of(path: Path) -> str:
     """The class that a config.json names; empty where it says nothing that could be read."""
     try:
-        named = json.loads(read_small(path / "config.json", MAX_JSON_BYTES))["architectures"][0]
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        named = json_text.read_object(path / "config.json")["architectures"][0]
+    except (OSError, ValueError, TypeError, LookupError):
         return ""
     return one_line(named) if isinstance(named, str) else ""
 

@@ -18,8 +18,7 @@ from shardmerge.planning.special_files import is_of_another, linked_folders, unf
 from shardmerge.planning.tied import without_ties
 from shardmerge.planning.tokenizer import Files, take_tokenizer, without_template
 from shardmerge.planning.vocabulary import vocabulary_size
-from shardmerge.sources.local import LocalSource
-from shardmerge.sources.source import Source, directory_of
+from shardmerge.sources.source import Source
 from shardmerge.spec.plans import AuxFile
 
 #: Files that may hold a chat template among other things, which some programs prefer to a file of its own.
@@ -100,7 +99,7 @@ def _pointers(chosen: Files) -> list[str]:
     found = sorted(
         name
         for name, (source, stored) in chosen.items()
-        if isinstance(source, LocalSource)  # the Hub gives the files themselves
+        if source.local_path is not None  # elsewhere there are the files themselves
         and source.stat(stored).size <= recognise.POINTER_BYTES
         and recognise.is_pointer(source.read(stored, 0, recognise.HEAD_BYTES))
     )
@@ -111,7 +110,7 @@ def _pointers(chosen: Files) -> list[str]:
 
 def _model_directory(checkpoint: Checkpoint) -> Source | None:
     """A base that is one file brings its neighbours only where a config.json says that they belong to a model."""
-    directory = directory_of(checkpoint.source)
+    directory = checkpoint.source.directory()
     alone = directory is not checkpoint.source and "config.json" not in directory.names()
     return None if alone else directory
 

@@ -9,9 +9,8 @@ its headers, sizes and times.
 from __future__ import annotations
 
 import hashlib
-from contextlib import closing
 
-from shardmerge.sources.source import HUB_SCHEME, open_reader
+from shardmerge.sources.source import is_pinned, open_reader
 from shardmerge.spec.plans import AuxFile, Fingerprint, MergePlan
 from shardmerge.spec.tensors import SourceFile
 from shardmerge.system import checksums
@@ -45,9 +44,9 @@ def with_contents(plan: MergePlan, torch_version: str) -> Fingerprint:
 
 
 def _content(file: SourceFile) -> str:
-    if file.uri.startswith(HUB_SCHEME):
-        return file.uri  # the commit in it is a hash of the contents
-    with closing(open_reader(file)) as reader:
+    if is_pinned(file):
+        return file.uri
+    with open_reader(file) as reader:
         found = checksums.of_file(reader, file.size)
         reader.check()
     return found["xxh3_128"]

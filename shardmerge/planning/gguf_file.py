@@ -14,7 +14,7 @@ from shardmerge.errors import SourceError
 from shardmerge.gguf import OutputTensor, Part
 from shardmerge.planning.layout import Layout
 from shardmerge.sources.inline import inline_file
-from shardmerge.sources.source import open_reader
+from shardmerge.sources.source import read_file
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.plans import AuxFile, ShardPlan, TensorPlan
 from shardmerge.spec.tensors import TensorInfo, TensorRef, row_nbytes
@@ -102,16 +102,10 @@ def _size(file: AuxFile) -> int:
 def _content(file: AuxFile) -> bytes:
     if file.content is not None:
         return file.content.encode()
-    content = bytearray(file.source.size)
     try:
-        reader = open_reader(file.source)
-        try:
-            reader.read_into(0, memoryview(content))
-        finally:
-            reader.close()
+        return bytes(read_file(file.source))
     except SourceError as error:
         raise type(error)(f"{error}. Nothing was written") from None
-    return bytes(content)
 
 
 def _plans(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 from shardmerge.adapters.registry import are_factors, are_weights
@@ -16,8 +15,7 @@ from shardmerge.file_formats.adapter_file import AdapterFile, open_adapter
 from shardmerge.file_formats.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.planning import steps
 from shardmerge.planning.settings import check_device
-from shardmerge.sources.local import LocalSource
-from shardmerge.sources.source import Source, directory_of, open_source
+from shardmerge.sources.source import Source, open_source
 from shardmerge.system.events import Stopwatch
 
 Opened = TypeVar("Opened")
@@ -97,7 +95,7 @@ def _adapter(entry: AdapterConfig) -> AdapterFile:
 
 
 def _kind_of_model(source: Source) -> str:
-    names = directory_of(source).names()
+    names = source.directory().names()
     known = recognise.what_is_no_adapter(names) if RECORD_NAME in names else ""
     return known or recognise.IS_MODEL
 
@@ -115,7 +113,8 @@ def _or_unfinished(source: Source, opening: Callable[[], Opened]) -> Opened:
     try:
         return opening()
     except FormatError as error:
-        if isinstance(source, LocalSource) and not source.only and is_unfinished(Path(source.root)):
+        folder = source.local_path
+        if folder is not None and source.directory() is source and is_unfinished(folder):
             raise FormatError(
                 f"{source.location}: holds a merge that was not finished; finish it by running the same command again"
             ) from None

@@ -15,7 +15,6 @@ from shardmerge.file_formats.checkpoint_choice import SUFFIX
 from shardmerge.file_formats.checkpoint_files import read_shard
 from shardmerge.planning.other_weights import is_below, is_weights
 from shardmerge.planning.tokenizer import is_tokenizer
-from shardmerge.sources.local import LocalSource
 from shardmerge.sources.source import Source
 
 #: Folders of a training run or of other formats of the same model.
@@ -58,7 +57,7 @@ def unfit_in_adapter(source: Source) -> Iterator[str]:
 
 def _at_top(source: Source, names: Sequence[str]) -> list[str]:
     """What is judged though nobody may use it. Weights that nobody uses are commonly links to where they are."""
-    is_local = isinstance(source, LocalSource)  # the Hub has nothing but files
+    is_local = source.local_path is not None  # elsewhere there are only files
     return [name for name in names if is_local and "/" not in name and not is_weights(name)]
 
 

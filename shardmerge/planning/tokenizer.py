@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from shardmerge.sources.source import Source
 from shardmerge.spec.notices import Warned
-from shardmerge.system import json_size
+from shardmerge.system import json_text
 
 #: Name in the output → the source that has it, and its name there.
 Files = dict[str, tuple[Source, str]]
@@ -166,11 +166,9 @@ def _vocabulary(source: Source, name: str) -> str | None:
     """A digest of the vocabulary and merges of a tokenizer.json; None where that cannot be told."""
     if source.stat(name).size > _MAX_TOKENIZER:
         return None
-    content = source.read(name, 0, _MAX_TOKENIZER)
-    if json_size.bytes_in_memory(content) > _MAX_PARSED:
-        return None
     try:
-        model = json.loads(content)["model"]
+        content = source.read(name, 0, _MAX_TOKENIZER)
+        model = json_text.parse_object(content, _MAX_TOKENIZER, _MAX_PARSED)["model"]
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or ()]
         text = json.dumps([model.get("type"), model["vocab"], merges], sort_keys=True)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):

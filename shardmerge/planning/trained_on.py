@@ -16,7 +16,7 @@ from typing import Any
 from shardmerge.errors import ShardmergeError
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.file_formats.checkpoint_files import read_json
-from shardmerge.sources.local import LocalSource
+from shardmerge.sources.source import open_source
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 #: ``models--org--name`` among a path's folders.
@@ -46,9 +46,9 @@ def another_than(trained_on: str, checkpoint: Checkpoint) -> str:
 def _names(checkpoint: Checkpoint) -> Iterator[str]:
     """Names of the base that are not just what somebody called a directory."""
     source = checkpoint.source
-    if not isinstance(source, LocalSource):
+    if source.local_path is None:
         yield source.location
-    elif match := _CACHED.search(source.root):
+    elif match := _CACHED.search(str(source.directory().location)):
         yield f"{match[1]}/{match[2]}"
     named = checkpoint.config.get("_name_or_path")
     if isinstance(named, str) and _REPO.fullmatch(named):
@@ -65,8 +65,8 @@ def _bare(name: str) -> str:
 
 def _difference(path: str, checkpoint: Checkpoint) -> str:
     """In what the config.json of a directory differs from the base's; empty where it cannot be read."""
-    source = LocalSource(path)
     try:
+        source = open_source(path)
         theirs = read_json(source, ["config.json"], "config.json")
     except ShardmergeError:
         return ""

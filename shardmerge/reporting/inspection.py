@@ -18,7 +18,6 @@ from shardmerge.file_formats.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.key_mapping.naming import module_name
 from shardmerge.reporting import outputs
 from shardmerge.reporting.text import human_bytes, labelled, table
-from shardmerge.sources.local import LocalSource
 from shardmerge.sources.source import Source, open_source
 from shardmerge.spec.tensors import TensorRef
 
@@ -48,7 +47,7 @@ def inspect_path(location: str) -> dict[str, Any]:
 
 def _model_beside(source: Source) -> Checkpoint | None:
     """The model in whose directory an adapter is stored; None where there is none."""
-    if isinstance(source, LocalSource) and source.only:
+    if source.directory() is not source:
         return None
     try:
         checkpoint = open_checkpoint(source)

@@ -12,7 +12,7 @@ from shardmerge.destinations.record import RECORD_NAME, open_record
 from shardmerge.errors import ConfigError, FormatError, SourceError
 from shardmerge.file_formats.adapter_file import AdapterFile, open_adapter
 from shardmerge.file_formats.checkpoint import open_checkpoint
-from shardmerge.sources.source import Source, directory_of, open_source
+from shardmerge.sources.source import Source, open_source
 
 #: Of a repo on the Hub, what a model's directory needs beside its weights.
 _BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -29,7 +29,7 @@ class Origin:
 
     def base_folder(self) -> Path:
         """The base's directory, of a repo on the Hub its folder in the cache. Raises `SourceError`, `ConfigError`."""
-        source = directory_of(_open("base", self.base))
+        source = _open("base", self.base).directory()
         names = source.names()
         if "config.json" not in names:
             raise ConfigError(

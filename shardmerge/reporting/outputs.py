@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from shardmerge.destinations.record import RECORD_NAME, SEAL, find_record, is_unfinished
 from shardmerge.errors import FormatError
 from shardmerge.gguf.glance import glance
 from shardmerge.reporting.verified import last_time
-from shardmerge.sources.local import LocalSource
 from shardmerge.sources.source import Source
 
 _GGUF = ".gguf"
@@ -56,7 +54,8 @@ def describe_gguf(source: Source, name: str) -> dict[str, Any]:
 
 def refuse_unfinished(source: Source) -> None:
     """`FormatError` where a merge into the directory was not finished, and no model is there yet."""
-    if isinstance(source, LocalSource) and not source.names() and is_unfinished(Path(source.root)):
+    folder = source.directory().local_path
+    if folder is not None and not source.names() and is_unfinished(folder):
         raise FormatError(
             f"{source.location}: holds a merge that was not finished; finish it by running the same command again"
         )
@@ -64,7 +63,8 @@ def refuse_unfinished(source: Source) -> None:
 
 def made_of(source: Source) -> dict[str, Any]:
     """What the record beside an output says; empty where there is none."""
-    if not isinstance(source, LocalSource) or (record := find_record(Path(source.root))) is None:
+    folder = source.directory().local_path
+    if folder is None or (record := find_record(folder)) is None:
         return {}
     adapters = record.values.get("adapters")
     found: dict[str, Any] = {
@@ -72,7 +72,7 @@ def made_of(source: Source) -> dict[str, Any]:
         "base": _place(record.values.get("base")),
         "adapters": [_place(info) for info in adapters] if isinstance(adapters, list) else [],
         "updated_weights": len(targets) if isinstance(targets := record.values.get("targets"), dict) else None,
-        "verified": last_time(Path(source.root), record.seal) or _NOT_REMEMBERED,
+        "verified": last_time(folder, record.seal) or _NOT_REMEMBERED,
     }
     if not record.is_believed:
         found["problems"] = [f"{RECORD_NAME} was changed after the merge: it no longer has its {SEAL}"]

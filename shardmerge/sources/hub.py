@@ -31,20 +31,20 @@ from huggingface_hub.errors import (
 
 from shardmerge.errors import MissingError, SourceError
 from shardmerge.sources.local import LocalReader, LocalSource
-from shardmerge.sources.source import HUB_SCHEME, looked_in
+from shardmerge.sources.source import looked_in
 from shardmerge.spec.tensors import SourceFile
 from shardmerge.version import __version__
 
-__all__ = ["HubSource", "open_hub_reader"]
-
 T = TypeVar("T")
 
+IS_PINNED = True
+_SCHEME = "hub://"
 _SMALL = 1_000_000  # bytes; a file below that is worth keeping for an offline run
 _CHUNK = 1 << 16  # bytes
 _ATTEMPTS = 3
 _BUSY = (408, 429, 500, 502, 503, 504)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_URI = re.compile(HUB_SCHEME + r"([^/@]+/[^/@]+)@([0-9a-f]{40})/(.+)")
+_URI = re.compile(_SCHEME + r"([^/@]+/[^/@]+)@([0-9a-f]{40})/(.+)")
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN"
 _SECRETS = (
     (re.compile(r"bearer\s.*", re.IGNORECASE), "Bearer …"),
@@ -61,8 +61,10 @@ _UTILS: Any = huggingface_hub.utils  # its exports are lazy, which mypy does not
 class HubSource:
     """A model repo at one commit.
 
-    ``note`` is set where the local cache stands in for the Hub, and says why and with what.
+    ``note`` is set where the local cache is used in place of the Hub, and says why.
     """
+
+    local_path: Path | None = None
 
     def __init__(
         self, repo: str, commit: str, sizes: Mapping[str, int | None], asked: str, unreachable: str | None = None
@@ -115,6 +117,9 @@ class HubSource:
         sizes = {name: files.stat(name).size for name in files.names() if (folder / name).exists()}
         return cls(repo, folder.name, sizes, asked=folder.name, unreachable=why)
 
+    def directory(self) -> HubSource:
+        return self
+
     def names(self) -> list[str]:
         return sorted(self._sizes)
 
@@ -135,7 +140,7 @@ class HubSource:
         size = self._sizes[name]
         if size is None:
             raise SourceError(f"{what}: the Hub does not tell its size")
-        return SourceFile(uri=HUB_SCHEME + what, size=size)
+        return SourceFile(uri=_SCHEME + what, size=size)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """Up to ``size`` bytes from ``offset``: from the cache, or as a byte range that leaves no file behind.
@@ -175,11 +180,15 @@ class HubSource:
                 _download(self.location, name, self._asked, self.revision)
 
 
-def open_hub_reader(file: SourceFile) -> LocalReader:
+def open_source(location: str) -> HubSource:
+    return HubSource.open(location.removeprefix(_SCHEME))
+
+
+def open_reader(file: SourceFile) -> LocalReader:
     """A reader over the cached copy of a file of a plan; the first reader downloads it. Raises `SourceError`."""
     match = _URI.fullmatch(file.uri)
     if match is None or not _is_safe(match[3]):
-        raise SourceError(f"{file.uri!r} is not of the form {HUB_SCHEME}org/name@commit/file")
+        raise SourceError(f"{file.uri!r} is not of the form {_SCHEME}org/name@commit/file")
     repo, commit, name = match.groups()
     return LocalReader(file, path=str(_download(repo, name, commit, commit)))
 

@@ -1,13 +1,15 @@
-"""Bytes that a plan carries itself, for what no file holds: a ``data:`` URI (RFC 2397)."""
+"""Bytes that a plan carries itself, of no file: a ``data:`` URI (RFC 2397)."""
 
 from __future__ import annotations
 
 import base64
 
+from shardmerge.errors import MissingError, SourceError
+from shardmerge.sources.source import Reader, Source
 from shardmerge.spec.tensors import SourceFile
 
-SCHEME = "data:"
-_HEAD = f"{SCHEME};base64,"
+IS_PINNED = True
+_HEAD = "data:;base64,"
 
 
 def inline_file(content: bytes) -> SourceFile:
@@ -15,23 +17,28 @@ def inline_file(content: bytes) -> SourceFile:
     return SourceFile(_HEAD + base64.b64encode(content).decode(), len(content))
 
 
-class InlineReader:
+def is_inline(uri: str) -> bool:
+    """Whether a uri holds the bytes themselves."""
+    return uri.startswith(_HEAD)
+
+
+class InlineReader(Reader):
     """Reads an `inline_file`."""
 
     def __init__(self, uri: str) -> None:
         self._content = base64.b64decode(uri.removeprefix(_HEAD))
 
     def read_into(self, offset: int, view: memoryview) -> None:
-        view[:] = self._content[offset : offset + len(view)]
+        found = self._content[offset : offset + len(view)]
+        if len(found) < len(view):
+            raise SourceError(f"inline bytes end at byte {len(self._content)}, {len(view) - len(found)} bytes short")
+        view[:] = found
 
-    def read_block(self, memory: memoryview, position: int, offset: int, size: int) -> None:
-        self.read_into(offset, memory[position : position + size])
 
-    def fileno(self) -> int:
-        return -1
+def open_source(location: str) -> Source:
+    """Nobody can name inline bytes as a place."""
+    raise MissingError(f"{location}: is not a place")
 
-    def check(self) -> None:
-        pass
 
-    def close(self) -> None:
-        pass
+def open_reader(file: SourceFile) -> Reader:
+    return InlineReader(file.uri)

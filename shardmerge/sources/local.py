@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import NamedTuple
 
 from shardmerge.errors import ChangedError, SourceError
 from shardmerge.sources import links
+from shardmerge.sources.source import Reader
 from shardmerge.spec.tensors import PAGE, SourceFile
 from shardmerge.system.page_cache import Residency, open_direct
 from shardmerge.system.regular_files import NotRegularError, open_regular
+
+IS_PINNED = False
 
 
 def _problem(path: str, error: OSError) -> SourceError:
@@ -19,39 +21,31 @@ def _problem(path: str, error: OSError) -> SourceError:
     return SourceError(f"{path}: {what if isinstance(error, NotRegularError) else f'cannot be read: {what}'}")
 
 
-class _Identity(NamedTuple):
-    """What a file is known by: one that was written to, cut or replaced has another.
+#: What else identifies a file beside its size; 0 where the plan did not see it.
+_VERSION = ("mtime_ns", "inode", "device", "ctime_ns")
 
-    A program can put the time of writing back, but not the time of change. That one also changes with the file's mode,
-    owner, name and number of hard links; nobody can say afterwards which it was. To read a file, or to share its
+
+def _seen(path: str, status: os.stat_result) -> SourceFile:
+    """A file with its version: a file that was written to, cut or replaced has another.
+
+    A program can put the time of writing back, but not the time of change. The latter also changes with the file's
+    mode, owner, name and number of hard links; nobody can say afterwards which it was. Reading a file, or sharing its
     blocks, changes none of these.
     """
-
-    size: int
-    mtime_ns: int
-    inode: int
-    device: int
-    ctime_ns: int
+    return SourceFile(path, status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev, status.st_ctime_ns)
 
 
-def _identity(status: os.stat_result) -> _Identity:
-    return _Identity(status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev, status.st_ctime_ns)
-
-
-def _planned(file: SourceFile, status: os.stat_result) -> _Identity:
-    """What the plan saw of a file, as far as it saw it."""
-    known = (file.size, file.mtime_ns, file.inode, file.device, file.ctime_ns)
-    found = _identity(status)
-    return _Identity(file.size, *(before or now for before, now in zip(known[1:], found[1:], strict=True)))
-
-
-def _change(before: _Identity, after: _Identity) -> str:
+def _changed(before: SourceFile, after: SourceFile) -> str:
+    """How a file changed, as far as ``before`` says what it was; empty where it did not."""
+    changed = {key for key in _VERSION if getattr(before, key) not in (0, getattr(after, key))}
     if before.size != after.size:
         return f"it was {before.size:,} bytes, it is {after.size:,}"
-    if before.mtime_ns != after.mtime_ns:
+    if "mtime_ns" in changed:
         return "it was written again"
-    if (before.inode, before.device) != (after.inode, after.device):
+    if changed & {"inode", "device"}:
         return "another file has taken its place"
+    if not changed:
+        return ""
     return (
         "its time of change is another, so it was written to and its time of writing put back, or its mode, owner, "
         "name or number of links was changed"
@@ -79,8 +73,15 @@ class LocalSource:
     def location(self) -> str:
         return os.path.join(self.root, self.only) if self.only else self.root
 
+    @property
+    def local_path(self) -> Path | None:
+        return Path(self.location)
+
+    def directory(self) -> LocalSource:
+        return LocalSource(self.root) if self.only else self
+
     def names(self) -> list[str]:
-        """See `Source.names`. What is not a file is there too: it is refused where it is used, and never "missing"."""
+        """See `Source.names`. What is not a file is listed too: it is refused where it is used, and never "missing"."""
         if self.only:
             return [self.only]
         found = []
@@ -93,7 +94,7 @@ class LocalSource:
             found += [f"{before}{name}/" for name in folders if self._is_linked(before + name)]
         for name in found:
             if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
-                raise SourceError(f"{self.root}: {name!r} is no file name in UTF-8; rename the file or take it away")
+                raise SourceError(f"{self.root}: {name!r} is not a file name in UTF-8; rename or remove the file")
         return sorted(found)
 
     def _is_linked(self, folder: str) -> bool:
@@ -125,8 +126,7 @@ class LocalSource:
                 raise NotRegularError(path, status.st_mode)
         except OSError as error:
             raise _problem(path, error) from None
-        found = _identity(status)
-        return SourceFile(path, found.size, found.mtime_ns, found.inode, found.device, found.ctime_ns)
+        return _seen(path, status)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         path = self._path(name)
@@ -146,7 +146,7 @@ class LocalSource:
         return Path(self._path(name))
 
 
-class LocalReader:
+class LocalReader(Reader):
     """One open local file, checked against what the plan saw of it."""
 
     def __init__(self, file: SourceFile, path: str | None = None) -> None:
@@ -159,12 +159,11 @@ class LocalReader:
         except OSError as error:
             self.close()
             raise _problem(self.path, error) from None
-        # A link that leads elsewhere than it did leads to a file of another identity.
-        planned = _planned(file, status)
-        self._identity = _identity(status)
-        if self._identity != planned:
+        # A link that leads elsewhere than it did leads to a file of another version.
+        self._opened = _seen(self.path, status)
+        if how := _changed(file, self._opened):
             self.close()
-            raise ChangedError(f"{self.path}: changed since the plan was made ({_change(planned, self._identity)})")
+            raise ChangedError(f"{self.path}: changed since the plan was made ({how})")
 
     def read_into(self, offset: int, view: memoryview) -> None:
         done = 0
@@ -210,13 +209,13 @@ class LocalReader:
 
     def check(self) -> None:
         try:
-            found = _identity(os.stat(self.path))
+            found = _seen(self.path, os.stat(self.path))
         except FileNotFoundError:
             raise ChangedError(f"{self.path}: was removed while it was being read") from None
         except OSError as error:
             raise _problem(self.path, error) from None
-        if found != self._identity:
-            raise ChangedError(f"{self.path}: changed while it was being read ({_change(self._identity, found)})")
+        if how := _changed(self._opened, found):
+            raise ChangedError(f"{self.path}: changed while it was being read ({how})")
 
     def close(self) -> None:
         if self._residency is not None:
@@ -226,3 +225,11 @@ class LocalReader:
             if fd is not None and fd >= 0:
                 os.close(fd)
         self._fd = self._direct = -1
+
+
+def open_source(location: str) -> LocalSource:
+    return LocalSource(location)
+
+
+def open_reader(file: SourceFile) -> LocalReader:
+    return LocalReader(file)

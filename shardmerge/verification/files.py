@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge.destinations.record import RECORD_NAME, Record, is_work, left_behind
-from shardmerge.sources.source import open_reader
+from shardmerge.sources.source import open_reader, read_file
 from shardmerge.spec.plans import AuxFile, MergePlan
 from shardmerge.spec.tensors import SourceFile
+from shardmerge.system import json_text
 from shardmerge.system.regular_files import kind_of, open_regular, read_small, why_not_readable
 from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Findings
 from shardmerge.verification.reading import file_checksums
@@ -117,16 +118,12 @@ def _is_prose(name: str) -> bool:
 def _same_bytes(path: Path, source: SourceFile) -> bool:
     if path.stat().st_size != source.size:
         return False
-    reader = open_reader(source)
-    try:
-        with open(open_regular(path)[0], "rb", buffering=0) as file:
-            for offset in range(0, source.size, _CHUNK):
-                expected = bytearray(min(_CHUNK, source.size - offset))
-                reader.read_into(offset, memoryview(expected))
-                if file.read(len(expected)) != expected:
-                    return False
-    finally:
-        reader.close()
+    with open_reader(source) as reader, open(open_regular(path)[0], "rb", buffering=0) as file:
+        for offset in range(0, source.size, _CHUNK):
+            expected = bytearray(min(_CHUNK, source.size - offset))
+            reader.read_into(offset, memoryview(expected))
+            if file.read(len(expected)) != expected:
+                return False
     return True
 
 
@@ -135,23 +132,13 @@ def _json_difference(path: Path, aux: AuxFile) -> str:
     if max(path.stat().st_size, aux.source.size) > _CHUNK:
         return ""
     try:
-        found = json.loads(read_small(path, _CHUNK))
-        wanted = json.loads(aux.content if aux.content is not None else _read(aux.source))
+        found = json_text.read_object(path, _CHUNK)
+        wanted = json_text.parse_object(aux.content.encode() if aux.content is not None else read_file(aux.source))
         keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (OSError, json_text.JsonError):
         return ""
     told = [f"{key} is {_brief(found.get(key))}, expected {_brief(wanted.get(key))}" for key in keys[:3]]
     return f": {'; '.join(told)}" if told else ""
-
-
-def _read(source: SourceFile) -> bytes:
-    reader = open_reader(source)
-    try:
-        data = bytearray(source.size)
-        reader.read_into(0, memoryview(data))
-    finally:
-        reader.close()
-    return bytes(data)
 
 
 def _brief(value: Any) -> str:

@@ -12,7 +12,6 @@ Which stored tensor becomes which of the file, and how its rows are turned, says
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from shardmerge.errors import FormatError
 from shardmerge.sources.local import LocalSource
 from shardmerge.spec.plans import MergePlan
 from shardmerge.spec.tensors import SourceFile, TensorInfo, row_nbytes
+from shardmerge.system import json_text
 from shardmerge.system.regular_files import why_not_readable
 from shardmerge.verification.exact import Exact
 from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Findings
@@ -52,8 +52,7 @@ def check_gguf(output: Path, record: Record, again: Again, findings: Findings, r
     if not recorded:
         findings.unverified.append(f"{name}: its checksum was not recorded")
     plan = again.plan or plan_of_base(again, findings)
-    files = Files([*files_of(again), *_made_by_plan(plan), file])
-    try:
+    with Files([*files_of(again), file]) as files:
         header = _header(name, file, files, findings)
         pieces: list[Piece] = []
         if header is not None:
@@ -85,16 +84,8 @@ def check_gguf(output: Path, record: Record, again: Again, findings: Findings, r
                     aside = Findings(findings.output, findings.seed)
                     check.run(pieces, None, aside, lambda count: None)
                     findings.take(aside)
-    finally:
-        files.close()
     if again.plan is None and plan is not None:
         findings.notes.append("what was not merged was compared with the base, as far as it keeps its place and type")
-
-
-def _made_by_plan(plan: MergePlan | None) -> list[SourceFile]:
-    """What is made of the config alone, which the plan itself holds."""
-    sources = [] if plan is None else [tensor.source for tensor in plan.shards[0].tensors]
-    return [SourceFile(ref.uri, ref.nbytes) for ref in sources if ref.uri.startswith("data:")]
 
 
 # --- the header -------------------------------------------------------------------------------------------------------
@@ -172,7 +163,7 @@ def _check_values(name: str, header: GgufHeader, plan: MergePlan | None, files: 
     if plan is not None:
         source = next(aux.source for aux in plan.aux)
         files.add(source)
-        config = json.loads(files.read(source.uri, 0, source.size))
+        config = json_text.parse_object(files.read(source.uri, 0, source.size))
     for text in contradictions(header, config):
         findings.problem(STRUCTURE, f"{name}: {text}", file=name)
 

@@ -6,7 +6,7 @@ Numbers come as float64, whole numbers as int64.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,14 +15,13 @@ from torch import Tensor
 
 from shardmerge.codecs import NUMBER_DTYPES
 from shardmerge.errors import SourceError
-from shardmerge.sources.source import Reader, open_reader
-from shardmerge.spec.tensors import DTYPE_BITS, RowRange, SourceFile, TensorRef
+from shardmerge.sources.open_readers import OpenReaders
+from shardmerge.spec.tensors import DTYPE_BITS, RowRange, TensorRef
 from shardmerge.system.checksums import Checksums
 from shardmerge.system.regular_files import open_regular
 
 #: Bytes that are read at a time.
 CHUNK = 4 << 20
-_OPEN = 8
 
 
 @contextmanager
@@ -36,26 +35,12 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class Files:
+class Files(OpenReaders):
     """The files of the base, the adapters and the output, opened when they are first read."""
-
-    def __init__(self, files: Iterable[SourceFile]) -> None:
-        self._files = {file.uri: file for file in files}
-        self._open: dict[str, Reader] = {}
-
-    def add(self, file: SourceFile) -> None:
-        self._files[file.uri] = file
 
     def read_into(self, uri: str, offset: int, view: memoryview) -> None:
         """Fill ``view`` with the file's bytes from ``offset`` on. `SourceError` if it ends before."""
-        reader = self._open.get(uri)
-        if reader is None:
-            if uri not in self._files:
-                raise SourceError(f"{uri}: is no file of this merge")
-            if len(self._open) >= _OPEN:
-                self.close()
-            reader = self._open[uri] = open_reader(self._files[uri])
-        reader.read_into(offset, view)
+        self.get(uri).read_into(offset, view)
 
     def read(self, uri: str, offset: int, size: int) -> bytearray:
         data = bytearray(size)
@@ -66,10 +51,6 @@ class Files:
         """Rows of a dense tensor seen as (…, row_elements), as stored."""
         row = row_elements * DTYPE_BITS[ref.dtype] // 8
         return decode(self.read(ref.uri, ref.offset + rows.start * row, len(rows) * row), ref.dtype, row_elements)
-
-    def close(self) -> None:
-        while self._open:
-            self._open.popitem()[1].close()
 
 
 def file_checksums(path: Path, size: int, sha256: bool = False) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,14 +11,16 @@ from typing import Any
 from shardmerge.destinations.record import RECORD_NAME, Record
 from shardmerge.errors import FormatError
 from shardmerge.file_formats import safetensors_header
-from shardmerge.file_formats.checkpoint_files import MAX_INDEX_BYTES, MAX_JSON_BYTES, is_index
+from shardmerge.file_formats.checkpoint_files import MAX_INDEX_BYTES, is_index
 from shardmerge.key_mapping.resolver import Names
 from shardmerge.planning.vocabulary import vocabulary_size
 from shardmerge.sources.local import LocalSource
 from shardmerge.spec.plans import MergePlan, ShardPlan
 from shardmerge.spec.tensors import DTYPE_NAMES, FLOAT_DTYPES, SourceFile, TensorInfo
-from shardmerge.system.regular_files import read_small, why_not_readable
+from shardmerge.system import json_text
+from shardmerge.system.regular_files import why_not_readable
 from shardmerge.verification.findings import STRUCTURE, Findings
+from shardmerge.verification.second_opinion import ask_library
 
 #: What input embeddings and output heads of language models are called; of others, rows count something else.
 _VOCABULARY = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "lm_head", "embed_out"})
@@ -59,6 +60,7 @@ def read_shards(output: Path, record: Record, findings: Findings) -> list[Stored
             found.append(Stored(name, file, 0, (), {}))
             continue
         found.append(Stored(name, file, start, metadata, tensors))
+        ask_library(output / name, name, tensors, findings)
     findings.files += len(found)
     findings.tensors += sum(len(shard.tensors) for shard in found)
     return found
@@ -98,10 +100,10 @@ def _check_index(output: Path, record: Record, shards: list[Stored], findings: F
     if why_not_readable(output / name):
         return  # that is told already
     try:
-        index = json.loads(read_small(output / name, MAX_INDEX_BYTES))
+        index = json_text.read_object(output / name, MAX_INDEX_BYTES)
         weight_map, total = index["weight_map"], index["metadata"]["total_size"]
         listed = dict(weight_map.items())
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         findings.problem(STRUCTURE, f"{name} is no index: {type(error).__name__}: {error}", file=name)
         return
     there = {tensor: shard.name for shard in shards for tensor in shard.tensors}
@@ -170,10 +172,9 @@ def check_config(
 
 def read_config(folder: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(read_small(folder / "config.json", MAX_JSON_BYTES))
-    except (OSError, ValueError, RecursionError):
+        return json_text.read_object(folder / "config.json")
+    except (OSError, json_text.JsonError):
         return None
-    return value if isinstance(value, dict) else None
 
 
 def contradictions(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str]]:

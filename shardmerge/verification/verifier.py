@@ -26,10 +26,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from shardmerge.destinations.record import Record, open_record
-from shardmerge.errors import FormatError, VerifyError
+from shardmerge.errors import FormatError, SourceError, VerifyError
 from shardmerge.file_formats.checkpoint import Checkpoint
+from shardmerge.sources.source import read_file
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import TensorInfo
+from shardmerge.system import json_text
 from shardmerge.system.events import Stopwatch, event
 from shardmerge.verification.exact import Exact
 from shardmerge.verification.files import check_added, check_files
@@ -43,7 +45,6 @@ from shardmerge.verification.structure import (
     check_config,
     check_structure,
     contradictions,
-    read_config,
     read_shards,
 )
 
@@ -93,8 +94,7 @@ def verify_output(
     check_structure(output, record, stored, again.plan, findings)
     _check_config(output, record, stored, again, findings)
     check_added(output, record, findings)
-    files = Files([*files_of(again), *(shard.file for shard in stored)])
-    try:
+    with Files([*files_of(again), *(shard.file for shard in stored)]) as files:
         exact = None if again.plan is None else Exact(files, again.plan, again.adapters)
         by_chance = again.plan is not None and again.plan.rounding == "stochastic"
         check = ShardCheck(files, exact, findings, rows, seed, by_chance)
@@ -115,8 +115,6 @@ def verify_output(
             with threads(1):
                 check.run(_shard_file(shard, planned, recorded), advance)
             _checked(shard, findings, watch.lap())
-    finally:
-        files.close()
     if again.plan is None and again.base is not None:
         findings.notes.append("what was not merged was compared with the base, as far as it keeps its dtype")
     return findings.report()
@@ -171,12 +169,15 @@ def _contradictions_of_base(again: Again) -> dict[str, str] | None:
     if again.plan is None:
         return None
     aux = next((aux for aux in again.plan.aux if aux.name == "config.json"), None)
-    if aux is None or aux.source.uri.startswith("hub://"):
+    if aux is None:
         return None
-    config = read_config(Path(aux.source.uri).parent)
+    try:
+        config = json_text.parse_object(read_file(aux.source))
+    except (SourceError, json_text.JsonError):
+        return None
     tensors = {
         tensor.source.name: TensorInfo(tensor.source.dtype, tensor.source.shape, (0, tensor.source.nbytes))
         for shard in again.plan.shards
         for tensor in shard.tensors
     }
-    return dict(contradictions(config or {}, tensors))
+    return dict(contradictions(config, tensors))

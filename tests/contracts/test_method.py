@@ -50,7 +50,8 @@ def computing(every: tuple[Subject, ...]) -> list[Subject]:
 
 
 def lengths(values: Tensor) -> Tensor:
-    return values.norm(dim=1, keepdim=True) if values.shape[1] > 1 else values.norm().expand(len(values), 1)
+    found: Tensor = values.norm(dim=1, keepdim=True) if values.shape[1] > 1 else values.norm().expand(len(values), 1)
+    return found
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

@@ -254,14 +254,16 @@ BIG = "9" * 100_000
 
 HOSTILE: dict[str, Hostile] = {
     # --- the index
-    "shard ../x": Hostile(index(_="../x.safetensors"), (INDEX, "'../x.safetensors'", "no name of a .safetensors file")),
-    "shard /x": Hostile(index(_="/x.safetensors"), (INDEX, "'/x.safetensors'", "no name of a .safetensors file")),
+    "shard ../x": Hostile(
+        index(_="../x.safetensors"), (INDEX, "'../x.safetensors'", "not the name of a .safetensors file")
+    ),
+    "shard /x": Hostile(index(_="/x.safetensors"), (INDEX, "'/x.safetensors'", "not the name of a .safetensors file")),
     "shard a/../../x": Hostile(index(_="a/../../x.safetensors"), (INDEX, "'a/../../x.safetensors'")),
     "shard ..": Hostile(index(_=".."), (INDEX, "'..'")),
-    "shard with a backslash": Hostile(index(_="..\\x.safetensors"), (INDEX, "no name of a .safetensors file")),
-    "shard with a zero byte": Hostile(index(_="x\0.safetensors"), (INDEX, "no name of a .safetensors file")),
+    "shard with a backslash": Hostile(index(_="..\\x.safetensors"), (INDEX, "not the name of a .safetensors file")),
+    "shard with a zero byte": Hostile(index(_="x\0.safetensors"), (INDEX, "not the name of a .safetensors file")),
     "shard that is a pickle": Hostile(index(_="x.bin"), (INDEX, "'x.bin'")),
-    "shard that is a number": Hostile(index(_=7), (INDEX, "7, which is no name")),
+    "shard that is a number": Hostile(index(_=7), (INDEX, "7, which is not the name")),
     "shard that is not there": Hostile(index(_="x.safetensors"), (INDEX, "not there", "x.safetensors")),
     "index of strange tensors": Hostile(index(ghost=FIRST), (INDEX, "'ghost'", FIRST)),
     "index of misplaced tensors": Hostile(index(_=FIRST), (INDEX, "'lm_head.weight'", FIRST)),

@@ -34,7 +34,7 @@ CPU = Device()
 
 
 @dataclass
-class CountingReader:
+class CountingReader(Reader):
     """A reader that notes what it was asked for."""
 
     inner: Reader

@@ -48,6 +48,8 @@ COMPUTES = frozenset(
 )
 #: Never needed to merge: the base's own code is not run, and PEFT is an oracle of the tests. ``hf`` imports them.
 FOREIGN = ("transformers", "peft", "accelerate", "safetensors", "numpy", "gguf", "sentencepiece")
+#: Who else may import them: the one has PEFT's generator, the other asks the format's library about an output.
+_ALSO = {"numpy": ("adapters.methods.unilora_seeded",), "safetensors": ("verification.second_opinion",)}
 #: What `__init__` may import eagerly; all else it finds when it is asked for.
 EAGER = frozenset({"version"})
 
@@ -190,9 +192,7 @@ def test_torch_is_imported_at_once_only_where_it_computes() -> None:
 
 @pytest.mark.parametrize("library", FOREIGN)
 def test_foreign_libraries_are_imported_by_one_room_and_late(library: str) -> None:
-    rooms = {"inference.hf"} | (
-        {"adapters.methods.unilora_seeded"} if library == "numpy" else set()
-    )  # it has PEFT's generator
+    rooms = {"inference.hf", *_ALSO.get(library, ())}
     wrong = [str(found) for found in _of(library) if found.module not in rooms or not found.deferred]
     assert not wrong
 

@@ -27,11 +27,13 @@ from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import RowRange, TensorInfo, TensorRef
 from shardmerge.spec.updates import Place as Where
 from shardmerge.spec.updates import Update
+from shardmerge.verification.findings import Findings
 from shardmerge.verification.formulas import FORMULAS, PlainFactors
 from shardmerge.verification.reading import Factor, Files
 from shardmerge.verification.rounding import half_unit
 from shardmerge.verification.rows import all_rows, sampled
 from shardmerge.verification.scaling import ScaledBy
+from shardmerge.verification.second_opinion import ask_library
 from tests.support.builders import (
     DOWN1,
     GATE0,
@@ -350,3 +352,41 @@ def test_in_a_process_of_its_own(tmp_path: Path) -> None:
     write_peft(place.adapter, {name: 2 * tensor for name, tensor in peft_tensors().items()})
     done = run_cli("verify", place.output)
     assert done.returncode == 6 and "Traceback" not in done.stderr
+
+
+# --- a second opinion on headers --------------------------------------------------------------------------------------
+
+
+def _asked(path: Path, tensors: dict[str, TensorInfo]) -> Findings:
+    findings = Findings(str(path.parent), 0)
+    ask_library(path, path.name, tensors, findings)
+    return findings
+
+
+def test_the_library_agrees_with_our_header_and_contradicts_a_wrong_one(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)}, path)
+    right = {"a": TensorInfo("F32", (2, 3), (0, 24)), "b": TensorInfo("BF16", (4,), (24, 32))}
+    assert not _asked(path, right).counts
+    for wrong, text in (
+        ({**right, "a": TensorInfo("F32", (3, 2), (0, 24))}, "reads a as F32 [2, 3], expected F32 [3, 2]"),
+        ({**right, "b": TensorInfo("F16", (4,), (24, 32))}, "reads b as BF16 [4], expected F16 [4]"),
+        ({"a": right["a"]}, "finds the tensor b"),
+        ({**right, "c": right["b"]}, "does not find the tensor c"),
+    ):
+        assert [problem.text for problem in _asked(path, wrong).problems] == [
+            f"model.safetensors: the safetensors library {text}"
+        ]
+
+
+def test_what_the_library_cannot_open(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\x02" + bytes(7) + b"{]")
+    assert "the safetensors library refuses it" in _asked(path, {}).problems[0].text
+    text = b'{"a":{"dtype":"F99","shape":[0],"data_offsets":[0,0]}}  '
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    findings = _asked(path, {})
+    assert not findings.counts and "cannot give a second opinion" in findings.notes[0]
+    path.unlink()
+    findings = _asked(path, {})
+    assert not findings.counts and "cannot open it" in findings.notes[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -117,7 +117,7 @@ class LocalDirectory:
         if file is None:
             return None
         try:
-            with closing(open_reader(file)) as reader:
+            with open_reader(file) as reader:
                 found = checksums.of_file(reader, receipt.nbytes, self.handle.sha256, advance)
         except SourceError:
             return None

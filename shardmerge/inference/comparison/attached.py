@@ -224,8 +224,5 @@ def _find(model: Any, where: str, name: str) -> Any:
 
 
 def _read(adapter: AdapterFile) -> Mapping[str, Tensor]:
-    files = Files(adapter.files)
-    try:
+    with Files(adapter.files) as files:
         return {name: Factor(files, ref).whole() for name, ref in adapter.tensors.items()}
-    finally:
-        files.close()

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.errors import ConfigError
 from shardmerge.file_formats.adapter_file import CONFIG_NAME, AdapterFile, Beside
-from shardmerge.file_formats.checkpoint_files import MAX_JSON_BYTES
 from shardmerge.inference.hf import library
 from shardmerge.key_mapping.naming import module_name
+from shardmerge.system import json_text
 from shardmerge.system.regular_files import read_small
 from shardmerge.verification.reading import Factor, Files
 
@@ -39,7 +39,7 @@ def folder_for_peft(adapter: AdapterFile) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="shardmerge-") as folder:
         tensors = {name: tensor for path in paths for name, tensor in safetensors.load_file(path).items()}
         safetensors.save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
-        (Path(folder) / CONFIG_NAME).write_bytes(read_small(config, MAX_JSON_BYTES))
+        (Path(folder) / CONFIG_NAME).write_bytes(read_small(config, json_text.MAX_BYTES))
         yield folder
 
 
@@ -66,8 +66,7 @@ def put_wholes(model: Any, adapter: AdapterFile, entry: AdapterConfig) -> list[W
 def _of_file(model: Any, adapter: AdapterFile, beside: Beside, prefix: str) -> Iterator[Whole]:
     where = f"{adapter.source.location}: {beside.name}"
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    files = Files([beside.file])
-    try:
+    with Files([beside.file]) as files:
         for name, ref in beside.tensors.items():
             if not name.startswith(prefix):
                 continue
@@ -80,5 +79,3 @@ def _of_file(model: Any, adapter: AdapterFile, beside: Beside, prefix: str) -> I
                 )
             trained = Factor(files, ref).whole().to(parameter.dtype)
             yield Whole(parameter, trained, parameter.detach().clone())
-    finally:
-        files.close()
