@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 from shardmerge.adapters.registry import FAMILIES
+from shardmerge.codecs.registry import decoder, encoder
 from shardmerge.spec.plans import MergePlan, TensorPlan
 from shardmerge.spec.tensors import DTYPE_BITS, FACTOR_DTYPES, FLOAT_DTYPES, RowRange
 from shardmerge.spec.updates import Update
@@ -33,10 +34,8 @@ def is_source(tensor: TensorPlan, update: Update) -> bool:
 
 def needs_work(tensor: TensorPlan) -> bool:
     """Whether a tensor goes through a float, rather than as bytes."""
-    finish = tensor.finish
-    if finish and (finish.shuffle or finish.addend or finish.dtype != tensor.source.dtype):
-        return True
-    if tensor.source.dtype != tensor.out.dtype:
+    is_plain = tensor.encoding is None and tensor.decoding is None
+    if tensor.source.dtype != tensor.out.dtype if is_plain else not encoder(tensor).keeps(tensor):
         return True
     if any(not FAMILIES[update.family].is_source for update in tensor.updates):
         return True
@@ -47,13 +46,18 @@ def needs_work(tensor: TensorPlan) -> bool:
 # --- the dtype --------------------------------------------------------------------------------------------------------
 
 
+def decoded_dtype(tensor: TensorPlan) -> str:
+    """The dtype that holds what the source's values are."""
+    return tensor.source.dtype if tensor.decoding is None else decoder(tensor).values
+
+
 def tile_dtype(tensor: TensorPlan, compute_dtype: str) -> str:
     """What a tile of the tensor is kept in.
 
     Where its dtype is only converted, or its values only compared, F32 holds all of what the three float dtypes can.
     """
     if not any(FAMILIES[update.family].changes_weight for update in tensor.updates):
-        return _widest("F32", *(["F64"] if tensor.source.dtype == "F64" else []))
+        return _widest("F32", *(["F64"] if decoded_dtype(tensor) == "F64" else []))
     widest = _widest(compute_dtype, "F32", *_copied_dtypes(tensor))
     if widest == compute_dtype or not is_computed_everywhere(tensor):
         return widest
@@ -69,18 +73,6 @@ def narrow_dtype(tensor: TensorPlan, compute_dtype: str) -> str | None:
 def dtype_for(update: Update, tensor: TensorPlan, compute_dtype: str) -> str:
     """What an update has its factors in."""
     return compute_dtype if FAMILIES[update.family].computes else tile_dtype(tensor, compute_dtype)
-
-
-def work_bytes(tensor: TensorPlan, compute_dtype: str) -> int:
-    """Bytes that an element takes in the workspace, and again in its scratch.
-
-    Where there is a narrow copy it lies in the scratch, with a scratch of its own: of the float dtypes a wider one has
-    at least twice the bytes.
-    """
-    dtypes = [tile_dtype(tensor, compute_dtype)]
-    if tensor.finish:  # another format's blocks are made of float32, in the same memory
-        dtypes += [tensor.finish.dtype, "F32"]
-    return max(DTYPE_BITS[dtype] for dtype in dtypes) // 8
 
 
 def is_computed_everywhere(tensor: TensorPlan) -> bool:
@@ -112,7 +104,7 @@ def _copied_dtypes(tensor: TensorPlan) -> list[str]:
         if family.changes_weight and not family.computes and not family.is_source
         for _, ref in update.factors
     ]
-    return [dtype for dtype in (tensor.source.dtype, *factors) if dtype in FACTOR_DTYPES]
+    return [dtype for dtype in (decoded_dtype(tensor), *factors) if dtype in FACTOR_DTYPES]
 
 
 def _widest(*dtypes: str) -> str:

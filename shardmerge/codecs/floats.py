@@ -1,66 +1,114 @@
-"""F32, F16 and BF16: bytes ↔ tensors, with one rounding to nearest, ties to even.
-
-A float64 is not rounded to 16 bits by way of float32, as torch does it: two roundings to nearest can end on the wrong
-side of a tie. It goes to float32 by rounding to odd, which keeps what the second rounding needs to know.
-Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd",
-IEEE Transactions on Computers 57(4), 2008.
-"""
+"""F64, F32, F16 and BF16: numbers as they are, rounded once, to nearest (ties to even) or stochastically."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from shardmerge.codecs.codec import Codec, CodecMemory, Output, TileSlot
+from shardmerge.spec.plans import TensorPlan
+from shardmerge.spec.tensors import DTYPE_BITS, DTYPE_NAMES, FLOAT_DTYPES, Encoding, tensor_nbytes
 
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: The least magnitude that rounds to infinity: half a unit above the largest finite number.
+OVERFLOW: Mapping[str, float] = {
+    "F64": math.inf,
+    "F32": 2.0**128 - 2.0**103,
+    "F16": 65520.0,
+    "BF16": 2.0**128 - 2.0**119,
 }
-#: What tensors of a file may be: floats, and numbers of rows, columns and such.
-NUMBER_DTYPES: Mapping[str, torch.dtype] = {
-    **TORCH_DTYPES,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_SLAB = 1 << 14  # elements at a time: what is in between stays in the core's cache, and takes little memory
-_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+#: What is in between when float64 is rounded, in all threads. Measured.
+_BETWEEN_BYTES = 2 << 20
+#: What stochastic rounding has in between, in all threads, and torch's code for it. Measured.
+_STOCHASTIC_BYTES = 3 << 20
 
 
-def view_bytes(raw: Tensor, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """Bytes (uint8, dense) seen as a tensor; no copy."""
-    return raw.view(TORCH_DTYPES[dtype]).view(shape)
+class Float(Codec):
+    """A dtype of floats, rounded to nearest."""
+
+    holds_infinity = True
+    on_device = True
+    shows_fidelity = True
+
+    def __init__(self, dtype: str) -> None:
+        self.name = self.values = dtype
+
+    def outputs(self, name: str, shape: tuple[int, ...], encoding: Encoding) -> tuple[Output, ...]:
+        return (Output("values", name, self.values, shape, tensor_nbytes(self.values, shape)),)
+
+    def stochastic(self, encoding: Encoding, seed: int) -> Encoding | None:
+        return Encoding(f"stochastic-{self.values}", (*encoding.settings, ("seed", seed)), encoding.row_dims)
+
+    def keeps(self, tensor: TensorPlan) -> bool:
+        return tensor.decoding is None and tensor.source.dtype == tensor.out.dtype
+
+    def largest(self, tensor: TensorPlan) -> float:
+        return OVERFLOW[self.values]
+
+    def too_large(self, tensor: TensorPlan, value: float) -> tuple[str, str]:
+        wider = [DTYPE_NAMES[dtype] for dtype in FLOAT_DTYPES if abs(value) < OVERFLOW[dtype]]
+        hint = f"output.dtype: {' or '.join(wider)} holds it" if wider else "No output dtype holds it"
+        return DTYPE_NAMES[self.values], hint
+
+    def memory(self, tensor: TensorPlan, tile_dtype: str) -> CodecMemory:
+        return CodecMemory(code=_BETWEEN_BYTES if tile_dtype == "F64" != self.values else 0)
+
+    def decode(self, slot: TileSlot, stored: Tensor, tile: Tensor) -> None:
+        tile.copy_(stored)
+
+    def encode(self, slot: TileSlot, tile: Tensor, target: Tensor) -> bool:
+        from shardmerge.codecs import rounding
+
+        rounding.encode_into(target, tile)
+        return rounding.is_finite(target)
+
+    def rounding_bound(self, encoding: Encoding, values: Tensor) -> Tensor:
+        from shardmerge.codecs import rounding
+
+        return rounding.half_unit(values.abs(), self.values)
 
 
-def encode_into(target: Tensor, value: Tensor) -> None:
-    """Round ``value`` (float32, float64 or bfloat16) into ``target``, once; both dense."""
-    if value.dtype != torch.float64 or target.dtype not in _SIXTEEN_BITS:
-        target.copy_(value)
-        return
-    for to, part in zip(torch.split(target.view(-1), _SLAB), torch.split(value.view(-1), _SLAB), strict=True):
-        to.copy_(_round_to_odd(part))
+class StochasticFloat(Float):
+    """A dtype of floats, rounded stochastically where that is narrower than the tile.
+
+    Setting: ``seed``.
+    """
+
+    def __init__(self, dtype: str) -> None:
+        super().__init__(dtype)
+        self.name = f"stochastic-{dtype}"
+
+    def stochastic(self, encoding: Encoding, seed: int) -> Encoding | None:
+        return dataclasses.replace(encoding, settings=(("seed", seed),))
+
+    def largest(self, tensor: TensorPlan) -> float:
+        # What lies above the largest finite number may be rounded up from it: to an infinity.
+        return math.nextafter(_LARGEST_BF16, math.inf) if self.values == "BF16" else OVERFLOW[self.values]
+
+    def memory(self, tensor: TensorPlan, tile_dtype: str) -> CodecMemory:
+        return CodecMemory(code=_STOCHASTIC_BYTES)
+
+    def encode(self, slot: TileSlot, tile: Tensor, target: Tensor) -> bool:
+        from shardmerge.codecs import rounding, stochastic
+
+        if target.element_size() >= tile.element_size():
+            return super().encode(slot, tile, target)
+        assert slot.tensor.encoding is not None
+        stochastic.encode_into(target, tile, slot.tensor.encoding.setting("seed"), slot.tensor.source.name, slot.rows)
+        return rounding.is_finite(target)
+
+    def rounding_bound(self, encoding: Encoding, values: Tensor) -> Tensor:
+        """A whole unit of the last place."""
+        return super().rounding_bound(encoding, values).mul_(2)
 
 
-def _round_to_odd(value: Tensor) -> Tensor:
-    """float64 → float32: exact where it fits, else of its two neighbours the one whose last bit is 1."""
-    nearest = value.to(torch.float32)
-    wide = nearest.double()
-    # One step of the bit pattern, which grows with the magnitude, towards the exact value.
-    bits = nearest.view(torch.int32)
-    inexact = (value != wide).logical_and_((bits & 1) == 0).logical_and_(torch.isfinite(nearest))
-    step = (value.abs() > wide.abs_()).to(torch.int32).mul_(2).sub_(1)
-    return bits.add_(step.mul_(inexact)).view(torch.float32)
+_LARGEST_BF16 = 2.0**128 - 2.0**120
 
-
-def overflow_limit(dtype: str) -> float:
-    """The least magnitude that rounds to infinity in ``dtype``: half a unit above the largest finite number."""
-    info = torch.finfo(TORCH_DTYPES[dtype])
-    unit = info.eps * 2.0 ** (math.frexp(info.max)[1] - 1)
-    return float(info.max) + unit / 2
+FLOATS: tuple[Codec, ...] = (
+    *(Float(dtype) for dtype in OVERFLOW),
+    *(StochasticFloat(dtype) for dtype in OVERFLOW if DTYPE_BITS[dtype] < 64),
+)

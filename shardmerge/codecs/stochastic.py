@@ -1,12 +1,12 @@
-"""Stochastic rounding: up or down by chance, in proportion to what is nearer, so that nothing is lost in expectation.
+"""Stochastic rounding: up or down at random, in proportion to what is nearer, so that nothing is lost in expectation.
 
 Between its two neighbours x₀ ≤ x ≤ x₁ in the narrow dtype, x becomes x₁ with probability (x − x₀) / (x₁ − x₀). An
 update far below half a unit of the weights, which rounding to nearest would drop everywhere, so moves the right share
 of them by a unit. Source: Croci et al., "Stochastic rounding: implementation, error analysis and applications",
 Royal Society Open Science 9, 2022.
 
-Chance comes from the seed, the tensor's name and the element's place, by a hash and not by a stream of random numbers:
-so the result is the same whatever the tiles, the threads, the device, and where a merge was taken up.
+Random bits are a hash of the seed, the tensor's name and the element's place, and no stream of random numbers: so the
+result is the same whatever the tiles, the threads and the device are, and where a merge was resumed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SLAB = 1 << 14
 _SLAB_TO_CUT = 1 << 16
 
 
-def encode_by_chance(target: Tensor, value: Tensor, seed: int, name: str, rows: RowRange) -> None:
+def encode_into(target: Tensor, value: Tensor, seed: int, name: str, rows: RowRange) -> None:
     """Round ``value`` (rows, columns), float32 or float64, into a narrower ``target``: rows ``rows`` of a tensor.
 
     What ``target`` can hold exactly stays as it is, and so does what is not finite.
@@ -58,7 +58,7 @@ def _is_finite(value: Tensor) -> bool:
 
 
 def _cut(target: Tensor, value: Tensor, mixed: Tensor) -> None:
-    """bfloat16 is the upper half of a float32: what is added to the lower half by chance carries into the upper.
+    """bfloat16 is the upper half of a float32: random bits that are added to the lower half carry into the upper.
 
     ``mixed`` is overwritten.
     """

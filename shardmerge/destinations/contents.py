@@ -44,7 +44,7 @@ def aux_chunks(aux: AuxFile, checksums: Checksums) -> Iterator[bytes]:
 def index_of(plan: MergePlan) -> bytes:
     """The index. ``total_size`` is the bytes of all tensors, without headers, as transformers counts it."""
     metadata = {**dict(plan.index_metadata), "total_size": sum(shard.data_bytes for shard in plan.shards)}
-    weight_map = {tensor.source.name: shard.name for shard in plan.shards for tensor in shard.tensors}
+    weight_map = {name: shard.name for shard in plan.shards for name, _ in shard.outputs()}
     return _json({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
 

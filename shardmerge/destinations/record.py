@@ -65,11 +65,12 @@ class Record:
         return [Warned(f"{RECORD_NAME} has no {SEAL}, {why}")]
 
     @property
-    def is_gguf(self) -> bool:
-        """Whether the output is a GGUF file, and no checkpoint."""
+    def format(self) -> str:
+        """The output's layout; where the record names none, it is of an older version, which wrote checkpoints."""
         config = self.values.get("config")
         section = config.get("output") if isinstance(config, dict) else None
-        return isinstance(section, dict) and section.get("format") == "gguf"
+        found = section.get("format") if isinstance(section, dict) else None
+        return found if isinstance(found, str) else "safetensors"
 
     def is_whole(self, output: Path) -> bool:
         """Whether every file that it names is there, of the size that it names. Contents are not read."""

@@ -20,7 +20,6 @@ from shardmerge.system.checksums import Checksums
 from shardmerge.system.directory import Entry
 from shardmerge.system.page_cache import open_direct
 
-_ALIGNMENT = 32
 #: What waits in the page cache at most, where writes go through it. An interrupt, and the news that a disk has failed,
 #: wait for the fsync of no more than that.
 _DIRTY_BYTES = 64 << 20
@@ -55,8 +54,8 @@ class ShardWriter:
         self._reflink: reflink.Reflink | None = None
         self._reserved = False
         self._page = bytearray(PAGE)
-        # Formats other than safetensors have zeros between tensors, fewer than this.
-        self._most_zeros = 0 if not shard.head else _ALIGNMENT
+        #: Some layouts have zeros between tensors, fewer than this.
+        self._alignment = shard.alignment
         head = head_of(shard)
         try:
             self._fd = self._temporary.create()
@@ -104,7 +103,7 @@ class ShardWriter:
         overwritten. ``source`` is an open file, and an offset in it, where the same bytes are.
         """
         zeros = self.data_start + offset - self._done
-        if zeros and not 0 < zeros < self._most_zeros:
+        if zeros and not 0 < zeros < self._alignment:
             raise AssertionError(f"{self.path}: byte {offset} of the data comes at the place of {self._done}")
         try:
             self._append_zeros(zeros)
@@ -217,8 +216,7 @@ class ShardWriter:
 
 def head_of(shard: ShardPlan) -> bytes:
     """All that comes before a shard's data."""
-    tensors = {tensor.source.name: tensor.out for tensor in shard.tensors}
-    return shard.head or safetensors_header.encode(shard.metadata, tensors, shard.header_bytes)
+    return shard.head or safetensors_header.encode(shard.metadata, dict(shard.outputs()), shard.header_bytes)
 
 
 def _written(shard: ShardPlan) -> list[tuple[int, int]]:
@@ -229,7 +227,8 @@ def _written(shard: ShardPlan) -> list[tuple[int, int]]:
     """
     parts = [(0, shard.header_bytes)]
     for tensor in shard.tensors:
-        start, stop = (shard.header_bytes + offset for offset in tensor.out.data_offsets)
+        last = tensor.made[-1].info if tensor.made else tensor.out
+        start, stop = (shard.header_bytes + offset for offset in (tensor.out.data_offsets[0], last.data_offsets[1]))
         if start == stop or _is_shared(tensor, start):
             continue
         if start == parts[-1][1]:

@@ -109,7 +109,8 @@ class Engine:
 
     def _write_shard(self, shard: ShardPlan, writer: Writer, advance: Callable[[int], None]) -> None:
         def read(job: Job, buffer: Buffer) -> None:
-            self._sources.get(job.uri).read_block(buffer.view, job.read_at, job.read_offset, job.read_bytes)
+            if job.read_bytes:
+                self._sources.get(job.uri).read_block(buffer.view, job.read_at, job.read_offset, job.read_bytes)
 
         def work(job: Job, source: Buffer, empty: Callable[[], Buffer]) -> Worked:
             if job.tensor is not None and job.survey is not None:

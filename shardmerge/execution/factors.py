@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shardmerge.adapters.registry import FAMILIES
-from shardmerge.codecs import NUMBER_DTYPES
+from shardmerge.codecs.rounding import NUMBER_DTYPES
 from shardmerge.errors import NonFiniteError
 from shardmerge.execution.devices import Device
 from shardmerge.sources.source import Reader
@@ -50,14 +50,16 @@ class LazyFactors:
         #: Adapters, by number, that have had an effect since this was last cleared.
         self.active: set[int] = set()
 
-    def begin(self, updates: Sequence[Update], dtypes: Sequence[torch.dtype]) -> None:
+    def begin(self, updates: Sequence[Update], dtypes: Sequence[torch.dtype], parts: Sequence[TensorRef] = ()) -> None:
         """Work on another target from here on, with the factors of each update in a dtype of ``dtypes``.
+
+        ``parts`` are the target's own beside its values.
 
         Of what was kept for the one before, what this one needs too stays: experts that the base stores one by one
         share their adapter's factors. Two sets of them, as a layer's down_proj has others than its gate and up.
         """
         wanted = {(ref, dtype) for update, dtype in zip(updates, dtypes, strict=True) for _, ref in update.factors}
-        needed = {ref for ref, _ in wanted}
+        needed = {*(ref for ref, _ in wanted), *parts}
         for key in [key for key in self._kept if key not in wanted]:
             del self._kept[key]
         room = self._shared_bytes
@@ -94,6 +96,17 @@ class LazyFactors:
         if ref.strides is None:
             return self._ready(ref, self._read(ref, rows), made, (rows.start,))
         return self._ready(ref, self._stored(ref)[rows.start : rows.stop], made, (rows.start,))
+
+    def part(self, ref: TensorRef, rows: RowRange) -> Tensor:
+        """Rows of a part of the base's weight, in the dtype of its file. Of a small part all bytes are kept."""
+        with self.lock:
+            if ref.nbytes <= KEPT_WHOLE_BYTES:
+                stored = self._stored(ref)[rows.start : rows.stop]
+            else:
+                stored = self._read(ref, rows)
+        if stored.dtype.is_floating_point:
+            self._check(ref, stored, (rows.start,))
+        return stored.to(self._device.device)
 
     def columns(self, ref: TensorRef, columns: RowRange, made: Made) -> Tensor:
         """Columns of a matrix. Of a small one, or one kept transposed, all bytes are kept."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shardmerge.adapters.registry import FAMILIES
-from shardmerge.codecs import TORCH_DTYPES
+from shardmerge.codecs.rounding import TORCH_DTYPES
 from shardmerge.spec.plans import Fidelity, TensorPlan
 from shardmerge.spec.tensors import RowRange
 

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from shardmerge.adapters.registry import FAMILIES
+from shardmerge.codecs.registry import encoder
 from shardmerge.spec.plans import ShardPlan, TensorPlan
-from shardmerge.spec.tensors import DTYPE_BITS, PAGE, RowRange, row_nbytes
+from shardmerge.spec.tensors import DTYPE_BITS, PAGE, RowRange
 from shardmerge.spec.windows import boundaries
 
 
@@ -35,8 +36,11 @@ class Job:
     write_at: int
     tensor: TensorPlan | None = None
     tiles: tuple[RowRange, ...] = ()
-    #: The update, by its place among the tensor's, that only looks at the tile; nothing is written then.
+    #: The update, by its place among the tensor's, that only looks at the tile; nothing is written then. The number
+    #: after the last is the codec's.
     survey: int | None = None
+    #: Where there are no tiles: from which byte of the small parts that were made this job writes them.
+    made_offset: int = 0
 
     @property
     def encode_at(self) -> int:
@@ -96,15 +100,18 @@ def _chunks(run: _Run, buffer_bytes: int, data_start: int) -> Iterator[Job]:
 def _blocks(tensor: TensorPlan, buffer_bytes: int, data_start: int) -> Iterator[Job]:
     """All tiles, as many to a job as a buffer holds.
 
-    Before that comes a pass over them for every update that must see them all before it changes the first.
+    Before that comes a pass over them for every update that must see them all before it changes the first, and for a
+    codec that must before it encodes the first. After that come the parts that were made of them.
     """
-    read_row = row_nbytes(tensor.source.dtype, tensor.row_elements)
-    write_row = row_nbytes(tensor.out.dtype, tensor.row_elements)
+    read_row, write_row = tensor.read_row, tensor.write_row
     most_rows = buffer_bytes // max(1, read_row, write_row)
     item = DTYPE_BITS[tensor.source.dtype] // 8
     surveys = [index for index, update in enumerate(tensor.updates) if FAMILIES[update.family].needs_prepass(update)]
+    if tensor.encoding is not None and encoder(tensor).has_prepass(tensor.encoding):
+        surveys.append(len(tensor.updates))
     for survey in (*surveys, None):
-        for tiles in _grouped(tensor.ranges() if survey is None else _surveyed(tensor), most_rows):
+        of_output = survey is None or survey == len(tensor.updates)
+        for tiles in _grouped(tensor.ranges() if of_output else _surveyed(tensor), most_rows):
             start, rows = tiles[0].start, tiles[-1].stop - tiles[0].start
             read = tensor.source.offset + start * read_row
             write = tensor.out.data_offsets[0] + (start - tensor.first_row) * write_row
@@ -120,6 +127,11 @@ def _blocks(tensor: TensorPlan, buffer_bytes: int, data_start: int) -> Iterator[
                 tiles=tiles,
                 survey=survey,
             )
+    start, stop = tensor.out.data_offsets[1], (tensor.made[-1].info if tensor.made else tensor.out).data_offsets[1]
+    for offset in range(start, stop, buffer_bytes):
+        size = min(buffer_bytes, stop - offset)
+        write_at = (data_start + offset) % PAGE
+        yield Job(tensor.source.uri, 0, 0, 0, offset, size, write_at, tensor, made_offset=offset - start)
 
 
 def _surveyed(tensor: TensorPlan) -> Iterator[RowRange]:

@@ -1,6 +1,6 @@
 """Values that an output cannot hold: a number that is not finite, or that the output's dtype rounds to infinity.
 
-The engine looks at every tile by a sum; what is here is asked only where that sum is not finite.
+Every codec looks at the tiles that it encodes; what is here is asked only where it is not sure that it can.
 
 An infinity may be there on purpose, as in a mask. It stays where the base holds the same one and nothing was computed
 of it: in a tensor without an update, in rows that no update reaches, and in a whole tensor of an adapter's, as PEFT
@@ -16,47 +16,24 @@ import torch
 from torch import Tensor
 
 from shardmerge.adapters.registry import FAMILIES
-from shardmerge.codecs import overflow_limit
+from shardmerge.codecs.registry import encoder
 from shardmerge.errors import NonFiniteError
 from shardmerge.spec.plans import TensorPlan
-from shardmerge.spec.tensors import BLOCKS, DTYPE_NAMES, FLOAT_DTYPES, RowRange, TensorRef
+from shardmerge.spec.tensors import RowRange, TensorRef
 from shardmerge.spec.windows import locate
 
-#: Elements of a tensor, counted from its first, as they are stored.
+#: Elements of a tensor, counted from its first, before the updates.
 ReadElements = Callable[[TensorRef, int, int], Tensor]
-
-
-def limit(tensor: TensorPlan) -> float:
-    """The least magnitude that the output cannot hold."""
-    if tensor.finish is None:
-        return overflow_limit(tensor.out.dtype)
-    from shardmerge.gguf.quantize import overflow_limit as quantized_limit
-
-    return min(overflow_limit(tensor.finish.dtype), quantized_limit(tensor.out.dtype))
-
-
-def is_below(values: Tensor, bound: float) -> bool:
-    """Whether all magnitudes are; what is no number is not."""
-    low, high = values.aminmax()
-    return -bound < float(low) and float(high) < bound
-
-
-def is_finite(values: Tensor) -> bool:
-    """Whether every value is sure to be finite.
-
-    A sum is the cheapest pass there is, and not finite if a part of it is not. Of large numbers it may be infinite by
-    itself, so False says only that one must look.
-    """
-    return math.isfinite(float(values.sum()))
 
 
 def check(tile: Tensor, tensor: TensorPlan, rows: RowRange, read: ReadElements) -> None:
     """Stop at a value of an updated ``tile``, rows ``rows`` of a tensor, that its output cannot hold."""
-    wrong = ~(tile.abs() < limit(tensor))
+    codec = encoder(tensor)
+    wrong = ~(tile.abs() < codec.largest(tensor))
     if not tensor.updates:
         # Only a number must not become an infinity, or no number.
         wrong &= torch.isfinite(tile)
-    elif bool(torch.isinf(tile).any()) and tensor.out.dtype not in BLOCKS:
+    elif codec.holds_infinity and bool(torch.isinf(tile).any()):
         wrong &= ~_of_the_base(tile, tensor, rows, read).to(wrong.device)
     if not bool(wrong.any()):
         return
@@ -92,17 +69,9 @@ def _explain(tensor: TensorPlan, row: int, column: int, value: float, was: float
         return f"{where}: the adapter's own tensor holds {was} there; the merge was stopped"
     if not math.isfinite(was):
         return f"{where}: the base itself holds {was} there; the work was stopped"
-    if math.isfinite(value) and tensor.finish is not None:
-        kind = f"{DTYPE_NAMES[tensor.finish.dtype]} in {tensor.out.dtype}"
-        return (
-            f"{where}: {what} is {value:g}, more than {kind} can hold; the work was stopped. Another "
-            "output.dtype or output.quantization may hold it"
-        )
     if math.isfinite(value):
-        wider = [DTYPE_NAMES[dtype] for dtype in FLOAT_DTYPES if abs(value) < overflow_limit(dtype)]
-        hint = f"output.dtype: {' or '.join(wider)} holds it" if wider else "No output dtype holds it"
-        narrow = DTYPE_NAMES[tensor.out.dtype]
-        return f"{where}: {what} is {value:g}, more than {narrow} can hold; the work was stopped. {hint}"
+        kind, hint = encoder(tensor).too_large(tensor, value)
+        return f"{where}: {what} is {value:g}, more than {kind} can hold; the work was stopped. {hint}"
     return f"{where}: {what} is {value} (the base's is {was:g}); the work was stopped. No output dtype holds it"
 
 

@@ -1,6 +1,6 @@
-"""Compute the tiles of a tensor: decode → each update → encode → check.
+"""Compute the tiles of a tensor: decode → each update → encode and check.
 
-Importing this room imports torch, which takes about a second; so the engine does it when the first tile has been read.
+Importing this module imports torch, which takes about a second; so the engine does it when the first tile is read.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from shardmerge.adapters.registry import FAMILIES
-from shardmerge.adapters.work import dtype_for, narrow_dtype, tile_dtype, work_bytes
-from shardmerge.codecs import TORCH_DTYPES, encode_by_chance, encode_into, view_bytes
+from shardmerge.adapters.work import dtype_for, narrow_dtype, tile_dtype
+from shardmerge.codecs.codec import Codec
+from shardmerge.codecs.registry import CODECS, decoder, encoder
+from shardmerge.codecs.rounding import NUMBER_DTYPES, TORCH_DTYPES, seen_as
 from shardmerge.execution import nonfinite
 from shardmerge.execution.devices import Device, device_for
 from shardmerge.execution.factors import LazyFactors, UpdateFactors
@@ -24,8 +26,8 @@ from shardmerge.execution.fidelity import Sample, Sampler
 from shardmerge.execution.jobs import Job
 from shardmerge.execution.pipeline import Buffer
 from shardmerge.execution.threads import ComputeThreads
-from shardmerge.spec.plans import Fidelity, Finish, MergePlan, TensorPlan
-from shardmerge.spec.tensors import DTYPE_BITS, RowRange, TensorRef, aligned, dtype_code, row_nbytes
+from shardmerge.spec.plans import Fidelity, MergePlan, TensorPlan
+from shardmerge.spec.tensors import DTYPE_BITS, RowRange, TensorInfo, TensorRef, aligned, dtype_code
 from shardmerge.spec.updates import Update, Window
 from shardmerge.spec.windows import Part, locate, reaching
 from shardmerge.spec.words import words_for
@@ -59,7 +61,7 @@ class Workspace:
         if self._key != (shape, dtype, size):
             tile, scratch = self.halves(shape[0] * shape[1], size)
             self._key = (shape, dtype, size)
-            self._tensors = (_seen_as(tile, dtype, shape), _seen_as(scratch, dtype, shape))
+            self._tensors = (seen_as(tile, dtype, shape), seen_as(scratch, dtype, shape))
         return self._tensors
 
     def narrow(self, shape: tuple[int, int], dtype: str, after: int) -> tuple[Tensor, Tensor]:
@@ -69,7 +71,7 @@ class Workspace:
         """
         memory = self._memory[aligned(after) :]
         start = aligned(shape[0] * shape[1] * TORCH_DTYPES[dtype].itemsize)
-        return _seen_as(memory, dtype, shape), _seen_as(memory[start:], dtype, shape)
+        return seen_as(memory, dtype, shape), seen_as(memory[start:], dtype, shape)
 
 
 class Lane:
@@ -79,7 +81,7 @@ class Lane:
         self.stream = stream
         with device.on_stream(stream):
             self.workspace = Workspace(size, device.device)
-        # Blocks of GGUF are made on the CPU. What is not touched of this takes no memory.
+        # Some codecs encode on the CPU. What is not touched of this takes no memory.
         self.on_cpu = self.workspace if device.device.type == "cpu" else Workspace(size, torch.device("cpu"))
         #: How many elements of a tensor were given to an update, both by identity.
         self.given: Counter[tuple[int, int]] = Counter()
@@ -97,7 +99,6 @@ class TileWorker:
         self.dtype = dtype_code(plan.compute_dtype)
         #: Looks at how the updates come through the rounding.
         self.sampler = Sampler()
-        self._by_chance = plan.rounding == "stochastic"
         self._raw = {id(buffer): torch.frombuffer(buffer.view, dtype=torch.uint8) for buffer in buffers}
         self.device = device_for(device, count)
         # Before the next line changes torch's number of threads, with which some factors are made.
@@ -111,6 +112,10 @@ class TileWorker:
         self._tile_dtype = self.dtype
         #: What updates that compute are given, where it is another dtype than the tile's.
         self._narrow: str | None = None
+        self._decoder: Codec = CODECS["F32"]
+        self._encoder: Codec = self._decoder
+        #: The small parts of the output that are being made, by role.
+        self._made: dict[str, Tensor] = {}
         #: Bytes that the workspace has for an element of the tile.
         self._room = 0
         self._columns = 0
@@ -149,9 +154,12 @@ class TileWorker:
         self._threads.settle()
         self._tensor, self._columns, self._reaching = tensor, tensor.row_elements, reaching(tensor)
         self._tile_dtype, self._narrow = tile_dtype(tensor, self.dtype), narrow_dtype(tensor, self.dtype)
-        self._room = work_bytes(tensor, self.dtype)
+        self._decoder, self._encoder = decoder(tensor), encoder(tensor)
+        element = self._encoder.memory(tensor, self._tile_dtype).element
+        self._room = max(DTYPE_BITS[self._tile_dtype] // 8, element)
+        self._made = {part.role: _zeros(part.info) for part in tensor.made}
         dtypes = [TORCH_DTYPES[dtype_for(update, tensor, self.dtype)] for update in tensor.updates]
-        self.factors.begin(tensor.updates, dtypes)
+        self.factors.begin(tensor.updates, dtypes, [ref for _, ref in tensor.parts])
         self.sampler.begin(tensor)
 
     @contextmanager
@@ -172,29 +180,23 @@ class TileWorker:
         Returns at once; what is returned waits until it is done, and raises what a tile has raised.
         """
         self._begin(tensor)
-        first, stop = job.tiles[0].start, job.tiles[-1].stop
-        stored = self._stored_rows(job, source)
-        width = row_nbytes(tensor.out.dtype, self._columns)
         out = self._raw[id(target)][job.encode_at : job.encode_at + job.write_bytes]
-        out = out.view(stop - first if job.write_bytes else 0, width)
-        if tensor.finish is None:
-            out = out.view(TORCH_DTYPES[tensor.out.dtype])
+        if not job.tiles:
+            self._threads.settle()
+            made = torch.cat([part.view(torch.uint8).flatten() for part in self._made.values()])
+            out.copy_(made[job.made_offset :][: len(out)])
+            return _nothing
+        first, stored = job.tiles[0].start, self._stored_rows(job, source)
+        out = _matrix(out, tensor.out.dtype, len(stored), self._columns)
 
         def merge(rows: RowRange) -> None:
             with self._lane() as lane:
-                stored_here = self.device.fetch(
-                    stored[rows.start - first : rows.stop - first]
-                )  # less to copy as stored
-                tile, _ = self._tile(lane, rows)
-                tile.copy_(stored_here)
-                sample = None if tensor.finish else self.sampler.before(rows, stored_here)
+                slot = _Slot(self, lane, tensor, rows)
+                here = self._decode(slot, stored[rows.start - first : rows.stop - first])
+                sample = self.sampler.before(rows, here) if self._encoder.shows_fidelity else None
                 for update in self._reaching(rows):
                     self._update(lane, update, tensor, rows)
-                here = out[rows.start - first : rows.stop - first]
-                if tensor.finish is None:
-                    self._encode(tensor, rows, tile, here, sample)
-                else:
-                    self._finish(tensor, tensor.finish, rows, lane, here)
+                self._encode(slot, out[rows.start - first : rows.stop - first], sample)
 
         if tensor.tiles == 1:
             self._threads.alone(lambda: merge(job.tiles[0]))
@@ -208,18 +210,22 @@ class TileWorker:
         return wait
 
     def survey(self, job: Job, tensor: TensorPlan, source: Buffer) -> None:
-        """Show each tile to an update, in order, as the updates before it leave the tile: what it keeps adds up."""
+        """Show each tile to an update or to the codec, in order, as the updates before it leave the tile.
+
+        What it keeps adds up.
+        """
         assert job.survey is not None
         self._begin(tensor)
-        stored, surveyed = self._stored_rows(job, source), tensor.updates[job.survey]
+        stored = self._stored_rows(job, source)
+        surveyed = tensor.updates[job.survey] if job.survey < len(tensor.updates) else None
 
         def survey() -> None:
             first = job.tiles[0].start
             for rows in job.tiles:
                 with self._lane() as lane:
-                    tile, _ = self._tile(lane, rows)
-                    tile.copy_(self.device.fetch(stored[rows.start - first : rows.stop - first]))
-                    self._survey_tile(lane, tensor, surveyed, rows)
+                    slot = _Slot(self, lane, tensor, rows)
+                    self._decode(slot, stored[rows.start - first : rows.stop - first])
+                    self._survey_tile(slot, surveyed)
 
         if tensor.tiles == 1:
             self._threads.alone(survey)
@@ -229,62 +235,46 @@ class TileWorker:
     def _stored_rows(self, job: Job, source: Buffer) -> Tensor:
         """A job's rows as they are stored, in the buffer that they were read into."""
         assert job.tensor is not None
-        shape = (job.tiles[-1].stop - job.tiles[0].start, self._columns)
-        return _matrix(self._raw[id(source)], job.read_at, job.tensor.source.dtype, shape)
+        raw = self._raw[id(source)][job.read_at : job.read_at + job.read_bytes]
+        return _matrix(raw, job.tensor.source.dtype, job.tiles[-1].stop - job.tiles[0].start, self._columns)
 
     def _tile(self, lane: Lane, rows: RowRange) -> tuple[Tensor, Tensor]:
         """A lane's tile for these rows, and its scratch."""
         return lane.workspace.tensors((len(rows), self._columns), self._tile_dtype, self._room)
 
-    def _survey_tile(self, lane: Lane, tensor: TensorPlan, surveyed: Update, rows: RowRange) -> None:
-        """Show an update the tile as those before it leave it."""
+    def _decode(self, slot: _Slot, stored: Tensor) -> Tensor:
+        """Fill a lane's tile. Returns the numbers in it, as few bytes as there are of them."""
+        fetched = self.device.fetch(stored)  # less to copy as stored
+        tile, _ = self._tile(slot.lane, slot.rows)
+        self._decoder.decode(slot, fetched, tile)
+        return fetched if self._decoder.shows_fidelity else tile
+
+    def _survey_tile(self, slot: _Slot, surveyed: Update | None) -> None:
+        """Show an update the tile as those before it leave it; or the codec, as all of them leave it."""
+        lane, rows = slot.lane, slot.rows
         for update in self._reaching(rows):
-            part, family = locate(tensor, update, rows), FAMILIES[update.family]
+            part, family = locate(slot.tensor, update, rows), FAMILIES[update.family]
             if part is not None:
                 self._give(lane, update, rows, part, family.prepass if update is surveyed else family.apply)
             if update is surveyed:
                 return
+        self._encoder.prepass(slot, self._tile(lane, rows)[0])
 
-    def _encode(self, tensor: TensorPlan, rows: RowRange, tile: Tensor, target: Tensor, sample: Sample | None) -> None:
-        """Round an updated ``tile`` (rows, columns) into ``target``, a matrix of the same shape."""
-        rounded = self.device.staging(target)
-        self._round(tensor, rows, tile, rounded)
-        self.device.deliver(rounded, target)
-        if not nonfinite.is_finite(rounded):
-            self._check(tile, tensor, rows)
+    def _encode(self, slot: _Slot, target: Tensor, sample: Sample | None) -> None:
+        """Encode a lane's updated tile into ``target``; stop at a value that the output cannot hold."""
+        tile, codec = self._tile(slot.lane, slot.rows)[0], self._encoder
+        encoded = self.device.staging(target) if codec.on_device else target
+        if not codec.on_device and slot.lane.on_cpu is not slot.lane.workspace:
+            slot.workspace = slot.lane.on_cpu
+            tile = slot.workspace.tensors((len(slot.rows), self._columns), self._tile_dtype, self._room)[0].copy_(tile)
+        if not codec.encode(slot, tile, encoded):
+            nonfinite.check(tile, slot.tensor, slot.rows, self._stored)
+            slot.is_checked = True
+            codec.encode(slot, tile, encoded)
+        if codec.on_device:
+            self.device.deliver(encoded, target)
         if sample is not None:
-            self.sampler.after(tensor, rows, sample, tile, rounded)
-
-    def _round(self, tensor: TensorPlan, rows: RowRange, tile: Tensor, target: Tensor) -> None:
-        if self._by_chance and tensor.updates and target.element_size() < tile.element_size():
-            encode_by_chance(target, tile, self.plan.seed, tensor.source.name, rows)
-        else:
-            encode_into(target, tile)
-
-    def _finish(self, tensor: TensorPlan, finish: Finish, rows: RowRange, lane: Lane, target: Tensor) -> None:
-        """Encode as another format wants it, of the values that a checkpoint in between would have held.
-
-        When the updates are done with the scratch it is free, and so is the tile as soon as it is rounded: one step
-        after the other is made in that half of the workspace that the last one has not filled.
-        """
-        from shardmerge.gguf.quantize import quantize_into
-        from shardmerge.gguf.tiles import arrange
-
-        shape, count = (len(rows), self._columns), len(rows) * self._columns
-        tile, _ = self._tile(lane, rows)
-        here, free = lane.workspace.halves(count, self._room)
-        merged = tile
-        if finish.dtype != self._tile_dtype:
-            here, free, merged = free, here, _seen_as(free, finish.dtype, shape)
-            self._round(tensor, rows, tile, merged)
-        if count and not nonfinite.is_below(merged, nonfinite.limit(tensor)):
-            self._check(tile, tensor, rows)
-        if lane.on_cpu is not lane.workspace:
-            here, free = lane.on_cpu.halves(count, self._room)
-            merged = _seen_as(here, finish.dtype, shape).copy_(merged)
-        values = arrange(finish, merged, _seen_as(free, "F32", shape))
-        scratch = free if values is merged else here
-        quantize_into(target.view(-1), values, tensor.out.dtype, _seen_as(scratch, "F32", shape))
+            self.sampler.after(slot.tensor, slot.rows, sample, tile, encoded)
 
     def _update(self, lane: Lane, update: Update, tensor: TensorPlan, rows: RowRange) -> None:
         """Do to a tile what an update does to it, if anything."""
@@ -316,28 +306,67 @@ class TileWorker:
         apply(view, self.factors.of(update), update, part.window, space.view(view.shape))
         stored.copy_(copy)
 
-    def _check(self, tile: Tensor, tensor: TensorPlan, rows: RowRange) -> None:
-        """Stop at a value that the output cannot hold."""
-        nonfinite.check(tile, tensor, rows, self._stored)
-
     def _stored(self, ref: TensorRef, start: int, count: int) -> Tensor:
-        """Elements of a tensor of the base's or an adapter's, read again: by now the buffer holds the result."""
+        """Elements of a tensor of the base's or an adapter's, decoded, read again: the tile holds the result."""
+        tensor = self._tensor
+        if tensor is not None and tensor.decoding is not None and ref is tensor.source:
+            return self._decoded_again(tensor, start, count)
         size = DTYPE_BITS[ref.dtype] // 8
-        data = bytearray(count * size)
+        return self._read(ref, start * size, count * size).view(TORCH_DTYPES[ref.dtype])
+
+    def _decoded_again(self, tensor: TensorPlan, start: int, count: int) -> Tensor:
+        assert tensor.decoding is not None
+        unit, columns = self._decoder.row_unit(tensor.decoding), self._columns
+        first, stop = start // columns // unit * unit, -(-(start + count) // columns)
+        rows = RowRange(first, min(tensor.all_rows, -(-stop // unit) * unit))
+        data = self._read(tensor.source, rows.start * tensor.read_row, len(rows) * tensor.read_row)
+        tile = torch.empty(len(rows), columns, dtype=TORCH_DTYPES[self._tile_dtype])
+        stored = _matrix(data, tensor.source.dtype, len(rows), columns)
+        self._decoder.decode(_Slot(self, self._lanes[0], tensor, rows), stored, tile)
+        return tile.view(-1)[start - rows.start * columns :][:count]
+
+    def _read(self, ref: TensorRef, start: int, size: int) -> Tensor:
+        data = bytearray(size)
         with self.factors.lock:
-            self._open_file(ref.uri).read_into(ref.offset + start * size, memoryview(data))
-        return torch.frombuffer(data, dtype=TORCH_DTYPES[ref.dtype])
+            self._open_file(ref.uri).read_into(ref.offset + start, memoryview(data))
+        return torch.frombuffer(data, dtype=torch.uint8)
+
+
+class _Slot:
+    """A tile's surroundings; see `shardmerge.codecs.codec.TileSlot`."""
+
+    __slots__ = ("_of", "is_checked", "lane", "rows", "tensor", "workspace")
+
+    def __init__(self, of: TileWorker, lane: Lane, tensor: TensorPlan, rows: RowRange) -> None:
+        self._of = of
+        self.lane = lane
+        self.tensor = tensor
+        self.rows = rows
+        self.workspace = lane.workspace
+        self.is_checked = False
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        return self.workspace.halves(len(self.rows) * self._of._columns, self._of._room)
+
+    def part(self, role: str, rows: RowRange) -> Tensor:
+        return self._of.factors.part(next(ref for name, ref in self.tensor.parts if name == role), rows)
+
+    def made(self, role: str) -> Tensor:
+        return self._of._made[role]
 
 
 def _nothing() -> None:
     """There is nothing to wait for."""
 
 
-def _seen_as(memory: Tensor, dtype: str, shape: tuple[int, int]) -> Tensor:
-    """The beginning of ``memory`` (uint8) as a dense matrix."""
-    return view_bytes(memory[: shape[0] * shape[1] * TORCH_DTYPES[dtype].itemsize], dtype, shape)
+def _zeros(info: TensorInfo) -> Tensor:
+    return torch.zeros(info.shape, dtype=NUMBER_DTYPES[info.dtype])
 
 
-def _matrix(raw: Tensor, start: int, dtype: str, shape: tuple[int, int]) -> Tensor:
-    size = row_nbytes(dtype, shape[0] * shape[1])
-    return view_bytes(raw[start : start + size], dtype, shape)
+def _matrix(raw: Tensor, dtype: str, rows: int, columns: int) -> Tensor:
+    """Bytes as rows of numbers of a dtype, or of bytes where it is none of torch's.
+
+    Where there are none, they are rows of ``columns``.
+    """
+    numbers = raw.view(NUMBER_DTYPES.get(dtype, torch.uint8))
+    return numbers.view(rows, len(numbers) // rows if len(numbers) else columns)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shardmerge.codecs.registry import CODECS
 from shardmerge.errors import FormatError
 from shardmerge.file_formats.checkpoint_choice import Choice, choose
 from shardmerge.file_formats.checkpoint_files import Shard, is_index, read_json, read_shard
@@ -32,6 +33,8 @@ class Checkpoint:
     config: Mapping[str, Any]
     #: What a person should know about which files were taken for the base.
     notes: tuple[str, ...] = ()
+    #: Why weights cannot be read that are not stored plainly.
+    problems: tuple[str, ...] = ()
 
     @property
     def model_type(self) -> str | None:
@@ -69,7 +72,8 @@ def open_checkpoint(source: Source) -> Checkpoint:
     shards = tuple(read_shard(source, name) for name in choice.files)
     weights = _weights(source, shards)
     notes = (*choice.notes, *_check_index(source, choice, weights))
-    return Checkpoint(source, shards, weights, choice.index_name, choice.index_metadata, config, notes)
+    logical, problems = _logical(weights, config)
+    return Checkpoint(source, shards, logical, choice.index_name, choice.index_metadata, config, notes, problems)
 
 
 def _refuse_unfinished(source: Source, names: Sequence[str], choice: Choice) -> None:
@@ -90,6 +94,19 @@ def _weights(source: Source, shards: tuple[Shard, ...]) -> dict[str, Weight]:
                 )
             weights[ref.name] = Weight(ref.name, (("weight", ref),), shard.name)
     return weights
+
+
+def _logical(stored: Mapping[str, Weight], config: Mapping[str, Any]) -> tuple[Mapping[str, Weight], tuple[str, ...]]:
+    """The weights of which stored tensors are parts, in the place of these; and why some cannot be read."""
+    tensors = {name: weight.tensor for name, weight in stored.items()}
+    claims = [claim for codec in CODECS.values() for claim in codec.claims(tensors, config)]
+    claimed = [claim for claim in claims if isinstance(claim, Weight)]
+    if not claims:
+        return stored, ()
+    parts = {ref.place: weight.name for weight in claimed for _, ref in weight.parts}
+    plain = {name: weight for name, weight in stored.items() if weight.tensor.place not in parts}
+    problems = tuple(claim for claim in claims if isinstance(claim, str))
+    return {**plain, **{weight.name: weight for weight in claimed}}, problems
 
 
 def _check_index(source: Source, choice: Choice, weights: Mapping[str, Weight]) -> list[str]:

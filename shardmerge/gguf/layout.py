@@ -14,12 +14,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from shardmerge.gguf.formats import TYPES, GgmlType, padded
+from shardmerge.codecs import ggml
+from shardmerge.gguf.formats import padded
 from shardmerge.gguf.model import Model
-from shardmerge.spec.plans import Finish
-from shardmerge.spec.tensors import FLOAT_DTYPES, RowRange
+from shardmerge.spec.tensors import FLOAT_DTYPES, Encoding, RowRange
 
 #: Tensors that checkpoints have and no model needs.
 _UNUSED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
@@ -52,7 +52,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """What Llama 3.1's rope frequencies are divided by depends on; `tiles.values_of` computes it, in torch."""
+    """What Llama 3.1's rope frequencies are divided by depends on; `generated.values_of` computes it, in torch."""
 
     theta: float
     dimensions: int
@@ -71,7 +71,7 @@ class OutputTensor:
     """
 
     name: str
-    #: A key of `formats.TYPES`.
+    #: A key of `ggml.BLOCKS`.
     kind: str
     shape: tuple[int, ...]
     nbytes: int
@@ -87,13 +87,14 @@ class OutputTensor:
     values: tuple[float, ...] | RopeScaling = ()
 
     @property
-    def finish(self) -> Finish:
-        """What is done to merged rows."""
-        return Finish(self.dtype, self.shuffle, self.addend)
-
-    @property
-    def type(self) -> GgmlType:
-        return TYPES[self.kind]
+    def encoding(self) -> Encoding:
+        """How the parts are stored in the file: see `shardmerge.codecs.ggml`."""
+        settings: dict[str, Any] = {"through": self.dtype}
+        if self.shuffle:
+            settings["shuffle"] = self.shuffle
+        if self.addend:
+            settings["addend"] = self.addend
+        return Encoding(f"ggml-{self.kind}", tuple(settings.items()))
 
     @property
     def columns(self) -> int:
@@ -105,7 +106,7 @@ class OutputTensor:
 
     @property
     def row_nbytes(self) -> int:
-        return self.type.size((self.columns,))
+        return ggml.nbytes(self.kind, (self.columns,))
 
     @property
     def group(self) -> int:
@@ -113,7 +114,7 @@ class OutputTensor:
 
         Of a vector, whose elements do, its elements: it is one row.
         """
-        return self.finish.group if len(self.shape) > 1 else 1
+        return self.shuffle[1] * self.shuffle[2] if self.shuffle and len(self.shape) > 1 else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,7 @@ def lay_out(model: Model, shards: Sequence[Sequence[Stored]], quantization: str)
     """Lay out the file for a merged model whose tensors have these names, shapes and dtypes.
 
     ``shards`` are the checkpoint's files in the order of their names; ``quantization`` is a key of
-    `formats.QUANTIZATIONS` in upper case, that is of `formats.TYPES`.
+    `formats.QUANTIZATIONS` in upper case, that is of `ggml.BLOCKS`.
     """
     maker = _Maker(model)
     drafts = list(_generated(model))
@@ -160,7 +161,7 @@ def lay_out(model: Model, shards: Sequence[Sequence[Stored]], quantization: str)
     tensors, offset = [], 0
     for draft in drafts:
         kind = _type_of(draft, quantization, tied)
-        nbytes = TYPES[kind].size(draft.shape)
+        nbytes = ggml.nbytes(kind, draft.shape)
         tensors.append(
             OutputTensor(
                 draft.name,
@@ -187,7 +188,7 @@ def _type_of(draft: _Draft, quantization: str, tied: bool) -> str:
         return "F32"
     head = "token_embd.weight" if tied else "output.weight"
     kind = _HEAD_TYPES.get(quantization, quantization) if draft.name == head else quantization
-    return kind if TYPES[kind].fits(draft.shape) else "F16"
+    return kind if ggml.fits(kind, draft.shape) else "F16"
 
 
 class _Maker:

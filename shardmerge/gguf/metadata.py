@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardmerge.gguf.files import ModelFiles
-from shardmerge.gguf.formats import TYPES
+from shardmerge.gguf.formats import FILE_TYPES
 from shardmerge.gguf.layout import Layout
 from shardmerge.gguf.model import Model
 from shardmerge.gguf.values import KeyValue, Scalar
@@ -87,7 +87,7 @@ def describe(model: Model, layout: Layout, quantization: str, contents: Mapping[
     values += [KeyValue("general.type", "str", "model"), *_sampling(files, problems)]
     values += [KeyValue("general.name", "str", name)] if name else []
     values += [KeyValue("general.size_label", "str", size_label(layout))]
-    values += _parameters(model, TYPES[quantization].file_type)
+    values += _parameters(model, FILE_TYPES[quantization])
     values.append(KeyValue("general.quantization_version", "u32", _QUANTIZATION_VERSION))
     values += tokenizer_values(model, files, problems, warnings)
     if model.architecture.multimodal:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-from shardmerge.gguf.formats import padded
+from shardmerge.gguf.formats import TYPE_CODES, padded
 from shardmerge.gguf.layout import OutputTensor
 from shardmerge.gguf.values import ARRAY, SCALARS, STRING, KeyValue, Scalar
 
@@ -36,7 +36,7 @@ def encode_header(values: Sequence[KeyValue], tensors: Sequence[OutputTensor]) -
         head += _string(tensor.name)
         head += struct.pack("<I", len(tensor.shape))
         head += struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
-        head += struct.pack("<IQ", tensor.type.code, tensor.offset)
+        head += struct.pack("<IQ", TYPE_CODES[tensor.kind], tensor.offset)
     return bytes(head.ljust(padded(len(head)), b"\0"))
 
 

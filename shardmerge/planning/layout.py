@@ -1,16 +1,28 @@
-"""Which tensor goes into which output file, at which offset. All sizes are known before any data is."""
+"""A checkpoint as output: which weight goes into which file, at which offset. Sizes are known before any data is."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from shardmerge.codecs.codec import Output
+from shardmerge.codecs.registry import CODECS
 from shardmerge.file_formats import safetensors_header
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.file_formats.checkpoint_files import index_of_stem, stem_of_index
-from shardmerge.spec.plans import ShardPlan, TensorPlan
-from shardmerge.spec.tensors import DTYPE_BITS, FLOAT_DTYPES, PAGE, TensorInfo, TensorRef, tensor_nbytes
+from shardmerge.spec.plans import ShardPlan, SmallPart, TensorPlan
+from shardmerge.spec.tensors import (
+    DTYPE_BITS,
+    FLOAT_DTYPES,
+    PAGE,
+    Encoding,
+    TensorInfo,
+    TensorRef,
+    Weight,
+    tensor_nbytes,
+)
 
 _NUMBERED_STEM = re.compile(r"-\d{5}-of-\d{5}$")
 _SUFFIX = ".safetensors"
@@ -31,14 +43,53 @@ def output_dtype(stored: str, wanted: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A tensor of the output: where its data comes from, and the base's tensor in whose place it is."""
+    """A weight of the output: where its data comes from, and the base's tensor in whose place it is."""
 
     source: TensorRef
     base: TensorRef
+    #: How the output stores it; None is plainly, in `dtype`.
+    encoding: Encoding | None = None
+    #: The base's weight, where that is not stored plainly.
+    weight: Weight | None = None
 
-    @property
-    def dtype(self) -> str:
-        return self.base.dtype
+    def dtype(self, wanted: str) -> str:
+        """The dtype of the values in the output."""
+        return self._made()[0].dtype if self.encoding else output_dtype(self.base.dtype, wanted)
+
+    def nbytes(self, wanted: str) -> int:
+        if self.encoding:
+            return sum(output.nbytes for output in self._made())
+        return tensor_nbytes(self.dtype(wanted), self.source.shape)
+
+    def plan(self, wanted: str, start: int) -> TensorPlan:
+        """The weight's plan, with its data from ``start`` on."""
+        base = None if self.source is self.base else self.base
+        if self.encoding is None:
+            dtype, shape = self.dtype(wanted), self.source.shape
+            return TensorPlan(
+                self.source, TensorInfo(dtype, shape, (start, start + tensor_nbytes(dtype, shape))), base=base
+            )
+        outputs = self._made()
+        ends = list(itertools.accumulate((output.nbytes for output in outputs), initial=start))
+        infos = [
+            TensorInfo(output.dtype, output.shape, place)
+            for output, place in zip(outputs, itertools.pairwise(ends), strict=True)
+        ]
+        made = zip(outputs[1:], infos[1:], strict=True)
+        return TensorPlan(
+            self.source,
+            infos[0],
+            decoding=self.weight.stored_as if self.weight else None,
+            encoding=self.encoding,
+            parts=self.weight.parts[1:] if self.weight else (),
+            made=tuple(SmallPart(output.role, output.name, info) for output, info in made),
+            values_name=outputs[0].name if outputs[0].name != self.source.name else None,
+            base=base,
+        )
+
+    def _made(self) -> tuple[Output, ...]:
+        assert self.encoding is not None
+        return CODECS[self.encoding.codec].outputs(self.source.name, self.source.shape, self.encoding)
 
 
 def lay_out(
@@ -48,17 +99,19 @@ def lay_out(
     replaced: Mapping[str, TensorRef] | None = None,
     added: Sequence[TensorRef] = (),
     left_out: Collection[str] = (),
+    updated: Collection[str] = (),
 ) -> Layout:
-    """Place every tensor of the base that is not ``left_out``, or what is ``replaced`` by name; ``added`` comes last.
+    """Place every weight of the base that is not ``left_out``, or what is ``replaced`` by name; ``added`` comes last.
 
-    ``dtype`` is a code or ``same``; ``max_shard_size`` None keeps the shards.
+    ``dtype`` is a code or ``same``; ``max_shard_size`` None keeps the shards. ``updated`` are the weights that are
+    worked on.
     """
-    replaced = replaced or {}
+    outgoing = _Outgoing(checkpoint, dtype, replaced or {}, updated)
     groups = [
-        [Outgoing(replaced.get(ref.name, ref), ref) for ref in shard.tensors if ref.name not in left_out]
+        [found for ref in shard.tensors if ref.name not in left_out and (found := outgoing.of(ref))]
         for shard in checkpoint.shards
     ]
-    groups[-1] += [Outgoing(replaced.get(ref.name, ref), ref) for ref in added]
+    groups[-1] += [outgoing.plain(ref) for ref in added]
     if max_shard_size is None:
         kept = [
             (shard, group) for shard, group in zip(checkpoint.shards, groups, strict=True) if group or not shard.tensors
@@ -76,17 +129,50 @@ def lay_out(
     return Layout(shards, (checkpoint.index_name or index_of_stem(_stem(checkpoint))) if several else None)
 
 
+class _Outgoing:
+    """Stored tensors of a base → what they are in the output.
+
+    Of a weight that is worked on, the parts that are made anew leave their places: they follow the values.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: str, replaced: Mapping[str, TensorRef], updated: Collection[str]
+    ) -> None:
+        self._replaced = replaced
+        self._encoding = None if dtype == "same" else Encoding(dtype)
+        #: Weights that are worked on, by the places of the parts that do not stay.
+        self._weights: dict[tuple[str, int, int], Weight] = {}
+        for weight in checkpoint.weights.values():
+            if weight.stored_as is not None and (self._encoding or weight.name in updated):
+                outputs = CODECS[weight.stored_as.codec].outputs(weight.name, weight.tensor.shape, weight.stored_as)
+                made = {output.role for output in outputs}
+                leaving = [ref for role, ref in weight.parts if self._encoding or role in made]
+                self._weights |= dict.fromkeys([ref.place for ref in leaving], weight)
+
+    def of(self, ref: TensorRef) -> Outgoing | None:
+        """What a stored tensor is in the output; None if it is a part that stands elsewhere, or nowhere."""
+        if (weight := self._weights.get(ref.place)) is None:
+            return self.plain(ref)
+        if weight.tensor.place != ref.place:
+            return None
+        return Outgoing(weight.tensor, weight.tensor, self._encoding or weight.stored_as, weight)
+
+    def plain(self, ref: TensorRef) -> Outgoing:
+        """A tensor that is stored plainly, or an adapter's whole one in its place."""
+        return Outgoing(self._replaced.get(ref.name, ref), ref)
+
+
 def _shard(name: str, metadata: safetensors_header.Metadata, group: Sequence[Outgoing], dtype: str) -> ShardPlan:
     if dtype != "same":
         # Widths have changed, so the base's order may leave tensors unaligned; the widest first never does.
-        group = sorted(group, key=lambda tensor: -DTYPE_BITS[output_dtype(tensor.dtype, dtype)])
-    tensors, end = [], 0
-    for tensor in group:
-        code, shape = output_dtype(tensor.dtype, dtype), tensor.source.shape
-        start, end = end, end + tensor_nbytes(code, shape)
-        base = None if tensor.source is tensor.base else tensor.base
-        tensors.append(TensorPlan(tensor.source, TensorInfo(code, shape, (start, end)), base=base))
-    head = safetensors_header.encode(metadata, {tensor.source.name: tensor.out for tensor in tensors})
+        group = sorted(group, key=lambda tensor: -DTYPE_BITS[tensor.dtype(dtype)])
+    tensors: list[TensorPlan] = []
+    end = 0
+    for outgoing in group:
+        tensors.append(outgoing.plan(dtype, end))
+        end = (tensors[-1].made[-1].info if tensors[-1].made else tensors[-1].out).data_offsets[1]
+    stored = {name: info for tensor in tensors for name, info in tensor.outputs()}
+    head = safetensors_header.encode(metadata, stored)
     return ShardPlan(name, metadata, tuple(tensors), _like_source(len(head), tensors), end)
 
 
@@ -110,7 +196,7 @@ def _reshard(checkpoint: Checkpoint, tensors: Sequence[Outgoing], dtype: str, li
     groups: list[list[Outgoing]] = [[]]
     filled = 0
     for tensor in tensors:
-        size = tensor_nbytes(output_dtype(tensor.dtype, dtype), tensor.source.shape)
+        size = tensor.nbytes(dtype)
         if groups[-1] and filled + size > limit:
             groups.append([])
             filled = 0

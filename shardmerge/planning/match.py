@@ -14,6 +14,7 @@ from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.methods.base import check_dtypes
 from shardmerge.adapters.methods.whole import whole_settings
 from shardmerge.adapters.registry import FAMILIES
+from shardmerge.codecs.registry import CODECS
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.file_formats.checkpoint import Checkpoint
@@ -29,7 +30,7 @@ from shardmerge.planning.tied import stands_for
 from shardmerge.planning.unplaced import Unplaced, already_there, beside_of, first_of, named
 from shardmerge.planning.vocabulary import may_resize
 from shardmerge.spec.notices import Warned, prefixed
-from shardmerge.spec.tensors import FACTOR_DTYPES, FLOAT_DTYPES, TensorRef
+from shardmerge.spec.tensors import FACTOR_DTYPES, FLOAT_DTYPES, TensorRef, Weight
 from shardmerge.spec.updates import Parameter, Place, Update
 
 
@@ -218,12 +219,15 @@ class _Matching:
             return update
         place = parameter.places[0]
         plain = len(parameter.places) == 1 and place == Place(place.tensor, place.rows, transposed=update.transposes)
-        all_of_it = math.prod(self._stored(place.tensor).shape) == math.prod(parameter.shape)
+        stored = self._weight(place.tensor)
+        all_of_it = math.prod(stored.tensor.shape) == math.prod(parameter.shape) and stored.stored_as is None
         return family.placed(update, can_be_source=plain and all_of_it)
 
     def _as_factor(self, parameter: Parameter) -> TensorRef | None:
         """A parameter of the base as a factor, in the matrix's orientation; None if it is not rows of one tensor."""
         place, stored = parameter.places[0], self._stored(parameter.places[0].tensor)
+        if self._weight(place.tensor).stored_as is not None:
+            return None
         if len(parameter.places) > 1 or place.expert is not None or place.shuffle or parameter.experts:
             return None
         if place.transposed:
@@ -249,7 +253,7 @@ class _Matching:
         if _is_told(update):
             return []
         family = FAMILIES[update.family]
-        stored = [self._stored(place.tensor) for place in parameter.places]
+        stored = [self._as_decoded(place.tensor) for place in parameter.places]
         problems = [problem for ref in stored for problem in check_dtypes(update, ref, family)][:1]
         told = [is_quantised(self.checkpoint, update.module, update.parameter, ref) for ref in stored]
         if packed := next(filter(None, told), None):
@@ -303,12 +307,22 @@ class _Matching:
         return is_there and self._of_head(update)[:1] == (LABELS,)
 
     def _base_view(self, spoken: Spoken) -> KnownBase:
-        return KnownBase(self.names, self.modules, self.speakers, self._stored, spoken)
+        return KnownBase(self.names, self.modules, self.speakers, self._as_decoded, spoken)
+
+    def _weight(self, name: str) -> Weight:
+        """A stored weight; of one that is tied and so not stored, the one that is."""
+        weights = self.checkpoint.weights
+        return weights[name if name in weights else stands_for(self.names, name) or name]
 
     def _stored(self, name: str) -> TensorRef:
-        """A stored tensor; of one that is tied and so not stored, the one that is."""
-        weights = self.checkpoint.weights
-        return weights[name if name in weights else stands_for(self.names, name) or name].tensor
+        return self._weight(name).tensor
+
+    def _as_decoded(self, name: str) -> TensorRef:
+        """A stored weight with the dtype that its values have when they are decoded."""
+        weight = self._weight(name)
+        if weight.stored_as is None:
+            return weight.tensor
+        return dataclasses.replace(weight.tensor, dtype=CODECS[weight.stored_as.codec].values)
 
     def _update(self, update: ModuleUpdate, parameter: Parameter, place: Place) -> Update:
         shape = _shape(update, parameter)

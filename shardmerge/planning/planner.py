@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge.adapters.registry import FAMILIES
+from shardmerge.codecs.registry import encoder
 from shardmerge.config.schema import AdapterConfig, MergeConfig
 from shardmerge.destinations.destination import open_destination
 from shardmerge.errors import FormatError, PlanError
@@ -22,6 +23,7 @@ from shardmerge.key_mapping.resolver import Names
 from shardmerge.planning import aux_files, steps
 from shardmerge.planning.heads import resolve_heads
 from shardmerge.planning.layout import Layout, lay_out
+from shardmerge.planning.layouts import LAYOUTS, Placed
 from shardmerge.planning.match import match
 from shardmerge.planning.opening import open_all
 from shardmerge.planning.settings import check_device, check_rounding
@@ -40,11 +42,11 @@ from shardmerge.spec.plans import (
     digest_of,
     jsonable,
 )
-from shardmerge.spec.tensors import SourceFile, TensorRef, dtype_code
+from shardmerge.spec.tensors import FLOAT_DTYPES, Encoding, SourceFile, TensorRef, dtype_code
 from shardmerge.spec.updates import Place, Update
 from shardmerge.spec.words import words_for
 from shardmerge.system.events import Stopwatch
-from shardmerge.system.garbage import give_back, no_garbage_collection
+from shardmerge.system.garbage import no_garbage_collection
 from shardmerge.version import __version__
 
 __all__ = ["bytes_read", "make_plan"]
@@ -83,41 +85,37 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
         checkpoint, names, matches.updates, [adapter.config or {} for _, adapter in adapters], config.tied
     )
     vocabulary, misfits = resized(checkpoint, matches.updates, untied.added, heads.left_out)
-    problems = [*matches.problems, *heads.problems, *undone(matches.updates, config.adapters)]
+    problems = [*checkpoint.problems, *matches.problems, *heads.problems, *undone(matches.updates, config.adapters)]
     problems += [*untied.problems, *misfits]
     changes = {**untied.changes, **heads.changes}
     if vocabulary is not None:
         changes["vocab_size"] = vocabulary
+    output_layout = LAYOUTS[config.output.format]
     max_shard_size = None if config.output.max_shard_size == "same" else config.output.max_shard_size
     added = [*untied.added, *heads.added]
-    layout = lay_out(checkpoint, dtype, max_shard_size, _replaced(matches.updates), added, heads.left_out)
+    replaced, worked_on = _replaced(matches.updates), {name for name, of in matches.updates.items() if of}
+    layout = lay_out(checkpoint, dtype, max_shard_size, replaced, added, heads.left_out, worked_on)
     if dtype != "same" and _changes_dtype(layout.shards):
         changes["dtype"] = config.output.dtype
     if (weights := _renamed_weights(checkpoint, layout)) is not None:
         changes["transformers_weights"] = weights
     try:
-        aux = aux_files.collect(checkpoint, adapters, changes, config.output.format != "gguf")
+        aux = aux_files.collect(checkpoint, adapters, changes, output_layout.copies_weights)
     except FormatError as error:
         raise FormatError(f"{error}. Nothing was written") from None
     problems += [*aux.unfit, *aux.problems]
     index_metadata = _index_metadata(checkpoint, layout)
-    made_of: Mapping[str, str] = {}
-    if config.output.format == "gguf" and not aux.unfit:
-        from shardmerge.planning import gguf_file
-
-        out = config.output
-        file = gguf_file.lay_out(
-            layout, matches.updates, aux.files, Path(destination.location).name, out.quantization, out.allow_config_loss
-        )
-        left_out = [note for note in aux.of_tokenizer if file.problems and "tokenizer.model" in note]
-        layout, problems = file.layout, [*problems, *file.problems, *left_out]
-        aux.files[:] = file.aux
-        aux.warnings += file.warnings
-        made_of = file.made_of
-        give_back()  # a vocabulary takes 50 MB while it is read, which torch, in a thread of its own, would not get
+    placed = Placed(layout, tuple(aux.files))
+    if not aux.unfit:
+        placed = output_layout.place(layout, matches.updates, aux, Path(destination.location).name, config.output)
+    layout, problems = placed.layout, [*problems, *placed.problems]
+    aux.files[:] = placed.aux
+    aux.warnings += placed.warnings
     max_memory = None if config.compute.max_memory == "auto" else config.compute.max_memory
-    with_updates = _with_updates(layout.shards, matches.updates)
-    shards, memory = tile_all(with_updates, compute_dtype, max_memory, config.output.rounding)
+    seed = config.output.seed if config.output.rounding == "stochastic" else None
+    with_updates, unrounded = _with_updates(layout.shards, matches.updates, seed)
+    problems += unrounded
+    shards, memory = tile_all(with_updates, compute_dtype, max_memory)
     if max_memory is not None and memory.total > max_memory and not problems:
         problems.append(
             f"compute.max_memory is {max_memory:,} bytes, but the largest layer needs {memory.total:,} to work on at "
@@ -155,7 +153,7 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
         problems += destination.problems(plan)
     if problems:
         raise PlanError(problems)
-    return dataclasses.replace(plan, fingerprint=_fingerprint(plan, checkpoint, made_of))
+    return dataclasses.replace(plan, fingerprint=_fingerprint(plan, checkpoint, placed.made_of))
 
 
 def _names(checkpoint: Checkpoint, architectures: Any) -> Names:
@@ -166,12 +164,27 @@ def _names(checkpoint: Checkpoint, architectures: Any) -> Names:
 # --- assembling -------------------------------------------------------------------------------------------------------
 
 
-def _with_updates(shards: Sequence[ShardPlan], updates: Mapping[str, list[Update]]) -> list[ShardPlan]:
-    def updated(tensor: TensorPlan) -> TensorPlan:
-        of = updates.get(tensor.source.name)
-        return dataclasses.replace(tensor, updates=tuple(of)) if of else tensor
+def _with_updates(
+    shards: Sequence[ShardPlan], updates: Mapping[str, list[Update]], seed: int | None
+) -> tuple[list[ShardPlan], list[str]]:
+    """The shards with their updates, rounded stochastically if there is a ``seed``; and what cannot be rounded so."""
+    problems: list[str] = []
 
-    return [dataclasses.replace(shard, tensors=tuple(map(updated, shard.tensors))) for shard in shards]
+    def updated(tensor: TensorPlan) -> TensorPlan:
+        if not (of := updates.get(tensor.source.name)):
+            return tensor
+        encoding = tensor.encoding
+        if seed is not None and (encoding is not None or tensor.out.dtype in FLOAT_DTYPES):
+            codec = encoder(tensor)
+            encoding = codec.stochastic(encoding or Encoding(codec.name), seed)
+            if encoding is None:
+                encoding = tensor.encoding
+                what = f"{tensor.source.name} is stored as {codec.name}"
+                problems.append(f"output.rounding: stochastic cannot be used: {what}, which is rounded to nearest only")
+        return dataclasses.replace(tensor, updates=tuple(of), encoding=encoding)
+
+    done = [dataclasses.replace(shard, tensors=tuple(map(updated, shard.tensors))) for shard in shards]
+    return done, problems
 
 
 def _replaced(updates: Mapping[str, Sequence[Update]]) -> dict[str, TensorRef]:
@@ -218,7 +231,8 @@ def bytes_read(shards: Sequence[ShardPlan]) -> int:
         for _, ref in update.factors
         if not FAMILIES[update.family].is_source  # which is the tensor's source already
     )
-    return sum(tensor.source.nbytes for tensor in tensors) + sum(factors)
+    parts = (ref.nbytes for tensor in tensors for _, ref in tensor.parts)
+    return sum(tensor.source.nbytes for tensor in tensors) + sum(parts) + sum(factors)
 
 
 def _adapter_info(entry: AdapterConfig, adapter: AdapterFile) -> AdapterInfo:

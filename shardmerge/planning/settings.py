@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shardmerge.adapters.work import tile_dtype
+from shardmerge.codecs.registry import encoder
 from shardmerge.config.schema import MergeConfig
-from shardmerge.spec.plans import ShardPlan, TensorPlan
+from shardmerge.spec.plans import ShardPlan
 from shardmerge.spec.tensors import DTYPE_BITS
 
 
@@ -24,7 +25,7 @@ def check_rounding(config: MergeConfig, shards: Sequence[ShardPlan], compute_dty
     if config.output.rounding != "stochastic":
         return []
     updated = [tensor for shard in shards for tensor in shard.tensors if tensor.updates]
-    kinds = {(_computed_in(tensor, compute_dtype), _rounded_to(tensor)) for tensor in updated}
+    kinds = {(tile_dtype(tensor, compute_dtype), encoder(tensor).rounds_to(tensor)) for tensor in updated}
     if not kinds or any(DTYPE_BITS[to] < DTYPE_BITS[of] for of, to in kinds):
         return []
     of, to = min(kinds)
@@ -32,12 +33,3 @@ def check_rounding(config: MergeConfig, shards: Sequence[ShardPlan], compute_dty
         f"output.rounding: stochastic has no effect: updated weights are computed in {of} and stored in {to}, so none "
         "is rounded; remove it, or give a narrower output.dtype"
     ]
-
-
-def _computed_in(tensor: TensorPlan, compute_dtype: str) -> str:
-    return tile_dtype(tensor, compute_dtype)
-
-
-def _rounded_to(tensor: TensorPlan) -> str:
-    """What is stored; of a GGUF file, what a checkpoint in between would hold."""
-    return tensor.finish.dtype if tensor.finish else tensor.out.dtype

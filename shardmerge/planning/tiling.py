@@ -14,8 +14,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from shardmerge.adapters.registry import FAMILIES
-from shardmerge.adapters.work import dtype_for, narrow_dtype, needs_work, tile_dtype, work_bytes
-from shardmerge.errors import ShardmergeError
+from shardmerge.adapters.work import decoded_dtype, dtype_for, narrow_dtype, needs_work, tile_dtype
+from shardmerge.codecs.registry import decoder, encoder
+from shardmerge.errors import PlanError, ShardmergeError
 from shardmerge.spec.plans import MemoryPlan, ShardPlan, TensorPlan
 from shardmerge.spec.tensors import (
     ALIGNMENT,
@@ -27,7 +28,6 @@ from shardmerge.spec.tensors import (
     RowRange,
     TensorRef,
     aligned,
-    row_nbytes,
 )
 from shardmerge.spec.updates import Update
 from shardmerge.spec.windows import boundaries, locate
@@ -45,14 +45,8 @@ _PAGE = 4096
 #: many bytes at most. Measured.
 _PANEL_COLUMNS = 3072
 _PANEL_BYTES = 3 << 20
-#: Pages of torch's code that only the quantiser of a type needs, beyond those that `LIBRARY_BYTES` counts, or only
-#: products in a dtype. Measured.
-_CODE_BYTES = {"Q8_0": 2 << 20, "Q4_0": 4 << 20, "Q5_0": 4 << 20, "Q4_1": 3 << 20, "Q5_1": 3 << 20}
-_CODE_BYTES_OF_WORK = {"BF16": 3 << 20}
-#: What is in between when float64 is rounded, in all threads. Measured.
-_BETWEEN_BYTES = 2 << 20
-#: What stochastic rounding has in between, in all threads, and torch's code for it. Measured.
-_CHANCE_BYTES = 3 << 20
+#: Pages of torch's code that only products in a dtype need, beyond those that `LIBRARY_BYTES` counts. Measured.
+_CODE_BYTES = {"BF16": 3 << 20}
 #: Factors that are kept for a later target, at most; who shares more reads them again.
 _MOST_SHARED_BYTES = 16 << 20
 
@@ -62,7 +56,7 @@ def itemsize(dtype: str) -> int:
 
 
 def tile_all(
-    shards: Iterable[ShardPlan], compute_dtype: str, max_memory: int | None, rounding: str = "nearest"
+    shards: Iterable[ShardPlan], compute_dtype: str, max_memory: int | None
 ) -> tuple[tuple[ShardPlan, ...], MemoryPlan]:
     """Give every tensor that is computed its tiles.
 
@@ -81,8 +75,6 @@ def tile_all(
         if buffer_bytes > max(enough, size):
             continue  # a model that hardly fills the buffers needs only small ones
         memory = _memory(kinds.values(), buffer_bytes, size, compute_dtype, shared)
-        if rounding == "stochastic":
-            memory = dataclasses.replace(memory, code_bytes=max(memory.code_bytes, _CHANCE_BYTES))
         if memory.total <= budget:
             break
     if memory.total > budget:  # what is shared can be read again
@@ -102,7 +94,7 @@ def tile_all(
 
 def _workable(tensor: TensorPlan) -> TensorPlan:
     """The tensor. That tiles cannot be made of it would be our mistake: what was matched has asked its family."""
-    if tensor.source.dtype not in FACTOR_DTYPES:
+    if decoded_dtype(tensor) not in FACTOR_DTYPES:
         raise ShardmergeError(f"{tensor.source.name} is stored as {tensor.source.dtype}, which cannot be worked on")
     return tensor
 
@@ -110,7 +102,8 @@ def _workable(tensor: TensorPlan) -> TensorPlan:
 def _kind(tensor: TensorPlan) -> tuple[object, ...]:
     """What tiles and memory depend on."""
     updates = tuple(map(_kind_of_update, tensor.updates))
-    return (tensor.source.dtype, tensor.out.dtype, tensor.source.shape, tensor.finish, tensor.part, updates)
+    stored_as = (tensor.source.dtype, tensor.out.dtype, tensor.decoding, tensor.encoding)
+    return (*stored_as, tensor.source.shape, tensor.part, updates)
 
 
 def _kind_of_update(update: Update) -> tuple[object, ...]:
@@ -122,8 +115,8 @@ def _kind_of_update(update: Update) -> tuple[object, ...]:
 
 
 def row_bytes(tensor: TensorPlan) -> int:
-    """Bytes of buffer that a row takes: it is read into it, and encoded into it again."""
-    return max(row_nbytes(dtype, tensor.row_elements) for dtype in (tensor.source.dtype, tensor.out.dtype))
+    """Bytes of buffer that a row takes: it is read into one, and encoded into one."""
+    return max(tensor.read_row, tensor.write_row)
 
 
 def tile_counts(tensor: TensorPlan, buffer_bytes: int) -> tuple[tuple[int, int], ...]:
@@ -133,10 +126,18 @@ def tile_counts(tensor: TensorPlan, buffer_bytes: int) -> tuple[tuple[int, int],
     runs = list(itertools.pairwise(boundaries(tensor))) if tensor.rows else [(0, 0)]
     if tensor.row_elements == 1 and tensor.updates:
         return tuple((stop - start, 1) for start, stop in runs)
+    together, bytes_per_row = _codec_unit(tensor), row_bytes(tensor)
+    if cut := [start for start, _ in runs if (start - tensor.first_row) % together]:
+        raise PlanError(
+            [
+                f"{tensor.source.name}: its rows from {cut[0]} on belong to another matrix, but its format stores "
+                f"{together} rows together"
+            ]
+        )
     return tuple(
         segment
         for start, stop in runs
-        for segment in _segments(stop - start, _unit(tensor, start), row_bytes(tensor), buffer_bytes)
+        for segment in _segments(stop - start, _unit(tensor, start), together, bytes_per_row, buffer_bytes)
     )
 
 
@@ -146,21 +147,36 @@ def _count(rows: int, bytes_per_row: int, buffer_bytes: int, unit: int = 1) -> i
 
 
 def _unit(tensor: TensorPlan, row: int) -> int:
-    """The rows that must stay together in the run that begins at ``row``."""
+    """The rows that updates need together in the run that begins at ``row``."""
     here = RowRange(row, row + 1)
     units = ((update, FAMILIES[update.family].row_unit(update)) for update in tensor.updates if not update.by_columns)
-    finish = tensor.finish.group if tensor.finish else 1
-    return math.lcm(finish, *(unit for update, unit in units if unit > 1 and locate(tensor, update, here)))
+    return math.lcm(*(unit for update, unit in units if unit > 1 and locate(tensor, update, here)))
 
 
-def _segments(rows: int, unit: int, bytes_per_row: int, buffer_bytes: int) -> list[tuple[int, int]]:
-    """A run of rows as segments whose tiles hold whole units: those with a unit more than the others come first."""
+def _codec_unit(tensor: TensorPlan) -> int:
+    """The rows that the source's or the output's codec wants together."""
+    codecs = ((tensor.decoding, decoder), (tensor.encoding, encoder))
+    return math.lcm(*(of(tensor).row_unit(encoding) for encoding, of in codecs if encoding is not None))
+
+
+def _segments(
+    rows: int, of_updates: int, of_codec: int, bytes_per_row: int, buffer_bytes: int
+) -> list[tuple[int, int]]:
+    """A run of rows as segments whose tiles hold whole units: those with a unit more than the others come first.
+
+    Of a codec's units the last may be short; it is in the last tile, with the unit before it.
+    """
+    unit = math.lcm(of_updates, of_codec)
     if unit == 1 or not rows:
         return [(rows, _count(rows, bytes_per_row, buffer_bytes))]
-    unit = rows if rows % unit else unit
-    tiles = _count(rows, bytes_per_row, buffer_bytes, unit)
+    rest = rows % of_codec
+    if (rows - rest) % unit or rows < unit:
+        return [(rows, 1)]
+    tiles = _count(rows - rest, bytes_per_row, buffer_bytes, unit)
     units, longer = divmod(rows // unit, tiles)
-    parts = (((units + 1) * unit * longer, longer), (units * unit * (tiles - longer), tiles - longer))
+    shorter = tiles - longer - bool(rest)
+    parts = [((units + 1) * unit * longer, longer), (units * unit * shorter, shorter)]
+    parts += [(units * unit + rest, 1)] if rest else []
     return [part for part in parts if part[1]]
 
 
@@ -196,13 +212,19 @@ def _memory(
         largest = max(largest, -(-rows * row_bytes(tensor) // _PAGE) * _PAGE)
         # A tile in the dtype of the work, and the scratch of the same size that updates and quantisers use.
         dtype, narrow = tile_dtype(tensor, compute_dtype), narrow_dtype(tensor, compute_dtype)
-        tile = rows * tensor.row_elements * work_bytes(tensor, compute_dtype)
+        codec = encoder(tensor).memory(tensor, dtype)
+        tile = rows * tensor.row_elements * max(itemsize(dtype), codec.element)
         workspace = max(workspace, aligned(tile) + tile + (ALIGNMENT if narrow else 0))
         of = (_factor_bytes(update, rows, dtype_for(update, tensor, compute_dtype)) for update in tensor.updates)
-        factors = max(factors, sum(of))
-        between = _BETWEEN_BYTES if dtype == "F64" and tensor.out.dtype in ("F32", "F16", "BF16") else 0
-        code = max(code, _CODE_BYTES.get(tensor.out.dtype, 0) + _CODE_BYTES_OF_WORK.get(narrow or dtype, 0) + between)
+        factors = max(factors, sum(of) + _part_bytes(tensor))
+        code = max(code, codec.code + _CODE_BYTES.get(narrow or dtype, 0))
     return MemoryPlan(BUFFERS, largest, WORKERS, workspace, factors, shared, code)
+
+
+def _part_bytes(tensor: TensorPlan) -> int:
+    """Bytes of small parts: those of the source, of which a few rows at most are in memory, and those being made."""
+    source = sum(min(ref.nbytes, WORKERS * KEPT_WHOLE_BYTES) for _, ref in tensor.parts)
+    return source + 2 * sum(part.info.nbytes for part in tensor.made)
 
 
 def _factor_bytes(update: Update, rows: int, compute_dtype: str) -> int:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-import math
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shardmerge.codecs import ggml
 from shardmerge.reporting.text import human_bytes, human_seconds, notices, table
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.plans import Fidelity, MergePlan, Receipt, jsonable
-from shardmerge.spec.tensors import BLOCKS, DTYPE_NAMES, row_nbytes, tensor_nbytes
+from shardmerge.spec.tensors import DTYPE_NAMES, tensor_nbytes
 from shardmerge.spec.words import EXPORT, MERGE
 
 #: Formats of the size table: dtypes of a checkpoint, and quantisations of a GGUF file.
@@ -79,15 +79,7 @@ def sizes_by_format(plan: MergePlan) -> dict[str, int]:
     """
     shapes = [tensor.out.shape for shard in plan.shards for tensor in shard.tensors]
     sizes = {name: sum(tensor_nbytes(code, shape) for shape in shapes) for code, name in _PLAIN.items()}
-    for kind in _QUANTIZED:
-        block = BLOCKS[kind][0]
-        sizes[kind.lower()] = sum(
-            tensor_nbytes("F32", shape)
-            if len(shape) < 2
-            else row_nbytes(kind if shape[-1] % block == 0 else "F16", math.prod(shape))
-            for shape in shapes
-        )
-    return sizes
+    return sizes | {kind.lower(): sum(ggml.size_in(kind, shape) for shape in shapes) for kind in _QUANTIZED}
 
 
 def fidelity_by_kind(receipts: Iterable[Receipt]) -> dict[str, Fidelity]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.adapters.work import changing_updates
+from shardmerge.planning.layouts import LAYOUTS
 from shardmerge.reporting.merge_report import merged_dtype
 from shardmerge.reporting.text import human_bytes, labelled, notices, table
 from shardmerge.spec.plans import MergePlan, jsonable
@@ -101,12 +100,7 @@ def _describe_output(plan: MergePlan) -> str:
 
 def next_steps(plan: MergePlan) -> str:
     """What to run now, where the output is not simply loaded."""
-    if not plan.is_gguf:
-        return ""
-    name = shlex.quote(Path(plan.output).name.lower())
-    return (
-        f"\n\nwith Ollama:\n  cd {shlex.quote(plan.output)} && ollama create {name} -f Modelfile\n  ollama run {name}"
-    )
+    return LAYOUTS[plan.format].next_steps(plan)
 
 
 def plan_summary(plan: MergePlan) -> dict[str, Any]:

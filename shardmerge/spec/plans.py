@@ -5,40 +5,42 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardmerge.spec.tensors import BUFFER_SLACK, LIBRARY_BYTES, RowRange, SourceFile, TensorInfo, TensorRef, even_rows
+from shardmerge.spec.tensors import (
+    BUFFER_SLACK,
+    LIBRARY_BYTES,
+    Encoding,
+    RowRange,
+    SourceFile,
+    TensorInfo,
+    TensorRef,
+    even_rows,
+)
 from shardmerge.spec.updates import Update
 
 
 @dataclass(frozen=True, slots=True)
-class Finish:
-    """What another file format does to rows after they are merged: round, turn, add, in this order.
+class SmallPart:
+    """A tensor of the output that is a part of a weight beside its values."""
 
-    ``shuffle`` (g, a, b): rows seen as (g, a, b) are the file's seen as (g, b, a); a tile holds multiples of a · b.
-    """
-
-    #: What the merged value is rounded to, as if it had been stored in between.
-    dtype: str
-    shuffle: tuple[int, int, int] | None = None
-    #: Added in float32; in float16 where ``dtype`` is F16.
-    addend: float = 0.0
-
-    @property
-    def group(self) -> int:
-        return self.shuffle[1] * self.shuffle[2] if self.shuffle else 1
+    role: str
+    name: str
+    info: TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """One output tensor: its source, its place in the new shard, its updates in order, its number of row tiles.
+    """One weight of the output: its source, its place in the new shard, its updates in order, its number of row tiles.
 
-    ``tiles == 0`` means that the bytes travel as they are. ``segments`` are (rows, tiles) of runs of rows that no tile
-    reaches across: experts, and modules that are stored as one tensor. Empty, there is one run.
+    ``source`` are the weight's values as they are stored, with the weight's own name and shape. ``tiles == 0`` means
+    that the bytes are copied. ``segments`` are (rows, tiles) of runs of rows that no tile reaches across: experts, and
+    modules that are stored as one tensor. Empty, there is one run.
     """
 
     source: TensorRef
@@ -46,22 +48,41 @@ class TensorPlan:
     updates: tuple[Update, ...] = ()
     tiles: int = 0
     segments: tuple[tuple[int, int], ...] = ()
-    finish: Finish | None = None
+    #: How the source and the output are stored; None is plainly, by their dtypes.
+    decoding: Encoding | None = None
+    encoding: Encoding | None = None
+    #: Parts of the source beside its values, by role.
+    parts: tuple[tuple[str, TensorRef], ...] = ()
+    #: Parts of the output that are made beside its values, in the order of their data, which follows the values'.
+    made: tuple[SmallPart, ...] = ()
+    #: What the output's values are called, where that is not the weight's name.
+    values_name: str | None = None
     #: Rows of the source that the output is made of; None is all.
     part: RowRange | None = None
     #: The base's own tensor, where the source is an adapter's in its place.
     base: TensorRef | None = None
 
+    def outputs(self) -> Iterator[tuple[str, TensorInfo]]:
+        """The tensors of the output that the weight becomes, by name, in the order of their data."""
+        yield self.values_name or self.source.name, self.out
+        for part in self.made:
+            yield part.name, part.info
+
     @property
     def row_dims(self) -> int:
         """Leading dimensions whose product is the number of rows."""
-        in_stack = any(update.in_stack for update in self.updates)
-        return 2 if in_stack or (self.finish is not None and len(self.source.shape) == 3) else 1
+        if any(update.in_stack for update in self.updates):
+            return 2
+        return self.encoding.row_dims if self.encoding is not None else 1
 
     @property
     def goes_by_rows(self) -> bool:
         """Conversion alone works by element, so there every element is a row."""
-        return bool(self.source.shape) and (bool(self.updates) or self.finish is not None)
+        return bool(self.source.shape) and self._has_rows
+
+    @property
+    def _has_rows(self) -> bool:
+        return bool(self.updates) or self.encoding is not None or self.decoding is not None
 
     @property
     def all_rows(self) -> int:
@@ -79,7 +100,17 @@ class TensorPlan:
 
     @property
     def row_elements(self) -> int:
-        return math.prod(self.source.shape[self.row_dims :]) if self.updates or self.finish else 1
+        return math.prod(self.source.shape[self.row_dims :]) if self._has_rows else 1
+
+    @property
+    def read_row(self) -> int:
+        """Bytes of a row of the source's values."""
+        return self.source.nbytes // max(1, self.all_rows)
+
+    @property
+    def write_row(self) -> int:
+        """Bytes of a row of the output's values."""
+        return self.out.nbytes // max(1, self.rows)
 
     def ranges(self) -> Iterator[RowRange]:
         """The rows of every tile, in order, as the source counts them."""
@@ -92,15 +123,21 @@ class TensorPlan:
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One output file: its name, the header's metadata and its tensors in the order of their data."""
+    """One output file: its name, the header's metadata and its weights in the order of their data."""
 
     name: str
     metadata: tuple[tuple[str, str], ...]
     tensors: tuple[TensorPlan, ...]
     header_bytes: int
     data_bytes: int
-    #: All that comes before the data, where it is no safetensors header.
+    #: All that comes before the data, where that is not a safetensors header.
     head: bytes = b""
+    #: Each tensor's data begins at a multiple of so many bytes, with zeros before it.
+    alignment: int = 1
+
+    def outputs(self) -> Iterator[tuple[str, TensorInfo]]:
+        """The tensors of the file by name, in the order of their data."""
+        return itertools.chain.from_iterable(tensor.outputs() for tensor in self.tensors)
 
     @property
     def nbytes(self) -> int:
@@ -208,9 +245,9 @@ class MergePlan:
         return digest_of(self.fingerprint)
 
     @property
-    def is_gguf(self) -> bool:
-        """Whether the output is one GGUF file, and no checkpoint."""
-        return bool(self.config["output"]["format"] == "gguf")
+    def format(self) -> str:
+        """The layout of the output, by its name in `shardmerge.planning.layouts`."""
+        return str(self.config["output"]["format"])
 
     @property
     def rounding(self) -> str:

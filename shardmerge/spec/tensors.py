@@ -6,6 +6,7 @@ import dataclasses
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 #: Bits per element of every dtype the safetensors format knows.
 DTYPE_BITS: Mapping[str, int] = {
@@ -53,24 +54,6 @@ DTYPE_NAMES: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "b
 def dtype_code(name: str) -> str:
     """``"bfloat16"`` → ``"BF16"``."""
     return next(code for code, known in DTYPE_NAMES.items() if known == name)
-
-
-#: Elements and bytes of a block, for dtypes whose rows are blocks. They are llama.cpp's, and outputs only.
-BLOCKS: Mapping[str, tuple[int, int]] = {
-    "Q4_0": (32, 18),
-    "Q4_1": (32, 20),
-    "Q5_0": (32, 22),
-    "Q5_1": (32, 24),
-    "Q8_0": (32, 34),
-}
-
-
-def row_nbytes(dtype: str, elements: int) -> int:
-    """Bytes of a row of so many elements, or of several rows together."""
-    if dtype in BLOCKS:
-        block, size = BLOCKS[dtype]
-        return elements // block * size
-    return elements * DTYPE_BITS[dtype] // 8
 
 
 def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -163,6 +146,11 @@ class TensorRef:
     strides: tuple[int, ...] | None = None
     is_transposed: bool = False
 
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """Which bytes of which file they are."""
+        return self.uri, self.offset, self.nbytes
+
     def transposed(self) -> TensorRef:
         """The same bytes seen as the transpose of a matrix."""
         rows, columns = self.shape
@@ -197,14 +185,35 @@ def even_rows(rows: int, tiles: int) -> Iterator[RowRange]:
 
 
 @dataclass(frozen=True, slots=True)
+class Encoding:
+    """How a weight is stored, where that is not plainly by its dtype: the name of a codec, and its settings, all JSON.
+
+    See `shardmerge.codecs`.
+    """
+
+    codec: str
+    settings: tuple[tuple[str, Any], ...] = ()
+    #: Leading dimensions whose product is the number of rows, where the updates do not say that they are two.
+    row_dims: int = 1
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        return next((value for key, value in self.settings if key == name), default)
+
+
+@dataclass(frozen=True, slots=True)
 class Weight:
-    """A logical weight of the base: the stored tensors that make it up, by role, and the shard each lies in."""
+    """A logical weight of the base: the stored tensors that are its parts, by role, the values first.
+
+    ``shard`` is the file of the values. ``stored_as`` are the codec and its settings, where it is not stored plainly;
+    the values then have the weight's name and shape here, whatever the file calls them.
+    """
 
     name: str
     parts: tuple[tuple[str, TensorRef], ...]
     shard: str
+    stored_as: Encoding | None = None
 
     @property
     def tensor(self) -> TensorRef:
-        """The one part of a weight that is stored plainly."""
+        """The values."""
         return self.parts[0][1]

@@ -35,12 +35,14 @@ import torch
 from torch import Tensor
 
 from shardmerge.adapters.registry import FAMILIES
+from shardmerge.adapters.work import decoded_dtype
 from shardmerge.spec.plans import MergePlan, TensorPlan
 from shardmerge.spec.tensors import RowRange, dtype_code
 from shardmerge.spec.updates import Update
 from shardmerge.spec.windows import Part, locate, reaching
+from shardmerge.verification.decoders import numbers, source_of
 from shardmerge.verification.formulas import FORMULAS, PlainFactors
-from shardmerge.verification.reading import Files, wide
+from shardmerge.verification.reading import Files
 from shardmerge.verification.rows import all_rows
 from shardmerge.verification.scaling import ScaledBy
 
@@ -86,11 +88,10 @@ class Exact:
 
     def _updated(self, tensor: TensorPlan, rows: RowRange, until: Update | None) -> tuple[Tensor, Tensor]:
         """W with all updates, or those before ``until``."""
-        source = tensor.source
-        value = wide(self._files.rows(source, rows, tensor.row_elements))
+        value = numbers(self._files, source_of(tensor), rows)
         error = torch.zeros_like(value)
         # What is yet to be rounded to the compute dtype, where something is computed of it.
-        loose = torch.full_like(value, source.dtype not in _EXACT[self.compute_dtype], dtype=torch.bool)
+        loose = torch.full_like(value, decoded_dtype(tensor) not in _EXACT[self.compute_dtype], dtype=torch.bool)
         for update in self._reaching(rows):
             if update is until:
                 break
@@ -224,5 +225,5 @@ def _does_nothing(update: Update) -> bool:
 
 
 def is_copied(tensor: TensorPlan) -> bool:
-    """Whether a tensor's numbers are those of its source, if perhaps in another dtype."""
-    return all(map(_does_nothing, tensor.updates))
+    """Whether a tensor's numbers are those of its source, plainly stored, if perhaps in another dtype."""
+    return tensor.decoding is None and all(map(_does_nothing, tensor.updates))

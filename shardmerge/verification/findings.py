@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,13 @@ _NOT_ALL = "not all of it could be verified"
 _IF_THAT_IS_ENOUGH = "If the part that could be verified is enough, allow it with partial=True"
 
 STRUCTURE, CHECKSUMS, UNTOUCHED, TOUCHED = "structure", "checksums", "untouched", "touched"
+
+
+#: Receives the bytes of the shards that are done, of how many, the shard's name, its number, of how many.
+Told = Callable[[int, int, str, int, int], None]
+
+#: What is compared of a tensor that no adapter touches, by the output's format.
+_COMPARED = {"safetensors": ", the bytes of the base", "gguf": " of their rows, the base's numbers"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,9 +213,7 @@ def count_of_problems(report: VerifyReport) -> str:
 
 
 def _rows(report: VerifyReport) -> Sequence[tuple[str, str, str]]:
-    checked = f"{report.untouched} tensors, {human_bytes(report.untouched_bytes)}, the bytes of the base"
-    if report.format == "gguf":
-        checked = f"{report.untouched} tensors, {human_bytes(report.untouched_bytes)} of their rows, the base's numbers"
+    checked = f"{report.untouched} tensors, {human_bytes(report.untouched_bytes)}{_COMPARED[report.format]}"
     sampled = "all rows" if report.rows == report.all_rows else f"{report.rows:,} of {report.all_rows:,} rows"
     seeded = "" if report.rows == report.all_rows else f" (seed {report.seed})"
     within = ", all within the rounding of their dtypes"

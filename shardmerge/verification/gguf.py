@@ -12,7 +12,7 @@ Which stored tensor becomes which of the file, and how its rows are turned, says
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from shardmerge.destinations.record import RECORD_NAME, Record
 from shardmerge.errors import FormatError
 from shardmerge.sources.local import LocalSource
 from shardmerge.spec.plans import MergePlan
-from shardmerge.spec.tensors import SourceFile, TensorInfo, row_nbytes
+from shardmerge.spec.tensors import SourceFile, TensorInfo
 from shardmerge.system import json_text
 from shardmerge.system.regular_files import why_not_readable
 from shardmerge.verification.exact import Exact
-from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Findings
+from shardmerge.verification.files import check_added, check_files
+from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Findings, Told
 from shardmerge.verification.gguf_header import GgufHeader, read_header
 from shardmerge.verification.gguf_rows import Piece, RowCheck
 from shardmerge.verification.gguf_values import contradictions
@@ -33,11 +34,15 @@ from shardmerge.verification.reading import Files, threads
 from shardmerge.verification.record import Again, files_of, plan_of_base
 from shardmerge.verification.shards import ShardCheck, ShardFile
 
-Told = Callable[[int, int, str, int, int], None]
-
 
 def check_gguf(output: Path, record: Record, again: Again, findings: Findings, rows: int | None, told: Told) -> None:
-    """Everything there is to know of the file; problems go to ``findings``. ``rows`` None looks at all rows."""
+    """Everything there is to know of the output; problems go to ``findings``. ``rows`` None looks at all rows."""
+    check_files(output, record, again.plan, findings)
+    _check_file(output, record, again, findings, rows, told)
+    check_added(output, record, findings)
+
+
+def _check_file(output: Path, record: Record, again: Again, findings: Findings, rows: int | None, told: Told) -> None:
     name, (size, recorded) = next(iter(record.shards.items()))
     if reason := why_not_readable(output / name):
         findings.problem(STRUCTURE, f"{name} {reason}", file=name)
@@ -77,7 +82,7 @@ def check_gguf(output: Path, record: Record, again: Again, findings: Findings, r
             ShardCheck(files, None, findings, None, 0).run(ShardFile(name, file, 0, (), recorded), advance)
             changed = findings.counts[CHECKSUMS] > before
             if plan is not None and exact is not None:
-                check = RowCheck(files, exact, plan.rounding == "stochastic", name, file)
+                check = RowCheck(files, exact, name, file)
                 check.run(pieces, rows, findings, advance)
                 if changed and rows is not None and set(findings.counts) == {CHECKSUMS}:
                     # Something has changed that the sample has not seen: look for it in every row.
@@ -179,6 +184,6 @@ def _pieces(header: GgufHeader, plan: MergePlan) -> list[Piece]:
         found, wanted = header.tensors.get(name), planned.tensors[name]
         if found is not None and (found.dtype, found.shape) == (wanted.dtype, wanted.shape):
             before = at - wanted.data_offsets[0]
-            first_row = before // row_nbytes(tensor.out.dtype, tensor.row_elements)
+            first_row = before // tensor.write_row
             pieces.append(Piece(name, header.data_start + found.data_offsets[0] + before, first_row, tensor))
     return pieces

@@ -13,7 +13,7 @@ them, those of q[i + 16]; bit i of the four bytes h is the fifth bit of q[i].
 **What a value may be.** Base and adapter make W' ± e in float64 (see `shardmerge.verification.exact`). What follows
 is defined to the bit and never turns the order of two numbers around: rounding to the dtype that a checkpoint in
 between would have, adding 1 to a norm, rounding to the type of the file. So done to W' - e and to W' + e it gives the
-least and the largest number that may be stored, which mostly are the same one. Where rounding goes by chance, the one
+least and the largest number that may be stored, which mostly are the same one. Where rounding is stochastic, the one
 end is rounded down and the other up.
 
 For blocks these two, a and b, are what the quantiser was given, and
@@ -33,9 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardmerge.codecs import NUMBER_DTYPES
-from shardmerge.spec.plans import Finish
-from shardmerge.spec.tensors import BLOCKS
+from shardmerge.codecs.rounding import NUMBER_DTYPES
 from shardmerge.verification.rounding import rounded
 
 _BLOCK = 32
@@ -79,15 +77,19 @@ class Numbers:
     least: Tensor
     largest: Tensor
     step: int = 1
+    of_blocks: bool = True
 
 
-def between(value: Tensor, error: Tensor, finish: Finish, by_chance: bool) -> tuple[Tensor, Tensor]:
-    """(least, largest) number that a file in float32 would hold of W' ± e."""
+def between(value: Tensor, error: Tensor, through: str, addend: float, is_stochastic: bool) -> tuple[Tensor, Tensor]:
+    """(least, largest) number that a file in float32 would hold of W' ± e.
+
+    ``through`` is the dtype of a checkpoint in between; ``addend`` is added after it.
+    """
     ends = []
     for end, direction in ((value - error, -1), (value + error, 1)):
-        stored = rounded(end, finish.dtype, direction if by_chance else 0)
-        if finish.addend:
-            stored = rounded(stored + finish.addend, "F16" if finish.dtype == "F16" else "F32")
+        stored = rounded(end, through, direction if is_stochastic else 0)
+        if addend:
+            stored = rounded(stored + addend, "F16" if through == "F16" else "F32")
         ends.append(stored)
     return ends[0], ends[1]
 
@@ -99,9 +101,9 @@ def compare(data: Tensor, kind: str, least: Tensor, largest: Tensor) -> list[Num
     """
     if kind not in _KINDS:
         found = data.view(NUMBER_DTYPES[kind]).double()
-        return [Numbers(VALUE, found, rounded(least, kind), rounded(largest, kind))]
+        return [Numbers(VALUE, found, rounded(least, kind), rounded(largest, kind), of_blocks=False)]
     rows, columns = least.shape
-    blocks = data.view(rows, columns // _BLOCK, BLOCKS[kind][1])
+    blocks = data.view(rows, columns // _BLOCK, -1)
     low, high = (of.view(rows, columns // _BLOCK, _BLOCK) for of in (least, largest))
     return _compare_blocks(blocks, _KINDS[kind], low, high, (rows, columns))
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from shardmerge.errors import FormatError
-from shardmerge.spec.tensors import TensorInfo, row_nbytes
+from shardmerge.spec.tensors import TensorInfo
 from shardmerge.system.checksums import Checksums
 
 #: What a header may take: the largest vocabularies with their merges take 20 MB.
@@ -36,16 +36,16 @@ _DIMENSIONS = 4
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 #: Type of a value → its format as `struct` has it.
 _SCALARS: Mapping[int, str] = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
-#: Type of a tensor → what we call it, and the elements of a block.
-_TYPES: Mapping[int, tuple[str, int]] = {
-    0: ("F32", 1),
-    1: ("F16", 1),
-    2: ("Q4_0", 32),
-    3: ("Q4_1", 32),
-    6: ("Q5_0", 32),
-    7: ("Q5_1", 32),
-    8: ("Q8_0", 32),
-    30: ("BF16", 1),
+#: Type of a tensor → what we call it, and the elements and bytes of a block.
+_TYPES: Mapping[int, tuple[str, int, int]] = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    30: ("BF16", 1, 2),
 }
 
 #: Fills the view with the file's bytes from the offset on.
@@ -230,13 +230,13 @@ def _info(cursor: _Cursor, name: str, size: int) -> TensorInfo:
     code, offset = cursor.unpack("<IQ")
     if code not in _TYPES:
         raise FormatError(f"{cursor.where}: {name} is of type {code}; known are {', '.join(map(str, _TYPES))}")
-    kind, block = _TYPES[code]
+    kind, block, size_of_block = _TYPES[code]
     elements = math.prod(shape)
     if not elements or shape[-1] % block:
         raise FormatError(
             f"{cursor.where}: {name} is {kind} of shape {list(shape)}, which is no whole number of blocks"
         )
-    nbytes = row_nbytes(kind, elements)
+    nbytes = elements // block * size_of_block
     if offset > size or nbytes > size:
         raise FormatError(f"{cursor.where}: {name} takes {nbytes} bytes at {offset}, the whole file has {size}")
     return TensorInfo(kind, shape, (offset, offset + nbytes))

@@ -9,17 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardmerge.spec.plans import Finish, TensorPlan
-from shardmerge.spec.tensors import BLOCKS, RowRange, SourceFile, row_nbytes
+from shardmerge.codecs.registry import encoder
+from shardmerge.spec.plans import TensorPlan
+from shardmerge.spec.tensors import Encoding, RowRange, SourceFile
 from shardmerge.verification.exact import Exact, is_copied
 from shardmerge.verification.findings import TOUCHED, UNTOUCHED, Findings
 from shardmerge.verification.gguf_blocks import VALUE, Numbers, between, compare
 from shardmerge.verification.reading import Files
-from shardmerge.verification.rounding import goes_by_chance
+from shardmerge.verification.rounding import is_stochastic
 from shardmerge.verification.rows import all_rows, sampled
 
 #: Of what is made of the config alone, and is in float32 everywhere.
-_PLAIN = Finish("F32")
+_PLAIN = Encoding("F32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,9 @@ class Piece:
 class RowCheck:
     """Looks at rows of one part of a tensor after the other."""
 
-    def __init__(self, files: Files, exact: Exact, by_chance: bool, name: str, file: SourceFile) -> None:
-        """``by_chance``: updated tensors were rounded stochastically."""
+    def __init__(self, files: Files, exact: Exact, name: str, file: SourceFile) -> None:
         self._files = files
         self._exact = exact
-        self._by_chance = by_chance
         self._name = name
         self._file = file
         self._findings = Findings("", 0)
@@ -68,7 +67,7 @@ class RowCheck:
         self._exact.begin(dataclasses.replace(plan, part=None))
         looked = sum(map(len, windows))
         if is_copied(plan):
-            findings.untouched_bytes += row_nbytes(plan.out.dtype, looked * plan.row_elements)
+            findings.untouched_bytes += looked * plan.write_row
         else:
             findings.rows += looked
             findings.all_rows += plan.rows
@@ -79,15 +78,16 @@ class RowCheck:
     def _window(self, piece: Piece, rows: RowRange) -> bool:
         plan = piece.plan
         places = _places(plan, rows)
-        finish = plan.finish or _PLAIN
-        by_chance = self._by_chance and goes_by_chance(plan, self._exact.compute_dtype, finish.dtype)
-        ends = between(*self._exact.rows(rows), finish, by_chance)
+        through = encoder(plan).rounds_to(plan)
+        addend = (plan.encoding or _PLAIN).setting("addend", 0.0)
+        stochastic = is_stochastic(plan, self._exact.compute_dtype, through)
+        ends = between(*self._exact.rows(rows), through, addend, stochastic)
         found = compare(self._read(piece, places), plan.out.dtype, *ends)
         return all(self._agree(piece, places, numbers) for numbers in found)
 
     def _read(self, piece: Piece, places: Tensor) -> Tensor:
         """Rows of the file, in bytes (rows, bytes of a row). Those in between are read, too: there are few."""
-        width = row_nbytes(piece.plan.out.dtype, piece.plan.row_elements)
+        width = piece.plan.write_row
         first, last = int(places.min()), int(places.max())
         data = self._files.read(self._file.uri, piece.start + first * width, (last + 1 - first) * width)
         return torch.frombuffer(data, dtype=torch.uint8).view(-1, width)[places - first]
@@ -100,7 +100,7 @@ class RowCheck:
         error = (found - middle).abs()
         if bool(right.all()):
             # Of a block; of other types there is but one number, or two neighbours, of which either is as right.
-            if numbers.what == VALUE and piece.plan.out.dtype in BLOCKS and not is_copied(piece.plan):
+            if numbers.what == VALUE and numbers.of_blocks and not is_copied(piece.plan):
                 worst = float(torch.where(allowed > 0, error / allowed, 0.0).max())
                 if worst > self._findings.worst:
                     self._findings.worst, self._findings.worst_tensor = worst, piece.name
@@ -132,7 +132,8 @@ class RowCheck:
 def _places(plan: TensorPlan, rows: RowRange) -> Tensor:
     """Rows of the source → those of the piece. Seen as (g, a, b), the source's are the file's seen as (g, b, a)."""
     index = torch.arange(rows.start, rows.stop) - plan.first_row
-    if plan.finish is None or plan.finish.shuffle is None:
+    shuffle = (plan.encoding or _PLAIN).setting("shuffle")
+    if shuffle is None:
         return index
-    _, a, b = plan.finish.shuffle
+    a, b = int(shuffle[1]), int(shuffle[2])
     return index // (a * b) * (a * b) + index % b * a + index // b % a

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shardmerge.codecs import NUMBER_DTYPES
+from shardmerge.codecs.rounding import NUMBER_DTYPES
 from shardmerge.errors import SourceError
 from shardmerge.sources.open_readers import OpenReaders
 from shardmerge.spec.tensors import DTYPE_BITS, RowRange, TensorRef

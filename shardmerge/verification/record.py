@@ -13,6 +13,7 @@ from shardmerge.errors import ConfigError, PlanError, ShardmergeError, SourceErr
 from shardmerge.file_formats.adapter_file import open_adapter
 from shardmerge.file_formats.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.planning.fingerprint import with_contents
+from shardmerge.planning.layouts import LAYOUTS
 from shardmerge.planning.planner import make_plan
 from shardmerge.sources.source import open_source
 from shardmerge.spec.notices import Warned
@@ -87,9 +88,8 @@ def _located(
 ) -> MergeConfig:
     """The config with the places that the merge found its files at, or those given now."""
     config = relocated(config, record.values, base, adapters)
-    if record.is_gguf:  # what the file was called, and is called in it, does not change as its folder is moved
-        name = next(iter(record.shards)).removesuffix(f"-{config.output.quantization}.gguf")
-        output = output / name
+    # What files were called, and are called in them, does not change as their folder is moved.
+    output = LAYOUTS[config.output.format].path(output, list(record.shards), config.output)
     changes = {
         "output": config.output.model_copy(update={"path": str(output)}),
         # How much memory there was is of no matter here.

@@ -6,22 +6,9 @@ import torch
 from torch import Tensor
 
 from shardmerge.adapters.work import tile_dtype
+from shardmerge.codecs.rounding import half_unit
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import DTYPE_BITS
-
-#: Of a float64 the bits that say its power of two.
-_POWER = 0x7FF << 52
-
-
-def half_unit(magnitude: Tensor, dtype: str) -> Tensor:
-    """The most that rounding a number of this magnitude (float64) to a dtype changes it: half a unit of its last place.
-
-    That is 2ᵏ⁻ᵖ of a number from 2ᵏ to 2ᵏ⁺¹ in a dtype of p significant bits, k being no less than that of its
-    smallest normal number.
-    """
-    bits, least = {"F32": (24, -126), "F16": (11, -14), "BF16": (8, -126)}[dtype]
-    power = (magnitude.view(torch.int64) & _POWER).view(torch.float64)
-    return power.clamp_(min=2.0**least).mul_(2.0**-bits)
 
 
 def rounded(value: Tensor, dtype: str, direction: int = 0) -> Tensor:
@@ -31,6 +18,7 @@ def rounded(value: Tensor, dtype: str, direction: int = 0) -> Tensor:
     return torch.where(torch.isfinite(value), towards(value / unit) * unit, value)
 
 
-def goes_by_chance(tensor: TensorPlan, compute_dtype: str, dtype: str) -> bool:
-    """Whether stochastic rounding has a say where a tensor is rounded to ``dtype``: it is updated, in wider tiles."""
-    return bool(tensor.updates) and DTYPE_BITS[dtype] < DTYPE_BITS[tile_dtype(tensor, compute_dtype)]
+def is_stochastic(tensor: TensorPlan, compute_dtype: str, dtype: str) -> bool:
+    """Whether stochastic rounding has a say where a tensor is rounded to ``dtype``: it is asked for, in wider tiles."""
+    asked = tensor.encoding is not None and tensor.encoding.setting("seed") is not None
+    return asked and DTYPE_BITS[dtype] < DTYPE_BITS[tile_dtype(tensor, compute_dtype)]

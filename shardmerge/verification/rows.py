@@ -22,25 +22,28 @@ from shardmerge.spec.windows import boundaries, locate, reaching
 ELEMENTS = 1 << 17
 
 
-def all_rows(tensor: TensorPlan) -> list[RowRange]:
-    """Every row, in windows that lie within a run and hold whole groups."""
+def all_rows(tensor: TensorPlan, together: int = 1) -> list[RowRange]:
+    """Every row, in windows within a run that hold whole groups.
+
+    ``together`` are rows that a codec stores as one; the last of a run may be fewer.
+    """
     most = max(1, ELEMENTS // max(1, tensor.row_elements))
     windows = []
-    for run, unit in _runs(tensor):
+    for run, unit in _runs(tensor, together):
         step = max(1, most // unit) * unit
         windows += [RowRange(at, min(at + step, run.stop)) for at in range(run.start, run.stop, step)]
     return windows
 
 
-def sampled(tensor: TensorPlan, count: int, seed: int) -> list[RowRange]:
+def sampled(tensor: TensorPlan, count: int, seed: int, together: int = 1) -> list[RowRange]:
     """``count`` rows or some more, each a window of its own (or its group); the same for the same seed and name.
 
     A vector is taken whole: it is small, and what is added to it may be told only by its length.
     """
     if tensor.row_elements == 1:
-        return all_rows(tensor)
-    runs = list(_runs(tensor))
-    groups = [len(run) // unit for run, unit in runs]
+        return all_rows(tensor, together)
+    runs = list(_runs(tensor, together))
+    groups = [-(-len(run) // unit) for run, unit in runs]
     ends = list(itertools.accumulate(groups))
     total = ends[-1] if ends else 0
     chooser = random.Random(f"{seed}:{tensor.source.name}")
@@ -58,11 +61,11 @@ def _group(runs: list[tuple[RowRange, int]], groups: list[int], ends: list[int],
     number = bisect.bisect_right(ends, index)
     run, unit = runs[number]
     start = run.start + (index - (ends[number] - groups[number])) * unit
-    return RowRange(start, start + unit)
+    return RowRange(start, min(start + unit, run.stop))
 
 
-def _runs(tensor: TensorPlan) -> Iterator[tuple[RowRange, int]]:
-    """Runs of rows that belong to the same matrices, and how many rows of each are updated together."""
+def _runs(tensor: TensorPlan, together: int) -> Iterator[tuple[RowRange, int]]:
+    """Runs of rows that belong to the same matrices, and how many rows of each are updated or stored together."""
     if not tensor.rows:
         return
     of = reaching(tensor)
@@ -74,4 +77,5 @@ def _runs(tensor: TensorPlan) -> Iterator[tuple[RowRange, int]]:
             if not update.by_columns and locate(tensor, update, here)
         ]
         unit = math.lcm(*units)
-        yield RowRange(start, stop), unit if (stop - start) % unit == 0 else stop - start
+        is_whole = (stop - start) % unit == 0
+        yield RowRange(start, stop), math.lcm(unit, together) if is_whole else stop - start

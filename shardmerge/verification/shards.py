@@ -14,14 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardmerge.codecs import NUMBER_DTYPES
+from shardmerge.codecs.registry import encoder
+from shardmerge.codecs.rounding import NUMBER_DTYPES, half_unit
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import DTYPE_BITS, RowRange, SourceFile, TensorInfo
 from shardmerge.system.checksums import Checksums
+from shardmerge.verification.decoders import StoredWeight, numbers, output_of
 from shardmerge.verification.exact import Exact, is_copied
 from shardmerge.verification.findings import CHECKSUMS, TOUCHED, UNTOUCHED, Findings
 from shardmerge.verification.reading import CHUNK, Files, decode, wide
-from shardmerge.verification.rounding import goes_by_chance, half_unit, rounded
+from shardmerge.verification.rounding import is_stochastic, rounded
 from shardmerge.verification.rows import all_rows, sampled
 
 Advance = Callable[[int], None]
@@ -58,16 +60,15 @@ class ShardCheck:
         findings: Findings,
         rows: int | None,
         seed: int,
-        by_chance: bool = False,
     ) -> None:
-        """``rows`` None computes all rows again. ``by_chance``: updated tensors were rounded stochastically."""
+        """``rows`` None computes all rows again."""
         self._files = files
         self._exact = exact
         self._findings = findings
         self._rows = rows
         self._seed = seed
-        self._by_chance = by_chance
         self._buffers = bytearray(CHUNK), bytearray(CHUNK)
+        self._infos: Mapping[str, TensorInfo] = {}
 
     def run(self, shard: ShardFile, advance: Advance) -> None:
         """Everything there is to know of a shard. ``advance`` is told the bytes done."""
@@ -77,13 +78,14 @@ class ShardCheck:
         if self._rows is not None and self._exact is not None:
             # Something has changed that the sample has not seen: look for it in every row.
             aside = Findings(self._findings.output, self._seed)
-            again = ShardCheck(self._files, self._exact, aside, None, self._seed, self._by_chance)
+            again = ShardCheck(self._files, self._exact, aside, None, self._seed)
             again._pass(dataclasses.replace(shard, recorded={}), lambda count: None)
             self._findings.take(aside)
 
     def _pass(self, shard: ShardFile, advance: Advance) -> bool:
         """Whether the checksums are those recorded, or none are."""
         checksums = Checksums("sha256" in shard.recorded)
+        self._infos = {piece.name: piece.info for piece in shard.pieces}
         for offset, size in _chunks(0, shard.data_start):
             self._read(shard, offset, size, checksums)
         end = 0
@@ -177,19 +179,21 @@ class ShardCheck:
         """Which numbers of another dtype than the source's are not the source's, rounded."""
         numbers, nearest = (decode(of, plan.out.dtype, 1) for of in (found, expected))
         like = (numbers == nearest) | (numbers.isnan() & nearest.isnan())
-        if self._goes_by_chance(plan):  # both neighbours are right
+        if self._is_stochastic(plan):  # both neighbours are right
             exact = stored.double()
             like |= (numbers.double() - exact).abs() <= self._rounding(plan, exact.abs())
         return ~like
 
-    def _goes_by_chance(self, plan: TensorPlan) -> bool:
-        exact = self._exact
-        return exact is not None and self._by_chance and goes_by_chance(plan, exact.compute_dtype, plan.out.dtype)
+    def _is_stochastic(self, plan: TensorPlan) -> bool:
+        return self._exact is not None and is_stochastic(plan, self._exact.compute_dtype, plan.out.dtype)
 
-    def _rounding(self, plan: TensorPlan, magnitude: Tensor) -> Tensor:
-        """What one rounding may change: half a unit of the last place, or by chance a whole one."""
-        half = half_unit(magnitude, plan.out.dtype)
-        return half.mul_(2) if self._goes_by_chance(plan) else half
+    def _rounding(self, plan: TensorPlan, value: Tensor) -> Tensor:
+        """What one rounding may change: of floats half a unit of the last place, or a whole one if it is stochastic."""
+        codec = encoder(plan)
+        if not codec.shows_fidelity and plan.encoding is not None:
+            return codec.rounding_bound(plan.encoding, value)
+        half = half_unit(value.abs(), plan.out.dtype)
+        return half.mul_(2) if self._is_stochastic(plan) else half
 
     # --- one touched tensor -------------------------------------------------------------------------------------------
 
@@ -203,21 +207,27 @@ class ShardCheck:
         advance: Advance,
     ) -> None:
         findings = self._findings
-        windows = all_rows(plan) if self._rows is None else sampled(plan, self._rows, self._seed)
+        together = encoder(plan).row_unit(plan.encoding) if plan.encoding else 1
+        windows = all_rows(plan, together) if self._rows is None else sampled(plan, self._rows, self._seed, together)
+        is_plain = encoder(plan).shows_fidelity  # its numbers can be looked at as they come by
+        stored = output_of(plan, shard.file, shard.data_start, self._infos)
         exact.begin(plan)
         findings.touched += 1
         findings.rows += sum(map(len, windows))
         findings.all_rows += plan.rows
-        row_bytes = plan.row_elements * DTYPE_BITS[plan.out.dtype] // 8
-        wrong = False
+        row_bytes = plan.write_row
+        wrong = stored is None  # a part is missing, which the header says already
         for rows, window in _blocks(windows, plan.rows):
             for offset, size in _chunks(rows.start * row_bytes, rows.stop * row_bytes, None if window else CHUNK):
                 data = self._read(shard, start + offset, size, checksums)
-                if not wrong:
+                if not wrong and is_plain:
                     wrong = not self._finite(shard, plan, data, offset // row_bytes * plan.row_elements)
-                if window and not wrong:
-                    found = decode(data, plan.out.dtype, plan.row_elements)
-                    wrong = not self._window(shard, plan, rows, wide(found), *exact.rows(rows))
+                if window and not wrong and stored is not None:
+                    if is_plain:
+                        found = wide(decode(data, plan.out.dtype, plan.row_elements))
+                    else:
+                        found = numbers(self._files, stored, rows)
+                    wrong = not self._window(shard, plan, rows, found, *exact.rows(rows))
                 advance(size)
 
     def _finite(self, shard: ShardFile, plan: TensorPlan, data: bytearray, at: int) -> bool:
@@ -249,14 +259,18 @@ class ShardCheck:
         same = torch.zeros_like(values, dtype=torch.bool)
         there = max(0, min(len(values), math.prod(base.shape) - at))
         if there:
-            same[:there] = self._files.rows(base, RowRange(at, at + there), 1).double() == values[:there].double()
+            width = 1 if plan.decoding is None else plan.row_elements
+            rows = RowRange(at // width, -(-(at + there) // width))
+            stored = StoredWeight(base, width, plan.decoding, dict(plan.parts))
+            before = numbers(self._files, stored, rows).reshape(-1, 1)[at - rows.start * width :][:there]
+            same[:there] = before == values[:there].double()
         return same & torch.isinf(values)
 
     def _window(
         self, shard: ShardFile, plan: TensorPlan, rows: RowRange, found: Tensor, value: Tensor, error: Tensor
     ) -> bool:
         """Compare rows as found with W'; says where they are off by more than is allowed."""
-        allowed = self._rounding(plan, value.abs() + error) + error
+        allowed = self._rounding(plan, value + error * value.sign()) + error
         difference = (found - value).abs()
         # An infinity that is copied is itself, and less itself is no number.
         ratio = torch.where(found == value, 0.0, difference / allowed)

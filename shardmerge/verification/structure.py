@@ -127,7 +127,7 @@ def _check_headers(shards: Iterable[Stored], plan: MergePlan, findings: Findings
 
 
 def _header_difference(shard: Stored, plan: ShardPlan) -> str:
-    expected = {tensor.source.name: tensor.out for tensor in plan.tensors}
+    expected = dict(plan.outputs())
     for name in sorted({*expected, *shard.tensors}):
         found, wanted = shard.tensors.get(name), expected.get(name)
         if found is None or wanted is None:

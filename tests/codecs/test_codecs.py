@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shardmerge.codecs import TORCH_DTYPES, encode_into, overflow_limit, view_bytes
+from shardmerge.codecs.floats import OVERFLOW
+from shardmerge.codecs.rounding import TORCH_DTYPES, encode_into, view_bytes
 from tests.support.peft_oracle import bits, nearest_even
 
 SIXTEEN = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -183,7 +184,7 @@ def test_view_bytes_shares_memory() -> None:
 
 @pytest.mark.parametrize("code", ["F32", "F16", "BF16"])
 def test_the_overflow_limit_is_the_least_magnitude_that_becomes_infinite(code: str) -> None:
-    dtype, limit = TORCH_DTYPES[code], overflow_limit(code)
+    dtype, limit = TORCH_DTYPES[code], OVERFLOW[code]
     below = math.nextafter(limit, 0.0)
     found = encoded(doubles([below, limit, -below, -limit]), dtype).tolist()
     largest = float(torch.finfo(dtype).max)
@@ -196,4 +197,4 @@ def test_the_overflow_limit_is_the_least_magnitude_that_becomes_infinite(code: s
     ids=["F16", "BF16", "F32"],
 )
 def test_the_overflow_limits_are_these(code: str, limit: float) -> None:
-    assert overflow_limit(code) == limit
+    assert OVERFLOW[code] == limit

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardmerge.codecs import encode_by_chance
+from shardmerge.codecs.stochastic import encode_into
 from shardmerge.spec.tensors import RowRange
 from tests.support.peft_oracle import random
 
@@ -25,7 +25,7 @@ BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: 
 
 def rounded(value: Tensor, dtype: torch.dtype, seed: int = 0, name: str = "w", start: int = 0) -> Tensor:
     target = torch.empty(value.shape, dtype=dtype)
-    encode_by_chance(target, value, seed, name, RowRange(start, start + len(value)))
+    encode_into(target, value, seed, name, RowRange(start, start + len(value)))
     return target
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
-from shardmerge.gguf.formats import QUANTIZATIONS, TYPES
+from shardmerge.codecs.ggml import BLOCKS, nbytes
+from shardmerge.gguf.formats import FILE_TYPES, QUANTIZATIONS, TYPE_CODES
 from shardmerge.gguf.layout import OutputTensor
 from shardmerge.gguf.values import KeyValue
 from shardmerge.gguf.writer import encode_header
@@ -84,10 +85,11 @@ def test_the_package_writes_the_same_bytes(tmp_path: Path) -> None:
 def test_types_are_those_of_the_package() -> None:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-    for name, kind in TYPES.items():
-        assert GGMLQuantizationType[name] == kind.code
-        assert GGML_QUANT_SIZES[GGMLQuantizationType[name]] == (kind.block, kind.nbytes)
-        assert LlamaFileType["ALL_F32" if name == "F32" else f"MOSTLY_{name}"] == kind.file_type
+    assert BLOCKS.keys() == TYPE_CODES.keys() == FILE_TYPES.keys()
+    for name, code in TYPE_CODES.items():
+        assert GGMLQuantizationType[name] == code
+        assert GGML_QUANT_SIZES[GGMLQuantizationType[name]] == BLOCKS[name]
+        assert LlamaFileType["ALL_F32" if name == "F32" else f"MOSTLY_{name}"] == FILE_TYPES[name]
     assert set(QUANTIZATIONS) == {"f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"}
 
 
@@ -107,5 +109,5 @@ def test_what_cannot_be_written(values: list[KeyValue], tensors: list[OutputTens
 
 def test_no_rows_of_half_a_block() -> None:
     with pytest.raises(ValueError, match="Q4_0 holds rows of a multiple of 32"):
-        TYPES["Q4_0"].size((2, 33))
-    assert TYPES["F16"].size(()) == 2
+        nbytes("Q4_0", (2, 33))
+    assert nbytes("F16", ()) == 2

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from shardmerge.codecs.ggml import BLOCKS, nbytes
 from shardmerge.gguf.defaults import DEFAULTS
-from shardmerge.gguf.formats import TYPES, padded
+from shardmerge.gguf.formats import padded
 from shardmerge.gguf.layout import Layout, OutputTensor, Part, RopeScaling, lay_out
 from shardmerge.gguf.model import read_model
 from shardmerge.spec.plans import jsonable
@@ -59,7 +60,7 @@ def test_offsets_are_padded_and_sizes_add_up() -> None:
     at = 0
     for tensor_ in layout.tensors:
         assert tensor_.offset == at and at % 32 == 0
-        assert tensor_.nbytes == TYPES[tensor_.kind].size(tensor_.shape) == tensor_.rows * tensor_.row_nbytes
+        assert tensor_.nbytes == nbytes(tensor_.kind, tensor_.shape) == tensor_.rows * tensor_.row_nbytes
         at += padded(tensor_.nbytes)
     assert layout.data_bytes == at
 
@@ -114,10 +115,10 @@ def test_the_head_of_few_bits_is_kept_finer() -> None:
     assert [tensor(untied, name).kind for name in ("token_embd.weight", "output.weight")] == ["Q4_0", "Q8_0"]
 
 
-@pytest.mark.parametrize("quantization", TYPES)
+@pytest.mark.parametrize("quantization", BLOCKS)
 def test_rows_that_are_no_blocks_are_float16(quantization: str) -> None:
     kinds = {tensor.name: tensor.kind for tensor in laid_out(quantization=quantization).tensors}
-    whole = TYPES[quantization].block == 1
+    whole = BLOCKS[quantization][0] == 1
     assert kinds["blk.0.ffn_down.weight"] == (quantization if whole else "F16")
     assert kinds["blk.0.ffn_up.weight"] == quantization
     assert kinds["blk.0.attn_norm.weight"] == kinds["output_norm.weight"] == "F32"

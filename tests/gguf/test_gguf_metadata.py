@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from shardmerge.gguf import describe, lay_out, read_model, wanted
-from shardmerge.gguf.files import ModelFiles
-from shardmerge.gguf.metadata import LEFT_OUT, Description, _rounded
+from shardmerge.gguf.files import ModelFiles, wanted
+from shardmerge.gguf.layout import lay_out
+from shardmerge.gguf.metadata import LEFT_OUT, Description, _rounded, describe
+from shardmerge.gguf.model import read_model
 from shardmerge.gguf.sentencepiece import Piece, read_pieces
 from shardmerge.gguf.special_tokens import read_special_tokens
 from tests.support.gguf_oracle import Converter, shared_converter

@@ -22,11 +22,11 @@ from torch import Tensor
 
 import shardmerge
 from shardmerge import PlanError
-from shardmerge.gguf import losses, read_model
 from shardmerge.gguf import model as gguf_model
 from shardmerge.gguf.architectures import ARCHITECTURES
 from shardmerge.gguf.inert import INERT, MULTIMODAL, OF_CLASS
-from shardmerge.gguf.settings import READS
+from shardmerge.gguf.model import read_model
+from shardmerge.gguf.settings import READS, losses
 from tests.support.builders import run_cli
 from tests.support.gguf_zoo import SPM_VOCAB, write_spm_tokenizer
 from tests.support.llama_cpp import next_token

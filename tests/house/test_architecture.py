@@ -32,15 +32,16 @@ LEVEL = levels()
 #: Rooms that compute: they may import torch when they are imported.
 COMPUTES = frozenset(
     {
-        "codecs",
+        "codecs.ggml_blocks",
+        "codecs.rounding",
+        "codecs.stochastic",
         "execution.devices",
         "execution.factors",
         "execution.fidelity",
         "execution.nonfinite",
         "execution.threads",
         "execution.tiles",
-        "gguf.quantize",
-        "gguf.tiles",
+        "gguf.generated",
         "inference.comparison",
         "system.torch_devices",
         "verification",

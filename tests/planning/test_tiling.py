@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from shardmerge.adapters.work import needs_work
 from shardmerge.planning.tiling import _SIZES, BUFFERS, WORKERS, itemsize, row_bytes, tile_all, tile_counts
-from shardmerge.spec.plans import Finish, MemoryPlan, ShardPlan, TensorPlan
+from shardmerge.spec.plans import MemoryPlan, ShardPlan, TensorPlan
 from shardmerge.spec.tensors import (
     FLOAT_DTYPES,
     KEPT_WHOLE_BYTES,
     LIBRARY_BYTES,
     MIN_TILE_ROWS,
+    Encoding,
     TensorInfo,
     TensorRef,
     even_rows,
@@ -187,7 +188,7 @@ def test_memory_is_that_of_the_tiles(tensors: list[TensorPlan], compute: str, bu
 def test_blocks_are_made_in_float32_of_the_workspace(compute: str, size: int) -> None:
     plain = tensor_plan((64, 64), "BF16", "BF16", rank=4)
     out = dataclasses.replace(plain.out, dtype="Q4_0", data_offsets=(0, 64 * 64 // 32 * 18))
-    quantised = dataclasses.replace(plain, out=out, finish=Finish("BF16"))
+    quantised = dataclasses.replace(plain, out=out, encoding=Encoding("ggml-Q4_0", (("through", "BF16"),)))
     memories = [tile_all([shard_of([tensor])], compute, None)[1] for tensor in (plain, quantised)]
     assert [memory.workspace_bytes for memory in memories] == [2 * 64 * 64 * itemsize(compute), 2 * 64 * 64 * size]
     # Its code comes on top, and so does that of products in bfloat16, and what rounding a float64 to 16 bits takes.

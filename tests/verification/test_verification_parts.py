@@ -20,6 +20,7 @@ from torch import Tensor
 import shardmerge
 from shardmerge.adapters.methods.road import RoadSettings
 from shardmerge.cli.main import cli
+from shardmerge.codecs.rounding import half_unit
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.file_formats.adapter_file import open_adapter
 from shardmerge.sources.source import open_source
@@ -30,7 +31,6 @@ from shardmerge.spec.updates import Update
 from shardmerge.verification.findings import Findings
 from shardmerge.verification.formulas import FORMULAS, PlainFactors
 from shardmerge.verification.reading import Factor, Files
-from shardmerge.verification.rounding import half_unit
 from shardmerge.verification.rows import all_rows, sampled
 from shardmerge.verification.scaling import ScaledBy
 from shardmerge.verification.second_opinion import ask_library

@@ -26,18 +26,16 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from shardmerge.gguf.formats import TYPES
-from shardmerge.spec.tensors import even_rows
+from shardmerge.codecs.ggml import BLOCKS, nbytes
+from shardmerge.codecs.rounding import TORCH_DTYPES
+from shardmerge.spec.tensors import Encoding, even_rows
 
 #: Elements at a time: 1 MiB of float32. Smaller ones spend their time between torch's calls.
 _SLAB = 1 << 18
 _BLOCK = 32
-_PLAIN: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 #: The largest float32 below one half: x + copysign(this, x), truncated, is x rounded with halves away from zero.
 #: One half itself would carry the number just below one half up to 1.
 _HALF = 0.49999997
-#: The least magnitude that rounds to infinity in float16.
-_F16_LIMIT = 65520.0
 #: Blocks that are looked at together where the largest magnitude is there with both signs.
 _TIED = 1 << 10
 
@@ -45,39 +43,52 @@ _TIED = 1 << 10
 def quantize_into(out: Tensor, tile: Tensor, kind: str, scratch: Tensor | None = None) -> None:
     """Write a tile (rows, columns) of finite float32 as GGML type ``kind`` into ``out``.
 
-    ``out`` is uint8, flat, dense and of `GgmlType.size` bytes; of types that are no blocks it must be aligned to an
-    element. What is not finite, or too large for the type's float16 (see `overflow_limit`), gives a block that is not
-    finite either: the caller looks for that.
+    ``out`` is uint8, flat, dense and of `ggml.nbytes` bytes; of types that are not blocks it must be aligned to an
+    element. What is not finite, or too large for the type's float16 (see `ggml.overflow_limit`), gives a block that is
+    not finite either: the caller looks for that.
 
     With ``scratch``, another tile of dense float32, the tile is overwritten, and what is allocated does not grow with
     it. Without, both are made here.
     """
     rows, columns = tile.shape
-    if out.numel() != TYPES[kind].size((rows, columns)):
-        raise ValueError(
-            f"{kind} of {rows} × {columns} takes {TYPES[kind].size((rows, columns))} bytes, not {len(out)}"
-        )
-    if kind in _PLAIN:
-        out.view(_PLAIN[kind]).view(rows, columns).copy_(tile)
+    size = nbytes(kind, (rows, columns))
+    if out.numel() != size:
+        raise ValueError(f"{kind} of {rows} × {columns} takes {size} bytes, not {len(out)}")
+    if kind in TORCH_DTYPES:
+        out.view(TORCH_DTYPES[kind]).view(rows, columns).copy_(tile)
         return
     if scratch is None:
         tile = tile.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         scratch = torch.empty_like(tile)
     # Blocks know nothing of rows.
-    blocks, values, space = out.view(-1, TYPES[kind].nbytes), tile.view(-1, _BLOCK), scratch.view(-1, _BLOCK)
+    blocks, values, space = out.view(-1, BLOCKS[kind][1]), tile.view(-1, _BLOCK), scratch.view(-1, _BLOCK)
     for part in even_rows(len(blocks), max(1, -(-tile.numel() // _SLAB))):
         here = slice(part.start, part.stop)
         _QUANTIZERS[kind](blocks[here], values[here], space[here])
 
 
-def overflow_limit(kind: str) -> float:
-    """The least magnitude that type ``kind`` may be unable to hold: it, or its block's d or m, becomes infinite."""
-    if kind == "F32":
-        return float("inf")
-    if kind == "BF16":
-        return 2.0**128 - 2.0**119
-    # d is a fraction of the largest magnitude in the block; m is not.
-    return _F16_LIMIT * {"Q8_0": 127, "Q4_0": 8, "Q5_0": 16}.get(kind, 1)
+def arrange(encoding: Encoding | None, tile: Tensor, space: Tensor | None = None) -> Tensor:
+    """Merged rows (rows, columns), as a checkpoint would hold them → rows of the file, in float32.
+
+    ``rows`` is a multiple of the encoding's row unit; of a vector every element is a row. The rows are put into
+    ``space``, dense float32 of the tile's shape; where nothing is to be done, the tile is given back.
+    """
+    shuffle = encoding.setting("shuffle") if encoding else None
+    addend = encoding.setting("addend", 0.0) if encoding else 0.0
+    if tile.dtype == torch.float32 and not shuffle and not addend:
+        return tile
+    if addend and tile.dtype == torch.float16:
+        # The converter adds in the stored dtype if that is float16, and in float32 if it is not. (Vectors only.)
+        tile, addend = tile + addend, 0.0
+    if space is None:
+        space = torch.empty(tile.shape, dtype=torch.float32, device=tile.device)
+    if shuffle:
+        _, a, b = shuffle
+        turned = tile.reshape(-1, a, b, tile.shape[1]).transpose(1, 2)
+        space.view(turned.shape).copy_(turned)
+    else:
+        space.copy_(tile)
+    return space.add_(addend) if addend else space
 
 
 # Of each: blocks (n, bytes) to write, their values x (n, 32), and scratch s of the same size; x and s are overwritten.

@@ -12,18 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shardmerge.gguf import quantize
-from shardmerge.gguf.formats import TYPES
-from shardmerge.gguf.quantize import overflow_limit, quantize_into
+from shardmerge.codecs import ggml_blocks
+from shardmerge.codecs.ggml import BLOCKS, nbytes, overflow_limit
+from shardmerge.codecs.ggml_blocks import quantize_into
 from tests.support.builders import untimed
 
-BLOCKS = [name for name, kind in TYPES.items() if kind.block > 1]
+TYPES = list(BLOCKS)
+OF_BLOCKS = [kind for kind, (block, _) in BLOCKS.items() if block > 1]
 #: They keep the least of a block; of two zeros numpy's least is now this one and now that.
 SIGNLESS = ("Q4_1", "Q5_1")
 
 
 def ours(tile: Tensor, kind: str) -> bytes:
-    out = torch.full((TYPES[kind].size(tuple(tile.shape)),), 0xA5, dtype=torch.uint8)
+    out = torch.full((nbytes(kind, tuple(tile.shape)),), 0xA5, dtype=torch.uint8)
     quantize_into(out, tile, kind)
     return out.numpy().tobytes()
 
@@ -110,7 +111,7 @@ def test_many_random_numbers(kind: str) -> None:
         assert ours(tile.bfloat16().float(), kind) == theirs(tile.bfloat16().float(), kind)
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", OF_BLOCKS)
 @untimed
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=32, max_size=32))
 def test_any_finite_block(kind: str, block: list[float]) -> None:
@@ -143,7 +144,7 @@ def test_slabs_are_all_the_same(kind: str, shape: tuple[int, int], monkeypatch: 
     tile = numbers("bfloat16", *shape)
     whole = ours(tile, kind)
     for slab in (32, 96, 1000):
-        monkeypatch.setattr(quantize, "_SLAB", slab)
+        monkeypatch.setattr(ggml_blocks, "_SLAB", slab)
         assert ours(tile, kind) == whole == theirs(tile, kind)
 
 
@@ -158,7 +159,7 @@ def test_tiles_may_be_views_and_of_16_bits(kind: str) -> None:
 @pytest.mark.parametrize("name", ["bfloat16", "few values"])
 def test_scratch_that_is_brought_holds_anything(kind: str, name: str) -> None:
     tile = numbers(name, 300, 64)
-    out = torch.empty(TYPES[kind].size((300, 64)), dtype=torch.uint8)
+    out = torch.empty(nbytes(kind, (300, 64)), dtype=torch.uint8)
     quantize_into(out, tile.clone(), kind, torch.full((300, 64), float("nan")))
     assert out.numpy().tobytes() == ours(tile, kind) == theirs(tile, kind)
 

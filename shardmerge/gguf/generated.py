@@ -1,4 +1,4 @@
-"""Merged tiles → rows of a GGUF tensor in float32, and the tensors that no checkpoint stores. Torch, no I/O.
+"""The tensors of a GGUF file that no checkpoint stores: their values, in float32. Torch, no I/O.
 
 Llama 3.1 divides a rotary frequency f of wavelength λ = 2π / f by 1 where λ is short, by ``factor`` where it is long,
 and in between by 1 / ((1 - s) / factor + s), s = (context / λ - low) / (high - low).
@@ -13,31 +13,6 @@ import torch
 from torch import Tensor
 
 from shardmerge.gguf.layout import OutputTensor, RopeScaling
-from shardmerge.spec.plans import Finish
-
-
-def arrange(finish: Finish, tile: Tensor, space: Tensor | None = None) -> Tensor:
-    """Merged rows (rows, columns) in the stored dtype → rows of the file, in float32.
-
-    ``rows`` is a multiple of `Finish.group`; of a vector every element is a row. They are put into ``space``, dense
-    float32 of the tile's shape; where nothing is to be done, the tile is given back.
-    """
-    if tile.dtype == torch.float32 and not finish.shuffle and not finish.addend:
-        return tile
-    if finish.addend and tile.dtype == torch.float16:
-        # The converter adds in the stored dtype if that is float16, and in float32 if it is not. (Vectors only.)
-        tile, addend = tile + finish.addend, 0.0
-    else:
-        addend = finish.addend
-    if space is None:
-        space = torch.empty(tile.shape, dtype=torch.float32, device=tile.device)
-    if finish.shuffle:
-        _, a, b = finish.shuffle
-        turned = tile.reshape(-1, a, b, tile.shape[1]).transpose(1, 2)
-        space.view(turned.shape).copy_(turned)
-    else:
-        space.copy_(tile)
-    return space.add_(addend) if addend else space
 
 
 def values_of(tensor: OutputTensor) -> Tensor:

@@ -1,0 +1,20 @@
+"""The codecs by name, as plans name them."""
+
+from __future__ import annotations
+
+from shardmerge.codecs.codec import Codec
+from shardmerge.codecs.floats import FLOATS
+from shardmerge.codecs.ggml import GGML
+from shardmerge.spec.plans import TensorPlan
+
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (*FLOATS, *GGML)}
+
+
+def decoder(tensor: TensorPlan) -> Codec:
+    """The codec that the source is stored by."""
+    return CODECS[tensor.decoding.codec if tensor.decoding else tensor.source.dtype]
+
+
+def encoder(tensor: TensorPlan) -> Codec:
+    """The codec that the output is stored by."""
+    return CODECS[tensor.encoding.codec if tensor.encoding else tensor.out.dtype]

@@ -1,0 +1,77 @@
+"""The layouts of an output by ``output.format``: which files there are, and what is in them."""
+
+from __future__ import annotations
+
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shardmerge.config.schema import OutputConfig
+from shardmerge.planning.aux_files import AuxFiles
+from shardmerge.planning.layout import Layout
+from shardmerge.spec.plans import AuxFile, MergePlan
+from shardmerge.spec.updates import Update
+
+#: By the name of the stored tensor.
+Updates = Mapping[str, Sequence[Update]]
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """The files of an output, or why there can be none."""
+
+    layout: Layout
+    aux: tuple[AuxFile, ...] = ()
+    problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    #: The files whose contents went into the layout's headers, and a checksum of each.
+    made_of: Mapping[str, str] = field(default_factory=dict)
+
+
+class OutputLayout(ABC):
+    """One layout. It is asked for while planning, so it reads no weights and imports no torch."""
+
+    #: Whether weights beside the model's own are copied to the output.
+    copies_weights = True
+
+    @abstractmethod
+    def place(self, checkpoint: Layout, updates: Updates, aux: AuxFiles, name: str, config: OutputConfig) -> Placed:
+        """Lay out what the merged ``checkpoint`` would be, with ``aux`` beside it, for an output called ``name``."""
+
+    def path(self, folder: Path, shards: Sequence[str], config: OutputConfig) -> Path:
+        """The ``output.path`` by which shards get these names, wherever the finished ``folder`` is now."""
+        return folder
+
+    def next_steps(self, plan: MergePlan) -> str:
+        """What to run now, where the output is not simply loaded."""
+        return ""
+
+
+class CheckpointLayout(OutputLayout):
+    """safetensors shards, with an index where there are several."""
+
+    def place(self, checkpoint: Layout, updates: Updates, aux: AuxFiles, name: str, config: OutputConfig) -> Placed:
+        return Placed(checkpoint, tuple(aux.files))
+
+
+class GgufLayout(OutputLayout):
+    """One GGUF file, with a Modelfile beside it."""
+
+    copies_weights = False
+
+    def place(self, checkpoint: Layout, updates: Updates, aux: AuxFiles, name: str, config: OutputConfig) -> Placed:
+        from shardmerge.planning import gguf_file
+
+        return gguf_file.place(checkpoint, updates, aux, name, config)
+
+    def path(self, folder: Path, shards: Sequence[str], config: OutputConfig) -> Path:
+        return folder / shards[0].removesuffix(f"-{config.quantization}.gguf")
+
+    def next_steps(self, plan: MergePlan) -> str:
+        name, folder = shlex.quote(Path(plan.output).name.lower()), shlex.quote(plan.output)
+        return f"\n\nwith Ollama:\n  cd {folder} && ollama create {name} -f Modelfile\n  ollama run {name}"
+
+
+LAYOUTS: Mapping[str, OutputLayout] = {"safetensors": CheckpointLayout(), "gguf": GgufLayout()}

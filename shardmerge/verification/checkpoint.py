@@ -1,0 +1,128 @@
+"""Prove a checkpoint: headers and index, config.json, and every shard in one pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from shardmerge.destinations.record import Record
+from shardmerge.errors import SourceError
+from shardmerge.file_formats.checkpoint import Checkpoint
+from shardmerge.sources.source import read_file
+from shardmerge.spec.plans import TensorPlan
+from shardmerge.spec.tensors import TensorInfo
+from shardmerge.system import json_text
+from shardmerge.system.events import Stopwatch, event
+from shardmerge.verification.exact import Exact
+from shardmerge.verification.files import check_added, check_files
+from shardmerge.verification.findings import Findings, Told
+from shardmerge.verification.reading import Files, threads
+from shardmerge.verification.record import Again, files_of
+from shardmerge.verification.shards import Piece, ShardCheck, ShardFile
+from shardmerge.verification.structure import (
+    Stored,
+    check_config,
+    check_structure,
+    contradictions,
+    read_shards,
+)
+
+
+def check_checkpoint(
+    output: Path, record: Record, again: Again, findings: Findings, rows: int | None, told: Told
+) -> None:
+    """Everything there is to know of the output; problems go to ``findings``. ``rows`` None looks at all rows."""
+    watch = Stopwatch()
+    stored = read_shards(output, record, findings)
+    check_files(output, record, again.plan, findings)
+    check_structure(output, record, stored, again.plan, findings)
+    _check_config(output, record, stored, again, findings)
+    check_added(output, record, findings)
+    with Files([*files_of(again), *(shard.file for shard in stored)]) as files:
+        exact = None if again.plan is None else Exact(files, again.plan, again.adapters)
+        check = ShardCheck(files, exact, findings, rows, findings.seed)
+        planned = _planned(again, record)
+        total = sum(shard.file.size - shard.data_start for shard in stored)
+        done = 0
+        for number, shard in enumerate(stored, 1):
+
+            def advance(count: int, name: str = shard.name, number: int = number) -> None:
+                nonlocal done
+                done += count
+                told(done, total, name, number, len(stored))
+
+            advance(0)
+            recorded = record.shards[shard.name][1]
+            if not recorded:
+                findings.unverified.append(f"{shard.name}: its checksum was not recorded")
+            with threads(1):
+                check.run(_shard_file(shard, planned, recorded), advance)
+            _checked(shard, findings, watch.lap())
+    if again.plan is None and again.base is not None:
+        findings.notes.append("what was not merged was compared with the base, as far as it keeps its dtype")
+
+
+def _checked(shard: Stored, findings: Findings, seconds: float) -> None:
+    problems = sum(findings.counts.values())
+    event(
+        "shard-verified",
+        f"verified {shard.name} in {seconds:.1f} s; problems so far: {problems}",
+        shard=shard.name,
+        bytes=shard.file.size,
+        tensors=len(shard.tensors),
+        problems=problems,
+        seconds=seconds,
+    )
+
+
+def _shard_file(shard: Stored, planned: Mapping[str, TensorPlan], recorded: Mapping[str, str]) -> ShardFile:
+    pieces = tuple(Piece(name, info, _fitting(planned.get(name), info)) for name, info in shard.tensors.items())
+    return ShardFile(shard.name, shard.file, shard.data_start, pieces, recorded)
+
+
+def _fitting(plan: TensorPlan | None, info: TensorInfo) -> TensorPlan | None:
+    """What a tensor must be, also where it lies elsewhere than planned; None if it is another altogether."""
+    if plan is None or (plan.out.dtype, plan.out.shape) != (info.dtype, info.shape):
+        return None
+    return dataclasses.replace(plan, out=info)
+
+
+def _planned(again: Again, record: Record) -> dict[str, TensorPlan]:
+    """What each tensor must be; without a plan, that what was not merged is the base's."""
+    if again.plan is not None:
+        tensors = (tensor for shard in again.plan.shards for tensor in shard.tensors)
+        return {next(tensor.outputs())[0]: tensor for tensor in tensors}
+    return {} if again.base is None else _untouched(again.base, record)
+
+
+def _untouched(base: Checkpoint, record: Record) -> dict[str, TensorPlan]:
+    worked_on = {ref.place for name in record.targets if name in base.weights for _, ref in base.weights[name].parts}
+    refs = (ref for shard in base.shards for ref in shard.tensors if ref.place not in worked_on)
+    return {ref.name: TensorPlan(ref, TensorInfo(ref.dtype, ref.shape, (0, ref.nbytes))) for ref in refs}
+
+
+def _check_config(output: Path, record: Record, stored: Sequence[Stored], again: Again, findings: Findings) -> None:
+    config = record.values.get("config")
+    section = config.get("output") if isinstance(config, dict) else None
+    told = section.get("dtype") if isinstance(section, dict) else "same"
+    check_config(output, stored, _contradictions_of_base(again), told != "same", findings)
+
+
+def _contradictions_of_base(again: Again) -> dict[str, str] | None:
+    """What the base's own config.json says that is not so."""
+    if again.plan is None:
+        return None
+    aux = next((aux for aux in again.plan.aux if aux.name == "config.json"), None)
+    if aux is None:
+        return None
+    try:
+        config = json_text.parse_object(read_file(aux.source))
+    except (SourceError, json_text.JsonError):
+        return None
+    tensors = {
+        tensor.source.name: TensorInfo(tensor.source.dtype, tensor.source.shape, (0, tensor.source.nbytes))
+        for shard in again.plan.shards
+        for tensor in shard.tensors
+    }
+    return dict(contradictions(config, tensors))

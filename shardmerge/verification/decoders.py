@@ -1,0 +1,59 @@
+"""Second decoders: what a file stores → numbers in float64, without the code that merges.
+
+``verify`` must not trust a codec to judge its own output. So every codec of `shardmerge.codecs` that decodes has
+another decoder here, written from the format's definition. Floats have none, as torch reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shardmerge.spec.plans import TensorPlan
+from shardmerge.spec.tensors import Encoding, RowRange, SourceFile, TensorInfo, TensorRef
+from shardmerge.verification.reading import Files, wide
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """A weight in a file, by its parts: the values have the weight's shape, whatever the file says."""
+
+    values: TensorRef
+    columns: int
+    encoding: Encoding | None = None
+    parts: Mapping[str, TensorRef] | None = None
+
+
+#: Rows of a weight as (rows, columns) of float64. Bytes are read by the files' `read`.
+Decoder = Callable[[Files, StoredWeight, RowRange], Tensor]
+
+#: By the codec's name.
+DECODERS: dict[str, Decoder] = {}
+
+
+def numbers(files: Files, stored: StoredWeight, rows: RowRange) -> Tensor:
+    """Rows of a weight, in float64."""
+    if stored.encoding is None or stored.encoding.codec not in DECODERS:
+        return wide(files.rows(stored.values, rows, stored.columns))
+    return DECODERS[stored.encoding.codec](files, stored, rows)
+
+
+def source_of(tensor: TensorPlan) -> StoredWeight:
+    """What a weight is made of."""
+    return StoredWeight(tensor.source, tensor.row_elements, tensor.decoding, dict(tensor.parts))
+
+
+def output_of(
+    tensor: TensorPlan, file: SourceFile, data_start: int, found: Mapping[str, TensorInfo]
+) -> StoredWeight | None:
+    """What has become of a weight, in a file whose tensors are ``found``; None where a part is not there as planned."""
+    refs = []
+    for name, planned in tensor.outputs():
+        info = found.get(name)
+        if info is None or (info.dtype, info.shape) != (planned.dtype, planned.shape):
+            return None
+        refs.append(TensorRef(name, file.uri, info.dtype, info.shape, data_start + info.data_offsets[0], info.nbytes))
+    roles = {part.role: ref for part, ref in zip(tensor.made, refs[1:], strict=True)}
+    return StoredWeight(refs[0], tensor.row_elements, tensor.encoding, roles)
