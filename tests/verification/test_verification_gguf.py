@@ -249,7 +249,7 @@ def test_a_row_that_only_the_checksum_tells(gguf_models: GgufModels, tmp_path: P
 
 
 def unturned(encoding: Encoding, tile: torch.Tensor, space: torch.Tensor) -> torch.Tensor:
-    return tile.to(torch.float32) + encoding.setting("addend", 0.0)
+    return tile.to(torch.float32) + float(encoding.setting("addend", 0.0))
 
 
 def unshifted(encoding: Encoding, tile: torch.Tensor, space: torch.Tensor) -> torch.Tensor:
