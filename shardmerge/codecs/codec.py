@@ -12,7 +12,7 @@ computes imports it when it is called. To add a format: one file with its codecs
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -42,6 +42,10 @@ class CodecMemory:
     element: int = 0
     #: What is allocated in between, in all threads, and pages of torch's code that nothing else needs.
     code: int = 0
+
+
+#: Rows of a small part, by its role, as stored.
+ReadPart = Callable[[str, RowRange], "Tensor"]
 
 
 class TileSlot(Protocol):
@@ -154,5 +158,9 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def rounding_bound(self, encoding: Encoding, values: Tensor) -> Tensor:
-        """The most that encoding may change each of ``values`` (float64; whole row units), from the definition."""
+    def rounding_bound(self, encoding: Encoding, values: Tensor, rows: RowRange, part: ReadPart) -> Tensor:
+        """The most that encoding may change each of ``values``, from the definition.
+
+        These are exact (float64), of rows ``rows``, which are whole units. ``part`` reads rows of a small part of the
+        output: a scale that is not of these rows alone.
+        """

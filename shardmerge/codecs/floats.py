@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from shardmerge.codecs.codec import Codec, CodecMemory, Output, TileSlot
+from shardmerge.codecs.codec import Codec, CodecMemory, Output, ReadPart, TileSlot
 from shardmerge.spec.plans import TensorPlan
-from shardmerge.spec.tensors import DTYPE_BITS, DTYPE_NAMES, FLOAT_DTYPES, Encoding, tensor_nbytes
+from shardmerge.spec.tensors import DTYPE_NAMES, FLOAT_DTYPES, Encoding, RowRange, tensor_nbytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +20,7 @@ OVERFLOW: Mapping[str, float] = {
     "F16": 65520.0,
     "BF16": 2.0**128 - 2.0**119,
 }
+_LARGEST_FINITE: Mapping[str, float] = {"F32": 2.0**128 - 2.0**104, "F16": 65504.0, "BF16": 2.0**128 - 2.0**120}
 #: What is in between when float64 is rounded, in all threads. Measured.
 _BETWEEN_BYTES = 2 << 20
 #: What stochastic rounding has in between, in all threads, and torch's code for it. Measured.
@@ -41,7 +41,9 @@ class Float(Codec):
         return (Output("values", name, self.values, shape, tensor_nbytes(self.values, shape)),)
 
     def stochastic(self, encoding: Encoding, seed: int) -> Encoding | None:
-        return Encoding(f"stochastic-{self.values}", (*encoding.settings, ("seed", seed)), encoding.row_dims)
+        if self.values == "F64":  # no tile is wider
+            return None
+        return Encoding(f"stochastic-{self.values}", (("seed", seed),), encoding.row_dims)
 
     def keeps(self, tensor: TensorPlan) -> bool:
         return tensor.decoding is None and tensor.source.dtype == tensor.out.dtype
@@ -66,7 +68,7 @@ class Float(Codec):
         rounding.encode_into(target, tile)
         return rounding.is_finite(target)
 
-    def rounding_bound(self, encoding: Encoding, values: Tensor) -> Tensor:
+    def rounding_bound(self, encoding: Encoding, values: Tensor, rows: RowRange, part: ReadPart) -> Tensor:
         from shardmerge.codecs import rounding
 
         return rounding.half_unit(values.abs(), self.values)
@@ -82,12 +84,9 @@ class StochasticFloat(Float):
         super().__init__(dtype)
         self.name = f"stochastic-{dtype}"
 
-    def stochastic(self, encoding: Encoding, seed: int) -> Encoding | None:
-        return dataclasses.replace(encoding, settings=(("seed", seed),))
-
     def largest(self, tensor: TensorPlan) -> float:
-        # What lies above the largest finite number may be rounded up from it: to an infinity.
-        return math.nextafter(_LARGEST_BF16, math.inf) if self.values == "BF16" else OVERFLOW[self.values]
+        """What is above the largest finite number may be rounded up from there, to an infinity."""
+        return math.nextafter(_LARGEST_FINITE[self.values], math.inf)
 
     def memory(self, tensor: TensorPlan, tile_dtype: str) -> CodecMemory:
         return CodecMemory(code=_STOCHASTIC_BYTES)
@@ -101,14 +100,12 @@ class StochasticFloat(Float):
         stochastic.encode_into(target, tile, slot.tensor.encoding.setting("seed"), slot.tensor.source.name, slot.rows)
         return rounding.is_finite(target)
 
-    def rounding_bound(self, encoding: Encoding, values: Tensor) -> Tensor:
+    def rounding_bound(self, encoding: Encoding, values: Tensor, rows: RowRange, part: ReadPart) -> Tensor:
         """A whole unit of the last place."""
-        return super().rounding_bound(encoding, values).mul_(2)
+        return super().rounding_bound(encoding, values, rows, part).mul_(2)
 
-
-_LARGEST_BF16 = 2.0**128 - 2.0**120
 
 FLOATS: tuple[Codec, ...] = (
     *(Float(dtype) for dtype in OVERFLOW),
-    *(StochasticFloat(dtype) for dtype in OVERFLOW if DTYPE_BITS[dtype] < 64),
+    *(StochasticFloat(dtype) for dtype in _LARGEST_FINITE),
 )

@@ -16,10 +16,10 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from shardmerge.codecs.codec import Codec, CodecMemory, Output, TileSlot
+from shardmerge.codecs.codec import Codec, CodecMemory, Output, ReadPart, TileSlot
 from shardmerge.codecs.floats import FLOATS, OVERFLOW
 from shardmerge.spec.plans import TensorPlan
-from shardmerge.spec.tensors import DTYPE_BITS, DTYPE_NAMES, Encoding, tensor_nbytes
+from shardmerge.spec.tensors import DTYPE_BITS, DTYPE_NAMES, Encoding, RowRange, tensor_nbytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,11 +139,11 @@ class Ggml(Codec):
         ggml_blocks.quantize_into(out, values, self.kind, seen_as(scratch, "F32", shape))
         return True
 
-    def rounding_bound(self, encoding: Encoding, values: Tensor) -> Tensor:
+    def rounding_bound(self, encoding: Encoding, values: Tensor, rows: RowRange, part: ReadPart) -> Tensor:
         """Half a step of a block, or a whole one next to the end of the levels, and what rounding d and m costs."""
         from shardmerge.codecs import rounding
 
-        through = _through(encoding).rounding_bound(Encoding(""), values)
+        through = _through(encoding).rounding_bound(Encoding(""), values, rows, part)
         if not self.holds_blocks:
             return through + rounding.half_unit(values.abs() + through, self.kind)
         blocks = values.view(-1, BLOCKS[self.kind][0])

@@ -344,7 +344,13 @@ class _Resolving:
                 own = {**own, name: [update for update in own[name] if not order_of(update)]}
             self._set(name, [*own[name], *self._seen(name, tie, joined, own)])
             if not stored:
-                self.result.added.append(dataclasses.replace(self.checkpoint.weights[tie.main].tensor, name=name))
+                main = self.checkpoint.weights[tie.main]
+                if main.stored_as is not None:
+                    self.result.problems.append(
+                        f"{main.name} is stored as {main.stored_as.codec}, of which {name} cannot be written apart; "
+                        "tied: peft keeps them one"
+                    )
+                self.result.added.append(dataclasses.replace(main.tensor, name=name))
 
     def _seen(self, name: str, tie: Tie, joined: Sequence[str], own: Mapping[str, list[Update]]) -> list[Update]:
         """What reaches a name through the tie, of updates of the other names.

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from shardmerge.codecs.registry import CODECS
 from shardmerge.destinations.record import Record
 from shardmerge.errors import SourceError
 from shardmerge.file_formats.checkpoint import Checkpoint
@@ -36,7 +37,7 @@ def check_checkpoint(
     watch = Stopwatch()
     stored = read_shards(output, record, findings)
     check_files(output, record, again.plan, findings)
-    check_structure(output, record, stored, again.plan, findings)
+    check_structure(output, record, stored, again.plan, _called(again), findings)
     _check_config(output, record, stored, again, findings)
     check_added(output, record, findings)
     with Files([*files_of(again), *(shard.file for shard in stored)]) as files:
@@ -94,6 +95,19 @@ def _planned(again: Again, record: Record) -> dict[str, TensorPlan]:
         tensors = (tensor for shard in again.plan.shards for tensor in shard.tensors)
         return {next(tensor.outputs())[0]: tensor for tensor in tensors}
     return {} if again.base is None else _untouched(again.base, record)
+
+
+def _called(again: Again) -> dict[str, str]:
+    """What the values of weights are called that are not stored plainly."""
+    if again.plan is not None:
+        tensors = (tensor for shard in again.plan.shards for tensor in shard.tensors)
+        return {tensor.source.name: tensor.values_name for tensor in tensors if tensor.values_name}
+    coded = [] if again.base is None else [weight for weight in again.base.weights.values() if weight.stored_as]
+    return {
+        weight.name: CODECS[weight.stored_as.codec].outputs(weight.name, weight.tensor.shape, weight.stored_as)[0].name
+        for weight in coded
+        if weight.stored_as
+    }
 
 
 def _untouched(base: Checkpoint, record: Record) -> dict[str, TensorPlan]:

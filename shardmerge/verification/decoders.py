@@ -6,11 +6,13 @@ another decoder here, written from the format's definition. Floats have none, as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from shardmerge.codecs.registry import CODECS
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import Encoding, RowRange, SourceFile, TensorInfo, TensorRef
 from shardmerge.verification.reading import Files, wide
@@ -23,7 +25,7 @@ class StoredWeight:
     values: TensorRef
     columns: int
     encoding: Encoding | None = None
-    parts: Mapping[str, TensorRef] | None = None
+    parts: Mapping[str, TensorRef] = field(default_factory=dict)
 
 
 #: Rows of a weight as (rows, columns) of float64. Bytes are read by the files' `read`.
@@ -38,6 +40,17 @@ def numbers(files: Files, stored: StoredWeight, rows: RowRange) -> Tensor:
     if stored.encoding is None or stored.encoding.codec not in DECODERS:
         return wide(files.rows(stored.values, rows, stored.columns))
     return DECODERS[stored.encoding.codec](files, stored, rows)
+
+
+def bound_of(files: Files, stored: StoredWeight, values: Tensor, rows: RowRange) -> Tensor:
+    """The most that its codec may have changed exact ``values`` of rows ``rows``."""
+    assert stored.encoding is not None
+
+    def part(role: str, of: RowRange) -> Tensor:
+        ref = stored.parts[role]
+        return files.rows(ref, of, math.prod(ref.shape[1:])).view(len(of), *ref.shape[1:])
+
+    return CODECS[stored.encoding.codec].rounding_bound(stored.encoding, values, rows, part)
 
 
 def source_of(tensor: TensorPlan) -> StoredWeight:

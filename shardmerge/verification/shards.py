@@ -19,7 +19,7 @@ from shardmerge.codecs.rounding import NUMBER_DTYPES, half_unit
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import DTYPE_BITS, RowRange, SourceFile, TensorInfo
 from shardmerge.system.checksums import Checksums
-from shardmerge.verification.decoders import StoredWeight, numbers, output_of
+from shardmerge.verification.decoders import StoredWeight, bound_of, numbers, output_of
 from shardmerge.verification.exact import Exact, is_copied
 from shardmerge.verification.findings import CHECKSUMS, TOUCHED, UNTOUCHED, Findings
 from shardmerge.verification.reading import CHUNK, Files, decode, wide
@@ -187,12 +187,9 @@ class ShardCheck:
     def _is_stochastic(self, plan: TensorPlan) -> bool:
         return self._exact is not None and is_stochastic(plan, self._exact.compute_dtype, plan.out.dtype)
 
-    def _rounding(self, plan: TensorPlan, value: Tensor) -> Tensor:
-        """What one rounding may change: of floats half a unit of the last place, or a whole one if it is stochastic."""
-        codec = encoder(plan)
-        if not codec.shows_fidelity and plan.encoding is not None:
-            return codec.rounding_bound(plan.encoding, value)
-        half = half_unit(value.abs(), plan.out.dtype)
+    def _rounding(self, plan: TensorPlan, magnitude: Tensor) -> Tensor:
+        """What one rounding may change: half a unit of the last place, or a whole one where it is stochastic."""
+        half = half_unit(magnitude, plan.out.dtype)
         return half.mul_(2) if self._is_stochastic(plan) else half
 
     # --- one touched tensor -------------------------------------------------------------------------------------------
@@ -227,7 +224,7 @@ class ShardCheck:
                         found = wide(decode(data, plan.out.dtype, plan.row_elements))
                     else:
                         found = numbers(self._files, stored, rows)
-                    wrong = not self._window(shard, plan, rows, found, *exact.rows(rows))
+                    wrong = not self._window(shard, stored, plan, rows, found, *exact.rows(rows))
                 advance(size)
 
     def _finite(self, shard: ShardFile, plan: TensorPlan, data: bytearray, at: int) -> bool:
@@ -267,10 +264,21 @@ class ShardCheck:
         return same & torch.isinf(values)
 
     def _window(
-        self, shard: ShardFile, plan: TensorPlan, rows: RowRange, found: Tensor, value: Tensor, error: Tensor
+        self,
+        shard: ShardFile,
+        stored: StoredWeight,
+        plan: TensorPlan,
+        rows: RowRange,
+        found: Tensor,
+        value: Tensor,
+        error: Tensor,
     ) -> bool:
         """Compare rows as found with W'; says where they are off by more than is allowed."""
-        allowed = self._rounding(plan, value + error * value.sign()) + error
+        extreme = value + error * value.sign()
+        if encoder(plan).shows_fidelity:
+            allowed = self._rounding(plan, extreme.abs()) + error
+        else:
+            allowed = bound_of(self._files, stored, extreme, rows) + error
         difference = (found - value).abs()
         # An infinity that is copied is itself, and less itself is no number.
         ratio = torch.where(found == value, 0.0, difference / allowed)

@@ -67,14 +67,22 @@ def read_shards(output: Path, record: Record, findings: Findings) -> list[Stored
 
 
 def check_structure(
-    output: Path, record: Record, shards: list[Stored], plan: MergePlan | None, findings: Findings
+    output: Path,
+    record: Record,
+    shards: list[Stored],
+    plan: MergePlan | None,
+    called: Mapping[str, str],
+    findings: Findings,
 ) -> None:
-    """Headers and index against each other and the plan: problems go to ``findings``."""
+    """Headers and index against each other and the plan: problems go to ``findings``.
+
+    ``called`` are weights whose values have another name in a file.
+    """
     _check_tensors(shards, findings)
     _check_index(output, record, shards, findings)
     there = {name for shard in shards for name in shard.tensors}
     for target in record.targets:
-        if target not in there:
+        if not there.intersection((target, called.get(target, target))):
             findings.problem(STRUCTURE, f"{target}, which was merged, is not there", tensor=target)
     if plan is not None:
         _check_headers(shards, plan, findings)
