@@ -142,7 +142,7 @@ def _load(config: Path, overrides: tuple[str, ...]) -> MergeConfig:
 
 def _stdin() -> bytes:
     """What is on stdin, or as much of it as shows that it is too long."""
-    from shardmerge.config.schema import MAX_CONFIG_BYTES
+    from shardmerge.config.yaml_text import MAX_CONFIG_BYTES
 
     if sys.stdin is None:  # as in a process that was started without
         raise ConfigError("the config is to come from stdin, which is closed")

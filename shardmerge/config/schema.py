@@ -1,4 +1,4 @@
-"""The config: YAML and ``-s key=value`` → a validated `MergeConfig`.
+"""The config: the keys of a merge, with their defaults and descriptions, validated.
 
 Relative paths are relative to the working directory, as on every command line. Sizes are bytes: ``5GB`` is 5·10⁹ (the
 Hub's and transformers' meaning), ``5GiB`` is 5·2³⁰.
@@ -6,47 +6,37 @@ Hub's and transformers' meaning), ``5GiB`` is 5·2³⁰.
 
 from __future__ import annotations
 
-import itertools
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shardmerge.config import suggestions
 from shardmerge.config.choices import DEVICE, Format, OutputDtype, Quantization
 from shardmerge.config.problems import brief as _brief
 from shardmerge.config.problems import explain, without_effect
+from shardmerge.config.yaml_text import DECIMAL, TOO_LARGE, override, parse_mapping, read_text
 from shardmerge.errors import ConfigError
-from shardmerge.system.regular_files import TooLargeError, read_small
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-#: A thousand adapters need less, and what is longer keeps PyYAML busy for long.
-MAX_CONFIG_BYTES = 100_000
 #: Of one merge: each is looked for, opened and matched.
 MAX_ADAPTERS = 256
 #: Problems that are told one by one.
 _LISTED = 30
-#: How a number is written here. YAML 1.1 has others, which mean something else to YAML 1.2: 0777, 1:30, 1_000.
-_DECIMAL = re.compile(r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
-_DIGITS = 20
 _SIZE = re.compile(r"((?:0|[1-9][0-9]*)(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE | re.ASCII)
 _PREFIXES = "KMGT"
-_TOO_LARGE = 1 << 63
-_LONGEST = 1000
 
 
 def parse_size(value: Any) -> int:
     """``"256MB"``, ``"1.5 GiB"`` or a number of bytes → bytes. `ValueError` otherwise."""
     match = _SIZE.fullmatch(str(value).strip()) if isinstance(value, (str, float)) else None
     if isinstance(value, int) and not isinstance(value, bool):
-        size = float(min(value, _TOO_LARGE))
+        size = float(min(value, TOO_LARGE))
     elif match is not None:
         number, prefix, binary = match.groups()
         base = 1024 if binary else 1000
@@ -55,7 +45,7 @@ def parse_size(value: Any) -> int:
             size = math.nan
     else:
         size = math.nan
-    if not 1 <= size < _TOO_LARGE:
+    if not 1 <= size < TOO_LARGE:
         raise ValueError(
             f"{_brief.repr(value)} is no size; write for example 256MB, 5GB, 1.5GiB or a number of bytes, above zero"
         )
@@ -78,7 +68,7 @@ def _size_or(word: str) -> BeforeValidator:
 
 
 def _plain_number(value: Any) -> Any:
-    if isinstance(value, bool) or (isinstance(value, str) and not _DECIMAL.fullmatch(value.strip())):
+    if isinstance(value, bool) or (isinstance(value, str) and not DECIMAL.fullmatch(value.strip())):
         raise ValueError("expected a number, in decimal digits")
     return value
 
@@ -166,7 +156,7 @@ class OutputConfig(_Section):
         description="How updated weights are rounded. stochastic goes up or down by chance, so that an update below "
         "the dtype's resolution is kept on average; the same seed gives the same bytes.",
     )
-    seed: _Whole = Field(default=0, ge=0, lt=_TOO_LARGE, description="Of stochastic rounding.")
+    seed: _Whole = Field(default=0, ge=0, lt=TOO_LARGE, description="Of stochastic rounding.")
     format: Format = Field(
         default="safetensors",
         description="A checkpoint, or one file for llama.cpp and Ollama (most tokenizers then need `pip install "
@@ -239,14 +229,14 @@ class MergeConfig(_Section):
         that is wrong, and settings that have no effect.
         """
         found = _with_list(dict(value))
-        for override in overrides:
-            _override(found, override)
+        for text in overrides:
+            override(found, text)
         if compute and isinstance(found.setdefault("compute", {}), dict):
             found["compute"] = {**compute, **found["compute"]}
-        return cls._validated(found, where, without_effect(found))
+        return cls.validated(found, where, without_effect(found))
 
     @classmethod
-    def _validated(cls, value: Mapping[str, Any], where: str, idle: Sequence[str] = ()) -> Self:
+    def validated(cls, value: Mapping[str, Any], where: str, idle: Sequence[str] = ()) -> Self:
         problems: list[str] = []
         try:
             config = cls.model_validate(dict(value))
@@ -276,7 +266,7 @@ class MergeConfig(_Section):
         where: str = "config",
     ) -> Self:
         """`from_dict` of a YAML text, of at most `MAX_CONFIG_BYTES`."""
-        return cls.from_dict(_mapping(text, where), where, overrides, compute)
+        return cls.from_dict(parse_mapping(text, where, cls.model_fields), where, overrides, compute)
 
 
 class ExportConfig(MergeConfig):
@@ -285,175 +275,12 @@ class ExportConfig(MergeConfig):
     adapters: tuple[AdapterConfig, ...] = ()
 
 
-def recorded_config(value: Any, where: str) -> MergeConfig:
-    """The config in a record: of a merge, or of an export, which has no adapter. Raises `ConfigError`."""
-    found = value if isinstance(value, dict) else {}
-    # A record has every key, also those that the merge had no use for.
-    return (ExportConfig if found.get("adapters") == [] else MergeConfig)._validated(found, where)
-
-
-def relocated(config: MergeConfig, record: Mapping[str, Any], base: str | None, adapters: Sequence[str]) -> MergeConfig:
-    """A recorded config with base and adapters where the merge found them, or where ``base`` and ``adapters`` say.
-
-    `ConfigError` where ``adapters``, which are all of them, are not as many as were merged.
-    """
-    if adapters and len(adapters) != len(config.adapters):
-        raise ConfigError(
-            f"{len(adapters)} adapters are given, but {len(config.adapters)} were merged: give a place for each, in "
-            "their order"
-        )
-    infos = record.get("adapters")
-    places: list[str | None] = list(adapters) or [_place(info) for info in (infos if isinstance(infos, list) else [])]
-    entries = tuple(
-        entry.model_copy(update={"path": place}) if place else entry
-        for entry, place in itertools.zip_longest(config.adapters, places[: len(config.adapters)])
-    )
-    return config.model_copy(update={"base": base or _place(record.get("base")) or config.base, "adapters": entries})
-
-
-def _place(info: Any) -> str | None:
-    """Where a base or an adapter was found: an absolute path, or a Hub id with the commit."""
-    location = info.get("location") if isinstance(info, dict) else None
-    if not isinstance(location, str) or not location:
-        return None
-    revision = info.get("revision")
-    return f"{location}@{revision}" if revision else location
-
-
 def _with_list(value: dict[str, Any]) -> dict[str, Any]:
     """The only adapter need not stand in a list."""
     alone = isinstance(value.get("adapters"), (str, dict))
     return {**value, "adapters": [value["adapters"]]} if alone else value
 
 
-# --- YAML -------------------------------------------------------------------------------------------------------------
-
-
-#: What is a word here, and to YAML 1.1 a date or a flag. Where a flag is expected, yes and on are read as one later.
-_WORDS = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:bool")
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that makes of a value what stands there, and refuses a key given twice.
-
-    YAML would let the last one win without a word, and make the number 90 of 1:30, and ``true`` of a folder's name, on.
-    """
-
-
-def _resolvers() -> dict[Any, Any]:
-    """By first letter what a plain word may be, as PyYAML has it, without dates, and with flags by two words."""
-    resolvers = {
-        letter: [item for item in items if item[0] not in _WORDS]
-        for letter, items in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    for letter in "tTfF":
-        resolvers[letter].append((_WORDS[1], re.compile("(?:true|True|TRUE|false|False|FALSE)$")))
-    return resolvers
-
-
-def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    # Merge keys (<<) are not obeyed: nested, they grow without bound, and a config has no use for them.
-    result: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
-            raise _refusal("a key must be a plain word", key_node)
-        key = loader.construct_object(key_node)
-        if key in result:
-            raise _refusal(f"the key {_brief.repr(key)} stands twice", key_node)
-        result[key] = loader.construct_object(value_node, deep=True)
-    return result
-
-
-def _construct_int(loader: _UniqueKeyLoader, node: yaml.ScalarNode) -> int:
-    if not _DECIMAL.fullmatch(node.value) or "." in node.value:
-        raise _refusal(_not_decimal(node.value), node)
-    # So many digits as Python neither reads nor prints.
-    if len(node.value) > _DIGITS or not -_TOO_LARGE <= (value := int(node.value)) < _TOO_LARGE:
-        raise _refusal("a whole number must fit into 64 bits", node)
-    return value
-
-
-def _construct_float(loader: _UniqueKeyLoader, node: yaml.ScalarNode) -> float:
-    if not _DECIMAL.fullmatch(node.value):
-        raise _refusal(_not_decimal(node.value), node)
-    return float(node.value)
-
-
-def _not_decimal(text: str) -> str:
-    """What is said of 0777, 0x1F, 1_000, 1:30 and .inf, which are other numbers, or texts, to other readers of YAML."""
-    return f"{_brief.repr(text)} is not a plain decimal number; write one, or put it into quotes if it is a text"
-
-
-def _refusal(problem: str, node: yaml.Node) -> yaml.YAMLError:
-    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
-_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
-_UniqueKeyLoader.yaml_implicit_resolvers = _resolvers()
-
-
-def _parse(text: str | bytes, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
-        # PyYAML lets what int(), datetime() and the like raise pass through.
-        raise ConfigError(f"{where}: not valid YAML: {str(error)[:_LONGEST]}") from None
-
-
 def load_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file; `ConfigError` where it is none."""
-    try:
-        text = read_small(path, MAX_CONFIG_BYTES)
-    except TooLargeError:
-        raise ConfigError(f"{path}: over {MAX_CONFIG_BYTES} bytes long; this is no config") from None
-    except OSError as error:
-        there = "" if path.is_absolute() else f" (in {os.getcwd()})"
-        raise ConfigError(f"{path}: the config cannot be read: {error.strerror}{there}") from None
-    return _mapping(text, str(path))
-
-
-def _mapping(text: bytes, where: str) -> dict[str, Any]:
-    if len(text) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{where}: over {MAX_CONFIG_BYTES} bytes long; this is no config")
-    value = _parse(text, where)
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: a config is a mapping with the keys {', '.join(MergeConfig.model_fields)}")
-    return value
-
-
-def _override(value: dict[str, Any], override: str) -> None:
-    dotted, separator, text = override.partition("=")
-    if not separator or not dotted:
-        raise ConfigError(f"-s {override}: write it as key.path=value, for example output.path=/mnt/merged")
-    new = _parse(text, f"-s {dotted}")
-    *folders, last = dotted.split(".")
-    place: Any = value
-    for step in folders:
-        place = _step(place, step, override)
-    if isinstance(place, list):
-        place[_list_index(place, last, override)] = new
-    elif isinstance(place, dict):
-        place[last] = new
-    else:
-        raise ConfigError(f"-s {override}: {'.'.join(folders)} is no section of the config")
-
-
-def _step(place: Any, step: str, override: str) -> Any:
-    if isinstance(place, list):
-        index = _list_index(place, step, override)
-        if isinstance(place[index], str):  # the short form of an adapter
-            place[index] = {"path": place[index]}
-        return place[index]
-    if isinstance(place, dict):
-        if place.get(step) is None:
-            place[step] = {}
-        return place[step]
-    raise ConfigError(f"-s {override}: nothing can be set below {step!r}")
-
-
-def _list_index(place: list[Any], step: str, override: str) -> int:
-    if not step.isdecimal() or int(step) >= len(place):
-        raise ConfigError(f"-s {override}: {step!r} is no number from 0 to {len(place) - 1}")
-    return int(step)
+    """A YAML mapping from a file; `ConfigError` where the file is something else."""
+    return parse_mapping(read_text(path), str(path), MergeConfig.model_fields)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardmerge.config.schema import AdapterConfig, recorded_config, relocated
+from shardmerge.config.recorded import recorded_config, relocated
+from shardmerge.config.schema import AdapterConfig
 from shardmerge.destinations.record import RECORD_NAME, open_record
 from shardmerge.errors import ConfigError, FormatError, SourceError
 from shardmerge.file_formats.adapter_file import AdapterFile, open_adapter

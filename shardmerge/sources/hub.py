@@ -1,19 +1,19 @@
 """Repos of the Hugging Face Hub, through huggingface_hub's own client: its cache, token, endpoint and offline mode.
 
 The revision that a person wrote is resolved to a commit once, and everything after that asks for the commit, so a
-branch that moves changes nothing. Headers come as byte ranges, so a plan downloads no shard; a shard comes into the
-library's cache when its reader is opened; small files are kept in the cache when they are read, so that a later run
-works offline. File names, whether the Hub or an index tells them, are untrusted.
+branch that moves changes nothing. Headers are read as byte ranges, so a plan downloads no shard; a shard is downloaded
+into the library's cache when its reader is opened; small files stay in the cache when they are read, so that a later
+run works offline. File names are untrusted, whether the Hub or an index gives them.
 
-This is the only module that imports huggingface_hub. From 0.30 on every version of it will do, although it speaks
-through requests before 1.0, through httpx after that, and through httpx2 since.
+This is the only module that imports huggingface_hub. Every version from 0.30 on works: it uses requests before 1.0,
+then httpx, and now httpx2.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,7 +89,7 @@ class HubSource:
         repo, _, asked = location.partition("@")
         asked = asked or constants.DEFAULT_REVISION
         if not _is_safe(asked):
-            raise SourceError(f"{location}: {asked!r} is no revision")
+            raise SourceError(f"{location}: {asked!r} is not a revision")
         timeout = float(constants.HF_HUB_ETAG_TIMEOUT)
         try:
             info = _API.model_info(repo, revision=asked, files_metadata=True, timeout=timeout)
@@ -130,7 +130,7 @@ class HubSource:
     def stat(self, name: str) -> SourceFile:
         what = f"{self.location}@{self.revision}/{name}"
         if not _is_safe(name):
-            raise SourceError(f"{self.location}: {name!r} is no name of a file in a repo")
+            raise SourceError(f"{self.location}: {name!r} is not the name of a file in a repo")
         if name not in self._sizes:
             problem = "there is no such file in the repo"
             if self._unreachable:
@@ -139,7 +139,7 @@ class HubSource:
             raise SourceError(f"{what}: {problem}")
         size = self._sizes[name]
         if size is None:
-            raise SourceError(f"{what}: the Hub does not tell its size")
+            raise SourceError(f"{what}: the Hub does not report its size")
         return SourceFile(uri=_SCHEME + what, size=size)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
@@ -251,28 +251,14 @@ def _persistently(ask: Callable[[], T]) -> T:
 
 
 def _get_range(url: str, offset: int, size: int) -> bytes:
-    """The bytes from ``offset`` of what lies at ``url``; a server that ignores ranges is cut off after them."""
-    headers = _UTILS.build_hf_headers(**_CLIENT)
-    # A compressed answer would be no range of the file.
-    headers |= {"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
-    data = bytearray()
-    with _get(url, headers) as response:
-        _UTILS.hf_raise_for_status(response)
-        end = size if response.status_code == 206 else offset + size
-        for chunk in _chunks(response):
-            data += chunk
-            if len(data) > end:
-                break
-    if len(data) < end:
-        raise OSError(f"{len(data)} bytes came where {end} were asked for")
-    return bytes(data[end - size : end])
+    """The bytes from ``offset`` of what is at ``url``; a server that ignores ranges is cut off after them.
 
-
-@contextmanager
-def _get(url: str, headers: Mapping[str, str]) -> Iterator[Any]:
-    """A response whose body is still to be read. A busy server is asked again, as late as it wishes."""
+    A busy server is asked again, as late as it wishes.
+    """
+    # A compressed answer would not be a range of the file.
+    wanted = {"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
     options = {
-        "headers": headers,
+        "headers": _UTILS.build_hf_headers(**_CLIENT) | wanted,
         "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT,
         "retry_on_status_codes": _BUSY,
         # The client cannot ask again once the body is being read, but would try to.
@@ -282,18 +268,26 @@ def _get(url: str, headers: Mapping[str, str]) -> Iterator[Any]:
         request = _UTILS.http_stream_backoff("GET", url, **options)
     else:
         request = _UTILS.http_backoff("GET", url, stream=True, **options)
+    data = bytearray()
     with request as response:
-        yield response
-
-
-def _chunks(response: Any) -> Iterator[bytes]:
-    read = response.iter_bytes if hasattr(response, "iter_bytes") else response.iter_content
-    yield from read(_CHUNK)
+        _UTILS.hf_raise_for_status(response)
+        end = size if response.status_code == 206 else offset + size
+        chunks = response.iter_bytes if hasattr(response, "iter_bytes") else response.iter_content
+        for chunk in chunks(_CHUNK):
+            data += chunk
+            if len(data) > end:
+                break
+    if len(data) < end:
+        raise OSError(f"{len(data)} bytes arrived where {end} were asked for")
+    return bytes(data[end - size : end])
 
 
 def _to_cache(repo: str, revision: str, name: str = "") -> str:
     command = " ".join(filter(None, ["hf download", repo, name, "--revision", revision]))
     return f"With a connection, `{command}` puts it there"
+
+
+# --- errors of the client ---------------------------------------------------------------------------------------------
 
 
 def _status(error: BaseException) -> int | None:
@@ -317,11 +311,13 @@ def _reason(error: BaseException) -> str:
     """Why the client failed, in words for a person, with nothing secret in them."""
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
-    status = _status(error)
+    status, text = _status(error), _redacted(": ".join(filter(None, (type(error).__name__, str(error)))))
+    said = getattr(error, "server_message", None)
+    answer = f"HTTP {status}" + (f": {_redacted(said)}" if said else "")
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, GatedRepoError) or (status in (401, 403) and not isinstance(error, RepositoryNotFoundError)):
-        return f"access is refused ({_answer(error)}). {_LOG_IN}, as someone who was granted access"
+        return f"access is refused ({answer}). {_LOG_IN}, as someone who was granted access"
     if isinstance(error, RepositoryNotFoundError):
         return f"there is no such repo, or it is private. {_LOG_IN}, if it is"
     if isinstance(error, RevisionNotFoundError):
@@ -329,19 +325,8 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return "there is no such file in the repo"
     if status is not None:
-        return f"{_redacted(_API.endpoint)} answers with an error ({_answer(error)})"
-    if _is_unreachable(error):
-        return f"{_redacted(_API.endpoint)} cannot be reached ({_text(error)})"
-    return _text(error)
-
-
-def _answer(error: BaseException) -> str:
-    said = getattr(error, "server_message", None)
-    return f"HTTP {_status(error)}" + (f": {_redacted(said)}" if said else "")
-
-
-def _text(error: BaseException) -> str:
-    return _redacted(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+        return f"{_redacted(_API.endpoint)} answers with an error ({answer})"
+    return f"{_redacted(_API.endpoint)} cannot be reached ({text})" if _is_unreachable(error) else text
 
 
 def _redacted(text: str) -> str:

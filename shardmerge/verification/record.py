@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardmerge.config.schema import MergeConfig, recorded_config, relocated
+from shardmerge.config.recorded import recorded_config, relocated
+from shardmerge.config.schema import MergeConfig
 from shardmerge.destinations.record import RECORD_NAME, Record
 from shardmerge.errors import ConfigError, PlanError, ShardmergeError, SourceError
 from shardmerge.file_formats.adapter_file import open_adapter

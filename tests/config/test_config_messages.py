@@ -20,8 +20,10 @@ import shardmerge
 from shardmerge.cli.main import cli
 from shardmerge.config.choices import DEVICE, DEVICES, Format, OutputDtype, Quantization
 from shardmerge.config.problems import explain
-from shardmerge.config.schema import MAX_CONFIG_BYTES, ExportConfig, MergeConfig, recorded_config
+from shardmerge.config.recorded import recorded_config
+from shardmerge.config.schema import ExportConfig, MergeConfig
 from shardmerge.config.suggestions import hint
+from shardmerge.config.yaml_text import MAX_CONFIG_BYTES
 from shardmerge.errors import ConfigError
 from shardmerge.planning.planner import make_plan
 from tests.support.builders import ROOT, contents, make_place, peft_config, random_tensor, write_peft
@@ -317,7 +319,11 @@ def test_config_on_stdin(tmp_path: Path) -> None:
 
 def test_wrong_config_on_stdin() -> None:
     too_long = "#" * (MAX_CONFIG_BYTES + 1)
-    for text, part in (("base: 7", "base: expected text"), ("a: [", "not valid YAML"), (too_long, "this is no config")):
+    for text, part in (
+        ("base: 7", "base: expected text"),
+        ("a: [", "not valid YAML"),
+        (too_long, "this is not a config"),
+    ):
         done = CliRunner().invoke(cli, ["plan", "-"], input=text)
         assert done.exit_code == 2 and part in done.stderr and "stdin" in done.stderr
 
@@ -326,4 +332,4 @@ def test_endless_stdin_is_not_read_to_its_end() -> None:
     with open("/dev/zero", "rb") as zero:
         command = [sys.executable, "-m", "shardmerge", "plan", "-"]
         done = subprocess.run(command, stdin=zero, capture_output=True, timeout=60, cwd=ROOT)
-    assert done.returncode == 2 and b"this is no config" in done.stderr
+    assert done.returncode == 2 and b"this is not a config" in done.stderr

@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardmerge.config.schema import MAX_CONFIG_BYTES, MergeConfig, load_yaml
+from shardmerge.config.schema import MergeConfig, load_yaml
+from shardmerge.config.yaml_text import MAX_CONFIG_BYTES
 from shardmerge.errors import ConfigError
 from tests.support.builders import untimed
 from tests.support.configs import BOUND, DATA, GOOD, from_text, refusal
@@ -91,7 +92,7 @@ def test_not_there(tmp_path: Path) -> None:
 def test_too_long(tmp_path: Path) -> None:
     fits = GOOD + "#" * (MAX_CONFIG_BYTES - len(GOOD))
     assert from_text(tmp_path, fits) == MergeConfig.from_dict(DATA)
-    assert "this is no config" in refusal(lambda: from_text(tmp_path, fits + "#"))
+    assert "this is not a config" in refusal(lambda: from_text(tmp_path, fits + "#"))
 
 
 # --- what YAML would make of a value ----------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import shardmerge
-from shardmerge.config.schema import MAX_CONFIG_BYTES, load_yaml
+from shardmerge.config.schema import load_yaml
+from shardmerge.config.yaml_text import MAX_CONFIG_BYTES
 from shardmerge.errors import ConfigError, ShardmergeError, SourceError
 from shardmerge.file_formats.torch_pickle import read_pickled
 from shardmerge.inference.hf import check_directory

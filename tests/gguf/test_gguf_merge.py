@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import shardmerge
-from shardmerge.config.schema import ExportConfig, recorded_config
+from shardmerge.config.recorded import recorded_config
+from shardmerge.config.schema import ExportConfig
 from shardmerge.errors import PlanError
 from tests.support.builders import read_tensors, run_cli, write_json
 from tests.support.gguf_merges import GgufModels, as_gguf, config

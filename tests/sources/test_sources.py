@@ -402,12 +402,12 @@ result += [error_of(open_reader, SourceFile(uri, 1)) for uri in uris]
         nowhere = f"no local file or directory in {client.home}, and on the Hub"
         assert errors == [
             f"{REPO}@{sha}/nothere: there is no such file in the repo",
-            *(f"{REPO}: {name!r} is no name of a file in a repo" for name in self.BAD_NAMES),
-            *[f"{REPO}: '../x' is no name of a file in a repo"] * 2,
+            *(f"{REPO}: {name!r} is not the name of a file in a repo" for name in self.BAD_NAMES),
+            *[f"{REPO}: '../x' is not the name of a file in a repo"] * 2,
             f"org/nothere: {nowhere}: there is no such repo, or it is private. "
             "Log in with `hf auth login`, or set HF_TOKEN, if it is",
             f"{REPO}@nothere: {nowhere}: the repo has no such revision (branch, tag or commit)",
-            f"{REPO}@../x: '../x' is no revision",
+            f"{REPO}@../x: '../x' is not a revision",
             errors[-4],
             f"'hub://{REPO}@main/x' is not of the form hub://org/name@commit/file",
             f"'hub://{REPO}@{sha}/../x' is not of the form hub://org/name@commit/file",
