@@ -18,7 +18,7 @@ from shardmerge.errors import FormatError, PlanError
 from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.file_formats.checkpoint_files import Shard
-from shardmerge.key_mapping.resolver import Names
+from shardmerge.key_mapping.names import Names
 from shardmerge.planning import aux_files, steps
 from shardmerge.planning.heads import resolve_heads
 from shardmerge.planning.layout import Layout, lay_out
