@@ -17,12 +17,7 @@ _OWNERS = (
 )
 _MODULES = (
     *("self_attn.q_proj", "attn.qkv", "attention.query", "mlp.gate.wg", "mlp.experts.{1}.gate_proj", "mlp.down_proj"),
-    *(
-        "mlp.experts.{1}.w1",
-        "block_sparse_moe.experts.{1}.w3",
-        "mlp.shared_experts.up_proj",
-        "mlp.experts.gate_up_proj",
-    ),
+    *("mlp.experts.{1}.w1", "block_sparse_moe.experts.{1}.w3", "mlp.shared_experts.w2", "mlp.experts.gate_up_proj"),
     *("mlp.fc{1}", "mlp.{1}", "LayerNorm", "adapters.{1}.{0}.lora", "mlp.experts_{1}.up_proj", "mixer.in_proj"),
 )
 _ENDS = (".weight", ".bias", ".gamma", "", ".weight_scale_inv")
