@@ -212,15 +212,13 @@ def _changes_dtype(shards: Sequence[ShardPlan]) -> bool:
 
 def bytes_read(shards: Sequence[ShardPlan]) -> int:
     """Bytes of tensors and factors that are read to make these shards."""
-    tensors = [tensor for shard in shards for tensor in shard.tensors]
-    factors = (
-        ref.nbytes
-        for tensor in tensors
-        for update in tensor.updates
-        for _, ref in update.factors
-        if not FAMILIES[update.family].is_source  # which is the tensor's source already
-    )
-    return sum(tensor.source.nbytes for tensor in tensors) + sum(factors)
+    return sum(_bytes_read(tensor) for shard in shards for tensor in shard.tensors)
+
+
+def _bytes_read(tensor: TensorPlan) -> int:
+    # A whole tensor of an adapter's is the tensor's source already.
+    updates = (update for update in tensor.updates if not FAMILIES[update.family].is_source)
+    return tensor.source.nbytes + sum(ref.nbytes for update in updates for _, ref in update.factors)
 
 
 def _adapter_info(entry: AdapterConfig, adapter: AdapterFile) -> AdapterInfo:

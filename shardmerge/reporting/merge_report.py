@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,30 +62,38 @@ class MergeReport:
         return result
 
 
-def merged_dtype(plan: MergePlan) -> str:
+#: How many tensors of the output have a dtype and a shape.
+Kinds = Mapping[tuple[str, tuple[int, ...]], int]
+
+
+def kinds_of(plan: MergePlan) -> Kinds:
+    """What the sizes of an output depend on: of 67,000 tensors there are ten kinds."""
+    return Counter((tensor.out.dtype, tensor.out.shape) for shard in plan.shards for tensor in shard.tensors)
+
+
+def merged_dtype(kinds: Kinds) -> str:
     """The dtype most of the output's bytes are in."""
-    sizes: dict[str, int] = defaultdict(int)
-    for shard in plan.shards:
-        for tensor in shard.tensors:
-            sizes[tensor.out.dtype] += tensor.out.nbytes
+    sizes: Counter[str] = Counter()
+    for (dtype, shape), count in kinds.items():
+        sizes[dtype] += count * row_nbytes(dtype, math.prod(shape))
     code = max(sizes, key=lambda dtype: sizes[dtype]) if sizes else "F32"
     return DTYPE_NAMES.get(code, code.lower())
 
 
-def sizes_by_format(plan: MergePlan) -> dict[str, int]:
+def sizes_by_format(kinds: Kinds) -> dict[str, int]:
     """Bytes of the merged weights in formats that people choose between, headers left out.
 
     Of a GGUF quantisation: matrices whose rows are whole blocks in it, others in float16, vectors in float32.
     """
-    shapes = [tensor.out.shape for shard in plan.shards for tensor in shard.tensors]
-    sizes = {name: sum(tensor_nbytes(code, shape) for shape in shapes) for code, name in _PLAIN.items()}
+    shapes = [(shape, count) for (_, shape), count in kinds.items()]
+    sizes = {name: sum(count * tensor_nbytes(code, shape) for shape, count in shapes) for code, name in _PLAIN.items()}
     for kind in _QUANTIZED:
         block = BLOCKS[kind][0]
         sizes[kind.lower()] = sum(
-            tensor_nbytes("F32", shape)
+            count * tensor_nbytes("F32", shape)
             if len(shape) < 2
-            else row_nbytes(kind if shape[-1] % block == 0 else "F16", math.prod(shape))
-            for shape in shapes
+            else count * row_nbytes(kind if shape[-1] % block == 0 else "F16", math.prod(shape))
+            for shape, count in shapes
         )
     return sizes
 
@@ -100,7 +108,7 @@ def fidelity_by_kind(receipts: Iterable[Receipt]) -> dict[str, Fidelity]:
     return result
 
 
-def fidelity_warnings(plan: MergePlan, by_kind: Mapping[str, Fidelity]) -> list[str]:
+def fidelity_warnings(dtype: str, by_kind: Mapping[str, Fidelity]) -> list[str]:
     """Where the output's dtype cannot tell most of an update from nothing."""
     kept = sorted((of.share_kept, kind) for kind, of in by_kind.items() if of.share_kept < _TOO_LITTLE)
     if not kept:
@@ -108,7 +116,7 @@ def fidelity_warnings(plan: MergePlan, by_kind: Mapping[str, Fidelity]) -> list[
     shares = ", ".join(f"{1 - share:.0%} of that of {kind}" for share, kind in kept)
     return [
         Warned(
-            f"much of the update is below the resolution of {merged_dtype(plan)} and was lost to rounding: {shares}. "
+            f"much of the update is below the resolution of {dtype} and was lost to rounding: {shares}. "
             "output.dtype: float32 keeps it; output.rounding: stochastic keeps it on average"
         )
     ]
