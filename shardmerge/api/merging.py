@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ from shardmerge.reporting.merge_report import (
     MergeReport,
     fidelity_by_kind,
     fidelity_warnings,
+    kinds_of,
     merged_dtype,
     sizes_by_format,
 )
@@ -59,6 +61,7 @@ def carry_out(plan: MergePlan, executor: Executor, progress: Told, started: floa
             report = _report_of(plan, receipts, left, damaged, executor.working_set, started)
             watch.lap()
             destination.finish(record(plan, report, receipts, digest_of(fingerprint), torch_version))
+            report = dataclasses.replace(report, peak_memory_bytes=peak_memory())
             committed(plan, report, watch.lap())
             return report
 
@@ -160,29 +163,35 @@ def _report_of(
     ``made`` are the shards that this run has made, ``damaged`` those of an earlier run that the disk has not kept.
     """
     active = {number for receipt in receipts for number in receipt.active_adapters}
-    active |= {of.adapter for _, of in changing_updates(plan) if not FAMILIES[of.family].neutral_if_zero}
+    targets = set()
+    for tensor, update in changing_updates(plan):
+        targets.add(tensor.source.name)
+        if not FAMILIES[update.family].neutral_if_zero:
+            active.add(update.adapter)
     idle = [info.location for number, info in enumerate(plan.adapters) if number not in active]
     nothing = "changes nothing: every lora_B is zero, as before training"
     warnings: list[str] = [Warned(f"adapter {location} {nothing}") for location in idle]
     warnings += [f"{name}: the disk had not kept what an earlier run wrote; it was made again" for name in damaged]
     by_kind = fidelity_by_kind(receipts)
-    warnings += fidelity_warnings(plan, by_kind)
+    kinds = kinds_of(plan)
+    dtype = merged_dtype(kinds)
+    warnings += fidelity_warnings(dtype, by_kind)
     merged, made_bytes = sum(shard.nbytes for shard in plan.shards), sum(shard.nbytes for shard in made)
     return MergeReport(
         output=plan.output,
         files=tuple(files_of(plan)),
-        targets=len({tensor.source.name for tensor, _ in changing_updates(plan)}),
+        targets=len(targets),
         adapter_bytes=sum(info.nbytes for info in plan.adapters),
         base_bytes=plan.base.nbytes,
         merged_bytes=merged,
-        merged_dtype=merged_dtype(plan),
+        merged_dtype=dtype,
         bytes_read=bytes_read(made),
         bytes_written=plan.bytes_written - merged + made_bytes,
         shards_reused=len(plan.shards) - len(made),
         seconds=time.monotonic() - started,
         peak_memory_bytes=peak_memory(),
         working_set_bytes=working_set,
-        sizes_bytes=sizes_by_format(plan),
+        sizes_bytes=sizes_by_format(kinds),
         fidelity=by_kind,
         warnings=(*plan.warnings, *warnings),
         kind=words_for(plan.adapters).noun,

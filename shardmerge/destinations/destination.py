@@ -94,7 +94,8 @@ class Destination(Protocol):
     def finish(self, record: Mapping[str, Any]) -> None:
         """Turn the finished shards into a model: the files beside them, the ``record``, and the index last.
 
-        The record is completed with checksums of the other files, and sealed. Run again after a crash, it carries on.
+        The record (see `record.written`) is completed with checksums of the other files, and sealed. Run again after a
+        crash, it carries on.
         """
 
     def abort(self) -> None:

@@ -49,6 +49,7 @@ def merge_shard(
     if engine is None:
         with Engine(plan) as engine:
             return merge_shard(plan, shard, destination, engine=engine, advance=advance)
+    shard = shard.unpacked()
     steps = ShardSteps(shard, engine.seconds)
     with destination.writer(shard) as writer:
         receipt = engine.merge_shard(shard, writer, advance)
@@ -108,6 +109,8 @@ class Engine:
         return writer.commit(active, fidelity)
 
     def _write_shard(self, shard: ShardPlan, writer: Writer, advance: Callable[[int], None]) -> None:
+        shard = shard.unpacked()  # while it is worked on, an update is known by its object
+
         def read(job: Job, buffer: Buffer) -> None:
             if job.read_bytes:
                 self._sources.get(job.uri).read_block(buffer.view, job.read_at, job.read_offset, job.read_bytes)

@@ -97,11 +97,9 @@ def decode(text: bytes, where: str, most: int = MAX_TENSORS) -> tuple[Metadata, 
             elif len(tensors) == most:
                 raise FormatError(f"{where}: the header names over {most:,} tensors; expected fewer")
             else:
-                info = _tensor(name, entry, where)
+                dtype, shape, offsets = _checked(name, entry, where)
                 # Layers have the same shapes, so there are few; one of each is kept.
-                if info.shape is not (shape := shapes.setdefault(info.shape, info.shape)):
-                    info = TensorInfo(info.dtype, shape, info.data_offsets)
-                tensors[name] = info
+                tensors[name] = TensorInfo(dtype, shapes.setdefault(shape, shape), offsets)
     except DuplicateKeyError as error:
         raise FormatError(f"{where}: the header names {error} twice") from None
     except (ValueError, RecursionError) as error:
@@ -257,7 +255,8 @@ def _are_counts(values: Any) -> bool:
     return True
 
 
-def _tensor(name: str, entry: Any, where: str) -> TensorInfo:
+def _checked(name: str, entry: Any, where: str) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    """A tensor's dtype, shape and data_offsets, each of which is what it must be."""
     if wrong := fault(name):
         raise FormatError(f"{where}: {wrong}")
     if not isinstance(entry, dict) or not entry.keys() >= _KEYS:
@@ -275,7 +274,7 @@ def _tensor(name: str, entry: Any, where: str) -> TensorInfo:
         raise FormatError(
             f"{where}: {name!r} has the data_offsets {reprlib.repr(offsets)}, which are no pair of offsets"
         )
-    return TensorInfo(dtype, tuple(shape), (offsets[0], offsets[1]))
+    return dtype, tuple(shape), (offsets[0], offsets[1])
 
 
 def validate(tensors: Mapping[str, TensorInfo], data_bytes: int, where: str) -> dict[str, TensorInfo]:

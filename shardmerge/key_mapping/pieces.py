@@ -7,7 +7,7 @@ What a ``Place`` cannot say is refused, with the reason, and never approximated.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from shardmerge.spec.updates import Place
 
@@ -16,8 +16,7 @@ class RefusalError(Exception):
     """Why a parameter's places cannot be said."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Rows [start, start + rows) of a tensor (of a member of it, if it is a stack) and where they are stored."""
 
     tensor: str
@@ -32,8 +31,7 @@ class Piece:
     shuffle: tuple[int, int, int] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """A tensor made of pieces: (rows, …), or a stack (E, rows, …) of such tensors."""
 
     shape: tuple[int, ...]
@@ -67,7 +65,7 @@ def stack(views: Sequence[View]) -> View:
         raise RefusalError("its experts differ in shape")
     if any(view.stacked for view in views):
         raise RefusalError("its experts are stacked already")
-    pieces = tuple(replace(piece, member=i) for i, view in enumerate(views) for piece in view.pieces)
+    pieces = tuple(piece._replace(member=i) for i, view in enumerate(views) for piece in view.pieces)
     return View((len(views), *views[0].shape), pieces, True)
 
 
@@ -78,7 +76,7 @@ def unstack(view: View, member: int) -> View:
     if not 0 <= member < view.shape[0]:
         raise RefusalError(f"there is no expert {member}, there are {view.shape[0]}")
     pieces = tuple(
-        replace(piece, slot=member) if piece.member is None else replace(piece, member=None)
+        piece._replace(slot=member) if piece.member is None else piece._replace(member=None)
         for piece in view.pieces
         if piece.member in (None, member)
     )
@@ -95,7 +93,7 @@ def transpose(view: View, axis: int, other: int) -> View:
     for piece in view.pieces:
         if piece.rows != view.rows or piece.shuffle or piece.stored_start:
             raise RefusalError("it is stored in parts that are transposed")
-        pieces.append(replace(piece, rows=shape[rows], transposed=not piece.transposed))
+        pieces.append(piece._replace(rows=shape[rows], transposed=not piece.transposed))
     return View(shape, tuple(pieces), view.stacked)
 
 
@@ -113,7 +111,7 @@ def concatenate(views: Sequence[View], axis: int) -> View:
     pieces: list[Piece] = []
     start = 0
     for view in views:
-        pieces += [replace(piece, start=piece.start + start) for piece in view.pieces]
+        pieces += [piece._replace(start=piece.start + start) for piece in view.pieces]
         start += view.rows
     return View((*first.shape[:rows], start, *first.shape[rows + 1 :]), tuple(pieces), first.stacked)
 
@@ -152,7 +150,7 @@ def _cut(piece: Piece, low: int, high: int) -> Piece | None:
         if offset % group or rows % group:
             raise RefusalError("its rows are interleaved with those of another parameter")
         shuffle = (rows // group, shuffle[1], shuffle[2])
-    return replace(piece, start=first - low, rows=rows, stored_start=piece.stored_start + offset, shuffle=shuffle)
+    return piece._replace(start=first - low, rows=rows, stored_start=piece.stored_start + offset, shuffle=shuffle)
 
 
 def shuffle(view: View, groups: int, a: int, b: int, axis: int) -> View:
@@ -167,9 +165,9 @@ def shuffle(view: View, groups: int, a: int, b: int, axis: int) -> View:
             raise RefusalError("it is stored in parts that are reordered together")
         mine = (piece.rows // (a * b), a, b)
         if piece.shuffle is None:
-            pieces.append(replace(piece, shuffle=None if a == 1 or b == 1 else mine))
+            pieces.append(piece._replace(shuffle=None if a == 1 or b == 1 else mine))
         elif piece.shuffle == (mine[0], b, a):
-            pieces.append(replace(piece, shuffle=None))
+            pieces.append(piece._replace(shuffle=None))
         else:
             raise RefusalError("its rows are reordered twice")
     return View(view.shape, tuple(pieces), view.stacked)
@@ -181,7 +179,7 @@ def places(view: View) -> tuple[Place, ...]:
     for piece in sorted(view.pieces, key=lambda piece: (-1 if piece.member is None else piece.member, piece.start)):
         before = joined[-1] if joined else None
         if before and _follows(before, piece):
-            joined[-1] = replace(before, rows=before.rows + piece.rows, shuffle=_joined_shuffle(before, piece))
+            joined[-1] = before._replace(rows=before.rows + piece.rows, shuffle=_joined_shuffle(before, piece))
         else:
             joined.append(piece)
     if any(piece.member is not None and piece.slot is not None for piece in joined):

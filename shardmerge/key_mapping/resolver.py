@@ -1,28 +1,27 @@
-"""``Names``: what an adapter calls a parameter → the places where the checkpoint keeps it."""
+"""What an adapter calls a parameter → the places where the checkpoint keeps it."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from shardmerge.key_mapping import conversions, divided, order, pieces
+from shardmerge.key_mapping import conversions, divided, pieces
 from shardmerge.key_mapping import table as tables
-from shardmerge.key_mapping import ties as tying
 from shardmerge.key_mapping.dialects import below, join
 from shardmerge.key_mapping.divided import Experts
-from shardmerge.key_mapping.index import Index, number_in, numbers_in
+from shardmerge.key_mapping.index import Images, Index, number_in, numbers_in, template_of
 from shardmerge.key_mapping.pieces import RefusalError, View
 from shardmerge.key_mapping.rules import Rules, compose
-from shardmerge.spec.updates import ModuleOrder, Parameter
+from shardmerge.spec.updates import Parameter
 
 #: Prefixes of base models that are tried where the architecture is not known.
 _COMMON_PREFIXES = ("model", "transformer")
 #: The rules that every model has, for names of old checkpoints.
-_LEGACY = "legacy"
+LEGACY = "legacy"
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 #: What trainers call modules that transformers calls otherwise, tried where the base has no such module: gpt-oss's
 #: attention in Tinker, and its router in unsloth's 4-bit model.
@@ -32,8 +31,16 @@ _OTHER_NAMES = (
 )
 
 
-class Names:
-    """The names of one checkpoint.
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What the table says of a module: its experts, if it has any, and whether its weight is (in, out)."""
+
+    experts: Experts | None
+    is_conv1d: bool
+
+
+class Resolver:
+    """Where the parameters of one checkpoint are stored.
 
     ``config`` is its config.json, which nobody has checked; ``shapes`` has the shape of every stored tensor.
     """
@@ -43,6 +50,7 @@ class Names:
         self._shapes = shapes
         self._architecture = tables.find(config)
         self._views: dict[str, list[View] | RefusalError] = {}
+        self._kinds: dict[str, _Kind] = {}
 
     @property
     def known(self) -> bool:
@@ -80,7 +88,11 @@ class Names:
         known = tables.table().rules
         modules = [(part.path, part.architecture.name, part.architecture.model_type) for part in self._parts]
         prefix = self._architecture.base_prefix if self._architecture else ""
-        return Rules([*compose(known, modules, prefix), *known[_LEGACY]])
+        return Rules([*compose(known, modules, prefix), *known[LEGACY]])
+
+    @cached_property
+    def _images(self) -> Images:
+        return Images(self._rules)
 
     @cached_property
     def numbers(self) -> frozenset[str]:
@@ -90,7 +102,7 @@ class Names:
     @cached_property
     def _is_plain(self) -> bool:
         """No rules but those for the LayerNorms of old checkpoints."""
-        return len(self._rules.rules) == len(tables.table().rules[_LEGACY])
+        return len(self._rules.rules) == len(tables.table().rules[LEGACY])
 
     @cached_property
     def _index(self) -> Index:
@@ -176,7 +188,7 @@ class Names:
 
     def _readings(self, name: str) -> Iterator[Parameter]:
         """What a name can mean: a name in memory; a name on disk that stands; a name on disk by what it becomes."""
-        image = self._rules.forward(name)
+        image = self._images.of(name)
         stands = name in self._shapes and name != image.name and name not in image.targets
         if not stands or name in self._index.targets or name in self._index.renamed:
             in_memory = self._view(name)
@@ -268,25 +280,35 @@ class Names:
             return parameter in found.parameters and (len(shape) == 3 or "bias" in parameter)
         return len(shape) == 3 and shape[0] > 1 and parameter != "weight"
 
-    def _experts_of(self, module: str) -> Experts | None:
-        for candidate in (module, *self._with_other_prefix(module)):
-            found = self._experts.get(_NUMBER.sub("#", candidate))
-            if found:
-                return found
-        return None
-
     def _keeps_transposed(self, name: str, view: View) -> bool:
         module, _, parameter = name.rpartition(".")
         if view.stacked:
             found = self._experts_of(module)
             matrices = len(view.shape) == 3 and found is not None and parameter in found.parameters
             return bool(matrices and found and found.transposed)
-        return parameter == "weight" and len(view.shape) == 2 and self._is_conv1d(module)
+        return parameter == "weight" and len(view.shape) == 2 and self._kind(module).is_conv1d
 
     def _is_special(self, name: str) -> bool:
         """Whether the table says of that name in memory that it is more than a matrix (out, in)."""
-        module = name.rpartition(".")[0]
-        return self._experts_of(module) is not None or self._is_conv1d(module)
+        kind = self._kind(name.rpartition(".")[0])
+        return kind.experts is not None or kind.is_conv1d
+
+    def _experts_of(self, module: str) -> Experts | None:
+        return self._kind(module).experts
+
+    def _kind(self, module: str) -> _Kind:
+        """What the table says of a module in memory; of modules that differ only in numbers, one is looked up."""
+        template, _ = template_of(module, self._numbers_in_paths)
+        kind = self._kinds.get(template)
+        if kind is None:
+            names = (module, *self._with_other_prefix(module))
+            found = (self._experts.get(_NUMBER.sub("#", name)) for name in names)
+            kind = self._kinds[template] = _Kind(next(filter(None, found), None), self._is_conv1d(module))
+        return kind
+
+    @cached_property
+    def _numbers_in_paths(self) -> frozenset[str]:
+        return frozenset(number for part in self._parts for number in _NUMBER.findall(part.path))
 
     def _is_conv1d(self, module: str) -> bool:
         last = module.rpartition(".")[2]
@@ -311,128 +333,17 @@ class Names:
 
     def in_memory(self, stored: str) -> str:
         """What a stored tensor is called in memory, without the base model's prefix."""
-        name = self._rules.forward(stored).name
+        name = self._images.of(stored).name
         return next((name.removeprefix(f"{prefix}.") for prefix in self._prefixes), name)
-
-    # --- tied weights and the order of parameters ---
-
-    @property
-    def knows_ties(self) -> bool:
-        """Whether the table says what is tied; not where code comes with the model, which may do as it likes."""
-        if self._architecture is None:
-            return False
-        named = self._config.get("architectures")
-        is_named = isinstance(named, list) and self._architecture.name in named[:1]
-        return is_named or "auto_map" not in self._config
-
-    @cached_property
-    def ties(self) -> tuple[tying.Tie, ...]:
-        """Weights that are one in memory, of which one at least is stored.
-
-        A weight that is not stored has the name that it would have beside the one that is, in this checkpoint's style.
-        """
-        if not self.knows_ties:
-            return tuple(tying.guessed(self._config, self._shapes))
-        groups = self._tied_in_memory
-        found = (tying.tie_of(source, groups[source], self._stored_whole, self._style) for source in sorted(groups))
-        return tuple(tie for tie in found if tie)
-
-    @cached_property
-    def tied_in_parts(self) -> frozenset[str]:
-        """Names in memory of tied weights that the checkpoint does not store as one tensor, or not by themselves."""
-        names = (name for source, targets in self._tied_in_memory.items() for name in (source, *targets))
-        return frozenset(name for name in names if not self._stored_whole(name) and self._resolved(name) != "")
-
-    @cached_property
-    def _tied_in_memory(self) -> Mapping[str, list[str]]:
-        pairs: dict[str, str] = {}
-        for part in self._tying_parts:
-            prefix = f"{part.path}." if part.path else ""
-            declared = {prefix + target: prefix + source for target, source in part.architecture.tied.items()}
-            pairs |= dict(tying.expanded(declared, self._numbers if any("#" in name for name in declared) else {}))
-        return tying.grouped(pairs)
-
-    @cached_property
-    def tied(self) -> Mapping[str, str]:
-        """The same by name: every other name of a weight → the one that is stored."""
-        return dict(sorted((other, tie.main) for tie in self.ties for other in tie.others))
-
-    @cached_property
-    def tied_as_spoken(self) -> Mapping[str, str]:
-        """Other names of weights, here and in memory → here."""
-        return {
-            **{name: name for name in self.tied},
-            **{spoken: name for tie in self.ties for spoken, name in tie.spoken},
-        }
-
-    @cached_property
-    def across(self) -> frozenset[str]:
-        """Names in memory, # for numbers, of weights tied across numbers: to how many, the table cannot say."""
-        prefixes = {part.path: f"{part.path}." if part.path else "" for part in self._tying_parts}
-        return frozenset(prefixes[part.path] + name for part in self._tying_parts for name in part.architecture.across)
-
-    def is_tied_across(self, stored: str) -> bool:
-        """Whether a stored tensor is one of those."""
-        return bool(self.across) and not self.across.isdisjoint(map(tying.template, self._in_memory(stored)))
-
-    @property
-    def _tying_parts(self) -> Iterator[tables.Part]:
-        return (part for part in self._parts if tables.ties(part))
-
-    @cached_property
-    def _numbers(self) -> Mapping[str, Collection[tuple[str, ...]]]:
-        return tying.numbers_of(name for stored in self._shapes for name in self._in_memory(stored))
-
-    def _in_memory(self, stored: str) -> Iterator[str]:
-        """What a stored tensor can be called in memory."""
-        image = self._rules.forward(stored)
-        for name in image.targets or (image.name,):
-            yield name
-            yield from self._with_other_prefix(name)
-
-    def _resolved(self, name: str) -> Parameter | str:
-        module, _, parameter = name.rpartition(".")
-        return self.resolve(module, parameter)
-
-    def _stored_whole(self, name: str) -> str | None:
-        """The stored tensor that is all of a parameter, and nothing else."""
-        found = self._resolved(name)
-        if not isinstance(found, Parameter) or len(found.places) != 1:
-            return None
-        tensor = found.places[0].tensor
-        return tensor if math.prod(self._shapes[tensor]) == math.prod(found.shape) else None
-
-    def _style(self, name: str, stored: str) -> Callable[[str], str]:
-        """What this checkpoint does to names in memory, by the example of one."""
-        rules = Rules(self._rules.rules[: -len(tables.table().rules[_LEGACY])])
-        renamings: tuple[Callable[[str], str], ...] = (
-            lambda name: name,
-            lambda name: rules.backward(name, with_prefixes=False),
-            lambda name: rules.backward(name, with_prefixes=True),
-        )
-        for rename in renamings:
-            if rename(name) == stored:
-                return rename
-        for prefix in self._prefixes:
-            for rename in renamings:
-                if rename(name).removeprefix(f"{prefix}.") == stored:
-                    return lambda name, rename=rename, prefix=prefix: rename(name).removeprefix(f"{prefix}.")  # type: ignore[misc]
-        return renamings[0]
 
     def registered_parameters(self, module: str) -> tuple[str, ...]:
         """Of a module with parameters (E, out, in) of its own, all of two and more dimensions as they are registered.
 
         PEFT nests the wrappers of ``target_parameters`` in that order. () where the module is not in the table.
         """
-        renamed = self._rules.forward(f"{module}.gate_up_proj").name.rpartition(".")[0]
+        renamed = self._images.of(f"{module}.gate_up_proj").name.rpartition(".")[0]
         found = self._experts_of(module) or self._experts_of(renamed)
         return found.parameters if found else ()
-
-    def module_order(self) -> ModuleOrder | str:
-        """The Linear layers in the order in which transformers registers them; a string says why it is not known."""
-        classes = {part.path: part.architecture.name for part in self._parts}
-        in_memory = (*self._index.renamed, *self._index.targets)
-        return order.module_order(classes, in_memory, self.resolve, self._with_other_prefix)
 
 
 def _agreed(name: str, readings: list[Parameter]) -> Parameter | str:

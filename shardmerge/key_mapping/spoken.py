@@ -10,7 +10,7 @@ from functools import cached_property
 from shardmerge.key_mapping import dialects, suffixes
 from shardmerge.key_mapping.dialects import Dialect
 from shardmerge.key_mapping.index import numbers_in, template_of
-from shardmerge.key_mapping.resolver import Names
+from shardmerge.key_mapping.names import Names
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.updates import Parameter
 
@@ -77,7 +77,7 @@ class Speakers:
 
     def template(self, module: str) -> str:
         """The same for names that differ only in numbers that no rule speaks of: what holds of one holds of all."""
-        return template_of(module, self._numbers)
+        return template_of(module, self._numbers)[0]
 
     @cached_property
     def _numbers(self) -> frozenset[str]:

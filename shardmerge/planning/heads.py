@@ -20,7 +20,7 @@ from shardmerge.config.schema import AdapterConfig
 from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.key_mapping.heads import LABELS, Head, head_for
-from shardmerge.key_mapping.resolver import Names
+from shardmerge.key_mapping.names import Names
 from shardmerge.planning.match import Matches
 from shardmerge.planning.several import list_some
 from shardmerge.planning.unplaced import Unplaced, beside_of, without_place

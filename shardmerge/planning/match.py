@@ -19,8 +19,8 @@ from shardmerge.config.schema import AdapterConfig
 from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.key_mapping.heads import LABELS, head_for
+from shardmerge.key_mapping.names import Names
 from shardmerge.key_mapping.naming import nearest
-from shardmerge.key_mapping.resolver import Names
 from shardmerge.key_mapping.spoken import Speakers, Spoken
 from shardmerge.planning.another_model import Fit, another_model
 from shardmerge.planning.modules import KnownBase, Modules

@@ -15,8 +15,8 @@ from functools import cached_property, lru_cache
 from shardmerge.adapters.base_view import BaseView
 from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.adapters.formats import parts
+from shardmerge.key_mapping.names import Names
 from shardmerge.key_mapping.naming import module_name, peeled
-from shardmerge.key_mapping.resolver import Names
 from shardmerge.key_mapping.spoken import Speakers, Spoken
 from shardmerge.planning.tied import tied_parameter
 from shardmerge.spec.tensors import TensorRef

@@ -19,7 +19,7 @@ from typing import Any
 
 from shardmerge.adapters.methods.whole import TokenSettings, whole_settings
 from shardmerge.file_formats.checkpoint import Checkpoint
-from shardmerge.key_mapping.resolver import Names
+from shardmerge.key_mapping.names import Names
 from shardmerge.key_mapping.ties import Tie, is_head
 from shardmerge.planning.several import in_order, order_of, replaces, replaces_rows
 from shardmerge.spec.notices import Warned

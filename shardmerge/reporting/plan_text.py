@@ -9,7 +9,7 @@ from typing import Any
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.adapters.work import changing_updates
 from shardmerge.planning.layouts import LAYOUTS
-from shardmerge.reporting.merge_report import merged_dtype
+from shardmerge.reporting.merge_report import kinds_of, merged_dtype
 from shardmerge.reporting.text import human_bytes, labelled, notices, table
 from shardmerge.spec.plans import MergePlan, jsonable
 
@@ -89,7 +89,7 @@ def _describe_output(plan: MergePlan) -> str:
     shards = "1 file" if len(plan.shards) == 1 else f"{len(plan.shards)} shards"
     rows = [
         ("output", plan.output),
-        ("", f"{shards}, dtype {merged_dtype(plan)}, {len(plan.aux)} other files"),
+        ("", f"{shards}, dtype {merged_dtype(kinds_of(plan))}, {len(plan.aux)} other files"),
         ("reads", human_bytes(plan.bytes_read)),
         ("writes", human_bytes(plan.bytes_written)),
         ("computes in", f"{plan.compute_dtype} on {'cpu' if plan.compute_device == 'auto' else plan.compute_device}"),
@@ -114,7 +114,7 @@ def plan_summary(plan: MergePlan) -> dict[str, Any]:
         "base": jsonable(plan.base),
         "adapters": jsonable(plan.adapters),
         "output": plan.output,
-        "output_dtype": merged_dtype(plan),
+        "output_dtype": merged_dtype(kinds_of(plan)),
         "compute": {"dtype": plan.compute_dtype, "device": plan.compute_device},
         "targets": targets,
         "scalings": sorted({value for row in targets for value in row["scaling"]}),

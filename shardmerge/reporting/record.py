@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
+from shardmerge.destinations.record import Section
 from shardmerge.reporting.merge_report import MergeReport, fidelity_json
 from shardmerge.spec.plans import MergePlan, Receipt, jsonable
+from shardmerge.spec.updates import Update
+from shardmerge.system.memory_use import peak_memory
 from shardmerge.version import __version__
 
 
 def record(
     plan: MergePlan, report: MergeReport, receipts: Sequence[Receipt], digest: str, torch_version: str
 ) -> dict[str, Any]:
-    """What ``shardmerge.json`` in the output says.
+    """What ``shardmerge.json`` in the output says, for `shardmerge.destinations.record.written`.
 
     ``digest`` is that of base, adapters and config, the adapters' bytes in it. The checksums are of whole files.
     """
@@ -27,32 +31,45 @@ def record(
         "digest": digest,
         "base": jsonable(plan.base),
         "adapters": jsonable(plan.adapters),
-        "targets": {
-            tensor.source.name: [
-                {
-                    "adapter": update.adapter,
-                    "module": f"{update.module}.{update.parameter}",
-                    "family": update.family,
-                    "rank": update.rank,
-                    "scaling": update.scaling,
-                }
-                for update in tensor.updates
-            ]
-            for shard in plan.shards
-            for tensor in shard.tensors
-            if tensor.updates
-        },
+        "targets": Section(partial(targets, plan)),
         "shards": {receipt.shard: receipt.entry() for receipt in receipts},
-        "fidelity": {name: fidelity_json(of) for receipt in receipts for name, of in receipt.fidelity.items()},
-        "memory": {
-            "predicted_working_set": plan.memory.total,
-            "working_set": report.working_set_bytes,
-            "peak": report.peak_memory_bytes,
-        },
+        "fidelity": Section(partial(_fidelity, receipts)),
+        "memory": partial(_memory, plan, report),
         "seconds": round(report.seconds, 3),
         "bytes_read": report.bytes_read,
         "bytes_written": report.bytes_written,
         "shards_reused": report.shards_reused,
         "warnings": list(report.warnings),
         "files": list(report.files),
+    }
+
+
+def targets(plan: MergePlan) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """What the record says of every updated tensor of the base. One that the output has in parts comes once."""
+    for shard in plan.shards:
+        updates = {tensor.source.name: tensor.updates for tensor in shard.tensors if tensor.updates}
+        for name, of in updates.items():
+            yield name, [_target(update) for update in of]
+
+
+def _target(update: Update) -> dict[str, Any]:
+    return {
+        "adapter": update.adapter,
+        "module": f"{update.module}.{update.parameter}",
+        "family": update.family,
+        "rank": update.rank,
+        "scaling": update.scaling,
+    }
+
+
+def _fidelity(receipts: Iterable[Receipt]) -> Iterator[tuple[str, dict[str, float]]]:
+    return ((name, fidelity_json(of)) for receipt in receipts for name, of in receipt.fidelity.items())
+
+
+def _memory(plan: MergePlan, report: MergeReport) -> dict[str, int | None]:
+    """The peak is the process's so far, which includes most of what writing the record takes."""
+    return {
+        "predicted_working_set": plan.memory.total,
+        "working_set": report.working_set_bytes,
+        "peak": peak_memory(),
     }

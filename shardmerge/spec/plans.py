@@ -8,10 +8,11 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shardmerge.spec.packed import PackedMapping, PackedSequence
 from shardmerge.spec.tensors import (
     BUFFER_SLACK,
     LIBRARY_BYTES,
@@ -123,11 +124,14 @@ class TensorPlan:
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One output file: its name, the header's metadata and its weights in the order of their data."""
+    """One output file: its name, the header's metadata and its weights in the order of their data.
+
+    The shards of a finished plan are `packed`: who needs the tensors more than once keeps them.
+    """
 
     name: str
     metadata: tuple[tuple[str, str], ...]
-    tensors: tuple[TensorPlan, ...]
+    tensors: Sequence[TensorPlan]
     header_bytes: int
     data_bytes: int
     #: All that comes before the data, where that is not a safetensors header.
@@ -142,6 +146,14 @@ class ShardPlan:
     @property
     def nbytes(self) -> int:
         return self.header_bytes + self.data_bytes
+
+    def packed(self) -> ShardPlan:
+        """The same, whose tensors are made anew whenever they are looked at."""
+        return dataclasses.replace(self, tensors=PackedSequence(self.tensors))
+
+    def unpacked(self) -> ShardPlan:
+        """The same, whose tensors are objects that stay."""
+        return dataclasses.replace(self, tensors=tuple(self.tensors))
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +290,7 @@ def jsonable(value: Any) -> Any:
         return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {key: jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, PackedSequence)):
         return [jsonable(item) for item in value]
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
@@ -333,6 +345,10 @@ class Receipt:
     active_adapters: tuple[int, ...]
     #: How the updates of this shard's tensors came through the rounding, by the tensor's name.
     fidelity: Mapping[str, Fidelity] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.fidelity, PackedMapping):
+            object.__setattr__(self, "fidelity", PackedMapping(self.fidelity))
 
     def entry(self) -> dict[str, Any]:
         """What the record says of the file."""

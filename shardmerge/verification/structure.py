@@ -12,7 +12,7 @@ from shardmerge.destinations.record import RECORD_NAME, Record
 from shardmerge.errors import FormatError
 from shardmerge.file_formats import safetensors_header
 from shardmerge.file_formats.checkpoint_files import MAX_INDEX_BYTES, is_index
-from shardmerge.key_mapping.resolver import Names
+from shardmerge.key_mapping.names import Names
 from shardmerge.planning.vocabulary import vocabulary_size
 from shardmerge.sources.local import LocalSource
 from shardmerge.spec.plans import MergePlan, ShardPlan

@@ -24,9 +24,9 @@ from shardmerge.destinations.local import journal, stage
 from shardmerge.destinations.local.commit import Commit
 from shardmerge.destinations.local.directory import LocalDirectory
 from shardmerge.destinations.local.stage import Stage
-from shardmerge.destinations.record import sealed
 from shardmerge.system.directory import Entry
 from tests.support.peft_oracle import make_config, random, weight_bytes, write_adapter, write_base
+from tests.support.tampering import sealed
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = [f"model.layers.{number}.mlp.down_proj" for number in range(3)]

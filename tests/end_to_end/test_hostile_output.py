@@ -22,7 +22,6 @@ import shardmerge
 from shardmerge import OutputError, PlanError, ResumeError, ShardmergeError
 from shardmerge.cli.main import cli
 from shardmerge.destinations.local.commit import Commit
-from shardmerge.destinations.record import sealed
 from tests.support.builders import (
     Place,
     contents,
@@ -35,6 +34,7 @@ from tests.support.builders import (
     write_peft,
 )
 from tests.support.faults import WRITES, Steps
+from tests.support.tampering import sealed
 
 FIRST, SECOND = shard_names(2)
 INDEX = "model.safetensors.index.json"

@@ -69,7 +69,7 @@ class Scene:
         self.plain = {"n.weight": random(24, 16, seed=3)}
         first = {f"m.weight{VALUES}": m[0], **self.plain}
         second = {"head.weight": random(8, 16, seed=4), f"m.weight{SCALE}": m[1], **self.other}
-        quantised = {"quantization_config": {"quant_method": kind}}
+        quantised: dict[str, Any] = {"quantization_config": {"quant_method": kind}}
         self.base = write_base(folder / "base", [first, second], **quantised)
         self.a, self.b = random(RANK, shape[1], seed=5), random(shape[0], RANK, seed=6, scale=0.05)
         self.adapter = write_adapter(folder / "adapter", {"m": (self.a, self.b)}, ALPHA)

@@ -27,7 +27,6 @@ from torch import Tensor
 import shardmerge
 from shardmerge.cli.main import cli
 from shardmerge.config.schema import AdapterConfig
-from shardmerge.destinations.record import sealed
 from shardmerge.errors import ConfigError, FormatError, PlanError, ShardmergeError, SourceError
 from shardmerge.file_formats.adapter_file import open_adapter
 from shardmerge.inference import hf
@@ -39,6 +38,7 @@ from shardmerge.sources.source import open_source
 from tests.conftest import ROOT
 from tests.support.builders import run_python, slow_but, write_json, write_shards
 from tests.support.talkers import save_model, word_tokenizer
+from tests.support.tampering import sealed
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

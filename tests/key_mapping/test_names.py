@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from shardmerge.key_mapping.resolver import Names
+from shardmerge.key_mapping.names import Names
 from shardmerge.key_mapping.spoken import Speakers, Spoken
 from shardmerge.spec.updates import Parameter, Place
 from tests.support.names_zoo import State, matrix

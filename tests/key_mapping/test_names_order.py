@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from shardmerge.key_mapping.names import Names
 from shardmerge.key_mapping.order import arranged, has, parse, single, tree_of
-from shardmerge.key_mapping.resolver import Names
 from shardmerge.spec.updates import ModuleOrder
 from tests.support import zoo
 from tests.support.peft_oracle import stored

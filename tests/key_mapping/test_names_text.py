@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import shardmerge
-from shardmerge.key_mapping.resolver import Names
+from shardmerge.key_mapping.names import Names
 from shardmerge.key_mapping.spoken import Speakers, Spoken
 from tests.support import names_zoo, text_zoo
 from tests.support.names_zoo import State

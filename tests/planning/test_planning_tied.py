@@ -15,7 +15,7 @@ from torch import Tensor
 import shardmerge
 from shardmerge import PlanError
 from shardmerge.errors import FormatError
-from shardmerge.key_mapping.resolver import Names
+from shardmerge.key_mapping.names import Names
 from shardmerge.key_mapping.table import table
 from shardmerge.planning import tied as tied_module
 from shardmerge.planning.tied import tied_parameter

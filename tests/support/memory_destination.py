@@ -140,7 +140,7 @@ class MemoryDestination:
         if plan.index_name is not None:
             files[plan.index_name] = contents.index_of(plan)
             others[plan.index_name] = contents.entry_of(files[plan.index_name], plan.sha256)
-        files |= {RECORD_NAME: contents.record_of(record, others), **bucket.shards}
+        files |= {RECORD_NAME: b"".join(contents.record_of(record, others)), **bucket.shards}
         if missing := {*contents.files_of(plan)} - {*files}:
             raise OutputError(f"{self.location}: {', '.join(missing)} was finished, and is no longer there")
         bucket.files = {name: files[name] for name in contents.files_of(plan)}

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from shardmerge.key_mapping.resolver import Names
+from shardmerge.key_mapping.names import Names
 from shardmerge.key_mapping.spoken import Spoken
 from shardmerge.spec.updates import Parameter
 

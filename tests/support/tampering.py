@@ -11,7 +11,7 @@ import pytest
 
 import shardmerge
 from shardmerge import VerifyError, VerifyReport
-from shardmerge.destinations.record import sealed
+from shardmerge.destinations.record import SEAL, seal
 from shardmerge.sources.local import LocalSource
 from shardmerge.sources.source import open_reader
 from shardmerge.system import checksums
@@ -28,6 +28,11 @@ def wrong(output: Path, **options: Any) -> VerifyReport:
     assert isinstance(report, VerifyReport) and not report.ok
     assert report.problems[0].text in str(caught.value)
     return report
+
+
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with its own checksum, as if it had been written so."""
+    return {**record, SEAL: seal(record)}
 
 
 def record_of(output: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("transformers.conversion_mapping")
 transformers = pytest.importorskip("transformers")
 
-from shardmerge.key_mapping.resolver import Names  # noqa: E402
+from shardmerge.key_mapping.names import Names  # noqa: E402
 from shardmerge.key_mapping.ties import template  # noqa: E402
 from tests.support import names_zoo  # noqa: E402
 from tests.support.builders import slow_but  # noqa: E402

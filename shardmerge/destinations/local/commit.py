@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Commit:
             index = contents.index_of(plan)
             others[plan.index_name] = contents.entry_of(index, plan.sha256)
             self._write(RECORD_NAME, contents.record_of(record, others))
-            self._write(plan.index_name, index)
+            self._write(plan.index_name, [index])
 
     def _place(self, shard: ShardPlan) -> None:
         staged, place = self.stage / shard.name, self.output / shard.name
@@ -60,5 +60,5 @@ class Commit:
         durable.write_file(target, contents.aux_chunks(aux, checksums))
         return contents.entry(aux.nbytes, checksums)
 
-    def _write(self, name: str, content: bytes) -> None:
-        durable.write_file(self.output / name, [content])
+    def _write(self, name: str, content: Iterable[bytes]) -> None:
+        durable.write_file(self.output / name, content)

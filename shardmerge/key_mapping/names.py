@@ -1,0 +1,127 @@
+"""The names of one checkpoint: where a parameter is stored, what is tied, in which order a model has its layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cached_property
+
+from shardmerge.key_mapping import order
+from shardmerge.key_mapping import table as tables
+from shardmerge.key_mapping import ties as tying
+from shardmerge.key_mapping.resolver import LEGACY, Resolver
+from shardmerge.key_mapping.rules import Rules
+from shardmerge.spec.updates import ModuleOrder, Parameter
+
+
+class Names(Resolver):
+    """What is known of a checkpoint from its config.json and the names and shapes of its tensors."""
+
+    @property
+    def knows_ties(self) -> bool:
+        """Whether the table says what is tied; not where code comes with the model, which may do as it likes."""
+        if self._architecture is None:
+            return False
+        named = self._config.get("architectures")
+        is_named = isinstance(named, list) and self._architecture.name in named[:1]
+        return is_named or "auto_map" not in self._config
+
+    @cached_property
+    def ties(self) -> tuple[tying.Tie, ...]:
+        """Weights that are one in memory, of which one at least is stored.
+
+        A weight that is not stored has the name that it would have beside the one that is, in this checkpoint's style.
+        """
+        if not self.knows_ties:
+            return tuple(tying.guessed(self._config, self._shapes))
+        groups = self._tied_in_memory
+        found = (tying.tie_of(source, groups[source], self._stored_whole, self._style) for source in sorted(groups))
+        return tuple(tie for tie in found if tie)
+
+    @cached_property
+    def tied_in_parts(self) -> frozenset[str]:
+        """Names in memory of tied weights that the checkpoint does not store as one tensor, or not by themselves."""
+        names = (name for source, targets in self._tied_in_memory.items() for name in (source, *targets))
+        return frozenset(name for name in names if not self._stored_whole(name) and self._resolved(name) != "")
+
+    @cached_property
+    def _tied_in_memory(self) -> Mapping[str, list[str]]:
+        pairs: dict[str, str] = {}
+        for part in self._tying_parts:
+            prefix = f"{part.path}." if part.path else ""
+            declared = {prefix + target: prefix + source for target, source in part.architecture.tied.items()}
+            pairs |= dict(tying.expanded(declared, self._numbers if any("#" in name for name in declared) else {}))
+        return tying.grouped(pairs)
+
+    @cached_property
+    def tied(self) -> Mapping[str, str]:
+        """The same by name: every other name of a weight → the one that is stored."""
+        return dict(sorted((other, tie.main) for tie in self.ties for other in tie.others))
+
+    @cached_property
+    def tied_as_spoken(self) -> Mapping[str, str]:
+        """Other names of weights, here and in memory → here."""
+        return {
+            **{name: name for name in self.tied},
+            **{spoken: name for tie in self.ties for spoken, name in tie.spoken},
+        }
+
+    @cached_property
+    def across(self) -> frozenset[str]:
+        """Names in memory, # for numbers, of weights tied across numbers: to how many, the table cannot say."""
+        prefixes = {part.path: f"{part.path}." if part.path else "" for part in self._tying_parts}
+        return frozenset(prefixes[part.path] + name for part in self._tying_parts for name in part.architecture.across)
+
+    def is_tied_across(self, stored: str) -> bool:
+        """Whether a stored tensor is one of those."""
+        return bool(self.across) and not self.across.isdisjoint(map(tying.template, self._in_memory(stored)))
+
+    @property
+    def _tying_parts(self) -> Iterator[tables.Part]:
+        return (part for part in self._parts if tables.ties(part))
+
+    @cached_property
+    def _numbers(self) -> Mapping[str, Collection[tuple[str, ...]]]:
+        return tying.numbers_of(name for stored in self._shapes for name in self._in_memory(stored))
+
+    def _in_memory(self, stored: str) -> Iterator[str]:
+        """What a stored tensor can be called in memory."""
+        image = self._images.of(stored)
+        for name in image.targets or (image.name,):
+            yield name
+            yield from self._with_other_prefix(name)
+
+    def _resolved(self, name: str) -> Parameter | str:
+        module, _, parameter = name.rpartition(".")
+        return self.resolve(module, parameter)
+
+    def _stored_whole(self, name: str) -> str | None:
+        """The stored tensor that is all of a parameter, and nothing else."""
+        found = self._resolved(name)
+        if not isinstance(found, Parameter) or len(found.places) != 1:
+            return None
+        tensor = found.places[0].tensor
+        return tensor if math.prod(self._shapes[tensor]) == math.prod(found.shape) else None
+
+    def _style(self, name: str, stored: str) -> Callable[[str], str]:
+        """What this checkpoint does to names in memory, by the example of one."""
+        rules = Rules(self._rules.rules[: -len(tables.table().rules[LEGACY])])
+        renamings: tuple[Callable[[str], str], ...] = (
+            lambda name: name,
+            lambda name: rules.backward(name, with_prefixes=False),
+            lambda name: rules.backward(name, with_prefixes=True),
+        )
+        for rename in renamings:
+            if rename(name) == stored:
+                return rename
+        for prefix in self._prefixes:
+            for rename in renamings:
+                if rename(name).removeprefix(f"{prefix}.") == stored:
+                    return lambda name, rename=rename, prefix=prefix: rename(name).removeprefix(f"{prefix}.")  # type: ignore[misc]
+        return renamings[0]
+
+    def module_order(self) -> ModuleOrder | str:
+        """The Linear layers in the order in which transformers registers them; a string says why it is not known."""
+        classes = {part.path: part.architecture.name for part in self._parts}
+        in_memory = (*self._index.renamed, *self._index.targets)
+        return order.module_order(classes, in_memory, self.resolve, self._with_other_prefix)

@@ -1,0 +1,114 @@
+"""Many small objects as a few bytes, made anew whenever they are asked for, so that they go with whoever uses them.
+
+A plan of 67,000 targets would take 200 MB as objects, most of which nobody uses at a time; packed it takes 6 MB. The
+bytes are made and read by the same program: nothing that comes from a file is unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import operator
+import pickle
+import zlib
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, Generic, TypeVar, overload
+
+Item = TypeVar("Item")
+#: Fast; names that differ only in numbers take a tenth of their bytes all the same.
+_LEVEL = 1
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles a dataclass as a call of its class, which takes a third of the time of what frozen ones do themselves."""
+
+    def reducer_override(self, value: Any) -> Any:
+        kind: Hashable = type(value)
+        fields = _fields(kind)
+        return NotImplemented if fields is None else (kind, fields(value))
+
+
+@cache
+def _fields(kind: Hashable) -> Callable[[Any], tuple[Any, ...]] | None:
+    """What gives the values of a dataclass's fields; None for another class."""
+    if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
+        return None
+    names = [field.name for field in dataclasses.fields(kind)]
+    if len(names) > 1:
+        return operator.attrgetter(*names)
+    return lambda value: tuple(getattr(value, name) for name in names)
+
+
+def pack(value: Any) -> bytes:
+    """A value of strings, numbers, collections and dataclasses as bytes, for `unpack` in the same program."""
+    file = io.BytesIO()
+    _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
+    return zlib.compress(file.getbuffer(), _LEVEL)
+
+
+def unpack(data: bytes) -> Any:
+    """What `pack` was given."""
+    return pickle.loads(zlib.decompress(data))
+
+
+class PackedSequence(Sequence[Item], Generic[Item]):
+    """A tuple of objects that are made by each iteration, and by each look at one of them."""
+
+    __slots__ = ("_count", "_data")
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self._count = len(items)
+        self._data = pack(tuple(items))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Item]:
+        yield from unpack(self._data)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Item]: ...
+
+    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
+        items: tuple[Item, ...] = unpack(self._data)
+        return items[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (PackedSequence, tuple)) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
+class PackedMapping(Mapping[str, Item], Generic[Item]):
+    """A mapping of objects that are made by each look at it: go through `items`."""
+
+    __slots__ = ("_count", "_data")
+
+    def __init__(self, items: Mapping[str, Item]) -> None:
+        self._count = len(items)
+        self._data = pack(dict(items))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[str]:
+        yield from unpack(self._data)
+
+    def __getitem__(self, key: str) -> Item:
+        found: Item = unpack(self._data)[key]
+        return found
+
+    def items(self) -> Any:
+        """See `dict.items`."""
+        return unpack(self._data).items()
+
+    def __repr__(self) -> str:
+        return repr(unpack(self._data))
