@@ -92,8 +92,8 @@ def _located(
         output = output / name
     changes = {
         "output": config.output.model_copy(update={"path": str(output)}),
-        # How much memory there was is of no matter here.
-        "compute": config.compute.model_copy(update={"max_memory": "auto"}),
+        # How much memory and how many threads there were does not matter here.
+        "compute": config.compute.model_copy(update={"max_memory": "auto", "threads": "auto"}),
     }
     return config.model_copy(update=changes)
 
