@@ -21,8 +21,8 @@ def section(text: str, heading: str) -> str:
 
 
 def promises() -> list[str]:
-    """The items of the README's section, each in one line."""
-    items = re.split(r"\n(?=- )", section(README, "What it guarantees").strip())
+    """The items of the README's section, each in one line; a paragraph before or after the list is not one."""
+    items = re.split(r"\n\n|\n(?=- )", section(README, "What it guarantees").strip())
     return [" ".join(item.split()) for item in items if item.startswith("- ")]
 
 
