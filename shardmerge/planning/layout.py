@@ -43,7 +43,7 @@ def output_dtype(stored: str, wanted: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A weight of the output: where its data comes from, what it becomes, and the base's tensor in whose place it is."""
+    """A weight of the output: where its data is, the base's tensor in whose place it is, and what it becomes."""
 
     source: TensorRef
     base: TensorRef
