@@ -87,8 +87,8 @@ class Codec(ABC):
     holds_infinity: ClassVar[bool] = False
     #: Whether it encodes on the compute device; if not, the tile is brought to the CPU first.
     on_device: ClassVar[bool] = False
-    #: Whether ``target`` holds the encoded numbers themselves, so that one can see how much of an update is left.
-    shows_fidelity: ClassVar[bool] = False
+    #: Whether the numbers themselves are stored, in a dtype of torch: one can look at them without decoding.
+    is_plain: ClassVar[bool] = False
 
     # --- planning: no torch -------------------------------------------------------------------------------------------
 

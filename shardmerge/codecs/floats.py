@@ -32,7 +32,7 @@ class Float(Codec):
 
     holds_infinity = True
     on_device = True
-    shows_fidelity = True
+    is_plain = True
 
     def __init__(self, dtype: str) -> None:
         self.name = self.values = dtype

@@ -82,8 +82,9 @@ class Ggml(Codec):
         return int(shuffle[1] * shuffle[2]) if shuffle else 1
 
     def stochastic(self, encoding: Encoding, seed: int) -> Encoding | None:
-        through = _through(encoding).stochastic(Encoding(""), seed)
-        assert through is not None
+        dtype = _through(encoding).values
+        through = _THROUGH[dtype].stochastic(Encoding(dtype), seed)
+        assert through is not None, dtype
         settings = {**dict(encoding.settings), **dict(through.settings), "through": through.codec}
         return dataclasses.replace(encoding, settings=tuple(settings.items()))
 
@@ -143,7 +144,7 @@ class Ggml(Codec):
         """Half a step of a block, or a whole one next to the end of the levels, and what rounding d and m costs."""
         from shardmerge.codecs import rounding
 
-        through = _through(encoding).rounding_bound(Encoding(""), values, rows, part)
+        through = _through(encoding).rounding_bound(encoding, values, rows, part)
         if not self.holds_blocks:
             return through + rounding.half_unit(values.abs() + through, self.kind)
         blocks = values.view(-1, BLOCKS[self.kind][0])

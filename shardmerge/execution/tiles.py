@@ -193,7 +193,7 @@ class TileWorker:
             with self._lane() as lane:
                 slot = _Slot(self, lane, tensor, rows)
                 here = self._decode(slot, stored[rows.start - first : rows.stop - first])
-                sample = self.sampler.before(rows, here) if self._encoder.shows_fidelity else None
+                sample = self.sampler.before(rows, here) if self._encoder.is_plain else None
                 for update in self._reaching(rows):
                     self._update(lane, update, tensor, rows)
                 self._encode(slot, out[rows.start - first : rows.stop - first], sample)
@@ -247,7 +247,7 @@ class TileWorker:
         fetched = self.device.fetch(stored)  # less to copy as stored
         tile, _ = self._tile(slot.lane, slot.rows)
         self._decoder.decode(slot, fetched, tile)
-        return fetched if self._decoder.shows_fidelity else tile
+        return fetched if self._decoder.is_plain else tile
 
     def _survey_tile(self, slot: _Slot, surveyed: Update | None) -> None:
         """Show an update the tile as those before it leave it; or the codec, as all of them leave it."""

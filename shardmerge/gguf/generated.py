@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file that no checkpoint stores: their values, in float32. Torch, no I/O.
+"""The tensors of a GGUF file that no checkpoint stores: what rotary frequencies are divided by, in float32.
 
 Llama 3.1 divides a rotary frequency f of wavelength λ = 2π / f by 1 where λ is short, by ``factor`` where it is long,
 and in between by 1 / ((1 - s) / factor + s), s = (context / λ - low) / (high - low).
@@ -8,25 +8,58 @@ Source: transformers' rope type ``llama3``.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from shardmerge.gguf.layout import OutputTensor, RopeScaling
-
-
-def values_of(tensor: OutputTensor) -> Tensor:
-    """The elements (n,) of a tensor without parts, float32."""
-    if isinstance(tensor.values, RopeScaling):
-        return _divisors(tensor.values)
-    return torch.tensor(tensor.values, dtype=torch.float32)
+from shardmerge.gguf.model import Model
 
 
-def _divisors(scaling: RopeScaling) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """What the divisors of Llama 3.1's rope frequencies depend on."""
+
+    theta: float
+    dimensions: int
+    factor: float
+    low: float
+    high: float
+    context: float
+
+
+Values = tuple[float, ...] | RopeScaling
+
+
+def generated(model: Model) -> Iterator[tuple[str, int, Values]]:
+    """Name, number of elements, and what `values_of` makes them of."""
+    rope, name = model.rope, model.architecture.name
+    if name == "llama" and rope.kind == "llama3":
+        scaling = RopeScaling(
+            rope.theta,
+            model.rope_dimensions,
+            rope.number("factor", 8.0),
+            rope.number("low_freq_factor", 1.0),
+            rope.number("high_freq_factor", 4.0),
+            rope.number("original_max_position_embeddings", 8192),
+        )
+        yield "rope_freqs.weight", -(-scaling.dimensions // 2), scaling
+    if name == "phi3" and rope.kind == "longrope":
+        for reach in ("long", "short"):
+            factors = rope.numbers(f"{reach}_factor")
+            yield f"rope_factors_{reach}.weight", len(factors), factors
+
+
+def values_of(values: Values) -> list[float]:
+    """The elements, each a float32. Llama 3.1's are computed as transformers does, in torch."""
+    if not isinstance(values, RopeScaling):
+        return list(values)
+    import torch
+
+    scaling = values
     # The exponents as one tensor: torch's power of one number has other bits than that of many.
     exponents = torch.arange(0, scaling.dimensions, 2, dtype=torch.float32) / scaling.dimensions
     wavelengths = 2 * math.pi / (1.0 / scaling.theta**exponents)
     smooth = (scaling.context / wavelengths - scaling.low) / (scaling.high - scaling.low)
     divisors = 1 / ((1 - smooth) / scaling.factor + smooth)
     divisors = torch.where(wavelengths > scaling.context / scaling.low, scaling.factor, divisors)
-    return torch.where(wavelengths < scaling.context / scaling.high, 1.0, divisors)
+    divisors = torch.where(wavelengths < scaling.context / scaling.high, 1.0, divisors)
+    return [float(value) for value in divisors]

@@ -10,6 +10,7 @@ made of a tile of stored rows, or of few.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 
 from shardmerge.codecs import ggml
 from shardmerge.gguf.formats import padded
+from shardmerge.gguf.generated import RopeScaling, generated
 from shardmerge.gguf.model import Model
 from shardmerge.spec.tensors import FLOAT_DTYPES, Encoding, RowRange
 
@@ -51,18 +53,6 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class RopeScaling:
-    """What Llama 3.1's rope frequencies are divided by depends on; `generated.values_of` computes it, in torch."""
-
-    theta: float
-    dimensions: int
-    factor: float
-    low: float
-    high: float
-    context: float
-
-
-@dataclass(frozen=True, slots=True)
 class OutputTensor:
     """A tensor of the file, and how it is made.
 
@@ -71,12 +61,7 @@ class OutputTensor:
     """
 
     name: str
-    #: A key of `ggml.BLOCKS`.
-    kind: str
     shape: tuple[int, ...]
-    nbytes: int
-    #: From where the file's tensor data begins.
-    offset: int
     parts: tuple[Part, ...] = ()
     #: The stored dtype, which a merged value is rounded to before anything else is done with it.
     dtype: str = "F32"
@@ -85,6 +70,13 @@ class OutputTensor:
     #: Added to every element, in float32; in float16 where ``dtype`` is F16, as the converter does it.
     addend: float = 0.0
     values: tuple[float, ...] | RopeScaling = ()
+    #: A key of `ggml.BLOCKS`, and from where the file's tensor data begins: decided when all tensors are known.
+    kind: str = "F32"
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return ggml.nbytes(self.kind, self.shape)
 
     @property
     def encoding(self) -> Encoding:
@@ -132,19 +124,6 @@ class Layout:
         return padded(self.tensors[-1].offset + self.tensors[-1].nbytes) if self.tensors else 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """An output tensor before its type and its place are known."""
-
-    name: str
-    shape: tuple[int, ...]
-    parts: tuple[Part, ...] = ()
-    dtype: str = "F32"
-    shuffle: tuple[int, int, int] | None = None
-    addend: float = 0.0
-    values: tuple[float, ...] | RopeScaling = ()
-
-
 def lay_out(model: Model, shards: Sequence[Sequence[Stored]], quantization: str) -> Layout:
     """Lay out the file for a merged model whose tensors have these names, shapes and dtypes.
 
@@ -152,35 +131,21 @@ def lay_out(model: Model, shards: Sequence[Sequence[Stored]], quantization: str)
     `formats.QUANTIZATIONS` in upper case, that is of `ggml.BLOCKS`.
     """
     maker = _Maker(model)
-    drafts = list(_generated(model))
+    drafts = [OutputTensor(name, (count,), values=values) for name, count, values in generated(model)]
     for shard in shards:
         for stored in sorted(shard, key=lambda tensor: tensor.name):
             drafts += maker.take(stored)
     maker.finish(drafts)
     tied = all(draft.name != "output.weight" for draft in drafts)
-    tensors, offset = [], 0
+    tensors: list[OutputTensor] = []
+    offset = 0
     for draft in drafts:
-        kind = _type_of(draft, quantization, tied)
-        nbytes = ggml.nbytes(kind, draft.shape)
-        tensors.append(
-            OutputTensor(
-                draft.name,
-                kind,
-                draft.shape,
-                nbytes,
-                offset,
-                draft.parts,
-                draft.dtype,
-                draft.shuffle,
-                draft.addend,
-                draft.values,
-            )
-        )
-        offset += padded(nbytes)
+        tensors.append(dataclasses.replace(draft, kind=_type_of(draft, quantization, tied), offset=offset))
+        offset += padded(tensors[-1].nbytes)
     return Layout(tuple(tensors), tuple(maker.dropped), tuple(maker.problems))
 
 
-def _type_of(draft: _Draft, quantization: str, tied: bool) -> str:
+def _type_of(draft: OutputTensor, quantization: str, tied: bool) -> str:
     """The converter's rules: vectors, norms and routers stay exact, rows that are no whole blocks become F16."""
     if len(draft.shape) <= 1 or draft.name.endswith(("_norm.weight", "ffn_gate_inp.weight")):
         return "F32"
@@ -203,7 +168,7 @@ class _Maker:
         self.problems: list[str] = []
         self.dropped: list[str] = []
 
-    def take(self, stored: Stored) -> list[_Draft]:
+    def take(self, stored: Stored) -> list[OutputTensor]:
         name = stored.name
         if name.endswith(_UNUSED) or self._is_of_another_sense(name):
             self.dropped.append(name)
@@ -230,11 +195,11 @@ class _Maker:
     def _is_of_another_sense(self, name: str) -> bool:
         return self._architecture.multimodal and any(sense in name for sense in _OTHER_SENSES)
 
-    def _left_over(self, stored: Stored) -> list[_Draft]:
+    def _left_over(self, stored: Stored) -> list[OutputTensor]:
         self.problems.append(f"{stored.name}: {self._architecture.hf_class} has no such weight in GGUF")
         return []
 
-    def _of_layer(self, stored: Stored, layer: int, rest: str, suffix: str) -> list[_Draft]:
+    def _of_layer(self, stored: Stored, layer: int, rest: str, suffix: str) -> list[OutputTensor]:
         if layer >= self._model.layers:
             self.problems.append(f"{stored.name}: config.json says that there are {self._model.layers} layers")
             return []
@@ -256,7 +221,7 @@ class _Maker:
                 return self._expert(stored, layer, int(found[1]), found[2])
         return self._left_over(stored)
 
-    def _one(self, stored: Stored, name: str, stem: str) -> list[_Draft]:
+    def _one(self, stored: Stored, name: str, stem: str) -> list[OutputTensor]:
         """A tensor of the file that is one stored tensor."""
         model = self._model
         shape, shuffle = stored.shape, None
@@ -277,7 +242,7 @@ class _Maker:
         is_norm = stem.endswith("norm") and name.endswith(".weight")
         addend = 1.0 if is_norm and self._architecture.shifts_norms else 0.0
         parts = (Part(stored.name, RowRange(0, math.prod(shape[:-1]))),)
-        return [_Draft(name, shape, parts, stored.dtype, shuffle, addend)]
+        return [OutputTensor(name, shape, parts, stored.dtype, shuffle, addend)]
 
     def _has_right_shape(self, stored: Stored, name: str) -> bool:
         """Matrices where llama.cpp expects them, of a width that makes sense."""
@@ -297,7 +262,7 @@ class _Maker:
             )
         return (rows, *rest)
 
-    def _expert(self, stored: Stored, layer: int, expert: int, projection: str) -> list[_Draft]:
+    def _expert(self, stored: Stored, layer: int, expert: int, projection: str) -> list[OutputTensor]:
         experts, number = self._architecture.experts, self._model.experts
         assert experts and number
         if projection not in experts.stacks or expert >= number or len(stored.shape) != 2:
@@ -313,16 +278,16 @@ class _Maker:
             for draft in self._stack([found[kind, index] for index in range(number)], f"blk.{layer}.{target}.weight")
         ]
 
-    def _stack(self, members: Sequence[Stored], name: str) -> list[_Draft]:
+    def _stack(self, members: Sequence[Stored], name: str) -> list[OutputTensor]:
         shapes, dtypes = {member.shape for member in members}, {member.dtype for member in members}
         if len(shapes) > 1 or len(dtypes) > 1 or name in self._seen:
             self.problems.append(f"{members[0].name}: the experts of this layer have different shapes or dtypes")
             return []
         self._seen.add(name)
         parts = tuple(Part(member.name, RowRange(0, member.shape[0])) for member in members)
-        return [_Draft(name, (len(members), *members[0].shape), parts, members[0].dtype)]
+        return [OutputTensor(name, (len(members), *members[0].shape), parts, members[0].dtype)]
 
-    def _fused_experts(self, stored: Stored, layer: int, projection: str) -> list[_Draft]:
+    def _fused_experts(self, stored: Stored, layer: int, projection: str) -> list[OutputTensor]:
         """(E, 2 f, d) → gate and up, (E, f, d) each; (E, d, f) → down."""
         experts, number = self._architecture.experts, self._model.experts
         assert experts
@@ -339,10 +304,10 @@ class _Maker:
             self._seen.add(name)
             starts = [expert * stored.shape[1] + half * rows for expert in range(number)]
             parts = tuple(Part(stored.name, RowRange(start, start + rows)) for start in starts)
-            drafts.append(_Draft(name, (number, rows, stored.shape[2]), parts, stored.dtype))
+            drafts.append(OutputTensor(name, (number, rows, stored.shape[2]), parts, stored.dtype))
         return drafts
 
-    def finish(self, drafts: Sequence[_Draft]) -> None:
+    def finish(self, drafts: Sequence[OutputTensor]) -> None:
         """Say what is missing, once all tensors were taken."""
         architecture, experts = self._architecture, self._architecture.experts
         required = [f"{name}.weight" for name in architecture.model.values() if name != "output"]
@@ -356,28 +321,3 @@ class _Maker:
                 f"the base lacks the weights of {len(missing)} tensors that llama.cpp needs for "
                 f"{architecture.hf_class}: {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}"
             )
-
-
-# --- generated --------------------------------------------------------------------------------------------------------
-
-
-def _generated(model: Model) -> list[_Draft]:
-    """Tensors that no checkpoint stores: what rotary frequencies are divided by."""
-    rope, name = model.rope, model.architecture.name
-    if name == "llama" and rope.kind == "llama3":
-        scaling = RopeScaling(
-            rope.theta,
-            model.rope_dimensions,
-            rope.number("factor", 8.0),
-            rope.number("low_freq_factor", 1.0),
-            rope.number("high_freq_factor", 4.0),
-            rope.number("original_max_position_embeddings", 8192),
-        )
-        return [_Draft("rope_freqs.weight", (-(-scaling.dimensions // 2),), values=scaling)]
-    if name == "phi3" and rope.kind == "longrope":
-        return [
-            _Draft(f"rope_factors_{reach}.weight", (len(factors),), values=factors)
-            for reach in ("long", "short")
-            for factors in (rope.numbers(f"{reach}_factor"),)
-        ]
-    return []

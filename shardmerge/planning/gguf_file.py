@@ -15,6 +15,7 @@ from shardmerge.errors import SourceError
 from shardmerge.gguf import layout as gguf_layout
 from shardmerge.gguf.files import too_large, wanted
 from shardmerge.gguf.formats import ALIGNMENT, QUANTIZATIONS
+from shardmerge.gguf.generated import values_of
 from shardmerge.gguf.layout import OutputTensor, Part
 from shardmerge.gguf.metadata import describe
 from shardmerge.gguf.model import read_model
@@ -143,9 +144,7 @@ def _plan(tensor: OutputTensor, part: Part, place: tuple[int, int], merged: Tens
 
 def _generated(tensor: OutputTensor) -> TensorPlan:
     """What is made of the config alone is a source like any other, its bytes in its name."""
-    from shardmerge.gguf.generated import values_of
-
-    values = values_of(tensor).tolist()
+    values = values_of(tensor.values)
     file = inline_file(struct.pack(f"<{len(values)}f", *values))
     ref = TensorRef(tensor.name, file.uri, "F32", tensor.shape, 0, file.size)
     return TensorPlan(ref, TensorInfo("F32", tensor.shape, (tensor.offset, tensor.offset + tensor.nbytes)))

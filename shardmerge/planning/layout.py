@@ -43,53 +43,37 @@ def output_dtype(stored: str, wanted: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A weight of the output: where its data comes from, and the base's tensor in whose place it is."""
+    """A weight of the output: where its data is, the base's tensor in whose place it is, and what it becomes."""
 
     source: TensorRef
     base: TensorRef
-    #: How the output stores it; None is plainly, in `dtype`.
-    encoding: Encoding | None = None
-    #: The base's weight, where that is not stored plainly.
+    outputs: tuple[Output, ...]
+    #: How the base and the output store it, where that is not plainly.
     weight: Weight | None = None
+    encoding: Encoding | None = None
 
-    def dtype(self, wanted: str) -> str:
-        """The dtype of the values in the output."""
-        return self._made()[0].dtype if self.encoding else output_dtype(self.base.dtype, wanted)
+    @property
+    def nbytes(self) -> int:
+        return sum(output.nbytes for output in self.outputs)
 
-    def nbytes(self, wanted: str) -> int:
-        if self.encoding:
-            return sum(output.nbytes for output in self._made())
-        return tensor_nbytes(self.dtype(wanted), self.source.shape)
-
-    def plan(self, wanted: str, start: int) -> TensorPlan:
+    def plan(self, start: int) -> TensorPlan:
         """The weight's plan, with its data from ``start`` on."""
-        base = None if self.source is self.base else self.base
-        if self.encoding is None:
-            dtype, shape = self.dtype(wanted), self.source.shape
-            return TensorPlan(
-                self.source, TensorInfo(dtype, shape, (start, start + tensor_nbytes(dtype, shape))), base=base
-            )
-        outputs = self._made()
-        ends = list(itertools.accumulate((output.nbytes for output in outputs), initial=start))
-        infos = [
-            TensorInfo(output.dtype, output.shape, place)
-            for output, place in zip(outputs, itertools.pairwise(ends), strict=True)
-        ]
-        made = zip(outputs[1:], infos[1:], strict=True)
+        infos = []
+        for output in self.outputs:
+            start, end = start + output.nbytes, start
+            infos.append(TensorInfo(output.dtype, output.shape, (end, start)))
+        small = zip(self.outputs[1:], infos[1:], strict=True)
+        name = self.outputs[0].name
         return TensorPlan(
             self.source,
             infos[0],
             decoding=self.weight.stored_as if self.weight else None,
             encoding=self.encoding,
             parts=self.weight.parts[1:] if self.weight else (),
-            made=tuple(SmallPart(output.role, output.name, info) for output, info in made),
-            values_name=outputs[0].name if outputs[0].name != self.source.name else None,
-            base=base,
+            made=tuple(SmallPart(output.role, output.name, info) for output, info in small),
+            values_name=name if name != self.source.name else None,
+            base=None if self.source is self.base else self.base,
         )
-
-    def _made(self) -> tuple[Output, ...]:
-        assert self.encoding is not None
-        return CODECS[self.encoding.codec].outputs(self.source.name, self.source.shape, self.encoding)
 
 
 def lay_out(
@@ -138,42 +122,42 @@ class _Outgoing:
     def __init__(
         self, checkpoint: Checkpoint, dtype: str, replaced: Mapping[str, TensorRef], updated: Collection[str]
     ) -> None:
-        self._replaced = replaced
-        self._encoding = None if dtype == "same" else Encoding(dtype)
-        #: Weights that are worked on, by the places of the parts that do not stay.
-        self._weights: dict[tuple[str, int, int], Weight] = {}
+        self._dtype, self._replaced = dtype, replaced
+        #: What becomes of weights that are worked on, by the places of the parts that do not stay.
+        self._coded: dict[tuple[str, int, int], Outgoing] = {}
         for weight in checkpoint.weights.values():
-            if weight.stored_as is not None and (self._encoding or weight.name in updated):
-                outputs = CODECS[weight.stored_as.codec].outputs(weight.name, weight.tensor.shape, weight.stored_as)
+            if weight.stored_as is not None and (dtype != "same" or weight.name in updated):
+                encoding = weight.stored_as if dtype == "same" else Encoding(dtype)
+                outputs = CODECS[encoding.codec].outputs(weight.name, weight.tensor.shape, encoding)
+                outgoing = Outgoing(weight.tensor, weight.tensor, outputs, weight, encoding)
                 made = {output.role for output in outputs}
-                leaving = [ref for role, ref in weight.parts if self._encoding or role in made]
-                self._weights |= dict.fromkeys([ref.place for ref in leaving], weight)
+                leaving = [
+                    ref for role, ref in weight.parts if role in made or encoding.codec != weight.stored_as.codec
+                ]
+                self._coded |= dict.fromkeys([ref.place for ref in leaving], outgoing)
 
     def of(self, ref: TensorRef) -> Outgoing | None:
         """What a stored tensor is in the output; None if it is a part that stands elsewhere, or nowhere."""
-        if (weight := self._weights.get(ref.place)) is None:
+        if (coded := self._coded.get(ref.place)) is None:
             return self.plain(ref)
-        if weight.tensor.place != ref.place:
-            return None
-        return Outgoing(weight.tensor, weight.tensor, self._encoding or weight.stored_as, weight)
+        return coded if coded.source.place == ref.place else None
 
     def plain(self, ref: TensorRef) -> Outgoing:
         """A tensor that is stored plainly, or an adapter's whole one in its place."""
-        return Outgoing(self._replaced.get(ref.name, ref), ref)
+        source, dtype = self._replaced.get(ref.name, ref), output_dtype(ref.dtype, self._dtype)
+        size = tensor_nbytes(dtype, source.shape)
+        return Outgoing(source, ref, (Output("values", source.name, dtype, source.shape, size),))
 
 
 def _shard(name: str, metadata: safetensors_header.Metadata, group: Sequence[Outgoing], dtype: str) -> ShardPlan:
     if dtype != "same":
         # Widths have changed, so the base's order may leave tensors unaligned; the widest first never does.
-        group = sorted(group, key=lambda tensor: -DTYPE_BITS[tensor.dtype(dtype)])
-    tensors: list[TensorPlan] = []
-    end = 0
-    for outgoing in group:
-        tensors.append(outgoing.plan(dtype, end))
-        end = (tensors[-1].made[-1].info if tensors[-1].made else tensors[-1].out).data_offsets[1]
+        group = sorted(group, key=lambda tensor: -DTYPE_BITS[tensor.outputs[0].dtype])
+    ends = list(itertools.accumulate((tensor.nbytes for tensor in group), initial=0))
+    tensors = [tensor.plan(start) for tensor, start in zip(group, ends, strict=False)]
     stored = {name: info for tensor in tensors for name, info in tensor.outputs()}
     head = safetensors_header.encode(metadata, stored)
-    return ShardPlan(name, metadata, tuple(tensors), _like_source(len(head), tensors), end)
+    return ShardPlan(name, metadata, tuple(tensors), _like_source(len(head), tensors), ends[-1])
 
 
 def _like_source(header_bytes: int, tensors: Sequence[TensorPlan]) -> int:
@@ -196,7 +180,7 @@ def _reshard(checkpoint: Checkpoint, tensors: Sequence[Outgoing], dtype: str, li
     groups: list[list[Outgoing]] = [[]]
     filled = 0
     for tensor in tensors:
-        size = tensor.nbytes(dtype)
+        size = tensor.nbytes
         if groups[-1] and filled + size > limit:
             groups.append([])
             filled = 0

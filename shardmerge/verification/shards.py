@@ -206,7 +206,7 @@ class ShardCheck:
         findings = self._findings
         together = encoder(plan).row_unit(plan.encoding) if plan.encoding else 1
         windows = all_rows(plan, together) if self._rows is None else sampled(plan, self._rows, self._seed, together)
-        is_plain = encoder(plan).shows_fidelity  # its numbers can be looked at as they come by
+        is_plain = encoder(plan).is_plain  # its numbers can be looked at as they come by
         stored = output_of(plan, shard.file, shard.data_start, self._infos)
         exact.begin(plan)
         findings.touched += 1
@@ -275,7 +275,7 @@ class ShardCheck:
     ) -> bool:
         """Compare rows as found with W'; says where they are off by more than is allowed."""
         extreme = value + error * value.sign()
-        if encoder(plan).shows_fidelity:
+        if encoder(plan).is_plain:
             allowed = self._rounding(plan, extreme.abs()) + error
         else:
             allowed = bound_of(self._files, stored, extreme, rows) + error

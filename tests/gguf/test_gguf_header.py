@@ -28,9 +28,9 @@ VALUES = [
 
 def _tensors() -> list[OutputTensor]:
     return [
-        OutputTensor("one.weight", "Q8_0", (3, 64), 204, 0),
-        OutputTensor("two.weight", "F32", (5,), 20, 224),
-        OutputTensor("three.weight", "BF16", (2, 3, 4), 48, 256),
+        OutputTensor("one.weight", (3, 64), kind="Q8_0"),
+        OutputTensor("two.weight", (5,), offset=224),
+        OutputTensor("three.weight", (2, 3, 4), kind="BF16", offset=256),
     ]
 
 
@@ -78,7 +78,7 @@ def test_the_package_writes_the_same_bytes(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    tensors = [OutputTensor("one.weight", "F32", (3, 64), 768, 0), OutputTensor("two.weight", "F32", (5,), 20, 768)]
+    tensors = [OutputTensor("one.weight", (3, 64)), OutputTensor("two.weight", (5,), offset=768)]
     assert file.read_bytes() == encode_header(VALUES, tensors) + bytes(768 + 32)
 
 

@@ -13,7 +13,8 @@ import pytest
 from shardmerge.codecs.ggml import BLOCKS, nbytes
 from shardmerge.gguf.defaults import DEFAULTS
 from shardmerge.gguf.formats import padded
-from shardmerge.gguf.layout import Layout, OutputTensor, Part, RopeScaling, lay_out
+from shardmerge.gguf.generated import RopeScaling
+from shardmerge.gguf.layout import Layout, OutputTensor, Part, lay_out
 from shardmerge.gguf.model import read_model
 from shardmerge.spec.plans import jsonable
 from shardmerge.spec.tensors import RowRange

@@ -41,7 +41,6 @@ COMPUTES = frozenset(
         "execution.nonfinite",
         "execution.threads",
         "execution.tiles",
-        "gguf.generated",
         "inference.comparison",
         "system.torch_devices",
         "verification",

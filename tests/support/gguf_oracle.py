@@ -203,7 +203,7 @@ def data_of(tensor: OutputTensor, stored: Mapping[str, Tensor], tile_rows: int |
     """The bytes of a tensor."""
     data = torch.empty(tensor.nbytes, dtype=torch.uint8)
     if not tensor.parts:
-        quantize_into(data, values_of(tensor).view(1, -1), tensor.kind)
+        quantize_into(data, torch.tensor([values_of(tensor.values)]), tensor.kind)
         return data
     at = 0
     for part in tensor.parts:
