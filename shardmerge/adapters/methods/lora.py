@@ -40,7 +40,7 @@ class Lora(Family):
     stacks_vectors = True
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        """See `oriented`. An embedding that only its shape distinguishes from a Linear layer is assumed not to be square."""
+        """See `oriented`. An embedding that only its shape shows to be one is assumed not to be square."""
         made = (update.factor("B").shape[0], update.factor("A").shape[-1])
         if update.either_way and made[0] != made[1]:
             return update.changed(transposes=made == parameter.shape[::-1])
