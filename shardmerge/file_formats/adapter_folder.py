@@ -66,7 +66,7 @@ def look(location: str, names: Collection[str], named: str | None, ignored: Coll
     """What the files of an adapter's folder are.
 
     ``named`` is the file that was asked for by itself, if one was; ``ignored`` are files that the config leaves out.
-    Raises `FormatError` where it cannot be told which file is the adapter, or where shards are missing.
+    Raises `FormatError` where it is not clear which file is the adapter, or where shards are missing.
     """
     top = [name for name in names if "/" not in name]
     known = [name for name in top if _HOLDS_WEIGHTS.fullmatch(name)]

@@ -11,7 +11,8 @@ from shardmerge.destinations.destination import open_destination
 from shardmerge.destinations.record import RECORD_NAME, is_unfinished
 from shardmerge.errors import FormatError, MissingError, OtherKindError, PlanError, ShardmergeError
 from shardmerge.file_formats import recognise
-from shardmerge.file_formats.adapter_file import AdapterFile, open_adapter
+from shardmerge.file_formats.adapter_file import AdapterFile
+from shardmerge.file_formats.adapter_opening import open_adapter
 from shardmerge.file_formats.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.planning import steps
 from shardmerge.planning.settings import check_device

@@ -12,8 +12,9 @@ from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.adapters.registry import FAMILIES, METHODS, are_factors, is_telling
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.errors import FormatError
-from shardmerge.file_formats.adapter_file import CONFIG_NAME, AdapterFile, open_adapter
+from shardmerge.file_formats.adapter_file import CONFIG_NAME, AdapterFile
 from shardmerge.file_formats.adapter_folder import PICKLES, WEIGHTS, is_shard
+from shardmerge.file_formats.adapter_opening import open_adapter
 from shardmerge.file_formats.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.key_mapping.naming import module_name
 from shardmerge.reporting import outputs

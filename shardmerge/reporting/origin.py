@@ -11,7 +11,8 @@ from shardmerge.config.recorded import recorded_config, relocated
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.destinations.record import RECORD_NAME, open_record
 from shardmerge.errors import ConfigError, FormatError, SourceError
-from shardmerge.file_formats.adapter_file import AdapterFile, open_adapter
+from shardmerge.file_formats.adapter_file import AdapterFile
+from shardmerge.file_formats.adapter_opening import open_adapter
 from shardmerge.file_formats.checkpoint import open_checkpoint
 from shardmerge.sources.source import Source, open_source
 

@@ -11,7 +11,7 @@ from shardmerge.config.recorded import recorded_config, relocated
 from shardmerge.config.schema import MergeConfig
 from shardmerge.destinations.record import RECORD_NAME, Record
 from shardmerge.errors import ConfigError, PlanError, ShardmergeError, SourceError
-from shardmerge.file_formats.adapter_file import open_adapter
+from shardmerge.file_formats.adapter_opening import open_adapter
 from shardmerge.file_formats.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.planning.fingerprint import with_contents
 from shardmerge.planning.layouts import LAYOUTS

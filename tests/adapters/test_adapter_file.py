@@ -15,7 +15,8 @@ import shardmerge
 from shardmerge import PlanError
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.errors import FormatError, SourceError
-from shardmerge.file_formats.adapter_file import AdapterFile, open_adapter
+from shardmerge.file_formats.adapter_file import AdapterFile
+from shardmerge.file_formats.adapter_opening import open_adapter
 from shardmerge.reporting.inspection import inspect_path
 from shardmerge.sources.source import open_source
 from tests.support.builders import (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.config.schema import AdapterConfig
-from shardmerge.file_formats.adapter_file import open_adapter
+from shardmerge.file_formats.adapter_opening import open_adapter
 from shardmerge.sources.source import open_source
 from tests.support.builders import HIDDEN, INTERMEDIATE, LAYERS, peft_config, write_json
 

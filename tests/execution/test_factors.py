@@ -16,7 +16,7 @@ from shardmerge.errors import NonFiniteError
 from shardmerge.execution import factors as factors_module
 from shardmerge.execution.devices import Device
 from shardmerge.execution.factors import LazyFactors, UpdateFactors
-from shardmerge.file_formats.adapter_file import open_adapter
+from shardmerge.file_formats.adapter_opening import open_adapter
 from shardmerge.file_formats.torch_pickle import read_pickled
 from shardmerge.sources.local import LocalReader, LocalSource
 from shardmerge.sources.source import Reader

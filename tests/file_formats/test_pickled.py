@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from shardmerge.errors import FormatError, SourceError
 from shardmerge.file_formats import torch_pickle
-from shardmerge.file_formats.adapter_file import open_adapter
+from shardmerge.file_formats.adapter_opening import open_adapter
 from shardmerge.file_formats.torch_pickle import read_pickled
 from shardmerge.sources.source import open_source
 from shardmerge.spec.tensors import DTYPE_BITS, TensorRef

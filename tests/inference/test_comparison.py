@@ -28,7 +28,7 @@ import shardmerge
 from shardmerge.cli.main import cli
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.errors import ConfigError, FormatError, PlanError, ShardmergeError, SourceError
-from shardmerge.file_formats.adapter_file import open_adapter
+from shardmerge.file_formats.adapter_opening import open_adapter
 from shardmerge.inference import hf
 from shardmerge.inference.comparison import comparing, figures
 from shardmerge.inference.comparison.attached import attach

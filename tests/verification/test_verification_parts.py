@@ -22,7 +22,7 @@ from shardmerge.adapters.methods.road import RoadSettings
 from shardmerge.cli.main import cli
 from shardmerge.codecs.rounding import half_unit
 from shardmerge.config.schema import AdapterConfig
-from shardmerge.file_formats.adapter_file import open_adapter
+from shardmerge.file_formats.adapter_opening import open_adapter
 from shardmerge.sources.source import open_source
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import RowRange, TensorInfo, TensorRef

@@ -6,7 +6,7 @@ LoKr and LoHa by LyCORIS' names, see `shardmerge.adapters.formats.lycoris`. Whol
 
 A module's α is a number in the file, or is found where `adapters.formats.scales` looks; where nothing says it, the
 scale is 1. Keys are ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``, with the module's dots written
-as underscores, so only the base's own names can tell where they were (some files have dots behind the block); or with
+as underscores, so only the base's own names show where they were (some files have dots behind the block); or with
 dots: ``diffusion_model.blocks.0.attn.q.lora_down.weight``, ``unet.mid_block.attentions.0.proj_in.lora.down.weight``.
 Source: kohya-ss/sd-scripts, networks/lora.py; LyCORIS, lycoris/modules; ComfyUI, comfy/lora.py; diffusers,
 loaders/lora_conversion_utils.py.

@@ -1,7 +1,7 @@
 """Adapters of MLX (``mlx_lm.lora``): W' = W + scale · bᵀ aᵀ, with DoRA m / ‖W'‖ · W'.
 
 a is (in, r) and b (r, out), the transposes of what PEFT keeps; of an embedding, whose W is (V, D), a is (V, r) and b
-(r, D), and W' = W + scale · a b. m is (out). The scale stands in adapter_config.json as it is, not divided by the rank.
+(r, D), and W' = W + scale · a b. m is (out). The scale in adapter_config.json is s itself, not divided by the rank.
 A full fine-tune holds whole tensors. Source: mlx-lm, tuner/lora.py, tuner/dora.py and tuner/utils.py.
 """
 

@@ -30,7 +30,7 @@ _CONVERT = (
 
 
 def initialisation_problems(key: str, value: Any) -> list[str]:
-    """A check of ``init_lora_weights``: what is said of one that moves the base, and of one that nobody knows."""
+    """A check of ``init_lora_weights``: the messages about one that moves the base, and about an unknown one."""
     if value is MISSING or value is None or isinstance(value, bool):
         return []
     if not isinstance(value, str):

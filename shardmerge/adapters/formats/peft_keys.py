@@ -41,7 +41,7 @@ FOREIGN = frozenset(
 
 
 def unknown_key(key: str, value: Any) -> str:
-    """What is said of a key that nobody knows."""
+    """The message about an unknown key."""
     return (
         f"adapter_config.json: the key {key!r} is unknown to this version, and so is what it does to the weights "
         f"(found {reprlib.repr(value)}); if whoever made the adapter says that it does nothing to them, name it in the "

@@ -154,7 +154,7 @@ class LoraMethod(PeftMethod):
         return fits and not self.left_out(module, context)
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
-        """One of the forms that LoRA takes, told by the factors that are there and the config."""
+        """One of the forms that LoRA takes: the factors that are there and the config decide."""
         factors = module.factors
         if "embedding_A" in factors or "embedding_B" in factors:
             claim_embedding(claims, module, context.config)

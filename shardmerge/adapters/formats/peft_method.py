@@ -250,7 +250,7 @@ def _is_set(key: str, value: Any) -> bool:
 
 def _anchored(config: Config, modules: Collection[Module]) -> list[str]:
     """Patterns of whole names say nothing certain where wrappers stand before a module's name."""
-    # A method may not read them, and then nobody has checked what they are.
+    # A method that does not read them has not checked what they are.
     patterns = [of for key in ("rank_pattern", "alpha_pattern") if isinstance(of := config.get(key), dict)]
     anchored = [key for of in patterns for key in of if str(key).startswith("^")]
     wrapped = [module for module in modules if len(list(peeled(module.asked))) > 1]

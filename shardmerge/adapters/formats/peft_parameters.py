@@ -1,6 +1,6 @@
 """LoRA on parameters themselves (``target_parameters``): whose factors these are, and how fused experts' B is laid out.
 
-PEFT wraps the module that holds the parameter, so that ``.base_layer`` stands in the keys of all that is below it, and
+PEFT wraps the module that holds the parameter, so that ``.base_layer`` is in the keys of all that is below it, and
 nests the wrappers of several parameters, the first registered innermost. Of E experts A is (r·E, in), the experts
 outermost. B is (out, r·E), and its columns are laid out in one of two ways:
 
@@ -8,7 +8,7 @@ outermost. B is (out, r·E), and its columns are laid out in one of two ways:
 - ``grouped_by_expert``: column e·r + k is. Unsloth's trainer packed B so until it changed to PEFT's way in 2026.
 
 The shapes are the same. Unsloth has written down since then which it is, in ``lora_B_layout`` and
-``unsloth_fused_expert_lora``; where the layers of a model differ it says ``mixed``, which tells nothing.
+``unsloth_fused_expert_lora``; where the layers of a model differ it says ``mixed``, which says nothing.
 Source: peft/tuners/lora/layer.py, ParamWrapper; unsloth-zoo, pull requests 1232 and 1269.
 """
 
@@ -108,7 +108,7 @@ def claim_parameter(claims: Claims, module: Module, rank: int, scaling: float, c
 
 
 def owner(module: str, context: Context) -> str | None:
-    """The parameter whose factors stand under a module's name, wrappers counted; None where that cannot be told."""
+    """The parameter whose factors have a module's name, wrappers counted; None where that is unknown."""
     name, depth = bare(module)
     targets = targeted(name, context)
     if depth >= len(targets) or (len(targets) > 1 and not context.base.registered(name)):

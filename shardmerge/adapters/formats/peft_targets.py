@@ -20,7 +20,7 @@ Config = Mapping[str, Any]
 
 #: Settings that only some methods have. They narrow down what ``target_modules`` name.
 SELECTORS = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
-#: What is said of a module that is no target.
+#: The reason where a module is not a target.
 NOT_COVERED = "target_modules do not cover"
 #: From so many targets on PEFT looks for shorter names that mean the same modules.
 _MANY_TARGETS = 20
@@ -127,7 +127,7 @@ def _names_problems(key: str, names: Any) -> Iterator[str]:
 
 
 def _regex_problems(key: str, texts: Mapping[str, str]) -> Iterator[str]:
-    """``texts`` are PEFT's patterns → what of them stands in the config."""
+    """``texts`` are PEFT's patterns → what the config has of them."""
     for text, why in regex_problems(list(texts)):
         shown = "" if texts[text] == text else f": {reprlib.repr(texts[text])}"
         yield f"{key}{shown} is no regular expression: {why}"

@@ -33,7 +33,7 @@ ReadNumber = Callable[[TensorRef], float]
 CONFIG_KEY = "lora_adapter_metadata"
 ALPHAS = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")
 RANKS = ("ss_network_dim", "network_dim", "lora_rank", "rank", "dim", "r")
-#: Numbers that would scale an update in a way that nobody has written down.
+#: Numbers that would scale an update in a way that is not documented.
 _UNCLEAR = ("scale", "scaling", "lora_scale", "lora_scaling", "multiplier", "network_multiplier")
 #: Words that say that α / r is not the scale, or not for all modules.
 _ALSO = ("use_rslora", "rslora", "rs_lora", "use_dora", "dora_wd", "conv_alpha", "block_alphas", "conv_block_alphas")
@@ -47,7 +47,7 @@ _ASK = "give alpha (or scaling)"
 
 @dataclass(slots=True)
 class Scales:
-    """Tells the scale of one pair of factors after the other, and at the end what is to be said of all of them."""
+    """Finds the scale of one pair of factors after the other, and collects the messages about all of them."""
 
     alpha: float | None
     scaling: float | None

@@ -1,7 +1,7 @@
 """AdaLoRA: W' = W + α / (r₀ + 1e-5) · B (A ∘ E), a singular value for every rank, of which training drops some.
 
 W is (out, in), or of a convolution (out, in, k…), kernels flattened; A (r, in · k…), E (r, 1), B (out, r). A module
-begins with rank r₀ (``init_r``) and is saved with the rank r that is left, which ``rank_pattern`` tells; the scale
+begins with rank r₀ (``init_r``) and is saved with the rank r that is left, which ``rank_pattern`` has; the scale
 stays that of r₀. One whose rank went to zero is saved with empty factors and changes nothing. An α that is not above
 zero counts as r.
 Zhang et al. 2023, arXiv:2303.10512. Source: peft/tuners/adalora/layer.py and model.py, 0.21.
@@ -163,7 +163,7 @@ def _empty_shape(role: str, ref: TensorRef) -> tuple[int, ...]:
 
 
 def _kept(config: Config, module: str) -> list[bool] | None:
-    """Which of the ranks that a module began with are left, if the config tells."""
+    """Which of the ranks that a module began with are left, if the config says so."""
     for key, value in (config.get("rank_pattern") or {}).items():
         owner, found, _ = module_name(key).rpartition(".lora_E")
         if found and owner == module:

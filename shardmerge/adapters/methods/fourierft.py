@@ -54,7 +54,7 @@ class FourierFt(PeftFamily):
         return super().update(module, context, scaling=float(context.config["scaling"]), **changes)
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        return oriented(update, parameter, None, None)  # nothing but the config's flag tells
+        return oriented(update, parameter, None, None)  # nothing but the config's flag shows it
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         return spectrum_problems(update, shape)

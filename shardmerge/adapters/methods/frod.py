@@ -111,7 +111,7 @@ class Frod(PeftFamily):
 
 
 def category_of(module: str) -> str:
-    """The kind of module, by the last parts of its name, as PEFT tells them apart."""
+    """The kind of module, by the last parts of its name, as PEFT distinguishes them."""
     parts = module.split(".")
     if len(parts) == 1 or parts[-2].isdigit():
         return parts[-1]

@@ -1,8 +1,8 @@
 """A frozen copy of a base tensor inside an adapter file: W' = W, if the copy equals W.
 
 Training scripts that wrap a layer often save the wrapped layer's own weight with the factors, and PEFT does so with
-embeddings. It is no update, but it says which base the adapter was trained on, so it must agree with the base that is
-merged into; of PEFT's that is asked of every adapter but the first (`shardmerge.planning.several`).
+embeddings. It is not an update, but it shows which base the adapter was trained on, so it must agree with the base that
+is merged into; of PEFT's that is asked of every adapter but the first (`shardmerge.planning.several`).
 """
 
 from __future__ import annotations

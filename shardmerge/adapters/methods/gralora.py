@@ -132,7 +132,7 @@ class Gralora(PeftFamily):
 
 
 def _in_blocks(span: RowRange, size: int) -> Iterator[tuple[int, RowRange]]:
-    """The blocks that rows or columns lie in, and which of the block's own they are."""
+    """The blocks that rows or columns are in, and which of the block's own they are."""
     for index in range(span.start // size, -(-span.stop // size)):
         first = index * size
         yield index, RowRange(max(span.start - first, 0), min(span.stop - first, size))

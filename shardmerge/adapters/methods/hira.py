@@ -48,7 +48,7 @@ class Hira(Lora, PeftFamily):
         factors = (("A", a), ("B", b))
         claims.updates.append(self.update(module, context, factors=factors, rank=rank, transposes=bool(infix)))
         if 0 in a.shape or 0 in b.shape:
-            return  # an empty tensor is told of as such
+            return
         if len(a.shape) < 2 or len(b.shape) != len(a.shape) or any(size != 1 for size in b.shape[2:]):
             claims.misfit(
                 f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} are no factors: expected (r, in) and "

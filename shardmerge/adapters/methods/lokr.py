@@ -162,7 +162,7 @@ def _is_large(update: Update) -> bool:
 
 
 def _parts(rows: RowRange, update: Update) -> Iterator[RowRange]:
-    """Slabs; where w2 is large such that their rows of it lie together."""
+    """Slabs; where w2 is large such that their rows of it are adjacent."""
     b = _sizes(update)[2]
     for slab in slabs(rows, update.columns):
         start = slab.start

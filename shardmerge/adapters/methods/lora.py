@@ -40,7 +40,7 @@ class Lora(Family):
     stacks_vectors = True
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        """See `oriented`. Where shapes alone tell an embedding from a Linear layer, it is taken not to be square."""
+        """See `oriented`. An embedding that only its shape shows to be one is assumed not to be square."""
         made = (update.factor("B").shape[0], update.factor("A").shape[-1])
         if update.either_way and made[0] != made[1]:
             return update.changed(transposes=made == parameter.shape[::-1])
@@ -190,7 +190,7 @@ class LoraBlocks(Lora):
 
 
 def _unfolded(part: Tensor, first: int, rows: int, blocks: int) -> Tensor:
-    """Rows of a block-diagonal matrix from the same rows of its blocks, which lie one below the other."""
+    """Rows of a block-diagonal matrix from the same rows of its blocks, which are stored one below the other."""
     width = part.shape[1]
     whole = part.new_zeros(part.shape[0], blocks, width)
     for block in range(blocks):

@@ -85,7 +85,7 @@ def _is_swapped(update: ModuleUpdate, parameter: Parameter) -> bool | str:
     """Whether A takes the outputs and B the inputs: PEFT has changed its mind on that twice.
 
     Up to 0.18.1 A took the parameter's second dimension, whatever it was; in 0.19.0 it took the outputs; since 0.19.1
-    it takes the inputs. Shapes tell, except where they are square.
+    it takes the inputs. The shapes show which, except where they are square.
     """
     _, out_features, in_features = parameter.shape
     made = (update.factor("B").shape[0], update.factor("A").shape[-1])

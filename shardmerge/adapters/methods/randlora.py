@@ -90,7 +90,7 @@ class RandLora(PeftFamily):
         claims.updates.append(self.update(module, context, **fields))
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        # No factor tells the outputs from the inputs.
+        # No factor distinguishes the outputs from the inputs.
         return oriented(update, parameter, None, None)
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:

@@ -2,8 +2,8 @@
 
 W is (out, in), or of an embedding (V, D). A (r, in) and B (out, r) are W's largest singular vectors and are in the
 file; so is P (u, r, r), random. v (u) is shared by a group of modules, and stands under the group's number. Which
-group a module is of follows from its place among all targets in the order of the model, which no file tells; but P
-was drawn from the config's ``projection_seed`` plus that place, so P itself tells it. Morris et al. 2026,
+group a module is of follows from its place among all targets in the order of the model, which no file has; but P
+was drawn from the config's ``projection_seed`` plus that place, so P itself shows it. Morris et al. 2026,
 arXiv:2602.04118. Source: peft/tuners/tinylora/layer.py and model.py, 0.21.
 
 Without ``save_projection`` P is not in the file, and such adapters are refused. The bits are those of PEFT's merge,

@@ -161,7 +161,7 @@ def rounded(numbers: Tensor, update: Update) -> Tensor:
 def shared_projections(claims: Claims, module: Module, context: Context, *names: str) -> dict[str, TensorRef] | None:
     """A and B as the file has them, the module's own copies or those of all modules; empty where a seed makes them.
 
-    None says that one is missing, which is told once.
+    None: one is missing, which is reported once.
     """
     roles, there = dict(zip(("A", "B"), names, strict=True)), {**context.shared, **module.factors}
     found = {role: there[role] for role in roles if role in there}
@@ -185,7 +185,7 @@ def sized(claims: Claims, family: Family, context: Context) -> Claims:
         asked = update.family == family.name and update.fits
         stored = context.base.stored(update.module, "weight") if asked else None
         if stored is None or len(stored[0].shape) != 2:
-            continue  # where it is no matrix of the base, the match says so
+            continue  # what is not a matrix of the base, the match reports
         oriented_update = family.orient(update, stored[0])
         turned = isinstance(oriented_update, ModuleUpdate) and oriented_update.transposes
         shape = stored[0].shape[::-1] if turned else stored[0].shape

@@ -19,7 +19,7 @@ from shardmerge.spec.updates import HasSettings, Parameter, Settings, Update, Wi
 
 @dataclass(frozen=True, slots=True)
 class WholeSettings(Settings):
-    """Where a whole tensor is from, and what it stands for."""
+    """Where a whole tensor is from, and what it is."""
 
     #: Whether PEFT saved it for a module of its own, apart from what is tied to that.
     saved: bool = False

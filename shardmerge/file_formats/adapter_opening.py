@@ -1,0 +1,210 @@
+"""Opening an adapter: find its weights and its config, and read the headers. No tensor data is read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from shardmerge.errors import FormatError
+from shardmerge.file_formats import adapter_folder
+from shardmerge.file_formats.adapter_file import CONFIG_NAME, MAX_TENSORS, AdapterFile, Beside, way_out
+from shardmerge.file_formats.adapter_folder import INDEXES, PICKLES, WEIGHTS, Folder
+from shardmerge.file_formats.checkpoint_files import read_index, read_json, read_shard
+from shardmerge.file_formats.torch_pickle import read_pickled
+from shardmerge.sources.source import Source
+from shardmerge.spec.notices import Warned
+from shardmerge.spec.tensors import SourceFile, TensorRef
+
+#: Settings of a config; PEFT's classes have sixty.
+_MAX_SETTINGS = 5_000
+#: Files further down that are named one by one.
+_SHOWN = 5
+
+
+def open_adapter(source: Source, ignore: Sequence[str] = ()) -> AdapterFile:
+    """Find the weights and the config, and read the headers. Raises `FormatError` or `SourceError`.
+
+    ``ignore`` are names of files of weights in the adapter's folder that are no part of it.
+    """
+    directory, named = _directory(source)
+    names = directory.names()
+    folder = adapter_folder.look(source.location, names, named, ignore)
+    config = read_json(directory, names, CONFIG_NAME) if CONFIG_NAME in names else None
+    if config is not None and len(config) > _MAX_SETTINGS:
+        raise FormatError(
+            f"{directory.location}: {CONFIG_NAME} has {len(config):,} settings; expected {_MAX_SETTINGS:,} at most"
+        )
+    parts = [_read(directory, name) for name in folder.weights]
+    tensors = _together(directory, folder, parts)
+    if not tensors:
+        raise FormatError(f"{parts[0].file.uri}: holds no tensors")
+    if len(tensors) > MAX_TENSORS:
+        raise FormatError(
+            f"{parts[0].file.uri}: the adapter has {len(tensors):,} tensors; expected at most {MAX_TENSORS:,}"
+        )
+    _check_index(directory, names, parts)
+    own = dict(zip(folder.weights, (part.tensors for part in parts), strict=True))
+    beside, problems, notes = _beside(directory, folder, own)
+    return AdapterFile(
+        directory,
+        tuple(part.file for part in parts),
+        directory.stat(CONFIG_NAME) if config is not None else None,
+        config,
+        tensors,
+        _metadata(directory, parts),
+        tuple(beside),
+        (*_no_such_files(folder, ignore), *problems),
+        (*notes, *_notes(folder)),
+    )
+
+
+def _directory(source: Source) -> tuple[Source, str | None]:
+    """Where an adapter's files are, and which of them was named by itself.
+
+    By one of the usual names it still has its folder around it, with the config that PEFT wrote. Any other file is all.
+    """
+    directory = source.directory()
+    if directory is source:
+        return source, None
+    name = source.names()[0]
+    around = name in WEIGHTS or adapter_folder.is_shard(name)
+    return (directory if around else source), name
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One file of weights, as it was read."""
+
+    name: str
+    file: SourceFile
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorRef]
+
+
+def _read(source: Source, name: str) -> _Part:
+    file = source.stat(name)
+    if name.endswith(PICKLES):
+        return _Part(name, file, {}, read_pickled(source.fetch(name), file.uri))
+    shard = read_shard(source, name, MAX_TENSORS)
+    return _Part(name, file, dict(shard.metadata), {ref.name: ref for ref in shard.tensors})
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+def _together(source: Source, folder: Folder, parts: Sequence[_Part]) -> dict[str, TensorRef]:
+    """The tensors of all shards."""
+    if len(parts) == 1:
+        return dict(parts[0].tensors)
+    tensors: dict[str, TensorRef] = {}
+    places: dict[str, str] = {}
+    for part in parts:
+        for name in part.tensors:
+            if name in places:
+                raise FormatError(
+                    f"{source.location}: the tensor {name!r} is stored twice, in {places[name]} and in {part.name}"
+                )
+            places[name] = part.name
+        tensors |= part.tensors
+    return tensors
+
+
+def _metadata(source: Source, parts: Sequence[_Part]) -> dict[str, str]:
+    metadata: dict[str, str] = {}
+    for part in parts:
+        for key, value in part.metadata.items():
+            if metadata.setdefault(key, value) != value:
+                raise FormatError(
+                    f"{source.location}: the metadata of its shards differ: {key!r:.80} is {metadata[key]!r:.80}, and "
+                    f"in {part.name} {value!r:.80}"
+                )
+    return metadata
+
+
+def _check_index(source: Source, names: Sequence[str], parts: Sequence[_Part]) -> None:
+    """Refuse shards that are not those of their index. An index of other files is that of a model beside them."""
+    if not adapter_folder.is_shard(parts[0].name):
+        return
+    there = {tensor: part.name for part in parts for tensor in part.tensors}
+    for index in INDEXES:
+        weight_map = read_index(source, index)[1] if index in names else {}
+        if not any(map(adapter_folder.is_shard, weight_map.values())):
+            continue
+        for tensor in sorted({*there, *weight_map}):
+            found, expected = there.get(tensor), weight_map.get(tensor)
+            if found != expected:
+                raise FormatError(
+                    f"{source.location}: {index} puts {tensor!r:.200} into {expected or 'no file'}, but "
+                    f"{f'it is in {found}' if found else 'it is not there'}; index and shards are not of one adapter"
+                )
+
+
+# --- files beside it --------------------------------------------------------------------------------------------------
+
+
+def _beside(
+    source: Source, folder: Folder, own: Mapping[str, Mapping[str, TensorRef]]
+) -> tuple[list[Beside], list[str], list[str]]:
+    """Files of weights beside the adapter's; what is wrong with them, and what is to be said of them."""
+    found = {name: _read_beside(source, name) for name in folder.beside}
+    known = {**own, **{name: of.tensors for name, of in found.items()}}
+    problems: list[str] = []
+    notes: list[str] = []
+    for name in folder.beside:
+        read = _read_in_its_place(name, known, own)
+        if read is None or found[name].problem:
+            continue
+        if _shapes(found.pop(name).tensors) == _shapes(known[read]):
+            notes.append(f"{name} holds the same tensors as {read}, which is read; {name} is not")
+        else:
+            problems.append(
+                f"{name} holds other tensors than {read}, which is read in its place; if it is of another adapter, "
+                f"{way_out(name)}"
+            )
+    return list(found.values()), problems, notes
+
+
+def _read_in_its_place(name: str, known: Collection[str], own: Collection[str]) -> str | None:
+    """The file of the same name in the other format, safetensors or pickle, that libraries load in place of this."""
+    if (twin := adapter_folder.twin_of(name)) in known:
+        return twin
+    return next((other for other in own if adapter_folder.twin_of(other) == name), None)
+
+
+def _shapes(tensors: Mapping[str, TensorRef]) -> dict[str, tuple[int, ...]]:
+    return {name: ref.shape for name, ref in tensors.items()}
+
+
+def _read_beside(source: Source, name: str) -> Beside:
+    said = f"{name} is beside the adapter, where trained weights are stored"
+    if not adapter_folder.is_readable(name):
+        return Beside(name, source.stat(name), {}, f"{said}, in a format that is not read here; {_unless(name)}")
+    try:
+        part = _read(source, name)
+    except FormatError as error:
+        return Beside(name, source.stat(name), {}, f"{said}, and cannot be read: {error}; {_unless(name)}")
+    return Beside(name, part.file, part.tensors)
+
+
+def _unless(name: str) -> str:
+    return f"if the model needs none of it, {way_out(name)}"
+
+
+def _no_such_files(folder: Folder, ignore: Sequence[str]) -> list[str]:
+    return [
+        f"ignore_files names {name!r:.200}, which is not a file of weights in its folder; there are "
+        f"{', '.join(folder.known) or 'none'}"
+        for name in ignore
+        if name not in folder.known
+    ]
+
+
+def _notes(folder: Folder) -> list[str]:
+    notes = []
+    if folder.ignored:
+        notes.append(f"ignored, as ignore_files says: {', '.join(folder.ignored)}")
+    if folder.below:
+        more = ", …" if len(folder.below) > _SHOWN else ""
+        below = f"{', '.join(folder.below[:_SHOWN])}{more}"
+        notes.append(Warned(f"files of weights in folders below it are no part of it and are not merged: {below}"))
+    return notes
