@@ -12,7 +12,7 @@ import click
 from shardmerge.cli import describing, environment, merging, proving, talking
 from shardmerge.cli.printing import Group, show_traceback, show_usage
 from shardmerge.system.garbage import process_is_ours
-from shardmerge.system.interrupt import INTERRUPTED, is_told, raise_when_told
+from shardmerge.system.interrupt import INTERRUPTED, interrupt_on_signals, is_stopping
 from shardmerge.version import __version__
 
 
@@ -54,12 +54,12 @@ def main() -> NoReturn:
     """Run the command line and end the process; `shardmerge.cli.entry` is the console script."""
     sys.excepthook = show_traceback
     try:
-        raise_when_told()
+        interrupt_on_signals()
         _leave(_run())
     except (KeyboardInterrupt, click.Abort):
         click.echo("shardmerge: interrupted", err=True)
     except Exception:
-        if not is_told():
+        if not is_stopping():
             raise
         # What an interrupt became in code that is not ours.
         click.echo("shardmerge: interrupted", err=True)

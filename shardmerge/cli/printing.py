@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from shardmerge.errors import ConfigError, LimitError, PlanError, ShardmergeError, VerifyError
-from shardmerge.system.interrupt import is_told
+from shardmerge.system.interrupt import is_stopping
 from shardmerge.system.limits import explained, hint
 from shardmerge.system.terminal_text import one_line, shown, shown_json
 
@@ -54,7 +54,7 @@ def reported(ctx: click.Context) -> Iterator[None]:
         raise
     except Exception as error:
         why = explained(error)
-        if why is None or is_told():
+        if why is None or is_stopping():
             raise
         if ctx.meta[_AS_JSON]:
             _print_error("LimitError", LimitError.exit_code, [why])

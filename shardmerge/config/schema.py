@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MAX_ADAPTERS = 256
 #: Threads that compute. No machine has more cores.
 MAX_THREADS = 1024
-#: Problems that are told one by one.
+#: Problems that are listed one by one.
 _LISTED = 30
 _SIZE = re.compile(r"((?:0|[1-9][0-9]*)(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE | re.ASCII)
 _PREFIXES = "KMGT"

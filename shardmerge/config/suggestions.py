@@ -67,7 +67,7 @@ def hint(value: object, allowed: Sequence[str], key: str = "", types: Sequence[s
 
 
 def meant(value: object, allowed: Sequence[str]) -> str | None:
-    """Which of the allowed values was meant; None where that cannot be told."""
+    """Which of the allowed values was meant; None where that is unclear."""
     word = _word(value)
     if any(name.startswith("cuda:") for name in allowed) and (match := _NUMBERED.fullmatch(word)):
         return f"cuda:{int(match[1])}"

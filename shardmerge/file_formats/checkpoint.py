@@ -10,13 +10,14 @@ from shardmerge.codecs.registry import CODECS
 from shardmerge.errors import FormatError
 from shardmerge.file_formats.checkpoint_choice import Choice, choose
 from shardmerge.file_formats.checkpoint_files import Shard, is_index, read_json, read_shard
+from shardmerge.file_formats.model_config import setting
 from shardmerge.sources.source import Source
 from shardmerge.spec.plans import CheckpointInfo
 from shardmerge.spec.tensors import Weight
 
 #: Names that a message lists of many.
 _SHOWN = 5
-#: Endings of what lies beside a file while it is downloaded.
+#: Endings of files that are beside a file while it is downloaded.
 _UNFINISHED = (".aria2", ".part", ".crdownload", ".incomplete")
 
 
@@ -44,9 +45,7 @@ class Checkpoint:
     @property
     def ties_embeddings(self) -> bool:
         """Whether transformers makes the output head share the input embedding when it loads this model."""
-        inner = self.config.get("text_config")
-        inner_value = inner.get("tie_word_embeddings") if isinstance(inner, dict) else None
-        return bool(self.config.get("tie_word_embeddings", inner_value))
+        return bool(setting(self.config, "tie_word_embeddings"))
 
     def info(self) -> CheckpointInfo:
         return CheckpointInfo(
@@ -65,7 +64,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
     directory = source.directory()
     names = source.names()
     if names and directory is not source and is_index(names[0]):
-        raise FormatError(f"{source.location}: an index alone is no model; give the directory {directory.location}")
+        raise FormatError(f"{source.location}: an index alone is not a model; give the directory {directory.location}")
     config = read_json(directory, directory.names(), "config.json")
     choice = choose(source, names, None if directory is not source else config.get("transformers_weights"))
     _refuse_unfinished(source, directory.names(), choice)

@@ -62,7 +62,7 @@ def choose(source: Source, names: Sequence[str], named: Any = None) -> Choice:
 
 
 def _named(source: Source, top: Sequence[str], named: Any) -> Choice:
-    """transformers loads what ``transformers_weights`` of config.json names, whatever lies beside it."""
+    """transformers loads what ``transformers_weights`` of config.json names, whatever is beside it."""
     if named not in top or not (named.endswith(SUFFIX) or is_index(named)):
         raise FormatError(
             f"{source.location}: config.json says that its transformers_weights are {named!r:.200}, which is not a "

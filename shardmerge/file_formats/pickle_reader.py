@@ -198,7 +198,7 @@ def _storage(reference: Any) -> Storage:
     """``("storage", type, key, device, number of elements)``"""
     what, kind, key = reference[:3]
     if what != "storage" or not isinstance(kind, Name) or not isinstance(key, str):
-        raise ValueError("a reference to something that is no storage")
+        raise ValueError("a reference to something other than a storage")
     module, _, name = kind.name.rpartition(".")
     if module not in ("torch", "torch.storage") or not name.endswith("Storage"):
         raise RefusedError(kind.name)
@@ -214,7 +214,7 @@ def _built(called: Any, arguments: Any) -> Any:
         return {}
     if called.name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
         if not isinstance(arguments[0], Tensor):
-            raise ValueError("a parameter that is no tensor")
+            raise ValueError("a parameter that is not a tensor")
         return arguments[0]
     if called.name == "torch._utils._rebuild_tensor_v2":
         return _tensor(*arguments[:4], extra=arguments[6:])

@@ -79,7 +79,7 @@ def read_header(
 
 
 def decode(text: bytes, where: str, most: int = MAX_TENSORS) -> tuple[Metadata, dict[str, TensorInfo]]:
-    """Header JSON → metadata and tensors, each entry well formed; `validate` checks how they lie together.
+    """Header JSON → metadata and tensors, each entry well formed; `validate` checks their offsets.
 
     Memory is bounded by a small multiple of the header's bytes, whatever they say.
     """
@@ -212,7 +212,7 @@ class _Parts:
         return self.reach(0, MAX_ENTRY)
 
     def skip(self, index: int) -> int:
-        """Where the next character is that is no space."""
+        """Where the next character is that is not a space."""
         found = _SPACES.match(self.text, index)
         return found.end() if found else index
 

@@ -58,7 +58,7 @@ def read_pickled(path: Path, uri: str) -> dict[str, TensorRef]:
 
 
 class _Archive(io.FileIO):
-    """A file of which zipfile gets no more at once than the directory may take: it reads whatever it is told to."""
+    """A file of which zipfile gets no more at once than the directory may take: it believes the sizes in the file."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > MAX_DIRECTORY_BYTES:
@@ -165,7 +165,7 @@ def _ref(path: Path, uri: str, name: Any, value: Any, records: Mapping[str, tupl
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether its elements lie one after the other; the stride of a single one means nothing."""
+    """Whether its elements are stored one after the other; the stride of a single one means nothing."""
     expected = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
         if size != 1 and stride != expected and 0 not in tensor.shape:

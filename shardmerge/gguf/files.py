@@ -91,7 +91,7 @@ class ModelFiles:
 
 
 def items(value: Any) -> list[Any]:
-    """A list as it is, of anything else nothing: files come from strangers."""
+    """A list as it is, of anything else nothing: files are untrusted."""
     return value if isinstance(value, list) else []
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.file_formats.checkpoint import Checkpoint
+from shardmerge.file_formats.model_config import whole_number
 
 _LAYER = re.compile(r"\.(\d{1,6})(?=\.)")
 #: Updates that must not fit before anything is said: one or two may be slips.
@@ -63,8 +64,8 @@ def _example(updates: Sequence[ModuleUpdate]) -> str:
 
 
 def _sizes(misshaped: Iterable[tuple[ModuleUpdate, tuple[int, ...]]], config: Mapping[str, Any]) -> str:
-    """The hidden sizes of the two models, as far as A, (r, in), of LoRA beside a weight (out, in) tells them."""
-    ours = _number(config, "hidden_size")
+    """The hidden sizes of the two models, as far as A, (r, in), of LoRA beside a weight (out, in) shows them."""
+    ours = whole_number(config, "hidden_size")
     inputs = [(shape[-1], update.factor("A").shape[-1]) for update, shape in misshaped if _has_inputs(update, shape)]
     found = Counter(theirs for here, theirs in inputs if here == ours and theirs != here)
     if ours is None or not found:
@@ -80,14 +81,8 @@ def _deeper(fit: Fit, checkpoint: Checkpoint) -> str:
     """Where all that have no place are of layers that the base has not, and all else fits."""
     if not fit.absent or fit.misshaped:
         return ""
-    layers = _number(checkpoint.config, "num_hidden_layers")
+    layers = whole_number(checkpoint.config, "num_hidden_layers")
     numbers = [int(match[1]) for update in fit.absent if (match := _LAYER.search(f".{update.module}."))]
     if layers is None or len(numbers) < len(fit.absent) or min(numbers) < layers:
         return ""
     return f"it updates layer {max(numbers)}, the base's last is {layers - 1}"
-
-
-def _number(config: Mapping[str, Any], key: str) -> int | None:
-    inner = config.get("text_config")
-    value = config.get(key, inner.get(key) if isinstance(inner, dict) else None)
-    return value if type(value) is int else None

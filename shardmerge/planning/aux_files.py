@@ -13,11 +13,11 @@ from shardmerge.file_formats import recognise
 from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.file_formats.checkpoint_files import read_json
+from shardmerge.file_formats.model_config import vocabulary_size
 from shardmerge.planning.other_weights import is_adapter, is_below, is_weights, needed_folders, sort_out
 from shardmerge.planning.special_files import is_of_another, linked_folders, unfit_in_adapter, unfit_in_base
 from shardmerge.planning.tied import without_ties
 from shardmerge.planning.tokenizer import Files, take_tokenizer, without_template
-from shardmerge.planning.vocabulary import vocabulary_size
 from shardmerge.sources.source import Source
 from shardmerge.spec.plans import AuxFile
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardmerge.file_formats.checkpoint import Checkpoint
+from shardmerge.file_formats.model_config import sections
 from shardmerge.spec.tensors import FLOAT_DTYPES, TensorRef
 
 #: Last parts of names that go with packed numbers, or are them.
@@ -35,7 +36,7 @@ _WAY_OUT = (
 def is_quantised(checkpoint: Checkpoint, module: str, parameter: str, stored: TensorRef) -> str | None:
     """That the tensor which a module's parameter is stored as holds no floats by itself; None where it does.
 
-    Floats that have a scale beside them are no weights either.
+    Floats that have a scale beside them are not weights either.
     """
     owner = stored.name.removesuffix(".weight")
     beside = [name for name in _BESIDE if f"{owner}.{name}" in checkpoint.weights] if owner != stored.name else []
@@ -46,7 +47,7 @@ def is_quantised(checkpoint: Checkpoint, module: str, parameter: str, stored: Te
 
 
 def has_packed(checkpoint: Checkpoint, module: str, parameter: str) -> str | None:
-    """That a parameter which the base does not store is there packed; None where nothing of the module is packed."""
+    """That a parameter is stored packed, and not under its own name; None where nothing of the module is packed."""
     packed = [ref for ref in _below(checkpoint, module, parameter) if _COMPANION.fullmatch(_last(ref))]
     if all(ref.dtype in FLOAT_DTYPES for ref in packed):
         return None
@@ -84,9 +85,7 @@ def _below(checkpoint: Checkpoint, module: str, parameter: str) -> Sequence[Tens
 
 def _method(config: Mapping[str, Any]) -> str:
     """``INT4 by compressed-tensors``."""
-    inner = config.get("text_config")
-    sections = [config, inner if isinstance(inner, dict) else {}]
-    for section in (section.get(key) for section in sections for key in _SECTIONS):
+    for section in (section.get(key) for section in sections(config) for key in _SECTIONS):
         if isinstance(section, dict) and section:
             method = str(
                 section.get("quant_method") or section.get("mode") or "a method that config.json does not name"

@@ -1,4 +1,4 @@
-"""What stands among a base's or an adapter's files and is no file of theirs: links that lead out, FIFOs, devices.
+"""Refuses what is among a base's or an adapter's files and is not one of them: links that lead out, FIFOs, devices.
 
 Each is refused by its name: at the top of base and adapter whether it is used or not, further down where the folder is
 copied. Folders of training runs and of other models are not looked into, and so not judged. A link to a folder is never

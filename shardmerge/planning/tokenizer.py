@@ -163,7 +163,7 @@ def _have_same_vocabulary(chosen: Files, source: Source, names: Sequence[str]) -
 
 
 def _vocabulary(source: Source, name: str) -> str | None:
-    """A digest of the vocabulary and merges of a tokenizer.json; None where that cannot be told."""
+    """A digest of the vocabulary and merges of a tokenizer.json; None where there is none, or it is too large."""
     if source.stat(name).size > _MAX_TOKENIZER:
         return None
     try:

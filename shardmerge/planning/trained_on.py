@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from shardmerge.errors import ShardmergeError
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.file_formats.checkpoint_files import read_json
+from shardmerge.file_formats.model_config import setting
 from shardmerge.sources.source import open_source
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -71,14 +72,9 @@ def _difference(path: str, checkpoint: Checkpoint) -> str:
     except ShardmergeError:
         return ""
     ours = checkpoint.config
-    wrong = next((key for key in _COMPARED if _differ(_said(ours, key), _said(theirs, key))), None)
-    return f"{wrong} is {_said(theirs, wrong)} there, and {_said(ours, wrong)} in the base" if wrong else ""
+    wrong = next((key for key in _COMPARED if _differ(setting(ours, key), setting(theirs, key))), None)
+    return f"{wrong} is {setting(theirs, wrong)} there, and {setting(ours, wrong)} in the base" if wrong else ""
 
 
 def _differ(one: Any, other: Any) -> bool:
     return type(one) is type(other) and isinstance(one, (int, str)) and one != other
-
-
-def _said(config: Mapping[str, Any], key: str) -> Any:
-    inner = config.get("text_config")
-    return config.get(key, inner.get(key) if isinstance(inner, dict) else None)

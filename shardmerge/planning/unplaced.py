@@ -23,7 +23,7 @@ class Unplaced:
 
     adapter: int
     update: ModuleUpdate
-    #: Why, where something of its name is there.
+    #: Why, where the base has something of its name.
     why: str
     #: Says so; it takes a search.
     problem: Callable[[], str]

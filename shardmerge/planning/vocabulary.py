@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.adapters.formats.wholes import is_embedding
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.file_formats.checkpoint import Checkpoint
+from shardmerge.file_formats.model_config import vocabulary_size
 from shardmerge.spec.tensors import TensorRef
 from shardmerge.spec.updates import Update
 
-#: Biases of outputs that are no part of the head's own module.
+#: Biases of outputs that are not part of the head's own module.
 _BIASES = ("final_logits_bias", "predictions.bias")
-
-
-def vocabulary_size(config: Mapping[str, Any]) -> int | None:
-    """What config.json says, of a composite model its text part."""
-    inner = config.get("text_config")
-    for section in (config, inner if isinstance(inner, dict) else {}):
-        if type(size := section.get("vocab_size")) is int:
-            return size
-    return None
 
 
 def may_resize(checkpoint: Checkpoint, update: ModuleUpdate, stored: TensorRef) -> list[str]:

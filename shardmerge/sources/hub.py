@@ -212,7 +212,7 @@ def _cached_snapshot(repo: str, asked: str) -> Path:
     try:
         folder = Path(_API.snapshot_download(repo, revision=asked, local_files_only=True))
     except LocalEntryNotFoundError as error:
-        # Newer versions refuse a snapshot that lacks files, but tell where it is.
+        # Newer versions refuse a snapshot that lacks files, but say where it is.
         folder = Path(getattr(error, "snapshot_path", ""))
     if not _COMMIT.fullmatch(folder.name):
         raise SourceError(f"{repo}@{asked}: not in the cache")

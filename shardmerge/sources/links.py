@@ -1,4 +1,4 @@
-"""Where a name of a directory leads: links of a stranger's directory must not make us read, or copy, what is outside.
+"""Where a name of a directory leads: links in an untrusted directory must not make us read or copy what is outside.
 
 A link is followed where it ends inside the directory; where the directory is a snapshot in the Hub's cache, also in the
 ``blobs`` of the same entry (``models--org--name/snapshots/<commit>`` has links to ``models--org--name/blobs``), and in
@@ -62,7 +62,7 @@ def leads_out(root: str, name: str) -> bool:
 
 
 def is_inside(root: str, real: str) -> bool:
-    """Whether a path without links lies where links of the directory ``root`` may lead."""
+    """Whether a path without links is where links of the directory ``root`` may lead."""
     folder = os.path.realpath(root)
     if real == folder or _is_below(folder, real):
         return True

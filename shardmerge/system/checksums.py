@@ -39,7 +39,7 @@ class Checksums:
 def of_file(
     file: Blocks, size: int, sha256: bool = False, advance: Callable[[int], None] = lambda count: None
 ) -> dict[str, str]:
-    """The checksums of a file's first ``size`` bytes, by name; ``advance`` is told the bytes done."""
+    """The checksums of a file's first ``size`` bytes, by name; ``advance`` gets the number of bytes of each step."""
     checksums = Checksums(sha256)
     memory = pages(_BLOCK)
     for offset in range(0, size, _BLOCK):

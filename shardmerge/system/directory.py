@@ -217,7 +217,7 @@ def _open_folder(name: str, folder: int, path: Path) -> int:
     try:
         return os.open(name, _OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
     except OSError as error:
-        # Of a link, Linux says that it is no directory, and others that there are too many of them.
+        # Of a link, Linux says that it is not a directory, and others that there are too many of them.
         if error.errno in (errno.ENOTDIR, errno.ELOOP) and _is_link(name, folder):
             raise LinkError(path) from None
         raise

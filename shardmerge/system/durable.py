@@ -58,7 +58,7 @@ def make_directory(path: Path) -> list[Path]:
 
 
 def open_directory(directory: Directory) -> None:
-    """Hold a directory that is there open, until `Directory.close`."""
+    """Hold an existing directory open until `Directory.close`."""
     with reported(directory.path, "opening"):
         directory.open()
 
@@ -166,7 +166,7 @@ def remove_leftover(file: Entry) -> None:
 
 
 def remove(file: Entry) -> None:
-    """Remove a file if it is there; its absence is durable when this returns."""
+    """Remove a file if it exists; its absence is durable when this returns."""
     with reported(file, "removing"):
         try:
             file.unlink()
@@ -176,6 +176,6 @@ def remove(file: Entry) -> None:
 
 
 def remove_tree(folder: Entry) -> None:
-    """Remove a folder and all that is in it, if it is there."""
+    """Remove a folder and everything in it, if it exists."""
     with reported(folder, "removing"), suppress(FileNotFoundError):
         folder.remove_tree()

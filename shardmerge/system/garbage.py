@@ -1,4 +1,4 @@
-"""When looking for garbage is a waste: while many objects are made that all stay. And who gets what was freed."""
+"""Python's garbage collection, paused while many objects are made that all stay; and freed memory, returned."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _process_is_ours = False
 def process_is_ours() -> None:
     """Say that this process runs one command of ours and nothing else.
 
-    What is there after `no_garbage_collection` is then left alone for good: it stays to the end anyway, and a first
-    look at all that torch makes when it is imported takes as long as a hundred megabytes of a merge.
+    The objects that exist after `no_garbage_collection` are then never looked at again: they stay to the end anyway,
+    and a first look at all that torch makes when it is imported takes as long as a hundred megabytes of a merge.
     """
     global _process_is_ours
     _process_is_ours = True
@@ -34,7 +34,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def give_back() -> None:
-    """Let others have what is free: malloc keeps it, for the thread that freed it, in pieces into which few fit."""
+    """Return free memory to the system: malloc keeps it for the thread that freed it, in pieces too small to reuse."""
     import ctypes
 
     with suppress(OSError, AttributeError):  # glibc's alone

@@ -1,4 +1,4 @@
-"""Whether the torch that is installed fits the machine, told from its files: to import it would take a second.
+"""Whether the torch that is installed fits the machine, judged by its files: importing it would take a second.
 
 On Linux ``pip install torch`` brings the build for CUDA, several times as large as the one for the CPU. Nothing
 goes wrong with it; but who merges on a small VM should know, once, that less would do.

@@ -1,9 +1,9 @@
-"""A process that was told to stop does so in time, whatever it is doing.
+"""A process that gets a signal to stop does so in time, whatever it is doing.
 
 SIGINT and SIGTERM become a `KeyboardInterrupt` in the main thread, which tidies up on its way out. But it comes through
 only between two steps of the interpreter: not while a large product is being computed, nor while a disk that has died
-keeps a write waiting; and code that is not ours may swallow it. As an unfinished merge can be taken up from any state,
-the process then simply leaves.
+keeps a write waiting; and code that is not ours may swallow it. As an unfinished merge can be resumed from any state,
+the process then simply exits.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 INTERRUPTED = 130
-ADVICE = "interrupted; run the same command again to take it up"
+ADVICE = "interrupted; run the same command again to resume it"
 #: Seconds that tidying up may take.
 _GRACE = 1.5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class _Told:
-    """Whether this process was told to stop, and what it says when it leaves."""
+class _State:
+    """Whether a signal to stop has come, and what the process says when it exits."""
 
     stopping = False
     message = "shardmerge: interrupted"
     leaving = threading.Lock()
 
 
-def raise_when_told() -> None:
+def interrupt_on_signals() -> None:
     """From now on the first such signal is a `KeyboardInterrupt`, and the second ends the process.
 
     So does the first where the interrupt has come to nothing after `_GRACE` seconds. Signals that are ignored stay so.
@@ -44,15 +44,15 @@ def raise_when_told() -> None:
     sys.unraisablehook = _unraisable
 
 
-def is_told() -> bool:
+def is_stopping() -> bool:
     """Whether such a signal has come."""
-    return _Told.stopping
+    return _State.stopping
 
 
 def _on_signal(number: int, frame: Any) -> NoReturn:
-    if _Told.stopping:
+    if _State.stopping:
         _leave()
-    _Told.stopping = True
+    _State.stopping = True
     with suppress(RuntimeError):  # where no thread can be had, a second signal has to do
         threading.Thread(target=_leave_in_time, name="shardmerge-leave", daemon=True).start()
     raise KeyboardInterrupt
@@ -70,8 +70,8 @@ def _leave_in_time() -> None:
 
 
 def _leave() -> NoReturn:
-    if _Told.leaving.acquire(blocking=False):  # one thread alone says so
-        os.write(2, f"\n{_Told.message}\n".encode())
+    if _State.leaving.acquire(blocking=False):  # one thread alone says so
+        os.write(2, f"\n{_State.message}\n".encode())
         os._exit(INTERRUPTED)
     while True:
         time.sleep(_GRACE)
@@ -86,27 +86,27 @@ def stopping_in_time() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    told, teller = os.pipe()
-    os.set_blocking(teller, False)
-    threading.Thread(target=_watch, args=(told,), name="shardmerge-interrupt", daemon=True).start()
-    before = signal.set_wakeup_fd(teller, warn_on_full_buffer=False)
-    message, _Told.message = _Told.message, f"shardmerge: {ADVICE}"
+    signals, notify = os.pipe()
+    os.set_blocking(notify, False)
+    threading.Thread(target=_watch, args=(signals,), name="shardmerge-interrupt", daemon=True).start()
+    before = signal.set_wakeup_fd(notify, warn_on_full_buffer=False)
+    message, _State.message = _State.message, f"shardmerge: {ADVICE}"
     try:
         yield
     finally:
-        _Told.message = message
+        _State.message = message
         signal.set_wakeup_fd(before)
-        os.close(teller)
+        os.close(notify)
 
 
-def _watch(told: int) -> None:
+def _watch(signals: int) -> None:
     """Read the numbers of signals, which the interpreter writes even where no handler gets to run, up to the end."""
     stopping = False
     while True:
-        ready, _, _ = select.select([told], [], [], _GRACE if stopping else None)
-        data = os.read(told, 64) if ready else b""
+        ready, _, _ = select.select([signals], [], [], _GRACE if stopping else None)
+        data = os.read(signals, 64) if ready else b""
         if ready and not data:
-            os.close(told)
+            os.close(signals)
             return
         count = sum(number in _SIGNALS for number in data)
         if not ready or stopping + count > 1:

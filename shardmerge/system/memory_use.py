@@ -40,13 +40,13 @@ class WorkingSet:
         return sum(map(resident, self._buffers))
 
     def grown(self) -> int | None:
-        """The most that was resident above what was at the beginning; None where that cannot be told."""
+        """The peak of resident bytes above those at the beginning; None where it cannot be measured."""
         peak = peak_memory()
         return None if self._resident is None or peak <= self._peak else peak - self._resident
 
 
 def status_bytes(name: str) -> int | None:
-    """Bytes by name from what Linux tells of this process; None elsewhere."""
+    """Bytes by name, from /proc/self/status; None where there is no such file."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(f"{name}:"):

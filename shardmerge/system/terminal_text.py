@@ -1,4 +1,4 @@
-"""What strangers wrote (names, settings, answers), as a terminal may show it: no command to it, and no line of ours.
+"""Untrusted text (names, settings, answers) as a terminal may show it: no command to it, and no line of ours.
 
 Names of tensors are refused where they are read (`naming.fault`); this is for what may hold anything: names of files,
 values of configs and of metadata.

@@ -1,4 +1,4 @@
-"""The files of the output: those that were recorded are there and as they were, and no other is there that is loaded.
+"""The files of the output: the recorded ones exist unchanged, and there is no other that a program would load.
 
 Whatever loads a model looks around in its directory: transformers takes a ``chat_template.jinja`` before the one in
 tokenizer_config.json, loads the adapter of an ``adapter_config.json`` on top, and runs ``*.py`` that a config names;
@@ -30,7 +30,7 @@ _CHUNK = 1 << 20
 #: Files that people write anew after a merge, and that no program acts on.
 _PROSE = (".md", ".rst", ".txt", "")
 _PROSE_NAMES = ("readme", "license", "licence", "copying", "notice", "use_policy", "changelog", ".gitattributes")
-#: What else may lie beside a model, by its path in lower case: pictures of a model card, and what git, huggingface_hub
+#: What else may be beside a model, by its path in lower case: pictures of a model card, and what git, huggingface_hub
 #: and desktops keep for themselves. llama.cpp's converter reads a README's front matter for the name of its file only.
 _HARMLESS = re.compile(
     r"(.*/)?[^/]+\.(png|jpe?g|gif|svg|webp|pdf)|(.*/)?(\.git(ignore|modules|keep)?|citation\.cff|\.ds_store|thumbs\.db)"
@@ -137,8 +137,8 @@ def _json_difference(path: Path, aux: AuxFile) -> str:
         keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
     except (OSError, json_text.JsonError):
         return ""
-    told = [f"{key} is {_brief(found.get(key))}, expected {_brief(wanted.get(key))}" for key in keys[:3]]
-    return f": {'; '.join(told)}" if told else ""
+    said = [f"{key} is {_brief(found.get(key))}, expected {_brief(wanted.get(key))}" for key in keys[:3]]
+    return f": {'; '.join(said)}" if said else ""
 
 
 def _brief(value: Any) -> str:
@@ -184,7 +184,7 @@ def _is_harmless(name: str, status: os.stat_result) -> bool:
 
 
 def _entries(output: Path, findings: Findings) -> Iterator[tuple[str, os.stat_result]]:
-    """All that lies in a directory and its folders but folders, which are entered; a link to one is not."""
+    """Everything in a directory and its folders; folders are entered and not listed, links to folders are listed."""
     waiting = [""]
     while waiting:
         folder = waiting.pop()

@@ -24,7 +24,7 @@ from shardmerge.verification.findings import STRUCTURE, TOUCHED, Findings
 from shardmerge.verification.scaling import ScaledBy
 from shardmerge.version import __version__
 
-#: Changed files that are told one by one.
+#: Changed files that are named one by one.
 _TOLD = 3
 
 
@@ -47,7 +47,7 @@ class Again:
 def plan_again(record: Record, output: Path, base: str | None, adapters: Sequence[str], findings: Findings) -> Again:
     """What the merge was, from base and adapters as they are now; ``base`` and ``adapters`` say where, if they moved.
 
-    What is gone is told to ``findings``, and what has changed. `ConfigError` where the number of adapters is another.
+    ``findings`` gets what is gone and what has changed. `ConfigError` where the number of adapters is another.
     """
     recorded = record.values.get("config")
     try:

@@ -12,8 +12,8 @@ from shardmerge.destinations.record import RECORD_NAME, Record
 from shardmerge.errors import FormatError
 from shardmerge.file_formats import safetensors_header
 from shardmerge.file_formats.checkpoint_files import MAX_INDEX_BYTES, is_index
+from shardmerge.file_formats.model_config import sections, vocabulary_size
 from shardmerge.key_mapping.names import Names
-from shardmerge.planning.vocabulary import vocabulary_size
 from shardmerge.sources.local import LocalSource
 from shardmerge.spec.plans import MergePlan, ShardPlan
 from shardmerge.spec.tensors import DTYPE_NAMES, FLOAT_DTYPES, SourceFile, TensorInfo
@@ -106,7 +106,7 @@ def _check_index(output: Path, record: Record, shards: list[Stored], findings: F
             findings.problem(STRUCTURE, f"{RECORD_NAME} has several shards, but no index")
         return
     if why_not_readable(output / name):
-        return  # that is told already
+        return  # that is reported already
     try:
         index = json_text.read_object(output / name, MAX_INDEX_BYTES)
         weight_map, total = index["weight_map"], index["metadata"]["total_size"]
@@ -141,7 +141,7 @@ def _header_difference(shard: Stored, plan: ShardPlan) -> str:
         if found is None or wanted is None:
             return f"{name} is {'missing' if found is None else 'not expected there'}"
         if found != wanted:
-            return f"{name} is {_told(found)}, expected {_told(wanted)}"
+            return f"{name} is {_described(found)}, expected {_described(wanted)}"
     if dict(shard.metadata) != dict(plan.metadata):
         return f"its metadata is {dict(shard.metadata)}, expected {dict(plan.metadata)}"
     if shard.data_start != plan.header_bytes:
@@ -149,7 +149,7 @@ def _header_difference(shard: Stored, plan: ShardPlan) -> str:
     return ""
 
 
-def _told(info: TensorInfo) -> str:
+def _described(info: TensorInfo) -> str:
     return f"{info.dtype} {list(info.shape)} at {info.data_offsets[0]}"
 
 
@@ -161,7 +161,7 @@ def check_config(
 ) -> None:
     """What config.json says and the tensors do not; ``base`` is what is so of the base already, None if it is gone.
 
-    ``merged_dtype``: the merge was told a dtype, so that config.json must name it.
+    ``merged_dtype``: the merge was given a dtype, so config.json must name it.
     """
     config = read_config(output)
     if config is None:
@@ -203,9 +203,7 @@ def _dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iter
         if info.dtype in FLOAT_DTYPES:
             sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
     most = max(sizes, key=lambda dtype: sizes[dtype], default=None)
-    inner = config.get("text_config")
-    sections = (config, inner if isinstance(inner, dict) else {})
-    values = (section.get(key) for section in sections for key in ("dtype", "torch_dtype"))
+    values = (section.get(key) for section in sections(config) for key in ("dtype", "torch_dtype"))
     said = [value for value in values if isinstance(value, str)]
     if most and said and said[0].removeprefix("torch.") != DTYPE_NAMES[most]:
         yield "dtype", f"config.json says {said[0]}, but most of the weights are {DTYPE_NAMES[most]}"

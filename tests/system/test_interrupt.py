@@ -49,7 +49,7 @@ def test_one_that_does_not_come_to_an_end_leaves(script: str, number: signal.Sig
         process.send_signal(number)
         _, told = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert told == "\nshardmerge: interrupted; run the same command again to take it up\n"
+    assert told == "\nshardmerge: interrupted; run the same command again to resume it\n"
 
 
 def test_a_second_signal_is_obeyed_at_once_and_a_prompt_end_is_left_alone() -> None:

@@ -103,7 +103,7 @@ def test_state_of_the_disk_and_what_is_taken_up(tmp_path: Path) -> None:
     place = make_place(tmp_path)
     config = place.config_file()
     done = limited(resource.RLIMIT_AS, 400 * MB, "run", config)
-    check(done, "An unfinished merge is no model", "run the same command again to take it up")
+    check(done, "An unfinished merge is not a model", "run the same merge again to resume it")
     assert run_cli("run", config).returncode == 0
 
 
