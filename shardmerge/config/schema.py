@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Of one merge: each is looked for, opened and matched.
 MAX_ADAPTERS = 256
+#: Threads that compute. No machine has more cores.
+MAX_THREADS = 1024
 #: Problems that are told one by one.
 _LISTED = 30
 _SIZE = re.compile(r"((?:0|[1-9][0-9]*)(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE | re.ASCII)
@@ -65,6 +67,22 @@ def _size_or(word: str) -> BeforeValidator:
             raise ValueError(f"{error}, or {word}" + (f"; {hint}" if hint else "")) from None
 
     return BeforeValidator(size)
+
+
+def _count_or(word: str) -> BeforeValidator:
+    def count(value: Any) -> Any:
+        if value == word:
+            return value
+        if value is None:
+            raise ValueError(f"expected a number, or {word}")
+        number = int(value) if isinstance(value, str) and value.strip().isdecimal() and len(value) < 10 else value
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= MAX_THREADS:
+            hint = suggestions.hint(value, (word,))
+            problem = f"{_brief.repr(value)} is not a number from 1 to {MAX_THREADS}, or {word}"
+            raise ValueError(problem + (f"; {hint}" if hint else ""))
+        return number
+
+    return BeforeValidator(count)
 
 
 def _plain_number(value: Any) -> Any:
@@ -182,6 +200,11 @@ class ComputeConfig(_Section):
     dtype: Literal["float32", "float64", "bfloat16"] = Field("float32", description="W + ΔW is computed in this.")
     max_memory: Annotated[Literal["auto"] | int, _size_or("auto")] = Field(
         default="auto", description="The working set above the interpreter's own memory, for example 256MB."
+    )
+    threads: Annotated[Literal["auto"] | int, _count_or("auto")] = Field(
+        default="auto",
+        description="Threads that compute, each with a work space. auto is one a core, as far as max_memory allows. "
+        "The result does not depend on it.",
     )
 
 

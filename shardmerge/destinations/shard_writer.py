@@ -12,7 +12,7 @@ from contextlib import suppress
 from types import TracebackType
 
 from shardmerge.file_formats import safetensors_header
-from shardmerge.spec.plans import Fidelity, Receipt, ShardPlan, TensorPlan
+from shardmerge.spec.plans import Fidelity, Receipt, ShardPlan
 from shardmerge.spec.tensors import PAGE
 from shardmerge.system import durable, reflink
 from shardmerge.system.aligned_memory import pages
@@ -52,7 +52,6 @@ class ShardWriter:
         self._dirty = 0
         self._finished = False
         self._reflink: reflink.Reflink | None = None
-        self._reserved = False
         self._page = bytearray(PAGE)
         #: Some layouts have zeros between tensors, fewer than this.
         self._alignment = shard.alignment
@@ -60,11 +59,10 @@ class ShardWriter:
         try:
             self._fd = self._temporary.create()
             self._direct = self._open_direct()
-            if self._direct >= 0:
-                if reflink.can_share(self._fd):
-                    self._reflink = reflink.Reflink(self._fd)
-                for start, stop in _written(shard) if self._reflink else [(0, shard.nbytes)]:
-                    self._reserve(start, stop - start)
+            # Space is not reserved: the plan has asked for it, on ext4 it gains nothing (2.2 GB: 1.43 s without, 1.46 s
+            # with), and a file system in memory would visit every page twice.
+            if self._direct >= 0 and reflink.can_share(self._fd):
+                self._reflink = reflink.Reflink(self._fd)
             memory = pages(-(-len(head) // PAGE) * PAGE)
             memory[: len(head)] = head
             self._append(memory, 0, len(head))
@@ -85,14 +83,6 @@ class ShardWriter:
     def shares(self) -> bool:
         """Whether `write_block` can make use of a ``source``."""
         return self._reflink is not None and self._direct >= 0
-
-    def _reserve(self, start: int, size: int) -> None:
-        """Take the space up front, where the file system knows how: a full disk shows before the work is done."""
-        try:
-            os.posix_fallocate(self._fd, start, size)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
 
     def write_block(
         self, memory: memoryview, position: int, offset: int, size: int, source: tuple[int, int] | None = None
@@ -145,12 +135,7 @@ class ShardWriter:
         descriptor, offset = source
         if self._reflink is None or descriptor < 0 or size < reflink.LEAST or (offset - start) % PAGE:
             return False
-        if self._reflink.share(descriptor, offset + skipped, start + skipped, size):
-            return True
-        if self._reflink.has_refused and not self._reserved:
-            self._reserve(start, self._shard.nbytes - start)
-            self._reserved = True
-        return False
+        return self._reflink.share(descriptor, offset + skipped, start + skipped, size)
 
     def _write_direct(self, offset: int, view: memoryview) -> None:
         done = 0
@@ -217,26 +202,3 @@ class ShardWriter:
 def head_of(shard: ShardPlan) -> bytes:
     """All that comes before a shard's data."""
     return shard.head or safetensors_header.encode(shard.metadata, dict(shard.outputs()), shard.header_bytes)
-
-
-def _written(shard: ShardPlan) -> list[tuple[int, int]]:
-    """The parts of a file that cannot be shared with a source, as far as the plan knows.
-
-    Only for these is space reserved where files share blocks: it may not be there twice, and btrfs takes nothing of a
-    reserved extent back while any part of it is in use.
-    """
-    parts = [(0, shard.header_bytes)]
-    for tensor in shard.tensors:
-        last = tensor.made[-1].info if tensor.made else tensor.out
-        start, stop = (shard.header_bytes + offset for offset in (tensor.out.data_offsets[0], last.data_offsets[1]))
-        if start == stop or _is_shared(tensor, start):
-            continue
-        if start == parts[-1][1]:
-            start = parts.pop()[0]
-        parts.append((start, stop))
-    return parts
-
-
-def _is_shared(tensor: TensorPlan, start: int) -> bool:
-    """Whether a tensor that begins at ``start`` of its file can be shared with its source but for its ends."""
-    return not tensor.tiles and tensor.source.nbytes >= reflink.LEAST and (tensor.source.offset - start) % PAGE == 0

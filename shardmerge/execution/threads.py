@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
@@ -26,6 +26,7 @@ class ComputeThreads:
     def __init__(self, count: int) -> None:
         #: The number that torch takes by itself.
         self.default = torch.get_num_threads()
+        self.count = count
         self._running: set[Future[None]] = set()
         # All begin now: a thread that sets torch's number of threads sets MKL's for the whole process, and must not do
         # so while `alone` computes.
@@ -52,8 +53,21 @@ class ComputeThreads:
         torch.set_num_threads(1)
 
     def share(self, items: Iterable[Item], work: Callable[[Item], None]) -> Sequence[Future[None]]:
-        """Hand out items, each to the next thread that is free. Returns at once."""
-        futures = [self._pool.submit(work, item) for item in items]
+        """Hand out items, each to the next thread that is free. Returns at once.
+
+        The futures are done when all items are; where an item raises, other items may be left out.
+        """
+        left = deque(items)
+
+        def work_on() -> None:
+            while left:
+                try:
+                    item = left.popleft()
+                except IndexError:  # another thread was faster
+                    return
+                work(item)
+
+        futures = [self._pool.submit(work_on) for _ in range(min(self.count, len(left)))]
         self._running = {future for future in self._running if not future.done()}.union(futures)
         return futures
 
@@ -76,11 +90,3 @@ class ComputeThreads:
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
         torch.set_num_threads(self.default)
-
-
-def cores() -> int:
-    """Cores that this process may use, which in a container may be fewer than there are."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        return os.cpu_count() or 1

@@ -116,7 +116,8 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
     seed = config.output.seed if config.output.rounding == "stochastic" else None
     with_updates, unrounded = _with_updates(layout.shards, matches.updates, seed)
     problems += unrounded
-    shards, memory = tile_all(with_updates, compute_dtype, max_memory)
+    threads = None if config.compute.threads == "auto" else config.compute.threads
+    shards, memory = tile_all(with_updates, compute_dtype, max_memory, threads)
     if max_memory is not None and memory.total > max_memory and not problems:
         problems.append(
             f"compute.max_memory is {max_memory:,} bytes, but the largest layer needs {memory.total:,} to work on at "
@@ -324,5 +325,5 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for number, adapter in enumerate(config["adapters"]):
         yield from ((f"adapters.{number}.{key}", value) for key, value in adapter.items() if key != "path")
     yield from ((f"output.{key}", value) for key, value in config["output"].items() if key not in ("path", "sha256"))
-    yield from ((f"compute.{key}", value) for key, value in config["compute"].items() if key != "max_memory")
+    yield from ((f"compute.{key}", value) for key, value in config["compute"].items() if key in ("device", "dtype"))
     yield from ((key, value) for key, value in config.items() if key not in ("base", "adapters", "output", "compute"))

@@ -31,10 +31,12 @@ from shardmerge.spec.tensors import (
 )
 from shardmerge.spec.updates import Update
 from shardmerge.spec.windows import boundaries, locate
+from shardmerge.system.cores import cores
 
 #: Buffers in flight: read, waiting, computed, waiting, written, and one to spare.
 BUFFERS = 6
-#: Threads that compute: two keep up with any disk there is, and are what the smallest machines have.
+#: Threads that compute, where there are cores for them: others are added where memory is left beside the largest
+#: buffers. Two keep up with a disk.
 WORKERS = 2
 AUTO_MEMORY = 48 << 20
 #: Bytes of a buffer, and of a tile of it. Larger buffers would not be faster, nor larger tiles: a tile of this size and
@@ -56,12 +58,13 @@ def itemsize(dtype: str) -> int:
 
 
 def tile_all(
-    shards: Iterable[ShardPlan], compute_dtype: str, max_memory: int | None
+    shards: Iterable[ShardPlan], compute_dtype: str, max_memory: int | None, threads: int | None = None
 ) -> tuple[tuple[ShardPlan, ...], MemoryPlan]:
     """Give every tensor that is computed its tiles.
 
-    The largest buffers are taken with which the working set stays within ``max_memory`` bytes. Where even the smallest
-    need more, the plan needs more: `MemoryPlan.total` says how much, and the caller decides.
+    The largest buffers are taken with which the working set stays within ``max_memory`` bytes; then as many threads as
+    there are cores and memory, unless ``threads`` says how many. Tiles do not depend on the number. Where even the
+    smallest buffers need more memory, the plan needs more: `MemoryPlan.total` says how much, and the caller decides.
     """
     shards = tuple(shards)
     worked = [_workable(tensor) for shard in shards for tensor in shard.tensors if needs_work(tensor)]
@@ -71,12 +74,22 @@ def tile_all(
     budget = AUTO_MEMORY if max_memory is None else max_memory
     shared = min(_MOST_SHARED_BYTES, _shared_bytes(worked))
     enough = sum(shard.data_bytes for shard in shards) // (2 * BUFFERS)
+
+    def needed(buffer_bytes: int, tile_bytes: int, workers: int) -> MemoryPlan:
+        return _memory(kinds.values(), buffer_bytes, tile_bytes, compute_dtype, shared, workers)
+
+    available = cores()
     for buffer_bytes, size in _SIZES:
         if buffer_bytes > max(enough, size):
             continue  # a model that hardly fills the buffers needs only small ones
-        memory = _memory(kinds.values(), buffer_bytes, size, compute_dtype, shared)
+        memory = needed(buffer_bytes, size, threads or min(WORKERS, available))
         if memory.total <= budget:
             break
+    while threads is None and memory.workers < available:
+        more = needed(buffer_bytes, size, memory.workers + 1)
+        if more.total > budget:
+            break
+        memory = more
     if memory.total > budget:  # what is shared can be read again
         memory = dataclasses.replace(memory, shared_bytes=max(0, shared - (memory.total - budget)))
 
@@ -203,7 +216,7 @@ def _shared_bytes(worked: Sequence[TensorPlan]) -> int:
 
 
 def _memory(
-    kinds: Iterable[TensorPlan], buffer_bytes: int, tile_bytes: int, compute_dtype: str, shared: int
+    kinds: Iterable[TensorPlan], buffer_bytes: int, tile_bytes: int, compute_dtype: str, shared: int, workers: int
 ) -> MemoryPlan:
     workspace = factors = code = 0
     largest = buffer_bytes
@@ -215,19 +228,20 @@ def _memory(
         codec = encoder(tensor).memory(tensor, dtype)
         tile = rows * tensor.row_elements * max(itemsize(dtype), codec.element)
         workspace = max(workspace, aligned(tile) + tile + (ALIGNMENT if narrow else 0))
-        of = (_factor_bytes(update, rows, dtype_for(update, tensor, compute_dtype)) for update in tensor.updates)
-        factors = max(factors, sum(of) + _part_bytes(tensor))
+        dtypes = ((update, dtype_for(update, tensor, compute_dtype)) for update in tensor.updates)
+        of = sum(_factor_bytes(update, rows, dtype, workers) for update, dtype in dtypes)
+        factors = max(factors, of + _part_bytes(tensor, workers))
         code = max(code, codec.code + _CODE_BYTES.get(narrow or dtype, 0))
-    return MemoryPlan(BUFFERS, largest, WORKERS, workspace, factors, shared, code)
+    return MemoryPlan(BUFFERS, largest, workers, workspace, factors, shared, code)
 
 
-def _part_bytes(tensor: TensorPlan) -> int:
+def _part_bytes(tensor: TensorPlan, workers: int) -> int:
     """Bytes of small parts: those of the source, of which a few rows at most are in memory, and those being made."""
-    source = sum(min(ref.nbytes, WORKERS * KEPT_WHOLE_BYTES) for _, ref in tensor.parts)
+    source = sum(min(ref.nbytes, workers * KEPT_WHOLE_BYTES) for _, ref in tensor.parts)
     return source + 2 * sum(part.info.nbytes for part in tensor.made)
 
 
-def _factor_bytes(update: Update, rows: int, compute_dtype: str) -> int:
+def _factor_bytes(update: Update, rows: int, compute_dtype: str, workers: int) -> int:
     """A factor is held as stored for a moment and in the compute dtype while it is used."""
     family = FAMILIES[update.family]
     partial = family.by_columns if update.by_columns else family.by_rows
@@ -237,15 +251,15 @@ def _factor_bytes(update: Update, rows: int, compute_dtype: str) -> int:
             continue
         if role in family.as_stored:
             part = math.prod(ref.shape) // max(1, update.experts)
-            total += ref.nbytes + WORKERS * part * itemsize(compute_dtype)
+            total += ref.nbytes + workers * part * itemsize(compute_dtype)
         elif role not in partial or (ref.nbytes <= KEPT_WHOLE_BYTES and not update.by_columns):
             panel = min(math.prod(ref.shape), _PANEL_COLUMNS * math.prod(ref.shape[:1])) * itemsize(compute_dtype)
-            total += _one_factor(ref, None, compute_dtype) + WORKERS * min(panel, _PANEL_BYTES)
+            total += _one_factor(ref, None, compute_dtype) + workers * min(panel, _PANEL_BYTES)
         elif update.by_columns:
             part = math.prod(ref.shape[:-1]) * rows * (itemsize(compute_dtype) + itemsize(ref.dtype))
-            total += WORKERS * part + (ref.nbytes if ref.nbytes <= KEPT_WHOLE_BYTES or ref.strides is not None else 0)
+            total += workers * part + (ref.nbytes if ref.nbytes <= KEPT_WHOLE_BYTES or ref.strides is not None else 0)
         else:
-            total += WORKERS * _one_factor(ref, rows, compute_dtype)
+            total += workers * _one_factor(ref, rows, compute_dtype)
     return total
 
 

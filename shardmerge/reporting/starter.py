@@ -34,6 +34,7 @@ compute:
   device: auto             # auto | cpu | cuda | cuda:1
   dtype: float32           # W + ΔW is computed in this
   max_memory: auto         # working set above the interpreter's own, e.g. 256MB
+  threads: auto            # that compute: one a core, or a number
 """
 
 

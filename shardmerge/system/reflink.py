@@ -52,11 +52,6 @@ class Reflink:
         self._descriptor = descriptor
         self._refused: set[tuple[int, int]] = set()
 
-    @property
-    def has_refused(self) -> bool:
-        """Whether there is a file that was refused."""
-        return bool(self._refused)
-
     def share(self, source: int, source_offset: int, offset: int, size: int) -> bool:
         """Let ``size`` bytes at ``offset`` be those of the file ``source``; all three are multiples of a page.
 

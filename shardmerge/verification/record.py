@@ -93,8 +93,8 @@ def _located(
     output = LAYOUTS[config.output.format].path(output, list(record.shards), config.output)
     changes = {
         "output": config.output.model_copy(update={"path": str(output)}),
-        # How much memory there was is of no matter here.
-        "compute": config.compute.model_copy(update={"max_memory": "auto"}),
+        # How much memory and how many threads there were does not matter here.
+        "compute": config.compute.model_copy(update={"max_memory": "auto", "threads": "auto"}),
     }
     return config.model_copy(update=changes)
 

@@ -104,7 +104,7 @@ def test_defaults(tmp_path: Path) -> None:
             "allow_config_loss": False,
             "sha256": False,
         },
-        "compute": {"device": "auto", "dtype": "float32", "max_memory": "auto"},
+        "compute": {"device": "auto", "dtype": "float32", "max_memory": "auto", "threads": "auto"},
     }
 
 
@@ -160,7 +160,10 @@ def test_devices(device: str) -> None:
             {"output": {"path": "o", "dtpye": "same"}},
             ["output.dtpye", "mean dtype?", "valid are path, dtype, max_shard_size"],
         ),
-        ({"compute": {"max_mem": 1}}, ["compute.max_mem", "mean max_memory?", "valid are device, dtype, max_memory"]),
+        (
+            {"compute": {"max_mem": 1}},
+            ["compute.max_mem", "mean max_memory?", "valid are device, dtype, max_memory, threads"],
+        ),
     ],
     ids=["top", "nothing near", "adapter", "second adapter", "output", "compute"],
 )
@@ -204,6 +207,10 @@ def test_unknown_key_lists_the_valid_ones(change: dict[str, Any], parts: list[st
         ({"compute": {"device": "cuda:300"}}, "compute.device: "),
         ({"compute": {"dtype": "float16"}}, "compute.dtype: "),
         ({"compute": {"max_memory": "lots"}}, "compute.max_memory: 'lots' is no size"),
+        *(
+            ({"compute": {"threads": threads}}, f"compute.threads: {threads!r} is not a number from 1 to 1024, or auto")
+            for threads in (0, -1, 1025, 2.5, True, "many", "2.0")
+        ),
         ({"compute": {"max_memory": "9" * 400 + "GB"}}, "compute.max_memory: "),
         ({"compute": []}, "compute: "),
     ],
@@ -256,6 +263,7 @@ def test_all_problems_at_once() -> None:
         ("output.path=/mnt/x", {"output": {"path": "/mnt/x"}}),
         ("output.dtype=bfloat16", {"output": {"path": "merged", "dtype": "bfloat16"}}),
         ("compute.max_memory=64MB", {"compute": {"max_memory": 64_000_000}}),
+        ("compute.threads=4", {"compute": {"threads": 4}}),
         ("adapters=other", {"adapters": "other"}),
         ("adapters=[a, b]", {"adapters": ["a", "b"]}),
         ("adapters=[{path: a, weight: 2}]", {"adapters": [{"path": "a", "weight": 2}]}),

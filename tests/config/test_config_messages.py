@@ -66,6 +66,7 @@ def changed(place: str, value: object, **more: object) -> dict[str, Any]:
         ("compute.device", "GPU:1", "cuda:1"),
         ("compute.device", "cuda:07", "cuda:7"),
         ("compute.max_memory", "Auto", "auto"),
+        ("compute.threads", "Auto", "auto"),
         ("output.max_shard_size", "Same", "same"),
         ("output.quantization", "Q8_0", "q8_0"),
         ("output.quantization", "q8", "q8_0"),
@@ -145,6 +146,7 @@ _PLACES = [
     *(f"adapters.0.{key}" for key in ("ignore_keys", "alpha", "scaling")),
     *(f"output.{key}" for key in ("path", "dtype", "max_shard_size", "rounding", "seed", "format", "quantization")),
     *("output.allow_config_loss", "output.sha256", "compute.device", "compute.dtype", "compute.max_memory"),
+    "compute.threads",
 ]
 
 

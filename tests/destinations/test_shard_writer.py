@@ -114,33 +114,6 @@ def test_a_full_disk_is_told_and_nothing_stays(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_system_that_cannot_reserve_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(fd: int, offset: int, size: int) -> None:
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
-    data, shard = Random(5).randbytes(3 * PAGE + 9), shard_of(3 * PAGE + 9)
-    assert write(tmp_path / "s", shard, data, [PAGE]) == expected(shard, data)
-
-
-def test_space_is_taken_up_front(tmp_path: Path) -> None:
-    shard = shard_of(100 * PAGE)
-    with shard_writer(tmp_path / "s", shard):
-        (file,) = tmp_path.iterdir()
-        if not any(_is_direct(int(fd)) for fd in os.listdir("/proc/self/fd") if _exists(fd)):
-            pytest.skip("this file system has no writes past its cache")
-        assert file.stat().st_size == shard.nbytes
-        assert file.stat().st_blocks * 512 >= shard.nbytes
-
-
-def _exists(fd: str) -> bool:
-    try:
-        os.fstat(int(fd))
-    except OSError:
-        return False
-    return True
-
-
 def test_blocks_come_in_order(tmp_path: Path) -> None:
     shard = shard_of(10)
     memory = memoryview(bytearray(2 * PAGE))

@@ -366,8 +366,8 @@ def test_a_merge_that_is_cut_at_any_step_is_taken_up(scene: str, stand: Stand) -
         stand.check(output, SCENES[scene], f"{step}, {at} of {len(taken)}")
 
 
-#: Steps that may be refused: space that cannot be reserved, and a directory that filelock makes though it is there.
-_DISPENSABLE = ("posix_fallocate", "mkdir")
+#: A step that may be refused: a directory that filelock makes though it is there.
+_DISPENSABLE = ("mkdir",)
 
 
 @pytest.mark.parametrize("code", slow_but([errno.EIO, errno.ENOSPC, errno.EDQUOT], errno.EIO), ids=errno.errorcode.get)

@@ -50,14 +50,23 @@ def test_all_threads_work_and_torch_has_one_in_each(threads: ComputeThreads) -> 
     assert seen == [1] * WORKERS
 
 
-def test_the_error_of_an_item_is_its_own(threads: ComputeThreads) -> None:
+def test_the_error_of_an_item_is_raised_by_its_future(threads: ComputeThreads) -> None:
+    done: list[int] = []
+
     def fail(item: int) -> None:
         if item == 7:
             raise ValueError("item 7")
+        done.append(item)
 
     for _ in range(3):  # it can be used again
         futures = threads.share(range(40), fail)
-        assert [number for number, future in enumerate(futures) if future.exception(60)] == [7]
+        (error,) = [future.exception(60) for future in futures if future.exception(60)]
+        assert str(error) == "item 7" and set(done) >= set(range(7))
+        done.clear()
+        threads.share(range(3), done.append)
+        threads.settle()
+        assert sorted(done) == [0, 1, 2]
+        done.clear()
 
 
 def test_the_caller_goes_on_while_a_thread_is_at_an_item(threads: ComputeThreads) -> None:

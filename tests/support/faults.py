@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 #: What changes a disk.
-WRITES = ("open", "write", "pwrite", "posix_fallocate", "fsync", "replace", "unlink", "mkdir", "rmdir")
+WRITES = ("open", "write", "pwrite", "fsync", "replace", "unlink", "mkdir", "rmdir")
 #: Files and, as None, directories by their paths below a root.
 Tree = dict[str, bytes | None]
 
@@ -353,13 +353,6 @@ class PowerFailure:
             return False
         file.now.extend(bytes(max(0, offset - len(file.now))))
         file.now[offset : offset + count] = memoryview(data)[:count]
-        return True
-
-    def _note_posix_fallocate(self, _: None, descriptor: int, offset: int, size: int) -> bool:
-        file = self._open.get(descriptor)
-        if not isinstance(file, _File):
-            return False
-        file.now.extend(bytes(max(0, offset + size - len(file.now))))
         return True
 
     def _note_fsync(self, _: None, descriptor: int) -> bool:

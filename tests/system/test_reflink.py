@@ -194,52 +194,35 @@ def test_what_is_in_no_file_is_written(tmp_path: Path, pretended: Pretended) -> 
     assert pretended.calls == []
 
 
-@pytest.fixture
-def reserved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """The ranges (offset, size) for which space is reserved."""
-    ranges: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "posix_fallocate", lambda descriptor, *of: ranges.append(of))
-    return ranges
-
-
 REFUSALS = ("EOPNOTSUPP", "EXDEV", "EINVAL", "ETXTBSY", "ENOTTY", "EPERM", "EACCES", "EISDIR", "EBADF", "EIO")
 
 
 @pytest.mark.parametrize("code", REFUSALS)
-def test_a_source_that_is_refused_is_tried_once(
-    tmp_path: Path, code: str, pretended: Pretended, reserved: list[tuple[int, int]]
-) -> None:
+def test_a_source_that_is_refused_is_tried_once(tmp_path: Path, code: str, pretended: Pretended) -> None:
     pretended.code = getattr(errno, code)
     of = verbatim(tmp_path)
     assert write(tmp_path / "s", of, [20 * PAGE]) == of.expected()
     assert len(pretended.calls) == 1
-    # Only then is known that all will be written.
-    head = of.shard.header_bytes
-    assert reserved == [(0, head), (head, SIZE)]
 
 
 @pytest.mark.parametrize("code", ["EOPNOTSUPP", "ENOTTY", "EINVAL", "EIO"])
-def test_a_file_system_without_shared_blocks_is_asked_once(
-    tmp_path: Path, code: str, pretended: Pretended, reserved: list[tuple[int, int]]
-) -> None:
+def test_a_file_system_without_shared_blocks_is_asked_once(tmp_path: Path, code: str, pretended: Pretended) -> None:
     pretended.asked = getattr(errno, code)
     of = verbatim(tmp_path)
     with shard_writer(tmp_path / "s", of.shard) as writer:
         assert not writer.shares
-    assert reserved == [(0, of.shard.nbytes)]
     assert write(tmp_path / "s", of, [20 * PAGE]) == of.expected()
     assert pretended.calls == []
 
 
 @pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT"])
 def test_where_there_is_no_room_for_sharing_the_next_range_is_tried(
-    tmp_path: Path, code: str, pretended: Pretended, reserved: list[tuple[int, int]]
+    tmp_path: Path, code: str, pretended: Pretended
 ) -> None:
     pretended.code = getattr(errno, code)
     of = verbatim(tmp_path)
     assert write(tmp_path / "s", of, [20 * PAGE]) == of.expected()
     assert len(pretended.calls) == 2
-    assert reserved == [(0, of.shard.header_bytes)]
 
 
 @pytest.mark.parametrize("code", ["ENOSPC", "EIO"])
@@ -257,19 +240,6 @@ def test_a_full_or_broken_disk_is_told_and_nothing_stays(
         write(tmp_path / "s", of, [])
     assert len(pretended.calls) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
-
-
-def test_a_full_disk_shows_where_a_refusal_asks_for_more(
-    tmp_path: Path, pretended: Pretended, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fallocate(descriptor: int, start: int, size: int) -> None:
-        if start:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", fallocate)
-    pretended.code = errno.EXDEV
-    with pytest.raises(OutputError, match="No space left"):
-        write(tmp_path / "s", verbatim(tmp_path), [])
 
 
 # --- whole merges -----------------------------------------------------------------------------------------------------
