@@ -1,4 +1,4 @@
-"""Write the table of what is merged into docs/formats.md, from the registries."""
+"""Write the table of docs/formats.md from the registry, so that it cannot promise more than the code does."""
 
 from __future__ import annotations
 

@@ -119,31 +119,31 @@ class AdapterConfig(_Section):
     )
     expert_layout: Literal["auto", "peft", "unsloth"] = Field(
         default="auto",
-        description="How lora_B of fused experts is laid out: rank by rank as PEFT does it, or expert by expert as "
-        "Unsloth's trainer did until September 2026. The shapes are the same. auto is what adapter_config.json says, "
-        "and where it says nothing, as PEFT does it; what Unsloth made and does not say is refused.",
+        description="How lora_B of fused experts is laid out: rank by rank, as PEFT's, or expert by expert, as that of "
+        "Unsloth's trainer until September 2026. The shapes are the same. auto follows adapter_config.json, else PEFT; "
+        "an adapter of Unsloth's trainer that does not state its layout is refused.",
     )
     prefix: str | None = Field(
         default=None,
-        description="Only tensors whose names begin so are merged: of an adapter for several models, those for this "
-        "base. Where the base has no modules by the whole names, they are looked for without it.",
+        description="For an adapter for several models: only tensors whose names begin with the prefix are merged. "
+        "Where the base has no modules by the whole names, the prefix is removed.",
     )
     ignore_files: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(),
-        description="Files of weights in the adapter's folder, by their exact names, that are no part of what is "
-        "merged. All others are merged or refused.",
+        description="Files of weights in the adapter's directory, by their exact names, that are not merged. All other "
+        "files of weights are merged or refused.",
     )
     ignore_keys: tuple[str, ...] = Field(
         default=(),
-        description="Keys of PEFT's adapter_config.json that are unknown to this version and do nothing to the "
-        "weights, as whoever made the adapter says.",
+        description="Keys of PEFT's adapter_config.json that this version does not know and that do nothing to the "
+        "weights. Other unknown keys are refused.",
     )
     alpha: _Number | None = Field(
         default=None,
-        description="For an adapter that carries no config, or one that says lora_alpha: 0: its alpha; the scaling is "
+        description="The alpha of an adapter without a config, or whose config has lora_alpha: 0; the scaling is "
         "alpha / rank.",
     )
-    scaling: _Number | None = Field(default=None, description="For an adapter that carries no config: its scaling.")
+    scaling: _Number | None = Field(default=None, description="The scaling of an adapter without a config.")
 
     @model_validator(mode="before")
     @classmethod
@@ -160,41 +160,44 @@ class AdapterConfig(_Section):
 class OutputConfig(_Section):
     """Where the merged model goes, and how it is stored."""
 
-    path: str = Field(min_length=1, description="A directory. It must be empty or not exist yet.")
+    path: str = Field(
+        min_length=1,
+        description="A directory: a new or an empty one, or one with an unfinished merge of the same config.",
+    )
     dtype: OutputDtype = Field(
         default="same",
-        description="What floating-point weights are stored in. With format: gguf, what merged weights are rounded to "
-        "before they are quantised.",
+        description="What F32, F16 and BF16 weights are stored in. With format: gguf, what merged weights are rounded "
+        "to before they are quantised.",
     )
     max_shard_size: Annotated[Literal["same"] | int, _size_or("same")] = Field(
-        default="same", description="same keeps the base's shards; a size such as 5GB shards anew."
+        default="same", description="same keeps the base's shards; a size such as 5GB makes new ones."
     )
     rounding: Literal["nearest", "stochastic"] = Field(
         default="nearest",
-        description="How updated weights are rounded. stochastic goes up or down by chance, so that an update below "
-        "the dtype's resolution is kept on average; the same seed gives the same bytes.",
+        description="How updated weights are rounded. stochastic rounds up or down at random, in proportion, so that "
+        "an update below the dtype's resolution is kept on average; the same seed gives the same bytes.",
     )
-    seed: _Whole = Field(default=0, ge=0, lt=TOO_LARGE, description="Of stochastic rounding.")
+    seed: _Whole = Field(default=0, ge=0, lt=TOO_LARGE, description="The seed of stochastic rounding.")
     format: Format = Field(
         default="safetensors",
         description="A checkpoint, or one file for llama.cpp and Ollama (most tokenizers then need `pip install "
         "tokenizers`).",
     )
     quantization: Quantization = Field(
-        default="q8_0", description="What most weights of a GGUF file are stored in; only with format: gguf."
+        default="q8_0", description="GGUF quantization type of most weights (only with format: gguf)."
     )
     allow_config_loss: bool = Field(
         default=False,
-        description="Write a GGUF file though llama.cpp does not know settings of config.json, and so computes "
-        "something else than transformers does; a note names each of them.",
+        description="Write a GGUF file although llama.cpp ignores settings of config.json, and so computes something "
+        "else than transformers; a note names each of them.",
     )
     sha256: bool = Field(
-        default=False, description="Write down the sha256 of every shard, too; xxh3_128 is always written down."
+        default=False, description="Record the sha256 of every file of the output, too; xxh3_128 is always recorded."
     )
 
 
 class ComputeConfig(_Section):
-    """Where and in what the sums are done."""
+    """The device, the dtype and the memory of the computation."""
 
     device: str = Field(default="auto", pattern=DEVICE, description="auto, cpu, cuda or cuda:1.")
     dtype: Literal["float32", "float64", "bfloat16"] = Field("float32", description="W + ΔW is computed in this.")
@@ -227,9 +230,10 @@ class MergeConfig(_Section):
     output: OutputConfig
     tied: Literal["auto", "untie", "peft"] = Field(
         default="auto",
-        description="Where the base ties weights, its output head to the input embedding say, and an adapter updates "
-        "one of them: untie writes each, so that the merged model computes what base and adapter computed; peft does "
-        "as PEFT's merge does; auto unties, and where the architecture is not known refuses until one is chosen.",
+        description="What happens where the base ties weights (its output head to the input embedding, say) and an "
+        "adapter updates one. untie writes each, so that the merged model computes what base and adapter computed; "
+        "peft adds everything to the one tensor, as PEFT's merge; auto unties, and where the architecture is not known "
+        "refuses until one is chosen, unless the right one is certain.",
     )
     compute: ComputeConfig = Field(default_factory=lambda: ComputeConfig.model_validate({}))
 
