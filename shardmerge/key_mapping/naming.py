@@ -1,7 +1,7 @@
-"""Adapter module → base weight.
+"""Names of modules in an adapter's keys, without PEFT's prefix and the segments that wrappers leave in them.
 
-An adapter's keys carry the module names of the process that trained it. Wrappers leave segments in them that no
-checkpoint has; those are stripped here, and only here.
+Torch and training frameworks wrap a model and insert segments into its names that no checkpoint has. Which readings of a
+name are possible is decided here; which of them is a module, only the base can say (`shardmerge.planning.modules`).
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import difflib
 import re
 from collections.abc import Collection, Iterator
 
-#: What PEFT puts before the name of a module of the base.
+#: PEFT's prefix of the name of a module of the base.
 PEFT_PREFIX = "base_model.model."
 #: Segments that torch.compile, FSDP and activation checkpointing leave in names.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-#: Of a tensor's name. What is done with names may take a time that grows with the square of their length.
+#: The most characters of a tensor's name. Some work on names takes a time that grows with the square of their length.
 MAX_NAME = 1_000
 _SUGGESTIONS = 3
 _CANDIDATES = 2_000
 
 
-#: As one segment of a pattern. DistributedDataParallel and DeepSpeed's engine leave ``module``, but models have modules
-#: of that name, too: it is a wrapper's where it can be nothing else, and elsewhere where the base has no such name.
+#: A wrapper's segment, as a pattern. DistributedDataParallel and DeepSpeed's engine leave ``module``, but models have
+#: modules of that name, too: it is a wrapper's where it can be nothing else, and elsewhere where the base has no such
+#: name.
 WRAPPER = rf"(?:module|{'|'.join(sorted(_WRAPPERS))})"
 #: What may stand before PEFT's prefix, and between two of them.
 _LEADING = re.compile(rf"(?:(?:module|model)\.)*{re.escape(PEFT_PREFIX)}|module\.")
@@ -52,12 +53,12 @@ def peeled(name: str) -> Iterator[str]:
 
 
 def fault(name: str) -> str:
-    """What no tensor's name may be, as said of it; empty where nothing is wrong with it."""
+    """Why a tensor's name is refused; empty where nothing is wrong with it."""
     if len(name) <= MAX_NAME and name.isprintable():
         return ""
     if len(name) > MAX_NAME:
         return f"a tensor's name has {len(name):,} characters; expected {MAX_NAME:,} at most"
-    # It would come back in messages, where it could pass for a line of ours or for a command to the terminal.
+    # A message would repeat it, where it could pass for a line of ours or for a command to the terminal.
     return f"the name {name!r} has characters that cannot be shown"
 
 

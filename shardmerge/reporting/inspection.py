@@ -1,4 +1,4 @@
-"""What a path is: a base checkpoint, an adapter, a GGUF file or a merge's output, told from its headers."""
+"""The description of a path, from its headers: a checkpoint, an adapter, a GGUF file or the output of a merge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a merge did: its report, and the tables of sizes and of what was kept of the updates."""
+"""The report of a merge, and its tables: sizes, and how much of the updates the rounding kept."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def fidelity_by_kind(receipts: Iterable[Receipt]) -> dict[str, Fidelity]:
 
 
 def fidelity_warnings(dtype: str, by_kind: Mapping[str, Fidelity]) -> list[str]:
-    """Where the output's dtype cannot tell most of an update from nothing."""
+    """Warnings for kinds of modules of whose update the rounding lost more than half."""
     kept = sorted((of.share_kept, kind) for kind, of in by_kind.items() if of.share_kept < _TOO_LITTLE)
     if not kept:
         return []

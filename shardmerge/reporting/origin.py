@@ -1,4 +1,4 @@
-"""What a finished merge was made of, by its record, and where that is now."""
+"""The base and the adapters of a finished merge, by its record, and where they are now."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shardmerge.file_formats.adapter_opening import open_adapter
 from shardmerge.file_formats.checkpoint import open_checkpoint
 from shardmerge.sources.source import Source, open_source
 
-#: Of a repo on the Hub, what a model's directory needs beside its weights.
+#: Suffixes of the files of a Hub repo that transformers needs to load a model, apart from its weights.
 _BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 

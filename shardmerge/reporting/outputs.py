@@ -1,4 +1,4 @@
-"""What a finished merge says of itself, and what any GGUF file does: for a description, not as a proof."""
+"""What the record of a merge and the header of a GGUF file say: for a description, not as a proof."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def refuse_unfinished(source: Source) -> None:
 
 
 def made_of(source: Source) -> dict[str, Any]:
-    """What the record beside an output says; empty where there is none."""
+    """What the record of an output says; empty where there is none."""
     folder = source.directory().local_path
     if folder is None or (record := find_record(folder)) is None:
         return {}

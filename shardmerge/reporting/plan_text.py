@@ -1,4 +1,4 @@
-"""What a plan says to a person, and as JSON."""
+"""A plan as text and as JSON."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def target_rows(plan: MergePlan) -> list[dict[str, Any]]:
 
 
 def describe_plan(plan: MergePlan) -> str:
-    """The plan as a person reads it."""
+    """The plan as text."""
     parts = [_describe_sources(plan), _describe_targets(plan), _describe_output(plan)]
     if plan.warnings:
         parts.append("\n".join(map(labelled, plan.warnings)))
@@ -106,8 +106,8 @@ def next_steps(plan: MergePlan) -> str:
 def plan_summary(plan: MergePlan) -> dict[str, Any]:
     """The plan as JSON, without a line for every tensor.
 
-    ``digest`` is that of all that the output's bytes depend on, as far as headers tell it: plans with the same make the
-    same. (A record's digest has seen the adapters' bytes, too, and so is another.)
+    ``digest`` covers all that the output's bytes depend on, as far as headers show it: plans with the same digest make
+    the same output. (The digest of a record covers the adapters' bytes, too, and so differs.)
     """
     targets = target_rows(plan)
     return {

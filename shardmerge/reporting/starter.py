@@ -1,4 +1,4 @@
-"""A config to begin with, from an adapter's own metadata; and where the schema is by which editors check it."""
+"""A commented config for an adapter, from the adapter's metadata; and the path of the config's schema."""
 
 from __future__ import annotations
 

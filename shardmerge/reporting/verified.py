@@ -1,7 +1,7 @@
-"""When a merge was last verified: kept with the user's state, since `verify` writes nothing into an output.
+"""When this user last verified a merge: kept with the user's state, since `verify` writes nothing into an output.
 
-A line of JSON for each time: the checksum of the merge's record, where the output was, and when. It says what was so
-then: the output may have changed since, which only `verify` finds.
+A line of JSON for each time: the checksum of the merge's record, the path of the output, and the time. The output may
+have changed since then; only `verify` finds that.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from shardmerge.destinations.record import believed_record
 from shardmerge.system.installation import state_folder
 from shardmerge.system.regular_files import read_small
 
-#: Some thousand times; the older half goes when there are more.
+#: Bytes, for some thousand entries; the older half is removed when there are more.
 _LARGEST = 1_000_000
 
 
 def remember(output: Path) -> None:
-    """That all of an output was verified just now. Where the home cannot be written to, nothing is remembered."""
+    """Remember that all of an output was verified just now; do nothing where the user's state cannot be written."""
     record = believed_record(output)
     if record is None or record.seal is None:
-        return  # an old record, which nothing tells from another
+        return  # an old record without a checksum, which does not identify it
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     lines = [*_lines(), json.dumps({"record": record.seal, "output": os.path.realpath(output), "at": now})]
     if sum(map(len, lines)) > _LARGEST // 2:
@@ -37,7 +37,7 @@ def remember(output: Path) -> None:
 
 
 def last_time(output: Path, seal: object) -> str | None:
-    """When the output with this record was verified last, in UTC by ISO 8601; None where nobody remembers."""
+    """When the output with this record was last verified, in UTC by ISO 8601; None where that is not known."""
     found = None
     for line in _lines():
         with suppress(ValueError, TypeError, KeyError):
