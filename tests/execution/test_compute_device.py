@@ -20,7 +20,7 @@ from torch import Tensor
 
 import shardmerge
 from shardmerge.adapters.registry import FAMILIES
-from shardmerge.execution import nonfinite, tiles
+from shardmerge.execution import tiles
 from shardmerge.execution.devices import CudaDevice
 from shardmerge.execution.factors import LazyFactors
 from shardmerge.execution.fidelity import Sampler
@@ -191,7 +191,7 @@ def test_both_threads_have_their_stream(gpu: PretendedCuda, tmp_path: Path, monk
 
 def test_who_does_not_wait_is_found(gpu: PretendedCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CudaDevice, "on_stream", lambda self, number: torch.cuda.stream(self._streams[number]))
-    monkeypatch.setattr(nonfinite, "is_finite", lambda values: True)  # as this asks for a number, it waits
+    monkeypatch.setattr(rounding, "is_finite", lambda values: True)  # as this asks for a number, it waits
     monkeypatch.setattr(tiling, "_SIZES", ((1 << 16, 1 << 13),))
     where = write_base(tmp_path / "base", [{"m.weight": random(2048, 256, seed=0)}])
     adapter = write_adapter(tmp_path / "adapter", {"m": (random(4, 256, seed=1), random(2048, 4, seed=2))})
