@@ -1,7 +1,7 @@
 """Names of modules in an adapter's keys, without PEFT's prefix and the segments that wrappers leave in them.
 
-Torch and training frameworks wrap a model and insert segments into its names that no checkpoint has. Which readings of a
-name are possible is decided here; which of them is a module, only the base can say (`shardmerge.planning.modules`).
+Torch and training frameworks wrap a model and insert segments into its names that no checkpoint has. Which readings of
+a name are possible is decided here; which of them is a module, only the base can say (`shardmerge.planning.modules`).
 """
 
 from __future__ import annotations

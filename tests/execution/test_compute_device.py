@@ -20,6 +20,7 @@ from torch import Tensor
 
 import shardmerge
 from shardmerge.adapters.registry import FAMILIES
+from shardmerge.codecs import rounding
 from shardmerge.execution import tiles
 from shardmerge.execution.devices import CudaDevice
 from shardmerge.execution.factors import LazyFactors
