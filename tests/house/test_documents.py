@@ -13,9 +13,18 @@ import pytest
 from click.testing import CliRunner
 
 from shardmerge.cli.main import cli
-from tests.support.builders import ROOT
-from tests.support.gguf_merges import write_adapter
-from tests.support.gguf_zoo import make
+from tests.support.builders import (
+    HIDDEN,
+    INTERMEDIATE,
+    LAYERS,
+    ROOT,
+    llama_tensors,
+    model_config,
+    random_tensor,
+    write_base,
+    write_peft,
+)
+from tests.support.gguf_zoo import SPM_VOCAB, write_spm_tokenizer
 
 PAGES = sorted(
     path
@@ -104,10 +113,23 @@ def test_anchors_are_those_of_github(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base and an adapter."""
+    """A base with what a GGUF file needs of it, and an adapter; made without transformers, whose import takes seconds."""
     folder = tmp_path_factory.mktemp("model")
-    base = make("llama-spm", folder / "base", Path())
-    return base, write_adapter(base, folder / "adapter")
+    ends = {name: random_tensor((SPM_VOCAB, HIDDEN), 1) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    config = model_config(
+        vocab_size=SPM_VOCAB,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        hidden_act="silu",
+        max_position_embeddings=64,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+    )
+    base = write_base(folder / "base", llama_tensors() | ends, config=config, aux={})
+    write_spm_tokenizer(base)
+    return base, write_peft(folder / "adapter")
 
 
 @dataclass
