@@ -113,7 +113,7 @@ def test_anchors_are_those_of_github(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base with what a GGUF file needs of it, and an adapter; made without transformers, whose import takes seconds."""
+    """A base that a GGUF file can be made of, and an adapter; made without transformers, whose import takes seconds."""
     folder = tmp_path_factory.mktemp("model")
     ends = {name: random_tensor((SPM_VOCAB, HIDDEN), 1) for name in ("model.embed_tokens.weight", "lm_head.weight")}
     config = model_config(
