@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.codecs.registry import decoder, encoder
-from shardmerge.spec.plans import MergePlan, TensorPlan
+from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import DTYPE_BITS, FACTOR_DTYPES, FLOAT_DTYPES, RowRange
 from shardmerge.spec.updates import Update
 from shardmerge.spec.windows import boundaries, locate, reaching
@@ -149,8 +149,3 @@ def missing(tensor: TensorPlan, done: Callable[[Update], int]) -> str:
                 f"{math.prod(tensor.out.shape):,} elements, and {found:,} were given to it"
             )
     return ""
-
-
-def changing_updates(plan: MergePlan) -> Iterator[tuple[TensorPlan, Update]]:
-    """The updates that alter weights."""
-    return ((tensor, update) for tensor, update in plan.updates() if FAMILIES[update.family].changes_weight)

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from functools import partial
 
 from shardmerge.adapters.registry import FAMILIES
-from shardmerge.adapters.work import changing_updates
 from shardmerge.api.progress import Progress
 from shardmerge.destinations.contents import files_of
 from shardmerge.destinations.destination import Destination, open_destination
@@ -19,12 +18,11 @@ from shardmerge.errors import ChangedError, FormatError, OutputError, Shardmerge
 from shardmerge.execution.engine import merge_shard
 from shardmerge.execution.executors import Executor
 from shardmerge.planning.fingerprint import with_contents
-from shardmerge.planning.planner import bytes_read
+from shardmerge.planning.totals import bytes_read
 from shardmerge.reporting.merge_report import (
     MergeReport,
     fidelity_by_kind,
     fidelity_warnings,
-    kinds_of,
     merged_dtype,
     sizes_by_format,
 )
@@ -163,35 +161,29 @@ def _report_of(
     ``made`` are the shards that this run has made, ``damaged`` those of an earlier run that the disk has not kept.
     """
     active = {number for receipt in receipts for number in receipt.active_adapters}
-    targets = set()
-    for tensor, update in changing_updates(plan):
-        targets.add(tensor.source.name)
-        if not FAMILIES[update.family].neutral_if_zero:
-            active.add(update.adapter)
+    active |= {kind.adapter for kind in plan.totals.targets if not FAMILIES[kind.family].neutral_if_zero}
     idle = [info.location for number, info in enumerate(plan.adapters) if number not in active]
     nothing = "changes nothing: every lora_B is zero, as before training"
     warnings: list[str] = [Warned(f"adapter {location} {nothing}") for location in idle]
     warnings += [f"{name}: the disk had not kept what an earlier run wrote; it was made again" for name in damaged]
     by_kind = fidelity_by_kind(receipts)
-    kinds = kinds_of(plan)
-    dtype = merged_dtype(kinds)
-    warnings += fidelity_warnings(dtype, by_kind)
+    warnings += fidelity_warnings(plan, by_kind)
     merged, made_bytes = sum(shard.nbytes for shard in plan.shards), sum(shard.nbytes for shard in made)
     return MergeReport(
         output=plan.output,
         files=tuple(files_of(plan)),
-        targets=len(targets),
+        targets=plan.totals.changed,
         adapter_bytes=sum(info.nbytes for info in plan.adapters),
         base_bytes=plan.base.nbytes,
         merged_bytes=merged,
-        merged_dtype=dtype,
-        bytes_read=bytes_read(made),
+        merged_dtype=merged_dtype(plan),
+        bytes_read=plan.bytes_read if len(made) == len(plan.shards) else bytes_read(made),
         bytes_written=plan.bytes_written - merged + made_bytes,
         shards_reused=len(plan.shards) - len(made),
         seconds=time.monotonic() - started,
         peak_memory_bytes=peak_memory(),
         working_set_bytes=working_set,
-        sizes_bytes=sizes_by_format(kinds),
+        sizes_bytes=sizes_by_format(plan),
         fidelity=by_kind,
         warnings=(*plan.warnings, *warnings),
         kind=words_for(plan.adapters).noun,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.file_formats.checkpoint_files import Shard
 from shardmerge.key_mapping.names import Names
+from shardmerge.key_mapping.table import table
 from shardmerge.planning import aux_files, steps
 from shardmerge.planning.heads import resolve_heads
 from shardmerge.planning.layout import Layout, lay_out
@@ -30,9 +32,11 @@ from shardmerge.planning.settings import check_device, check_rounding
 from shardmerge.planning.several import undone
 from shardmerge.planning.tied import resolve_ties
 from shardmerge.planning.tiling import tile_all
+from shardmerge.planning.totals import bytes_read, totals_of
 from shardmerge.planning.trained_on import another_than
 from shardmerge.planning.vocabulary import resized
 from shardmerge.spec.notices import Warned
+from shardmerge.spec.packed import moved
 from shardmerge.spec.plans import (
     AdapterInfo,
     Fingerprint,
@@ -49,8 +53,6 @@ from shardmerge.system.events import Stopwatch
 from shardmerge.system.garbage import give_back, no_garbage_collection
 from shardmerge.version import __version__
 
-__all__ = ["bytes_read", "make_plan"]
-
 #: Raised when the same plan comes to mean other bytes, so that unfinished work of an older version is not mixed in.
 _DIGEST_VERSION = 5
 
@@ -62,8 +64,9 @@ def make_plan(config: MergeConfig, overwrite: bool = False, *, check_output: boo
     """
     try:
         watch = Stopwatch()
+        table()  # stays, so it is made before what goes: see `moved`
         with no_garbage_collection():
-            plan = _make_plan(config, overwrite, check_output)
+            plan = moved(partial(_make_plan, config, overwrite, check_output))
         give_back()  # what a plan of 45,000 targets leaves free is 46 MB, which torch would not get
         steps.planned(plan, watch.lap())
         return plan
@@ -137,6 +140,7 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
         index_metadata=tuple(index_metadata.items()),
         aux=tuple(aux.files),
         memory=memory,
+        totals=totals_of(shards),
         bytes_read=bytes_read(shards),
         bytes_written=written,
         warnings=(
@@ -222,18 +226,6 @@ def _renamed_weights(checkpoint: Checkpoint, layout: Layout) -> str | None:
 
 def _changes_dtype(shards: Sequence[ShardPlan]) -> bool:
     return any(tensor.source.dtype != tensor.out.dtype for shard in shards for tensor in shard.tensors)
-
-
-def bytes_read(shards: Sequence[ShardPlan]) -> int:
-    """Bytes of tensors and factors that are read to make these shards."""
-    return sum(_bytes_read(tensor) for shard in shards for tensor in shard.tensors)
-
-
-def _bytes_read(tensor: TensorPlan) -> int:
-    # A whole tensor of an adapter's is the tensor's source already.
-    updates = (update for update in tensor.updates if not FAMILIES[update.family].is_source)
-    factors = sum(ref.nbytes for update in updates for _, ref in update.factors)
-    return tensor.source.nbytes + sum(ref.nbytes for _, ref in tensor.parts) + factors
 
 
 def _adapter_info(entry: AdapterConfig, adapter: AdapterFile) -> AdapterInfo:

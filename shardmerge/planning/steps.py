@@ -28,7 +28,7 @@ def opened(what: str, source: Source, tensors: int, files: Sequence[SourceFile],
 
 def planned(plan: MergePlan, seconds: float) -> None:
     """A plan was made."""
-    words, updated = words_for(plan.adapters), sum(1 for shard in plan.shards for of in shard.tensors if of.updates)
+    words, updated = words_for(plan.adapters), plan.totals.updated
     event(
         "planned",
         f"planned in {seconds:.1f} s: {words.noun} of {plan.base.location} into {plan.output}, "

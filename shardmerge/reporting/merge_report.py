@@ -62,32 +62,21 @@ class MergeReport:
         return result
 
 
-#: How many tensors of the output have a dtype, a shape, and as many bytes.
-Kinds = Mapping[tuple[str, tuple[int, ...], int], int]
-
-
-def kinds_of(plan: MergePlan) -> Kinds:
-    """What the sizes of an output depend on: of 67,000 tensors there are ten kinds."""
-    return Counter(
-        (tensor.out.dtype, tensor.out.shape, tensor.out.nbytes) for shard in plan.shards for tensor in shard.tensors
-    )
-
-
-def merged_dtype(kinds: Kinds) -> str:
+def merged_dtype(plan: MergePlan) -> str:
     """The dtype most of the output's bytes are in."""
     sizes: Counter[str] = Counter()
-    for (dtype, _, nbytes), count in kinds.items():
+    for dtype, _, nbytes, count in plan.totals.kinds:
         sizes[dtype] += count * nbytes
     code = max(sizes, key=lambda dtype: sizes[dtype]) if sizes else "F32"
     return DTYPE_NAMES.get(code, code.lower())
 
 
-def sizes_by_format(kinds: Kinds) -> dict[str, int]:
+def sizes_by_format(plan: MergePlan) -> dict[str, int]:
     """Bytes of the merged weights in formats that people choose between, headers left out.
 
     Of a GGUF quantisation: matrices whose rows are whole blocks in it, others in float16, vectors in float32.
     """
-    shapes = [(shape, count) for (_, shape, _), count in kinds.items()]
+    shapes = [(shape, count) for _, shape, _, count in plan.totals.kinds]
     sizes = {name: sum(count * tensor_nbytes(code, shape) for shape, count in shapes) for code, name in _PLAIN.items()}
     return sizes | {
         kind.lower(): sum(count * ggml.size_in(kind, shape) for shape, count in shapes) for kind in _QUANTIZED
@@ -104,7 +93,7 @@ def fidelity_by_kind(receipts: Iterable[Receipt]) -> dict[str, Fidelity]:
     return result
 
 
-def fidelity_warnings(dtype: str, by_kind: Mapping[str, Fidelity]) -> list[str]:
+def fidelity_warnings(plan: MergePlan, by_kind: Mapping[str, Fidelity]) -> list[str]:
     """Warnings for kinds of modules of whose update the rounding lost more than half."""
     kept = sorted((of.share_kept, kind) for kind, of in by_kind.items() if of.share_kept < _TOO_LITTLE)
     if not kept:
@@ -112,7 +101,7 @@ def fidelity_warnings(dtype: str, by_kind: Mapping[str, Fidelity]) -> list[str]:
     shares = ", ".join(f"{1 - share:.0%} of that of {kind}" for share, kind in kept)
     return [
         Warned(
-            f"much of the update is below the resolution of {dtype} and was lost to rounding: {shares}. "
+            f"much of the update is below the resolution of {merged_dtype(plan)} and was lost to rounding: {shares}. "
             "output.dtype: float32 keeps it; output.rounding: stochastic keeps it on average"
         )
     ]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 from shardmerge.adapters.registry import FAMILIES
-from shardmerge.adapters.work import changing_updates
 from shardmerge.planning.layouts import LAYOUTS
-from shardmerge.reporting.merge_report import kinds_of, merged_dtype
+from shardmerge.reporting.merge_report import merged_dtype
 from shardmerge.reporting.text import human_bytes, labelled, notices, table
 from shardmerge.spec.plans import MergePlan, jsonable
 
@@ -19,22 +17,17 @@ def target_rows(plan: MergePlan) -> list[dict[str, Any]]:
 
     ``scaling`` is empty where the family does not add, and ``rank`` 0 where it has none.
     """
-    groups: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
-    for _, update in changing_updates(plan):
-        kind = update.module.rpartition(".")[2] + ("" if update.parameter == "weight" else f".{update.parameter}")
-        # A module of experts may be stored as many tensors.
-        groups[kind, update.shape, update.family, update.rank, update.adapter][update.module] = update.scaling
     return [
         {
-            "module": kind,
-            "count": len(modules),
-            "shape": list(shape),
-            "family": family,
-            "rank": rank,
-            "scaling": sorted(set(modules.values())) if FAMILIES[family].adds else [],
-            "adapter": adapter,
+            "module": kind.module,
+            "count": kind.count,
+            "shape": list(kind.shape),
+            "family": kind.family,
+            "rank": kind.rank,
+            "scaling": list(kind.scalings) if FAMILIES[kind.family].adds else [],
+            "adapter": kind.adapter,
         }
-        for (kind, shape, family, rank, adapter), modules in groups.items()
+        for kind in plan.totals.targets
     ]
 
 
@@ -89,7 +82,7 @@ def _describe_output(plan: MergePlan) -> str:
     shards = "1 file" if len(plan.shards) == 1 else f"{len(plan.shards)} shards"
     rows = [
         ("output", plan.output),
-        ("", f"{shards}, dtype {merged_dtype(kinds_of(plan))}, {len(plan.aux)} other files"),
+        ("", f"{shards}, dtype {merged_dtype(plan)}, {len(plan.aux)} other files"),
         ("reads", human_bytes(plan.bytes_read)),
         ("writes", human_bytes(plan.bytes_written)),
         ("computes in", f"{plan.compute_dtype} on {'cpu' if plan.compute_device == 'auto' else plan.compute_device}"),
@@ -114,7 +107,7 @@ def plan_summary(plan: MergePlan) -> dict[str, Any]:
         "base": jsonable(plan.base),
         "adapters": jsonable(plan.adapters),
         "output": plan.output,
-        "output_dtype": merged_dtype(kinds_of(plan)),
+        "output_dtype": merged_dtype(plan),
         "compute": {"dtype": plan.compute_dtype, "device": plan.compute_device},
         "targets": targets,
         "scalings": sorted({value for row in targets for value in row["scaling"]}),

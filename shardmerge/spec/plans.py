@@ -157,6 +157,34 @@ class ShardPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class TargetKind:
+    """Modules of the same name but for their places in the model, which an adapter updates alike."""
+
+    #: The last part of the modules' name, with the parameter's where that is not ``weight``.
+    module: str
+    shape: tuple[int, ...]
+    family: str
+    #: 0 where the family has none.
+    rank: int
+    adapter: int
+    #: How many modules there are, and their scalings.
+    count: int
+    scalings: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What is asked of all tensors of a plan again and again, so that they need not be unpacked for it."""
+
+    #: Tensors with updates, and those of which an update changes a value.
+    updated: int
+    changed: int
+    #: How many tensors of the output have a dtype, a shape, and as many bytes: some ten kinds, however many tensors.
+    kinds: tuple[tuple[str, tuple[int, ...], int, int], ...]
+    targets: tuple[TargetKind, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AuxFile:
     """A file that is copied beside the shards. ``content`` replaces the source's bytes where it is not None."""
 
@@ -244,6 +272,7 @@ class MergePlan:
     index_metadata: tuple[tuple[str, Any], ...]
     aux: tuple[AuxFile, ...]
     memory: MemoryPlan
+    totals: Totals
     bytes_read: int
     bytes_written: int
     warnings: tuple[str, ...]

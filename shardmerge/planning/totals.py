@@ -1,0 +1,46 @@
+"""What a plan says of all its tensors together."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from shardmerge.adapters.registry import FAMILIES
+from shardmerge.spec.plans import ShardPlan, TargetKind, Totals
+
+
+def totals_of(shards: Iterable[ShardPlan]) -> Totals:
+    """Counts over all shards."""
+    kinds: Counter[tuple[str, tuple[int, ...], int]] = Counter()
+    # A module of experts may be stored as many tensors.
+    targets: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
+    updated, changed = 0, set()
+    for tensor in (tensor for shard in shards for tensor in shard.tensors):
+        kinds[tensor.out.dtype, tensor.out.shape, tensor.out.nbytes] += 1
+        updated += bool(tensor.updates)
+        for update in tensor.updates:
+            if FAMILIES[update.family].changes_weight:
+                changed.add(tensor.source.name)
+                kind = update.module.rpartition(".")[2]
+                kind += "" if update.parameter == "weight" else f".{update.parameter}"
+                of = targets[kind, update.shape, update.family, update.rank, update.adapter]
+                of[update.module] = update.scaling
+    return Totals(
+        updated,
+        len(changed),
+        tuple((*kind, count) for kind, count in kinds.items()),
+        tuple(TargetKind(*key, len(of), tuple(sorted(set(of.values())))) for key, of in targets.items()),
+    )
+
+
+def bytes_read(shards: Iterable[ShardPlan]) -> int:
+    """Bytes of tensors and factors that are read to make these shards."""
+    read = 0
+    for tensor in (tensor for shard in shards for tensor in shard.tensors):
+        # A whole tensor of an adapter's is the tensor's source already.
+        factors = (update.factors for update in tensor.updates if not FAMILIES[update.family].is_source)
+        refs = itertools.chain(tensor.parts, *factors)
+        read += tensor.source.nbytes + sum(ref.nbytes for _, ref in refs)
+    return read
