@@ -376,7 +376,7 @@ HOSTILE: dict[str, Hostile] = {
         (r"'x\ny.safetensors' has characters",),
     ),
     "file name that is no text": Hostile(
-        lambda place: open(os.fsencode(place.base) + b"/\xff.txt", "w").close(), ("is no file name in UTF-8",), 5
+        lambda place: open(os.fsencode(place.base) + b"/\xff.txt", "w").close(), ("is not a file name in UTF-8",), 5
     ),
     "patterns that are too many": Hostile(
         settings(rank_pattern={f"x{number}": 4 for number in range(10_001)}),
