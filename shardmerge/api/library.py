@@ -98,7 +98,7 @@ def merge(
     """
     started = time.monotonic()
     if isinstance(what, MergePlan):
-        if {base, adapter, output, compute} != {None}:
+        if any(part is not None for part in (base, adapter, output, compute)):
             raise ConfigError("a plan says already what is merged; give base, adapter, output or compute to `plan`")
         planned = what if overwrite is None else dataclasses.replace(what, overwrite=overwrite)
     else:

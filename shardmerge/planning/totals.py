@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from typing import Any
 
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.spec.plans import ShardPlan, TargetKind, Totals
@@ -15,7 +14,7 @@ def totals_of(shards: Iterable[ShardPlan]) -> Totals:
     """Counts over all shards."""
     kinds: Counter[tuple[str, tuple[int, ...], int]] = Counter()
     # A module of experts may be stored as many tensors.
-    targets: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
+    targets: dict[tuple[str, tuple[int, ...], str, int, int], dict[str, float]] = defaultdict(dict)
     updated, changed = 0, set()
     for tensor in (tensor for shard in shards for tensor in shard.tensors):
         kinds[tensor.out.dtype, tensor.out.shape, tensor.out.nbytes] += 1
@@ -31,7 +30,7 @@ def totals_of(shards: Iterable[ShardPlan]) -> Totals:
         updated,
         len(changed),
         tuple((*kind, count) for kind, count in kinds.items()),
-        tuple(TargetKind(*key, len(of), tuple(sorted(set(of.values())))) for key, of in targets.items()),
+        tuple(TargetKind(*key, count=len(of), scalings=tuple(sorted(set(of.values())))) for key, of in targets.items()),
     )
 
 

@@ -116,7 +116,7 @@ def test_a_config_or_its_parts_and_not_both(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="but not both"):
         shardmerge.plan(config, base="b")
     with pytest.raises(ConfigError, match="a plan says already"):
-        shardmerge.merge(shardmerge.plan(config), base="b")
+        shardmerge.merge(shardmerge.plan(config), adapter=["a"])
 
 
 def test_overwrite_is_obeyed_whatever_the_plan_was_made_with(config: dict[str, Any], output: Path) -> None:
