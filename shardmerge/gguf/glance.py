@@ -1,4 +1,4 @@
-"""What a GGUF file of anybody's says of itself: its header, read from the format's definition, and nothing else.
+"""What the header of any GGUF file says, read from the format's definition.
 
     "GGUF", version (u32), number of tensors (u64), number of key-values (u64)
     each key-value:  key, type (u32), value
@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardmerge.errors import FormatError
+from shardmerge.gguf.cursor import ARRAY, STRING, Cursor, Read
 
 #: Bytes and items that a header may have: the largest vocabularies, with their merges, take 20 MB and a million.
 _MOST_BYTES, _MOST_ITEMS = 128 << 20, 4 << 20
 _MOST_TENSORS, _MOST_KEYS, _MOST_DIMENSIONS = 1 << 18, 1 << 14, 8
 #: Strings up to this length are kept; a name may be no longer.
-_KEPT, _CHUNK = 4096, 1 << 20
-_STRING, _ARRAY = 8, 9
-_SCALARS: Mapping[int, str] = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+_KEPT = 4096
 #: Numbers of types by their names in ggml.h.
 TYPES: Mapping[int, str] = {
     **dict(enumerate(("F32", "F16", "Q4_0", "Q4_1"))),
@@ -36,8 +35,6 @@ TYPES: Mapping[int, str] = {
     39: "MXFP4",
 }
 
-#: Up to so many bytes (the second) from an offset (the first).
-Read = Callable[[int, int], bytes]
 Value = int | float | bool | str
 
 
@@ -83,44 +80,16 @@ def _sizes(places: list[tuple[int, str]], data_bytes: int) -> Counter[str]:
     return sizes
 
 
-class _Cursor:
-    """Goes through the bytes of a header, which are read in chunks."""
+class _Cursor(Cursor):
+    """Counts the items of a header, too."""
 
-    def __init__(self, read: Read, end: int, where: str) -> None:
-        self._read, self._end, self._where = read, end, where
-        self._chunk, self._used, self._start = b"", 0, 0
-        self._items = 0
-
-    @property
-    def at(self) -> int:
-        return self._start + self._used
-
-    def take(self, count: int) -> bytes:
-        """The next bytes, few of them."""
-        if count > len(self._chunk) - self._used:
-            self._start, self._used = self.at, 0
-            self._chunk = self._read(self._start, max(0, min(_CHUNK, self._end - self._start)))
-        if count > len(self._chunk) - self._used:
-            raise FormatError(f"{self._where}: its header is not complete at byte {self.at}")
-        self._used += count
-        return self._chunk[self._used - count : self._used]
-
-    def skip(self, count: int) -> None:
-        if count > self._end - self.at:
-            raise FormatError(f"{self._where}: its header is not complete at byte {self.at}")
-        if count <= len(self._chunk) - self._used:
-            self._used += count
-        else:
-            self._start, self._chunk, self._used = self.at + count, b"", 0
-
-    def unpack(self, layout: str) -> tuple[int, ...]:
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+    _items = 0
 
     def length(self, most: int = _MOST_BYTES) -> int:
         (length,) = self.unpack("<Q")
         self.count(1)
         if length > most:
-            raise FormatError(f"{self._where}: a text of {length} bytes at byte {self.at}; expected {most} at most")
+            raise FormatError(f"{self.where}: a text of {length} bytes at byte {self.at}; expected {most} at most")
         return length
 
     def text(self) -> str:
@@ -130,39 +99,33 @@ class _Cursor:
         """Refuse a header of more items than any has."""
         self._items += items
         if self._items > _MOST_ITEMS:
-            raise FormatError(f"{self._where}: its header has over {_MOST_ITEMS} items; expected less")
+            raise FormatError(f"{self.where}: its header has over {_MOST_ITEMS} items; expected less")
 
 
 def _value(cursor: _Cursor) -> Value | None:
     """A value; None of one that is long, which is passed over."""
     (kind,) = cursor.unpack("<I")
-    if kind == _STRING:
+    if kind == STRING:
         length = cursor.length()
         if length <= _KEPT:
             return cursor.take(length).decode(errors="backslashreplace")
         cursor.skip(length)
         return None
-    if kind == _ARRAY:
+    if kind == ARRAY:
         _skip_array(cursor)
         return None
-    scalar: Value = cursor.unpack(_layout(cursor, kind))[0]
+    scalar: Value = cursor.unpack(cursor.layout(kind))[0]
     return scalar
 
 
 def _skip_array(cursor: _Cursor) -> None:
     item, count = cursor.unpack("<IQ")
-    if item != _STRING:
-        cursor.skip(count * struct.calcsize(_layout(cursor, item)))
+    if item != STRING:
+        cursor.skip(count * struct.calcsize(cursor.layout(item)))
         return
     cursor.count(min(count, _MOST_ITEMS + 1))
     for _ in range(count):
         cursor.skip(cursor.length())
-
-
-def _layout(cursor: _Cursor, kind: int) -> str:
-    if kind not in _SCALARS:
-        raise FormatError(f"{cursor._where}: a value of type {kind} at byte {cursor.at}, which is unknown")
-    return f"<{_SCALARS[kind]}"
 
 
 def _tensor(cursor: _Cursor) -> tuple[int, str]:
@@ -170,7 +133,7 @@ def _tensor(cursor: _Cursor) -> tuple[int, str]:
     cursor.text()
     (dimensions,) = cursor.unpack("<I")
     if dimensions > _MOST_DIMENSIONS:
-        raise FormatError(f"{cursor._where}: a tensor of {dimensions} dimensions at byte {cursor.at}")
+        raise FormatError(f"{cursor.where}: a tensor of {dimensions} dimensions at byte {cursor.at}")
     cursor.skip(8 * dimensions)
     code, offset = cursor.unpack("<IQ")
     return offset, TYPES.get(code, f"type {code}")

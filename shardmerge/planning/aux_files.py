@@ -18,8 +18,9 @@ from shardmerge.planning.other_weights import is_adapter, is_below, is_weights, 
 from shardmerge.planning.special_files import is_of_another, linked_folders, unfit_in_adapter, unfit_in_base
 from shardmerge.planning.tied import without_ties
 from shardmerge.planning.tokenizer import Files, take_tokenizer, without_template
-from shardmerge.sources.source import Source
+from shardmerge.sources.source import Source, read_whole
 from shardmerge.spec.plans import AuxFile
+from shardmerge.system import json_text
 
 #: Files that may hold a chat template among other things, which some programs prefer to a file of its own.
 _HOLD_TEMPLATES = ("tokenizer_config.json", "processor_config.json")
@@ -63,7 +64,7 @@ def collect(
     for name, (source, stored) in sorted(chosen.items()):
         content = None
         if name == "config.json" and changes:
-            content = _with_changes(source.read(stored, 0, 1 << 26), checkpoint.config, changes)
+            content = _with_changes(read_whole(source, stored, json_text.MAX_BYTES), checkpoint.config, changes)
         elif name in _HOLD_TEMPLATES and has_own_template and source is base:
             content = without_template(read_json(base, [stored], stored))
         result.files.append(AuxFile(name, source.stat(stored), content))

@@ -129,17 +129,11 @@ class LocalSource:
         return _seen(path, status)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        path = self._path(name)
-        try:
-            with open(open_regular(self._real(name), follow_link=False)[0], "rb", buffering=0) as file:
-                file.seek(offset)
-                chunks = []
-                while size > 0 and (chunk := file.read(size)):
-                    chunks.append(chunk)
-                    size -= len(chunk)
-                return b"".join(chunks)
-        except OSError as error:
-            raise _problem(path, error) from None
+        file = self.stat(name)
+        data = bytearray(max(0, min(size, file.size - offset)))
+        with LocalReader(file) as reader:  # the file that was found, wherever a link leads meanwhile
+            reader.read_into(offset, memoryview(data))
+        return bytes(data)
 
     def fetch(self, name: str) -> Path:
         self.stat(name)

@@ -8,8 +8,8 @@
 A string is its length (u64) and its bytes; an array the type of its items (u32), their number (u64) and the items.
 Little-endian throughout. Source: ggml's docs/gguf.md.
 
-Files come from strangers: a header is read in pieces, no count is believed before its items have come, and of arrays
-and long strings only the length and a checksum are kept.
+Files are untrusted: a header is read in pieces (`gguf.cursor`), and of arrays and long strings only the length and a
+checksum are kept.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from shardmerge.errors import FormatError
+from shardmerge.gguf.cursor import ARRAY, BOOL, CHUNK, SCALARS, STRING, Cursor
 from shardmerge.spec.tensors import TensorInfo
 from shardmerge.system.checksums import Checksums
 
@@ -31,11 +32,7 @@ _MOST_ITEMS = 1 << 24
 _NAME, _KEY = 64, (1 << 16) - 1
 #: Strings up to this length are kept.
 _KEPT = 4096
-_CHUNK = 1 << 18
 _DIMENSIONS = 4
-_STRING, _ARRAY, _BOOL = 8, 9, 7
-#: Type of a value → its format as `struct` has it.
-_SCALARS: Mapping[int, str] = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 #: Type of a tensor → what we call it, and the elements and bytes of a block.
 _TYPES: Mapping[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4),
@@ -88,10 +85,16 @@ class GgufHeader:
 
 def read_header(read_into: ReadInto, size: int, where: str) -> GgufHeader:
     """The header of a file of ``size`` bytes. `FormatError` where it is none; data may be anything."""
-    cursor = _Cursor(read_into, min(size, _MOST_BYTES), where)
+
+    def read(offset: int, count: int) -> bytes:
+        data = bytearray(count)
+        read_into(offset, memoryview(data))
+        return bytes(data)
+
+    cursor = _Cursor(read, min(size, _MOST_BYTES), where)
     magic = cursor.take(4)
     if magic != b"GGUF":
-        raise FormatError(f"{where}: begins with {magic!r}, so it is no GGUF file")
+        raise FormatError(f"{where}: begins with {magic!r}, so it is not a GGUF file")
     version, tensors, keys = cursor.unpack("<IQQ")
     if version != 3:
         raise FormatError(f"{where}: GGUF version {version}; expected 3")
@@ -116,46 +119,8 @@ def read_header(read_into: ReadInto, size: int, where: str) -> GgufHeader:
     return GgufHeader(values, infos, alignment, cursor.at)
 
 
-class _Cursor:
-    """Goes through the bytes of a header, which are read in chunks."""
-
-    def __init__(self, read_into: ReadInto, end: int, where: str) -> None:
-        self._read_into = read_into
-        self._end = end
-        self.where = where
-        self._chunk = memoryview(b"")
-        self._used = 0
-        self._loaded = 0
-
-    @property
-    def at(self) -> int:
-        return self._loaded - len(self._chunk) + self._used
-
-    def take(self, count: int) -> bytes:
-        """The next bytes; a count that someone says is looked at before there is memory for it."""
-        if count > self._end - self.at:
-            raise FormatError(f"{self.where}: its header ends at byte {self._end}, where it is not complete")
-        if count <= len(self._chunk) - self._used:  # as of nearly all, which are many
-            self._used += count
-            return bytes(self._chunk[self._used - count : self._used])
-        parts = []
-        while count:
-            if self._used == len(self._chunk):
-                self._load()
-            part = bytes(self._chunk[self._used : self._used + count])
-            self._used += len(part)
-            count -= len(part)
-            parts.append(part)
-        return b"".join(parts)
-
-    def _load(self) -> None:
-        data = bytearray(min(_CHUNK, self._end - self._loaded))
-        self._read_into(self._loaded, memoryview(data))
-        self._chunk, self._used = memoryview(data), 0
-        self._loaded += len(data)
-
-    def unpack(self, layout: str) -> tuple[int, ...]:
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+class _Cursor(Cursor):
+    """Reads names and checksums, too."""
 
     def name(self, most: int) -> str:
         (length,) = self.unpack("<Q")
@@ -170,7 +135,7 @@ class _Cursor:
         """That of the next bytes."""
         found = Checksums(False)
         while count:
-            part = self.take(min(count, _CHUNK))
+            part = self.take(min(count, CHUNK))
             found.update(part)
             count -= len(part)
         return found.hex()["xxh3_128"]
@@ -178,34 +143,32 @@ class _Cursor:
 
 def _value(cursor: _Cursor) -> tuple[int, Value]:
     (kind,) = cursor.unpack("<I")
-    if kind == _STRING:
+    if kind == STRING:
         (length,) = cursor.unpack("<Q")
         if length > _KEPT:
             return kind, Long(0, length, cursor.checksum(length))
         return kind, cursor.take(length).decode(errors="backslashreplace")
-    if kind == _ARRAY:
+    if kind == ARRAY:
         return kind, _array(cursor)
     return kind, _scalar(cursor, kind)
 
 
 def _scalar(cursor: _Cursor, kind: int) -> int | float | bool:
-    if kind not in _SCALARS:
-        raise FormatError(f"{cursor.where}: a value of type {kind}, which is unknown")
-    if kind == _BOOL:
+    if kind == BOOL:
         (byte,) = cursor.take(1)
         if byte > 1:
             raise FormatError(f"{cursor.where}: a truth value of {byte}")
         return bool(byte)
-    return cursor.unpack(f"<{_SCALARS[kind]}")[0]
+    return cursor.unpack(cursor.layout(kind))[0]
 
 
 def _array(cursor: _Cursor) -> Long:
     item, count = cursor.unpack("<IQ")
     if count > _MOST_ITEMS:
         raise FormatError(f"{cursor.where}: an array of {count} items, which is absurd")
-    if item in _SCALARS:
-        return Long(item, count, cursor.checksum(count * struct.calcsize(f"<{_SCALARS[item]}")))
-    if item != _STRING:
+    if item in SCALARS:
+        return Long(item, count, cursor.checksum(count * struct.calcsize(f"<{SCALARS[item]}")))
+    if item != STRING:
         raise FormatError(f"{cursor.where}: an array of items of type {item}, which no model has")
     found = Checksums(False)
     for _ in range(count):
@@ -234,7 +197,7 @@ def _info(cursor: _Cursor, name: str, size: int) -> TensorInfo:
     elements = math.prod(shape)
     if not elements or shape[-1] % block:
         raise FormatError(
-            f"{cursor.where}: {name} is {kind} of shape {list(shape)}, which is no whole number of blocks"
+            f"{cursor.where}: {name} is {kind} of shape {list(shape)}, which is not a whole number of blocks"
         )
     nbytes = elements // block * size_of_block
     if offset > size or nbytes > size:

@@ -326,7 +326,7 @@ def fill_padding(content: bytearray, tensors: Tensors) -> None:
         (fill_padding, "the padding before its data is not zero"),
         (lambda content, _: content.extend(bytes(32)), "its tensors end at byte"),
         (lambda content, _: content.__delitem__(slice(-32, None)), "its tensors end at byte"),
-        (lambda content, _: content.__setitem__(0, 0), "it is no GGUF file"),
+        (lambda content, _: content.__setitem__(0, 0), "it is not a GGUF file"),
         (lambda content, _: content.__setitem__(4, 2), "GGUF version 2"),
     ),
 )
