@@ -488,7 +488,7 @@ def test_a_gguf_file_in_which_an_update_is_lost(
     lost = next(update for _, update in plan.updates())
 
     def passed_over(tensor: TensorPlan, update: Update, rows: RowRange) -> Part | None:
-        return None if update is lost else locate(tensor, update, rows)
+        return None if update == lost else locate(tensor, update, rows)
 
     if guard == "locate":
         monkeypatch.setattr(tiles, "locate", passed_over)
