@@ -39,7 +39,7 @@ def needs_work(tensor: TensorPlan) -> bool:
         return True
     if any(not FAMILIES[update.family].is_source for update in tensor.updates):
         return True
-    # A whole tensor of an adapter's is looked at, as it may hold what is no number. Numbers that are not floats cannot.
+    # A whole tensor of an adapter's is looked at, as it may hold NaN. Numbers that are not floats cannot.
     return bool(tensor.updates) and tensor.source.dtype in FLOAT_DTYPES
 
 
@@ -115,7 +115,7 @@ def _widest(*dtypes: str) -> str:
 
 
 def elements_for(tensor: TensorPlan, update: Update) -> int:
-    """How many elements of the output lie where an update's place is: told by the plan, not by the tiles."""
+    """How many elements of the output are at an update's place, by the plan and not by the tiles."""
     place, width = update.place, tensor.row_elements
     first, last = tensor.first_row, tensor.first_row + tensor.rows
     if place.transposed and tensor.row_dims == 1:

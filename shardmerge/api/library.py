@@ -156,7 +156,7 @@ def verify(
         def advance(done: int, total: int, shard: str, number: int, shards: int) -> None:
             report_progress(Progress(done, total, shard, number, shards, "verifying"))
 
-        report = verify_output(Path(output), base=base, adapters=adapters, rows=rows, seed=seed, told=advance)
+        report = verify_output(Path(output), base=base, adapters=adapters, rows=rows, seed=seed, progress=advance)
     verified(report)
     return report
 

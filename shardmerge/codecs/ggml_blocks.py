@@ -141,7 +141,7 @@ def _inverse(d: Tensor) -> Tensor:
 
 
 def _symmetric(x: Tensor, s: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """d, and q below 2 · ``levels``, which lies in ``s``."""
+    """d, and q below 2 · ``levels``, which is stored in ``s``."""
     low, high = x.amin(-1), x.amax(-1)
     largest = torch.where(high > -low, high, low)
     # Of two of one magnitude the first counts, also of two zeros. They are rare enough to look for one by one.
@@ -153,7 +153,7 @@ def _symmetric(x: Tensor, s: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 
 
 def _asymmetric(x: Tensor, s: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """d, m, and q up to ``levels``, which lies in ``s``."""
+    """d, m, and q up to ``levels``, which is stored in ``s``."""
     low, high = x.amin(-1), x.amax(-1)
     d = (high - low).div_(levels)
     return d, low, _integers(x.sub_(low.unsqueeze(-1)).mul_(_inverse(d)), s, 0.5, levels)

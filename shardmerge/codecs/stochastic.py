@@ -66,8 +66,8 @@ def _cut(target: Tensor, value: Tensor, mixed: Tensor) -> None:
     target.view(torch.int16).copy_(mixed)
 
 
-def _choose(target: Tensor, value: Tensor, chance: Tensor) -> None:
-    """Of the two neighbours of each value the one that ``chance``, in [0, 1), says."""
+def _choose(target: Tensor, value: Tensor, share: Tensor) -> None:
+    """Of the two neighbours of each value the one that a random ``share``, in [0, 1), selects."""
     nearest = value.to(target.dtype)
     rounded = nearest.to(value.dtype)
     error = value - rounded
@@ -76,12 +76,12 @@ def _choose(target: Tensor, value: Tensor, chance: Tensor) -> None:
     whole = _BITS[target.dtype]
     bits = nearest.view(whole)
     step = (up == (bits >= 0)).to(whole).mul_(2).sub_(1)
-    # Beside zero the least number of the sign that lies on the way: of its bits the last one, and maybe the sign's.
+    # Next to zero it is the least number with the sign of the exact value: its last bit, and maybe the sign's.
     least = torch.where(up, 1, torch.iinfo(whole).min + 1).to(whole)
     neighbour = torch.where(nearest == 0, least, bits + step).view(target.dtype)
     gap = neighbour.to(value.dtype).sub_(rounded)
-    # A value that is exact has no error, and that of an infinity is no number.
-    target.copy_(torch.where(error.abs_() > gap.abs_().mul_(chance), neighbour, nearest))
+    # A value that is exact has no error, and the error of an infinity is NaN.
+    target.copy_(torch.where(error.abs_() > gap.abs_().mul_(share), neighbour, nearest))
 
 
 def _mix(numbers: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Every codec looks at the tiles that it encodes; what is here is asked only where
 
 An infinity may be there on purpose, as in a mask. It stays where the base holds the same one and nothing was computed
 of it: in a tensor without an update, in rows that no update reaches, and in a whole tensor of an adapter's, as PEFT
-saves what the base had. One that is new is refused, and so is what is no number at all.
+saves what the base had. One that is new is refused, and so is NaN.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Workspace:
     def tensors(self, shape: tuple[int, int], dtype: str, size: int) -> tuple[Tensor, Tensor]:
         """A tile and scratch, both dense; the same as before where nothing else is asked for.
 
-        Each lies at the beginning of one of the `halves`, which have ``size`` bytes an element.
+        Each is the beginning of one of the `halves`, which have ``size`` bytes an element.
         """
         if self._key != (shape, dtype, size):
             tile, scratch = self.halves(shape[0] * shape[1], size)

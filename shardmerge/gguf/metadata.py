@@ -241,7 +241,7 @@ def _of_phi3(model: Model, file_type: int) -> list[_Row]:
         ("rope.dimension_count", "u32", model.rope_dimensions),
         ("rope.freq_base", "f32", model.rope.theta),
         ("general.file_type", "u32", file_type),
-        # 0 says that there is none, which tells Phi-4 from Phi-3.
+        # 0 means none; that is how llama.cpp distinguishes Phi-4 from Phi-3.
         ("attention.sliding_window", "u32", model.sliding_window or 0),
     ]
 

@@ -179,7 +179,7 @@ def _read(architecture: Architecture, settings: Mapping[str, Any], reader: _Read
     window = reader.whole("sliding_window", required=gemma2)
     rope, local_theta = _rope(architecture.model_type, settings, context or 0)
     if rope is None or (local_theta is None and architecture.model_type == "gemma3_text"):
-        reader.problems.append("config.json: rope_theta is no number, or rope_type no name")
+        reader.problems.append("config.json: rope_theta is not a number, or rope_type not a name")
         return None
     numbers = (vocab_size, hidden, intermediate, layers, heads, context, rms_eps)
     if None in numbers:
@@ -277,7 +277,7 @@ _WITHOUT_BIASES = frozenset({"qwen3", "qwen3_moe", "gemma2", "gemma3_text"})
 
 
 def _what_it_cannot_say(model: Model, settings: Mapping[str, Any]) -> list[str]:
-    """Why llama.cpp would not load a file of this model, or could not be told its numbers."""
+    """Why llama.cpp would not load a file of this model, or why the file could not hold its numbers."""
     architecture, rope, problems = model.architecture, model.rope, []
     if any(key in rope.settings for key in ("full_attention", "sliding_attention")):
         problems.append(f"config.json: rope settings by kind of layer are not supported for {architecture.hf_class}")
@@ -286,7 +286,9 @@ def _what_it_cannot_say(model: Model, settings: Mapping[str, Any]) -> list[str]:
     if architecture.name == "phi3":
         problems += _phi3_problems(model)
     if model.hidden % model.heads and model.head_dim is None:
-        problems.append(f"config.json: hidden_size {model.hidden} is no multiple of the {model.heads} attention heads")
+        problems.append(
+            f"config.json: hidden_size {model.hidden} is not a multiple of the {model.heads} attention heads"
+        )
     if architecture.model_type in _OF_WHOLE_WIDTH and model.head_dim not in (None, model.hidden // model.heads):
         problems.append(
             f"config.json: head_dim is {model.head_dim}, but llama.cpp's {architecture.hf_class} has heads of "
@@ -307,7 +309,7 @@ def _what_it_cannot_say(model: Model, settings: Mapping[str, Any]) -> list[str]:
 def _phi3_problems(model: Model) -> list[str]:
     problems = []
     if model.original_context is None or model.original_context < 2:
-        problems.append("config.json: original_max_position_embeddings is no whole number above 1")
+        problems.append("config.json: original_max_position_embeddings is not an integer above 1")
     long, short = model.rope.numbers("long_factor"), model.rope.numbers("short_factor")
     expected = model.rope_dimensions // 2
     if model.rope.kind == "longrope" and (len(long), len(short)) != (expected, expected):

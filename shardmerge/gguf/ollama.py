@@ -2,7 +2,7 @@
 
 A chat template is a Jinja program; Ollama's is in Go's template language. So a template is not translated but tried out
 on a few conversations: where it says the very text that one of the `FORMATS` says, that one's template stands in the
-Modelfile. Where it does not, none does, and Ollama goes by the template in the GGUF file itself, as far as it knows it.
+Modelfile. Where it does not, none does, and Ollama uses the template in the GGUF file itself, as far as it knows it.
 Source: Ollama's docs/modelfile.md and docs/template.md.
 """
 
@@ -188,7 +188,7 @@ def _refuse(message: str) -> None:
 
 
 def modelfile(file_name: str, values: Sequence[KeyValue], contents: Mapping[str, bytes]) -> str:
-    """The whole Modelfile, for a GGUF file of these key-values that lies beside it.
+    """The whole Modelfile, for a GGUF file of these key-values that is beside it.
 
     ``contents`` are the small files that it was made of, of which tokenizer_config.json names the special tokens.
     """

@@ -25,7 +25,7 @@ class Piece:
 
 
 def read_pieces(content: bytes) -> list[Piece]:
-    """Every piece, in the order of its id. ``ValueError`` where this is no SentencePiece model."""
+    """Every piece, in the order of its id. ``ValueError`` where this is not a SentencePiece model."""
     pieces = [_piece(value) for number, value in _fields(content) if number == 1 and isinstance(value, bytes)]
     if not pieces:
         raise ValueError("it holds no pieces")
@@ -60,7 +60,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
         elif wire in (_FIXED64, _FIXED32):
             length = 8 if wire == _FIXED64 else 4
         else:
-            raise ValueError(f"it is no protobuf message: wire type {wire}")
+            raise ValueError(f"it is not a protobuf message: wire type {wire}")
         if at + length > len(message):
             raise ValueError("it ends within a field")
         yield number, message[at : at + length]

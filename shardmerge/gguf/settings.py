@@ -9,8 +9,8 @@ by its name:
 - *inert*: transformers' code of the class does not read it, or not when it computes logits: training, generation,
   bookkeeping.
 
-A *loss* is a setting without which the file computes something else. It is told with its key and its value; the config
-key ``output.allow_config_loss`` has the file written without it.
+A *loss* is a setting without which the file computes something else. It is reported with its key and its value; the
+config key ``output.allow_config_loss`` has the file written without it.
 
 Sources: transformers' modeling_*.py and configuration_*.py of each class, 5.23; llama.cpp's src/llama-model.cpp and
 src/models/. The tests compare logits of both, setting by setting.
@@ -132,8 +132,8 @@ def _every(period: int, model: Model) -> str:
 
 
 def _attention_scale(largest: int) -> Check:
-    """1/√ of this scales attention: of llama.cpp a head's width; of the largest model, told by its number of layers,
-    the width that heads would have if they made up the hidden size.
+    """1/√ of this scales attention: in llama.cpp a head's width; in the largest model, known by its layers, the
+    width that heads would have if they made up the hidden size.
     """
 
     def check(value: Any, model: Model, settings: Mapping[str, Any]) -> str:
@@ -254,7 +254,7 @@ def _longrope_losses(model: Model) -> list[str]:
     """llama.cpp's attention factor is made of the two contexts."""
     settings, context, original = model.rope.settings, model.context, model.original_context or 0
     if original < 2:
-        return []  # which is told elsewhere
+        return []  # which is reported elsewhere
     expected = _longrope_factor(context / original, original)
     factor, asked = settings.get("factor"), settings.get("attention_factor")
     if asked is None and factor is not None:

@@ -2,7 +2,7 @@
 
 Three kinds, as llama.cpp has them: SentencePiece from ``tokenizer.model``; SentencePiece from a ``tokenizer.json`` of
 byte fallback, where scores are lost; and byte-level BPE, whose pre-tokenizer llama.cpp knows by name only. That name is
-told by what the tokenizer makes of a text: only tokenizers that a test has seen are named, as a wrong name gives
+identified by what the tokenizer makes of a text: only tokenizers that a test has seen are named, as a wrong name gives
 quietly worse text.
 """
 
@@ -149,7 +149,7 @@ def _sentencepiece(model: Model, files: ModelFiles, problems: list[str]) -> Voca
     try:
         pieces = sentencepiece.read_pieces(files.bytes("tokenizer.model"))
     except ValueError as error:
-        problems.append(f"tokenizer.model is no SentencePiece model: {error}")
+        problems.append(f"tokenizer.model is not a SentencePiece model: {error}")
         return None
     size = model.vocab_size
     found = _Pieces([f"[PAD{index}]".encode() for index in range(size)], [_PADDING_SCORE] * size, [UNUSED] * size)
@@ -190,7 +190,7 @@ def _set_added(found: _Pieces, index: int, token: Mapping[str, Any], plainly: bo
 
 
 def _looks_special(text: str) -> bool:
-    """Some models mark what controls them as ordinary: the converter goes by the looks of it."""
+    """Some models mark what controls them as ordinary: the converter decides by the text."""
     bars = (text.startswith("<|") and text.endswith("|>")) or (text.startswith("<｜") and text.endswith("｜>"))
     unused = text.startswith("<unused") and text.endswith(">")
     return bars or unused or text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")

@@ -82,7 +82,7 @@ def _placed(
     ]
     layout = gguf_layout.lay_out(model, merged, kind)
     description = describe(model, layout, kind, contents, name)
-    lost = [f"{target} is updated, but is no part of the GGUF file" for target in layout.dropped if updates.get(target)]
+    lost = [f"{target} is updated, but is not in the GGUF file" for target in layout.dropped if updates.get(target)]
     of_config = losses(model)
     refused = () if output.allow_config_loss else tuple(f"{loss}. {_ALLOW}" for loss in of_config)
     problems = (*problems, *refused, *layout.problems, *description.problems, *lost)

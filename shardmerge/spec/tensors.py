@@ -121,7 +121,7 @@ class SourceFile:
     uri: str
     size: int
     mtime_ns: int = 0
-    #: 0 where there is no such thing, as of the Hub's files; so are the next two.
+    #: 0 where there is none, as for the Hub's files; so are the next two.
     inode: int = 0
     device: int = 0
     #: The time of the last change of content or status, which no program can choose.
@@ -130,7 +130,7 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """Where a stored tensor lies, without its data.
+    """Where a tensor is stored, without its data.
 
     ``offset`` counts from the start of the file. ``strides`` are in elements; ``None`` means dense and row-major, which
     is all that safetensors has. Pickled views, and factors that are kept transposed, have strides. ``is_transposed``

@@ -17,7 +17,7 @@ from shardmerge.system import json_text
 from shardmerge.system.events import Stopwatch, event
 from shardmerge.verification.exact import Exact
 from shardmerge.verification.files import check_added, check_files
-from shardmerge.verification.findings import Findings, Told
+from shardmerge.verification.findings import Advanced, Findings
 from shardmerge.verification.reading import Files, threads
 from shardmerge.verification.record import Again, files_of
 from shardmerge.verification.shards import Piece, ShardCheck, ShardFile
@@ -31,7 +31,7 @@ from shardmerge.verification.structure import (
 
 
 def check_checkpoint(
-    output: Path, record: Record, again: Again, findings: Findings, rows: int | None, told: Told
+    output: Path, record: Record, again: Again, findings: Findings, rows: int | None, progress: Advanced
 ) -> None:
     """Everything there is to know of the output; problems go to ``findings``. ``rows`` None looks at all rows."""
     watch = Stopwatch()
@@ -51,7 +51,7 @@ def check_checkpoint(
             def advance(count: int, name: str = shard.name, number: int = number) -> None:
                 nonlocal done
                 done += count
-                told(done, total, name, number, len(stored))
+                progress(done, total, name, number, len(stored))
 
             advance(0)
             recorded = record.shards[shard.name][1]
@@ -83,7 +83,7 @@ def _shard_file(shard: Stored, planned: Mapping[str, TensorPlan], recorded: Mapp
 
 
 def _fitting(plan: TensorPlan | None, info: TensorInfo) -> TensorPlan | None:
-    """What a tensor must be, also where it lies elsewhere than planned; None if it is another altogether."""
+    """What a tensor must be, also where it is stored elsewhere than planned; None if it is another tensor."""
     if plan is None or (plan.out.dtype, plan.out.shape) != (info.dtype, info.shape):
         return None
     return dataclasses.replace(plan, out=info)
@@ -119,8 +119,8 @@ def _untouched(base: Checkpoint, record: Record) -> dict[str, TensorPlan]:
 def _check_config(output: Path, record: Record, stored: Sequence[Stored], again: Again, findings: Findings) -> None:
     config = record.values.get("config")
     section = config.get("output") if isinstance(config, dict) else None
-    told = section.get("dtype") if isinstance(section, dict) else "same"
-    check_config(output, stored, _contradictions_of_base(again), told != "same", findings)
+    dtype = section.get("dtype") if isinstance(section, dict) else "same"
+    check_config(output, stored, _contradictions_of_base(again), dtype != "same", findings)
 
 
 def _contradictions_of_base(again: Again) -> dict[str, str] | None:

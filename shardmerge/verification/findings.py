@@ -14,7 +14,7 @@ from shardmerge.spec.plans import jsonable
 from shardmerge.system.memory_use import peak_memory
 from shardmerge.system.terminal_text import one_line
 
-#: Problems of one kind that are told one by one; of the rest only the number is said.
+#: Problems of one kind that are listed; of the rest only the number is reported.
 LISTED = 10
 #: Problems that an error's message has.
 _SUMMARY = 3
@@ -26,7 +26,7 @@ STRUCTURE, CHECKSUMS, UNTOUCHED, TOUCHED = "structure", "checksums", "untouched"
 
 
 #: Receives the bytes of the shards that are done, of how many, the shard's name, its number, of how many.
-Told = Callable[[int, int, str, int, int], None]
+Advanced = Callable[[int, int, str, int, int], None]
 
 #: What is compared of a tensor that no adapter touches, by the output's format.
 _COMPARED = {"safetensors": ", the bytes of the base", "gguf": " of their rows, the base's numbers"}
@@ -36,7 +36,7 @@ _COMPARED = {"safetensors": ", the bytes of the base", "gguf": " of their rows, 
 class Problem:
     """One thing that is not as it must be. ``row`` is a stored row, ``column`` counts within it; both may be unknown.
 
-    ``error`` and ``allowed`` are absolute; they are told of rows that were computed again.
+    ``error`` and ``allowed`` are absolute; they are set for rows that were computed again.
     """
 
     kind: str
@@ -58,7 +58,7 @@ class VerifyReport:
     Sizes are bytes. ``checksums`` counts shards, ``other_files`` the files beside them whose checksums were compared.
     ``worst`` is the largest error of a touched value as a multiple of what is allowed, in ``worst_tensor``.
     ``added`` are all files that the merge did not write. ``unverified`` says what could not be compared, and why;
-    ``notes`` what is no fault of the output. ``problems`` has the first of every kind; ``counts`` how many there are.
+    ``notes`` what is not a fault of the output. ``problems`` has the first of every kind; ``counts`` their number.
     """
 
     output: str
@@ -241,8 +241,8 @@ def _word(report: VerifyReport, kind: str, looked: bool) -> str:
 def _problem_lines(report: VerifyReport) -> list[str]:
     lines = []
     for kind, count in report.counts.items():
-        told = [problem for problem in report.problems if problem.kind == kind]
-        lines += [f"wrong ({kind}): {one_line(problem.text)}" for problem in told]
-        if count > len(told):
-            lines.append(f"wrong ({kind}): … and {count - len(told)} more")
+        listed = [problem for problem in report.problems if problem.kind == kind]
+        lines += [f"wrong ({kind}): {one_line(problem.text)}" for problem in listed]
+        if count > len(listed):
+            lines.append(f"wrong ({kind}): … and {count - len(listed)} more")
     return lines

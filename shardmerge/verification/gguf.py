@@ -26,7 +26,7 @@ from shardmerge.system import json_text
 from shardmerge.system.regular_files import why_not_readable
 from shardmerge.verification.exact import Exact
 from shardmerge.verification.files import check_added, check_files
-from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Findings, Told
+from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Advanced, Findings
 from shardmerge.verification.gguf_header import GgufHeader, read_header
 from shardmerge.verification.gguf_rows import Piece, RowCheck
 from shardmerge.verification.gguf_values import contradictions
@@ -35,14 +35,18 @@ from shardmerge.verification.record import Again, files_of, plan_of_base
 from shardmerge.verification.shards import ShardCheck, ShardFile
 
 
-def check_gguf(output: Path, record: Record, again: Again, findings: Findings, rows: int | None, told: Told) -> None:
+def check_gguf(
+    output: Path, record: Record, again: Again, findings: Findings, rows: int | None, progress: Advanced
+) -> None:
     """Everything there is to know of the output; problems go to ``findings``. ``rows`` None looks at all rows."""
     check_files(output, record, again.plan, findings)
-    _check_file(output, record, again, findings, rows, told)
+    _check_file(output, record, again, findings, rows, progress)
     check_added(output, record, findings)
 
 
-def _check_file(output: Path, record: Record, again: Again, findings: Findings, rows: int | None, told: Told) -> None:
+def _check_file(
+    output: Path, record: Record, again: Again, findings: Findings, rows: int | None, progress: Advanced
+) -> None:
     name, (size, recorded) = next(iter(record.shards.items()))
     if reason := why_not_readable(output / name):
         findings.problem(STRUCTURE, f"{name} {reason}", file=name)
@@ -73,7 +77,7 @@ def _check_file(output: Path, record: Record, again: Again, findings: Findings, 
         def advance(count: int) -> None:
             nonlocal done
             done += count
-            told(done, total, name, 1, 1)
+            progress(done, total, name, 1, 1)
 
         advance(0)
         exact = None if plan is None else Exact(files, plan, again.adapters)

@@ -20,7 +20,7 @@ For blocks these two, a and b, are what the quantiser was given, and
 
 - d and m are float16 of what the definition makes of them; two float32 roundings before that, 2⁻²² of each;
 - |y - x| ≤ ½ |D| + r, D being d before its rounding to float16, of which the definition makes least and largest, too.
-  The highest level of Q4_0 and Q5_0 also holds what lies up to a whole step above it: x̂ = -8 D has its opposite at
+  The highest level of Q4_0 and Q5_0 also holds what is up to a whole step above it: x̂ = -8 D has its opposite at
   8 D, and levels end at 7 D. r is what rounding d and m costs: |d - D| times the largest |q|, and |m - min|;
 - float32 errors in x / d: 2⁻²² of D for every level.
 """

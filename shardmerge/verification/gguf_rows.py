@@ -53,7 +53,7 @@ class RowCheck:
         self._findings = findings
         touched: set[str] = set()
         for piece in pieces:
-            if piece.start + piece.plan.out.nbytes <= self._file.size:  # else the file is too short, which is told
+            if piece.start + piece.plan.out.nbytes <= self._file.size:  # else the file is too short, which is reported
                 self._piece(piece, rows)
             advance(piece.plan.out.nbytes)
             touched |= set() if is_copied(piece.plan) else {piece.name}

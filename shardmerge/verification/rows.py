@@ -38,7 +38,7 @@ def all_rows(tensor: TensorPlan, together: int = 1) -> list[RowRange]:
 def sampled(tensor: TensorPlan, count: int, seed: int, together: int = 1) -> list[RowRange]:
     """``count`` rows or some more, each a window of its own (or its group); the same for the same seed and name.
 
-    A vector is taken whole: it is small, and what is added to it may be told only by its length.
+    A vector is taken whole: it is small, and what is added to it may show only in its length.
     """
     if tensor.row_elements == 1:
         return all_rows(tensor, together)

@@ -139,7 +139,7 @@ def _owner(update: Update) -> str:
 def _attention(module: str, config: Mapping[str, Any]) -> str:
     """The nn.MultiheadAttention whose wrapper a module, by its name in the file, is below; empty where there is none.
 
-    A module whose own parameters are in ``target_parameters`` is wrapped, too, but is no target itself.
+    A module whose own parameters are in ``target_parameters`` is wrapped, too, but is not a target itself.
     """
     around, _, inside = module.rpartition(".base_layer.")
     targets = config.get("target_modules")

@@ -31,7 +31,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A tensor of an output file, and what it must be; ``plan`` is None where that cannot be told."""
+    """A tensor of an output file, and what it must be; ``plan`` is None where that is not known."""
 
     name: str
     info: TensorInfo
@@ -71,7 +71,7 @@ class ShardCheck:
         self._infos: Mapping[str, TensorInfo] = {}
 
     def run(self, shard: ShardFile, advance: Advance) -> None:
-        """Everything there is to know of a shard. ``advance`` is told the bytes done."""
+        """Everything there is to know of a shard. ``advance`` receives the bytes done."""
         before = sum(self._findings.counts.values())
         if self._pass(shard, advance) or sum(self._findings.counts.values()) > before + 1:
             return
@@ -115,7 +115,7 @@ class ShardCheck:
         return not wrong
 
     def _read(self, shard: ShardFile, offset: int, size: int, checksums: Checksums) -> bytearray:
-        """The next bytes of the file, also told to its checksums."""
+        """The next bytes of the file, which its checksums get, too."""
         data = self._buffers[0] if size == CHUNK else bytearray(size)
         self._files.read_into(shard.file.uri, offset, memoryview(data))
         checksums.update(memoryview(data))
@@ -280,7 +280,7 @@ class ShardCheck:
         else:
             allowed = bound_of(self._files, stored, extreme, rows) + error
         difference = (found - value).abs()
-        # An infinity that is copied is itself, and less itself is no number.
+        # An infinity that is copied is itself, and minus itself it is NaN.
         ratio = torch.where(found == value, 0.0, difference / allowed)
         worst = int(ratio.argmax()) if ratio.numel() else 0
         largest = float(ratio.flatten()[worst]) if ratio.numel() else 0.0

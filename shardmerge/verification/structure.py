@@ -112,7 +112,7 @@ def _check_index(output: Path, record: Record, shards: list[Stored], findings: F
         weight_map, total = index["weight_map"], index["metadata"]["total_size"]
         listed = dict(weight_map.items())
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        findings.problem(STRUCTURE, f"{name} is no index: {type(error).__name__}: {error}", file=name)
+        findings.problem(STRUCTURE, f"{name} is not an index: {type(error).__name__}: {error}", file=name)
         return
     there = {tensor: shard.name for shard in shards for tensor in shard.tensors}
     for tensor in sorted({*listed, *there}):
@@ -166,7 +166,7 @@ def check_config(
     config = read_config(output)
     if config is None:
         if not why_not_readable(output / "config.json"):
-            findings.problem(STRUCTURE, "config.json is no JSON object", file="config.json")
+            findings.problem(STRUCTURE, "config.json is not a JSON object", file="config.json")
         return
     tensors = {name: info for shard in shards for name, info in shard.tensors.items()}
     for key, text in contradictions(config, tensors):

@@ -13,8 +13,8 @@
 A GGUF file has none of the base's bytes: there rows of every tensor are computed again; see
 `shardmerge.verification.gguf`.
 
-The merge is planned again from the record: which tensor an adapter's module means, and where it lies, is decided by
-`key_mapping` and `planning.planner`, here as in the merge. Everything that computes or moves bytes (engine,
+The merge is planned again from the record: which tensor an adapter's module means, and where it is stored, is decided
+by `key_mapping` and `planning.planner`, here as in the merge. Everything that computes or moves bytes (engine,
 tiles, factors, direct I/O) is not used. Memory does not grow with the model, except for families that make a weight's
 whole update at once.
 """
@@ -28,7 +28,7 @@ from shardmerge.destinations.record import Record, open_record
 from shardmerge.errors import FormatError, VerifyError
 from shardmerge.system.events import Stopwatch, event
 from shardmerge.verification.checkpoint import check_checkpoint
-from shardmerge.verification.findings import Findings, Problem, Told, VerifyReport, describe, summary
+from shardmerge.verification.findings import Advanced, Findings, Problem, VerifyReport, describe, summary
 from shardmerge.verification.gguf import check_gguf
 from shardmerge.verification.record import Again, plan_again
 
@@ -38,7 +38,7 @@ __all__ = ["ROWS", "Problem", "VerifyReport", "describe", "summary", "verify_out
 ROWS = 16
 
 #: How an output of each layout of `shardmerge.planning.layouts` is proved. ``rows`` None looks at all rows.
-FORMATS: Mapping[str, Callable[[Path, Record, Again, Findings, int | None, Told], None]] = {
+FORMATS: Mapping[str, Callable[[Path, Record, Again, Findings, int | None, Advanced], None]] = {
     "safetensors": check_checkpoint,
     "gguf": check_gguf,
 }
@@ -51,7 +51,7 @@ def verify_output(
     adapters: Sequence[str] = (),
     rows: int | None = ROWS,
     seed: int = 0,
-    told: Told = lambda done, total, name, number, shards: None,
+    progress: Advanced = lambda done, total, name, number, shards: None,
 ) -> VerifyReport:
     """Look at everything; what is wrong is in the report.
 
@@ -71,5 +71,5 @@ def verify_output(
         "verifying", f"verifying {output}: {len(record.shards)} shards", seconds=watch.lap(), shards=len(record.shards)
     )
     findings.format = record.format if record.format in FORMATS else "safetensors"
-    FORMATS[findings.format](output, record, again, findings, rows, told)
+    FORMATS[findings.format](output, record, again, findings, rows, progress)
     return findings.report()

@@ -179,7 +179,7 @@ def test_broken_models_are_told(content: bytes) -> None:
     with pytest.raises(ValueError):
         read_pieces(content)
     (problem,) = described({"tokenizer.model": content}).problems
-    assert "tokenizer.model is no SentencePiece model" in problem
+    assert "tokenizer.model is not a SentencePiece model" in problem
 
 
 def test_a_piece_without_score_and_type_is_normal() -> None:

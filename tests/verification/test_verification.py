@@ -473,7 +473,7 @@ def test_what_the_base_says_wrong_itself_is_a_note(tmp_path: Path) -> None:
 
 def test_a_config_that_is_no_json(place: Place) -> None:
     (place.output / "config.json").write_text("[]")
-    assert any("config.json is no JSON object" in problem.text for problem in wrong(place.output).problems)
+    assert any("config.json is not a JSON object" in problem.text for problem in wrong(place.output).problems)
 
 
 def test_a_readme_may_be_written(place: Place) -> None:
@@ -511,8 +511,8 @@ def test_a_cut_shard(place: Place) -> None:
         (lambda index: index["weight_map"].update(new=SHARDS[0]), "puts new into"),
         (lambda index: index["weight_map"].update({"model.norm.weight": SHARDS[0]}), "puts model.norm.weight into"),
         (lambda index: index["metadata"].update(total_size=7), "says total_size 7"),
-        (lambda index: index.pop("weight_map"), "is no index"),
-        (lambda index: index.update(weight_map=[1]), "is no index"),
+        (lambda index: index.pop("weight_map"), "is not an index"),
+        (lambda index: index.update(weight_map=[1]), "is not an index"),
     ],
 )
 def test_a_wrong_index(place: Place, change: Callable[[dict[str, Any]], None], text: str) -> None:
