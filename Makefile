@@ -63,7 +63,7 @@ wheel:
 	$(WHEEL_VENV)/bin/python -I tools/smoke.py
 
 # Shapes for which disk lacks are left out, and told. MERGEKIT=PATH is an interpreter that has mergekit.
-BENCH_OPTIONS ?= --shape all --runs 5 --check --sweep 8,64,256
+BENCH_OPTIONS ?= --shape all --runs 5 --check --sweep 8,64,256 $(if $(wildcard /dev/shm/.),--in-memory /dev/shm/shardmerge-bench)
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.merge $(BENCH_OPTIONS) $(if $(MERGEKIT),--mergekit-python $(MERGEKIT)) \
 		--results output/bench/results.jsonl; status=$$?; \

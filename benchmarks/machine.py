@@ -21,7 +21,7 @@ def describe(work: Path) -> dict[str, str]:
         "cpu": f"{_field('/proc/cpuinfo', 'model name')}, {len(os.sched_getaffinity(0))} cores",
         "memory": f"{int(_field('/proc/meminfo', 'MemTotal').split()[0]) / 2**20:.1f} GiB",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "filesystem": _filesystem(work),
+        "filesystem": filesystem(work),
         "load": f"{os.getloadavg()[0]:.2f} when it began; niceness {os.getpriority(os.PRIO_PROCESS, 0)}",
         "versions": ", ".join([f"Python {platform.python_version()}", _shardmerge(), *map(_version, PACKAGES)]),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
@@ -43,7 +43,7 @@ def _field(path: str, name: str) -> str:
     return "unknown"
 
 
-def _filesystem(work: Path) -> str:
+def filesystem(work: Path) -> str:
     """The type of the file system that holds ``work``: of the mount points above it, the nearest."""
     best, kind = "", "unknown"
     for line in Path("/proc/self/mountinfo").read_text().splitlines():

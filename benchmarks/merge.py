@@ -27,7 +27,7 @@ from benchmarks.making import add_work_option, is_made, place
 from benchmarks.measure import ROOT, environment, own_peak
 from benchmarks.runs import Group, Run, Setting, human
 from benchmarks.shapes import DEFAULT_RANK, MERGED, REAL, SHAPES, Shape
-from benchmarks.tools import ORACLE, all_tools
+from benchmarks.tools import ORACLE, all_tools, tools_in_memory
 from benchmarks.turns import DROP_CACHES, Turns
 
 RESULTS = ROOT / "output" / "bench" / "results.jsonl"
@@ -38,12 +38,13 @@ _CACHED_PART = 1 / 3
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A shape, the tools that merge it in turn, and whether their outputs are compared."""
+    """A shape, the tools that merge it in turn, whether their outputs are compared, and the folder for all of it."""
 
     shape: Shape
     setting: Setting
     tools: Sequence[str]
     check: bool
+    work: Path
 
 
 def main() -> None:
@@ -88,11 +89,11 @@ def session(options: argparse.Namespace, log: Log) -> bool:
     compile_ours()
     planned = list(comparisons(options, note))
     for comparison in planned:
-        log.event("space", text=space_text(comparison, work)[0])
+        log.event("space", text=space_text(comparison)[0])
     for comparison in planned:
-        fitting = fit(comparison, work, note)  # others may have filled the disk meanwhile
+        fitting = fit(comparison, note)  # others may have filled the disk meanwhile
         if fitting is not None:
-            group, found_same = compare(fitting, options, work, log)
+            group, found_same = compare(fitting, options, log)
             groups.append(group)
             checks += found_same
     description["load"] += f"; {os.getloadavg()[0]:.2f} when it ended"
@@ -121,7 +122,8 @@ def describe(options: argparse.Namespace, work: Path) -> dict[str, str]:
 
 
 def comparisons(options: argparse.Namespace, note: Callable[[str], None]) -> Iterator[Comparison]:
-    """Every shape and rank with every tool that can run it here; then, for ranks to sweep, shardmerge alone."""
+    """Every shape and rank with every tool that can run it here; for ranks to sweep, shardmerge alone; in memory."""
+    work: Path = options.work.resolve()
     for shape in options.shape:
         for rank in options.rank:
             tools = []
@@ -131,11 +133,15 @@ def comparisons(options: argparse.Namespace, note: Callable[[str], None]) -> Ite
                 else:
                     tools.append(tool)
             ranked = shape.with_rank(rank)
-            yield Comparison(ranked, setting(ranked, options), tools, options.check and ORACLE in tools)
+            yield Comparison(ranked, setting(ranked, options), tools, options.check and ORACLE in tools, work)
     for rank in options.sweep:
         if rank not in options.rank:
             ranked = options.shape[0].with_rank(rank)
-            yield Comparison(ranked, setting(ranked, options), SWEPT, check=False)
+            yield Comparison(ranked, setting(ranked, options), SWEPT, False, work)
+    if options.in_memory is not None:
+        shape, folder = options.shape[0].with_rank(options.rank[0]), options.in_memory.resolve()
+        of = dataclasses.replace(setting(shape, options), storage="memory", cache="warm")
+        yield Comparison(shape, of, list(tools_in_memory()), False, folder)
 
 
 def setting(shape: Shape, options: argparse.Namespace) -> Setting:
@@ -151,36 +157,35 @@ def setting(shape: Shape, options: argparse.Namespace) -> Setting:
         device=options.device,
         cache=cache,
         memory_limit=options.memory_limit,
+        cores=len(os.sched_getaffinity(0)),
     )
 
 
-def space_text(comparison: Comparison, work: Path) -> tuple[str, bool]:
+def space_text(comparison: Comparison) -> tuple[str, bool]:
     """What a comparison needs of disk, and whether it is there."""
-    shape, setting = comparison.shape, comparison.setting
+    shape, setting, work = comparison.shape, comparison.setting, comparison.work
     need, free = space.disk(shape, work, setting.dtype, comparison.tools, comparison.check), space.free_disk(work)
     return f"{setting.title()}: {need.text(free)} under {work}", need.more <= free
 
 
-def fit(comparison: Comparison, work: Path, note: Callable[[str], None]) -> Comparison | None:
+def fit(comparison: Comparison, note: Callable[[str], None]) -> Comparison | None:
     """The comparison, without its check where the disk does not hold all outputs at a time; None if none fits."""
-    text, is_enough = space_text(comparison, work)
+    text, is_enough = space_text(comparison)
     if is_enough:
         return comparison
     if comparison.check:
         note(f"{text}: outputs are not compared, space lacks for all of them at a time")
-        return fit(dataclasses.replace(comparison, check=False), work, note)
+        return fit(dataclasses.replace(comparison, check=False), note)
     note(f"{text}: SKIPPED, space lacks")
     return None
 
 
-def compare(
-    comparison: Comparison, options: argparse.Namespace, work: Path, log: Log
-) -> tuple[Group, list[tuple[str, bool]]]:
+def compare(comparison: Comparison, options: argparse.Namespace, log: Log) -> tuple[Group, list[tuple[str, bool]]]:
     """Make the inputs, run the tools, compare the outputs."""
-    shape = comparison.shape
+    shape, work = comparison.shape, comparison.work
     was_there = is_made(shape, work)
     make(shape, work)
-    known = all_tools(options.mergekit_python)
+    known = all_tools(options.mergekit_python) | tools_in_memory()
     tools = {name: known[name] for name in comparison.tools}
     turns = Turns(place(shape, work), comparison.setting, work / "runs", tools)
 
@@ -192,7 +197,7 @@ def compare(
         checks = list(turns.check(None if shape.rounds_once else ".experts.")) if comparison.check else []
     finally:
         turns.remove_all()
-        if options.remove_inputs and not was_there:
+        if not was_there and (options.remove_inputs or comparison.setting.storage == "memory"):
             shutil.rmtree(work / shape.name)
     return turns.group, checks
 
@@ -244,6 +249,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         cache.add_argument(f"--{name}", dest="cache", action="store_const", const=name, help=text)
     add("--memory-limit", metavar="SIZE", help="run each tool in a memory cgroup of this size, for example 512MiB")
     add("--check", action="store_true", help=f"compare the last outputs with {ORACLE}'s, bit for bit")
+    add("--in-memory", type=Path, metavar="DIR", help="a folder in memory (tmpfs), to merge the first shape there, too")
     add("--mergekit-python", metavar="PATH", help="an interpreter that has mergekit")
     add("--results", type=Path, default=RESULTS, metavar="FILE", help=f"append JSON lines here (default: {RESULTS})")
     add("--remove-inputs", action="store_true", help="remove each base that this run has made once it is through")
@@ -276,6 +282,8 @@ def _complete(options: argparse.Namespace) -> None:
     options.rank, options.sweep = _ranks(options.rank), _ranks(options.sweep)
     if options.cache == "drop" and not os.access(DROP_CACHES, os.W_OK):
         raise ValueError(f"--drop: {DROP_CACHES} is not writable; that takes root (--cold drops the inputs alone)")
+    if options.in_memory is not None and machine.filesystem(options.in_memory) not in ("tmpfs", "ramfs"):
+        raise ValueError(f"--in-memory {options.in_memory}: that file system is not in memory")
     if options.memory_limit is not None:
         options.memory_limit = cgroup.parse_size(options.memory_limit)
         try:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.measure import Usage
 from benchmarks.runs import Group, cpu_seconds, median, ratio, seconds
+from benchmarks.tools import ONE_CORE
 
 MIB = 1 << 20
 GB = 1e9
@@ -14,7 +15,7 @@ NONE = "–"
 
 HEAD = (
     *("tool", "runs", "wall s", "÷ copy", "÷ (copy + import torch)", "÷ PEFT"),
-    *("CPU s", "CPU s/GB", "peak MiB", "read MB", "written MB"),
+    *("GB/s per core", "CPU s", "CPU s/GB", "peak MiB", "read MB", "written MB"),
 )
 _KILLED = (-9, 137)
 
@@ -59,12 +60,21 @@ def _row(tool: str, group: Group, floor: int) -> list[str]:
         _number(ratio(group, tool, ["copy"], seconds)),
         _number(ratio(group, tool, ["copy", "import-torch"], seconds)),
         _number(ratio(group, tool, ["peft"], seconds)),
+        _per_core(group, tool),
         f"{median(good, cpu_seconds):.2f}",
         f"{median(good, cpu_seconds) / (group.setting.base_bytes / GB):.2f}",
         peak_mib(good, floor),
         _megabytes(good, lambda usage: usage.read_bytes),
         _megabytes(good, lambda usage: usage.written_bytes),
     ]
+
+
+def _per_core(group: Group, tool: str) -> str:
+    """Bytes of the base by the time and by the cores that the tool may use."""
+    cores = 1 if tool == ONE_CORE else group.setting.cores
+    if not cores:
+        return NONE
+    return f"{group.setting.base_bytes / GB / median(group.good(tool), seconds) / cores:.2f}"
 
 
 def _failed(tool: str, group: Group) -> str:

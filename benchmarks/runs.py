@@ -32,6 +32,10 @@ class Setting:
     cache: str = "warm"
     #: Of the memory cgroup that each tool runs in; None without one.
     memory_limit: int | None = None
+    #: ``disk`` or ``memory``: the file system that inputs and outputs are on.
+    storage: str = "disk"
+    #: Cores that the tools may use; 0 where that is not known.
+    cores: int = 0
 
     def title(self) -> str:
         """All that is not as it is by default."""
@@ -42,6 +46,8 @@ class Setting:
             parts.append(f"computed in {self.compute_dtype}")
         if self.device != "cpu":
             parts.append(self.device)
+        if self.storage != "disk":
+            parts.append(f"in {self.storage}")
         if self.memory_limit:
             parts.append(f"within {human(self.memory_limit)} of memory")
         return ", ".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ MERGES = ("shardmerge", "peft", "mergekit")
 #: Those that hold the whole model in memory.
 WHOLE = ("peft", "mergekit")
 ORACLE = "peft"
+ONE_CORE = "shardmerge-one-core"
+#: What is compared where storage does not bound a merge.
+IN_MEMORY = ("shardmerge", ONE_CORE, "copy", "import-torch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,11 @@ def shardmerge(task: Task) -> list[str]:
     }
     config.write_text(json.dumps(value))  # JSON is YAML
     return [sys.executable, "-m", "shardmerge", "run", str(config)]
+
+
+def shardmerge_on_one_core(task: Task) -> list[str]:
+    core = min(os.sched_getaffinity(0))
+    return ["taskset", "--cpu-list", str(core), *shardmerge(task)]
 
 
 def copy(task: Task) -> list[str]:
@@ -110,6 +119,11 @@ def all_tools(mergekit_python: str | None) -> dict[str, Command]:
         tools["mergekit"] = mergekit(mergekit_python)
     tools |= {f"direct-{action}": direct(action) for action in ("read", "write")}
     return tools | {f"direct-{action}-huge": direct(action, "--huge") for action in ("read", "write", "copy")}
+
+
+def tools_in_memory() -> dict[str, Command]:
+    """By name, in the order in which they take turns."""
+    return {name: {**all_tools(None), ONE_CORE: shardmerge_on_one_core}[name] for name in IN_MEMORY}
 
 
 def _then_sync(command: list[str], output: Path) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from benchmarks.report import GB, MIB
 from benchmarks.runs import Group, cpu_seconds, median, ratio, seconds
 from benchmarks.shapes import SHAPES
+from benchmarks.tools import ONE_CORE
 
 OURS = "shardmerge"
 LARGE = "llama3-8b"  # 16 GB
@@ -24,6 +25,8 @@ FASTER = 5.0
 OF_DISK = 1.15
 CPU_SHARE = 1 / 5
 ABOVE_TORCH = 128 * MIB
+IN_MEMORY_OF_COPY = 1.3
+OF_TWO_CORES = 1.7
 SPREAD = 16 * MIB
 RANKS = (8, 256)
 
@@ -45,7 +48,9 @@ class Claim:
 
 def claims(groups: Sequence[Group]) -> list[Claim]:
     """Every promise, once for each group that it speaks of."""
-    real = [group for group in groups if not SHAPES[group.setting.shape].is_small]
+    large = [group for group in groups if not SHAPES[group.setting.shape].is_small]
+    in_memory = [group for group in large if group.setting.storage == "memory"]
+    real = [group for group in large if group.setting.storage == "disk"]
     return [
         *_ratios(
             f"16 GB: time ≤ {OF_COPY:.2f} × durable copy",
@@ -76,6 +81,13 @@ def claims(groups: Sequence[Group]) -> list[Claim]:
         _over_shapes(real),
         _over_ranks(real),
         *_cpu(real),
+        *_ratios(
+            f"in memory: time ≤ {IN_MEMORY_OF_COPY:.1f} × durable copy + import torch",
+            in_memory,
+            lambda group: ratio(group, OURS, ["copy", "import-torch"], seconds, _with_margin),
+            1.0,
+        ),
+        *_cores(in_memory),
     ]
 
 
@@ -92,6 +104,22 @@ def _ratios(
         yield Claim(text, value <= bound, f"{value:.2f} × on {group.setting.title()}")
     if not found:
         yield Claim(text, None, "this session has no such runs")
+
+
+def _with_margin(times: Sequence[float]) -> float:
+    copy, start = times
+    return IN_MEMORY_OF_COPY * copy + start
+
+
+def _cores(groups: Sequence[Group]) -> Iterator[Claim]:
+    text = f"in memory: at least {OF_TWO_CORES:.1f} × faster with all cores than with one"
+    found = [(group, value) for group in groups if (value := ratio(group, ONE_CORE, [OURS], seconds)) is not None]
+    for group, value in found:
+        if group.setting.cores > 1:
+            figures = f"{value:.2f} × with {group.setting.cores} on {group.setting.title()}"
+            yield Claim(text, value >= OF_TWO_CORES, figures)
+    if not any(group.setting.cores > 1 for group, _ in found):
+        yield Claim(text, None, "that takes runs in memory, on two cores or more")
 
 
 def _faster(groups: Sequence[Group], peer: str) -> Iterator[Claim]:

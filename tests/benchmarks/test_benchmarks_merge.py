@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import cgroup, check, merge, space, tools, turns
+from benchmarks import cgroup, check, machine, merge, space, tools, turns
 from benchmarks.making import ensure
 from benchmarks.runs import Setting
 from benchmarks.shapes import REAL, SHAPES
@@ -102,6 +103,22 @@ def test_shapes_and_ranks_are_compared_and_a_sweep_is_shardmerge_alone() -> None
     assert not notes
 
 
+def test_the_first_shape_is_merged_in_memory_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "filesystem", lambda work: "tmpfs")
+    found, _ = planned(["--shape", "tiny,tiny-moe", "--work", str(tmp_path / "disk"), "--in-memory", str(tmp_path)])
+    assert [one.shape.name for one in found] == ["tiny", "tiny-moe", "tiny"]
+    assert [one.setting.storage for one in found] == ["disk", "disk", "memory"]
+    assert [one.work for one in found] == [tmp_path / "disk", tmp_path / "disk", tmp_path]
+    assert found[-1].tools == list(tools.IN_MEMORY) and found[-1].setting.cores == len(os.sched_getaffinity(0))
+
+
+def test_a_disk_is_not_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(machine, "filesystem", lambda work: "ext4")
+    with pytest.raises(SystemExit):
+        merge.parse(["--in-memory", "/x"])
+    assert "is not in memory" in capsys.readouterr().err
+
+
 def test_cache_follows_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(space, "memory", lambda: 24 * GB)
     arguments = ["--shape", "tinyllama,llama3-8b"]
@@ -162,8 +179,8 @@ def test_what_space_lacks_for_is_skipped_and_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: float, checked: bool | None
 ) -> None:
     monkeypatch.setattr(space, "free_disk", lambda work: int(free * TINY.base_bytes()))
-    (comparison,), notes = planned(["--shape", "tiny", "--check"])
-    found = merge.fit(comparison, tmp_path, notes.append)
+    (comparison,), notes = planned(["--shape", "tiny", "--check", "--work", str(tmp_path)])
+    found = merge.fit(comparison, notes.append)
     assert (found.check if found else None) is checked
     assert len(notes) == {True: 0, False: 1, None: 2}[checked]
     assert checked is not None or "SKIPPED" in notes[-1]
@@ -188,6 +205,12 @@ def test_setting_reaches_every_merge(tmp_path: Path) -> None:
     assert "/x/python" in command and "--cuda" in command
     assert json.loads((of.scratch / "mergekit.yaml").read_text())["dtype"] == "float32"
     assert "cuda" in tools.import_torch(of)[-1]
+
+
+def test_one_core_is_one_of_ours(tmp_path: Path) -> None:
+    command = tools.shardmerge_on_one_core(task(tmp_path))
+    assert command[:2] == ["taskset", "--cpu-list"] and int(command[2]) in os.sched_getaffinity(0)
+    assert command[3] == sys.executable
 
 
 def test_same_dtype_is_the_bases(tmp_path: Path) -> None:

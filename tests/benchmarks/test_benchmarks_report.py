@@ -89,10 +89,16 @@ def test_table_has_medians_ranges_ratios_and_the_worst_peak() -> None:
     found = rows(report.table(of, floor=10 * MIB))
     assert found["shardmerge"] == [
         *("3", "3.00 (2.00–4.00)", "1.50", "1.00", "0.10"),
-        *("3.00", "1.36", "310", "2", "–"),
+        *("–", "3.00", "1.36", "310", "2", "–"),
     ]
     assert found["copy"][-3] == "≤ 5", "what is no more than the measuring process's own may be less"
     assert found["peft"][2:5] == ["15.00", "10.00", "1.00"]
+
+
+def test_table_says_the_speed_of_a_core() -> None:
+    runs = {"shardmerge": [usage(2.2)], "shardmerge-one-core": [usage(4)]}
+    found = rows(report.table(group("tinyllama", runs, cores=4, storage="memory"), 0))
+    assert found["shardmerge"][5] == "0.25" and found["shardmerge-one-core"][5] == "0.55"
 
 
 def test_table_says_what_failed_and_how() -> None:
@@ -107,8 +113,16 @@ def test_table_says_what_failed_and_how() -> None:
 
 def test_title_says_what_is_not_as_usual() -> None:
     assert group("tinyllama", {}).setting.title() == "tinyllama, 2.20 GB, rank 16, warm"
-    odd = group("tinyllama", {}, dtype="float32", device="cuda", compute_dtype="float64", memory_limit=512 * MIB)
-    for word in ("output float32", "cuda", "float64", "536.9 MB of memory"):
+    odd = group(
+        "tinyllama",
+        {},
+        dtype="float32",
+        device="cuda",
+        compute_dtype="float64",
+        memory_limit=512 * MIB,
+        storage="memory",
+    )
+    for word in ("output float32", "cuda", "float64", "536.9 MB of memory", "in memory"):
         assert word in odd.setting.title()
 
 
@@ -204,6 +218,20 @@ def test_memory_over_ranks_takes_the_whole_range() -> None:
 def test_cpu_time(theirs: float, expected: bool) -> None:
     of = group("tinyllama", {"shardmerge": [usage(9, cpu=2)], "peft": [usage(9, cpu=theirs)]})
     assert holds("CPU time per GB", of) is expected
+
+
+@pytest.mark.parametrize(("ours", "expected"), [(3.6, True), (3.7, False)])
+def test_time_in_memory_against_a_copy_and_start(ours: float, expected: bool) -> None:
+    tools = {"shardmerge": [usage(ours)], "copy": [usage(2)], "import-torch": [usage(1)]}
+    assert holds("in memory: time", group("tinyllama", tools, storage="memory")) is expected
+    assert holds("in memory: time", group("tinyllama", tools)) is None
+    assert holds("2.2 GB: time", group("tinyllama", tools, storage="memory")) is None
+
+
+@pytest.mark.parametrize(("one", "cores", "expected"), [(3.4, 2, True), (3.3, 2, False), (3.4, 1, None)])
+def test_cores_are_used(one: float, cores: int, expected: bool | None) -> None:
+    tools = {"shardmerge": [usage(2)], "shardmerge-one-core": [usage(one)]}
+    assert holds("with all cores", group("tinyllama", tools, storage="memory", cores=cores)) is expected
 
 
 def test_claim_says_its_figures() -> None:
