@@ -92,7 +92,7 @@ class Resolver:
 
     @cached_property
     def _images(self) -> Images:
-        return Images(self._rules)
+        return Images(self._rules, self._numbers_in_paths)
 
     @cached_property
     def numbers(self) -> frozenset[str]:
@@ -157,6 +157,21 @@ class Resolver:
         except RefusalError as error:
             return f"{name}: {error}"
         return ""
+
+    def stands(self, name: str) -> str | None:
+        """The template of a stored tensor's name that can mean nothing but all of that tensor; else None.
+
+        What such names mean, `resolve` finds alike for those of the same template, where the tensors' shapes are the
+        same.
+        """
+        found = self._images.template(name) if name in self._shapes else None
+        if found is None or self._is_plain:
+            return None if found is None else found[0]
+        index, image = self._index, self._images.of(name)
+        if name in index.targets or name in image.targets:
+            return None
+        itself = [name] if name == image.name else []
+        return found[0] if index.renamed.get(name, []) == itself else None
 
     def other_names(self, module: str) -> Iterator[str]:
         """What else a module may be called: see `_OTHER_NAMES`, and ``unembed_tokens``, which is the output head."""
