@@ -27,11 +27,13 @@ _Format = Callable[[list[str]], str]
 
 def template_of(name: str, spoken: Collection[str]) -> tuple[str, list[str]]:
     """What a name shares with all that differ from it only in numbers that are not ``spoken``; and its numbers."""
-    segments = name.split(".")
-    numbers = [segment for segment in segments if segment.isdecimal()]
-    if numbers:
-        name = ".".join([_ANY if segment.isdecimal() and segment not in spoken else segment for segment in segments])
-    return name, numbers
+    segments, numbers = name.split("."), []
+    for i, segment in enumerate(segments):
+        if segment.isdecimal():
+            numbers.append(segment)
+            if segment not in spoken:
+                segments[i] = _ANY
+    return ".".join(segments), numbers
 
 
 def numbers_in(rules: Iterable[Rule]) -> frozenset[str]:

@@ -51,6 +51,8 @@ class Resolver:
         self._architecture = tables.find(config)
         self._views: dict[str, list[View] | RefusalError] = {}
         self._kinds: dict[str, _Kind] = {}
+        #: By template, whether the rules leave a name as it is; None where they make others of it and that, too.
+        self._kept: dict[str, bool | None] = {}
 
     @property
     def known(self) -> bool:
@@ -167,11 +169,13 @@ class Resolver:
         found = self._images.template(name) if name in self._shapes else None
         if found is None or self._is_plain:
             return None if found is None else found[0]
-        index, image = self._index, self._images.of(name)
-        if name in index.targets or name in image.targets:
-            return None
-        itself = [name] if name == image.name else []
-        return found[0] if index.renamed.get(name, []) == itself else None
+        template, sources = found[0], self._index.renamed.get(name)
+        if template not in self._kept:
+            image = self._images.of(name)
+            self._kept[template] = None if name in image.targets else name == image.name
+        kept = self._kept[template]
+        stands = sources == [name] if kept else kept is False and not sources
+        return template if stands and name not in self._index.targets else None
 
     def other_names(self, module: str) -> Iterator[str]:
         """What else a module may be called: see `_OTHER_NAMES`, and ``unembed_tokens``, which is the output head."""

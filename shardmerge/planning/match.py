@@ -20,7 +20,7 @@ from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.key_mapping.heads import head_for
 from shardmerge.key_mapping.names import Names
 from shardmerge.key_mapping.naming import nearest
-from shardmerge.key_mapping.spoken import Speakers, Spoken
+from shardmerge.key_mapping.spoken import Speakers, Spoken, examples_of
 from shardmerge.planning.another_model import Fit, another_model
 from shardmerge.planning.fitting import Fitting, as_matrix, as_stack, has_experts, is_refused, shape_of
 from shardmerge.planning.modules import KnownBase, Modules
@@ -128,11 +128,12 @@ class _Matching:
         asked = self._base_view(self.speakers.own)
         claims = self.adapter.claims(self.config, asked)
         # A head that was made for training, and files beside the adapter, may have no place in any class's names.
-        targets = [
-            (self.modules.plain(update), update.parameter)
+        telling = (
+            (update.module, update.parameter)
             for update in claims.updates
             if not (update.flattened or update.optional or beside_of(update) or self.fitting.of_head(update))
-        ]
+        )
+        targets = [(self.modules.plain(*target), target[1]) for target in examples_of(telling)]
         self.spoken, unclear = self.speakers.chosen(targets, self.modules.exists)
         if self.spoken.note:
             if not asked.agrees_with(chosen := self._base_view(self.spoken)):
