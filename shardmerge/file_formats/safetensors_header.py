@@ -38,6 +38,8 @@ _METADATA = "__metadata__"
 _TOO_LARGE = 1 << 63
 #: Header bytes that are decoded at a time.
 _PART = 1 << 20
+#: Characters of entries that are read at once.
+_AT_ONCE = 1 << 18
 #: How far from where text was cut JSON may see something else wrong with it: the length of ``-Infinity``.
 _NEAR = 9
 _SPACES = re.compile(r"[ \t\n\r]*")
@@ -147,6 +149,8 @@ def _entries_of_many(data: bytes) -> Iterator[tuple[str, Any]]:
             if has_escapes:
                 _check_surrogates([name, value])
             yield name, value
+            many, index = _whole_entries(parts, index, has_escapes)
+            yield from many
             index = parts.skip(index)
             if parts.text.startswith("}", index):
                 break
@@ -156,6 +160,24 @@ def _entries_of_many(data: bytes) -> Iterator[tuple[str, Any]]:
         index = parts.reach(index, 1)
     if index < len(parts.text):
         raise parts.wrong("extra data", index)
+
+
+def _whole_entries(parts: _Parts, index: int, has_escapes: bool) -> tuple[Iterable[tuple[str, Any]], int]:
+    """The entries behind a comma at ``index`` that are whole in this part, and where they end; perhaps none.
+
+    They are cut off where one looks to be whole. If that was inside a text or an entry, what was cut off is not JSON,
+    and goes entry by entry, as all that is wrong does. One by one, 90,000 entries take 8 % of a plan of 45,000 targets.
+    """
+    end = parts.text.rfind('},"', index, index + _AT_ONCE)
+    if end < 0 or not parts.text.startswith(',"', index):
+        return (), index
+    try:
+        entries = json.loads("{" + parts.text[index + 1 : end + 1] + "}", object_pairs_hook=unique_keys)
+        if has_escapes:
+            _check_surrogates(entries)
+    except (ValueError, RecursionError):
+        return (), index
+    return entries.items(), end + 1
 
 
 def _entry(parts: _Parts, index: int) -> tuple[str, Any, int]:

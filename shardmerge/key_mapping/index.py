@@ -27,11 +27,13 @@ _Format = Callable[[list[str]], str]
 
 def template_of(name: str, spoken: Collection[str]) -> tuple[str, list[str]]:
     """What a name shares with all that differ from it only in numbers that are not ``spoken``; and its numbers."""
-    segments = name.split(".")
-    numbers = [segment for segment in segments if segment.isdecimal()]
-    if numbers:
-        name = ".".join([_ANY if segment.isdecimal() and segment not in spoken else segment for segment in segments])
-    return name, numbers
+    segments, numbers = name.split("."), []
+    for i, segment in enumerate(segments):
+        if segment.isdecimal():
+            numbers.append(segment)
+            if segment not in spoken:
+                segments[i] = _ANY
+    return ".".join(segments), numbers
 
 
 def numbers_in(rules: Iterable[Rule]) -> frozenset[str]:
@@ -60,17 +62,25 @@ def number_in(image: Image) -> int | None:
 class Images:
     """What names become by some rules, as `Rules.forward` says it of one name for each template."""
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Rules, spoken: frozenset[str] = frozenset()) -> None:
+        """``spoken`` are numbers that are not like others, besides those that the rules name."""
         self._rules = rules
         # Where a rule adds to a number, no two numbers are alike.
-        self._spoken = None if any(rule.offset for rule in rules.rules) else numbers_in(rules.rules)
+        self._spoken = None if any(rule.offset for rule in rules.rules) else numbers_in(rules.rules) | spoken
         self._known: dict[str, Callable[[str, list[str]], Image]] = {}
+
+    def template(self, name: str) -> tuple[str, list[str]] | None:
+        """The template of a name, and its numbers; None where a name has to be looked at by itself."""
+        if self._spoken is None or "9000" in name or _ANY in name:  # it could be taken for an example, or a template
+            return None
+        return template_of(name, self._spoken)
 
     def of(self, name: str) -> Image:
         """What a name becomes."""
-        if self._spoken is None or "9000" in name or _ANY in name:  # it could be taken for an example, or a template
+        found = self.template(name)
+        if found is None:
             return self._rules.forward(name)
-        template, numbers = template_of(name, self._spoken)
+        template, numbers = found
         image = self._known.get(template)
         if image is None:
             image = self._known[template] = _image_of_all(self._rules, template)

@@ -51,6 +51,8 @@ class Resolver:
         self._architecture = tables.find(config)
         self._views: dict[str, list[View] | RefusalError] = {}
         self._kinds: dict[str, _Kind] = {}
+        #: By template, whether the rules leave a name as it is; None where they make others of it and that, too.
+        self._kept: dict[str, bool | None] = {}
 
     @property
     def known(self) -> bool:
@@ -92,7 +94,7 @@ class Resolver:
 
     @cached_property
     def _images(self) -> Images:
-        return Images(self._rules)
+        return Images(self._rules, self._numbers_in_paths)
 
     @cached_property
     def numbers(self) -> frozenset[str]:
@@ -157,6 +159,23 @@ class Resolver:
         except RefusalError as error:
             return f"{name}: {error}"
         return ""
+
+    def stands(self, name: str) -> str | None:
+        """The template of a stored tensor's name that can mean nothing but all of that tensor; else None.
+
+        What such names mean, `resolve` finds alike for those of the same template, where the tensors' shapes are the
+        same.
+        """
+        found = self._images.template(name) if name in self._shapes else None
+        if found is None or self._is_plain:
+            return None if found is None else found[0]
+        template, sources = found[0], self._index.renamed.get(name)
+        if template not in self._kept:
+            image = self._images.of(name)
+            self._kept[template] = None if name in image.targets else name == image.name
+        kept = self._kept[template]
+        stands = sources == [name] if kept else kept is False and not sources
+        return template if stands and name not in self._index.targets else None
 
     def other_names(self, module: str) -> Iterator[str]:
         """What else a module may be called: see `_OTHER_NAMES`, and ``unembed_tokens``, which is the output head."""

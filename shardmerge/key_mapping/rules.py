@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 #: A pattern ends at the end of a name: `weight` is not the start of `weight_scale_inv`.
 _ENDS_IN_WORD = re.compile(r"[a-zA-Z0-9]$")
@@ -88,8 +88,7 @@ class Rule:
         return source, _REFERENCE.sub(captured, target)
 
 
-@dataclass(frozen=True, slots=True)
-class Image:
+class Image(NamedTuple):
     """What a name becomes: the name in memory; behind a conversion, of all its targets."""
 
     name: str

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,7 +17,6 @@ from shardmerge.spec.updates import Parameter
 Target = tuple[str, str]
 #: Whether the checkpoint has, or could have, that parameter under that name of its own.
 Exists = Callable[[str, str], bool]
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 #: Kinds of modules that an adapter may update, if it is to be found out who speaks; models have tens of them.
 _MOST_EXAMPLES = 2_000
 
@@ -95,7 +93,7 @@ class Speakers:
         two explain the same targets as different parts of the checkpoint, nobody can say which is meant. One decision
         holds for all targets. Of names that differ in numbers only, those with the highest are asked for.
         """
-        examples = _examples(targets)
+        examples = examples_of(targets)
         own = _explained(self.own, examples, exists)
         if len(own) == len(examples) or len(examples) > _MOST_EXAMPLES:
             return self.own, ""
@@ -125,11 +123,13 @@ class Speakers:
         return [Spoken(self._names, dialect) for dialect in suffixes.of(self._names.stored, modules)]
 
 
-def _examples(targets: Sequence[Target]) -> list[Target]:
+def examples_of(targets: Iterable[Target]) -> list[Target]:
+    """Of the targets that differ in numbers only, that with the highest."""
     highest: dict[Target, tuple[list[int], Target]] = {}
     for module, parameter in targets:
-        key = _NUMBER.sub("#", module), parameter
-        numbers = [int(text[:9]) for text in _NUMBER.findall(module)]
+        template, texts = template_of(module, ())
+        numbers = [int(text[:9]) for text in texts]
+        key = template, parameter
         if key not in highest or numbers > highest[key][0]:
             highest[key] = numbers, (module, parameter)
     return [target for _, target in highest.values()]

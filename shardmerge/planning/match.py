@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -11,26 +10,26 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.methods.base import check_dtypes
+from shardmerge.adapters.methods.base import Effect
 from shardmerge.adapters.methods.whole import whole_settings
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.codecs.registry import CODECS
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.file_formats.checkpoint import Checkpoint
-from shardmerge.key_mapping.heads import LABELS, head_for
+from shardmerge.key_mapping.heads import head_for
 from shardmerge.key_mapping.names import Names
 from shardmerge.key_mapping.naming import nearest
-from shardmerge.key_mapping.spoken import Speakers, Spoken
+from shardmerge.key_mapping.spoken import Speakers, Spoken, examples_of
 from shardmerge.planning.another_model import Fit, another_model
+from shardmerge.planning.fitting import Fitting, as_matrix, as_stack, has_experts, is_refused, shape_of
 from shardmerge.planning.modules import KnownBase, Modules
-from shardmerge.planning.quantised import has_packed, is_quantised
-from shardmerge.planning.several import compare_copies, in_order, list_some, order_of, overlap, read_too_late
+from shardmerge.planning.quantised import has_packed, scaled
+from shardmerge.planning.several import compare_copies, in_order, list_some, order_of, overlaps, read_too_late
 from shardmerge.planning.tied import stands_for
 from shardmerge.planning.unplaced import Unplaced, already_there, beside_of, first_of, named
-from shardmerge.planning.vocabulary import may_resize
 from shardmerge.spec.notices import Warned, prefixed
-from shardmerge.spec.tensors import FACTOR_DTYPES, FLOAT_DTYPES, TensorRef, Weight
+from shardmerge.spec.tensors import TensorRef, Weight
 from shardmerge.spec.updates import Parameter, Place, Update
 
 
@@ -81,7 +80,8 @@ class _Matching:
         self.number = number
         self.config = config
         self.adapter = adapter
-        self.head = head_for(checkpoint.config, (adapter.config or {}).get("task_type"))
+        head = head_for(checkpoint.config, (adapter.config or {}).get("task_type"))
+        self.fitting = Fitting(checkpoint, config.weight, head, self._as_decoded)
         self.matches = matches
         self.fit = Fit()
         self.unmatched: list[Callable[[], str]] = []
@@ -89,6 +89,9 @@ class _Matching:
         self.taken: dict[tuple[str, int], ModuleUpdate] = {}
         self.resized: dict[str, Parameter] = {}
         self.regions: defaultdict[str, list[tuple[Place, ModuleUpdate]]] = defaultdict(list)
+        self.scaled = scaled(checkpoint.weights)
+        #: The first update of every kind as it was placed; None where others are not placed like it.
+        self.firsts: dict[object, Update | None] = {}
 
     def run(self) -> list[str]:
         claims, unclear = self._understood()
@@ -104,7 +107,7 @@ class _Matching:
         # What replaces comes first: a resized embedding may then be updated.
         for update in sorted(claims.updates, key=order_of):
             self._match(update)
-        self._find_overlaps()
+        self.misfits += overlaps(self.regions)
         self.misfits += already_there(self.regions)
         if several := self.modules.problem():
             problems.append(several)
@@ -125,11 +128,12 @@ class _Matching:
         asked = self._base_view(self.speakers.own)
         claims = self.adapter.claims(self.config, asked)
         # A head that was made for training, and files beside the adapter, may have no place in any class's names.
-        targets = [
-            (self.modules.plain(update), update.parameter)
+        telling = (
+            (update.module, update.parameter)
             for update in claims.updates
-            if not (update.flattened or update.optional or beside_of(update) or self._of_head(update))
-        ]
+            if not (update.flattened or update.optional or beside_of(update) or self.fitting.of_head(update))
+        )
+        targets = [(self.modules.plain(*target), target[1]) for target in examples_of(telling)]
         self.spoken, unclear = self.speakers.chosen(targets, self.modules.exists)
         if self.spoken.note:
             if not asked.agrees_with(chosen := self._base_view(self.spoken)):
@@ -138,38 +142,81 @@ class _Matching:
         return claims, [unclear] if unclear else []
 
     def _match(self, update: ModuleUpdate) -> None:
+        """Place an update. Layers and experts repeat: of updates that differ in names only, one is looked at."""
+        kind = self._kind(update)
+        if kind is None:
+            self._place(update)
+        elif (first := self.firsts.get(kind)) is None:
+            self.firsts[kind] = self._place(update)
+        elif not self._place_like(update, first):
+            self._place(update)
+
+    def _kind(self, update: ModuleUpdate) -> object | None:
+        """The same for updates that are placed alike, each on a stored tensor that is named as its parameter is.
+
+        `Family.check` and all else that is asked of an update goes by shapes, dtypes and settings, never by names. None
+        where an update is to be looked at by itself.
+        """
+        name = f"{update.module}.{update.parameter}"
+        template = self.names.stands(name)
+        if template is None or update.of_base or FAMILIES[update.family].is_source or name in self.resized:
+            return None
+        stored = self.checkpoint.weights[name]
+        if stored.stored_as is not None or update.module in self.scaled:
+            return None
+        ref, parts = stored.tensor, [(role, of.dtype, of.shape, of.strides) for role, of in update.factors]
+        said = (update.family, update.scaling, update.rank, update.fits, update.settings, update.transposes)
+        flags = (update.fan_in_fan_out, update.either_way, update.experts, update.flattened, update.or_parameter)
+        return (template, ref.dtype, ref.shape, *parts, said, flags)
+
+    def _place_like(self, update: ModuleUpdate, first: Update | None) -> bool:
+        """Place an update as the ``first`` of its kind was placed; whether that is possible."""
+        name = f"{update.module}.{update.parameter}"
+        key = name, min(order_of(update), Effect.REPLACES_ROWS)
+        if first is None or key in self.taken or self.matches.updates.get(name):
+            return False
+        self.taken[key] = update
+        self.fit.fitting.append(update)
+        place = Place(name, first.place.rows, transposed=first.place.transposed)
+        self.regions[name].append((place, update))
+        self.matches.updates[name].append(self._update(update, first.shape, first.experts, first.transposes, place))
+        return True
+
+    def _place(self, update: ModuleUpdate) -> Update | None:
+        """Place an update; what became of it if others of its kind become the same, each on its own tensor."""
+        wanted = update.module, update.parameter, update.family, update.factors
         found = self.modules.find(update, self.spoken)
         if isinstance(found, str):
             if found or not update.optional:
                 self._place_nowhere(update, found)
-            return
+            return None
         update, parameter = found
         parameter = self.resized.get(parameter.name, parameter)
-        oriented = update if _is_told(update) else FAMILIES[update.family].orient(update, parameter)
+        oriented = update if is_refused(update) else FAMILIES[update.family].orient(update, parameter)
         if isinstance(oriented, str):
             self.misfits.append(named(update, oriented))
-            return
+            return None
         if FAMILIES[oriented.family].stacks_vectors and parameter.experts and len(parameter.shape) == 2:
-            matrix = _as_matrix(parameter)
+            matrix = as_matrix(parameter)
             if isinstance(matrix, str):
                 self.misfits.append(f"{update.first}: {matrix}")
-                return
+                return None
             parameter = matrix
         if oriented.experts and not parameter.experts:
-            parameter = _as_stack(parameter)
+            parameter = as_stack(parameter)
         completed = self._with_base(self._as_stored(oriented, parameter))
         if isinstance(completed, str):
             self.misfits.append(completed)
-            return
+            return None
         update = completed
         if self._is_taken(update, parameter):
-            return
-        wrong = [named(update, problem) for problem in self._misfits(update, parameter)]
+            return None
+        wrong = [named(update, problem) for problem in self.fitting.problems(update, parameter)]
         self.misfits += wrong
-        self.fit.add(update, _shape(update, parameter), bool(wrong))
-        if wrong or _is_told(update):
-            return
-        if FAMILIES[update.family].is_source and update.factor("whole").shape != _shape(update, parameter):
+        self.fit.add(update, shape_of(update, parameter), bool(wrong))
+        if wrong or is_refused(update):
+            return None
+        if FAMILIES[update.family].is_source and update.factor("whole").shape != shape_of(update, parameter):
             rows = update.factor("whole").shape[0]
             parameter = dataclasses.replace(
                 parameter,
@@ -177,22 +224,28 @@ class _Matching:
                 places=(dataclasses.replace(parameter.places[0], rows=rows),),
             )
             self.resized[parameter.name] = parameter
+        shape = shape_of(update, parameter)
+        experts = shape[0] if has_experts(update, parameter) else 0
         for place in parameter.places:
-            new = self._update(update, parameter, place)
+            new = self._update(update, shape, experts, update.transposes, place)
             if any(other.in_stack != new.in_stack for other in self.matches.updates[place.tensor]):
                 self.misfits.append(
                     f"{update.first} updates {place.tensor} as one matrix and another adapter as experts', or the "
                     "other way round; merge one after the other"
                 )
-                return
+                return None
             self.regions[place.tensor].append((place, update))
             self.matches.updates[place.tensor].append(new)
+        name = f"{update.module}.{update.parameter}"
+        plain = (Place(name, place.rows, transposed=place.transposed),)
+        is_like_others = wanted == (update.module, update.parameter, update.family, update.factors)
+        return new if is_like_others and parameter.name == name and parameter.places == plain else None
 
     def _place_nowhere(self, update: ModuleUpdate, why: str) -> None:
         """Say that an update has no place; of a whole tensor that was trained, one may yet be found."""
         problem = partial(self._unmatched, update, why)
         trained = whole_settings(update).saved or beside_of(update)
-        if trained and not _is_told(update):
+        if trained and not is_refused(update):
             self.matches.unplaced.append(Unplaced(self.number, update, why, problem))
         else:
             self.unmatched.append(problem)
@@ -249,63 +302,6 @@ class _Matching:
         self.misfits.append(f"{names} both update {parameter.name}; a weight is updated once by an adapter")
         return True
 
-    def _misfits(self, update: ModuleUpdate, parameter: Parameter) -> list[str]:
-        if _is_told(update):
-            return []
-        family = FAMILIES[update.family]
-        stored = [self._as_decoded(place.tensor) for place in parameter.places]
-        problems = [problem for ref in stored for problem in check_dtypes(update, ref, family)][:1]
-        told = [is_quantised(self.checkpoint, update.module, update.parameter, ref) for ref in stored]
-        if packed := next(filter(None, told), None):
-            return [packed]
-        if family.is_source:
-            problems = _dtype_of_whole(update, stored[0])
-        problems += family.check(update, _shape(update, parameter))
-        if not math.isfinite(update.scaling * self.config.weight):
-            problems.append(
-                f"{update.module}: its scaling of {update.scaling:g} times the weight {self.config.weight:g} is no "
-                "number"
-            )
-        # A copy of what the adapter was trained on is no part of what it learned.
-        is_copy = whole_settings(update).copy
-        if self.config.weight != 1 and family.changes_weight and not family.adds and not is_copy:
-            problems.append(
-                f"{update.module}: weight {self.config.weight:g} has no meaning for {update.family}, which does "
-                f"not add to the {update.parameter}; remove the weight"
-            )
-        by_columns = any(place.transposed != update.transposes for place in parameter.places)
-        if by_columns and len(parameter.shape) > 1 and not family.by_column_windows:
-            problems.append(
-                f"{update.module}: the base stores its {update.parameter} transposed, which {update.family} cannot "
-                "update"
-            )
-        if any(place.shuffle for place in parameter.places) and not family.rows_are_independent:
-            problems.append(
-                f"{update.module}: the base stores the rows of its {update.parameter} in another order, which "
-                f"{update.family} cannot update"
-            )
-        unit = family.row_unit(update) if not problems else 1
-        for place in parameter.places:
-            if place.transposed == update.transposes and (place.start % unit or place.rows % unit):
-                problems.append(
-                    f"{update.module}: {update.family} updates {unit} rows together, but {place.tensor} stores rows "
-                    f"{place.start} to {place.start + place.rows - 1} of its {update.parameter} by themselves"
-                )
-                break
-        if family.is_source and not problems and not self._has_label_rows(update):
-            problems += may_resize(self.checkpoint, update, stored[0])
-        return problems
-
-    def _of_head(self, update: ModuleUpdate) -> tuple[object, ...]:
-        """The dimensions of a tensor of the head that the adapter's task has; () for any other."""
-        shapes = {} if isinstance(self.head, str) else self.head.shapes
-        return shapes.get(f"{update.module}.{update.parameter}", ())
-
-    def _has_label_rows(self, update: ModuleUpdate) -> bool:
-        """Whether the rows of a tensor are the labels of the base's own head, of which training may have had others."""
-        is_there = not isinstance(self.head, str) and self.head.is_there
-        return is_there and self._of_head(update)[:1] == (LABELS,)
-
     def _base_view(self, spoken: Spoken) -> KnownBase:
         return KnownBase(self.names, self.modules, self.speakers, self._as_decoded, spoken)
 
@@ -324,9 +320,9 @@ class _Matching:
             return weight.tensor
         return dataclasses.replace(weight.tensor, dtype=CODECS[weight.stored_as.codec].values)
 
-    def _update(self, update: ModuleUpdate, parameter: Parameter, place: Place) -> Update:
-        shape = _shape(update, parameter)
-        experts = shape[0] if _has_experts(update, parameter) else 0
+    def _update(
+        self, update: ModuleUpdate, shape: tuple[int, ...], experts: int, transposes: bool, place: Place
+    ) -> Update:
         return Update(
             adapter=self.number,
             family=update.family,
@@ -339,36 +335,9 @@ class _Matching:
             place=place,
             parameter=update.parameter,
             experts=experts,
-            transposes=update.transposes,
+            transposes=transposes,
             settings=update.settings,
         )
-
-    def _find_overlaps(self) -> None:
-        """Two modules by different names may be the same part of one stored tensor."""
-        for target, regions in self.regions.items():
-            if len(regions) < 2:
-                continue
-            # A replaced tensor may be updated, too, but not replaced by two.
-            kinds: defaultdict[int, list[tuple[Place, ModuleUpdate]]] = defaultdict(list)
-            for place, update in regions:
-                kinds[min(order_of(update), 2)].append((place, update))
-            for kind in (1, 2):
-                self._find_overlaps_of(target, kinds[kind])
-
-    def _find_overlaps_of(self, target: str, regions: Sequence[tuple[Place, ModuleUpdate]]) -> None:
-        by_expert: defaultdict[int | None, list[tuple[Place, ModuleUpdate]]] = defaultdict(list)
-        for place, update in regions:
-            by_expert[place.expert].append((place, update))
-        everywhere = by_expert.pop(None, [])
-        for group in by_expert.values() or [[]]:
-            ordered = sorted([*everywhere, *group], key=lambda item: item[0].stored_start)
-            for (one, first), (other, second) in itertools.pairwise(ordered):
-                if overlap(one, other):
-                    self.misfits.append(
-                        f"{first_of(first)} and {first_of(second)} both update {target}; a weight is updated once by "
-                        "an adapter"
-                    )
-                    break
 
     def _leftover(self, name: str) -> str:
         return f"{name} belongs to no update{self._near(name)}"
@@ -384,48 +353,6 @@ class _Matching:
     def _near(self, name: str) -> str:
         found = nearest(name, self.checkpoint.weights)
         return f" (nearest: {', '.join(found)})" if found else ""
-
-
-def _is_told(update: ModuleUpdate) -> bool:
-    """Whether it was said already that the factors do not fit each other or are empty; their shapes may be anything."""
-    return not update.fits or any(0 in ref.shape for _, ref in update.factors)
-
-
-def _dtype_of_whole(update: ModuleUpdate, stored: TensorRef) -> list[str]:
-    """Floats replace floats, whatever their width; other numbers only their own kind."""
-    whole = update.factor("whole")
-    floats = whole.dtype in FACTOR_DTYPES and stored.dtype in FLOAT_DTYPES
-    if floats or whole.dtype == stored.dtype:
-        return []
-    return [f"{whole.name} is stored as {whole.dtype}, but the base's {stored.name} as {stored.dtype}"]
-
-
-def _as_matrix(parameter: Parameter) -> Parameter | str:
-    """Experts' biases (E, n) as one matrix, which they are to LoRA; a string where they are stored in parts."""
-    place, (experts, width) = parameter.places[0], parameter.shape
-    if parameter.places != (Place(place.tensor, width),):
-        return f"the base stores {parameter.name} in parts, which LoRA on all of it cannot update"
-    return dataclasses.replace(parameter, places=(Place(place.tensor, experts),), experts=False)
-
-
-def _has_experts(update: ModuleUpdate, parameter: Parameter) -> bool:
-    return update.experts or parameter.experts
-
-
-def _as_stack(parameter: Parameter) -> Parameter:
-    """A tensor (E, rows, columns) whose name does not say so, seen as a stack of experts: they have its rows."""
-    if len(parameter.shape) != 3:
-        return parameter  # of which the family says that it does not hold experts' matrices
-    places = tuple(dataclasses.replace(place, rows=parameter.shape[1]) for place in parameter.places)
-    return dataclasses.replace(parameter, places=places, experts=True)
-
-
-def _shape(update: ModuleUpdate, parameter: Parameter) -> tuple[int, ...]:
-    """The shape of the matrix that the update speaks of."""
-    shape = parameter.shape
-    if not update.transposes or len(shape) < 2:
-        return shape
-    return (*shape[:-2], shape[-1], shape[-2])
 
 
 def _empty(tensors: Mapping[str, TensorRef], told: Set[str]) -> list[str]:

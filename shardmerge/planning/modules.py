@@ -60,14 +60,14 @@ class Modules:
         """Whether the base has, or could have, a parameter by a name of its own."""
         return self._found(module, parameter)[0] != ""
 
-    def plain(self, update: ModuleUpdate) -> str:
+    def plain(self, module: str, parameter: str) -> str:
         """A module's name by which to see whose names an adapter has: without what stood around the model."""
-        names = list(dict.fromkeys(self._less(update.module)))
+        names = list(dict.fromkeys(self._less(module)))
         if len(names) == 1:
-            return update.module
-        names += self.others(update.module)
-        inner = min(peeled(update.module), key=len)
-        return next((name for name in names if self.exists(name, update.parameter)), inner)
+            return module
+        names += self.others(module)
+        inner = min(peeled(module), key=len)
+        return next((name for name in names if self.exists(name, parameter)), inner)
 
     def problem(self) -> str:
         """What is wrong with an adapter from whose names several parts were taken off."""

@@ -8,7 +8,7 @@ and ``weight_scale`` of compressed-tensors, ``qweight`` of GPTQ and AWQ, ``weigh
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from shardmerge.file_formats.checkpoint import Checkpoint
@@ -31,6 +31,14 @@ _WAY_OUT = (
     "only F32, F16 and BF16 weights can be merged into, so merge into the model as it was before it was quantised, or "
     "dequantise it first"
 )
+
+
+def scaled(names: Iterable[str]) -> frozenset[str]:
+    """Modules and parameters beside which there are scales: those of which `is_quantised` may say something."""
+    ends = tuple(f".{end}" for end in _BESIDE)
+    return frozenset(
+        name.removesuffix(end) for name in names if name.endswith(ends) for end in ends if name.endswith(end)
+    )
 
 
 def is_quantised(checkpoint: Checkpoint, module: str, parameter: str, stored: TensorRef) -> str | None:

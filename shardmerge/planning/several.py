@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 
 from shardmerge.adapters.claims import ModuleUpdate
@@ -13,6 +14,7 @@ from shardmerge.adapters.methods.whole import TokenSettings, whole_settings
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.key_mapping.ties import Tie
+from shardmerge.planning.unplaced import first_of
 from shardmerge.spec.updates import Place, Update
 
 #: Problems of one kind that are listed one by one; of the rest only the number is said.
@@ -44,6 +46,34 @@ def overlap(one: Place, other: Place) -> bool:
     if one.expert is not None and other.expert is not None and one.expert != other.expert:
         return False
     return one.stored_start < other.stored_start + other.rows and other.stored_start < one.stored_start + one.rows
+
+
+def overlaps(regions: Mapping[str, Sequence[tuple[Place, ModuleUpdate]]]) -> list[str]:
+    """Two modules by different names may be the same part of one stored tensor."""
+    problems = []
+    for target, of in regions.items():
+        # A replaced tensor may be updated, too, but not replaced by two.
+        for is_replaced in (True, False) if len(of) > 1 else ():
+            like = [item for item in of if order_of(item[1]) and replaces(item[1]) == is_replaced]
+            problems += [
+                f"{first_of(first)} and {first_of(second)} both update {target}; a weight is updated once by an adapter"
+                for first, second in _overlapping(like)
+            ]
+    return problems
+
+
+def _overlapping(regions: Sequence[tuple[Place, ModuleUpdate]]) -> Iterator[tuple[ModuleUpdate, ModuleUpdate]]:
+    """The first two updates of every expert that have a row in common."""
+    by_expert: defaultdict[int | None, list[tuple[Place, ModuleUpdate]]] = defaultdict(list)
+    for place, update in regions:
+        by_expert[place.expert].append((place, update))
+    everywhere = by_expert.pop(None, [])
+    for group in by_expert.values() or [[]]:
+        ordered = sorted([*everywhere, *group], key=lambda item: item[0].stored_start)
+        for (one, first), (other, second) in itertools.pairwise(ordered):
+            if overlap(one, other):
+                yield first, second
+                break
 
 
 # --- copies of the base -----------------------------------------------------------------------------------------------

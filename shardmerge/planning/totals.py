@@ -16,7 +16,7 @@ def totals_of(shards: Iterable[ShardPlan]) -> Totals:
     # A module of experts may be stored as many tensors.
     targets: dict[tuple[str, tuple[int, ...], str, int, int], dict[str, float]] = defaultdict(dict)
     updated, changed = 0, set()
-    for tensor in (tensor for shard in shards for tensor in shard.tensors):
+    for tensor in itertools.chain.from_iterable(shard.tensors for shard in shards):
         kinds[tensor.out.dtype, tensor.out.shape, tensor.out.nbytes] += 1
         updated += bool(tensor.updates)
         for update in tensor.updates:

@@ -49,9 +49,9 @@ def say_no_alpha(claims: Claims, config: Config) -> None:
 
 def paired(claims: Claims, module: Module, one: str, other: str) -> bool:
     """Whether both factors are there; says which is not."""
-    names = {role.removesuffix("?"): key for key, role in reversed(list(ROLES.items()))}
     missing = [role for role in (one, other) if role not in module.factors]
     if missing:
+        names = {role.removesuffix("?"): key for key, role in reversed(list(ROLES.items()))}
         claims.half(module.first, module.key(names[missing[0]]), module.refs)
     return not missing
 
@@ -63,11 +63,12 @@ def claim_matrix(claims: Claims, module: Module, config: Config) -> None:
         # The out_proj of nn.MultiheadAttention: PEFT adds its update twice, when it merges and when it runs.
         scaling *= 2
     a, b = module.factors["A"], module.factors["B"]
-    update = ModuleUpdate(module.name, "weight", Lora.name, (("A", a), ("B", b)), scaling, rank)
-    if isinstance(config.get("use_bdlora"), dict):
+    has_blocks, fan_in_fan_out = isinstance(config.get("use_bdlora"), dict), bool(config.get("fan_in_fan_out"))
+    factors, turned = (("A", a), ("B", b)), fan_in_fan_out and not has_blocks
+    update = ModuleUpdate(module.name, "weight", Lora.name, factors, scaling, rank, fan_in_fan_out=turned)
+    if has_blocks:
         _claim_blocks(claims, module, config["use_bdlora"], update)
         return
-    update = update.changed(fan_in_fan_out=bool(config.get("fan_in_fan_out")))
     update = _with_magnitude(claims, module, config, update)
     claims.updates.append(_with_diagonal(claims, module, config, update))
     if 0 in a.shape or 0 in b.shape:

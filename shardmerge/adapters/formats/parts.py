@@ -20,12 +20,15 @@ Weight = Callable[[str], Parameter | None]
 DENOISERS = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "prior.")
 #: All other parts; each is only itself.
 _OTHERS = ("transformer_2.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
+_PARTS = (*DENOISERS, *_OTHERS)
 _FLAT = re.compile(r"(?:lora_(?:unet|te\d*|transformer|prior_unet|prior_te)|lycoris)_")
 
 
 def part_of(module: str) -> str:
     """The part that a dotted name begins with, its dot included; empty where there is none."""
-    return next((part for part in (*DENOISERS, *_OTHERS) if module.startswith(part)), "")
+    if not module.startswith(_PARTS):
+        return ""
+    return next(part for part in _PARTS if module.startswith(part))
 
 
 def flat_part_of(module: str) -> str:

@@ -14,6 +14,7 @@ import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 from shardmerge.adapters.base_view import NO_BASE, BaseView
@@ -196,7 +197,9 @@ class PeftMethod(ABC):
                 infix = match[f"adapter{index}"] or ""
                 prefix = match["module"]
                 # What is below a wrapped module has the wrapper in its name.
-                plain = BELOW_WRAPPERS.sub("", module_name(prefix))
+                plain = module_name(prefix)
+                if ".base_layer" in plain:
+                    plain = BELOW_WRAPPERS.sub("", plain)
                 key = (prefix, infix, 0)
                 while key in modules and names[index] in modules[key].factors:
                     key = (prefix, infix, key[2] + 1)  # the same key but for its wrappers: a second update
@@ -211,11 +214,15 @@ class PeftMethod(ABC):
         return None
 
     def _complete(self, claims: Claims, module: Module) -> bool:
-        required = {role: key for key, role in self.roles.items() if not role.endswith("?")}
-        missing = [key for role, key in required.items() if role not in module.factors]
+        missing = [key for key, role in self._required if role not in module.factors]
         if missing:
             claims.half(module.first, module.key(missing[0]), module.refs)
         return not missing
+
+    @cached_property
+    def _required(self) -> tuple[tuple[str, str], ...]:
+        """Key and role of the factors that every module must have."""
+        return tuple((key, role) for key, role in self.roles.items() if not role.endswith("?"))
 
     def _config_problems(self, config: Config) -> list[str]:
         problems = [f"{key}: {why}" for key, why in self.refused.items() if _is_set(key, config.get(key))]

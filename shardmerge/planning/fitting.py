@@ -1,0 +1,132 @@
+"""Whether an update fits the parameter that it is of, and what that parameter is to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.methods.base import check_dtypes
+from shardmerge.adapters.methods.whole import whole_settings
+from shardmerge.adapters.registry import FAMILIES
+from shardmerge.file_formats.checkpoint import Checkpoint
+from shardmerge.key_mapping.heads import LABELS, Head
+from shardmerge.planning.quantised import is_quantised
+from shardmerge.planning.vocabulary import may_resize
+from shardmerge.spec.tensors import FACTOR_DTYPES, FLOAT_DTYPES, TensorRef
+from shardmerge.spec.updates import Parameter, Place
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What does not fit between one adapter's updates and the base.
+
+    ``weight`` is the adapter's in the config, ``head`` the one of its task. ``decoded`` finds a stored tensor by name,
+    with the dtype of its values.
+    """
+
+    checkpoint: Checkpoint
+    weight: float
+    head: Head | str
+    decoded: Callable[[str], TensorRef]
+
+    def problems(self, update: ModuleUpdate, parameter: Parameter) -> list[str]:
+        """Decided by shapes, dtypes and settings; names are for the messages, but for those of quantised weights."""
+        if is_refused(update):
+            return []
+        family = FAMILIES[update.family]
+        stored = [self.decoded(place.tensor) for place in parameter.places]
+        problems = [problem for ref in stored for problem in check_dtypes(update, ref, family)][:1]
+        told = [is_quantised(self.checkpoint, update.module, update.parameter, ref) for ref in stored]
+        if packed := next(filter(None, told), None):
+            return [packed]
+        if family.is_source:
+            problems = _dtype_of_whole(update, stored[0])
+        problems += family.check(update, shape_of(update, parameter))
+        if not math.isfinite(update.scaling * self.weight):
+            problems.append(
+                f"{update.module}: its scaling of {update.scaling:g} times the weight {self.weight:g} is no number"
+            )
+        # A copy of what the adapter was trained on is no part of what it learned.
+        is_copy = whole_settings(update).copy
+        if self.weight != 1 and family.changes_weight and not family.adds and not is_copy:
+            problems.append(
+                f"{update.module}: weight {self.weight:g} has no meaning for {update.family}, which does "
+                f"not add to the {update.parameter}; remove the weight"
+            )
+        by_columns = any(place.transposed != update.transposes for place in parameter.places)
+        if by_columns and len(parameter.shape) > 1 and not family.by_column_windows:
+            problems.append(
+                f"{update.module}: the base stores its {update.parameter} transposed, which {update.family} cannot "
+                "update"
+            )
+        if any(place.shuffle for place in parameter.places) and not family.rows_are_independent:
+            problems.append(
+                f"{update.module}: the base stores the rows of its {update.parameter} in another order, which "
+                f"{update.family} cannot update"
+            )
+        unit = family.row_unit(update) if not problems else 1
+        for place in parameter.places:
+            if place.transposed == update.transposes and (place.start % unit or place.rows % unit):
+                problems.append(
+                    f"{update.module}: {update.family} updates {unit} rows together, but {place.tensor} stores rows "
+                    f"{place.start} to {place.start + place.rows - 1} of its {update.parameter} by themselves"
+                )
+                break
+        if family.is_source and not problems and not self._has_label_rows(update):
+            problems += may_resize(self.checkpoint, update, stored[0])
+        return problems
+
+    def of_head(self, update: ModuleUpdate) -> tuple[object, ...]:
+        """The dimensions of a tensor of the head that the adapter's task has; () for any other."""
+        shapes = {} if isinstance(self.head, str) else self.head.shapes
+        return shapes.get(f"{update.module}.{update.parameter}", ())
+
+    def _has_label_rows(self, update: ModuleUpdate) -> bool:
+        """Whether the rows of a tensor are the labels of the base's own head, of which training may have had others."""
+        is_there = not isinstance(self.head, str) and self.head.is_there
+        return is_there and self.of_head(update)[:1] == (LABELS,)
+
+
+def is_refused(update: ModuleUpdate) -> bool:
+    """Whether it is refused already: its factors do not fit each other or are empty, and their shapes may be anything."""
+    return not update.fits or any(0 in ref.shape for _, ref in update.factors)
+
+
+def _dtype_of_whole(update: ModuleUpdate, stored: TensorRef) -> list[str]:
+    """Floats replace floats, whatever their width; other numbers only their own kind."""
+    whole = update.factor("whole")
+    floats = whole.dtype in FACTOR_DTYPES and stored.dtype in FLOAT_DTYPES
+    if floats or whole.dtype == stored.dtype:
+        return []
+    return [f"{whole.name} is stored as {whole.dtype}, but the base's {stored.name} as {stored.dtype}"]
+
+
+def as_matrix(parameter: Parameter) -> Parameter | str:
+    """Experts' biases (E, n) as one matrix, which they are to LoRA; a string where they are stored in parts."""
+    place, (experts, width) = parameter.places[0], parameter.shape
+    if parameter.places != (Place(place.tensor, width),):
+        return f"the base stores {parameter.name} in parts, which LoRA on all of it cannot update"
+    return dataclasses.replace(parameter, places=(Place(place.tensor, experts),), experts=False)
+
+
+def has_experts(update: ModuleUpdate, parameter: Parameter) -> bool:
+    return update.experts or parameter.experts
+
+
+def as_stack(parameter: Parameter) -> Parameter:
+    """A tensor (E, rows, columns) whose name does not say so, seen as a stack of experts: they have its rows."""
+    if len(parameter.shape) != 3:
+        return parameter  # of which the family says that it does not hold experts' matrices
+    places = tuple(dataclasses.replace(place, rows=parameter.shape[1]) for place in parameter.places)
+    return dataclasses.replace(parameter, places=places, experts=True)
+
+
+def shape_of(update: ModuleUpdate, parameter: Parameter) -> tuple[int, ...]:
+    """The shape of the matrix that the update speaks of."""
+    shape = parameter.shape
+    if not update.transposes or len(shape) < 2:
+        return shape
+    return (*shape[:-2], shape[-1], shape[-2])
