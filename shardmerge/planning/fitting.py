@@ -91,7 +91,7 @@ class Fitting:
 
 
 def is_refused(update: ModuleUpdate) -> bool:
-    """Whether it is refused already: its factors do not fit each other or are empty, and their shapes may be anything."""
+    """Whether it is refused already: its factors do not fit each other or are empty; shapes may be anything."""
     return not update.fits or any(0 in ref.shape for _, ref in update.factors)
 
 

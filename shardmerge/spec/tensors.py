@@ -89,7 +89,7 @@ BUFFER_SLACK = PAGE
 
 
 #: What torch takes when it first computes: pages of its code (most of it), MKL's packing buffers, threads. Measured.
-LIBRARY_BYTES = 11 << 20
+LIBRARY_BYTES = 9 << 20
 
 
 #: Where matrices begin that are multiplied. MKL rounds differently where memory is less aligned than torch's own.

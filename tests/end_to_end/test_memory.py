@@ -148,7 +148,7 @@ def test_predicted_memory(tmp_path: Path, names: tuple[str, ...]) -> None:
     assert max(peaks.values()) - min(peaks.values()) < 16 * MIB, peaks
 
 
-@pytest.mark.parametrize("max_memory", slow_but(["17MB", "20MB", "30MB"], "17MB"))
+@pytest.mark.parametrize("max_memory", slow_but(["15MB", "20MB", "30MB"], "15MB"))
 def test_max_memory_bounds_the_working_set(tmp_path: Path, max_memory: str) -> None:
     config = write_model(tmp_path, MODELS["rank 8"])
     done = run_cli("run", config, "--quiet", "-s", f"compute.max_memory={max_memory}")

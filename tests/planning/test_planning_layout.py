@@ -69,19 +69,23 @@ def test_bytes_and_shards_are_what_happens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: Callable[[Place], dict[str, Any]]
 ) -> None:
     place = make_place(tmp_path)
-    read = 0
+    read, ends = 0, dict[str, int]()
     read_into = LocalReader.read_into
 
     def counting(self: LocalReader, offset: int, view: memoryview) -> None:
         nonlocal read
         read += len(view)
+        ends[self.path] = max(ends.get(self.path, 0), offset + len(view))
         read_into(self, offset, view)
 
     monkeypatch.setattr(LocalReader, "read_into", counting)
     plan = shardmerge.plan(place.config(**changes(place)))
     tiles = max(tensor.tiles for shard in plan.shards for tensor in shard.tensors)
     assert (tiles > 1) == (changes is tall)
-    assert read == 0
+    for path in place.base.glob("*.safetensors"):  # no weight is read for a plan
+        with path.open("rb") as file:
+            assert ends[str(path)] == 8 + int.from_bytes(file.read(8), "little")
+    read = 0
     report = shardmerge.merge(plan)
     copied = sum(aux.source.size for aux in plan.aux if aux.content is None)
     # The files beside the weights and the adapters are hashed, too.
