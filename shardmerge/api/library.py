@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from shardmerge.api.limits import within_limits
 from shardmerge.api.progress import Progress
 from shardmerge.config.schema import ExportConfig, MergeConfig
-from shardmerge.errors import ConfigError
+from shardmerge.errors import ConfigError, SourceError
 from shardmerge.planning.planner import make_plan
 from shardmerge.reporting.merge_report import MergeReport
 from shardmerge.spec.plans import MergePlan
@@ -39,6 +39,7 @@ Location = str | os.PathLike[str]
 Section = Location | Mapping[str, Any]
 ConfigLike = MergeConfig | Mapping[str, Any] | Location
 
+_UNTOUCHED = "Nothing was written"
 _RESUMABLE = (
     "An unfinished merge is not a model. The finished part of it is kept: run the same merge again to resume it"
 )
@@ -71,7 +72,10 @@ def plan(
     """
     parts = {"base": base, "adapters": adapter, "output": output, "compute": compute}
     with within_limits("Nothing was written"):
-        made = make_plan(_config(config, parts), overwrite)
+        try:
+            made = make_plan(_config(config, parts), overwrite)
+        except SourceError as error:
+            raise error if _UNTOUCHED in str(error) else type(error)(f"{error}. {_UNTOUCHED}") from None
     notices(made.warnings)
     return made
 

@@ -303,7 +303,7 @@ def test_what_comes_before_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     plain = ("run", place.config_file(), "--overwrite")
     assert memory_of(*plain) == {"device": "cpu", "dtype": "float32", "max_memory": 300_000_000, "threads": "auto"}
     given = ("run", place.config_file(compute={"max_memory": "auto", "dtype": "float64"}), "--overwrite")
-    assert memory_of(*given) == {"device": "cpu", "dtype": "float64", "max_memory": "auto"}
+    assert memory_of(*given) == {"device": "cpu", "dtype": "float64", "max_memory": "auto", "threads": "auto"}
     assert memory_of(*given, "-s", "compute.max_memory=400MB")["max_memory"] == 400_000_000
     assert memory_of("export", place.base, "-o", tmp_path / "two")["max_memory"] == 300_000_000
     monkeypatch.delenv("SHARDMERGE_MAX_MEMORY")

@@ -19,6 +19,7 @@ import shardmerge
 from shardmerge.errors import PlanError
 from shardmerge.file_formats.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.file_formats.checkpoint_files import Shard
+from shardmerge.file_formats.safetensors_header import FIRST_READ
 from shardmerge.planning.layout import lay_out
 from shardmerge.sources.local import LocalReader, LocalSource
 from shardmerge.sources.source import open_source
@@ -84,7 +85,7 @@ def test_bytes_and_shards_are_what_happens(
     assert (tiles > 1) == (changes is tall)
     for path in place.base.glob("*.safetensors"):  # no weight is read for a plan
         with path.open("rb") as file:
-            assert ends[str(path)] == 8 + int.from_bytes(file.read(8), "little")
+            assert ends[str(path)] <= max(FIRST_READ, 8 + int.from_bytes(file.read(8), "little"))
     read = 0
     report = shardmerge.merge(plan)
     copied = sum(aux.source.size for aux in plan.aux if aux.content is None)
