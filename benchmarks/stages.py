@@ -37,7 +37,8 @@ from shardmerge.execution import engine, pipeline
 from shardmerge.execution.engine import Engine
 from shardmerge.execution.jobs import Job
 from shardmerge.execution.pipeline import Buffer, Work, Worked
-from shardmerge.spec.plans import Fidelity, MergePlan, Receipt, ShardPlan
+from shardmerge.spec.plans import MergePlan, ShardPlan
+from shardmerge.spec.receipts import Fidelity, Receipt
 from shardmerge.system.checksums import Checksums
 from shardmerge.system.directory import Directory
 

@@ -29,7 +29,8 @@ from shardmerge.reporting.merge_report import (
 from shardmerge.reporting.record import record
 from shardmerge.reporting.steps import begun, committed, resumed
 from shardmerge.spec.notices import Warned
-from shardmerge.spec.plans import MergePlan, Receipt, ShardPlan, digest_of
+from shardmerge.spec.plans import MergePlan, ShardPlan, digest_of
+from shardmerge.spec.receipts import Receipt
 from shardmerge.spec.words import words_for
 from shardmerge.system.events import Stopwatch
 from shardmerge.system.memory_use import peak_memory

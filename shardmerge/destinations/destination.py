@@ -22,7 +22,8 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from shardmerge.destinations.local.directory import LocalDirectory
-from shardmerge.spec.plans import Fidelity, Fingerprint, MergePlan, Receipt, ShardPlan
+from shardmerge.spec.plans import Fingerprint, MergePlan, ShardPlan
+from shardmerge.spec.receipts import Fidelity, Receipt
 
 
 class Writer(Protocol):

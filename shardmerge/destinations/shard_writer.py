@@ -12,7 +12,8 @@ from contextlib import suppress
 from types import TracebackType
 
 from shardmerge.file_formats import safetensors_header
-from shardmerge.spec.plans import Fidelity, Receipt, ShardPlan
+from shardmerge.spec.plans import ShardPlan
+from shardmerge.spec.receipts import Fidelity, Receipt
 from shardmerge.spec.tensors import PAGE
 from shardmerge.system import durable, reflink
 from shardmerge.system.aligned_memory import pages

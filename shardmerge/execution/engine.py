@@ -23,7 +23,8 @@ from shardmerge.execution.jobs import Job, jobs
 from shardmerge.execution.pipeline import Buffer, Worked
 from shardmerge.execution.steps import ShardSteps
 from shardmerge.sources.open_readers import OpenReaders
-from shardmerge.spec.plans import MergePlan, Receipt, ShardPlan, TensorPlan
+from shardmerge.spec.plans import MergePlan, ShardPlan, TensorPlan
+from shardmerge.spec.receipts import Receipt
 from shardmerge.spec.tensors import BUFFER_SLACK
 from shardmerge.spec.updates import Update
 from shardmerge.system.garbage import no_garbage_collection

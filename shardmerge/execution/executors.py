@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from shardmerge.destinations.destination import Handle
 from shardmerge.execution.engine import Engine
-from shardmerge.spec.plans import MergePlan, Receipt, ShardPlan
+from shardmerge.spec.plans import MergePlan, ShardPlan
+from shardmerge.spec.receipts import Receipt
 
 #: `engine.merge_shard`: its arguments by position pickle, so it can be called in any process.
 MergeShard = Callable[..., Receipt]

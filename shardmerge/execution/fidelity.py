@@ -15,7 +15,8 @@ from torch import Tensor
 
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.codecs.rounding import TORCH_DTYPES
-from shardmerge.spec.plans import Fidelity, TensorPlan
+from shardmerge.spec.plans import TensorPlan
+from shardmerge.spec.receipts import Fidelity
 from shardmerge.spec.tensors import RowRange
 
 #: Of so many tiles one is looked at, but of every tensor at least one and at most a few; and of it so many elements.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from shardmerge.spec.plans import Receipt, ShardPlan
+from shardmerge.spec.plans import ShardPlan
+from shardmerge.spec.receipts import Receipt
 from shardmerge.system.events import LOG, Stopwatch, event
 
 

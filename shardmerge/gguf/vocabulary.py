@@ -1,22 +1,20 @@
 """Tokenizer files → a list of tokens with their types and scores, and the name of the pre-tokenizer.
 
 Three kinds, as llama.cpp has them: SentencePiece from ``tokenizer.model``; SentencePiece from a ``tokenizer.json`` of
-byte fallback, where scores are lost; and byte-level BPE, whose pre-tokenizer llama.cpp knows by name only. That name is
-identified by what the tokenizer makes of a text: only tokenizers that a test has seen are named, as a wrong name gives
-quietly worse text.
+byte fallback, where scores are lost; and byte-level BPE, whose pre-tokenizer llama.cpp knows by name only.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from shardmerge.gguf import sentencepiece
 from shardmerge.gguf.files import ModelFiles, items, mapping
 from shardmerge.gguf.model import Model
+from shardmerge.gguf.pre_tokenizers import Tokenizer, open_tokenizer, pre_tokenizer
 from shardmerge.gguf.special_tokens import read_special_tokens
 from shardmerge.gguf.values import KeyValue
 from shardmerge.spec.notices import Warned
@@ -26,21 +24,6 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _NO_SCORE, _PADDING_SCORE = -1000.0, -10000.0
 _SPACE = "▁"
 _SPECIAL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-
-#: What pre-tokenizers cut differently: digits, contractions, case, blanks, line ends, scripts, marks, emoji.
-PROBE = (
-    "It's 1 12 123 1234 12345678 o'clock, we'LL I'M they'Ve\n\n\n  \t two  three   four\r\n end. ... !!! -- ==> {}();//"
-    "\nЗдравствуй, мир42 नमस्ते 你好世界2024年 こんにちは สวัสดี שלום 🚀🙂‍↔️ é e\u0301 naïve_snake camelCase $3.14 x²\n\t\t"
-    "if (a!=b) {return\u00a0'n';}  "
-)
-#: SHA-256 of the ids that a tokenizer makes of `PROBE` → llama.cpp's name of its pre-tokenizer. Each was compared with
-#: what the official converter says of the same tokenizer (tests/gguf/test_gguf_conversion.py).
-PRE_TOKENIZERS: Mapping[str, str] = {
-    "de4bc19b86f9a2fcd6f59afac33e78b8c9c203f2a5c4106484018688af360fd5": "smollm",  # SmolLM, SmolLM2
-    "bbf38b538da7e4498bc40588098417d713bdc0c03d4690d98280e1b451ccea3e": "smaug-bpe",  # Llama 3, at first
-    "4e95e51138a84a14b194674a09d3e370e03499879b6210d315cb2ce377a0c7c2": "llama-bpe",  # Llama 3.1 to 3.3
-    "23e1720b18d16e61c83676f92d1e3713a14e50767126b25179cd719cb4060124": "qwen2",  # Qwen2 to Qwen3
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,29 +238,15 @@ def _vocab_of(tokenizer: Mapping[str, Any], problems: list[str]) -> dict[str, in
 # --- byte-level BPE ---------------------------------------------------------------------------------------------------
 
 
-class _Encoding(Protocol):
-    @property
-    def ids(self) -> list[int]: ...
-
-
-class _Tokenizer(Protocol):
-    """What is used of `tokenizers.Tokenizer`."""
-
-    def get_vocab(self, with_added_tokens: bool = True) -> dict[str, int]: ...
-    def get_added_tokens_decoder(self) -> dict[int, Any]: ...
-    def encode(self, sequence: str, *, add_special_tokens: bool = True) -> _Encoding: ...
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
-
-
 def _byte_level(model: Model, files: ModelFiles, problems: list[str]) -> Vocabulary | None:
     raw = files.json("tokenizer.json")
     if raw is None:
         problems.append("tokenizer.json is missing or broken: a GGUF file holds its tokenizer")
         return None
-    tokenizer = _opened(files.bytes("tokenizer.json"), problems)
+    tokenizer = open_tokenizer(files.bytes("tokenizer.json"), problems)
     if tokenizer is None:
         return None
-    pre = PRE_TOKENIZERS.get(fingerprint(tokenizer))
+    pre = pre_tokenizer(tokenizer)
     if pre is None or pre not in model.architecture.pre_tokenizers:
         known = ", ".join(sorted(model.architecture.pre_tokenizers)) or "none"
         problems.append(
@@ -303,27 +272,7 @@ def _byte_level(model: Model, files: ModelFiles, problems: list[str]) -> Vocabul
     return Vocabulary("gpt2", pre, tuple(found.tokens), tuple(found.types), merges=_merges(raw, files))
 
 
-def _opened(content: bytes, problems: list[str]) -> _Tokenizer | None:
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        problems.append("GGUF with this tokenizer needs the package tokenizers: pip install tokenizers")
-        return None
-    try:
-        opened: _Tokenizer = Tokenizer.from_str(content.decode())
-    except Exception as error:  # tokenizers raises Exception itself
-        problems.append(f"tokenizer.json cannot be used: {error}")
-        return None
-    return opened
-
-
-def fingerprint(tokenizer: _Tokenizer) -> str:
-    """Which tokenizer it is, by the ids that it makes of `PROBE`."""
-    ids = tokenizer.encode(PROBE, add_special_tokens=True).ids
-    return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()
-
-
-def _bpe_token(tokenizer: _Tokenizer, text: str | None, index: int, added: Any) -> tuple[str, int]:
+def _bpe_token(tokenizer: Tokenizer, text: str | None, index: int, added: Any) -> tuple[str, int]:
     if text is None:
         return f"[PAD{index}]", UNUSED
     if added is None:

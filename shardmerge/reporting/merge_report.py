@@ -12,7 +12,8 @@ from typing import Any
 from shardmerge.codecs import ggml
 from shardmerge.reporting.text import human_bytes, human_seconds, notices, table
 from shardmerge.spec.notices import Warned
-from shardmerge.spec.plans import Fidelity, MergePlan, Receipt, jsonable
+from shardmerge.spec.plans import MergePlan, jsonable
+from shardmerge.spec.receipts import Fidelity, Receipt
 from shardmerge.spec.tensors import DTYPE_NAMES, tensor_nbytes
 from shardmerge.spec.words import EXPORT, MERGE
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from shardmerge.destinations.record import Section
 from shardmerge.reporting.merge_report import MergeReport, fidelity_json
-from shardmerge.spec.plans import MergePlan, Receipt, jsonable
+from shardmerge.spec.plans import MergePlan, jsonable
+from shardmerge.spec.receipts import Receipt
 from shardmerge.spec.updates import Update
 from shardmerge.system.memory_use import peak_memory
 from shardmerge.version import __version__

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardmerge.spec.packed import PackedMapping, PackedSequence
+from shardmerge.spec.packed import PackedSequence
 from shardmerge.spec.tensors import (
     BUFFER_SLACK,
     LIBRARY_BYTES,
@@ -324,61 +324,3 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     return value
-
-
-@dataclass(frozen=True, slots=True)
-class Fidelity:
-    """How a sample of a tensor's elements came through: sums over them, so that samples can be added."""
-
-    #: Σ W², Σ ΔW² and Σ ΔŴ·ΔW, where ΔW is the update before and ΔŴ after the rounding.
-    weight: float
-    update: float
-    kept: float
-    #: Elements that are what they would be without the update.
-    unchanged: int
-    elements: int
-
-    def __add__(self, other: Fidelity) -> Fidelity:
-        return Fidelity(
-            self.weight + other.weight,
-            self.update + other.update,
-            self.kept + other.kept,
-            self.unchanged + other.unchanged,
-            self.elements + other.elements,
-        )
-
-    @property
-    def relative_update(self) -> float:
-        """‖ΔW‖ / ‖W‖; 0 where W is all zero."""
-        return math.sqrt(self.update / self.weight) if self.weight else 0.0
-
-    @property
-    def share_kept(self) -> float:
-        """How much of ΔW the rounding kept: the projection of ΔŴ on it. 1 where there is nothing to keep."""
-        return self.kept / self.update if self.update else 1.0
-
-    @property
-    def share_unchanged(self) -> float:
-        return self.unchanged / self.elements if self.elements else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """Says that a shard of a merge is finished and durable."""
-
-    shard: str
-    nbytes: int
-    #: Of the whole file, header included: ``xxh3_128``, and ``sha256`` where it was asked for.
-    checksums: Mapping[str, str]
-    #: Adapters, by number, of which some factor B in this shard was not all zero.
-    active_adapters: tuple[int, ...]
-    #: How the updates of this shard's tensors came through the rounding, by the tensor's name.
-    fidelity: Mapping[str, Fidelity] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.fidelity, PackedMapping):
-            object.__setattr__(self, "fidelity", PackedMapping(self.fidelity))
-
-    def entry(self) -> dict[str, Any]:
-        """What the record says of the file."""
-        return {"bytes": self.nbytes, **self.checksums}

@@ -22,7 +22,8 @@ from shardmerge import NonFiniteError, OutputError, ShardmergeError
 from shardmerge.destinations.destination import Handle, open_destination
 from shardmerge.execution.engine import Engine, merge_shard
 from shardmerge.execution.executors import Advance, Executor, MergeShard, SerialExecutor
-from shardmerge.spec.plans import MergePlan, Receipt, ShardPlan
+from shardmerge.spec.plans import MergePlan, ShardPlan
+from shardmerge.spec.receipts import Receipt
 from tests.support.builders import contents, slow_but
 from tests.support.pool_executor import PoolExecutor
 from tests.support.three_shards import INDEX, SHARDS, TARGETS, ThreeShards

@@ -19,7 +19,8 @@ from shardmerge import OutputError
 from shardmerge.destinations import shard_writer as writer_module
 from shardmerge.destinations.shard_writer import ShardWriter
 from shardmerge.file_formats import safetensors_header
-from shardmerge.spec.plans import Receipt, ShardPlan, TensorPlan
+from shardmerge.spec.plans import ShardPlan, TensorPlan
+from shardmerge.spec.receipts import Receipt
 from shardmerge.spec.tensors import PAGE, TensorInfo
 from shardmerge.system.directory import Directory
 from tests.support.builders import refs_of, shard_writer, untimed

@@ -14,7 +14,7 @@ from torch import Tensor
 import shardmerge
 from shardmerge.execution.engine import Engine
 from shardmerge.execution.fidelity import Sampler
-from shardmerge.spec.plans import Fidelity
+from shardmerge.spec.receipts import Fidelity
 from shardmerge.spec.tensors import LIBRARY_BYTES
 from tests.support.builders import run_cli, write_json
 from tests.support.peft_oracle import least_memory, make_config, merge_to, random, stored, write_adapter, write_base

@@ -38,6 +38,7 @@ COMPUTES = frozenset(
         "execution.devices",
         "execution.factors",
         "execution.fidelity",
+        "execution.lanes",
         "execution.nonfinite",
         "execution.threads",
         "execution.tiles",

@@ -12,7 +12,8 @@ from shardmerge.destinations import contents
 from shardmerge.destinations.record import RECORD_NAME
 from shardmerge.destinations.shard_writer import head_of
 from shardmerge.errors import OutputError, ResumeError
-from shardmerge.spec.plans import Fidelity, Fingerprint, MergePlan, Receipt, ShardPlan, digest_of
+from shardmerge.spec.plans import Fingerprint, MergePlan, ShardPlan, digest_of
+from shardmerge.spec.receipts import Fidelity, Receipt
 from shardmerge.system.checksums import Checksums
 
 SCHEME = "memory"

@@ -14,7 +14,8 @@ from shardmerge.destinations.destination import Handle
 from shardmerge.errors import OutputError
 from shardmerge.execution.engine import Engine
 from shardmerge.execution.executors import Advance, MergeShard
-from shardmerge.spec.plans import MergePlan, Receipt, ShardPlan
+from shardmerge.spec.plans import MergePlan, ShardPlan
+from shardmerge.spec.receipts import Receipt
 
 
 class Worker:

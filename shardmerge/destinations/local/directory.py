@@ -25,7 +25,8 @@ from shardmerge.destinations.local.stage import Stage
 from shardmerge.destinations.record import FOLDER, believed_record
 from shardmerge.errors import OutputError, PlanError, ResumeError, SourceError
 from shardmerge.sources.source import open_reader
-from shardmerge.spec.plans import Fingerprint, MergePlan, Receipt, digest_of
+from shardmerge.spec.plans import Fingerprint, MergePlan, digest_of
+from shardmerge.spec.receipts import Receipt
 from shardmerge.spec.tensors import SourceFile
 from shardmerge.system import checksums, durable
 from shardmerge.system.directory import Directory, Entry

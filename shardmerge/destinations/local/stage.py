@@ -16,7 +16,8 @@ from typing import Any
 
 from shardmerge.destinations.record import FOLDER, JOURNAL, files_of_merge, json_object, own_names
 from shardmerge.destinations.shard_writer import ShardWriter
-from shardmerge.spec.plans import Fidelity, Receipt, ShardPlan
+from shardmerge.spec.plans import ShardPlan
+from shardmerge.spec.receipts import Fidelity, Receipt
 from shardmerge.system import durable
 from shardmerge.system.directory import Directory, Entry
 
