@@ -1,4 +1,4 @@
-"""Whose work is this? The fingerprint of a merge, with the bytes of its adapters in it.
+"""Whose work is this? The fingerprint of a plan, and that of a merge, with the bytes of its adapters in it.
 
 A plan has read headers only, and so knows an adapter by size and time. Whether an unfinished output may be resumed is
 asked by a merge alone, and so answered there: an adapter that was fetched again, or copied, has other times but may be
@@ -9,14 +9,79 @@ its headers, sizes and times.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+from shardmerge.file_formats.checkpoint import Checkpoint
+from shardmerge.file_formats.checkpoint_files import Shard
 from shardmerge.sources.source import is_pinned, open_reader
-from shardmerge.spec.plans import AuxFile, Fingerprint, MergePlan
+from shardmerge.spec.plans import AuxFile, Fingerprint, MergePlan, digest_of, digest_of_list, jsonable
 from shardmerge.spec.tensors import SourceFile
+from shardmerge.spec.updates import Place, Update
 from shardmerge.system import checksums
+from shardmerge.version import __version__
 
+#: Raised when the same plan comes to mean other bytes, so that unfinished work of an older version is not mixed in.
+_DIGEST_VERSION = 5
 #: Bytes of a file that is read twice, once to know it and once to copy it. The largest tokenizer has a third of it.
 _MOST_READ = 100_000_000
+
+
+def fingerprint_of(plan: MergePlan, checkpoint: Checkpoint, made_of: Mapping[str, str]) -> Fingerprint:
+    """What the output's bytes depend on: sources as they are now, as far as headers tell, and how they are computed.
+
+    ``made_of`` are checksums of files whose contents the plan has put into the output's headers. Where the output goes
+    and what memory may be taken are no part of it.
+    """
+
+    def stamp(file: SourceFile) -> list[Any]:
+        return [file.uri, file.size, file.mtime_ns]
+
+    def where(place: Place) -> list[Any]:
+        return [place.rows, place.start, place.stored_start, place.expert, place.transposed, place.shuffle]
+
+    updates = (
+        [
+            *[tensor.source.name, update.adapter, update.family, update.module, update.scaling, update.rank],
+            *[update.transposes, *where(update.place), _settings_of(update)],
+        ]
+        for tensor, update in plan.updates()
+    )
+    output = [
+        [[shard.name, shard.nbytes] for shard in plan.shards],
+        *[plan.index_name, plan.output_dtype, plan.compute_dtype, plan.compute_device],
+    ]
+    return {
+        "base": {
+            "index": digest_of([checkpoint.index_name, jsonable(plan.index_metadata)]),
+            **{shard.name: digest_of([stamp(shard.file), *_header(shard)]) for shard in checkpoint.shards},
+        },
+        "adapters": {
+            str(number): digest_of([info.format, *map(stamp, info.files)]) for number, info in enumerate(plan.adapters)
+        },
+        "files": {**made_of, **{aux.name: digest_of([stamp(aux.source), aux.content]) for aux in plan.aux}},
+        "config": dict(_settings(plan.config)),
+        "program": {"shardmerge": __version__, "format": _DIGEST_VERSION},
+        "work": {"updates": digest_of_list(updates), "output": digest_of(output)},
+    }
+
+
+def _settings_of(update: Update) -> list[Any] | None:
+    """The method's settings of an update, with what they are called."""
+    return None if update.settings is None else [type(update.settings).__name__, jsonable(update.settings)]
+
+
+def _header(shard: Shard) -> list[Any]:
+    return [shard.metadata, [[ref.name, ref.dtype, ref.shape, ref.offset] for ref in shard.tensors]]
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What the config says of the output's bytes, by dotted path."""
+    for number, adapter in enumerate(config["adapters"]):
+        yield from ((f"adapters.{number}.{key}", value) for key, value in adapter.items() if key != "path")
+    yield from ((f"output.{key}", value) for key, value in config["output"].items() if key not in ("path", "sha256"))
+    yield from ((f"compute.{key}", value) for key, value in config["compute"].items() if key in ("device", "dtype"))
+    yield from ((key, value) for key, value in config.items() if key not in ("base", "adapters", "output", "compute"))
 
 
 def with_contents(plan: MergePlan, torch_version: str) -> Fingerprint:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from shardmerge.adapters.registry import FAMILIES
 from shardmerge.codecs.codec import Output
 from shardmerge.codecs.registry import CODECS
 from shardmerge.file_formats import safetensors_header
@@ -23,6 +25,10 @@ from shardmerge.spec.tensors import (
     Weight,
     tensor_nbytes,
 )
+from shardmerge.spec.updates import Update
+
+#: By the name of the stored tensor.
+Updates = Mapping[str, Sequence[Update]]
 
 _NUMBERED_STEM = re.compile(r"-\d{5}-of-\d{5}$")
 _SUFFIX = ".safetensors"
@@ -51,6 +57,7 @@ class Outgoing:
     #: How the base and the output store it, where that is not plainly.
     weight: Weight | None = None
     encoding: Encoding | None = None
+    updates: Sequence[Update] = ()
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +74,7 @@ class Outgoing:
         return TensorPlan(
             self.source,
             infos[0],
+            tuple(self.updates),
             decoding=self.weight.stored_as if self.weight else None,
             encoding=self.encoding,
             parts=self.weight.parts[1:] if self.weight else (),
@@ -80,17 +88,16 @@ def lay_out(
     checkpoint: Checkpoint,
     dtype: str,
     max_shard_size: int | None,
-    replaced: Mapping[str, TensorRef] | None = None,
+    updates: Updates | None = None,
     added: Sequence[TensorRef] = (),
     left_out: Collection[str] = (),
-    updated: Collection[str] = (),
 ) -> Layout:
-    """Place every weight of the base that is not ``left_out``, or what is ``replaced`` by name; ``added`` comes last.
+    """Place every weight of the base that is not ``left_out``, with its updates; ``added`` comes last.
 
-    ``dtype`` is a code or ``same``; ``max_shard_size`` None keeps the shards. ``updated`` are the weights that are
-    worked on.
+    ``dtype`` is a code or ``same``; ``max_shard_size`` None keeps the shards. A weight that an adapter replaces is that
+    adapter's.
     """
-    outgoing = _Outgoing(checkpoint, dtype, replaced or {}, updated)
+    outgoing = _Outgoing(checkpoint, dtype, updates or {})
     groups = [
         [found for ref in shard.tensors if ref.name not in left_out and (found := outgoing.of(ref))]
         for shard in checkpoint.shards
@@ -119,17 +126,16 @@ class _Outgoing:
     Of a weight that is worked on, the parts that are made anew leave their places: they follow the values.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, dtype: str, replaced: Mapping[str, TensorRef], updated: Collection[str]
-    ) -> None:
-        self._dtype, self._replaced = dtype, replaced
+    def __init__(self, checkpoint: Checkpoint, dtype: str, updates: Updates) -> None:
+        self._dtype, self._updates, self._replaced = dtype, updates, _replaced(updates)
         #: What becomes of weights that are worked on, by the places of the parts that do not stay.
         self._coded: dict[tuple[str, int, int], Outgoing] = {}
         for weight in checkpoint.weights.values():
-            if weight.stored_as is not None and (dtype != "same" or weight.name in updated):
+            if weight.stored_as is not None and (dtype != "same" or updates.get(weight.name)):
                 encoding = weight.stored_as if dtype == "same" else Encoding(dtype)
                 outputs = CODECS[encoding.codec].outputs(weight.name, weight.tensor.shape, encoding)
-                outgoing = Outgoing(weight.tensor, weight.tensor, outputs, weight, encoding)
+                of = updates.get(weight.name, ())
+                outgoing = Outgoing(weight.tensor, weight.tensor, outputs, weight, encoding, of)
                 made = {output.role for output in outputs}
                 leaving = [
                     ref for role, ref in weight.parts if role in made or encoding.codec != weight.stored_as.codec
@@ -146,7 +152,18 @@ class _Outgoing:
         """A tensor that is stored plainly, or an adapter's whole one in its place."""
         source, dtype = self._replaced.get(ref.name, ref), output_dtype(ref.dtype, self._dtype)
         size = tensor_nbytes(dtype, source.shape)
-        return Outgoing(source, ref, (Output("values", source.name, dtype, source.shape, size),))
+        outputs = (Output("values", source.name, dtype, source.shape, size),)
+        return Outgoing(source, ref, outputs, updates=self._updates.get(ref.name, ()))
+
+
+def _replaced(updates: Mapping[str, Sequence[Update]]) -> dict[str, TensorRef]:
+    """Stored tensors for which an adapter has a whole one, as tensors of the base's name."""
+    return {
+        target: dataclasses.replace(update.factor("whole"), name=target)
+        for target, of in updates.items()
+        for update in of
+        if FAMILIES[update.family].is_source
+    }
 
 
 def _shard(name: str, metadata: safetensors_header.Metadata, group: Sequence[Outgoing], dtype: str) -> ShardPlan:

@@ -10,12 +10,8 @@ from pathlib import Path
 
 from shardmerge.config.schema import OutputConfig
 from shardmerge.planning.aux_files import AuxFiles
-from shardmerge.planning.layout import Layout
+from shardmerge.planning.layout import Layout, Updates
 from shardmerge.spec.plans import AuxFile, MergePlan
-from shardmerge.spec.updates import Update
-
-#: By the name of the stored tensor.
-Updates = Mapping[str, Sequence[Update]]
 
 
 @dataclass(frozen=True, slots=True)

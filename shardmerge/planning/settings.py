@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from shardmerge.adapters.work import tile_dtype
 from shardmerge.codecs.registry import encoder
-from shardmerge.config.schema import MergeConfig
-from shardmerge.spec.plans import ShardPlan
-from shardmerge.spec.tensors import DTYPE_BITS
+from shardmerge.spec.plans import MergePlan
+from shardmerge.spec.tensors import DTYPE_BITS, dtype_code
 
 
 def check_device(name: str) -> list[str]:
@@ -20,11 +17,23 @@ def check_device(name: str) -> list[str]:
     return list(filter(None, [torch_devices.missing(name)]))
 
 
-def check_rounding(config: MergeConfig, shards: Sequence[ShardPlan], compute_dtype: str) -> list[str]:
-    """Whether stochastic rounding was asked for where no updated weight is rounded at all."""
-    if config.output.rounding != "stochastic":
+def check_memory(plan: MergePlan) -> list[str]:
+    """Whether the memory that the config allows is enough."""
+    allowed = plan.config["compute"]["max_memory"]
+    if allowed == "auto" or plan.memory.total <= allowed:
         return []
-    updated = [tensor for shard in shards for tensor in shard.tensors if tensor.updates]
+    return [
+        f"compute.max_memory is {allowed:,} bytes, but the largest layer needs {plan.memory.total:,} to work on at "
+        "least 16 of its rows at a time; give at least that"
+    ]
+
+
+def check_rounding(plan: MergePlan) -> list[str]:
+    """Whether stochastic rounding was asked for where no updated weight is rounded at all."""
+    if plan.rounding != "stochastic":
+        return []
+    compute_dtype = dtype_code(plan.compute_dtype)
+    updated = [tensor for shard in plan.shards for tensor in shard.tensors if tensor.updates]
     kinds = {(tile_dtype(tensor, compute_dtype), encoder(tensor).rounds_to(tensor)) for tensor in updated}
     if not kinds or any(DTYPE_BITS[to] < DTYPE_BITS[of] for of, to in kinds):
         return []

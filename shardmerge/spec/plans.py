@@ -257,6 +257,16 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def digest_of_list(values: Iterator[Any]) -> str:
+    """`digest_of` a list, of which a thousand items at a time are in memory."""
+    found, separator = hashlib.sha256(b"["), b""
+    while items := list(itertools.islice(values, 1000)):
+        found.update(separator + json.dumps(items, sort_keys=True)[1:-1].encode())
+        separator = b", "
+    found.update(b"]")
+    return found.hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class MergePlan:
     """Everything that a merge will do, decided from headers alone."""
