@@ -40,8 +40,8 @@ class CodecMemory:
 
     #: Of one element in each half of the workspace; see `TileSlot.halves`.
     element: int = 0
-    #: What is allocated in between, in all threads, and pages of torch's code that nothing else needs.
-    code: int = 0
+    #: What a thread allocates in between.
+    between: int = 0
 
 
 #: Rows of a small part, by its role, as stored.

@@ -47,8 +47,9 @@ _PAGE = 4096
 #: many bytes at most. Measured.
 _PANEL_COLUMNS = 3072
 _PANEL_BYTES = 3 << 20
-#: Pages of torch's code that only products in a dtype need, beyond those that `LIBRARY_BYTES` counts. Measured.
-_CODE_BYTES = {"BF16": 3 << 20}
+#: What products in bfloat16 take beyond `LIBRARY_BYTES`, as they are another library's, oneDNN's: once, and in each
+#: thread. Measured with 1 to 6 threads.
+_ONEDNN_BYTES = (4 << 20, 1 << 20)
 #: Factors that are kept for a later target, at most; who shares more reads them again.
 _MOST_SHARED_BYTES = 16 << 20
 
@@ -235,7 +236,8 @@ def _memory(
             _factor_bytes(update, rows, dtype_for(update, tensor, compute_dtype), workers) for update in tensor.updates
         )
         factors = max(factors, sum(of) + _part_bytes(tensor, workers))
-        code = max(code, codec.code + _CODE_BYTES.get(narrow or dtype, 0))
+        once, each = _ONEDNN_BYTES if (narrow or dtype) == "BF16" else (0, 0)
+        code = max(code, once + workers * (each + codec.between))
     return MemoryPlan(BUFFERS, largest, workers, workspace, factors, shared, code)
 
 

@@ -35,11 +35,16 @@ OUTPUTS: dict[str, dict[str, str]] = {
     "in-float64-to-float32": {"compute.dtype": "float64", "output.dtype": "float32"},
     "in-float64-by-chance": {"compute.dtype": "float64", "output.rounding": "stochastic"},
 }
-QUICK = [("q8_0", LITTLE), ("in-float64", "auto")]
-ROWS = [
-    (out, memory)
-    for out in OUTPUTS
-    for memory in ("auto", LITTLE_IN_FLOAT64 if out.startswith("in-float64") else LITTLE)
+#: Enough for six threads.
+MUCH = 90_000_000
+QUICK = [("q8_0", LITTLE, "auto"), ("in-float64", "auto", "auto"), ("safetensors", MUCH, 6)]
+ROWS: list[tuple[str, str | int, str | int]] = [
+    *(
+        (out, memory, "auto")
+        for out in OUTPUTS
+        for memory in ("auto", LITTLE_IN_FLOAT64 if out.startswith("in-float64") else LITTLE)
+    ),
+    *((out, MUCH, threads) for out in OUTPUTS for threads in (1, 6)),
 ]
 
 _MERGE = """
@@ -59,14 +64,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
-    ("out", "memory"), [pytest.param(*row, marks=[] if row in QUICK else [pytest.mark.slow]) for row in ROWS]
+    ("out", "memory", "threads"), [pytest.param(*row, marks=[] if row in QUICK else [pytest.mark.slow]) for row in ROWS]
 )
-def test_the_working_set_is_the_plans(out: str, memory: str | int, made: Made, tmp_path: Path) -> None:
+def test_the_working_set_is_the_plans(
+    out: str, memory: str | int, threads: str | int, made: Made, tmp_path: Path
+) -> None:
     config: dict[str, Any] = {
         "base": str(made.base),
         "adapters": [str(made.adapter)],
         "output": {"path": str(tmp_path / "Model")},
-        "compute": {"max_memory": memory},
+        "compute": {"max_memory": memory, "threads": threads},
     }
     for key, value in OUTPUTS[out].items():
         section, _, name = key.partition(".")

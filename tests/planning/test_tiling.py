@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardmerge.adapters.work import needs_work
+from shardmerge.planning import tiling
 from shardmerge.planning.tiling import _SIZES, BUFFERS, WORKERS, itemsize, row_bytes, tile_all, tile_counts
 from shardmerge.spec.plans import MemoryPlan, ShardPlan, TensorPlan
 from shardmerge.spec.tensors import (
@@ -191,10 +192,11 @@ def test_blocks_are_made_in_float32_of_the_workspace(compute: str, size: int) ->
     quantised = dataclasses.replace(plain, out=out, encoding=Encoding("ggml-Q4_0", (("through", "BF16"),)))
     memories = [tile_all([shard_of([tensor])], compute, None)[1] for tensor in (plain, quantised)]
     assert [memory.workspace_bytes for memory in memories] == [2 * 64 * 64 * itemsize(compute), 2 * 64 * 64 * size]
-    # Its code comes on top, and so does that of products in bfloat16, and what rounding a float64 to 16 bits takes.
+    # What making blocks takes comes on top, what products in bfloat16 take, and rounding a float64 to 16 bits.
     assert memories[1].code_bytes > memories[0].code_bytes
     assert (memories[0].code_bytes > 0) == (compute != "F32")
-    assert memories[1].total == dataclasses.replace(memories[1], code_bytes=0).total + memories[1].code_bytes
+    for memory in memories:
+        assert memory.total == dataclasses.replace(memory, code_bytes=0).total + memory.code_bytes
 
 
 @untimed
@@ -209,7 +211,44 @@ def test_more_memory_allowed_never_means_less_used(tensors: list[TensorPlan], on
 
 
 def memory_for(tensors: list[TensorPlan], budget: int) -> MemoryPlan:
-    return tile_all([shard_of(tensors)], "F32", budget)[1]
+    return tile_all([shard_of(tensors)], "F32", budget, threads=WORKERS)[1]
+
+
+@pytest.mark.parametrize(("cores", "budget", "workers"), [(1, None, 1), (2, None, 2), (64, 1, 2), (64, 1 << 28, 64)])
+def test_as_many_threads_as_there_are_cores_and_memory(
+    cores: int, budget: int | None, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiling, "cores", lambda: cores)
+    shard = shard_of([tensor_plan((4000, 4000), rank=16)])
+    (of,), memory = tile_all([shard], "F32", budget)
+    assert memory.workers == workers
+    one = memory_of_threads(shard, budget, 1)
+    assert of.tensors == one[0].tensors, "tiles do not depend on the number"
+    if cores > 1 and budget is None:
+        assert memory.total <= tiling.AUTO_MEMORY
+
+
+def test_memory_bounds_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "cores", lambda: 64)
+    shard = shard_of([tensor_plan((4000, 4000), rank=16)])
+    _, memory = tile_all([shard], "F32", None)
+    assert 2 < memory.workers < 64 and memory.total <= tiling.AUTO_MEMORY
+    assert memory_of_threads(shard, None, memory.workers + 1)[1].total > tiling.AUTO_MEMORY or (
+        memory_of_threads(shard, None, memory.workers + 1)[1].buffer_bytes < memory.buffer_bytes
+    )
+
+
+def test_a_number_of_threads_is_obeyed_with_smaller_buffers() -> None:
+    shard = shard_of([tensor_plan((4000, 4000), rank=16)])
+    budget = memory_of_threads(shard, 1 << 30, 2)[1].total
+    assert memory_of_threads(shard, budget, 2)[1].buffer_bytes == LARGEST
+    many = memory_of_threads(shard, budget, 6)[1]
+    assert many.workers == 6 and many.buffer_bytes < LARGEST and many.total <= budget
+
+
+def memory_of_threads(shard: ShardPlan, budget: int | None, threads: int) -> tuple[ShardPlan, MemoryPlan]:
+    (of,), memory = tile_all([shard], "F32", budget, threads)
+    return of, memory
 
 
 def test_order_of_the_tensors_does_not_matter() -> None:
