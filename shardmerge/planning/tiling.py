@@ -89,6 +89,8 @@ def tile_all(
         memory = needed(buffer_bytes, size, threads or min(WORKERS, available))
         if memory.total <= budget:
             break
+    if threads is None and memory.total > budget:  # one thread computes slowly, but it does
+        memory = needed(buffer_bytes, size, 1)
     while threads is None and memory.workers < available:
         more = needed(buffer_bytes, size, memory.workers + 1)
         if more.total > budget:

@@ -170,7 +170,7 @@ def factor_bytes(tensor: TensorPlan, tiles: int, compute: str) -> int:
     st.one_of(st.none(), st.integers(1, 1 << 28)),
 )
 def test_memory_is_that_of_the_tiles(tensors: list[TensorPlan], compute: str, budget: int | None) -> None:
-    shards, memory = tile_all([shard_of(tensors[:2]), shard_of(tensors[2:])], compute, budget)
+    shards, memory = tile_all([shard_of(tensors[:2]), shard_of(tensors[2:])], compute, budget, threads=WORKERS)
     worked = [tensor for shard in shards for tensor in shard.tensors if tensor.tiles]
     assert [tensor.source for shard in shards for tensor in shard.tensors] == [tensor.source for tensor in tensors]
     assert len(worked) == sum(map(needs_work, tensors))
@@ -203,8 +203,7 @@ def test_blocks_are_made_in_float32_of_the_workspace(compute: str, size: int) ->
 @given(st.lists(TENSORS, min_size=1, max_size=4), st.integers(1, 1 << 28), st.integers(1, 1 << 28))
 def test_more_memory_allowed_never_means_less_used(tensors: list[TensorPlan], one: int, other: int) -> None:
     low, high = sorted((one, other))
-    _, least = tile_all([shard_of(tensors)], "F32", 1)
-    small, large = memory_for(tensors, low), memory_for(tensors, high)
+    least, small, large = (memory_for(tensors, budget) for budget in (1, low, high))
     assert least.total <= small.total <= large.total
     for memory, budget in ((small, low), (large, high)):
         assert memory.total <= max(budget, least.total)
@@ -214,7 +213,7 @@ def memory_for(tensors: list[TensorPlan], budget: int) -> MemoryPlan:
     return tile_all([shard_of(tensors)], "F32", budget, threads=WORKERS)[1]
 
 
-@pytest.mark.parametrize(("cores", "budget", "workers"), [(1, None, 1), (2, None, 2), (64, 1, 2), (64, 1 << 28, 64)])
+@pytest.mark.parametrize(("cores", "budget", "workers"), [(1, None, 1), (2, None, 2), (64, 1, 1), (64, 1 << 28, 64)])
 def test_as_many_threads_as_there_are_cores_and_memory(
     cores: int, budget: int | None, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
