@@ -121,7 +121,7 @@ class Engine:
                 self._compute().survey(job, job.tensor, source)
                 return Worked(source)
             if job.tensor is not None:
-                target = empty()
+                target = source if job.is_in_place else empty()
                 return Worked(target, self._compute().merge(job, job.tensor, source, target))
             if job.read_at == job.write_at:
                 return Worked(source)
