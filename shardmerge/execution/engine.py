@@ -31,7 +31,7 @@ from shardmerge.system.garbage import no_garbage_collection
 from shardmerge.system.memory_use import WorkingSet
 
 if TYPE_CHECKING:
-    from shardmerge.execution.tiles import TileWorker
+    from shardmerge.execution.worker import TileWorker
 
 
 def merge_shard(
@@ -176,7 +176,7 @@ class Engine:
         if self._worker is None:
             if self._import.is_alive():
                 self._import.join()
-            from shardmerge.execution.tiles import TileWorker
+            from shardmerge.execution.worker import TileWorker
 
             self.working_set.begin()
             self._worker = TileWorker(self.plan, self.buffers, self._factors.get)
@@ -186,4 +186,4 @@ class Engine:
 def _import_compute() -> None:
     # What goes wrong here does so again, and is told, where it is asked for.
     with suppress(Exception), no_garbage_collection():
-        import shardmerge.execution.tiles  # noqa: F401
+        import shardmerge.execution.worker  # noqa: F401

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import mmap
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,48 +34,52 @@ class Made:
 
 
 class LazyFactors:
-    """Reads factors and keeps the whole ones of the current target."""
+    """Reads factors and keeps the whole ones of the targets in the works."""
 
-    def __init__(self, reader: Callable[[str], Reader], device: Device, shared_bytes: int = 0) -> None:
-        """``shared_bytes``: of factors that are kept as stored, what the next target needs not may stay so large."""
+    def __init__(
+        self, reader: Callable[[str], Reader], device: Device, shared_bytes: int = 0, targets: int = 1
+    ) -> None:
+        """So many ``targets`` are in the works at a time: the last that have begun.
+
+        ``shared_bytes``: of factors that are kept as stored, what these do not need may stay so large.
+        """
         self._reader = reader
         self._shared_bytes = shared_bytes
         self._device = device
         self._kept: dict[tuple[TensorRef, torch.dtype], Tensor] = {}
         self._as_stored: dict[TensorRef, Tensor] = {}
-        self._built: dict[tuple[int, str], Tensor] = {}
-        self._of: dict[int, UpdateFactors] = {}
+        #: What each of the targets in the works needs: factors in a dtype, and factors or parts as they are stored.
+        self._wanted: deque[set[tuple[TensorRef, torch.dtype]]] = deque(maxlen=targets)
+        self._needed: deque[set[TensorRef]] = deque(maxlen=targets)
         self._threads = torch.get_num_threads()
         #: Held while something is read or built; several threads ask.
         self.lock = threading.RLock()
         #: Adapters, by number, that have had an effect since this was last cleared.
         self.active: set[int] = set()
 
-    def begin(self, updates: Sequence[Update], dtypes: Sequence[torch.dtype], parts: Sequence[TensorRef] = ()) -> None:
-        """Work on another target from here on, with the factors of each update in a dtype of ``dtypes``.
+    def begin(
+        self, updates: Sequence[Update], dtypes: Sequence[torch.dtype], parts: Sequence[TensorRef] = ()
+    ) -> Mapping[int, UpdateFactors]:
+        """Begin with another target. Returns the factors of each update, by its id, in a dtype of ``dtypes``.
 
         ``parts`` are the target's own beside its values.
 
-        Of what was kept for the one before, what this one needs too stays: experts that the base stores one by one
-        share their adapter's factors. Two sets of them, as a layer's down_proj has others than its gate and up.
+        Of what was kept for the targets before, what those in the works need stays: experts that the base stores one by
+        one share their adapter's factors. Two sets of them, as a layer's down_proj has others than its gate and up.
         """
-        wanted = {(ref, dtype) for update, dtype in zip(updates, dtypes, strict=True) for _, ref in update.factors}
-        needed = {*(ref for ref, _ in wanted), *parts}
-        for key in [key for key in self._kept if key not in wanted]:
-            del self._kept[key]
-        room = self._shared_bytes
-        for ref in [ref for ref in reversed(self._as_stored) if ref not in needed]:  # the newest first
-            room -= ref.nbytes
-            if room < 0:
-                del self._as_stored[ref]
-        self._built.clear()
-        self._of = {
-            id(update): UpdateFactors(self, update, dtype) for update, dtype in zip(updates, dtypes, strict=True)
-        }
-
-    def of(self, update: Update) -> UpdateFactors:
-        """The factors of one of the updates that were begun with."""
-        return self._of[id(update)]
+        with self.lock:
+            wanted = {(ref, dtype) for update, dtype in zip(updates, dtypes, strict=True) for _, ref in update.factors}
+            self._wanted.append(wanted)
+            self._needed.append({*(ref for ref, _ in wanted), *parts})
+            wanted, needed = set().union(*self._wanted), set().union(*self._needed)
+            for key in [key for key in self._kept if key not in wanted]:
+                del self._kept[key]
+            room = self._shared_bytes
+            for ref in [ref for ref in reversed(self._as_stored) if ref not in needed]:  # the newest first
+                room -= ref.nbytes
+                if room < 0:
+                    del self._as_stored[ref]
+        return {id(update): UpdateFactors(self, update, dtype) for update, dtype in zip(updates, dtypes, strict=True)}
 
     def whole(self, ref: TensorRef, made: Made) -> Tensor:
         """A factor, kept until the target changes."""
@@ -117,21 +122,18 @@ class LazyFactors:
             return self._ready(ref, self._read(ref, RowRange(0, ref.shape[0])), made, first)
         return self._ready(ref, self._read_columns(ref, columns), made, first)
 
-    def built(self, update: Update, name: str, build: Callable[[], Tensor]) -> Tensor:
-        """What ``build`` made, kept until the target changes.
+    def built(self, build: Callable[[], Tensor]) -> Tensor:
+        """What ``build`` makes, with the threads that torch takes by itself, as PEFT's is.
 
-        It is built with the threads that torch takes by itself, as PEFT's is: the bits of a decomposition depend on it.
+        The bits of a decomposition depend on their number.
         """
-        key = (id(update), name)
-        if (kept := self._built.get(key)) is None:
-            threads = torch.get_num_threads()
-            torch.set_num_threads(self._threads)
-            try:
-                kept = self._built[key] = build()
-            finally:
-                torch.set_num_threads(threads)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            return build()
+        finally:
+            torch.set_num_threads(threads)
             self._device.synchronize()
-        return kept
 
     def _stored(self, ref: TensorRef) -> Tensor:
         if (stored := self._as_stored.get(ref)) is None:
@@ -211,6 +213,7 @@ class UpdateFactors:
         # An infinity that is copied may be one that the base holds, too: that is seen where it is put.
         self._made = Made(dtype, infinite=not FAMILIES[update.family].computes)
         self._wholes: dict[str, Tensor] = {}
+        self._built: dict[str, Tensor] = {}
 
     def whole(self, role: str) -> Tensor:
         # Asked for by every tile, so looked up without the lock and without hashing what says where it lies.
@@ -240,7 +243,9 @@ class UpdateFactors:
 
     def kept(self, name: str, build: Callable[[], Tensor]) -> Tensor:
         with self._loader.lock:
-            return self._loader.built(self._update, name, build)
+            if (kept := self._built.get(name)) is None:
+                kept = self._built[name] = self._loader.built(build)
+            return kept
 
     def _shuffled(self, shuffle: tuple[int, int, int], rows: RowRange) -> Tensor:
         """The matrix's rows that lie, in this order, at stored rows which the window counts as ``rows``."""

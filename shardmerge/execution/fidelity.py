@@ -33,26 +33,21 @@ class Sample:
     before: Tensor
 
 
+def sampled_rows(tensor: TensorPlan) -> frozenset[int]:
+    """The first rows of the tiles of a tensor that are looked at, evenly spread."""
+    starts = [rows.start for rows in tensor.ranges()] if _is_changed(tensor) else []
+    count = min(max(1, len(starts) // _ONE_OF), _MOST, len(starts))
+    return frozenset(starts[len(starts) * (2 * part + 1) // (2 * count)] for part in range(count))
+
+
 class Sampler:
     """Looks at the tensors of a shard. Threads may share it, as each only adds to a list."""
 
     def __init__(self) -> None:
         self._seen: list[tuple[str, int, Fidelity]] = []
-        self._tensor: TensorPlan | None = None
-        self._chosen: frozenset[int] = frozenset()
 
-    def begin(self, tensor: TensorPlan) -> None:
-        """Choose tiles of a tensor, evenly spread; before its first tile comes."""
-        if tensor is not self._tensor:
-            self._tensor = tensor
-            starts = [rows.start for rows in tensor.ranges()] if _is_changed(tensor) else []
-            count = min(max(1, len(starts) // _ONE_OF), _MOST, len(starts))
-            self._chosen = frozenset(starts[len(starts) * (2 * part + 1) // (2 * count)] for part in range(count))
-
-    def before(self, rows: RowRange, stored: Tensor) -> Sample | None:
-        """What a chosen tile holds before the update; ``stored`` may be overwritten afterwards."""
-        if rows.start not in self._chosen:
-            return None
+    def before(self, stored: Tensor) -> Sample:
+        """What a tile holds before the update; ``stored`` may be overwritten afterwards."""
         step = max(1, stored.numel() // _ELEMENTS)
         return Sample(step, stored[::step].to(torch.float32, copy=True))
 

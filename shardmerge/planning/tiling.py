@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.adapters.work import decoded_dtype, dtype_for, narrow_dtype, needs_work, tile_dtype
@@ -39,10 +39,14 @@ BUFFERS = 6
 #: buffers. Two keep up with a disk.
 WORKERS = 2
 AUTO_MEMORY = 48 << 20
+#: Weights in the works at a time, where there is memory for the factors of all.
+_WEIGHTS = 2
 #: Bytes of a buffer, and of a tile of it. Larger buffers would not be faster, nor larger tiles: a tile of this size and
 #: its float32 work space stay in a core's cache.
 _SIZES = (*((1 << bits, 1 << 19) for bits in (22, 21, 20)), *((1 << bits, 1 << bits) for bits in range(19, 15, -1)))
 _PAGE = 4096
+#: What the tiles and the memory of a tensor depend on.
+Kind = tuple[object, ...]
 #: What MKL copies of a factor (r, columns) before it multiplies with it, each thread by itself: so many columns, and so
 #: many bytes at most. Measured.
 _PANEL_COLUMNS = 3072
@@ -75,24 +79,29 @@ def tile_all(
     # Layers repeat: one tensor of each kind stands for all.
     kind_of = {id(tensor): _kind(tensor) for tensor in worked}
     kinds = {kind_of[id(tensor)]: tensor for tensor in worked}
+    neighbours = set(itertools.pairwise(kind_of[id(tensor)] for tensor in worked))
     budget = AUTO_MEMORY if max_memory is None else max_memory
     shared = min(_MOST_SHARED_BYTES, _shared_bytes(worked))
     enough = sum(shard.data_bytes for shard in shards) // (2 * BUFFERS)
 
-    def needed(buffer_bytes: int, tile_bytes: int, workers: int) -> MemoryPlan:
-        return _memory(kinds.values(), buffer_bytes, tile_bytes, compute_dtype, shared, workers)
+    def needed(buffer_bytes: int, tile_bytes: int, workers: int, weights: int) -> MemoryPlan:
+        memory = _memory(kinds, neighbours, buffer_bytes, tile_bytes, compute_dtype, workers, weights)
+        return dataclasses.replace(memory, shared_bytes=shared)
 
     available = cores()
+    count = threads or min(WORKERS, available)
     for buffer_bytes, size in _SIZES:
         if buffer_bytes > max(enough, size):
             continue  # a model that hardly fills the buffers needs only small ones
-        memory = needed(buffer_bytes, size, threads or min(WORKERS, available))
+        memory = needed(buffer_bytes, size, count, _WEIGHTS)
+        if memory.total > budget:
+            memory = needed(buffer_bytes, size, count, 1)
         if memory.total <= budget:
             break
     if threads is None and memory.total > budget:  # one thread computes slowly, but it does
-        memory = needed(buffer_bytes, size, 1)
+        memory = needed(buffer_bytes, size, 1, 1)
     while threads is None and memory.workers < available:
-        more = needed(buffer_bytes, size, memory.workers + 1)
+        more = needed(buffer_bytes, size, memory.workers + 1, memory.weights)
         if more.total > budget:
             break
         memory = more
@@ -118,8 +127,7 @@ def _workable(tensor: TensorPlan) -> TensorPlan:
     return tensor
 
 
-def _kind(tensor: TensorPlan) -> tuple[object, ...]:
-    """What tiles and memory depend on."""
+def _kind(tensor: TensorPlan) -> Kind:
     updates = tuple(map(_kind_of_update, tensor.updates))
     stored_as = (tensor.source.dtype, tensor.out.dtype, tensor.decoding, tensor.encoding)
     return (*stored_as, tensor.source.shape, tensor.part, updates)
@@ -222,11 +230,19 @@ def _shared_bytes(worked: Sequence[TensorPlan]) -> int:
 
 
 def _memory(
-    kinds: Iterable[TensorPlan], buffer_bytes: int, tile_bytes: int, compute_dtype: str, shared: int, workers: int
+    kinds: Mapping[Kind, TensorPlan],
+    neighbours: Iterable[tuple[Kind, Kind]],
+    buffer_bytes: int,
+    tile_bytes: int,
+    compute_dtype: str,
+    workers: int,
+    weights: int,
 ) -> MemoryPlan:
-    workspace = factors = code = 0
+    """The memory for kinds of tensors, of which ``neighbours`` are worked on one after the other."""
+    workspace = code = 0
     largest = buffer_bytes
-    for tensor in kinds:
+    factors: dict[Kind, int] = {}
+    for kind, tensor in kinds.items():
         rows = _largest_tile(tile_counts(tensor, tile_bytes))
         largest = max(largest, -(-rows * row_bytes(tensor) // _PAGE) * _PAGE)
         # A tile in the dtype of the work, and the scratch of the same size that updates and quantisers use.
@@ -237,10 +253,13 @@ def _memory(
         of = (
             _factor_bytes(update, rows, dtype_for(update, tensor, compute_dtype), workers) for update in tensor.updates
         )
-        factors = max(factors, sum(of) + _part_bytes(tensor, workers))
+        factors[kind] = sum(of) + _part_bytes(tensor, workers)
         once, each = _ONEDNN_BYTES if (narrow or dtype) == "BF16" else (0, 0)
         code = max(code, once + workers * (each + codec.between))
-    return MemoryPlan(BUFFERS, largest, workers, workspace, factors, shared, code)
+    most = max(factors.values(), default=0)
+    if weights > 1:
+        most = max(most, *(factors[one] + factors[other] for one, other in neighbours), 0)
+    return MemoryPlan(BUFFERS, largest, workers, workspace, most, code_bytes=code, weights=weights)
 
 
 def _part_bytes(tensor: TensorPlan, workers: int) -> int:

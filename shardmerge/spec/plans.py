@@ -211,6 +211,8 @@ class MemoryPlan:
     shared_bytes: int = 0
     #: What torch takes on top of what it always does, for operations that only some outputs or dtypes need.
     code_bytes: int = 0
+    #: Of so many weights in a row tiles are computed at a time, so that no thread waits for the last tile of one.
+    weights: int = 1
 
     @property
     def total(self) -> int:

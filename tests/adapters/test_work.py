@@ -25,7 +25,7 @@ from shardmerge.adapters.methods.whole import TokenSettings
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.adapters.work import elements_for, is_computed_everywhere, narrow_dtype, needs_work, tile_dtype
 from shardmerge.execution import tiles
-from shardmerge.planning import planner, tiling
+from shardmerge.planning import layout, tiling
 from shardmerge.planning.tiling import tile_all
 from shardmerge.spec.plans import MergePlan, TensorPlan
 from shardmerge.spec.tensors import RowRange, TensorRef, dtype_code
@@ -436,7 +436,7 @@ def test_a_dtype_that_the_matching_lets_through(
 
 
 def test_a_replacement_that_is_not_the_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(planner, "_replaced", lambda updates: {})
+    monkeypatch.setattr(layout, "_replaced", lambda updates: {})
     assert "n.bias: the plan has replacement of n" in _stops(_ordinary(tmp_path))
 
 

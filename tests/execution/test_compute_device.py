@@ -21,7 +21,7 @@ from torch import Tensor
 import shardmerge
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.codecs import rounding
-from shardmerge.execution import tiles
+from shardmerge.execution import worker
 from shardmerge.execution.devices import CudaDevice
 from shardmerge.execution.factors import LazyFactors
 from shardmerge.execution.fidelity import Sampler
@@ -44,7 +44,7 @@ WORKERS = 2
 def gpu(monkeypatch: pytest.MonkeyPatch) -> PretendedCuda:
     made = PretendedCuda()
     made.install(monkeypatch)
-    monkeypatch.setattr(tiles, "resolve_device", lambda name, **_: DEVICE if name == "cuda" else torch.device(name))
+    monkeypatch.setattr(worker, "resolve_device", lambda name, **_: DEVICE if name == "cuda" else torch.device(name))
     monkeypatch.setattr(torch_devices, "missing", lambda name, setting="": None)  # the plan asks for it, too
     share = ComputeThreads.share
 
@@ -223,8 +223,7 @@ def test_factors_are_done_before_another_stream_has_them(gpu: PretendedCuda, tmp
     device = CudaDevice(DEVICE, 2)
     readers = OpenReaders([file for adapter in plan.adapters for file in adapter.files])
     loader = LazyFactors(readers.get, device)
-    loader.begin(tensor.updates, [torch.float64] * len(tensor.updates))
-    factors = loader.of(tensor.updates[0])
+    factors = loader.begin(tensor.updates, [torch.float64] * len(tensor.updates))[id(tensor.updates[0])]
     with device.on_stream(0):
         a, twice = factors.whole("A"), factors.kept("twice", lambda: 2 * factors.whole("A"))
         own = a + a

@@ -72,8 +72,7 @@ class Opened:
 
     def of(self, update: Update, dtype: torch.dtype = torch.float32) -> UpdateFactors:
         """The factors of the only update of a target."""
-        self.loader.begin([update], [dtype])
-        return self.loader.of(update)
+        return self.loader.begin([update], [dtype])[id(update)]
 
     def _get(self, uri: str) -> Reader:
         self.uris.append(uri)
@@ -186,10 +185,10 @@ def test_both_adapters_of_one_target_keep_their_a(tmp_path: Path) -> None:
     opened = open_safetensors(tmp_path, torch.float32)
     first, second = opened.updates
     second = update_of(first.target, (OUT, IN), second.factors, adapter=1)
-    opened.loader.begin([first, second], [torch.float32] * 2)
+    of = opened.loader.begin([first, second], [torch.float32] * 2)
     for _ in range(4):
-        assert torch.equal(opened.loader.of(first).whole("A"), A)
-        assert torch.equal(opened.loader.of(second).whole("A"), A2)
+        assert torch.equal(of[id(first)].whole("A"), A)
+        assert torch.equal(of[id(second)].whole("A"), A2)
     assert len(opened.taken()) == 2
 
 

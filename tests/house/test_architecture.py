@@ -42,6 +42,7 @@ COMPUTES = frozenset(
         "execution.nonfinite",
         "execution.threads",
         "execution.tiles",
+        "execution.worker",
         "inference.comparison",
         "system.torch_devices",
         "verification",
@@ -300,7 +301,7 @@ def test_a_run_imports_nothing_that_it_does_not_use(tmp_path: Path) -> None:
     done = run_python("-c", _RUN.format(str(make_place(tmp_path).config_file())))
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
-    assert {"torch", "shardmerge.execution.tiles", "shardmerge.destinations.shard_writer"} <= loaded
+    assert {"torch", "shardmerge.execution.worker", "shardmerge.destinations.shard_writer"} <= loaded
     others = {"transformers", "peft", "huggingface_hub", "safetensors", "requests", "scipy"}
     rooms = {
         f"shardmerge.{room}"

@@ -75,7 +75,7 @@ def test_torch_is_not_imported(tmp_path: Path, arguments: list[str]) -> None:
 
 
 def test_torch_would_be_seen() -> None:
-    assert run_python("-c", f"import sys, shardmerge.execution.tiles; {HEAVY}").stderr == "['torch']\n"
+    assert run_python("-c", f"import sys, shardmerge.execution.worker; {HEAVY}").stderr == "['torch']\n"
 
 
 def test_plan_of_many_adapters_is_one_page(tmp_path: Path) -> None:

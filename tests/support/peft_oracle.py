@@ -23,6 +23,7 @@ from torch import Tensor
 
 import shardmerge
 from shardmerge import MergeReport, PlanError
+from shardmerge.planning.tiling import WORKERS
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -192,8 +193,8 @@ def merge_to(output: Path, base: Path, *adapters: Any, **options: Any) -> MergeR
 
 
 def least_memory(config: Mapping[str, Any]) -> int:
-    """The smallest ``max_memory`` that the plan accepts, as its refusal of one byte says it."""
-    starved = {**config, "compute": {**config["compute"], "max_memory": 1}}
+    """The smallest ``max_memory`` with which two threads compute, as the plan's refusal of one byte says it."""
+    starved = {**config, "compute": {"threads": WORKERS, **config["compute"], "max_memory": 1}}
     try:
         shardmerge.plan(starved)
     except PlanError as error:

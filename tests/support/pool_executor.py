@@ -60,7 +60,7 @@ class PoolExecutor:
     def prepare(self, plan: MergePlan) -> Iterator[None]:
         # Forks of this process would have its threads' locks, and that of the output.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["shardmerge.execution.tiles", "tests.support.pool_executor"])
+        context.set_forkserver_preload(["shardmerge.execution.worker", "tests.support.pool_executor"])
         with ProcessPoolExecutor(self.workers, context, Worker.start, (plan,)) as self._pool:
             self._pool.submit(Worker.check).result()
             yield

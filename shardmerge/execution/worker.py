@@ -1,0 +1,182 @@
+"""Merge jobs: share their tiles out among threads, each of which computes in a lane of its own.
+
+Importing this module imports torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from shardmerge.adapters.registry import FAMILIES
+from shardmerge.execution.devices import device_for
+from shardmerge.execution.factors import LazyFactors
+from shardmerge.execution.fidelity import Sampler
+from shardmerge.execution.jobs import Job
+from shardmerge.execution.lanes import Lane
+from shardmerge.execution.pipeline import Buffer
+from shardmerge.execution.threads import ComputeThreads
+from shardmerge.execution.tiles import WeightTiles, matrix
+from shardmerge.spec.plans import MergePlan, TensorPlan
+from shardmerge.spec.receipts import Fidelity
+from shardmerge.spec.tensors import RowRange, TensorRef, dtype_code
+from shardmerge.spec.updates import Update
+from shardmerge.spec.words import words_for
+from shardmerge.system.torch_devices import resolve_device
+
+if TYPE_CHECKING:
+    from shardmerge.sources.source import Reader
+
+
+class TileWorker:
+    """Merges jobs from buffer to buffer, with a lane for every thread. Close it to end the threads."""
+
+    def __init__(self, plan: MergePlan, buffers: Sequence[Buffer], open_file: Callable[[str], Reader]) -> None:
+        """``open_file`` gives the reader of a uri, of an adapter or of the base; asked of one thread at a time."""
+        self.plan = plan
+        count, size = plan.memory.workers, plan.memory.workspace_bytes
+        device = resolve_device(plan.compute_device, what=f"the {words_for(plan.adapters).noun}")
+        self.dtype = dtype_code(plan.compute_dtype)
+        #: Looks at how the updates come through the rounding.
+        self.sampler = Sampler()
+        self._raw = {id(buffer): torch.frombuffer(buffer.view, dtype=torch.uint8) for buffer in buffers}
+        self.device = device_for(device, count)
+        # Before the next line changes torch's number of threads, with which some factors are made.
+        self.factors = LazyFactors(open_file, self.device, plan.memory.shared_bytes, plan.memory.weights)
+        self._threads = ComputeThreads(count)
+        self._lanes = [Lane(self.device, number, size) for number in range(count)]
+        #: Lanes that no thread is in.
+        self._free = deque(self._lanes)
+        self._open_file = open_file
+        self._weight: WeightTiles | None = None
+        #: What computes each of the last weights, of which so many may be in the works.
+        self._begun: deque[list[Future[None]]] = deque()
+        self._in_full = ExitStack()
+        self._in_full.enter_context(self.device.in_full())
+        self.device.pin(self._raw.values())
+
+    def take(self) -> tuple[tuple[int, ...], Mapping[str, Fidelity], float]:
+        """What was seen since the last time.
+
+        Adapters that had an effect, by number; how updates came through; seconds that a thread has computed, on
+        average.
+        """
+        active = tuple(sorted(self.factors.active))
+        self.factors.active.clear()
+        seconds = sum(lane.seconds for lane in self._lanes) / len(self._lanes)
+        for lane in self._lanes:
+            lane.given.clear()
+            lane.seconds = 0.0
+        return active, self.sampler.take(), seconds
+
+    def given(self, tensor: TensorPlan, update: Update) -> int:
+        """How many elements of a tensor an update was given, since the last `take`."""
+        return sum(lane.given[id(tensor), id(update)] for lane in self._lanes)
+
+    def close(self) -> None:
+        self._threads.close()
+        self._in_full.close()
+        self.device.close()
+
+    def merge(self, job: Job, tensor: TensorPlan, source: Buffer, target: Buffer) -> Callable[[], None]:
+        """Decode each tile from one buffer, update it, and encode it into the other, which may be the same.
+
+        Returns at once; what is returned waits until it is done, and raises what a tile has raised.
+        """
+        weight = self._begin(tensor)
+        out = self._raw[id(target)][job.encode_at : job.encode_at + job.write_bytes]
+        if not job.tiles:
+            self._threads.settle()
+            out.copy_(weight.made()[job.made_offset :][: len(out)])
+            return _nothing
+        first, stored = job.tiles[0].start, self._stored_rows(job, source)
+        out = matrix(out, tensor.out.dtype, len(stored), weight.columns)
+
+        def merge(rows: RowRange) -> None:
+            with self._lane() as lane:
+                here = slice(rows.start - first, rows.stop - first)
+                weight.merge(lane, rows, stored[here], out[here])
+
+        if tensor.tiles == 1:
+            self._threads.alone(lambda: merge(job.tiles[0]))
+            return _nothing
+        futures = self._threads.share(job.tiles, merge)
+        self._begun[-1] += futures
+
+        def done() -> None:
+            for future in futures:
+                future.result()
+
+        return done
+
+    def survey(self, job: Job, tensor: TensorPlan, source: Buffer) -> None:
+        """Show each tile to an update or to the codec, in order, as the updates before it leave the tile.
+
+        What it keeps adds up.
+        """
+        assert job.survey is not None
+        weight = self._begin(tensor)
+        stored = self._stored_rows(job, source)
+        surveyed = tensor.updates[job.survey] if job.survey < len(tensor.updates) else None
+
+        def survey() -> None:
+            first = job.tiles[0].start
+            for rows in job.tiles:
+                with self._lane() as lane:
+                    weight.survey(lane, rows, stored[rows.start - first : rows.stop - first], surveyed)
+
+        if tensor.tiles == 1:
+            self._threads.alone(survey)
+        else:
+            self._threads.settle()
+            survey()
+
+    def _begin(self, tensor: TensorPlan) -> WeightTiles:
+        """Prepare what all tiles of a weight share, when few enough others are still in the works.
+
+        Without a wait for the last tiles of the weight before, a merge of 2.2 GB that no disk bounds takes 9 % less time.
+        """
+        if self._weight is None or tensor is not self._weight.tensor:
+            if any(FAMILIES[update.family].kept_bytes(update, 1) for update in tensor.updates):
+                self._threads.settle()  # what is kept is made with all threads, see `LazyFactors.built`
+            while len(self._begun) >= self.plan.memory.weights:
+                wait(self._begun.popleft())
+            self._begun.append([])
+            self._weight = WeightTiles(tensor, self.dtype, self.device, self.factors, self.sampler, self._read)
+        return self._weight
+
+    @contextmanager
+    def _lane(self) -> Iterator[Lane]:
+        """A lane for this thread. There are as many as threads."""
+        lane = self._free.pop()
+        started = time.perf_counter()
+        try:
+            with self.device.on_stream(lane.stream):
+                yield lane
+        finally:
+            lane.seconds += time.perf_counter() - started
+            self._free.append(lane)
+
+    def _stored_rows(self, job: Job, source: Buffer) -> Tensor:
+        """A job's rows as they are stored, in the buffer that they were read into."""
+        assert job.tensor is not None
+        raw = self._raw[id(source)][job.read_at : job.read_at + job.read_bytes]
+        return matrix(raw, job.tensor.source.dtype, job.tiles[-1].stop - job.tiles[0].start, job.tensor.row_elements)
+
+    def _read(self, ref: TensorRef, start: int, size: int) -> Tensor:
+        """Bytes of a stored tensor."""
+        data = bytearray(size)
+        with self.factors.lock:
+            self._open_file(ref.uri).read_into(ref.offset + start, memoryview(data))
+        return torch.frombuffer(data, dtype=torch.uint8)
+
+
+def _nothing() -> None:
+    """There is nothing to wait for."""
