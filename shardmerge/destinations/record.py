@@ -16,6 +16,7 @@ from typing import Any
 
 from shardmerge.errors import FormatError, SourceError
 from shardmerge.spec.notices import Warned
+from shardmerge.spec.packed import PackedMapping
 from shardmerge.system import checksums
 from shardmerge.system.regular_files import read_small, why_not_readable
 
@@ -40,7 +41,8 @@ class Record:
     #: The files beside the shards; older records have none.
     others: Mapping[str, FileEntry]
     files: tuple[str, ...]
-    targets: Mapping[str, Any]
+    #: Updates by the weight's name: of a large model, 50 MB as objects.
+    targets: PackedMapping[Any]
 
     @property
     def seal(self) -> str | None:
@@ -111,12 +113,15 @@ def find_record(output: Path) -> Record | None:
     if values is None:
         return None
     targets = values.get("targets")
+    packed: PackedMapping[Any] = PackedMapping(targets if isinstance(targets, dict) else {})
+    if isinstance(targets, dict):
+        values["targets"] = packed
     return Record(
         values,
         _entries(values.get("shards")),
         _entries(values.get("other_files")),
         tuple(own_names(values.get("files"))),
-        targets if isinstance(targets, dict) else {},
+        packed,
     )
 
 
@@ -148,7 +153,7 @@ def open_record(output: Path) -> Record:
             "says what was merged. Put back the record as it was written, or merge again"
         )
     files = record.values.get("files")
-    if not record.shards or not isinstance(files, list) or not isinstance(record.values.get("targets"), dict):
+    if not record.shards or not isinstance(files, list) or not isinstance(record.values.get("targets"), Mapping):
         raise FormatError(f"{output}: {RECORD_NAME} is damaged: it must have shards, files and targets")
     others = record.values.get("other_files")
     named = [*record.values["shards"], *(others if isinstance(others, dict) else ()), *files]

@@ -141,7 +141,7 @@ class TileWorker:
     def _begin(self, tensor: TensorPlan) -> WeightTiles:
         """Prepare what all tiles of a weight share, when few enough others are still in the works.
 
-        Without a wait for the last tiles of the weight before, a merge of 2.2 GB that no disk bounds takes 9 % less time.
+        2.2 GB on tmpfs take 9 % less time than with a wait for the last tile of the weight before.
         """
         if self._weight is None or tensor is not self._weight.tensor:
             if any(FAMILIES[update.family].kept_bytes(update, 1) for update in tensor.updates):

@@ -4,46 +4,68 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.adapters.methods.base import check_dtypes
 from shardmerge.adapters.methods.whole import whole_settings
 from shardmerge.adapters.registry import FAMILIES
+from shardmerge.codecs.registry import CODECS
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.key_mapping.heads import LABELS, Head
+from shardmerge.key_mapping.names import Names
 from shardmerge.planning.quantised import is_quantised
+from shardmerge.planning.tied import stands_for
 from shardmerge.planning.vocabulary import may_resize
-from shardmerge.spec.tensors import FACTOR_DTYPES, FLOAT_DTYPES, TensorRef
+from shardmerge.spec.tensors import FACTOR_DTYPES, FLOAT_DTYPES, TensorRef, Weight
 from shardmerge.spec.updates import Parameter, Place
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """The base's weights by name; for one that is tied and so not stored, the one that is."""
+
+    checkpoint: Checkpoint
+    names: Names
+
+    def weight(self, name: str) -> Weight:
+        weights = self.checkpoint.weights
+        return weights[name if name in weights else stands_for(self.names, name) or name]
+
+    def tensor(self, name: str) -> TensorRef:
+        return self.weight(name).tensor
+
+    def decoded(self, name: str) -> TensorRef:
+        """A weight with the dtype that its values have when they are decoded."""
+        weight = self.weight(name)
+        if weight.stored_as is None:
+            return weight.tensor
+        return dataclasses.replace(weight.tensor, dtype=CODECS[weight.stored_as.codec].values)
 
 
 @dataclass(frozen=True)
 class Fitting:
     """What does not fit between one adapter's updates and the base.
 
-    ``weight`` is the adapter's in the config, ``head`` the one of its task. ``decoded`` finds a stored tensor by name,
-    with the dtype of its values.
+    ``weight`` is the adapter's in the config, ``head`` the one of its task.
     """
 
-    checkpoint: Checkpoint
+    stored: StoredWeights
     weight: float
     head: Head | str
-    decoded: Callable[[str], TensorRef]
 
     def problems(self, update: ModuleUpdate, parameter: Parameter) -> list[str]:
         """Decided by shapes, dtypes and settings; names are for the messages, but for those of quantised weights."""
         if is_refused(update):
             return []
         family = FAMILIES[update.family]
-        stored = [self.decoded(place.tensor) for place in parameter.places]
-        problems = [problem for ref in stored for problem in check_dtypes(update, ref, family)][:1]
-        told = [is_quantised(self.checkpoint, update.module, update.parameter, ref) for ref in stored]
+        refs = [self.stored.decoded(place.tensor) for place in parameter.places]
+        problems = [problem for ref in refs for problem in check_dtypes(update, ref, family)][:1]
+        told = [is_quantised(self.stored.checkpoint, update.module, update.parameter, ref) for ref in refs]
         if packed := next(filter(None, told), None):
             return [packed]
         if family.is_source:
-            problems = _dtype_of_whole(update, stored[0])
+            problems = _dtype_of_whole(update, refs[0])
         problems += family.check(update, shape_of(update, parameter))
         if not math.isfinite(update.scaling * self.weight):
             problems.append(
@@ -76,7 +98,7 @@ class Fitting:
                 )
                 break
         if family.is_source and not problems and not self._has_label_rows(update):
-            problems += may_resize(self.checkpoint, update, stored[0])
+            problems += may_resize(self.stored.checkpoint, update, refs[0])
         return problems
 
     def of_head(self, update: ModuleUpdate) -> tuple[object, ...]:

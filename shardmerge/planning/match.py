@@ -13,7 +13,6 @@ from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.methods.base import Effect
 from shardmerge.adapters.methods.whole import whole_settings
 from shardmerge.adapters.registry import FAMILIES
-from shardmerge.codecs.registry import CODECS
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.file_formats.checkpoint import Checkpoint
@@ -22,14 +21,13 @@ from shardmerge.key_mapping.names import Names
 from shardmerge.key_mapping.naming import nearest
 from shardmerge.key_mapping.spoken import Speakers, Spoken, examples_of
 from shardmerge.planning.another_model import Fit, another_model
-from shardmerge.planning.fitting import Fitting, as_matrix, as_stack, has_experts, is_refused, shape_of
+from shardmerge.planning.fitting import Fitting, StoredWeights, as_matrix, as_stack, has_experts, is_refused, shape_of
 from shardmerge.planning.modules import KnownBase, Modules
 from shardmerge.planning.quantised import has_packed, scaled
 from shardmerge.planning.several import compare_copies, in_order, list_some, order_of, overlaps, read_too_late
-from shardmerge.planning.tied import stands_for
 from shardmerge.planning.unplaced import Unplaced, already_there, beside_of, first_of, named
 from shardmerge.spec.notices import Warned, prefixed
-from shardmerge.spec.tensors import TensorRef, Weight
+from shardmerge.spec.tensors import TensorRef
 from shardmerge.spec.updates import Parameter, Place, Update
 
 
@@ -81,7 +79,8 @@ class _Matching:
         self.config = config
         self.adapter = adapter
         head = head_for(checkpoint.config, (adapter.config or {}).get("task_type"))
-        self.fitting = Fitting(checkpoint, config.weight, head, self._as_decoded)
+        self.stored = StoredWeights(checkpoint, names)
+        self.fitting = Fitting(self.stored, config.weight, head)
         self.matches = matches
         self.fit = Fit()
         self.unmatched: list[Callable[[], str]] = []
@@ -272,14 +271,14 @@ class _Matching:
             return update
         place = parameter.places[0]
         plain = len(parameter.places) == 1 and place == Place(place.tensor, place.rows, transposed=update.transposes)
-        stored = self._weight(place.tensor)
+        stored = self.stored.weight(place.tensor)
         all_of_it = math.prod(stored.tensor.shape) == math.prod(parameter.shape) and stored.stored_as is None
         return family.placed(update, can_be_source=plain and all_of_it)
 
     def _as_factor(self, parameter: Parameter) -> TensorRef | None:
         """A parameter of the base as a factor, in the matrix's orientation; None if it is not rows of one tensor."""
-        place, stored = parameter.places[0], self._stored(parameter.places[0].tensor)
-        if self._weight(place.tensor).stored_as is not None:
+        place, stored = parameter.places[0], self.stored.tensor(parameter.places[0].tensor)
+        if self.stored.weight(place.tensor).stored_as is not None:
             return None
         if len(parameter.places) > 1 or place.expert is not None or place.shuffle or parameter.experts:
             return None
@@ -303,22 +302,7 @@ class _Matching:
         return True
 
     def _base_view(self, spoken: Spoken) -> KnownBase:
-        return KnownBase(self.names, self.modules, self.speakers, self._as_decoded, spoken)
-
-    def _weight(self, name: str) -> Weight:
-        """A stored weight; of one that is tied and so not stored, the one that is."""
-        weights = self.checkpoint.weights
-        return weights[name if name in weights else stands_for(self.names, name) or name]
-
-    def _stored(self, name: str) -> TensorRef:
-        return self._weight(name).tensor
-
-    def _as_decoded(self, name: str) -> TensorRef:
-        """A stored weight with the dtype that its values have when they are decoded."""
-        weight = self._weight(name)
-        if weight.stored_as is None:
-            return weight.tensor
-        return dataclasses.replace(weight.tensor, dtype=CODECS[weight.stored_as.codec].values)
+        return KnownBase(self.names, self.modules, self.speakers, self.stored.decoded, spoken)
 
     def _update(
         self, update: ModuleUpdate, shape: tuple[int, ...], experts: int, transposes: bool, place: Place

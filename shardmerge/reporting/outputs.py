@@ -71,7 +71,7 @@ def made_of(source: Source) -> dict[str, Any]:
         "merged_by": f"shardmerge {record.values.get('shardmerge', 'of an unknown version')}",
         "base": _place(record.values.get("base")),
         "adapters": [_place(info) for info in adapters] if isinstance(adapters, list) else [],
-        "updated_weights": len(targets) if isinstance(targets := record.values.get("targets"), dict) else None,
+        "updated_weights": len(targets) if isinstance(targets := record.values.get("targets"), Mapping) else None,
         "verified": last_time(folder, record.seal) or _NOT_REMEMBERED,
     }
     if not record.is_believed:

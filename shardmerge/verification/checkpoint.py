@@ -43,7 +43,7 @@ def check_checkpoint(
     with Files([*files_of(again), *(shard.file for shard in stored)]) as files:
         exact = None if again.plan is None else Exact(files, again.plan, again.adapters)
         check = ShardCheck(files, exact, findings, rows, findings.seed)
-        planned = _planned(again, record)
+        planned = _Planned(again, record)
         total = sum(shard.file.size - shard.data_start for shard in stored)
         done = 0
         for number, shard in enumerate(stored, 1):
@@ -77,8 +77,9 @@ def _checked(shard: Stored, findings: Findings, seconds: float) -> None:
     )
 
 
-def _shard_file(shard: Stored, planned: Mapping[str, TensorPlan], recorded: Mapping[str, str]) -> ShardFile:
-    pieces = tuple(Piece(name, info, _fitting(planned.get(name), info)) for name, info in shard.tensors.items())
+def _shard_file(shard: Stored, planned: _Planned, recorded: Mapping[str, str]) -> ShardFile:
+    plans = planned.of(shard)
+    pieces = tuple(Piece(name, info, _fitting(plans.get(name), info)) for name, info in shard.tensors.items())
     return ShardFile(shard.name, shard.file, shard.data_start, pieces, recorded)
 
 
@@ -89,12 +90,26 @@ def _fitting(plan: TensorPlan | None, info: TensorInfo) -> TensorPlan | None:
     return dataclasses.replace(plan, out=info)
 
 
-def _planned(again: Again, record: Record) -> dict[str, TensorPlan]:
+class _Planned:
     """What each tensor must be; without a plan, that what was not merged is the base's."""
-    if again.plan is not None:
-        tensors = (tensor for shard in again.plan.shards for tensor in shard.tensors)
-        return {next(tensor.outputs())[0]: tensor for tensor in tensors}
-    return {} if again.base is None else _untouched(again.base, record)
+
+    def __init__(self, again: Again, record: Record) -> None:
+        self._shards = () if again.plan is None else again.plan.shards
+        self._untouched = {} if again.plan or again.base is None else _untouched(again.base, record)
+
+    def of(self, shard: Stored) -> Mapping[str, TensorPlan]:
+        """The plans of a shard's tensors by name, in whatever shard they are planned.
+
+        Only those are made: the plans of a large model take 100 MB together.
+        """
+        found = {name: self._untouched[name] for name in shard.tensors.keys() & self._untouched.keys()}
+        # Its own shard has them all, but in an output that was changed.
+        for planned in sorted(self._shards, key=lambda planned: planned.name != shard.name):
+            if found.keys() >= shard.tensors.keys():
+                break
+            plans = ((next(tensor.outputs())[0], tensor) for tensor in planned.tensors)
+            found |= {name: tensor for name, tensor in plans if name in shard.tensors}
+        return found
 
 
 def _called(again: Again) -> dict[str, str]:

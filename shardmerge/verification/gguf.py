@@ -70,7 +70,7 @@ def _check_file(
             if again.plan is not None:
                 _check_header(name, file, header, again.plan, files, findings)
             if plan is not None:
-                left_out = record.targets if again.plan is None else {}
+                left_out = {*record.targets} if again.plan is None else set()
                 pieces = [piece for piece in _pieces(header, plan) if piece.plan.source.name not in left_out]
         total, done = file.size + sum(piece.plan.out.nbytes for piece in pieces), 0
 

@@ -11,7 +11,6 @@ from shardmerge.config.recorded import recorded_config, relocated
 from shardmerge.config.schema import MergeConfig
 from shardmerge.destinations.record import RECORD_NAME, Record
 from shardmerge.errors import ConfigError, PlanError, ShardmergeError, SourceError
-from shardmerge.file_formats.adapter_opening import open_adapter
 from shardmerge.file_formats.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.planning.fingerprint import with_contents
 from shardmerge.planning.layouts import LAYOUTS
@@ -20,12 +19,14 @@ from shardmerge.sources.source import open_source
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.plans import MergePlan, digest_of
 from shardmerge.spec.tensors import SourceFile
+from shardmerge.spec.updates import Update
 from shardmerge.verification.findings import STRUCTURE, TOUCHED, Findings
 from shardmerge.verification.scaling import ScaledBy
 from shardmerge.version import __version__
 
 #: Changed files that are named one by one.
 _TOLD = 3
+_ANOTHER = "the adapter or the config is another"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ def plan_again(record: Record, output: Path, base: str | None, adapters: Sequenc
     except ShardmergeError as error:
         findings.unverified.append(f"touched tensors: base or adapter cannot be read: {error}")
         return Again(base=_base_alone(config, findings), config=config)
-    scaled = [ScaledBy(open_adapter(open_source(entry.path), entry.ignore_files), entry) for entry in config.adapters]
+    scaled = [ScaledBy.of(entry) for entry in config.adapters]
     for kind, text in _differences(record, plan) or _of_digest(record, plan):
         if kind == "note":
             findings.notes.append(text)
@@ -177,25 +178,34 @@ def _shard_differences(record: Record, plan: MergePlan) -> Iterator[tuple[str, s
         yield STRUCTURE, f"base and adapters, as they are now, make other shards than were recorded: {shown}"
 
 
-def _target_differences(record: Record, plan: MergePlan) -> Iterator[tuple[str, str]]:
-    planned: dict[str, list[dict[str, Any]]] = {}
-    # Of a source that several tensors of the output are parts of, each has all updates.
-    of_sources = {tensor.source.name: tensor for shard in plan.shards for tensor in shard.tensors}
-    for tensor in of_sources.values():
-        for update in tensor.updates:
-            module = f"{update.module}.{update.parameter}"
-            entry = {"adapter": update.adapter, "module": module, "family": update.family}
-            entry |= {"rank": update.rank, "scaling": update.scaling}
-            planned.setdefault(tensor.source.name, []).append(entry)
-    for name in sorted({*planned, *record.targets}):
-        now, before = planned.get(name), record.targets.get(name)
-        if now is None or before is None:
-            what = "was updated by the merge" if now is None else "would now be updated"
-            other = "would not be now" if now is None else "was not by the merge"
-            yield TOUCHED, f"{name} {what}, but {other}: the adapter or the config is another"
-        elif now != before:
-            change = next((_change(*pair) for pair in zip(_entries(before), now, strict=False)), "") or "their number"
-            yield TOUCHED, f"{name}: its updates are not those recorded ({change}): the adapter is another"
+def _target_differences(record: Record, plan: MergePlan) -> list[tuple[str, str]]:
+    """Shard by shard, as the targets of a large model take 100 MB together."""
+    found: list[tuple[str, str]] = []
+    before = dict(record.targets.items())
+    compared: set[str] = set()
+    for shard in plan.shards:
+        for tensor in shard.tensors:
+            # Of a source that several tensors of the output are parts of, each has all updates.
+            if not tensor.updates or (name := tensor.source.name) in compared:
+                continue
+            compared.add(name)
+            now = [_entry(update) for update in tensor.updates]
+            if name not in before:
+                found.append(
+                    (name, "would now be updated, but was not by the merge: the adapter or the config is another")
+                )
+            elif (then := before.pop(name)) != now:
+                change = next((_change(*pair) for pair in zip(_entries(then), now, strict=False)), "") or "their number"
+                found.append((f"{name}:", f"its updates are not those recorded ({change}): the adapter is another"))
+    found += [(name, f"was updated by the merge, but would not be now: {_ANOTHER}") for name in before]
+    return [(TOUCHED, f"{name} {text}") for name, text in sorted(found)]
+
+
+def _entry(update: Update) -> dict[str, Any]:
+    """An update as the record has it."""
+    module = f"{update.module}.{update.parameter}"
+    entry = {"adapter": update.adapter, "module": module, "family": update.family}
+    return entry | {"rank": update.rank, "scaling": update.scaling}
 
 
 def _entries(value: Any) -> list[Mapping[str, Any]]:

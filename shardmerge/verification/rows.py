@@ -36,9 +36,10 @@ def all_rows(tensor: TensorPlan, together: int = 1) -> list[RowRange]:
 
 
 def sampled(tensor: TensorPlan, count: int, seed: int, together: int = 1) -> list[RowRange]:
-    """``count`` rows or some more, each a window of its own (or its group); the same for the same seed and name.
+    """``count`` rows or some more, in windows of whole groups; the same for the same seed and name.
 
-    A vector is taken whole: it is small, and what is added to it may show only in its length.
+    Those of a run that follow each other are one window: a small tensor, of which all rows are taken, is one. A vector
+    is taken whole: it is small, and what is added to it may show only in its length.
     """
     if tensor.row_elements == 1:
         return all_rows(tensor, together)
@@ -54,14 +55,18 @@ def sampled(tensor: TensorPlan, count: int, seed: int, together: int = 1) -> lis
     others = chooser.sample(range(total), min(total, wanted))
     while others and len(chosen) < wanted:
         chosen.add(others.pop())
-    return [_group(runs, groups, ends, index) for index in sorted(chosen)]
-
-
-def _group(runs: list[tuple[RowRange, int]], groups: list[int], ends: list[int], index: int) -> RowRange:
-    number = bisect.bisect_right(ends, index)
-    run, unit = runs[number]
-    start = run.start + (index - (ends[number] - groups[number])) * unit
-    return RowRange(start, min(start + unit, run.stop))
+    most = max(1, ELEMENTS // tensor.row_elements) if tensor.row_elements else 1
+    windows: list[RowRange] = []
+    for index in sorted(chosen):
+        number = bisect.bisect_right(ends, index)
+        run, unit = runs[number]
+        start = run.start + (index - (ends[number] - groups[number])) * unit
+        stop = min(start + unit, run.stop)
+        if windows and run.start < start == windows[-1].stop and stop - windows[-1].start <= most:
+            windows[-1] = RowRange(windows[-1].start, stop)
+        else:
+            windows.append(RowRange(start, stop))
+    return windows
 
 
 def _runs(tensor: TensorPlan, together: int) -> Iterator[tuple[RowRange, int]]:

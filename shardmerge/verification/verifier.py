@@ -22,14 +22,15 @@ whole update at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from shardmerge.destinations.record import Record, open_record
 from shardmerge.errors import FormatError, VerifyError
+from shardmerge.spec.packed import moved
 from shardmerge.system.events import Stopwatch, event
-from shardmerge.verification.checkpoint import check_checkpoint
+from shardmerge.system.garbage import give_back
 from shardmerge.verification.findings import Advanced, Findings, Problem, VerifyReport, describe, summary
-from shardmerge.verification.gguf import check_gguf
 from shardmerge.verification.record import Again, plan_again
 
 __all__ = ["ROWS", "Problem", "VerifyReport", "describe", "summary", "verify_output"]
@@ -37,11 +38,25 @@ __all__ = ["ROWS", "Problem", "VerifyReport", "describe", "summary", "verify_out
 #: Rows of a touched tensor that are computed again, if nothing else is asked for.
 ROWS = 16
 
-#: How an output of each layout of `shardmerge.planning.layouts` is proved. ``rows`` None looks at all rows.
-FORMATS: Mapping[str, Callable[[Path, Record, Again, Findings, int | None, Advanced], None]] = {
-    "safetensors": check_checkpoint,
-    "gguf": check_gguf,
-}
+#: Looks at an output; ``rows`` None looks at all rows.
+Check = Callable[[Path, Record, Again, Findings, "int | None", Advanced], None]
+
+
+def _checkpoint() -> Check:
+    from shardmerge.verification.checkpoint import check_checkpoint
+
+    return check_checkpoint
+
+
+def _gguf() -> Check:
+    from shardmerge.verification.gguf import check_gguf
+
+    return check_gguf
+
+
+#: What proves an output of each layout of `shardmerge.planning.layouts`. It imports torch, so it is asked for when the
+#: plan is made and the record is read: at no time both take memory.
+FORMATS: Mapping[str, Callable[[], Check]] = {"safetensors": _checkpoint, "gguf": _gguf}
 
 
 def verify_output(
@@ -61,7 +76,7 @@ def verify_output(
     """
     watch = Stopwatch()
     try:
-        record = open_record(output)
+        record = moved(partial(open_record, output))
     except FormatError as error:
         raise VerifyError(str(error)) from None
     findings = Findings(str(output), seed)
@@ -71,5 +86,6 @@ def verify_output(
         "verifying", f"verifying {output}: {len(record.shards)} shards", seconds=watch.lap(), shards=len(record.shards)
     )
     findings.format = record.format if record.format in FORMATS else "safetensors"
-    FORMATS[findings.format](output, record, again, findings, rows, progress)
+    give_back()
+    FORMATS[findings.format]()(output, record, again, findings, rows, progress)
     return findings.report()

@@ -208,7 +208,7 @@ def scalings(entry: dict[str, Any], tmp_path: Path) -> dict[str, float]:
     write_base(tmp_path / "base")
     output = {"path": str(tmp_path / "merged")}
     plan = shardmerge.plan({"base": str(tmp_path / "base"), "adapters": [entry], "output": output})
-    scaled = ScaledBy(open_adapter(open_source(entry["path"])), AdapterConfig.model_validate(entry))
+    scaled = ScaledBy.of(AdapterConfig.model_validate(entry))
     found = {update.module: scaled.scaling(update) for _, update in plan.updates() if update.family in FORMULAS}
     planned = {update.module: update.scaling for _, update in plan.updates() if update.family in FORMULAS}
     assert found == pytest.approx(planned, rel=1e-15) and found

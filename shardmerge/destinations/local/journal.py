@@ -29,6 +29,7 @@ class Journal:
         self._file = folder / JOURNAL
         self._root = folder.root
         self._state: dict[str, Any] = {}
+        self._finished: tuple[object, str, list[str]] = (None, "", [])
 
     @property
     def is_committing(self) -> bool:
@@ -52,8 +53,8 @@ class Journal:
         """
         output, state = self._root.path, read_json(self._file)
         self._state = state or {}
-        if not self.is_committing and has_damaged_record(output):
-            raise ResumeError(f"{output}: {damaged_record(output)}; nothing was changed")
+        if not self.is_committing and (damage := self._finished_merge()[0]):
+            raise ResumeError(f"{output}: {damage}; nothing was changed")
         if state is None and not overwrite and (output / RECORD_NAME).exists():
             raise ResumeError(
                 f"{output}: other work was finished here after this was planned; nothing was changed. Choose "
@@ -95,15 +96,29 @@ class Journal:
         """
         output, stale = self._root.path, own_names(self._state.get("stale"))
         if not self.is_committing:
-            if has_damaged_record(output):  # since this merge has begun
-                raise OutputError(f"{output}: {damaged_record(output)}")
-            stale = [*reversed(files_of_merge(output)), *stale]
+            damage, finished = self._finished_merge()
+            if damage:  # since this merge has begun
+                raise OutputError(f"{output}: {damage}")
+            stale = [*reversed(finished), *stale]
             self._write(self._state, True, new_files, stale)
         for name in stale:
             durable.remove(self._root / name)
         if stale:
             durable.fsync_directory(self._root.here)  # an earlier run may have been killed between removal and fsync
             self._write(self._state, True, new_files, ())
+
+    def _finished_merge(self) -> tuple[str, list[str]]:
+        """What is wrong with the record of a finished merge that is there (empty if nothing), and the merge's files.
+
+        The record is read again only if it is another: that of a large model takes 100 MB while it is read.
+        """
+        output = self._root.path
+        status = (self._root / RECORD_NAME).status()
+        now = status and (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if now is None or now != self._finished[0]:
+            damage = damaged_record(output) if has_damaged_record(output) else ""
+            self._finished = now, damage, [] if damage else files_of_merge(output)
+        return self._finished[1:]
 
     def remove(self) -> None:
         """The output is complete; nothing is left to resume."""
