@@ -29,6 +29,7 @@ def shardmerge(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess
     return run_python("-c", code, *arguments, cwd=cwd)
 
 
+@pytest.mark.slow
 def test_a_new_users_commands_do_not_speak_of_numpy(tmp_path: Path) -> None:
     place = make_place(tmp_path)
     config = place.config_file()

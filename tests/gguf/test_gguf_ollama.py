@@ -80,6 +80,7 @@ def test_smollm2s_template_brings_a_system_message(smollm2: Path) -> None:
     assert rendered_by_go(go[1], [{"role": "system", "content": system[1]}, *asked]) == expected
 
 
+@pytest.mark.slow
 def test_llama_cpp_answers_what_the_modelfile_makes_of_a_question(smollm2: Path, tmp_path: Path) -> None:
     """Ollama is not at hand; llama.cpp is what it runs, and here gets the text that Ollama would give it."""
     output = {"path": str(tmp_path / "demo"), "format": "gguf", "quantization": "q8_0"}

@@ -551,6 +551,7 @@ def test_every_key_that_the_modeling_code_reads_is_known(model_type: str) -> Non
 # --- the switch -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_allowed_is_a_note(tmp_path: Path) -> None:
     """In the config and on the command line of all three commands; and `verify` knows of it."""
     base = tmp_path / "base"

@@ -572,6 +572,7 @@ def session(tmp_path: Path) -> Iterator[Callable[[Path, int], Session]]:
         each.close()
 
 
+@pytest.mark.slow
 def test_a_terminal_asks_is_answered_and_leaves(
     session: Callable[[Path, int], Session], templated_dir: Path, templated: Chat
 ) -> None:
@@ -605,6 +606,7 @@ def test_a_line_of_an_earlier_session_comes_back(
     assert file.read_text().splitlines() == ["word2", "word1", "word3"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_ctrl_d_the_program(
     session: Callable[[Path, int], Session], plain_dir: Path, plain: Chat
 ) -> None:

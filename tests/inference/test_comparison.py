@@ -135,7 +135,7 @@ def test_computing_in_bfloat16(merged: Path) -> None:
     assert found.figures["kl"] > 1e-9
 
 
-@pytest.mark.parametrize("factor", [1.05, 0.5, 2.0])
+@pytest.mark.parametrize("factor", slow_but([1.05, 0.5, 2.0], 1.05))
 def test_a_wrong_scaling(merged: Path, adapter: Path, tmp_path: Path, factor: float) -> None:
     other = rewritten(adapter, tmp_path / "other", lora_alpha=ALPHA / factor)
     found = told(merged, adapters=[str(other)])
@@ -179,9 +179,9 @@ METHODS: Mapping[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
-def test_methods_that_peft_loads(base: Path, tmp_path: Path, make: Callable[[], Any]) -> None:
-    assert_exact(told(merge(base, tmp_path / "out", write_adapter(base, tmp_path / "adapter", make()))))
+@pytest.mark.parametrize("method", slow_but(METHODS, "DoRA", "saved module"))
+def test_methods_that_peft_loads(base: Path, tmp_path: Path, method: str) -> None:
+    assert_exact(told(merge(base, tmp_path / "out", write_adapter(base, tmp_path / "adapter", METHODS[method]()))))
 
 
 # --- adapters without a config of PEFT's ------------------------------------------------------------------------------
@@ -275,6 +275,7 @@ def bomb(folder: Path, witness: Path) -> None:
     witness.rmdir()
 
 
+@pytest.mark.slow
 def test_a_bin_is_the_same(merged: Path, adapter: Path, tmp_path: Path) -> None:
     assert told(merged, adapters=[str(as_bin(adapter, tmp_path / "bin"))]).same
 

@@ -21,6 +21,7 @@ def lines(work: Path, capsys: pytest.CaptureFixture[str], *options: str) -> list
     return capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.slow
 def test_two_runs_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = lines(tmp_path, capsys)
     second = lines(tmp_path, capsys, "--keep")

@@ -343,6 +343,7 @@ def test_nothing_to_verify(tmp_path: Path) -> None:
     assert json.loads(result.stdout)["exit_code"] == 6 and "no shardmerge.json" in result.stderr
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own(tmp_path: Path) -> None:
     """Relative paths of the config are found from elsewhere, too."""
     place = make_place(tmp_path)
