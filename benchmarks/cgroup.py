@@ -37,10 +37,10 @@ def parse_size(text: str) -> int:
     upper = text.strip().upper()
     unit = next((unit for unit in sorted(_UNITS, key=len, reverse=True) if upper.endswith(unit)), None)
     if unit is None:
-        raise ValueError(f"{text!r} is no size; write it like 400MiB or 1.5GB")
+        raise ValueError(f"{text!r} is not a size; write it like 400MiB or 1.5GB")
     size = int(float(upper.removesuffix(unit)) * _UNITS[unit])
     if size <= 0:
-        raise ValueError(f"{text!r} is no limit")
+        raise ValueError(f"{text!r} is not a limit")
     return size
 
 

@@ -98,7 +98,7 @@ def read_groups(path: Path) -> list[Group]:
     events = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     begins = [number for number, event in enumerate(events) if event.get("event") == "begin"]
     if not begins:
-        raise ValueError(f"{path}: no line says that a session begins; this is no file of benchmarks.merge")
+        raise ValueError(f"{path}: no line says that a session begins; this is not a file of benchmarks.merge")
     groups: dict[Setting, Group] = {}
     for event in events[begins[-1] :]:
         if event.get("event") == "run":

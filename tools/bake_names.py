@@ -375,7 +375,7 @@ def _own_modules(model: PreTrainedModel, children: set[str]) -> Iterator[tuple[s
 def _config_key(config: Any, part: Any) -> str | None:
     """Where in a model's config its part's config lies: "" the same one, None unknown."""
     if part is config or type(part) is type(config):
-        return ""  # or a copy, with changes that are no part of the file
+        return ""  # or a copy, with changes that are not part of the file
     own: list[tuple[str, Any]] = [
         (key, value) for key, value in vars(config).items() if isinstance(value, transformers.PretrainedConfig)
     ]

@@ -110,7 +110,7 @@ class Adapter:
 
 
 def _lora(*targets: str, **settings: Any) -> MakeAdapter:
-    """LoRA scaled by 2.6: a scaling that is no power of two shows the order of the roundings."""
+    """LoRA scaled by 2.6: a scaling that is not a power of two shows the order of the roundings."""
     return peft("LoraConfig", *targets, **{"r": 5, "lora_alpha": 13, **settings})
 
 

@@ -1,7 +1,7 @@
-"""Every family, method and format that this version has, by name.
+"""All methods and adapter formats, by name.
 
-All modules of `shardmerge.adapters.methods` and `shardmerge.adapters.formats` are imported here, so that they register
-themselves: to add one is to add its file.
+Importing this module imports every module of `shardmerge.adapters.methods` and `shardmerge.adapters.formats`. Each of
+them registers itself, so adding a method or a format means adding a file.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ class Progress:
     """How far a merge is. Bytes are those of the shards' data as written.
 
     ``doing`` is ``"exporting"`` where there is no adapter, and ``"verifying"`` in a verification. Before a merge is
-    taken up, it is ``"checking"``, and bytes are those of the files of finished shards.
+    resumed, it is ``"checking"``, and bytes are those of the files of finished shards.
     """
 
     done: int

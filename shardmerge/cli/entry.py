@@ -1,7 +1,7 @@
-"""The console script: told to stop, the process stops without a traceback, also while the rest of the program loads.
+"""The console script: a signal ends the process without a traceback, also while the rest of the program is imported.
 
-Nothing is imported before the handlers stand but what the interpreter has by then; until the interpreter itself is up,
-a signal does what Python does with it.
+So the signal handlers are installed before anything is imported that the interpreter has not imported itself. A signal
+that comes before the interpreter has started is Python's to handle.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from shardmerge.system.interrupt import INTERRUPTED
 from shardmerge.system.terminal_text import shown, shown_json
 from shardmerge.version import __version__
 
-#: How every log begins, by which a file is known to be one: what is no log is not written to.
+#: How every log begins, by which a file is known to be one: what is not a log is not written to.
 _FIRST = b'{"time": "'
 _META = "shardmerge.log"
 

@@ -49,7 +49,7 @@ def parse_size(value: Any) -> int:
         size = math.nan
     if not 1 <= size < TOO_LARGE:
         raise ValueError(
-            f"{_brief.repr(value)} is no size; write for example 256MB, 5GB, 1.5GiB or a number of bytes, above zero"
+            f"{_brief.repr(value)} is not a size; write for example 256MB, 5GB, 1.5GiB or a number of bytes, above zero"
         )
     return round(size)
 

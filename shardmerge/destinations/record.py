@@ -64,7 +64,7 @@ class Record:
         """What a reader of a verdict should know of the record itself."""
         if SEAL in self.values:
             return []
-        why = "as older versions wrote it: it cannot be told whether it was changed"
+        why = "as an older version wrote it: there is no way to see whether it was changed"
         return [Warned(f"{RECORD_NAME} has no {SEAL}, {why}")]
 
     @property

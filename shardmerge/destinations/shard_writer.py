@@ -117,7 +117,7 @@ class ShardWriter:
         first = position - before
         memory[first:position] = self._page[:before]
         whole = (before + size) // PAGE * PAGE
-        # The page that this block only finishes is no page of its source.
+        # The page that this block only finishes is not a page of its source.
         begun = min(PAGE if before else 0, whole)
         written = begun if source and self._share(start, begun - before, whole - begun, source) else whole
         try:

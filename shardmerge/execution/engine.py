@@ -1,8 +1,7 @@
 """Merge one shard of a plan: read → work → write.
 
-The only module that sees both files and tensors. Tensors without an update travel as bytes, in runs, and need no torch;
-the others are worked on tile by tile. Where there are any, torch is imported from the beginning in a thread of its own:
-what comes before the first of them is done meanwhile.
+Tensors that do not change are copied as runs of bytes, without torch. All others are computed tile by tile. If a plan
+has any of these, a thread imports torch from the start, while the tensors before the first of them are copied.
 """
 
 from __future__ import annotations
@@ -184,6 +183,6 @@ class Engine:
 
 
 def _import_compute() -> None:
-    # What goes wrong here does so again, and is told, where it is asked for.
+    # An error here occurs again, and is reported, where the module is needed.
     with suppress(Exception), no_garbage_collection():
         import shardmerge.execution.worker  # noqa: F401

@@ -97,7 +97,7 @@ class LazyFactors:
         return kept
 
     def rows(self, ref: TensorRef, rows: RowRange, made: Made) -> Tensor:
-        """Rows of a factor. Where they lie apart in the file, the file's bytes are kept."""
+        """Rows of a factor. Where they are not contiguous in the file, the factor's bytes are kept."""
         if ref.strides is None:
             return self._ready(ref, self._read(ref, rows), made, (rows.start,))
         return self._ready(ref, self._stored(ref)[rows.start : rows.stop], made, (rows.start,))
@@ -216,7 +216,7 @@ class UpdateFactors:
         self._built: dict[str, Tensor] = {}
 
     def whole(self, role: str) -> Tensor:
-        # Asked for by every tile, so looked up without the lock and without hashing what says where it lies.
+        # Asked for by every tile, so looked up without the lock and without hashing its `TensorRef`.
         if (found := self._wholes.get(role)) is None:
             with self._loader.lock:
                 found = self._wholes[role] = self._seen(role, self._loader.whole(self._update.factor(role), self._made))
@@ -248,7 +248,7 @@ class UpdateFactors:
             return kept
 
     def _shuffled(self, shuffle: tuple[int, int, int], rows: RowRange) -> Tensor:
-        """The matrix's rows that lie, in this order, at stored rows which the window counts as ``rows``."""
+        """The matrix's rows that are, in this order, the stored rows which the window counts as ``rows``."""
         start = self._update.place.start
         _, outer, inner = shuffle
         stored = torch.arange(rows.start - start, rows.stop - start)
@@ -257,7 +257,7 @@ class UpdateFactors:
 
     def _seen(self, role: str, factor: Tensor) -> Tensor:
         active, adapter = self._loader.active, self._update.adapter
-        tells = role in FAMILIES[self._update.family].neutral_if_zero
-        if adapter not in active and tells and bool(factor.any()):
+        shows = role in FAMILIES[self._update.family].neutral_if_zero
+        if adapter not in active and shows and bool(factor.any()):
             active.add(adapter)
         return factor

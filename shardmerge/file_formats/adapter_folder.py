@@ -44,7 +44,7 @@ class Folder:
     weights: tuple[str, ...]
     #: Files of weights beside those, which are accounted for as the adapter is.
     beside: tuple[str, ...]
-    #: Files of weights in folders further down, which are no part of this adapter.
+    #: Files of weights in folders further down, which are not part of this adapter.
     below: tuple[str, ...]
     #: Of those that were to be ignored, the ones that are there.
     ignored: tuple[str, ...]

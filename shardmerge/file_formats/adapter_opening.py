@@ -24,7 +24,7 @@ _SHOWN = 5
 def open_adapter(source: Source, ignore: Sequence[str] = ()) -> AdapterFile:
     """Find the weights and the config, and read the headers. Raises `FormatError` or `SourceError`.
 
-    ``ignore`` are names of files of weights in the adapter's folder that are no part of it.
+    ``ignore`` are names of files of weights in the adapter's folder that are not part of it.
     """
     directory, named = _directory(source)
     names = directory.names()
@@ -206,5 +206,5 @@ def _notes(folder: Folder) -> list[str]:
     if folder.below:
         more = ", …" if len(folder.below) > _SHOWN else ""
         below = f"{', '.join(folder.below[:_SHOWN])}{more}"
-        notes.append(Warned(f"files of weights in folders below it are no part of it and are not merged: {below}"))
+        notes.append(Warned(f"files of weights in folders below it are not part of it and are not merged: {below}"))
     return notes

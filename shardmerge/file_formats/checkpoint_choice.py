@@ -24,7 +24,7 @@ SUFFIX = ".safetensors"
 #: The whole model in one file, by the names that transformers and diffusers give it.
 _WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
-#: Weights in the top folder that are no part of the model itself, and their indexes: an adapter, the state of an
+#: Weights in the top folder that are not part of the model itself, and their indexes: an adapter, the state of an
 #: optimizer, and the same model as its maker's own programs read it.
 _NOT_THE_MODEL = re.compile(r"(adapter_model|consolidated|optimizer)\b.*\.safetensors(\.index.*\.json)?")
 #: Bytes of each of two files that are compared at a time.

@@ -289,12 +289,12 @@ def _checked(name: str, entry: Any, where: str) -> tuple[str, tuple[int, ...], t
             f"{where}: {name!r} has the unknown dtype {reprlib.repr(dtype)}; known are {', '.join(sorted(DTYPE_BITS))}"
         )
     if not _are_counts(shape):
-        raise FormatError(f"{where}: {name!r} has the shape {reprlib.repr(shape)}, which is no list of sizes")
+        raise FormatError(f"{where}: {name!r} has the shape {reprlib.repr(shape)}, which is not a list of sizes")
     if len(shape) > MAX_DIMENSIONS:
         raise FormatError(f"{where}: {name!r} has {len(shape):,} dimensions; expected {MAX_DIMENSIONS} at most")
     if not _are_counts(offsets) or len(offsets) != 2:
         raise FormatError(
-            f"{where}: {name!r} has the data_offsets {reprlib.repr(offsets)}, which are no pair of offsets"
+            f"{where}: {name!r} has the data_offsets {reprlib.repr(offsets)}, which are not a pair of offsets"
         )
     return dtype, tuple(shape), (offsets[0], offsets[1])
 

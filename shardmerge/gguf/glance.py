@@ -5,8 +5,8 @@
     each tensor:     name, number of dimensions (u32), dimensions (u64), type (u32), offset (u64)
 
 Strings are a length (u64) and bytes; arrays the type of their items (u32), a number (u64) and the items; little-endian.
-Source: ggml's docs/gguf.md and, for the numbers of types, ggml.h. A header is read in pieces, and no count is believed
-before its items have come; values that are long are passed over.
+Source: ggml's docs/gguf.md and, for the numbers of types, ggml.h. The file is untrusted: its header is read in pieces,
+no memory is reserved for items that have not been read, and long values are skipped.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def lay_out(model: Model, shards: Sequence[Sequence[Stored]], quantization: str)
 
 
 def _type_of(draft: OutputTensor, quantization: str, tied: bool) -> str:
-    """The converter's rules: vectors, norms and routers stay exact, rows that are no whole blocks become F16."""
+    """The converter's rules: vectors, norms and routers stay exact, rows that are not whole blocks become F16."""
     if len(draft.shape) <= 1 or draft.name.endswith(("_norm.weight", "ffn_gate_inp.weight")):
         return "F32"
     if not draft.name.endswith(".weight"):
@@ -236,7 +236,7 @@ class _Maker:
         if stem in self._architecture.permuted:
             heads = model.kv_heads if stem.endswith("k_proj") else model.heads
             if shape[0] % (2 * heads):
-                self.problems.append(f"{stored.name}: {shape[0]} rows are no pairs in {heads} heads")
+                self.problems.append(f"{stored.name}: {shape[0]} rows are not pairs in {heads} heads")
                 return []
             shuffle = (heads, 2, shape[0] // heads // 2)
         is_norm = stem.endswith("norm") and name.endswith(".weight")

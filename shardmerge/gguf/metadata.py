@@ -1,7 +1,7 @@
 """config.json, generation_config.json and the tokenizer's files → the key-values of a GGUF file.
 
-The same keys with the same values, and in the same order, as the official converter writes for these architectures.
-What it guesses from names and model cards is left out: see `LEFT_OUT`.
+For these architectures the official converter writes the same keys, with the same values and in the same order. The
+keys that it guesses from names and model cards are left out: see `LEFT_OUT`.
 """
 
 from __future__ import annotations

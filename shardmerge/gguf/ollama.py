@@ -110,7 +110,7 @@ class Known:
 def recognise(template: str, special: Mapping[str, str]) -> Known | None:
     """The format that a chat template writes, or None. ``special`` are texts that it may use: ``bos_token``, …
 
-    It is a program of a stranger's, so it runs in Jinja's sandbox, in a process of its own that is bounded in time and
+    It is an untrusted program, so it runs in Jinja's sandbox, in a process of its own that is bounded in time and
     memory.
     """
     try:

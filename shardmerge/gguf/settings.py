@@ -1,8 +1,8 @@
 """What transformers reads in a config.json, and whether llama.cpp computes the same with it.
 
-A GGUF file that loads is not yet the model: llama.cpp has its own code for every architecture, in which many settings
-are constants. So each key of a config.json is one of these, by architecture, and a key that is none of them is refused
-by its name:
+llama.cpp has its own code for every architecture, in which many settings are constants: a GGUF file may load and still
+compute something else. So every key of a config.json is classified by architecture, and an unclassified key is refused
+by name:
 
 - *written*: it goes into the file, or decides how tensors are laid out, and llama.cpp does as it says;
 - *checked*: llama.cpp computes one value of it, or some, and all others are a loss;

@@ -149,8 +149,8 @@ def _check_tensors(path: str, found: Any) -> None:
     if missing := sorted(found["missing_keys"]):
         raise FormatError(f"{path}: {len(missing)} of the model's tensors are not in its files, such as {missing[0]}")
     if unexpected := sorted(found["unexpected_keys"]):
-        told = f"{path}: {len(unexpected)} tensors are no part of this model and unused, such as {unexpected[0]}"
-        print(one_line(told), file=sys.stderr, flush=True)
+        notice = f"{path}: {len(unexpected)} tensors are not part of this model and unused, such as {unexpected[0]}"
+        print(one_line(notice), file=sys.stderr, flush=True)
 
 
 def reason(error: Exception) -> str:

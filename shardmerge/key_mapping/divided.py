@@ -53,7 +53,7 @@ class Known:
 
 
 def part(module: str, parameter: str, known: Known) -> View | None:
-    """The part, in matrix orientation; None where the name is no part's. Raises `RefusalError`."""
+    """The part, in matrix orientation; None where the name is not of a part. Raises `RefusalError`."""
     if match := _PROJECTION.fullmatch(module):
         return _projection(match["at"], match["parts"], parameter, known)
     if found := _linear(module, parameter, known):
@@ -87,7 +87,7 @@ def _projection(at: str, parts: str, parameter: str, known: Known) -> View | Non
         config = known.config(at)
         keys, values = _number(config, "linear_num_key_heads"), _number(config, "linear_num_value_heads")
         if values % keys:
-            raise RefusalError(f"{values} heads of values are no multiple of {keys} of keys")
+            raise RefusalError(f"{values} heads of values are not a multiple of {keys} of keys")
         sizes = {"b": 1, "a": 1}
         if kept != "ba":
             wide = _number(config, "linear_value_head_dim")

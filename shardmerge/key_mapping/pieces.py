@@ -25,7 +25,7 @@ class Piece(NamedTuple):
     stored_start: int = 0
     #: The stack's member that these rows belong to; None: the piece holds the rows of all members.
     member: int | None = None
-    #: The stored tensor's own member in which they lie; None: the stored tensor is a matrix, or all of it is meant.
+    #: The stored tensor's own member which holds them; None: the stored tensor is a matrix, or all of it is meant.
     slot: int | None = None
     transposed: bool = False
     shuffle: tuple[int, int, int] | None = None
@@ -72,7 +72,7 @@ def stack(views: Sequence[View]) -> View:
 def unstack(view: View, member: int) -> View:
     """(E, rows, …) → one expert's (rows, …)."""
     if not view.stacked:
-        raise RefusalError("it is no stack of experts")
+        raise RefusalError("it is not a stack of experts")
     if not 0 <= member < view.shape[0]:
         raise RefusalError(f"there is no expert {member}, there are {view.shape[0]}")
     pieces = tuple(
@@ -140,7 +140,7 @@ def chunk(view: View, count: int, axis: int) -> list[View]:
 
 
 def _cut(piece: Piece, low: int, high: int) -> Piece | None:
-    """The part of a piece that lies in rows [low, high), counted from low; None where there is none."""
+    """The part of a piece that is in rows [low, high), counted from low; None where there is none."""
     first, last = max(piece.start, low), min(piece.start + piece.rows, high)
     if first >= last:
         return None

@@ -22,7 +22,7 @@ _HEAD_OF = {
     "word_embeddings": "lm_head",
     "wte": "lm_head",
 }
-#: Where such an embedding lies → where the head does.
+#: Where such an embedding is stored → where the head is.
 _PLACES = {
     "gpt_neox": "",
     "model": "",

@@ -31,7 +31,7 @@ def fingerprint_of(plan: MergePlan, checkpoint: Checkpoint, made_of: Mapping[str
     """What the output's bytes depend on: sources as they are now, as far as headers tell, and how they are computed.
 
     ``made_of`` are checksums of files whose contents the plan has put into the output's headers. Where the output goes
-    and what memory may be taken are no part of it.
+    and what memory may be taken are not part of it.
     """
 
     def stamp(file: SourceFile) -> list[Any]:
@@ -97,7 +97,7 @@ def with_contents(plan: MergePlan, torch_version: str) -> Fingerprint:
     return {
         **plan.fingerprint,
         "adapters": adapters,
-        # Of files that are no part of the output, but of which a part of it was made, the plan knows the contents.
+        # Of files that are not part of the output, but of which a part of it was made, the plan knows the contents.
         # Weights among the files that are copied are as large as the base's, and known as it is.
         "files": {
             **plan.fingerprint["files"],

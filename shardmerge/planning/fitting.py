@@ -61,17 +61,17 @@ class Fitting:
         family = FAMILIES[update.family]
         refs = [self.stored.decoded(place.tensor) for place in parameter.places]
         problems = [problem for ref in refs for problem in check_dtypes(update, ref, family)][:1]
-        told = [is_quantised(self.stored.checkpoint, update.module, update.parameter, ref) for ref in refs]
-        if packed := next(filter(None, told), None):
+        quantised = [is_quantised(self.stored.checkpoint, update.module, update.parameter, ref) for ref in refs]
+        if packed := next(filter(None, quantised), None):
             return [packed]
         if family.is_source:
             problems = _dtype_of_whole(update, refs[0])
         problems += family.check(update, shape_of(update, parameter))
         if not math.isfinite(update.scaling * self.weight):
             problems.append(
-                f"{update.module}: its scaling of {update.scaling:g} times the weight {self.weight:g} is no number"
+                f"{update.module}: its scaling of {update.scaling:g} times the weight {self.weight:g} is not a number"
             )
-        # A copy of what the adapter was trained on is no part of what it learned.
+        # A copy of what the adapter was trained on is not part of what it learned.
         is_copy = whole_settings(update).copy
         if self.weight != 1 and family.changes_weight and not family.adds and not is_copy:
             problems.append(

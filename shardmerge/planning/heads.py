@@ -199,10 +199,10 @@ def _without_places(unplaced: Sequence[Unplaced], reason: str) -> list[str]:
     """The problems of tensors without a place: one by one, or one for each file beside the adapter."""
     own = [of for of in unplaced if not beside_of(of.update)]
 
-    def told(of: Unplaced) -> Callable[[], str]:
+    def explained(of: Unplaced) -> Callable[[], str]:
         return lambda: of.problem() + ("" if of.why else f"; {reason}")
 
-    problems = list_some([told(of) for of in own])
+    problems = list_some([explained(of) for of in own])
     files: defaultdict[str, list[ModuleUpdate]] = defaultdict(list)
     for of in unplaced:
         if file := beside_of(of.update):
@@ -219,8 +219,8 @@ def _labels(head: Head, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int | No
         if dim == LABELS and len(shapes.get(name, ())) > axis
     }
     if len(set(found.values())) > 1:
-        told = ", ".join(f"{name} has {count}" for name, count in found.items())
-        return None, [f"the tensors of its head have different numbers of labels: {told}"]
+        counts = ", ".join(f"{name} has {count}" for name, count in found.items())
+        return None, [f"the tensors of its head have different numbers of labels: {counts}"]
     return next(iter(found.values()), None), []
 
 

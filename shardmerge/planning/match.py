@@ -339,10 +339,10 @@ class _Matching:
         return f" (nearest: {', '.join(found)})" if found else ""
 
 
-def _empty(tensors: Mapping[str, TensorRef], told: Set[str]) -> list[str]:
+def _empty(tensors: Mapping[str, TensorRef], accounted: Set[str]) -> list[str]:
     return [
         f"{ref.name} is empty, {list(ref.shape)}: it was saved under ZeRO-3 without gathering its parts; save it again "
         "from a gathered state dict"
         for ref in tensors.values()
-        if 0 in ref.shape and ref.name not in told
+        if 0 in ref.shape and ref.name not in accounted
     ]

@@ -152,8 +152,8 @@ class _Resolving:
     def _all_ties(self) -> list[Tie]:
         ties = [tie for tie in self.names.ties if tie.main in self.checkpoint.weights]
         if not self.names.knows_ties and len(ties) == 1 and not ties[0].others:
-            strangers = [name for name, of in self.updates.items() if of and name not in self.checkpoint.weights]
-            ties = [dataclasses.replace(ties[0], others=tuple(strangers))]
+            unknown = [name for name, of in self.updates.items() if of and name not in self.checkpoint.weights]
+            ties = [dataclasses.replace(ties[0], others=tuple(unknown))]
         return ties
 
     def _touched(self, tie: Tie) -> bool:

@@ -294,7 +294,7 @@ def _one_factor(ref: TensorRef, rows: int | None, compute_dtype: str) -> int:
     elements = math.prod(ref.shape)
     if rows is not None and ref.shape:
         elements = elements // max(1, ref.shape[0]) * rows
-    # Rows of a factor that is stored transposed lie apart, so it is read whole.
+    # Rows of a factor that is stored transposed are not contiguous, so it is read whole.
     stored = elements * itemsize(ref.dtype) if ref.strides is None else ref.nbytes
     # Whole numbers are worked with as torch has its indices.
     return elements * itemsize("I64" if ref.dtype in INTEGER_DTYPES else compute_dtype) + stored

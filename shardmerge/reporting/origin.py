@@ -78,4 +78,6 @@ def _open(what: str, place: str) -> Source:
     try:
         return open_source(place)
     except SourceError as error:
-        raise SourceError(f"the {what} is not there: {error}; if it was moved, --{what} says where it is now") from None
+        raise SourceError(
+            f"the {what} is not there: {error}; if it was moved, say where it is now with `{what}`"
+        ) from None

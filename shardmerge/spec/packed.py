@@ -50,7 +50,7 @@ def moved(make: Callable[[], Item]) -> Item:
     """What ``make`` gives, copied when all else that it has made is gone.
 
     Python gives memory back by the megabyte, and only where nothing is left in it. The few small objects that stay of a
-    plan of 67,000 targets lie all over 100 MB.
+    plan of 67,000 targets are spread over 100 MB.
     """
     data = _pickled(make())
     result: Item = pickle.loads(data)

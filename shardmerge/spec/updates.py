@@ -11,7 +11,7 @@ from shardmerge.spec.tensors import RowRange, TensorRef
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a part of a module's matrix lies in a stored tensor.
+    """Where a part of a module's matrix is stored in a tensor.
 
     Rows are those of the matrix in its own orientation, (out, in). Of experts (E, out, in) they are the rows of every
     expert's matrix, and of experts' biases (E, out) the entries of every expert's vector.
@@ -19,11 +19,11 @@ class Place:
 
     #: Name in the checkpoint.
     tensor: str
-    #: How many of the matrix's rows lie here.
+    #: How many of the matrix's rows are stored here.
     rows: int
     #: The matrix's row of the first of them.
     start: int = 0
-    #: The stored tensor's row (its column if ``transposed``) at which that row lies.
+    #: The stored tensor's row (its column if ``transposed``) at which that row is stored.
     stored_start: int = 0
     #: The parameter has experts: the tensor stores this expert's matrix only; None: it stores all of them, (E, …).
     #: The parameter is one expert's matrix: the tensor stores all experts, (E, …), and the matrix is this one of them.
@@ -61,7 +61,7 @@ class ModuleOrder:
     #: The class.
     architecture: str
     modules: tuple[str, ...]
-    #: Modules with a matrix whose place is not known, or that are no Linear layers.
+    #: Modules with a matrix whose place is not known, or that are not Linear layers.
     others: tuple[str, ...]
     #: Linear layers that the class has and the checkpoint has no weight of.
     absent: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Rows of a stored tensor ↔ the part of a module's matrix that lies in them."""
+"""Rows of a stored tensor ↔ the part of a module's matrix that they hold."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Part:
 def locate(tensor: TensorPlan, update: Update, rows: RowRange) -> Part | None:
     """The part of the matrix in stored rows ``rows``; None where there is none.
 
-    Rows must lie within one of the tensor's segments, as those of a tile do.
+    Rows must be within one of the tensor's segments, as those of a tile do.
     """
     place, first, expert = update.place, rows.start, update.place.expert or 0
     if tensor.row_dims == 2:

@@ -18,8 +18,8 @@ if sys.platform == "linux":
 _FICLONERANGE = 0x4020940D
 #: Source's descriptor, offset in it, length, offset in the file that is written.
 _FILE_CLONE_RANGE = "=qQQQ"
-#: No room for a few blocks more of account. XFS says so where the part of the disk that holds the source's blocks is
-#: nearly full, though there may be room elsewhere; the next range may lie in another part.
+#: No space for a few more blocks of bookkeeping. XFS reports it where the part of the disk with the source's blocks is
+#: nearly full, though there may be space elsewhere; the next range may be in another part.
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 #: Fewer bytes are written: to keep account of an extent more, in both files, costs more than they do.
 LEAST = 1 << 16

@@ -1,7 +1,7 @@
 """Prove a GGUF output: its header, its checksum, and sampled rows of every tensor.
 
 - *Structure*: the header is parsed here, with a reader of our own, and compared with that of the plan: tensors, their
-  shapes, types and places, key-values. Tensors lie one after the other, each at a multiple of the alignment, with zeros
+  shapes, types and places, key-values. Tensors follow each other, each at a multiple of the alignment, with zeros
   between them, and the file ends behind the last. Key-values that say shapes fit the tensors and config.json.
 - *Rows* of every tensor, whether an adapter touches it or not, as all are stored in another way than in the base: a
   seeded sample, or all. A row of the source is computed again in float64, looked for where its place in the file is

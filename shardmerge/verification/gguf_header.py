@@ -66,7 +66,7 @@ Value = int | float | bool | str | Long
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """Values by key; of tensors by name the kind, the shape as torch has it, and where in the data they lie."""
+    """Values by key; of tensors by name the kind, the shape as torch has it, and where in the data they are stored."""
 
     values: Mapping[str, tuple[int, Value]]
     tensors: Mapping[str, TensorInfo]

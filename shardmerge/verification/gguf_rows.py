@@ -1,4 +1,4 @@
-"""Rows of a GGUF file's tensors: where they lie, and whether they are what base and adapter make."""
+"""Rows of a GGUF file's tensors: where they are stored, and whether they are what base and adapter make."""
 
 from __future__ import annotations
 

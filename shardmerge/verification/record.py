@@ -117,8 +117,7 @@ def _missing(config: MergeConfig) -> Iterator[str]:
         try:
             open_source(place)
         except SourceError as error:
-            option = f"--{what} says where it is now"
-            yield f"the {what} is not there: {error}; if it was moved, {option}"
+            yield f"the {what} is not there: {error}; if it was moved, say where it is now with `{what}`"
 
 
 def _base_alone(config: MergeConfig, findings: Findings) -> Checkpoint | None:

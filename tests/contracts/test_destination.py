@@ -199,7 +199,7 @@ def test_an_error_says_what_is_there_and_that_it_can_be_resumed(overwrite: bool,
         if now.shard == SHARDS[1]:
             raise OutputError("no space")
 
-    standing = "The model that was there before is still whole" if overwrite else "The output is no model yet"
+    standing = "The model that was there before is still whole" if overwrite else "The output is not a model yet"
     with pytest.raises(OutputError, match=rf"no space\. {standing}\. .*run the same command again to resume it"):
         shardmerge.merge(case.config(), overwrite=overwrite, progress=progress)
     assert shardmerge.merge(case.config(), overwrite=overwrite).shards_reused == 1

@@ -267,7 +267,7 @@ HOSTILE: dict[str, Hostile] = {
     "shard that is not there": Hostile(index(_="x.safetensors"), (INDEX, "not there", "x.safetensors")),
     "index of strange tensors": Hostile(index(ghost=FIRST), (INDEX, "'ghost'", FIRST)),
     "index of misplaced tensors": Hostile(index(_=FIRST), (INDEX, "'lm_head.weight'", FIRST)),
-    "index is no JSON": Hostile(text(f"base/{INDEX}", "{"), (INDEX, "is not JSON")),
+    "index is not JSON": Hostile(text(f"base/{INDEX}", "{"), (INDEX, "is not JSON")),
     "index is a list": Hostile(text(f"base/{INDEX}", "[]"), (INDEX, "holds no JSON object")),
     "index of nothing": Hostile(text(f"base/{INDEX}", "{}"), (INDEX, "expected", "weight_map")),
     "index of a list": Hostile(text(f"base/{INDEX}", '{"weight_map": []}'), (INDEX, "expected", "weight_map")),
@@ -312,7 +312,7 @@ HOSTILE: dict[str, Hostile] = {
     "name with a zero byte": Hostile(lambda place: {"base": "x\0y"}, ("no such file",), 3),
     "name of 10,000 letters": Hostile(lambda place: {"base": "x" * 10_000}, ("no such file",), 3),
     # --- the base's config
-    "config.json is no JSON": Hostile(text("base/config.json", b"\xff{"), ("config.json", "is not JSON")),
+    "config.json is not JSON": Hostile(text("base/config.json", b"\xff{"), ("config.json", "is not JSON")),
     "config.json is deep": Hostile(text("base/config.json", f'{{"a": {DEEP}'), ("config.json", "is not JSON")),
     "config.json says it twice": Hostile(
         text("base/config.json", '{"vocab_size": 1, "vocab_size": 2}'), ("config.json", "the key 'vocab_size' twice")
@@ -328,7 +328,7 @@ HOSTILE: dict[str, Hostile] = {
     "infinity": Hostile(factor(torch.full((4, 32), float("-inf"))), (WEIGHTS, LORA_A, "-inf")),
     "no elements": Hostile(factor(torch.ones(0)), (LORA_A, "is empty", "ZeRO-3"), 3),
     # --- the adapter's config
-    "settings are no JSON": Hostile(text(f"adapter/{SETTINGS}", "{"), (SETTINGS, "is not JSON")),
+    "settings are not JSON": Hostile(text(f"adapter/{SETTINGS}", "{"), (SETTINGS, "is not JSON")),
     "settings are deep": Hostile(text(f"adapter/{SETTINGS}", f'{{"r": {DEEP}'), (SETTINGS, "is not JSON")),
     "settings with a huge number": Hostile(text(f"adapter/{SETTINGS}", f'{{"r": {BIG}}}'), (SETTINGS, "is not JSON")),
     "settings say it twice": Hostile(
@@ -343,10 +343,10 @@ HOSTILE: dict[str, Hostile] = {
     "alpha infinity": Hostile(settings(lora_alpha=float("inf")), ("lora_alpha must be a finite number, found inf",), 3),
     "alpha 10⁴⁰⁰": Hostile(settings(lora_alpha=10**400), ("lora_alpha must be a finite number",), 3),
     "alpha of text": Hostile(settings(lora_alpha="8"), ("lora_alpha must be a finite number, found '8'",), 3),
-    "rank_pattern is no regular expression": Hostile(
+    "rank_pattern is not a regular expression": Hostile(
         settings(rank_pattern={"(": 4}), ("rank_pattern['(']", "no regular expression"), 3
     ),
-    "target_modules is no regular expression": Hostile(
+    "target_modules is not a regular expression": Hostile(
         settings(target_modules="(((("), ("target_modules", "no regular expression"), 3
     ),
     "settings are too long": Hostile(
@@ -375,7 +375,7 @@ HOSTILE: dict[str, Hostile] = {
         as_base("folder", strangely_named),
         (r"'x\ny.safetensors' has characters",),
     ),
-    "file name that is no text": Hostile(
+    "file name that is not text": Hostile(
         lambda place: open(os.fsencode(place.base) + b"/\xff.txt", "w").close(), ("is not a file name in UTF-8",), 5
     ),
     "patterns that are too many": Hostile(

@@ -480,7 +480,7 @@ def test_an_error_says_whether_the_old_model_is_whole(fault: str, overwrite: boo
         shardmerge.merge(place.config(), overwrite=overwrite, progress=harm)
     message = str(caught.value)
     assert ("The model that was there before is still whole" in message) == overwrite, message
-    assert ("The output is no model yet" in message) == (not overwrite and fault != "format"), message
+    assert ("The output is not a model yet" in message) == (not overwrite and fault != "format"), message
     if overwrite:
         assert {name: data for name, data in contents(place.output).items() if not name.startswith(WORK)} == before
 
@@ -491,7 +491,7 @@ def test_an_error_in_the_commit_says_that_the_output_is_no_model(place: Place, m
 
     shardmerge.merge(place.config())
     monkeypatch.setattr(Commit, "_copy", fail)
-    with pytest.raises(OutputError, match="The output is no model yet"):
+    with pytest.raises(OutputError, match="The output is not a model yet"):
         shardmerge.merge(place.config(), overwrite=True)
     assert not (place.output / INDEX).exists()
 

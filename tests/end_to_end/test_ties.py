@@ -134,7 +134,7 @@ REASONS: dict[str, tuple[str, ...]] = {
         "VibeVoiceForConditionalGeneration",
         "ZambaModel",
     ),
-    # What is tied is no layer that LoRA can be put on, but a buffer.
+    # What is tied is not a layer that LoRA can be put on, but a buffer.
     "no LoRA": (
         "SamHQModel",
         "SamModel",

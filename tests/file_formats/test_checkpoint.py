@@ -278,7 +278,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "index names a dot": (placed_in(".."), ["'..'", "not the name of a .safetensors file"]),
     "index names another kind": (placed_in("x.bin"), ["'x.bin'", "not the name of a .safetensors file"]),
     "index names a number": (placed_in(7), ["7", "not the name of a .safetensors file"]),
-    "index is no JSON": (index_text("{"), [INDEX, "is not JSON"]),
+    "index is not JSON": (index_text("{"), [INDEX, "is not JSON"]),
     "index is a list": (index_text("[]"), [INDEX, "holds no JSON object"]),
     "index has no weight map": (index_text("{}"), [INDEX, "expected", "weight_map"]),
     "index is empty": (index_text('{"weight_map": {}}'), [INDEX, "expected", "weight_map"]),
@@ -293,7 +293,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         [FIRST, "not a safetensors file"],
     ),
     "a shard is cut": (lambda base: os.truncate(base / FIRST, 2000), [FIRST, "cut"]),
-    "config.json is no JSON": (lambda base: (base / "config.json").write_text("{,}"), ["config.json is not"]),
+    "config.json is not JSON": (lambda base: (base / "config.json").write_text("{,}"), ["config.json is not"]),
     "config.json is a list": (lambda base: (base / "config.json").write_text("[]"), ["config.json holds no"]),
 }
 

@@ -187,7 +187,7 @@ def test_no_dictionary(tmp_path: Path, value: object) -> None:
         ("nothing", None, "'nothing' is a NoneType"),
         (7, numbers(2), "7 is a "),
     ],
-    ids=["number", "nested", "text", "none", "key that is no text"],
+    ids=["number", "nested", "text", "none", "key that is not text"],
 )
 def test_entry_that_is_no_tensor(tmp_path: Path, key: Any, value: object, found: str) -> None:
     torch.save({"a": numbers(2), key: value}, tmp_path / "x.pt")

@@ -252,7 +252,7 @@ def test_a_download_that_goes_on(tmp_path: Path, ending: str, shards: int) -> No
         assert f"{name}{ending}" in refusal(base / WHOLE)
 
 
-# --- directories that are no model ------------------------------------------------------------------------------------
+# --- directories that hold no model -----------------------------------------------------------------------------------
 
 
 def pipeline(folder: Path) -> Path:

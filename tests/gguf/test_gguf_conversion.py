@@ -91,7 +91,7 @@ def test_few_bits_are_quantised_as_gguf_does(
     assert kinds["output.weight"] == "Q8_0"  # the head is kept finer
     assert kinds["token_embd.weight"] == kinds["blk.0.attn_q.weight"] == quantization
     assert kinds["blk.0.ffn_up_exps.weight"] == quantization
-    assert kinds["blk.0.ffn_down_exps.weight"] == "F16"  # its rows of 80 are no whole blocks
+    assert kinds["blk.0.ffn_down_exps.weight"] == "F16"  # its rows of 80 are not whole blocks
     assert kinds["blk.0.ffn_gate_inp.weight"] == kinds["blk.0.attn_norm.weight"] == "F32"
     assert {GGMLQuantizationType[kind] for kind in kinds.values()} == {tensor.tensor_type for tensor in found.values()}
 

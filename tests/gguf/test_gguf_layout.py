@@ -181,7 +181,7 @@ PREFIX = "model__layers__0__"
         ({f"{PREFIX}mlp__up_proj__weight": None}, "lacks the weights of 1 tensors.*blk.0.ffn_up.weight"),
         ({f"{PREFIX}mlp__up_proj__weight": (80, 64, 1)}, "expected 2 dimensions"),
         ({f"{PREFIX}mlp__up_proj__weight": (0, 64)}, r"its shape is \[0, 64\]"),
-        ({f"{PREFIX}self_attn__q_proj__weight": (60, 64)}, "60 rows are no pairs in 4 heads"),
+        ({f"{PREFIX}self_attn__q_proj__weight": (60, 64)}, "60 rows are not pairs in 4 heads"),
         ({"model__embed_tokens__weight": (97, 64)}, "it has 97 rows; config.json's vocab_size is 96"),
     ],
 )

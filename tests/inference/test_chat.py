@@ -208,7 +208,7 @@ def test_a_chat_template_that_refuses_is_a_config_error(templated: Chat) -> None
         templated.answer([user("word13")], 1, ignore)
 
 
-# --- directories that are no finished model --------------------------------------------------------------------------
+# --- directories that hold no finished model --------------------------------------------------------------------------
 
 
 def without(*names: str) -> Callable[[Path], None]:
@@ -295,7 +295,7 @@ def test_tensors_that_are_left_out_are_told(tmp_path: Path, capsys: pytest.Captu
     tensors = load_file(tmp_path / "model.safetensors") | {"model.layers.0.lora_A.weight": torch.ones(2)}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     chat.load(str(tmp_path))
-    assert "1 tensors are no part of this model and unused, such as model.layers.0.lora_A" in capsys.readouterr().err
+    assert "1 tensors are not part of this model and unused, such as model.layers.0.lora_A" in capsys.readouterr().err
 
 
 def test_without_transformers_the_extra_is_named(plain_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def test_every_name_of_the_text_model_alone(name: str) -> None:
         outcome = names_zoo.check(who, state, spoken)
         assert not outcome.wrong
         assert not outcome.missing
-        # What is stored interleaved with something else is no names' fault.
+        # What is stored interleaved with something else is not the fault of names.
         assert all("interleaved" in why for why in outcome.refused.values()), outcome.refused
 
 

@@ -418,7 +418,7 @@ def test_what_cannot_be_resized(tmp_path: Path, tensors: dict[str, Tensor], base
 
 
 def test_a_weight_scales_what_was_learned_and_not_the_copy_of_the_base(tmp_path: Path) -> None:
-    """PEFT writes a targeted embedding's own weight, too, which is no part of what the adapter learned."""
+    """PEFT writes a targeted embedding's own weight, too, which is not part of what the adapter learned."""
     copy = {f"{P}model.embed_tokens.base_layer.weight": BASE.clone()}
     place = make(tmp_path, {**embedding(), **copy})
     found, _, _ = merged(place, adapters=[{"path": str(place.adapter), "weight": 0.5}])

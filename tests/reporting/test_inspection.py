@@ -238,7 +238,7 @@ def test_an_adapter_in_the_directory_of_its_base(tmp_path: Path, monkeypatch: py
     assert told["adapter"]["trained beside it"] == []
     text = invoke(monkeypatch, "inspect", place.base).stdout
     assert text.index("LlamaForCausalLM") < text.index("an adapter is beside it") < text.index("q_proj ×1")
-    # A head beside an adapter is no model.
+    # A head beside an adapter is not a model.
     save_file({"v_head.weight": torch.ones(1, 32)}, place.adapter / "value_head.safetensors")
     assert inspect_path(str(place.adapter))["kind"] == "adapter"
 

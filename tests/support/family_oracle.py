@@ -1,6 +1,6 @@
 """Adapters of any family on a small network, and what PEFT makes of them: the oracle of the families' tests.
 
-The network is no transformers model, so it is quickly made, and has one layer of every kind that families know. Sizes
+The network is not a model of transformers, so it is quickly made. It has a layer of every kind that methods know. Sizes
 are odd on purpose: a swapped orientation does not fit.
 """
 

@@ -159,4 +159,4 @@ class MemoryDestination:
         return bool(self._bucket.files)
 
     def standing(self) -> str:
-        return "The model that was there before is still whole" if self.holds_model else "The output is no model yet"
+        return "The model that was there before is still whole" if self.holds_model else "The output is not a model yet"

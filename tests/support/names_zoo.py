@@ -23,7 +23,7 @@ from shardmerge.spec.updates import Parameter
 State = dict[str, torch.Tensor]
 _EMBEDDING_ROWS = 16
 _EXPERTS = 4
-#: Experts that are no wider stay as they are: some are transposed on loading if their shape asks for it.
+#: Experts that are not wider stay as they are: some are transposed on loading if their shape asks for it.
 _WIDTH = 48
 
 

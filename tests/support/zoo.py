@@ -504,7 +504,7 @@ def peft(config: str, *targets: str, **settings: Any) -> Adapter:
 
 
 def lora(*targets: str, **settings: Any) -> Adapter:
-    """LoRA of rank 5, scaled by 2.6: a scaling that is no power of two shows the order of the roundings."""
+    """LoRA of rank 5, scaled by 2.6: a scaling that is not a power of two shows the order of the roundings."""
     return peft("LoraConfig", *targets, **{"r": 5, "lora_alpha": 13, **settings})
 
 

@@ -564,7 +564,7 @@ def hard_rows() -> np.ndarray[Any, np.dtype[np.float32]]:
     rows[0] = 0
     rows[1, :32] = 0.25
     rows[2] *= 1e-9  # d is 0 in float16
-    rows[3] *= 1e-6  # d is no normal number there
+    rows[3] *= 1e-6  # d is not a normal number there
     rows[4] *= 4e3
     rows[5, 7] = 1e4
     rows[6] = np.abs(rows[6])

@@ -177,7 +177,7 @@ class LocalDirectory:
             return f"The model in {self.path} is complete; only its work folder is left"
         record = believed_record(self.path)
         if record is None or not record.is_whole(self.path):
-            return "The output is no model yet"
+            return "The output is not a model yet"
         if self._journal.is_committing and record.values.get("digest") == self._journal.digest:
             return "All files of the new model are in place, but it is not certain that they are on the disk"
         return "The model that was there before is still whole"

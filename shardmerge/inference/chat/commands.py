@@ -41,5 +41,5 @@ def command(line: str) -> tuple[str, str] | None:
 
 
 def for_model(line: str) -> str:
-    """What the model gets of a line that is no command."""
+    """What the model gets of a line that is not a command."""
     return line.replace("//", "/", 1) if line.lstrip().startswith("//") else line

@@ -123,11 +123,11 @@ class _Conversation:
 
     def _set_system(self, text: str) -> None:
         if not text:
-            _notice(f"what the model is told before the conversation: {self.system or 'nothing'}")
+            _notice(f"the system prompt: {self.system or 'nothing'}")
             return
         self.system = text
         self.history = _opening(text)
-        _notice("the conversation is forgotten; the model is told this before the next")
+        _notice("the conversation is forgotten; the next one begins with this system prompt")
 
 
 def _exchange(

@@ -103,7 +103,7 @@ def _check_composition(adapters: Sequence[tuple[AdapterFile, AdapterConfig]], co
     for adapter, entry in adapters:
         config, where = adapter.config or {}, adapter.source.location
         if config.get("megatron_config"):
-            # A module of a stranger's choice, which may lie in the working directory.
+            # The adapter chooses the module, and is untrusted: it may be one in the working directory.
             module = f"{config.get('megatron_core')!r:.80}"
             raise ConfigError(
                 f"{where}: PEFT would import the module that its megatron_core names, {module}; {_VERIFY}"
@@ -177,7 +177,9 @@ def _formulas(model: Any, adapter: AdapterFile, entry: AdapterConfig) -> list[Fo
             factor = tensor if kind.pairs.is_input_first else tensor.T
             pairs.setdefault(match["module"], {})["a" if is_a else "b"] = factor
         elif not kind.pairs.others.fullmatch(name):
-            raise ConfigError(f"{where}: {name} is no factor of LoRA, which is all that can be rebuilt here; {_VERIFY}")
+            raise ConfigError(
+                f"{where}: {name} is not a factor of LoRA, which is all that can be rebuilt here; {_VERIFY}"
+            )
     if halves := [name for name, pair in pairs.items() if len(pair) < 2]:
         raise ConfigError(f"{where}: {halves[0]} has one factor, expected two")
     formulas = []
