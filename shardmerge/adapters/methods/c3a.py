@@ -30,8 +30,6 @@ class C3aSettings(Settings):
 
 @register
 class C3a(PeftFamily):
-    """``peft_type: C3A``, and what it does to a matrix."""
-
     name = "c3a"
     by_rows = frozenset({"kernel"})
     neutral_if_zero = frozenset({"kernel"})
@@ -39,6 +37,7 @@ class C3a(PeftFamily):
     peft_type = "C3A"
     selectors = frozenset({"layers_to_transform", "layers_pattern"})
     title = "C3A"
+    updates = "Linear layers"
     paper = "arXiv:2407.19342"
     roles = {"c3a_kernel": "kernel"}
     settings = {"block_size": RANK, "block_size_pattern": RANK_PATTERN}
@@ -49,11 +48,9 @@ class C3a(PeftFamily):
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         size = C3aSettings.of(update).size
-        if len(shape) != 2 or any(of % size for of in shape):
-            return [
-                f"{update.module}.{update.parameter} is {list(shape)}, which blocks of {size} do not divide "
-                "(block_size and block_size_pattern)"
-            ]
+        if any(of % size for of in shape):
+            what = f"{update.module}.{update.parameter} is {list(shape)}"
+            return [f"{what}, which blocks of {size} do not divide (block_size and block_size_pattern)"]
         expected = (shape[0] // size, shape[1] // size, size)
         return misshaped(update.factor("kernel"), expected, f"a kernel for every block of {size} × {size}")
 

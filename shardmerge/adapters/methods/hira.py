@@ -22,8 +22,6 @@ from shardmerge.spec.updates import Parameter, Update, Window
 
 @register
 class Hira(Lora, PeftFamily):
-    """``peft_type: HIRA``, and what it does to a matrix."""
-
     name = "hira"
     adds = False
     peft_type = "HIRA"
@@ -46,7 +44,7 @@ class Hira(Lora, PeftFamily):
         # PEFT reads rank_pattern only where a module has an adapter already, so r is as good.
         rank = rank_of(context.config, module.name)
         factors = (("A", a), ("B", b))
-        claims.updates.append(self.update(module, context, factors=factors, rank=rank, transposes=bool(infix)))
+        claims.updates.append(self.update(module, context, factors=factors, transposes=bool(infix)))
         if 0 in a.shape or 0 in b.shape:
             return
         if len(a.shape) < 2 or len(b.shape) != len(a.shape) or any(size != 1 for size in b.shape[2:]):

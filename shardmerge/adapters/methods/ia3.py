@@ -33,8 +33,6 @@ class Ia3Settings(Settings):
 
 @register
 class Ia3(PeftFamily):
-    """``peft_type: IA3``, and what it does to a matrix or a bias."""
-
     name = "ia3"
     by_column_windows = True
     rows_are_independent = True

@@ -23,8 +23,6 @@ from shardmerge.spec.updates import Parameter, Update
 
 @register
 class Pvera(Factored, PeftFamily):
-    """``peft_type: PVERA``, and what it does to a matrix."""
-
     name = "pvera"
     by_rows = frozenset({"B", "lambda_b"})
     rows_are_independent = True
@@ -53,7 +51,7 @@ class Pvera(Factored, PeftFamily):
             claims.half(module.factors["lambda_b"], what, module.refs)
             return
         factors = (*module.factors.items(), ("A", context.shared["A"]), ("B", context.shared["B"]))
-        claims.updates.append(self.update(module, context, factors=factors, rank=context.config["r"]))
+        claims.updates.append(self.update(module, context, factors=factors))
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         return oriented(update, parameter, update.factor("lambda_b").shape[0], None)

@@ -17,8 +17,6 @@ from shardmerge.spec.tensors import TensorRef
 
 @register
 class TrainableTokensMethod(PeftMethod):
-    """``peft_type: TRAINABLE_TOKENS``."""
-
     peft_type = "TRAINABLE_TOKENS"
     selectors = frozenset()
     title = "Trainable tokens"

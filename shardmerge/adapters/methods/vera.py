@@ -21,7 +21,7 @@ from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.checks import FLAG, OPTIONAL_SEED, RANK
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors, Family, add_scaled, misshaped, oriented
+from shardmerge.adapters.methods.base import Factors, Family, add_scaled, all_misshaped, misshaped, oriented
 from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import DTYPE_NAMES, RowRange, TensorRef
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
@@ -38,8 +38,6 @@ class ProjectionSettings(Settings):
 
 @register
 class Vera(PeftFamily):
-    """``peft_type: VERA``, and what it does to a matrix."""
-
     name = "vera"
     by_rows = frozenset({"lambda_b", "B"})
     neutral_if_zero = frozenset({"lambda_b"})
@@ -68,8 +66,7 @@ class Vera(PeftFamily):
         factors = (*found.items(), *projections.items())
         family = self.name if projections else VeraSeeded.name
         settings = ProjectionSettings(context.config.get("projection_prng_key") or 0)
-        update = self.update(module, context, family=family, factors=factors, rank=rank, settings=settings)
-        claims.updates.append(update)
+        claims.updates.append(self.update(module, context, family=family, factors=factors, settings=settings))
         if any(0 in ref.shape for _, ref in factors):
             return
         b, d = found["lambda_b"], found["lambda_d"]
@@ -88,10 +85,8 @@ class Vera(PeftFamily):
             return problems
         sizes = ProjectionSettings.of(update).sizes
         rows, columns = sizes if any(sizes) else shape
-        what = "as large as the largest module"
-        problems += misshaped(update.factor("A"), (update.rank, columns), what)
-        problems += misshaped(update.factor("B"), (rows, update.rank), what)
-        return problems
+        expected = {"A": (update.rank, columns), "B": (rows, update.rank)}
+        return all_misshaped(update, expected, "as large as the largest module")
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         def right() -> Tensor:
