@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shardmerge.adapters.claims import ModuleUpdate
-from shardmerge.adapters.formats.refused import REFUSED_TYPES
+from shardmerge.adapters.formats.peft import REFUSED_TYPES
 from shardmerge.adapters.methods.base import add_scaled, check_dtypes
 from shardmerge.adapters.registry import FAMILIES, FORMATS, detect_format
 from shardmerge.spec.tensors import TensorRef

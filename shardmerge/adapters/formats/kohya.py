@@ -2,7 +2,7 @@
 
 LoRA, W' = W + α / r · up · down: down is (r, in) or, of a convolution, (r, in, k…); up is (out, r) or (out, r, 1…).
 LoKr and LoHa by LyCORIS' names, see `shardmerge.adapters.formats.lycoris`. Whole differences, W' = W + D, see
-`shardmerge.adapters.methods.difference`; and whole tensors in W's place.
+`shardmerge.adapters.methods.whole`; and whole tensors in W's place.
 
 A module's α is a number in the file, or is found where `adapters.formats.scales` looks; where nothing says it, the
 scale is 1. Keys are ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``, with the module's dots written
@@ -24,9 +24,8 @@ from shardmerge.adapters.formats import lycoris, parts
 from shardmerge.adapters.formats.base import AdapterContent, AdapterFormat, Tensors
 from shardmerge.adapters.formats.checks import Config
 from shardmerge.adapters.formats.scales import Scales
-from shardmerge.adapters.methods.difference import Difference
 from shardmerge.adapters.methods.lora import Lora
-from shardmerge.adapters.methods.whole import Replacement, WholeSettings
+from shardmerge.adapters.methods.whole import Difference, Replacement, WholeSettings
 from shardmerge.adapters.tables import register_format
 from shardmerge.key_mapping.naming import WRAPPER, module_name, unwrapped
 from shardmerge.spec.tensors import TensorRef

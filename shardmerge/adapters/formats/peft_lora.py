@@ -5,13 +5,17 @@ Source: peft/tuners/lora/config.py, model.py and layer.py, 0.21.
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from shardmerge.adapters.claims import Claims
 from shardmerge.adapters.formats import grouped_experts, peft_parameters
 from shardmerge.adapters.formats.checks import (
     FLAG,
+    MISSING,
     NUMBER,
     NUMBER_PATTERN,
     RANK,
@@ -23,24 +27,71 @@ from shardmerge.adapters.formats.checks import (
 )
 from shardmerge.adapters.formats.lora_forms import (
     ROLES,
+    TRAINING_STATE,
     blocks_problems,
     claim_embedding,
     claim_matrix,
     paired,
     rank_and_scaling,
     say_no_alpha,
+    variants,
 )
-from shardmerge.adapters.formats.peft_inits import initialisation_problems
 from shardmerge.adapters.formats.peft_method import BELOW_WRAPPERS, Context, Module, PeftMethod
 from shardmerge.adapters.formats.peft_targets import NOT_COVERED
 from shardmerge.adapters.formats.peft_tokens import claim_tokens, token_problems
-from shardmerge.adapters.formats.peft_variants import TRAINING_STATE, variants
 from shardmerge.adapters.formats.wholes import is_embedding
 from shardmerge.adapters.tables import register
 from shardmerge.key_mapping.naming import module_name
 from shardmerge.spec.tensors import TensorRef
 
 _CANNOT = "which cannot be merged"
+#: Initialisations that leave the base as it is, compared as PEFT compares them.
+_PLAIN = frozenset({"eva", "orthogonal"})
+#: Those that PEFT takes in any case.
+_PLAIN_IN_ANY_CASE = frozenset({"gaussian", "mica"})
+_PISSA = re.compile(r"pissa(_niter_\d+)?")
+_GIVE_BASE = (
+    "give as base the weights that the training had beside the factors, and name init_lora_weights in the adapter's "
+    "ignore_keys"
+)
+_CONVERT = (
+    "Convert the adapter with PEFT where it was trained (save_pretrained with "
+    f"path_initial_model_for_weight_conversion), which sets init_lora_weights to true; or {_GIVE_BASE}"
+)
+
+
+def initialisation_problems(key: str, value: Any) -> list[str]:
+    """A check of ``init_lora_weights``: the messages about one that moves the base, and about an unknown one.
+
+    An initialisation that takes the first B A out of W trains B A beside W - s · B₀ A₀, so W + s · B A is not what was
+    trained. PEFT does it again when it loads the adapter (pissa, olora), cannot (corda, whose first B A come from
+    data), or does not (lora_ga, whose come from gradients). Source: `update_layer`, peft/tuners/lora/layer.py, 0.21.2.
+    """
+    if value is MISSING or value is None or isinstance(value, bool):
+        return []
+    if not isinstance(value, str):
+        return [_unknown_init(key, value)]
+    if value in _PLAIN or value.lower() in _PLAIN_IN_ANY_CASE:
+        return []
+    if value == "loftq":
+        return [
+            f"{key}: 'loftq' puts quantised weights in the place of the base's, in training and whenever PEFT loads "
+            "the adapter, so that these weights plus s·B·A are not what was trained. No conversion undoes that: "
+            f"{_GIVE_BASE} (PEFT's unload() returns them once it has loaded the adapter on this base)"
+        ]
+    if _PISSA.fullmatch(value) or value.startswith("corda") or value.lower() == "olora" or value == "lora_ga":
+        return [
+            f"{key}: {value!r:.80} takes the first B·A out of the base's weights, so that these weights plus s·B·A are "
+            f"not what was trained. {_CONVERT}"
+        ]
+    return [_unknown_init(key, value)]
+
+
+def _unknown_init(key: str, value: Any) -> str:
+    return (
+        f"{key}: {reprlib.repr(value)} is an initialisation that is unknown to this version, and to PEFT 0.21.2, which "
+        "does not load it; whether it moves the base's weights is not known"
+    )
 
 
 @register
@@ -78,15 +129,8 @@ class LoraMethod(PeftMethod):
     ignorable = frozenset({"init_lora_weights"})
     inert = frozenset(
         {
-            "corda_config",
-            "eva_config",
-            "loftq_config",
-            "lora_dropout",
-            "lora_ga_config",
-            "megatron_config",
-            "megatron_core",
-            "merge_weights",  # of PEFT 0.2: when it merges by itself
-            "qalora_group_size",
+            *("corda_config", "eva_config", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config"),
+            *("megatron_core", "merge_weights", "qalora_group_size"),  # merge_weights is when PEFT 0.2 merges by itself
         }
     )
     refused = {

@@ -20,9 +20,9 @@ from typing import Any
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.checks import MISSING, is_rank
+from shardmerge.adapters.formats.lora_forms import variants
 from shardmerge.adapters.formats.peft_method import Context, Module
 from shardmerge.adapters.formats.peft_targets import matches
-from shardmerge.adapters.formats.peft_variants import variants
 from shardmerge.adapters.methods.lora_experts import ExpertSettings, LoraExperts
 
 #: The file's word for a layout → ours.

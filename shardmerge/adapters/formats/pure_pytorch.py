@@ -16,8 +16,8 @@ from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.base import AdapterContent, AdapterFormat, Pairs, Tensors
 from shardmerge.adapters.formats.checks import Config
 from shardmerge.adapters.formats.scales import Scales
-from shardmerge.adapters.methods.frozen import FrozenCopy
 from shardmerge.adapters.methods.lora import Lora
+from shardmerge.adapters.methods.whole import FrozenCopy
 from shardmerge.adapters.tables import register_format
 from shardmerge.key_mapping.naming import module_name
 from shardmerge.spec.tensors import TensorRef

@@ -177,16 +177,6 @@ def slab_elements(columns: int) -> int:
     return 2 * max(_SLAB_ROWS * columns, _SLAB_ELEMENTS)
 
 
-def window_of(factors: Factors, role: str, update: Update, window: Window) -> Tensor:
-    """The window's part of a factor that has the shape of the parameter, (rows, columns)."""
-    if update.experts:
-        part = factors.whole(role)[window.expert].reshape(update.rows, update.columns)
-        part = part[window.rows.start : window.rows.stop]
-    else:
-        part = factors.rows(role, window.rows).reshape(len(window.rows), update.columns)
-    return part[:, window.columns.start : window.columns.stop]
-
-
 # --- the checks that families share -----------------------------------------------------------------------------------
 
 

@@ -13,17 +13,23 @@ merge, for every dtype of the base.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from shardmerge.adapters.formats.checks import FLAG, Config, checked
 from shardmerge.adapters.formats.peft_method import Module
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.fourierft import FourierFt, SpectrumSettings, places, spectrum_of
-from shardmerge.adapters.methods.wavelets import WAVELETS
 from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Settings, Update
 
 _WAVELET = "db1"
+#: The low-pass filters of reconstruction, of length one and an even number of taps, by the wavelet's name: Daubechies
+#: (db), their nearly symmetric kin (sym) and coiflets (coif), to the nine digits that fix a float32. They are those of
+#: Daubechies, "Ten Lectures on Wavelets", 1992, in the order and with the signs of PyWavelets.
+WAVELETS: dict[str, list[float]] = json.loads(Path(__file__).with_name("wavelets.json").read_text(encoding="utf-8"))
+WAVELETS |= {"sym2": WAVELETS["db2"], "sym3": WAVELETS["db3"]}
 
 
 @dataclass(frozen=True, slots=True)
