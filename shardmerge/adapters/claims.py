@@ -58,6 +58,11 @@ class ModuleUpdate:
         return dataclasses.replace(self, **changes)
 
 
+def shown(*refs: TensorRef) -> str:
+    """Names and shapes of tensors, for messages."""
+    return " and ".join(f"{ref.name} {list(ref.shape)}" for ref in refs)
+
+
 @dataclass(slots=True)
 class Claims:
     """What a reader made of an adapter's tensors; tensors in no update's factors are left over."""
@@ -91,7 +96,12 @@ class Claims:
         self.reject((ref, *others), f"{ref.name} is there without {missing}")
 
     def misfit(self, problem: str) -> None:
-        """Report that the factors of the newest update do not fit each other; it is not matched further."""
+        """Report that the factors of the newest update do not fit each other; it is not matched further.
+
+        A factor without numbers is reported by itself, so that nothing is said of how it fits.
+        """
+        if any(0 in ref.shape for _, ref in self.updates[-1].factors):
+            return
         self.problems.append(problem)
         self.updates[-1] = self.updates[-1].changed(fits=False)
 

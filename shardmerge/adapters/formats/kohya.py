@@ -19,14 +19,13 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
 from shardmerge.adapters.base_view import BaseView
-from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
 from shardmerge.adapters.formats import lycoris, parts
 from shardmerge.adapters.formats.base import AdapterContent, AdapterFormat, Tensors
 from shardmerge.adapters.formats.checks import Config
 from shardmerge.adapters.formats.scales import Scales
 from shardmerge.adapters.methods.lora import Lora
 from shardmerge.adapters.methods.whole import Difference, Replacement, WholeSettings
-from shardmerge.adapters.tables import register_format
 from shardmerge.key_mapping.naming import WRAPPER, module_name, unwrapped
 from shardmerge.spec.tensors import TensorRef
 
@@ -69,7 +68,6 @@ _UNKNOWN = (
 )
 
 
-@register_format
 class Kohya(AdapterFormat):
     """``format: kohya``."""
 
@@ -189,8 +187,8 @@ def _claim_pair(claims: Claims, module: str, factors: Mapping[str, TensorRef], s
     kernels = up.shape[2:]
     if len(down.shape) < 2 or len(up.shape) < 2 or up.shape[1] != down.shape[0] or any(size != 1 for size in kernels):
         claims.misfit(
-            f"{down.name} {list(down.shape)} and {up.name} {list(up.shape)}: expected (r, in) and (out, r) of one "
-            "rank, or of a convolution (r, in, k…) and (out, r, 1…)"
+            f"{shown(down, up)}: expected (r, in) and (out, r) of one rank, or of a convolution (r, in, k…) and "
+            "(out, r, 1…)"
         )
         return
     rank = down.shape[0]

@@ -11,11 +11,11 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
 from shardmerge.adapters.formats.checks import MISSING, Config, is_rank, is_strings, pattern_value, rank_of
 from shardmerge.adapters.formats.peft_method import Module, contradiction, key_of
 from shardmerge.adapters.methods.kasa import Kasa
-from shardmerge.adapters.methods.lora import BlockSettings, Dora, Lora, LoraBias, LoraBlocks, scaling_of
+from shardmerge.adapters.methods.lora import BlockSettings, Dora, Lora, LoraBias, LoraBlocks, no_factors, scaling_of
 from shardmerge.spec.tensors import TensorRef
 
 #: The end of a key → the factor's role.
@@ -81,13 +81,8 @@ def claim_matrix(claims: Claims, module: Module, config: Config) -> None:
         return
     update = _with_magnitude(claims, module, config, update)
     claims.updates.append(_with_diagonal(claims, module, config, update))
-    if 0 in a.shape or 0 in b.shape:
-        return
-    if len(a.shape) < 2 or len(b.shape) != len(a.shape) or any(size != 1 for size in b.shape[2:]):
-        claims.misfit(
-            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} are no factors: expected (r, in) and (out, r), or "
-            "of a convolution (r, in, k…) and (out, r, 1…)"
-        )
+    if problem := no_factors(a, b):
+        claims.misfit(problem)
     else:
         _check_ranks(claims, a, b, rank, module.name)
     _claim_bias(claims, module, config, scaling)
@@ -134,10 +129,7 @@ def _check_ranks(claims: Claims, a: TensorRef, b: TensorRef, rank: int, name: st
                 f"; A has 1/{b.shape[1] // a.shape[0]} of its rows, as where one process of several (FSDP, ZeRO-3) "
                 "saved only its own part of every factor: save the adapter again from the full, gathered state dict"
             )
-        claims.misfit(
-            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} disagree on the rank: expected (r, in) and (out, r)"
-            + hint
-        )
+        claims.misfit(f"{shown(a, b)} disagree on the rank: expected (r, in) and (out, r){hint}")
     elif a.shape[0] != rank:
         claims.misfit(
             f"{a.name} has rank {a.shape[0]}, but adapter_config.json says {rank} for {name} (r and rank_pattern)"
@@ -196,9 +188,7 @@ def claim_embedding(claims: Claims, module: Module, config: Config) -> None:
     update = ModuleUpdate(module.name, "weight", Lora.name, (("A", a), ("B", b)), scaling, rank, transposes=True)
     update = _with_magnitude(claims, module, config, update)
     claims.updates.append(_with_diagonal(claims, module, config, update))
-    if 0 in a.shape or 0 in b.shape:
-        return
     if len(a.shape) != 2 or len(b.shape) != 2:
-        claims.misfit(f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (r, V) and (D, r)")
+        claims.misfit(f"{shown(a, b)}: expected (r, V) and (D, r)")
     else:
         _check_ranks(claims, a, b, rank, module.name)

@@ -18,7 +18,7 @@ from shardmerge.adapters.formats.base import AdapterContent, AdapterFormat, Conf
 from shardmerge.adapters.formats.checks import is_number
 from shardmerge.adapters.formats.peft_lora import LoraMethod
 from shardmerge.adapters.formats.peft_method import Context
-from shardmerge.adapters.tables import METHODS, register_format
+from shardmerge.adapters.tables import METHODS
 
 _BESIDE = "keep the adapter beside the base and load both with PEFT"
 _PROMPT = (
@@ -48,7 +48,6 @@ REFUSED_TYPES: Mapping[str, str] = {
 }
 
 
-@register_format
 class Peft(AdapterFormat):
     """``format: peft``."""
 

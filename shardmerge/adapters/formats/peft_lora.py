@@ -40,7 +40,6 @@ from shardmerge.adapters.formats.peft_method import BELOW_WRAPPERS, Context, Mod
 from shardmerge.adapters.formats.peft_targets import NOT_COVERED
 from shardmerge.adapters.formats.peft_tokens import claim_tokens, token_problems
 from shardmerge.adapters.formats.wholes import is_embedding
-from shardmerge.adapters.tables import register
 from shardmerge.key_mapping.naming import module_name
 from shardmerge.spec.tensors import TensorRef
 
@@ -94,7 +93,6 @@ def _unknown_init(key: str, value: Any) -> str:
     )
 
 
-@register
 class LoraMethod(PeftMethod):
     """``peft_type: LORA``."""
 

@@ -18,7 +18,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
 from shardmerge.adapters.formats.checks import MISSING, is_rank
 from shardmerge.adapters.formats.lora_forms import variants
 from shardmerge.adapters.formats.peft_method import Context, Module
@@ -93,12 +93,8 @@ def claim_parameter(claims: Claims, module: Module, rank: int, scaling: float, c
     claims.updates.append(
         ModuleUpdate(name, parameter, LoraExperts.name, (("A", a), ("B", b)), scaling, rank, settings=settings)
     )
-    if 0 in a.shape or 0 in b.shape:
-        return
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
-        claims.misfit(
-            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (r·E, in) and (out, r·E) with r = {rank}"
-        )
+        claims.misfit(f"{shown(a, b)}: expected (r·E, in) and (out, r·E) with r = {rank}")
         return
     layout, problem = layout_of(parameter, rank, a.shape[0] // rank, context)
     if problem:

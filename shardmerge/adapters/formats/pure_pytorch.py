@@ -12,13 +12,12 @@ import re
 from collections.abc import Collection, Mapping
 
 from shardmerge.adapters.base_view import BaseView
-from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
 from shardmerge.adapters.formats.base import AdapterContent, AdapterFormat, Pairs, Tensors
 from shardmerge.adapters.formats.checks import Config
 from shardmerge.adapters.formats.scales import Scales
 from shardmerge.adapters.methods.lora import Lora
 from shardmerge.adapters.methods.whole import FrozenCopy
-from shardmerge.adapters.tables import register_format
 from shardmerge.key_mapping.naming import module_name
 from shardmerge.spec.tensors import TensorRef
 
@@ -26,7 +25,6 @@ _FACTOR = re.compile(r"(?P<module>.+)\.(?P<role>[AB]|alpha)")
 _FROZEN = re.compile(r"(?P<module>.+)\.original\.(?P<parameter>weight|bias)")
 
 
-@register_format
 class PurePytorch(AdapterFormat):
     """``format: pure-pytorch``."""
 
@@ -75,16 +73,12 @@ def _claim_pair(claims: Claims, name: str, pair: Mapping[str, TensorRef], scales
     claims.updates.append(ModuleUpdate(module_name(name), "weight", Lora.name, (("A", a), ("B", b))))
     rank = a.shape[1] if len(a.shape) == 2 else 1
     scaling = scales.of(claims, rank, pair.get("alpha"), one_if_unsaid=False)
-    if 0 in a.shape or 0 in b.shape:
-        return
     matrices = len(a.shape) == 2 and len(b.shape) == 2
     if not matrices or a.shape[1] != b.shape[0]:
         hint = ""
         if matrices and a.shape[0] == b.shape[1]:
             hint = "; these are (r, in) and (out, r), PEFT's layout: transpose both, or name them lora_A and lora_B"
-        claims.misfit(
-            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (in, r) and (r, out) of one rank{hint}"
-        )
+        claims.misfit(f"{shown(a, b)}: expected (in, r) and (r, out) of one rank{hint}")
         return
     factors = (("A", a.transposed()), ("B", b.transposed()))
     claims.updates[-1] = claims.updates[-1].changed(factors=factors, scaling=scaling, rank=rank)

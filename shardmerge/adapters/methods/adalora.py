@@ -18,14 +18,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
 from shardmerge.adapters.formats.checks import FLAG, MISSING, NUMBER, RANK, Config
 from shardmerge.adapters.formats.peft_lora import LoraMethod
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.formats.peft_tokens import claim_tokens, token_problems
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, all_misshaped, oriented
-from shardmerge.adapters.tables import register
 from shardmerge.key_mapping.naming import module_name
 from shardmerge.spec.tensors import TensorRef
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
@@ -52,7 +51,6 @@ class AdaLoraSettings(Settings):
     init_r: int
 
 
-@register
 class AdaLora(PeftFamily):
     name = "adalora"
     by_rows = frozenset({"B"})
@@ -97,8 +95,6 @@ class AdaLora(PeftFamily):
         alpha = config["lora_alpha"]
         scaling, settings = alpha if alpha > 0 else rank, AdaLoraSettings(started)
         claims.updates.append(self.update(module, context, scaling=scaling, rank=rank, settings=settings))
-        if module.is_empty:
-            return
         if kept is not None and len(kept) != started:
             claims.misfit(
                 f"adapter_config.json: rank_pattern has {len(kept)} ranks of {module.name}, but init_r is {started}"
@@ -108,8 +104,8 @@ class AdaLora(PeftFamily):
         source = "init_r" if kept is None else "what rank_pattern keeps"
         if len(a.shape) != 2 or a.shape[0] != rank or len(b.shape) != 2 or b.shape[1] != rank or e.shape != (rank, 1):
             claims.misfit(
-                f"{a.name} {list(a.shape)}, {b.name} {list(b.shape)} and {e.name} {list(e.shape)}: expected (r, in), "
-                f"(out, r) and (r, 1) with r = {rank}, {source} of {module.name} in adapter_config.json"
+                f"{shown(a, b, e)}: expected (r, in), (out, r) and (r, 1) with r = {rank}, {source} of {module.name} "
+                "in adapter_config.json"
             )
 
     def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:

@@ -2,8 +2,7 @@
 
 A family is a *row update*, not a delta: ``apply`` changes a window of a module's matrix in place. So families that
 rescale, multiply or rotate fit as well as those that add. Families do no I/O; their factors come through `Factors`,
-which reads lazily. A family registers itself with `shardmerge.adapters.tables.register`; nothing outside its module
-compares its name.
+which reads lazily. `shardmerge.adapters.registry` registers it by its name; nothing outside its module compares that.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, all_misshaped, as_vector
 from shardmerge.adapters.methods.blocks import block_bytes, cayley, rotate, widened
-from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Settings, Update, Window
 
 
@@ -36,7 +35,6 @@ class BoftSettings(Settings):
     butterflies: int
 
 
-@register
 class Boft(PeftFamily):
     name = "boft"
     mixes_weight = True  # W R, R a product of rotations

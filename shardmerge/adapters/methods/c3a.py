@@ -16,7 +16,6 @@ from shardmerge.adapters.formats.checks import RANK, RANK_PATTERN, Config, patte
 from shardmerge.adapters.formats.peft_method import Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, misshaped
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Settings, Update, Window
 
@@ -28,7 +27,6 @@ class C3aSettings(Settings):
     size: int
 
 
-@register
 class C3a(PeftFamily):
     name = "c3a"
     by_rows = frozenset({"kernel"})

@@ -18,7 +18,6 @@ from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily,
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, all_misshaped, oriented
 from shardmerge.adapters.methods.factored import TwoPass
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Parameter, Settings, Update
 
@@ -31,7 +30,6 @@ class DeftSettings(Settings):
     orthogonal: bool
 
 
-@register
 class Deft(TwoPass, PeftFamily):
     name = "deft"
     mixes_weight = True  # B Q looks at whole columns of W

@@ -15,13 +15,11 @@ from shardmerge.adapters.formats.checks import NUMBER_PATTERN, OPTIONAL_NUMBER, 
 from shardmerge.adapters.formats.peft_method import PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, add_scaled, all_misshaped
-from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Update, Window
 
 _LEAST = 1e-4
 
 
-@register
 class Delora(PeftFamily):
     name = "delora"
     neutral_if_zero = frozenset({"B"})

@@ -17,7 +17,6 @@ from shardmerge.adapters.formats.checks import NUMBER, RANK, RANK_PATTERN, SEED,
 from shardmerge.adapters.formats.peft_method import Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, add_scaled, oriented
-from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
 
 
@@ -29,7 +28,6 @@ class SpectrumSettings(Settings):
     seed: int
 
 
-@register
 class FourierFt(PeftFamily):
     name = "fourierft"
     by_column_windows = True

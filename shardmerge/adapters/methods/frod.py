@@ -20,7 +20,6 @@ from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import PART_ROWS, Factors, all_misshaped, check_indices, parts_of
 from shardmerge.adapters.methods.osf import stored_dtype
-from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Update, Window
 
 _SHARED = re.compile(r"(?:base_model\.)?(?:model\.)?frod_(?P<what>V|s_indices|s_size)\.(?P<category>[^.]+)(?:\.[^.]+)?")
@@ -28,7 +27,6 @@ _SHARED = re.compile(r"(?:base_model\.)?(?:model\.)?frod_(?P<what>V|s_indices|s_
 _SHORT = 1e-12
 
 
-@register
 class Frod(PeftFamily):
     name = "frod"
     whole_numbers = frozenset({"places"})

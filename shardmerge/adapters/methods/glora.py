@@ -20,7 +20,6 @@ from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, Family, all_misshaped
 from shardmerge.adapters.methods.lora import add_product
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import MIN_TILE_ROWS, RowRange
 from shardmerge.spec.updates import Settings, Update, Window
 
@@ -36,7 +35,6 @@ class GloraSettings(Settings):
     vectors: str
 
 
-@register
 class Glora(PeftFamily):
     name = "glora"
     by_rows = frozenset({"A.Xd", "B.Xd", "A.zeros", "B.zeros"})
@@ -114,7 +112,6 @@ class Glora(PeftFamily):
         return 2 * MIN_TILE_ROWS * update.columns * itemsize if update.has("B.Xd") else 0
 
 
-@register
 class GloraBias(Family):
     """b + (b ∘ D + E + W C)."""
 

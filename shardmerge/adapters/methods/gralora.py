@@ -13,13 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
 from shardmerge.adapters.formats.checks import COUNT, NUMBER, RANK, Config, is_rank
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily, contradiction
 from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import PART_ROWS, Factors, add_scaled, all_misshaped, oriented, parts_of
 from shardmerge.adapters.methods.lora import add_product
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import MIN_TILE_ROWS, RowRange
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
 
@@ -32,7 +31,6 @@ class GraloraSettings(Settings):
     hybrid: int
 
 
-@register
 class Gralora(PeftFamily):
     name = "gralora"
     by_rows = frozenset({"general_B"})
@@ -73,9 +71,7 @@ class Gralora(PeftFamily):
         claims.updates.append(self.update(module, context))
         a, b = module.factors["A"], module.factors["B"]
         if len(a.shape) != 3 or len(b.shape) != 3:
-            claims.misfit(
-                f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (k, in/k, r) and (k, r, out/k)"
-            )
+            claims.misfit(f"{shown(a, b)}: expected (k, in/k, r) and (k, r, out/k)")
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         a, b = update.factor("A"), update.factor("B")

@@ -18,7 +18,6 @@ from shardmerge.adapters.formats.checks import FLAG, RANK, Config
 from shardmerge.adapters.formats.peft_method import Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, misshaped
-from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Settings, Update, Window
 
 #: Rows of H that are reflected at once.
@@ -32,7 +31,6 @@ class HraSettings(Settings):
     orthogonal: bool
 
 
-@register
 class Hra(PeftFamily):
     name = "hra"
     mixes_weight = True  # W H, reflections

@@ -17,7 +17,6 @@ from shardmerge.adapters.formats.checks import FLAG, STRINGS, Config
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, as_vector, is_vector, misshaped, oriented
-from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
 from shardmerge.system.bounded_regex import first_match
 from shardmerge.system.bounded_regex import problems as regex_problems
@@ -31,7 +30,6 @@ class Ia3Settings(Settings):
     dims: int
 
 
-@register
 class Ia3(PeftFamily):
     name = "ia3"
     by_column_windows = True

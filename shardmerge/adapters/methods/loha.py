@@ -28,7 +28,6 @@ from shardmerge.adapters.formats.checks import (
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, add_scaled, all_misshaped, slab_elements, slabs
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Update, Window
 
@@ -54,7 +53,6 @@ class LycorisFamily(PeftFamily):
         return True
 
 
-@register
 class Loha(LycorisFamily):
     name = "loha"
     by_rows = frozenset({"w1_a", "w2_a"})
@@ -102,7 +100,6 @@ class Loha(LycorisFamily):
         return slab_elements(update.columns) * itemsize
 
 
-@register
 class LohaTucker(Loha):
     """The same for a convolution with a core of its own."""
 

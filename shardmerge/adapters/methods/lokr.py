@@ -24,7 +24,6 @@ from shardmerge.adapters.formats.peft_method import Context, Module
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, add_scaled, misshaped, slab_elements, slabs
 from shardmerge.adapters.methods.loha import LycorisFamily
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import KEPT_WHOLE_BYTES, RowRange
 from shardmerge.spec.updates import Settings, Update, Window
 
@@ -39,7 +38,6 @@ class LokrSettings(Settings):
     kronecker: bool = False
 
 
-@register
 class Lokr(LycorisFamily):
     name = "lokr"
     neutral_if_zero = frozenset({"w1", "w1_a"})
@@ -71,7 +69,7 @@ class Lokr(LycorisFamily):
             return
         update = self.update(module, context, settings=LokrSettings())
         claims.updates.append(update)
-        if not module.is_empty and (problems := _misfits(update)):
+        if problems := _misfits(update):
             claims.misfit(problems[0])
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:

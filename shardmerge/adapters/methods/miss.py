@@ -18,7 +18,6 @@ from shardmerge.adapters.formats.checks import RANK, checked, is_rank
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, misshaped, slab_elements, slabs
-from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Settings, Update, Window
 
 
@@ -29,7 +28,6 @@ class MissSettings(Settings):
     mini_r: int
 
 
-@register
 class Miss(PeftFamily):
     name = "miss"
     neutral_if_zero = frozenset({"M"})
@@ -78,7 +76,6 @@ class Miss(PeftFamily):
         return 2 * slab * itemsize + 2 * 8 * max(1, slab // max(1, update.columns))
 
 
-@register
 class Bone(Miss):
     """``peft_type: BONE``, as MiSS was called before."""
 
@@ -92,7 +89,6 @@ class Bone(Miss):
     inert = frozenset()
 
 
-@register
 class MissBat(Miss):
     """The variant that multiplies, too."""
 

@@ -31,7 +31,6 @@ from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, misshaped
 from shardmerge.adapters.methods.blocks import block_bytes, cayley, neumann, rotate, rotate_back, widened
-from shardmerge.adapters.tables import register
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.updates import Settings, Update, Window
 
@@ -53,7 +52,6 @@ class OftSettings(Settings):
     embedding: bool
 
 
-@register
 class Oft(PeftFamily):
     name = "oft"
     mixes_weight = True  # W R, rotations

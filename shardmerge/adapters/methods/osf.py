@@ -20,7 +20,6 @@ from shardmerge.adapters.formats.checks import MISSING, Config, checked, is_numb
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, all_misshaped, parts_of
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import MIN_TILE_ROWS
 from shardmerge.spec.updates import Settings, Update, Window
 from shardmerge.system.bounded_regex import first_match
@@ -51,7 +50,6 @@ class OsfSettings(Settings):
     kept: float | None
 
 
-@register
 class Osf(PeftFamily):
     name = "osf"
     by_rows = frozenset({"U"})

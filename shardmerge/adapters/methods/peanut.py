@@ -20,7 +20,6 @@ from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, all_misshaped
 from shardmerge.adapters.methods.factored import TwoPass
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Settings, Update
 
@@ -60,7 +59,6 @@ class PeanutSettings(Settings):
     activation: str
 
 
-@register
 class Peanut(TwoPass, PeftFamily):
     name = "peanut"
     mixes_weight = True  # a network looks at W

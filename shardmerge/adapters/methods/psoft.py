@@ -25,7 +25,6 @@ from shardmerge.adapters.methods.base import Factors, all_misshaped
 from shardmerge.adapters.methods.blocks import cayley, neumann
 from shardmerge.adapters.methods.factored import Factored
 from shardmerge.adapters.methods.osf import svd_bytes
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Settings, Update
 
@@ -47,7 +46,6 @@ class PsoftSettings(Settings):
     scaling: float
 
 
-@register
 class Psoft(Factored, PeftFamily):
     name = "psoft"
     by_column_windows = False

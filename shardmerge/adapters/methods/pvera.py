@@ -16,12 +16,10 @@ from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, misshaped, oriented
 from shardmerge.adapters.methods.factored import Factored
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Parameter, Update
 
 
-@register
 class Pvera(Factored, PeftFamily):
     name = "pvera"
     by_rows = frozenset({"B", "lambda_b"})

@@ -37,7 +37,6 @@ from shardmerge.adapters.methods.base import (
     slabs,
 )
 from shardmerge.adapters.methods.vera import ProjectionSettings, rounded, shared_projections, sized
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import DTYPE_BITS, RowRange, TensorRef
 from shardmerge.spec.updates import Parameter, Update, Window
 
@@ -49,7 +48,6 @@ class RandLoraSettings(ProjectionSettings):
     sparse: str = ""
 
 
-@register
 class RandLora(PeftFamily):
     name = "randlora"
     streamed = frozenset({"B"})
@@ -139,7 +137,6 @@ class RandLora(PeftFamily):
         return whole + _working_bytes(update, itemsize, row) + 2 * PART_ROWS * row * DTYPE_BITS[ref.dtype] // 8
 
 
-@register
 class RandLoraSeeded(RandLora):
     """The same with A and B drawn from the seed."""
 

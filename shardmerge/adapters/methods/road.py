@@ -21,7 +21,6 @@ from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, all_misshaped
 from shardmerge.adapters.methods.blocks import rotate_rows, widened
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Settings, Update, Window
 
@@ -39,7 +38,6 @@ class RoadSettings(Settings):
     group: int
 
 
-@register
 class Road(PeftFamily):
     name = "road"
     mixes_weight = True  # pairs of W's rows are rotated

@@ -13,11 +13,9 @@ from shardmerge.adapters.formats.checks import RANK
 from shardmerge.adapters.formats.peft_method import PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, all_misshaped, check_indices
-from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Update, Window
 
 
-@register
 class Shira(PeftFamily):
     name = "shira"
     whole_numbers = frozenset({"places"})

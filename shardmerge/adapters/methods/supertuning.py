@@ -17,7 +17,6 @@ from shardmerge.adapters.formats.checks import OPTIONAL_NUMBER, checked, is_numb
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily, contradiction
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, all_misshaped, check_indices
-from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Settings, Update, Window
 
 
@@ -29,7 +28,6 @@ class SuperTuningSettings(Settings):
     lora: float
 
 
-@register
 class SuperTuning(PeftFamily):
     name = "supertuning"
     by_rows = frozenset({"B"})

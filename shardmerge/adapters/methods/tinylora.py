@@ -22,7 +22,6 @@ from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, all_misshaped, oriented
 from shardmerge.adapters.methods.factored import Factored
-from shardmerge.adapters.tables import register
 from shardmerge.errors import FormatError
 from shardmerge.spec.tensors import RowRange, TensorRef
 from shardmerge.spec.updates import Parameter, Settings, Update
@@ -42,7 +41,6 @@ class TinyLoraSettings(Settings):
     groups: int = 0
 
 
-@register
 class TinyLora(Factored, PeftFamily):
     name = "tinylora"
     by_rows = frozenset({"B"})

@@ -19,7 +19,6 @@ from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, all_misshaped, check_indices, oriented
 from shardmerge.adapters.methods.factored import Factored
 from shardmerge.adapters.methods.unilora_seeded import deal
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange, TensorRef
 from shardmerge.spec.updates import Parameter, Settings, Update
 
@@ -31,7 +30,6 @@ class UniLoraSettings(Settings):
     length: int
 
 
-@register
 class UniLora(Factored, PeftFamily):
     name = "unilora"
     by_rows = frozenset({"indices_B", "scales_B"})

@@ -20,7 +20,6 @@ from shardmerge.adapters.formats.checks import FLAG, RANK
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily, key_of
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, add_scaled, all_misshaped, check_indices, misshaped, oriented
-from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
 
 _LOGITS, _INDICES, _WEIGHTS = ("logits_A", "logits_B"), ("indices_A", "indices_B"), ("weights_A", "weights_B")
@@ -33,7 +32,6 @@ class VbLoraSettings(Settings):
     topk: int
 
 
-@register
 class VbLora(PeftFamily):
     name = "vblora"
     whole_numbers = frozenset(_INDICES)
@@ -79,8 +77,6 @@ class VbLora(PeftFamily):
         factors = (("bank", bank), *((role, ref) for role, ref in found.items() if most > 1 or role not in _WEIGHTS))
         update = self.update(module, context, factors=factors, settings=VbLoraSettings(most))
         claims.updates.append(update)
-        if any(0 in ref.shape for _, ref in factors):
-            return
         size = (config["num_vectors"], config["vector_length"])
         if problems := misshaped(bank, size, "num_vectors and vector_length in adapter_config.json"):
             claims.misfit(problems[0])

@@ -21,7 +21,6 @@ from shardmerge.adapters.formats.checks import FLAG, Config, checked
 from shardmerge.adapters.formats.peft_method import Module
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.fourierft import FourierFt, SpectrumSettings, places, spectrum_of
-from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Settings, Update
 
 _WAVELET = "db1"
@@ -39,7 +38,6 @@ class WaveFtSettings(SpectrumSettings):
     wavelet: str | None
 
 
-@register
 class WaveFt(FourierFt):
     name = "waveft"
     peft_type = "WAVEFT"

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Effect, Factors, Family, add_scaled
-from shardmerge.adapters.tables import register
 from shardmerge.errors import FormatError
 from shardmerge.spec.updates import HasSettings, Parameter, Settings, Update, Window
 
@@ -51,7 +50,6 @@ def _window_of(factors: Factors, role: str, update: Update, window: Window) -> T
     return part[:, window.columns.start : window.columns.stop]
 
 
-@register
 class Replacement(Family):
     """The adapter's tensor in place of the base's. The plan makes it the source, so nothing is left to do by tile."""
 
@@ -79,7 +77,6 @@ class Replacement(Family):
         return
 
 
-@register
 class Overwrite(Replacement):
     """The same where the base stores the tensor in parts, in a larger one, or the other way round."""
 
@@ -102,7 +99,6 @@ class Overwrite(Replacement):
         tile.copy_(_window_of(factors, "whole", update, window))
 
 
-@register
 class Difference(Family):
     """W' = W + s · D, by rows or by columns; s is the adapter's weight in our config, as there is no α."""
 
@@ -130,7 +126,6 @@ class Difference(Family):
         add_scaled(tile, scratch, update.scaling)
 
 
-@register
 class FrozenCopy(Family):
     """Raises FormatError where the copy and the base differ.
 
@@ -173,7 +168,6 @@ class TokenSettings(Settings):
     for_both_sides: bool
 
 
-@register
 class TokenRows(Family):
     """Rows of an embedding (or of the output head) replaced."""
 
