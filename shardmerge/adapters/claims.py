@@ -54,7 +54,6 @@ class ModuleUpdate:
         return next(ref for name, ref in self.factors if name == role)
 
     def changed(self, **changes: Any) -> ModuleUpdate:
-        """The same with other fields."""
         return dataclasses.replace(self, **changes)
 
 
@@ -83,7 +82,6 @@ class Claims:
         return cls(problems=list(problems), refused=True)
 
     def account_for(self, refs: Iterable[TensorRef]) -> None:
-        """Mark tensors as accounted for."""
         self.accounted |= {ref.name for ref in refs}
 
     def reject(self, refs: Iterable[TensorRef], problem: str) -> None:

@@ -163,7 +163,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "alpha_pattern of nan": ({"alpha_pattern": {"q": float("nan")}}, ["alpha_pattern['q'] must be a finite number"]),
     "alpha_pattern beyond floats": ({"alpha_pattern": {"q": 10**400}}, ["alpha_pattern['q'] must be a finite"]),
     **{
-        f"{key} {name}": ({key: {pattern: 4}}, [f"{key}[", "is no regular expression"])
+        f"{key} {name}": ({key: {pattern: 4}}, [f"{key}[", "is not a regular expression"])
         for key in ("rank_pattern", "alpha_pattern")
         for name, pattern in {
             "unclosed": "(q",
@@ -172,9 +172,9 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], list[str]]] = {
             "too deep": "(" * 2000 + ")" * 2000,
         }.items()
     },
-    "targets unclosed": ({"target_modules": "(q"}, ["target_modules is no regular expression"]),
-    "targets too large": ({"target_modules": "q{99999999999999}"}, ["target_modules is no regular expression"]),
-    "targets too deep": ({"target_modules": "(" * 2000 + ")" * 2000}, ["target_modules is no regular expression"]),
+    "targets unclosed": ({"target_modules": "(q"}, ["target_modules is not a regular expression"]),
+    "targets too large": ({"target_modules": "q{99999999999999}"}, ["target_modules is not a regular expression"]),
+    "targets too deep": ({"target_modules": "(" * 2000 + ")" * 2000}, ["target_modules is not a regular expression"]),
     "targets are a mapping": ({"target_modules": {}}, ["target_modules must be a string or a list of strings"]),
     "targets hold a number": ({"target_modules": ["q", 1]}, ["target_modules must be a string or a list", "['q', 1]"]),
 }

@@ -197,9 +197,9 @@ REFUSALS: dict[str, Refusal] = {
         more(factors(V0, 32, 32)), [V0, "the update is (32, 32)", f"{V0}.weight is (16, 32)"]
     ),
     "shape is the transpose": Refusal(more(factors(V0, 32, 16)), ["the update is (32, 16)", "is (16, 32)"]),
-    "target is a vector": Refusal(more(factors("model.norm", 32, 1)), ["model.norm.weight, [32] is no matrix"]),
+    "target is a vector": Refusal(more(factors("model.norm", 32, 1)), ["model.norm.weight, [32] is not a matrix"]),
     "target is a scalar": Refusal(
-        base(stored("s.weight", torch.ones(())), then=more(factors("s", 1, 1))), ["s.weight, [] is no matrix"]
+        base(stored("s.weight", torch.ones(())), then=more(factors("s", 1, 1))), ["s.weight, [] is not a matrix"]
     ),
     "target is a convolution": Refusal(
         base(stored("c.weight", torch.ones(8, 4, 3)), then=more(factors("c", 8, 4))),

@@ -89,7 +89,7 @@ def pattern_of(valid: Callable[[Any], bool], expected: str) -> Check:
                 problems.append(f"{place} must be {expected}, found {reprlib.repr(item)}")
         texts = {_whole_pattern(pattern): pattern for pattern in value}
         for text, why in regex_problems(list(texts)):
-            problems.append(f"{key}[{reprlib.repr(texts[text])}] is no regular expression: {why}")
+            problems.append(f"{key}[{reprlib.repr(texts[text])}] is not a regular expression: {why}")
         return problems
 
     return check

@@ -182,7 +182,6 @@ def _member(ref: TensorRef, index: int) -> TensorRef:
 
 
 def _rows(ref: TensorRef, start: int, stop: int) -> TensorRef:
-    """Rows of a matrix."""
     strides = ref.strides or (ref.shape[1], 1)
     return _window(ref, (stop - start, ref.shape[1]), strides, start * strides[0], dense=ref.strides is None)
 

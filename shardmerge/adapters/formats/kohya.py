@@ -69,8 +69,6 @@ _UNKNOWN = (
 
 
 class Kohya(AdapterFormat):
-    """``format: kohya``."""
-
     name = "kohya"
     summary = (
         "image and video trainers' files: LoRA as `lora_down`, `lora_up` and `alpha` by module, LoKr and LoHa by "
@@ -103,7 +101,6 @@ class Kohya(AdapterFormat):
         return " and ".join(lycoris.METHODS[kind] for kind in sorted(kinds)) or "LORA"
 
     def read(self, content: AdapterContent, base: BaseView) -> Claims:
-        """Pair the factors and compute each scaling."""
         scales, claims = content.scales, Claims()
         if problem := _refusal(content.tensors) or scales.unread():
             return Claims.refusal(problem)
@@ -158,7 +155,7 @@ def _claim_module(claims: Claims, module: str, found: Mapping[str, TensorRef], s
 
 
 def placed(module: str, parameter: str = "weight", family: str = Lora.name) -> ModuleUpdate:
-    """An update of a module by its name in the file: without kohya's name of a part, which is no part of any name."""
+    """An update of a module by its name in the file, without the name that kohya's scripts put before all modules."""
     part = parts.flat_part_of(module)
     name = module_name(module.removeprefix(part))
     return ModuleUpdate(name, parameter, family, (), flattened=bool(part) or "." not in module)

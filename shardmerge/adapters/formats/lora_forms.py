@@ -43,14 +43,13 @@ def variants(config: Config) -> list[str]:
 
 
 def rank_and_scaling(config: Config, key: str) -> tuple[int, float]:
-    """Rank and scaling of a module or parameter, by its name."""
     rank = rank_of(config, key)
     alpha: float = pattern_value(config.get("alpha_pattern"), key, config["lora_alpha"])
     return rank, scaling_of(alpha, rank, bool(config.get("use_rslora")))
 
 
 def say_no_alpha(claims: Claims, config: Config) -> None:
-    """Refuse what would write the base again and call it a merge: 0 is no alpha, and a module has no other."""
+    """Refuse an alpha of 0 that is in use: the merge would only write the base again."""
     if config["lora_alpha"] == 0 and any(update.scaling == 0 for update in claims.updates):
         claims.problems.append(
             "lora_alpha in adapter_config.json is 0, so the adapter would change nothing; some exporters write 0 for "
@@ -102,7 +101,7 @@ def _claim_blocks(claims: Claims, module: Module, blocks: Mapping[str, Any], upd
     if len(diagonal) == 2:
         claims.misfit(f"{module.name}: use_bdlora says that both its factors are block-diagonal")
     elif len(update.factor("A").shape) != 2 or len(update.factor("B").shape) != 2:
-        claims.misfit(f"{update.first} is no matrix: BD-LoRA is of Linear layers")
+        claims.misfit(f"{update.first} is not a matrix: BD-LoRA is of Linear layers")
     elif diagonal:
         settings = BlockSettings(blocks.get("nblocks", 1), diagonal[0])
         claims.updates[-1] = update.changed(family=LoraBlocks.name, settings=settings)

@@ -25,8 +25,6 @@ _WHOLE = re.compile(r"(?P<module>.+)\.(?P<parameter>\w+)")
 
 
 class Mlx(AdapterFormat):
-    """``format: mlx``."""
-
     name = "mlx"
     summary = "`adapters.safetensors` of mlx-lm: LoRA, DoRA, or whole tensors"
     config_states_scale = True

@@ -49,8 +49,6 @@ REFUSED_TYPES: Mapping[str, str] = {
 
 
 class Peft(AdapterFormat):
-    """``format: peft``."""
-
     name = "peft"
     summary = (
         "PEFT's `adapter_config.json` with `adapter_model.safetensors` or `.bin`, any method of the table below; "

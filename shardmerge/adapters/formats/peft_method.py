@@ -265,7 +265,7 @@ def _anchored(config: Config, modules: Collection[Module]) -> list[str]:
         return []
     return [
         f"{wrapped[0].prefix} has a wrapper's name before the module's, and adapter_config.json's pattern "
-        f"{reprlib.repr(anchored[0])} is of whole names, so that what it matches cannot be told; save the adapter with "
+        f"{reprlib.repr(anchored[0])} is of whole names, so what it matches is unknown; save the adapter with "
         "PEFT's save_pretrained"
     ]
 

@@ -117,7 +117,7 @@ def _say_whose(claims: Claims, module: Module, name: str, context: Context) -> N
     if len(targets) > 1 and not context.base.registered(name):
         claims.reject(
             module.refs,
-            f"{a.name} belongs to one of {', '.join(targets)} of {name}, but which cannot be told: the order in which "
+            f"{a.name} belongs to one of {', '.join(targets)} of {name}, but which is unknown: the order in which "
             "the model registers them is not known",
         )
         return
@@ -148,8 +148,8 @@ def layout_of(parameter: str, rank: int, experts: int, context: Context) -> tupl
         return LAYOUTS[said] if said else str(given), ""
     if _is_unsloths(context.config):
         return "peft", (
-            f"adapter_config.json is Unsloth's and does not say how lora_B of {parameter} is laid out, and nothing in "
-            f"the numbers tells. Give expert_layout: {_DIFFERENCE}"
+            f"adapter_config.json is Unsloth's and does not say how lora_B of {parameter} is laid out, and the "
+            f"numbers do not show it. Give expert_layout: {_DIFFERENCE}"
         )
     return "peft", ""
 

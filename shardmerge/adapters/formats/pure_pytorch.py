@@ -26,8 +26,6 @@ _FROZEN = re.compile(r"(?P<module>.+)\.original\.(?P<parameter>weight|bias)")
 
 
 class PurePytorch(AdapterFormat):
-    """``format: pure-pytorch``."""
-
     name = "pure-pytorch"
     summary = "the `.pt` of a training loop that computes `x @ A @ B * scale`: `….A` (in, r), `….B` (r, out)"
     pairs = Pairs(
@@ -40,7 +38,6 @@ class PurePytorch(AdapterFormat):
         return config is None and looks_like(tensors)
 
     def read(self, content: AdapterContent, base: BaseView) -> Claims:
-        """Pair the factors, check the pairs, compute each scaling."""
         scales, claims = content.scales, Claims()
         if problem := scales.unread():
             return Claims.refusal(problem)

@@ -154,7 +154,7 @@ class GloraBias(Family):
 
 
 def _value(factors: Factors, update: Update, letter: str, tile: Tensor, rows: RowRange | None) -> Tensor:
-    """A factor that is no product: numbers of these rows (of all, where it does not go by rows), or one number."""
+    """A factor that is not a product: numbers of these rows (of all, where it does not go by rows), or one number."""
     if update.has(f"{letter}.X"):
         value = factors.whole(f"{letter}.X")
     elif not update.has(f"{letter}.zeros"):

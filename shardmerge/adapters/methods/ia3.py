@@ -45,7 +45,7 @@ class Ia3(PeftFamily):
     def check_config(self, config: Config) -> list[str]:
         named = config.get("feedforward_modules")
         wrong = regex_problems([named]) if isinstance(named, str) else ()
-        return [f"adapter_config.json: feedforward_modules is no regular expression: {why}" for _, why in wrong]
+        return [f"adapter_config.json: feedforward_modules is not a regular expression: {why}" for _, why in wrong]
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         ref = module.factors["l"]

@@ -15,16 +15,7 @@ from __future__ import annotations
 import math
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import (
-    FLAG,
-    NUMBER,
-    NUMBER_PATTERN,
-    RANK,
-    RANK_PATTERN,
-    Config,
-    pattern_value,
-    rank_of,
-)
+from shardmerge.adapters.formats import checks
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, add_scaled, all_misshaped, slab_elements, slabs
@@ -37,19 +28,19 @@ class LycorisFamily(PeftFamily):
 
     adds = True
     settings = {
-        "r": RANK,
-        "alpha": NUMBER,
-        "rank_pattern": RANK_PATTERN,
-        "alpha_pattern": NUMBER_PATTERN,
-        "use_effective_conv2d": FLAG,
+        "r": checks.RANK,
+        "alpha": checks.NUMBER,
+        "rank_pattern": checks.RANK_PATTERN,
+        "alpha_pattern": checks.NUMBER_PATTERN,
+        "use_effective_conv2d": checks.FLAG,
     }
     inert = frozenset({"init_weights", "module_dropout", "rank_dropout", "rank_dropout_scale"})
 
-    def scaling_of(self, config: Config, module: Module) -> float:
-        alpha: float = pattern_value(config.get("alpha_pattern"), module.name, config["alpha"])
-        return alpha / rank_of(config, module.name)
+    def scaling_of(self, config: checks.Config, module: Module) -> float:
+        alpha: float = checks.pattern_value(config.get("alpha_pattern"), module.name, config["alpha"])
+        return alpha / checks.rank_of(config, module.name)
 
-    def weighs(self, config: Config) -> bool:
+    def weighs(self, config: checks.Config) -> bool:
         return True
 
 

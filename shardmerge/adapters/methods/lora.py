@@ -47,7 +47,7 @@ class Lora(Family):
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         a, b = update.factor("A"), update.factor("B")
         if len(shape) < 2:
-            return [f"{update.module}.{update.parameter}, {list(shape)} is no matrix, so LoRA cannot update it"]
+            return [f"{update.module}.{update.parameter}, {list(shape)} is not a matrix, so LoRA cannot update it"]
         made = (b.shape[0], *a.shape[1:])
         if _without_ones(made) != _without_ones(shape):
             return [

@@ -90,7 +90,7 @@ def _is_swapped(update: ModuleUpdate, parameter: Parameter) -> bool | str:
     version = _version(ExpertSettings.of(update).peft_version)
     if parameter.is_transposed is None or version is None:
         return (
-            f"{update.module}: its {update.parameter} is square, so shapes cannot tell the inputs from the outputs, "
+            f"{update.module}: its {update.parameter} is square, so shapes do not distinguish inputs from outputs, "
             "and "
             + ("adapter_config.json has no peft_version" if version is None else "the base's architecture is not known")
         )

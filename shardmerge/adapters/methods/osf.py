@@ -40,7 +40,7 @@ def _check_patterns(key: str, value: Any) -> list[str]:
         if not _is_rank(of):
             problems.append(f"{key}[{name!r}] must be a rank, found {reprlib.repr(of)}")
     wrong = regex_problems(list(value))
-    return [*problems, *(f"{key}: {reprlib.repr(name)} is no regular expression: {why}" for name, why in wrong)]
+    return [*problems, *(f"{key}: {reprlib.repr(name)} is not a regular expression: {why}" for name, why in wrong)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,5 +146,5 @@ def _group(projections: Tensor, update: Update) -> int:
     ref = update.factor("P")
     raise FormatError(
         f"{ref.uri}: {ref.name} was not drawn from projection_seed {of.seed} for any of {modules} "
-        "modules, so which of the shared vectors is this module's cannot be told"
+        "modules, so which of the shared vectors is this module's is unknown"
     )
