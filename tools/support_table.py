@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from shardmerge.adapters.formats.refused import REFUSED_TYPES
+from shardmerge.adapters.formats.peft import REFUSED_TYPES
 from shardmerge.adapters.registry import FORMATS, METHODS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "formats.md"

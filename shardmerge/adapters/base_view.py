@@ -28,7 +28,6 @@ class BaseView:
         return "the base is not known"
 
     def weight(self, module: str) -> Parameter | None:
-        """The module's weight, if the base has one."""
         found = self.stored(module, "weight")
         return None if found is None else found[0]
 

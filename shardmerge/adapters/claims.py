@@ -54,8 +54,12 @@ class ModuleUpdate:
         return next(ref for name, ref in self.factors if name == role)
 
     def changed(self, **changes: Any) -> ModuleUpdate:
-        """The same with other fields."""
         return dataclasses.replace(self, **changes)
+
+
+def shown(*refs: TensorRef) -> str:
+    """Names and shapes of tensors, for messages."""
+    return " and ".join(f"{ref.name} {list(ref.shape)}" for ref in refs)
 
 
 @dataclass(slots=True)
@@ -78,7 +82,6 @@ class Claims:
         return cls(problems=list(problems), refused=True)
 
     def account_for(self, refs: Iterable[TensorRef]) -> None:
-        """Mark tensors as accounted for."""
         self.accounted |= {ref.name for ref in refs}
 
     def reject(self, refs: Iterable[TensorRef], problem: str) -> None:
@@ -91,7 +94,12 @@ class Claims:
         self.reject((ref, *others), f"{ref.name} is there without {missing}")
 
     def misfit(self, problem: str) -> None:
-        """Report that the factors of the newest update do not fit each other; it is not matched further."""
+        """Report that the factors of the newest update do not fit each other; it is not matched further.
+
+        A factor without numbers is reported by itself, so that nothing is said of how it fits.
+        """
+        if any(0 in ref.shape for _, ref in self.updates[-1].factors):
+            return
         self.problems.append(problem)
         self.updates[-1] = self.updates[-1].changed(fits=False)
 

@@ -1,7 +1,7 @@
-"""All methods and adapter formats, by name.
+"""The families, methods and formats of this version, by name, and which format an adapter's files have.
 
-Importing this module imports every module of `shardmerge.adapters.methods` and `shardmerge.adapters.formats`. Each of
-them registers itself, so adding a method or a format means adding a file.
+This module imports every module of `adapters.methods` and `adapters.formats`, and registers the classes that it defines
+with a name of their own. So a new method is found once its file is there; a new format needs its name in the config.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from typing import Any
 
 from shardmerge.adapters import formats, methods
 from shardmerge.adapters.formats.base import AdapterFormat
+from shardmerge.adapters.formats.peft_method import PeftMethod
+from shardmerge.adapters.methods.base import Family
 from shardmerge.adapters.tables import FAMILIES, FORMATS, METHODS
 from shardmerge.spec.tensors import TensorRef
 
-__all__ = ["FAMILIES", "FORMATS", "METHODS", "are_factors", "are_weights", "detect_format", "is_telling"]
-
-for _package in (methods, formats):
-    for _module in pkgutil.iter_modules(_package.__path__):
-        importlib.import_module(f"{_package.__name__}.{_module.name}")
+__all__ = ["FAMILIES", "FORMATS", "METHODS", "are_factors", "are_weights", "detect_format", "is_telling", "register"]
 
 #: The format of what no other format claims. Its refusals say most about a file.
 _DEFAULT = "peft"
@@ -29,6 +27,23 @@ _DEFAULT = "peft"
 _FACTOR = re.compile(
     r".*\.(lora_\w+|lora_[AB]\.\w+|[AB]|alpha|hada_\w+|lokr_\w+|dora_scale|diff|diff_b|w_norm|b_norm)(\.weight|\.bias)?"
 )
+
+
+def register(made: type[Any]) -> None:
+    """Make a class known, if it has a ``name`` (of a family, of a format) or a ``peft_type`` of its own."""
+    tables: dict[type[Any], dict[str, Any]] = {Family: FAMILIES, AdapterFormat: FORMATS, PeftMethod: METHODS}
+    for kind, table in tables.items():
+        own_name = vars(made).get("peft_type" if kind is PeftMethod else "name")
+        if issubclass(made, kind) and own_name is not None:
+            table[own_name] = made()
+
+
+for _package in (methods, formats):
+    for _module in pkgutil.iter_modules(_package.__path__):
+        _imported = importlib.import_module(f"{_package.__name__}.{_module.name}")
+        for _class in vars(_imported).values():
+            if isinstance(_class, type) and _class.__module__ == _imported.__name__:
+                register(_class)
 
 
 def detect_format(tensors: Mapping[str, TensorRef], config: Mapping[str, Any] | None) -> AdapterFormat:

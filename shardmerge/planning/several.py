@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 
 from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.adapters.methods.base import Effect
-from shardmerge.adapters.methods.frozen import FrozenCopy
-from shardmerge.adapters.methods.whole import TokenSettings, whole_settings
+from shardmerge.adapters.methods.whole import FrozenCopy, TokenSettings, whole_settings
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.key_mapping.ties import Tie

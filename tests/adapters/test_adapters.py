@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shardmerge.adapters.claims import ModuleUpdate
-from shardmerge.adapters.formats.refused import REFUSED_TYPES
+from shardmerge.adapters.formats.peft import REFUSED_TYPES
 from shardmerge.adapters.methods.base import add_scaled, check_dtypes
 from shardmerge.adapters.registry import FAMILIES, FORMATS, detect_format
 from shardmerge.spec.tensors import TensorRef
@@ -76,10 +76,10 @@ def test_halves_of_different_adapters_are_no_pair() -> None:
         ((4, 32), (32, 5), ["disagree on the rank", "[4, 32]", "[32, 5]", "(r, in) and (out, r)"]),
         ((32, 4), (4, 32), ["has rank 32", "adapter_config.json says 4"]),
         ((8, 32), (32, 8), ["has rank 8", "adapter_config.json says 4", Q0]),
-        ((4, 32, 3), (32, 4, 2), ["are no factors", "of a convolution (r, in, k…) and (out, r, 1…)"]),
-        ((4, 32, 3), (32, 4), ["are no factors"]),
-        ((4,), (32, 4), ["are no factors"]),
-        ((), (), ["are no factors"]),
+        ((4, 32, 3), (32, 4, 2), ["are not factors", "of a convolution (r, in, k…) and (out, r, 1…)"]),
+        ((4, 32, 3), (32, 4), ["are not factors"]),
+        ((4,), (32, 4), ["are not factors"]),
+        ((), (), ["are not factors"]),
     ],
     ids=["ranks differ", "transposed", "not the config's", "kernel in B", "kernel in A", "vector", "scalars"],
 )
@@ -163,7 +163,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "alpha_pattern of nan": ({"alpha_pattern": {"q": float("nan")}}, ["alpha_pattern['q'] must be a finite number"]),
     "alpha_pattern beyond floats": ({"alpha_pattern": {"q": 10**400}}, ["alpha_pattern['q'] must be a finite"]),
     **{
-        f"{key} {name}": ({key: {pattern: 4}}, [f"{key}[", "is no regular expression"])
+        f"{key} {name}": ({key: {pattern: 4}}, [f"{key}[", "is not a regular expression"])
         for key in ("rank_pattern", "alpha_pattern")
         for name, pattern in {
             "unclosed": "(q",
@@ -172,9 +172,9 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], list[str]]] = {
             "too deep": "(" * 2000 + ")" * 2000,
         }.items()
     },
-    "targets unclosed": ({"target_modules": "(q"}, ["target_modules is no regular expression"]),
-    "targets too large": ({"target_modules": "q{99999999999999}"}, ["target_modules is no regular expression"]),
-    "targets too deep": ({"target_modules": "(" * 2000 + ")" * 2000}, ["target_modules is no regular expression"]),
+    "targets unclosed": ({"target_modules": "(q"}, ["target_modules is not a regular expression"]),
+    "targets too large": ({"target_modules": "q{99999999999999}"}, ["target_modules is not a regular expression"]),
+    "targets too deep": ({"target_modules": "(" * 2000 + ")" * 2000}, ["target_modules is not a regular expression"]),
     "targets are a mapping": ({"target_modules": {}}, ["target_modules must be a string or a list of strings"]),
     "targets hold a number": ({"target_modules": ["q", 1]}, ["target_modules must be a string or a list", "['q', 1]"]),
 }
@@ -291,8 +291,8 @@ def test_fitting_update(shape: tuple[int, ...]) -> None:
     ("shape", "parts"),
     [
         ((48, 32, 3), ["the update is (48, 32)", "is (48, 32, 3)"]),
-        ((32,), ["no matrix"]),
-        ((), ["no matrix"]),
+        ((32,), ["not a matrix"]),
+        ((), ["not a matrix"]),
         ((48, 33), ["the update is (48, 32) from the.A and the.B", "is (48, 33)"]),
         ((32, 48), ["the update is (48, 32)", "is (32, 48)"]),
         ((1, 32), ["the update is (48, 32)", "is (1, 32)"]),

@@ -155,7 +155,7 @@ def test_refused_tensors(tmp_path: Path, name: str, shape: tuple[int, ...] | Non
         ({"rank_pattern": [1]}, "rank_pattern must map names"),
         ({"rank_pattern": {"wide.lora_E": 3}}, "must be a list of true and false"),
         ({"rank_pattern": {"wide.lora_E": [True, 1]}}, "must be a list of true and false"),
-        ({"rank_pattern": {"wide.lora_E": [True] * 5}}, "tells of 5 ranks of wide, but init_r is 6"),
+        ({"rank_pattern": {"wide.lora_E": [True] * 5}}, "has 5 ranks of wide, but init_r is 6"),
         ({"rank_pattern": {"wide.lora_E": [True] * 5 + [False]}}, "r = 5, what rank_pattern keeps of wide"),
         ({"use_dora": True}, "AdaLoRA has no DoRA"),
         ({"target_parameters": ["wide.weight"]}, "target_parameters"),

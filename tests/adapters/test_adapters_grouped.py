@@ -199,7 +199,7 @@ def refused(folder: Path) -> str:
     [
         (lambda t, w: t | {f"{w}.lora_B.weight": t[f"{w}.lora_B.weight"][:3]}, "are of 3 experts, but"),
         (lambda t, w: t | {f"{w}.lora_A.weight": t[f"{w}.lora_A.weight"].repeat(3, 1, 1)}, "of one number of experts"),
-        (lambda t, w: t | {f"{w}.lora_A.weight": t[f"{w}.lora_A.weight"][:, :2]}, "no grouped factors of experts"),
+        (lambda t, w: t | {f"{w}.lora_A.weight": t[f"{w}.lora_A.weight"][:, :2]}, "not grouped factors of experts"),
         (lambda t, w: {key: of for key, of in t.items() if key != f"{w}.lora_A.weight"}, "is there without"),
         (lambda t, w: t | {f"{w}.lora_A.weight": t[f"{w}.lora_A.weight"][:, :, :7]}, "but the weight"),
         (lambda t, w: t | {f"{w}.lora_magnitude_vector": torch.ones(4)}, "neither DoRA nor biases"),
@@ -372,7 +372,7 @@ def test_projections_by_themselves(tmp_path: Path, name: str) -> None:
     [
         ({"linear_num_key_heads": ...}, "config.json does not say linear_num_key_heads"),
         ({"linear_num_key_heads": "2"}, "config.json does not say linear_num_key_heads"),
-        ({"linear_num_key_heads": 3}, "no multiple of 3"),
+        ({"linear_num_key_heads": 3}, "not a multiple of 3"),
         ({"linear_key_head_dim": 16}, "cannot be cut into its parts"),
     ],
 )

@@ -140,7 +140,7 @@ def _resize(*shape: int) -> Any:
         (_resize(1, 56, 1, 1), {}, [KEY, "4 dimensions", "wide.weight is [56, 24]"]),
         (_rename, {}, ["ia3_m belongs to no update"]),
         (None, {"feedforward_modules": ["wide"]}, [KEY, "wide is feedforward"]),
-        (None, {"feedforward_modules": "("}, ["feedforward_modules is no regular expression"]),
+        (None, {"feedforward_modules": "("}, ["feedforward_modules is not a regular expression"]),
         (None, {"feedforward_modules": {"a": 1}}, ["feedforward_modules must be a string or a list of strings"]),
         (None, {"feedforward_modules": [1]}, ["feedforward_modules must be"]),
         (None, {"fan_in_fan_out": "yes"}, ["fan_in_fan_out must be true or false"]),

@@ -215,7 +215,7 @@ def test_refused_tensors(tmp_path: Path, config: Any, change: Any, parts: list[s
         ({"rank_pattern": {"wide": 1.5}}, "rank_pattern['wide'] must be"),
         ({"rank_pattern": {"wide": 9}}, "wide"),
         ({"alpha_pattern": ["a"]}, "alpha_pattern must map"),
-        ({"alpha_pattern": {"(": 1}}, "no regular expression"),
+        ({"alpha_pattern": {"(": 1}}, "not a regular expression"),
         ({"use_effective_conv2d": 1}, "use_effective_conv2d must be true or false"),
         ({"unheard_of": True}, "'unheard_of' is unknown"),
     ],

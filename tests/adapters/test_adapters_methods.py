@@ -402,7 +402,11 @@ def row_of(method: str, **settings: Any) -> Row:
         (row_of("C3A"), {"block_size": 5}, ["blocks of 5 do not divide"]),
         (row_of("Gralora"), {"gralora_k": 3}, ["gralora_k, 3, must divide r, 4"]),
         (row_of("Gralora"), {"gralora_k": 4}, ["gralora_A is [2, 12, 4]", "expected [4, 6, 4]"]),
-        (row_of("Gralora", hybrid_r=3), {"hybrid_r": 0}, ["gralora_A_general.weight is there", "no hybrid_r"]),
+        (
+            row_of("Gralora", hybrid_r=3),
+            {"hybrid_r": 0},
+            ["gralora_A_general.weight is there", "not say hybrid_r"],
+        ),
         (row_of("Glora"), {"config_A_B": "vector"}, ["glora_A"]),
         (row_of("Glora"), {"config_C": "matrix"}, ["one of lora, vector, none"]),
         (row_of("FourierFT"), {"n_frequency": 50}, ["fourierft_spectrum is [100]", "expected [50]"]),
@@ -410,13 +414,13 @@ def row_of(method: str, **settings: Any) -> Row:
         (row_of("Pvera"), {"sample_at_inference": True}, ["draws its weights at random", "merge the mean"]),
         (row_of("UniLora"), {"save_indices": False}, ["does not say save_indices", "PEFT would ignore it"]),
         (row_of("Supertuning"), {"sparsity": 0.8}, ["supertuning_values is [134]", "expected [268]"]),
-        (row_of("Supertuning"), {"r": 3}, ["adapter_config.json says r 3"]),
-        (row_of("Deft"), {"para": True}, ["says para, so PEFT would ignore it"]),
+        (row_of("Supertuning"), {"r": 3}, ["adapter_config.json says r, but"]),
+        (row_of("Deft"), {"para": True}, ["does not say para: false; PEFT would ignore it"]),
         (row_of("Peanut"), {"depth": 1}, ["says depth 1"]),
-        (row_of("Peanut"), {"act_fn": "snake"}, ["an activation that this version knows"]),
+        (row_of("Peanut"), {"act_fn": "snake"}, ["act_fn must be one of gelu, gelu_fast"]),
         (row_of("OSF"), {"effective_rank": 5}, ["U_low is [56, 18]", "expected [56, 19]"]),
         (row_of("Psoft"), {"psoft_orth": False}, ["psoft_R.weight is [28]", "expected [8, 8]"]),
-        (row_of("Psoft"), {"psoft_mag_a": False}, ["psoft_mag_a is false"]),
+        (row_of("Psoft"), {"psoft_mag_a": False}, ["does not say psoft_mag_a"]),
         (row_of("TinyLora"), {"u": 8}, ["tinylora_P is [7, 3, 3]", "expected [8, 3, 3]"]),
         (row_of("TinyLora"), {"r": 4}, ["tinylora_A is [3, 24]", "expected [4, 24]"]),
     ],
@@ -437,7 +441,7 @@ def test_place_beyond_the_weight_stops_the_merge(row: Row, role: str, wrong: int
     tensors = _adapter(case)[0]
     tensors[f"base_model.model.square.{role}"].view(-1)[-1] = wrong
     rewrite(case, tensors)
-    with pytest.raises(shardmerge.ShardmergeError, match=f"square.{role} holds a"):
+    with pytest.raises(shardmerge.ShardmergeError, match=f"square.{role} holds the numbers"):
         merged_by_us(case, tmp_path / "out")
 
 

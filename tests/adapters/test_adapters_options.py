@@ -22,7 +22,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
 from torch import Tensor
 
-from shardmerge.adapters.formats.refused import REFUSED_TYPES
+from shardmerge.adapters.formats.peft import REFUSED_TYPES
 from shardmerge.adapters.registry import METHODS
 from tests.support.family_oracle import (
     TOKENS,

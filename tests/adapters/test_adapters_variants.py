@@ -17,8 +17,8 @@ from peft import LoraConfig
 from peft.tuners.lora import layer as peft_layers
 
 import shardmerge
+from shardmerge.adapters.formats.lora_forms import variants
 from shardmerge.adapters.formats.peft_lora import LoraMethod
-from shardmerge.adapters.formats.peft_variants import variants
 from tests.support.family_oracle import Case, Swapped, assert_equals_peft, change_tensors, refusal, write_case
 from tests.support.peft_oracle import assert_same_bits, make_config, stored
 
@@ -105,7 +105,7 @@ def test_state_under_the_adapters_name(key: str, tmp_path: Path) -> None:
 
 def test_kasa_that_does_not_fit(tmp_path: Path) -> None:
     case = write(tmp_path, kasa_config={})
-    assert "square.lora_diag is a diagonal of KaSA, but" in refusal(case, kasa_config=None)
+    assert "square.lora_diag is there, but" in refusal(case, kasa_config=None)
     case = write(tmp_path / "plain")
     assert "says kasa_config, but base_model.model.square.lora_diag is missing" in refusal(case, kasa_config={})
     case = write(tmp_path / "embedding", "embed")

@@ -210,7 +210,7 @@ def test_a_source_that_changes_is_said_to_have_changed(case: Case) -> None:
         if now.shard == SHARDS[1]:
             os.utime(case.models.folder / "base" / SHARDS[1], ns=(1, 1))
 
-    with pytest.raises(ChangedError, match=r"no model yet.*is of the file as it was"):
+    with pytest.raises(ChangedError, match=r"not a model yet.*is of the file as it was"):
         shardmerge.merge(case.config(), progress=progress)
 
 

@@ -344,10 +344,10 @@ HOSTILE: dict[str, Hostile] = {
     "alpha 10⁴⁰⁰": Hostile(settings(lora_alpha=10**400), ("lora_alpha must be a finite number",), 3),
     "alpha of text": Hostile(settings(lora_alpha="8"), ("lora_alpha must be a finite number, found '8'",), 3),
     "rank_pattern is not a regular expression": Hostile(
-        settings(rank_pattern={"(": 4}), ("rank_pattern['(']", "no regular expression"), 3
+        settings(rank_pattern={"(": 4}), ("rank_pattern['(']", "not a regular expression"), 3
     ),
     "target_modules is not a regular expression": Hostile(
-        settings(target_modules="(((("), ("target_modules", "no regular expression"), 3
+        settings(target_modules="(((("), ("target_modules", "not a regular expression"), 3
     ),
     "settings are too long": Hostile(
         settings(base_model_name_or_path="x" * 10_000_001), (SETTINGS, "over 10,000,000 bytes long"), 4

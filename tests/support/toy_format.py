@@ -18,7 +18,7 @@ from shardmerge.adapters.base_view import BaseView
 from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.base import AdapterContent, AdapterFormat, Config, Pairs, Tensors
 from shardmerge.adapters.methods.lora import Lora
-from shardmerge.adapters.tables import FORMATS, register_format
+from shardmerge.adapters.registry import FORMATS, register
 from shardmerge.spec.tensors import TensorRef
 
 _KEY = re.compile(r"(?P<module>[^#]+)#(?P<role>[ab])")
@@ -60,7 +60,7 @@ class Toy(AdapterFormat):
 @contextmanager
 def registered() -> Iterator[None]:
     """Within, the package knows the format."""
-    register_format(Toy)
+    register(Toy)
     try:
         yield
     finally:

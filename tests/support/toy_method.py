@@ -21,7 +21,7 @@ from shardmerge.adapters.formats.checks import NUMBER, Check, Config
 from shardmerge.adapters.formats.peft_method import Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, add_scaled, all_misshaped
-from shardmerge.adapters.tables import FAMILIES, METHODS, register
+from shardmerge.adapters.registry import FAMILIES, METHODS, register
 from shardmerge.spec.updates import Settings, Update, Window
 from tests.support.method_cases import Subject, first_of_each
 from tests.support.peft_oracle import make_config, random, write_base

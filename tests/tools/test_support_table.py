@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from shardmerge.adapters.formats.refused import REFUSED_TYPES
+from shardmerge.adapters.formats.peft import REFUSED_TYPES
 from shardmerge.adapters.registry import FAMILIES, FORMATS, METHODS
 from shardmerge.config.schema import AdapterConfig
 from tools.support_table import PAGE, table_text, updated

@@ -1,8 +1,8 @@
 """The seam of an adapter format: how adapters are stored in files.
 
 A format detects its files, reads their tensors into updates with their scaling, and describes how the layer that
-trained them applies its factors, so that `compare` can attach the adapter unmerged. It registers itself with
-`shardmerge.adapters.tables.register_format`; nothing outside its module compares its name.
+trained them applies its factors, so that `compare` can attach the adapter unmerged. `shardmerge.adapters.registry`
+registers it by its name; nothing outside its module compares that.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Pairs:
     keys: re.Pattern[str]
     #: Whether the file has A and B so; else it has their transposes, (r, in) and (out, r).
     is_input_first: bool
-    #: Matches keys of tensors that are no factors.
+    #: Matches keys of tensors that are not factors.
     others: re.Pattern[str] = re.compile(r".*\.alpha")
 
 

@@ -53,6 +53,16 @@ def is_seed(value: Any) -> bool:
     return type(value) is int and -(1 << 63) <= value < 1 << 64
 
 
+def one_of(*words: str) -> Check:
+    """A check of a setting that is one of some words."""
+    return checked(lambda value: isinstance(value, str) and value in words, f"one of {', '.join(words)}")
+
+
+def up_to(most: int) -> Check:
+    """A check of a setting that costs time: a whole number, not more than anyone would ask for."""
+    return checked(lambda value: is_rank(value) and value <= most, f"a whole number from 1 to {most}")
+
+
 RANK = checked(is_rank, "a whole number above zero", required=True)
 COUNT = checked(is_count, "a whole number")
 NUMBER = checked(is_number, "a finite number", required=True)
@@ -79,7 +89,7 @@ def pattern_of(valid: Callable[[Any], bool], expected: str) -> Check:
                 problems.append(f"{place} must be {expected}, found {reprlib.repr(item)}")
         texts = {_whole_pattern(pattern): pattern for pattern in value}
         for text, why in regex_problems(list(texts)):
-            problems.append(f"{key}[{reprlib.repr(texts[text])}] is no regular expression: {why}")
+            problems.append(f"{key}[{reprlib.repr(texts[text])}] is not a regular expression: {why}")
         return problems
 
     return check
@@ -87,6 +97,14 @@ def pattern_of(valid: Callable[[Any], bool], expected: str) -> Check:
 
 RANK_PATTERN = pattern_of(is_rank, "a whole number above zero")
 NUMBER_PATTERN = pattern_of(is_number, "a finite number")
+
+
+def one_or_other(config: Config, one: str, other: str) -> list[str]:
+    """What is wrong with two whole numbers of which one must be above zero, and the other left open."""
+    first, second = config.get(one) or 0, config.get(other) or 0
+    if is_count(first) and is_count(second) and (first > 0) == (second > 0):
+        return [f"adapter_config.json: one of {one} and {other} is above zero, found {first} and {second}"]
+    return []
 
 
 # --- settings by module -----------------------------------------------------------------------------------------------

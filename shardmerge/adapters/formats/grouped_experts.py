@@ -21,7 +21,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 
-from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
 from shardmerge.adapters.methods.lora import Lora
 from shardmerge.adapters.methods.lora_experts import LoraGated
 from shardmerge.key_mapping.naming import module_name
@@ -170,7 +170,7 @@ def _claim(claims: Claims, updates: list[ModuleUpdate], module: str, part: str, 
 
 
 def _misfit(claims: Claims, a: TensorRef, b: TensorRef, expected: str) -> None:
-    what = f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} are no grouped factors of experts"
+    what = f"{shown(a, b)} are not grouped factors of experts"
     claims.reject([a, b], f"{what}: {expected}")
 
 
@@ -182,7 +182,6 @@ def _member(ref: TensorRef, index: int) -> TensorRef:
 
 
 def _rows(ref: TensorRef, start: int, stop: int) -> TensorRef:
-    """Rows of a matrix."""
     strides = ref.strides or (ref.shape[1], 1)
     return _window(ref, (stop - start, ref.shape[1]), strides, start * strides[0], dense=ref.strides is None)
 

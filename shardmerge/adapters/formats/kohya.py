@@ -2,7 +2,7 @@
 
 LoRA, W' = W + α / r · up · down: down is (r, in) or, of a convolution, (r, in, k…); up is (out, r) or (out, r, 1…).
 LoKr and LoHa by LyCORIS' names, see `shardmerge.adapters.formats.lycoris`. Whole differences, W' = W + D, see
-`shardmerge.adapters.methods.difference`; and whole tensors in W's place.
+`shardmerge.adapters.methods.whole`; and whole tensors in W's place.
 
 A module's α is a number in the file, or is found where `adapters.formats.scales` looks; where nothing says it, the
 scale is 1. Keys are ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``, with the module's dots written
@@ -19,15 +19,13 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
 from shardmerge.adapters.base_view import BaseView
-from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
 from shardmerge.adapters.formats import lycoris, parts
 from shardmerge.adapters.formats.base import AdapterContent, AdapterFormat, Tensors
 from shardmerge.adapters.formats.checks import Config
 from shardmerge.adapters.formats.scales import Scales
-from shardmerge.adapters.methods.difference import Difference
 from shardmerge.adapters.methods.lora import Lora
-from shardmerge.adapters.methods.whole import Replacement, WholeSettings
-from shardmerge.adapters.tables import register_format
+from shardmerge.adapters.methods.whole import Difference, Replacement, WholeSettings
 from shardmerge.key_mapping.naming import WRAPPER, module_name, unwrapped
 from shardmerge.spec.tensors import TensorRef
 
@@ -70,10 +68,7 @@ _UNKNOWN = (
 )
 
 
-@register_format
 class Kohya(AdapterFormat):
-    """``format: kohya``."""
-
     name = "kohya"
     summary = (
         "image and video trainers' files: LoRA as `lora_down`, `lora_up` and `alpha` by module, LoKr and LoHa by "
@@ -106,7 +101,6 @@ class Kohya(AdapterFormat):
         return " and ".join(lycoris.METHODS[kind] for kind in sorted(kinds)) or "LORA"
 
     def read(self, content: AdapterContent, base: BaseView) -> Claims:
-        """Pair the factors and compute each scaling."""
         scales, claims = content.scales, Claims()
         if problem := _refusal(content.tensors) or scales.unread():
             return Claims.refusal(problem)
@@ -161,7 +155,7 @@ def _claim_module(claims: Claims, module: str, found: Mapping[str, TensorRef], s
 
 
 def placed(module: str, parameter: str = "weight", family: str = Lora.name) -> ModuleUpdate:
-    """An update of a module by its name in the file: without kohya's name of a part, which is no part of any name."""
+    """An update of a module by its name in the file, without the name that kohya's scripts put before all modules."""
     part = parts.flat_part_of(module)
     name = module_name(module.removeprefix(part))
     return ModuleUpdate(name, parameter, family, (), flattened=bool(part) or "." not in module)
@@ -190,8 +184,8 @@ def _claim_pair(claims: Claims, module: str, factors: Mapping[str, TensorRef], s
     kernels = up.shape[2:]
     if len(down.shape) < 2 or len(up.shape) < 2 or up.shape[1] != down.shape[0] or any(size != 1 for size in kernels):
         claims.misfit(
-            f"{down.name} {list(down.shape)} and {up.name} {list(up.shape)}: expected (r, in) and (out, r) of one "
-            "rank, or of a convolution (r, in, k…) and (out, r, 1…)"
+            f"{shown(down, up)}: expected (r, in) and (out, r) of one rank, or of a convolution (r, in, k…) and "
+            "(out, r, 1…)"
         )
         return
     rank = down.shape[0]

@@ -11,11 +11,11 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
 from shardmerge.adapters.formats.checks import MISSING, Config, is_rank, is_strings, pattern_value, rank_of
-from shardmerge.adapters.formats.peft_method import Module
+from shardmerge.adapters.formats.peft_method import Module, contradiction, key_of
 from shardmerge.adapters.methods.kasa import Kasa
-from shardmerge.adapters.methods.lora import BlockSettings, Dora, Lora, LoraBias, LoraBlocks, scaling_of
+from shardmerge.adapters.methods.lora import BlockSettings, Dora, Lora, LoraBias, LoraBlocks, no_factors, scaling_of
 from shardmerge.spec.tensors import TensorRef
 
 #: The end of a key → the factor's role.
@@ -29,17 +29,27 @@ ROLES: Mapping[str, str] = {
     "lora_magnitude_vector": "magnitude?",
     "lora_magnitude_vector.weight": "magnitude?",
 }
+#: Variants, by the setting, → what they save that only training reads: PEFT's merge leaves it out, and so does its
+#: forward pass then. MonteCLoRA draws perturbations, VeLoRA compresses what the backward pass needs.
+TRAINING_STATE = {"monteclora_config": "lora_monteclora_sampler", "velora_config": "lora_velora_embed"}
+#: Settings that choose a variant of LoRA, of which an adapter is one at most.
+_VARIANTS = ("use_dora", "use_bdlora", "kasa_config", *TRAINING_STATE)
+
+
+def variants(config: Config) -> list[str]:
+    """The variants that an adapter is of, by the settings that choose them. A config without settings counts."""
+    chosen = [name for name in _VARIANTS if config.get(name) not in (None, False)]
+    return [*chosen, *(["init_lora_weights: mica"] if config.get("init_lora_weights") == "mica" else [])]
 
 
 def rank_and_scaling(config: Config, key: str) -> tuple[int, float]:
-    """Rank and scaling of a module or parameter, by its name."""
     rank = rank_of(config, key)
     alpha: float = pattern_value(config.get("alpha_pattern"), key, config["lora_alpha"])
     return rank, scaling_of(alpha, rank, bool(config.get("use_rslora")))
 
 
 def say_no_alpha(claims: Claims, config: Config) -> None:
-    """Refuse what would write the base again and call it a merge: 0 is no alpha, and a module has no other."""
+    """Refuse an alpha of 0 that is in use: the merge would only write the base again."""
     if config["lora_alpha"] == 0 and any(update.scaling == 0 for update in claims.updates):
         claims.problems.append(
             "lora_alpha in adapter_config.json is 0, so the adapter would change nothing; some exporters write 0 for "
@@ -51,8 +61,7 @@ def paired(claims: Claims, module: Module, one: str, other: str) -> bool:
     """Whether both factors are there; says which is not."""
     missing = [role for role in (one, other) if role not in module.factors]
     if missing:
-        names = {role.removesuffix("?"): key for key, role in reversed(list(ROLES.items()))}
-        claims.half(module.first, module.key(names[missing[0]]), module.refs)
+        claims.half(module.first, module.key(key_of(ROLES, missing[0])), module.refs)
     return not missing
 
 
@@ -71,13 +80,8 @@ def claim_matrix(claims: Claims, module: Module, config: Config) -> None:
         return
     update = _with_magnitude(claims, module, config, update)
     claims.updates.append(_with_diagonal(claims, module, config, update))
-    if 0 in a.shape or 0 in b.shape:
-        return
-    if len(a.shape) < 2 or len(b.shape) != len(a.shape) or any(size != 1 for size in b.shape[2:]):
-        claims.misfit(
-            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} are no factors: expected (r, in) and (out, r), or "
-            "of a convolution (r, in, k…) and (out, r, 1…)"
-        )
+    if problem := no_factors(a, b):
+        claims.misfit(problem)
     else:
         _check_ranks(claims, a, b, rank, module.name)
     _claim_bias(claims, module, config, scaling)
@@ -97,7 +101,7 @@ def _claim_blocks(claims: Claims, module: Module, blocks: Mapping[str, Any], upd
     if len(diagonal) == 2:
         claims.misfit(f"{module.name}: use_bdlora says that both its factors are block-diagonal")
     elif len(update.factor("A").shape) != 2 or len(update.factor("B").shape) != 2:
-        claims.misfit(f"{update.first} is no matrix: BD-LoRA is of Linear layers")
+        claims.misfit(f"{update.first} is not a matrix: BD-LoRA is of Linear layers")
     elif diagonal:
         settings = BlockSettings(blocks.get("nblocks", 1), diagonal[0])
         claims.updates[-1] = update.changed(family=LoraBlocks.name, settings=settings)
@@ -124,28 +128,28 @@ def _check_ranks(claims: Claims, a: TensorRef, b: TensorRef, rank: int, name: st
                 f"; A has 1/{b.shape[1] // a.shape[0]} of its rows, as where one process of several (FSDP, ZeRO-3) "
                 "saved only its own part of every factor: save the adapter again from the full, gathered state dict"
             )
-        claims.misfit(
-            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} disagree on the rank: expected (r, in) and (out, r)"
-            + hint
-        )
+        claims.misfit(f"{shown(a, b)} disagree on the rank: expected (r, in) and (out, r){hint}")
     elif a.shape[0] != rank:
         claims.misfit(
             f"{a.name} has rank {a.shape[0]}, but adapter_config.json says {rank} for {name} (r and rank_pattern)"
         )
 
 
+def _agreed(claims: Claims, module: Module, role: str, setting: str, wanted: bool) -> TensorRef | None:
+    """A factor that is there, as the setting says; it is reported where they contradict each other."""
+    ref = module.factors.get(role)
+    problem = contradiction(ROLES, module, role, setting, wanted)
+    if problem and ref is not None:
+        claims.reject([ref], problem)
+    elif problem:
+        claims.problems.append(problem)
+    return None if problem else ref
+
+
 def _with_magnitude(claims: Claims, module: Module, config: Config, update: ModuleUpdate) -> ModuleUpdate:
     """DoRA, where the config says so and the lengths are there."""
-    magnitude, wanted = module.factors.get("magnitude"), bool(config.get("use_dora"))
-    if wanted and magnitude is None:
-        claims.problems.append(
-            f"adapter_config.json says use_dora, but {module.key('lora_magnitude_vector')} is missing"
-        )
+    magnitude = _agreed(claims, module, "magnitude", "use_dora", bool(config.get("use_dora")))
     if magnitude is None:
-        return update
-    if not wanted:
-        what = f"{magnitude.name} is a length of DoRA"
-        claims.reject([magnitude], f"{what}, but adapter_config.json does not say use_dora; PEFT would ignore it")
         return update
     # A convolution's is (1, out, 1…).
     flat = (
@@ -156,28 +160,18 @@ def _with_magnitude(claims: Claims, module: Module, config: Config, update: Modu
 
 def _with_diagonal(claims: Claims, module: Module, config: Config, update: ModuleUpdate) -> ModuleUpdate:
     """KaSA, where the config says so and d is there."""
-    diagonal, wanted = module.factors.get("diagonal"), config.get("kasa_config") is not None
-    if wanted and diagonal is None:
-        claims.problems.append(f"adapter_config.json says kasa_config, but {module.key('lora_diag')} is missing")
-    elif diagonal is not None and not wanted:
-        what = f"{diagonal.name} is a diagonal of KaSA"
-        claims.reject([diagonal], f"{what}, but adapter_config.json does not say kasa_config; PEFT would ignore it")
-    elif diagonal is not None:
-        factors = (*update.factors, ("diagonal", diagonal))
-        return update.changed(family=Kasa.name, factors=factors, of_base=(("W", "weight"),))
-    return update
+    diagonal = _agreed(claims, module, "diagonal", "kasa_config", config.get("kasa_config") is not None)
+    if diagonal is None:
+        return update
+    factors = (*update.factors, ("diagonal", diagonal))
+    return update.changed(family=Kasa.name, factors=factors, of_base=(("W", "weight"),))
 
 
 def _claim_bias(claims: Claims, module: Module, config: Config, scaling: float) -> None:
-    bias = module.factors.get("bias")
-    if bias is not None and config.get("lora_bias"):
+    bias = _agreed(claims, module, "bias", "lora_bias", bool(config.get("lora_bias")))
+    if bias is not None:
         update = ModuleUpdate(module.name, "bias", LoraBias.name, (("bias", bias),), scaling)
         claims.updates.insert(len(claims.updates) - 1, update)
-    elif bias is not None:
-        what = f"{bias.name} is a trained bias of lora_B"
-        claims.reject([bias], f"{what}, but adapter_config.json does not say lora_bias; PEFT would ignore it")
-    elif config.get("lora_bias"):
-        claims.problems.append(f"adapter_config.json says lora_bias, but {module.key('lora_B.bias')} is missing")
 
 
 def claim_embedding(claims: Claims, module: Module, config: Config) -> None:
@@ -193,9 +187,7 @@ def claim_embedding(claims: Claims, module: Module, config: Config) -> None:
     update = ModuleUpdate(module.name, "weight", Lora.name, (("A", a), ("B", b)), scaling, rank, transposes=True)
     update = _with_magnitude(claims, module, config, update)
     claims.updates.append(_with_diagonal(claims, module, config, update))
-    if 0 in a.shape or 0 in b.shape:
-        return
     if len(a.shape) != 2 or len(b.shape) != 2:
-        claims.misfit(f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (r, V) and (D, r)")
+        claims.misfit(f"{shown(a, b)}: expected (r, V) and (D, r)")
     else:
         _check_ranks(claims, a, b, rank, module.name)

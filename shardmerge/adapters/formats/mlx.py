@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from shardmerge.adapters.base_view import BaseView
-from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
 from shardmerge.adapters.formats.base import AdapterContent, AdapterFormat, Pairs, Tensors
 from shardmerge.adapters.formats.checks import Config, is_number
 from shardmerge.adapters.formats.wholes import whole_update
 from shardmerge.adapters.methods.lora import Dora, Lora
-from shardmerge.adapters.tables import register_format
 from shardmerge.key_mapping.naming import module_name
 from shardmerge.spec.tensors import TensorRef
 
@@ -24,10 +24,7 @@ _KEY = re.compile(r"(?P<module>.+)\.(?P<role>lora_a|lora_b|m)")
 _WHOLE = re.compile(r"(?P<module>.+)\.(?P<parameter>\w+)")
 
 
-@register_format
 class Mlx(AdapterFormat):
-    """``format: mlx``."""
-
     name = "mlx"
     summary = "`adapters.safetensors` of mlx-lm: LoRA, DoRA, or whole tensors"
     config_states_scale = True
@@ -44,14 +41,18 @@ class Mlx(AdapterFormat):
         return str((config or {}).get("fine_tune_type", "LORA"))
 
     def stated_scale(self, config: Config | None) -> float | None:
-        parameters = (config or {}).get("lora_parameters")
-        scale = parameters.get("scale") if isinstance(parameters, dict) else None
+        scale = _scale(config or {})
         return float(scale) if isinstance(scale, (int, float)) and is_number(scale) else None
 
     def read(self, content: AdapterContent, base: BaseView) -> Claims:
         if content.config is None:
             return Claims.refusal("there is no adapter_config.json beside it, in which MLX states the scale")
         return _claim(content.tensors, content.config)
+
+
+def _scale(config: Config) -> Any:
+    parameters = config.get("lora_parameters")
+    return parameters.get("scale") if isinstance(parameters, dict) else None
 
 
 def _claim(tensors: Tensors, config: Config) -> Claims:
@@ -64,8 +65,7 @@ def _claim(tensors: Tensors, config: Config) -> Claims:
             whole_update(module_name(match["module"]), match["parameter"], ref) for match, ref in matches if match
         ]
         return claims
-    parameters = config.get("lora_parameters")
-    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    scale = _scale(config)
     if kind not in ("lora", "dora"):
         claims.problems.append(f"adapter_config.json: fine_tune_type must be lora, dora or full, found {kind!r:.80}")
     if not is_number(scale):
@@ -80,7 +80,7 @@ def _claim(tensors: Tensors, config: Config) -> Claims:
         if match := _KEY.fullmatch(name):
             modules.setdefault(match["module"], {})[match["role"]] = ref
     for module, found in modules.items():
-        _claim_pair(claims, module, found, float(scale), kind == "dora")  # type: ignore[arg-type]
+        _claim_pair(claims, module, found, float(scale), kind == "dora")
     return claims
 
 
@@ -95,12 +95,10 @@ def _claim_pair(claims: Claims, module: str, found: Mapping[str, TensorRef], sca
     # It does not say whether a module is an embedding.
     update = ModuleUpdate(module_name(module), "weight", Lora.name, (("A", a), ("B", b)), scale, either_way=True)
     claims.updates.append(update)
-    if 0 in a.shape or 0 in b.shape:
-        return
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0]:
         claims.misfit(
-            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (in, r) and (r, out) of one rank; MLX's "
-            "own layout of experts is not that of any checkpoint"
+            f"{shown(a, b)}: expected (in, r) and (r, out) of one rank; MLX's own layout of experts is not that of any "
+            "checkpoint"
         )
         return
     factors = (("A", a.transposed()), ("B", b.transposed()))

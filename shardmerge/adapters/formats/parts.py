@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 from shardmerge.spec.updates import Parameter
 
-#: Tells of a module's weight in the base; None where there is none.
+#: Finds a module's weight in the base; None where there is none.
 Weight = Callable[[str], Parameter | None]
 #: Names of the denoiser, any of which another may stand for. Of two that fit, the longer comes first.
 DENOISERS = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "prior.")
@@ -48,7 +48,7 @@ def other_names(module: str, of_base: Collection[str]) -> Iterator[str]:
 
 
 def is_own(module: str, weight: Weight) -> bool:
-    """Whether the base itself has a module of that name, so that its beginning is no part of a pipeline."""
+    """Whether the base itself has a module of that name, so that its beginning is not a part of a pipeline."""
     parameter = weight(module)
     if parameter is None:
         return False

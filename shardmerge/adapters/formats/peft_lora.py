@@ -5,48 +5,72 @@ Source: peft/tuners/lora/config.py, model.py and layer.py, 0.21.
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from shardmerge.adapters.claims import Claims
-from shardmerge.adapters.formats import grouped_experts, peft_parameters
-from shardmerge.adapters.formats.checks import (
-    FLAG,
-    NUMBER,
-    NUMBER_PATTERN,
-    RANK,
-    RANK_PATTERN,
-    SUBCONFIG,
-    Config,
-    checked,
-    is_strings,
-)
-from shardmerge.adapters.formats.lora_forms import (
-    ROLES,
-    blocks_problems,
-    claim_embedding,
-    claim_matrix,
-    paired,
-    rank_and_scaling,
-    say_no_alpha,
-)
-from shardmerge.adapters.formats.peft_inits import initialisation_problems
+from shardmerge.adapters.formats import checks, grouped_experts, lora_forms, peft_parameters
 from shardmerge.adapters.formats.peft_method import BELOW_WRAPPERS, Context, Module, PeftMethod
 from shardmerge.adapters.formats.peft_targets import NOT_COVERED
 from shardmerge.adapters.formats.peft_tokens import claim_tokens, token_problems
-from shardmerge.adapters.formats.peft_variants import TRAINING_STATE, variants
 from shardmerge.adapters.formats.wholes import is_embedding
-from shardmerge.adapters.tables import register
 from shardmerge.key_mapping.naming import module_name
 from shardmerge.spec.tensors import TensorRef
 
 _CANNOT = "which cannot be merged"
+#: Initialisations that leave the base as it is, compared as PEFT compares them.
+_PLAIN = frozenset({"eva", "orthogonal"})
+#: Those that PEFT takes in any case.
+_PLAIN_IN_ANY_CASE = frozenset({"gaussian", "mica"})
+_PISSA = re.compile(r"pissa(_niter_\d+)?")
+_GIVE_BASE = (
+    "give as base the weights that the training had beside the factors, and name init_lora_weights in the adapter's "
+    "ignore_keys"
+)
+_CONVERT = (
+    "Convert the adapter with PEFT where it was trained (save_pretrained with "
+    f"path_initial_model_for_weight_conversion), which sets init_lora_weights to true; or {_GIVE_BASE}"
+)
 
 
-@register
+def initialisation_problems(key: str, value: Any) -> list[str]:
+    """A check of ``init_lora_weights``: the messages about one that moves the base, and about an unknown one.
+
+    An initialisation that takes the first B A out of W trains B A beside W - s · B₀ A₀, so W + s · B A is not what was
+    trained. PEFT does it again when it loads the adapter (pissa, olora), cannot (corda, whose first B A come from
+    data), or does not (lora_ga, whose come from gradients). Source: `update_layer`, peft/tuners/lora/layer.py, 0.21.2.
+    """
+    if value is checks.MISSING or value is None or isinstance(value, bool):
+        return []
+    if not isinstance(value, str):
+        return [_unknown_init(key, value)]
+    if value in _PLAIN or value.lower() in _PLAIN_IN_ANY_CASE:
+        return []
+    if value == "loftq":
+        return [
+            f"{key}: 'loftq' puts quantised weights in the place of the base's, in training and whenever PEFT loads "
+            "the adapter, so that these weights plus s·B·A are not what was trained. No conversion undoes that: "
+            f"{_GIVE_BASE} (PEFT's unload() returns them once it has loaded the adapter on this base)"
+        ]
+    if _PISSA.fullmatch(value) or value.startswith("corda") or value.lower() == "olora" or value == "lora_ga":
+        return [
+            f"{key}: {value!r:.80} takes the first B·A out of the base's weights, so that these weights plus s·B·A are "
+            f"not what was trained. {_CONVERT}"
+        ]
+    return [_unknown_init(key, value)]
+
+
+def _unknown_init(key: str, value: Any) -> str:
+    return (
+        f"{key}: {reprlib.repr(value)} is an initialisation that is unknown to this version, and to PEFT 0.21.2, which "
+        "does not load it; whether it moves the base's weights is not known"
+    )
+
+
 class LoraMethod(PeftMethod):
-    """``peft_type: LORA``."""
-
     peft_type = "LORA"
     title = "LoRA, rsLoRA, DoRA"
     note = (
@@ -54,39 +78,32 @@ class LoraMethod(PeftMethod):
         "BD-LoRA, MiCA, MonteCLoRA, VeLoRA, KaSA; `lora_bias`, trained biases and tokens, `modules_to_save`"
     )
     paper = "arXiv:2106.09685, 2312.03732, 2402.09353"
-    roles = ROLES
+    roles = lora_forms.ROLES
     settings = {
-        "r": RANK,
-        "lora_alpha": NUMBER,
-        "rank_pattern": RANK_PATTERN,
-        "alpha_pattern": NUMBER_PATTERN,
-        "use_rslora": FLAG,
-        "use_bdlora": blocks_problems,
-        "use_dora": FLAG,
-        "lora_bias": FLAG,
-        "target_parameters": checked(is_strings, "a list of strings"),
+        "r": checks.RANK,
+        "lora_alpha": checks.NUMBER,
+        "rank_pattern": checks.RANK_PATTERN,
+        "alpha_pattern": checks.NUMBER_PATTERN,
+        "use_rslora": checks.FLAG,
+        "use_bdlora": lora_forms.blocks_problems,
+        "use_dora": checks.FLAG,
+        "lora_bias": checks.FLAG,
+        "target_parameters": checks.checked(checks.is_strings, "a list of strings"),
         "lora_B_layout": peft_parameters.flat_problems,
         "unsloth_fused_expert_lora": peft_parameters.marker_problems,
-        "ensure_weight_tying": FLAG,
+        "ensure_weight_tying": checks.FLAG,
         "trainable_token_indices": token_problems,
         "init_lora_weights": initialisation_problems,
-        "kasa_config": SUBCONFIG,
+        "kasa_config": checks.SUBCONFIG,
         # The one that PEFT takes for "not set" where it is false.
-        "monteclora_config": lambda key, value: [] if value is False else SUBCONFIG(key, value),
-        "velora_config": SUBCONFIG,
+        "monteclora_config": lambda key, value: [] if value is False else checks.SUBCONFIG(key, value),
+        "velora_config": checks.SUBCONFIG,
     }
     ignorable = frozenset({"init_lora_weights"})
     inert = frozenset(
         {
-            "corda_config",
-            "eva_config",
-            "loftq_config",
-            "lora_dropout",
-            "lora_ga_config",
-            "megatron_config",
-            "megatron_core",
-            "merge_weights",  # of PEFT 0.2: when it merges by itself
-            "qalora_group_size",
+            *("corda_config", "eva_config", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config"),
+            *("megatron_core", "merge_weights", "qalora_group_size"),  # merge_weights is when PEFT 0.2 merges by itself
         }
     )
     refused = {
@@ -99,8 +116,8 @@ class LoraMethod(PeftMethod):
         "use_qalora": "QALoRA pools the input by groups, so B A is not the update; PEFT cannot merge it either",
     }
 
-    def check_config(self, config: Config) -> list[str]:
-        if len(names := variants(config)) > 1:
+    def check_config(self, config: checks.Config) -> list[str]:
+        if len(names := lora_forms.variants(config)) > 1:
             return [f"adapter_config.json sets {' and '.join(names)}, but PEFT knows no adapter that is more than one"]
         return peft_parameters.contradictions(config)
 
@@ -120,10 +137,10 @@ class LoraMethod(PeftMethod):
         )
         return "" if by_other_names else why
 
-    def weighs(self, config: Config) -> bool:
+    def weighs(self, config: checks.Config) -> bool:
         return not config.get("use_dora")
 
-    def composes(self, config: Config) -> bool:
+    def composes(self, config: checks.Config) -> bool:
         return not config.get("use_dora")
 
     def asked_name(self, module: Module, context: Context) -> tuple[str, str]:
@@ -142,7 +159,7 @@ class LoraMethod(PeftMethod):
             if parameters or names[place:] != [".base_layer", ".out_proj"] or not self._is_attention(around, context):
                 return "", (
                     f"{around} is wrapped {depth} times, but adapter_config.json's target_parameters name "
-                    f"{len(parameters)} of its parameters, and it is no nn.MultiheadAttention that is a target"
+                    f"{len(parameters)} of its parameters, and it is not an nn.MultiheadAttention that is a target"
                 )
             asked = around
         return asked, ""
@@ -157,32 +174,32 @@ class LoraMethod(PeftMethod):
         """One of the forms that LoRA takes: the factors that are there and the config decide."""
         factors = module.factors
         if "embedding_A" in factors or "embedding_B" in factors:
-            claim_embedding(claims, module, context.config)
+            lora_forms.claim_embedding(claims, module, context.config)
             return
-        if not paired(claims, module, "A", "B"):
+        if not lora_forms.paired(claims, module, "A", "B"):
             return
         name, depth = peft_parameters.bare(module.name)
         if grouped_experts.is_stacked(name, factors):
-            scale = rank_and_scaling(context.config, name)
+            scale = lora_forms.rank_and_scaling(context.config, name)
             grouped_experts.claim_stacked(claims, name, factors, *scale, context.base.weight)
         elif depth or peft_parameters.targeted(name, context):
             parameter = peft_parameters.owner(module.name, context)
-            scale = rank_and_scaling(context.config, f"{name}.{parameter}")
+            scale = lora_forms.rank_and_scaling(context.config, f"{name}.{parameter}")
             peft_parameters.claim_parameter(claims, module, *scale, context)
         else:
-            claim_matrix(claims, module, context.config)
+            lora_forms.claim_matrix(claims, module, context.config)
 
     def claim(self, tensors: Mapping[str, TensorRef], context: Context) -> Claims:
         claims = super().claim(tensors, context)
         if not claims.refused:
-            scaled = partial(rank_and_scaling, context.config)
+            scaled = partial(lora_forms.rank_and_scaling, context.config)
             grouped_experts.claim_grouped(claims, tensors, scaled, context.base.weight)
-            say_no_alpha(claims, context.config)
+            lora_forms.say_no_alpha(claims, context.config)
         return claims
 
-    def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
+    def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: checks.Config) -> None:
         claim_tokens(claims, tensors, config.get("trainable_token_indices"))
-        for key, state in TRAINING_STATE.items():
+        for key, state in lora_forms.TRAINING_STATE.items():
             if config.get(key) not in (None, False):
                 claims.account_for(ref for name, ref in tensors.items() if f".{state}." in f"{name}.")
         super().claim_rest(claims, tensors, config)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from shardmerge.adapters.base_view import NO_BASE, BaseView
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import MISSING, Check, Config
+from shardmerge.adapters.formats.checks import MISSING, RANK, Check, Config, rank_of
 from shardmerge.adapters.formats.peft_keys import FOREIGN, GENERAL, ignored_problems, unknown_key
 from shardmerge.adapters.formats.peft_targets import SELECTORS, left_out, target_problems
 from shardmerge.adapters.formats.wholes import claim_wholes
@@ -265,7 +265,7 @@ def _anchored(config: Config, modules: Collection[Module]) -> list[str]:
         return []
     return [
         f"{wrapped[0].prefix} has a wrapper's name before the module's, and adapter_config.json's pattern "
-        f"{reprlib.repr(anchored[0])} is of whole names, so that what it matches cannot be told; save the adapter with "
+        f"{reprlib.repr(anchored[0])} is of whole names, so what it matches is unknown; save the adapter with "
         "PEFT's save_pretrained"
     ]
 
@@ -286,26 +286,54 @@ def _key_pattern(roles: tuple[tuple[str, str], ...]) -> tuple[re.Pattern[str], l
     return re.compile(rf"(?P<module>.+)\.(?:{'|'.join(parts)})"), names
 
 
+def key_of(roles: Mapping[str, str], role: str) -> str:
+    """The end of the key of a factor, by its role; of two, the first."""
+    return next(key for key, known in roles.items() if known.removesuffix("?") == role)
+
+
+def contradiction(roles: Mapping[str, str], module: Module, role: str, setting: str, wanted: bool) -> str:
+    """What is wrong where a factor is there without the setting that goes with it, or the other way round."""
+    ref = module.factors.get(role)
+    if ref is None and wanted:
+        return f"adapter_config.json says {setting}, but {module.key(key_of(roles, role))} is missing"
+    if ref is not None and not wanted:
+        return f"{ref.name} is there, but adapter_config.json does not say {setting}; PEFT would ignore it"
+    return ""
+
+
 # --- a method that is a family, too -----------------------------------------------------------------------------------
 
 
 class PeftFamily(Family, PeftMethod):
     """A method whose modules' factors make one update of the weight each, by a family of its own."""
 
-    #: What it can update, if that is matrices only; for the message about other parameters.
+    #: What it can update, for the message about other parameters; empty if `misfits` says it.
     updates: ClassVar[str] = ""
+    #: How many dimensions what it can update has, and whether kernels of two dimensions must be square.
+    dims: ClassVar[frozenset[int]] = frozenset({2})
+    square_kernels: ClassVar[bool] = False
 
     def settings_of(self, config: Config, module: Module) -> Settings | None:
         """What the family needs to know of a module besides its factors."""
         return None
 
+    def scaling_of(self, config: Config, module: Module) -> float:
+        """s of a module; what a method without a scale has is 1."""
+        return 1.0
+
     def update(self, module: Module, context: Context, **changes: Any) -> ModuleUpdate:
-        """The update of a module's weight by all of its factors; ``changes`` are other fields of it."""
+        """The update of a module's weight by all of its factors; ``changes`` are other fields of it.
+
+        Its rank is that of ``r`` and ``rank_pattern``, if ``r`` is a rank to this method.
+        """
+        config = context.config
         fields: dict[str, Any] = {
             "family": self.name,
             "factors": tuple(module.factors.items()),
-            "settings": self.settings_of(context.config, module),
-            "fan_in_fan_out": bool(context.config.get("fan_in_fan_out")),
+            "scaling": self.scaling_of(config, module),
+            "rank": rank_of(config, module.name) if self.settings.get("r") is RANK else 0,
+            "settings": self.settings_of(config, module),
+            "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
         }
         return ModuleUpdate(module.name, "weight", **{**fields, **changes})
 
@@ -313,9 +341,9 @@ class PeftFamily(Family, PeftMethod):
         claims.updates.append(self.update(module, context))
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        if self.updates and len(shape) != 2:
-            what = f"{self.title} updates {self.updates}"
-            return [f"{update.module}.{update.parameter} is {list(shape)}; {what}"]
+        is_square = not self.square_kernels or shape[2:3] == shape[3:4]
+        if self.updates and (len(shape) not in self.dims or not is_square):
+            return [f"{update.module}.{update.parameter} is {list(shape)}; {self.title} updates {self.updates}"]
         return self.misfits(update, shape)
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:

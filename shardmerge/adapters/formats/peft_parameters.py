@@ -18,11 +18,11 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
 from shardmerge.adapters.formats.checks import MISSING, is_rank
+from shardmerge.adapters.formats.lora_forms import variants
 from shardmerge.adapters.formats.peft_method import Context, Module
 from shardmerge.adapters.formats.peft_targets import matches
-from shardmerge.adapters.formats.peft_variants import variants
 from shardmerge.adapters.methods.lora_experts import ExpertSettings, LoraExperts
 
 #: The file's word for a layout → ours.
@@ -93,12 +93,8 @@ def claim_parameter(claims: Claims, module: Module, rank: int, scaling: float, c
     claims.updates.append(
         ModuleUpdate(name, parameter, LoraExperts.name, (("A", a), ("B", b)), scaling, rank, settings=settings)
     )
-    if 0 in a.shape or 0 in b.shape:
-        return
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
-        claims.misfit(
-            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (r·E, in) and (out, r·E) with r = {rank}"
-        )
+        claims.misfit(f"{shown(a, b)}: expected (r·E, in) and (out, r·E) with r = {rank}")
         return
     layout, problem = layout_of(parameter, rank, a.shape[0] // rank, context)
     if problem:
@@ -121,7 +117,7 @@ def _say_whose(claims: Claims, module: Module, name: str, context: Context) -> N
     if len(targets) > 1 and not context.base.registered(name):
         claims.reject(
             module.refs,
-            f"{a.name} belongs to one of {', '.join(targets)} of {name}, but which cannot be told: the order in which "
+            f"{a.name} belongs to one of {', '.join(targets)} of {name}, but which is unknown: the order in which "
             "the model registers them is not known",
         )
         return
@@ -152,8 +148,8 @@ def layout_of(parameter: str, rank: int, experts: int, context: Context) -> tupl
         return LAYOUTS[said] if said else str(given), ""
     if _is_unsloths(context.config):
         return "peft", (
-            f"adapter_config.json is Unsloth's and does not say how lora_B of {parameter} is laid out, and nothing in "
-            f"the numbers tells. Give expert_layout: {_DIFFERENCE}"
+            f"adapter_config.json is Unsloth's and does not say how lora_B of {parameter} is laid out, and the "
+            f"numbers do not show it. Give expert_layout: {_DIFFERENCE}"
         )
     return "peft", ""
 

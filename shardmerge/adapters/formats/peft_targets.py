@@ -13,10 +13,9 @@ from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
+from shardmerge.adapters.formats.checks import Config, is_strings
 from shardmerge.system.bounded_regex import first_captured, first_match
 from shardmerge.system.bounded_regex import problems as regex_problems
-
-Config = Mapping[str, Any]
 
 #: Settings that only some methods have. They narrow down what ``target_modules`` name.
 SELECTORS = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
@@ -103,7 +102,7 @@ def target_problems(config: Config) -> Iterator[str]:
     if excluded := config.get("exclude_modules"):
         yield from _names_problems("exclude_modules", excluded)
     saved = config.get("modules_to_save")
-    if saved is not None and not _is_strings(saved):
+    if saved is not None and not is_strings(saved):
         yield f"modules_to_save must be a list of strings, found {reprlib.repr(saved)}"
     elif saved:
         yield from _regex_problems("modules_to_save", {_saved_pattern(item): item for item in saved})
@@ -112,7 +111,7 @@ def target_problems(config: Config) -> Iterator[str]:
     elif layers not in (None, []) and isinstance(targets, str):
         yield "layers_to_transform have no meaning where target_modules is a regular expression"
     named = config.get("layers_pattern")
-    if named and not (isinstance(named, str) or _is_strings(named)):
+    if named and not (isinstance(named, str) or is_strings(named)):
         yield f"layers_pattern must be a string or a list of strings, found {reprlib.repr(named)}"
     elif named:
         of = [named] if isinstance(named, str) else named
@@ -122,7 +121,7 @@ def target_problems(config: Config) -> Iterator[str]:
 def _names_problems(key: str, names: Any) -> Iterator[str]:
     if isinstance(names, str):
         yield from _regex_problems(key, {names: names})
-    elif not _is_strings(names):
+    elif not is_strings(names):
         yield f"{key} must be a string or a list of strings, found {reprlib.repr(names)}"
 
 
@@ -130,11 +129,7 @@ def _regex_problems(key: str, texts: Mapping[str, str]) -> Iterator[str]:
     """``texts`` are PEFT's patterns → what the config has of them."""
     for text, why in regex_problems(list(texts)):
         shown = "" if texts[text] == text else f": {reprlib.repr(texts[text])}"
-        yield f"{key}{shown} is no regular expression: {why}"
-
-
-def _is_strings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+        yield f"{key}{shown} is not a regular expression: {why}"
 
 
 def _is_layers(value: Any) -> bool:

@@ -12,13 +12,12 @@ import re
 from collections.abc import Collection, Mapping
 
 from shardmerge.adapters.base_view import BaseView
-from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
 from shardmerge.adapters.formats.base import AdapterContent, AdapterFormat, Pairs, Tensors
 from shardmerge.adapters.formats.checks import Config
 from shardmerge.adapters.formats.scales import Scales
-from shardmerge.adapters.methods.frozen import FrozenCopy
 from shardmerge.adapters.methods.lora import Lora
-from shardmerge.adapters.tables import register_format
+from shardmerge.adapters.methods.whole import FrozenCopy
 from shardmerge.key_mapping.naming import module_name
 from shardmerge.spec.tensors import TensorRef
 
@@ -26,10 +25,7 @@ _FACTOR = re.compile(r"(?P<module>.+)\.(?P<role>[AB]|alpha)")
 _FROZEN = re.compile(r"(?P<module>.+)\.original\.(?P<parameter>weight|bias)")
 
 
-@register_format
 class PurePytorch(AdapterFormat):
-    """``format: pure-pytorch``."""
-
     name = "pure-pytorch"
     summary = "the `.pt` of a training loop that computes `x @ A @ B * scale`: `….A` (in, r), `….B` (r, out)"
     pairs = Pairs(
@@ -42,7 +38,6 @@ class PurePytorch(AdapterFormat):
         return config is None and looks_like(tensors)
 
     def read(self, content: AdapterContent, base: BaseView) -> Claims:
-        """Pair the factors, check the pairs, compute each scaling."""
         scales, claims = content.scales, Claims()
         if problem := scales.unread():
             return Claims.refusal(problem)
@@ -75,16 +70,12 @@ def _claim_pair(claims: Claims, name: str, pair: Mapping[str, TensorRef], scales
     claims.updates.append(ModuleUpdate(module_name(name), "weight", Lora.name, (("A", a), ("B", b))))
     rank = a.shape[1] if len(a.shape) == 2 else 1
     scaling = scales.of(claims, rank, pair.get("alpha"), one_if_unsaid=False)
-    if 0 in a.shape or 0 in b.shape:
-        return
     matrices = len(a.shape) == 2 and len(b.shape) == 2
     if not matrices or a.shape[1] != b.shape[0]:
         hint = ""
         if matrices and a.shape[0] == b.shape[1]:
             hint = "; these are (r, in) and (out, r), PEFT's layout: transpose both, or name them lora_A and lora_B"
-        claims.misfit(
-            f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (in, r) and (r, out) of one rank{hint}"
-        )
+        claims.misfit(f"{shown(a, b)}: expected (in, r) and (r, out) of one rank{hint}")
         return
     factors = (("A", a.transposed()), ("B", b.transposed()))
     claims.updates[-1] = claims.updates[-1].changed(factors=factors, scaling=scaling, rank=rank)

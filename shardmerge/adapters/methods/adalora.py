@@ -18,14 +18,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
 from shardmerge.adapters.formats.checks import FLAG, MISSING, NUMBER, RANK, Config
 from shardmerge.adapters.formats.peft_lora import LoraMethod
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.formats.peft_tokens import claim_tokens, token_problems
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors, misshaped, oriented
-from shardmerge.adapters.tables import register
+from shardmerge.adapters.methods.base import Factors, all_misshaped, oriented
 from shardmerge.key_mapping.naming import module_name
 from shardmerge.spec.tensors import TensorRef
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
@@ -52,10 +51,7 @@ class AdaLoraSettings(Settings):
     init_r: int
 
 
-@register
 class AdaLora(PeftFamily):
-    """``peft_type: ADALORA``, and what it does to a matrix."""
-
     name = "adalora"
     by_rows = frozenset({"B"})
     neutral_if_zero = frozenset({"E"})
@@ -64,6 +60,8 @@ class AdaLora(PeftFamily):
     adds = True
     peft_type = "ADALORA"
     title = "AdaLoRA"
+    updates = "matrices and convolutions"
+    dims = frozenset({2, 3, 4, 5})
     paper = "arXiv:2303.10512"
     roles = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
     settings = {
@@ -75,23 +73,9 @@ class AdaLora(PeftFamily):
     }
     # AdaLoRA inherits LoRA's settings; those that are here, it does not read.
     inert = LoraMethod.inert | {
-        "alpha_pattern",
-        "beta1",
-        "beta2",
-        "deltaT",
-        "ensure_weight_tying",
-        "init_lora_weights",  # whatever it is, A and B are drawn at random
-        "kasa_config",
-        "lora_bias",
-        "monteclora_config",
-        "orth_reg_weight",
-        "r",
-        "target_r",
-        "tfinal",
-        "tinit",
-        "total_step",
-        "use_rslora",
-        "velora_config",
+        *("alpha_pattern", "beta1", "beta2", "deltaT", "ensure_weight_tying", "kasa_config", "lora_bias"),
+        *("monteclora_config", "orth_reg_weight", "r", "target_r", "tfinal", "tinit", "total_step", "use_rslora"),
+        *("velora_config", "init_lora_weights"),  # whatever the last is, A and B are drawn at random
     }
     refused = {
         **LoraMethod.refused,
@@ -111,20 +95,17 @@ class AdaLora(PeftFamily):
         alpha = config["lora_alpha"]
         scaling, settings = alpha if alpha > 0 else rank, AdaLoraSettings(started)
         claims.updates.append(self.update(module, context, scaling=scaling, rank=rank, settings=settings))
-        if module.is_empty:
-            return
         if kept is not None and len(kept) != started:
             claims.misfit(
-                f"adapter_config.json: rank_pattern tells of {len(kept)} ranks of {module.name}, but init_r is "
-                f"{started}"
+                f"adapter_config.json: rank_pattern has {len(kept)} ranks of {module.name}, but init_r is {started}"
             )
             return
         a, b, e = (found[role] for role in "ABE")
         source = "init_r" if kept is None else "what rank_pattern keeps"
         if len(a.shape) != 2 or a.shape[0] != rank or len(b.shape) != 2 or b.shape[1] != rank or e.shape != (rank, 1):
             claims.misfit(
-                f"{a.name} {list(a.shape)}, {b.name} {list(b.shape)} and {e.name} {list(e.shape)}: expected (r, in), "
-                f"(out, r) and (r, 1) with r = {rank}, {source} of {module.name} in adapter_config.json"
+                f"{shown(a, b, e)}: expected (r, in), (out, r) and (r, 1) with r = {rank}, {source} of {module.name} "
+                "in adapter_config.json"
             )
 
     def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
@@ -135,14 +116,8 @@ class AdaLora(PeftFamily):
         return oriented(update, parameter, update.factor("B").shape[0], update.factor("A").shape[-1])
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        a, b = update.factor("A"), update.factor("B")
-        if len(shape) < 2:
-            return [f"{update.module}.{update.parameter}, {list(shape)} is no matrix, so AdaLoRA cannot update it"]
-        where = f"of {update.module} {list(shape)}"
-        return [
-            *misshaped(b, (shape[0], update.rank), f"(out, r) {where}"),
-            *misshaped(a, (update.rank, math.prod(shape[1:])), f"(r, in · k…) {where}"),
-        ]
+        expected = {"A": (update.rank, math.prod(shape[1:])), "B": (shape[0], update.rank)}
+        return all_misshaped(update, expected, f"(r, in · k…) or (out, r) of {update.module} {list(shape)}")
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         right = factors.kept("A E", lambda: factors.whole("A") * factors.whole("E"))

@@ -2,8 +2,7 @@
 
 A family is a *row update*, not a delta: ``apply`` changes a window of a module's matrix in place. So families that
 rescale, multiply or rotate fit as well as those that add. Families do no I/O; their factors come through `Factors`,
-which reads lazily. A family registers itself with `shardmerge.adapters.tables.register`; nothing outside its module
-compares its name.
+which reads lazily. `shardmerge.adapters.registry` registers it by its name; nothing outside its module compares that.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import ClassVar, Protocol
 
 from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.adapters.lazy_torch import Tensor
+from shardmerge.errors import FormatError
 from shardmerge.spec.tensors import FACTOR_DTYPES, FLOAT_DTYPES, INTEGER_DTYPES, RowRange, TensorRef, even_rows
 from shardmerge.spec.updates import Parameter, Update, Window
 
@@ -155,29 +155,25 @@ def add_scaled(tile: Tensor, product: Tensor, scaling: float) -> None:
 
 #: Rows that are multiplied together, so that the bits are those of the whole; see `shardmerge.planning.tiling`.
 _SLAB_ROWS = 16
+#: The same where what is made for these rows costs as much as to multiply them.
+PART_ROWS = 64
 _SLAB_ELEMENTS = 1 << 14
 
 
-def slabs(rows: RowRange, columns: int) -> Iterator[RowRange]:
-    """Rows in even parts, for what needs memory beside ``scratch``: a few rows of it at a time."""
-    least = max(_SLAB_ROWS, _SLAB_ELEMENTS // max(1, columns))
+def parts_of(rows: RowRange, least: int = PART_ROWS) -> Iterator[tuple[slice, RowRange]]:
+    """Some rows after the other, ``least`` to twice as many: where they are in a tile of ``rows`` and in the matrix."""
     for part in even_rows(len(rows), max(1, len(rows) // least)):
-        yield RowRange(rows.start + part.start, rows.start + part.stop)
+        yield slice(part.start, part.stop), RowRange(rows.start + part.start, rows.start + part.stop)
+
+
+def slabs(rows: RowRange, columns: int) -> Iterator[tuple[slice, RowRange]]:
+    """The same, of so few rows that what they take beside ``scratch`` does not count."""
+    return parts_of(rows, max(_SLAB_ROWS, _SLAB_ELEMENTS // max(1, columns)))
 
 
 def slab_elements(columns: int) -> int:
     """The most elements that a slab has."""
     return 2 * max(_SLAB_ROWS * columns, _SLAB_ELEMENTS)
-
-
-def window_of(factors: Factors, role: str, update: Update, window: Window) -> Tensor:
-    """The window's part of a factor that has the shape of the parameter, (rows, columns)."""
-    if update.experts:
-        part = factors.whole(role)[window.expert].reshape(update.rows, update.columns)
-        part = part[window.rows.start : window.rows.stop]
-    else:
-        part = factors.rows(role, window.rows).reshape(len(window.rows), update.columns)
-    return part[:, window.columns.start : window.columns.stop]
 
 
 # --- the checks that families share -----------------------------------------------------------------------------------
@@ -189,8 +185,23 @@ def misshaped(ref: TensorRef, expected: tuple[int, ...], meaning: str) -> list[s
 
 
 def all_misshaped(update: ModuleUpdate, expected: Mapping[str, tuple[int, ...]], meaning: str) -> list[str]:
-    """The same of several factors, by role."""
-    return [problem for role, shape in expected.items() for problem in misshaped(update.factor(role), shape, meaning)]
+    """The same of several factors, by role; of those that the update has."""
+    return [
+        problem
+        for role, ref in update.factors
+        if role in expected
+        for problem in misshaped(ref, expected[role], meaning)
+    ]
+
+
+def check_indices(update: Update, role: str, indices: Tensor, count: int) -> None:
+    """Raise FormatError if numbers of a factor do not count elements of something that has ``count``."""
+    if bool((indices < 0).any()) or bool((indices >= count).any()):
+        ref = update.factor(role)
+        found = f"{int(indices.min())} to {int(indices.max())}"
+        raise FormatError(
+            f"{ref.uri}: {ref.name} holds the numbers {found}; expected whole numbers from 0 to {count - 1}"
+        )
 
 
 def as_vector(ref: TensorRef) -> TensorRef:

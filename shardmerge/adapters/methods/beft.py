@@ -11,10 +11,8 @@ from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftMethod
 from shardmerge.adapters.methods.base import as_vector
 from shardmerge.adapters.methods.lora import LoraBias
-from shardmerge.adapters.tables import register
 
 
-@register
 class Beft(LoraBias, PeftMethod):
     """``peft_type: BEFT``; a bias is added as that of LoRA's B is."""
 

@@ -18,12 +18,11 @@ import math
 from dataclasses import dataclass
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import COUNT, RANK, Config, is_count
+from shardmerge.adapters.formats.checks import COUNT, RANK, Config, one_or_other
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor
-from shardmerge.adapters.methods.base import Factors, as_vector, misshaped
+from shardmerge.adapters.methods.base import Factors, all_misshaped, as_vector
 from shardmerge.adapters.methods.blocks import block_bytes, cayley, rotate, widened
-from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Settings, Update, Window
 
 
@@ -36,29 +35,23 @@ class BoftSettings(Settings):
     butterflies: int
 
 
-@register
 class Boft(PeftFamily):
-    """``peft_type: BOFT``, and what it does to a matrix."""
-
     name = "boft"
     mixes_weight = True  # W R, R a product of rotations
     by_rows = frozenset({"scale"})
     rows_are_independent = True
     peft_type = "BOFT"
     title = "BOFT"
+    updates = "Linear layers and convolutions of two dimensions with square kernels"
+    dims = frozenset({2, 4})
+    square_kernels = True
     paper = "arXiv:2311.06243"
     roles = {"boft_R": "blocks", "boft_s": "scale"}
     settings = {"boft_block_size": COUNT, "boft_block_num": COUNT, "boft_n_butterfly_factor": RANK}
     inert = frozenset({"boft_dropout", "init_weights"})
 
     def check_config(self, config: Config) -> list[str]:
-        size, count = config.get("boft_block_size") or 0, config.get("boft_block_num") or 0
-        if is_count(size) and is_count(count) and (size > 0) == (count > 0):
-            return [
-                f"adapter_config.json: one of boft_block_size and boft_block_num is above zero, found {size} and "
-                f"{count}"
-            ]
-        return []
+        return one_or_other(config, "boft_block_size", "boft_block_num")
 
     def settings_of(self, config: Config, module: Module) -> Settings:
         # Without its kernel PEFT makes and loads one factor, whatever the config says.
@@ -75,11 +68,6 @@ class Boft(PeftFamily):
         claims.updates.append(self.update(module, context, factors=factors))
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        if len(shape) not in (2, 4) or shape[2:3] != shape[3:4]:
-            return [
-                f"{update.module}.{update.parameter} is {list(shape)}; BOFT updates Linear layers and "
-                "convolutions of two dimensions with square kernels"
-            ]
         wanted, columns = BoftSettings.of(update), math.prod(shape[1:])
         many = wanted.butterflies
         # Clipped, as a hostile count takes a power long; more butterflies than columns fit no shape.
@@ -91,11 +79,8 @@ class Boft(PeftFamily):
                 f"{many} butterfly factors (boft_block_size, boft_block_num and boft_n_butterfly_factor) do not "
                 f"divide its {columns} inputs"
             ]
-        meaning = f"(butterfly factors, blocks, b, b) for the {columns} inputs of {update.module}"
-        return [
-            *misshaped(update.factor("blocks"), (many, columns // size, size, size), meaning),
-            *misshaped(update.factor("scale"), (shape[0],), "a number for every output"),
-        ]
+        expected = {"blocks": (many, columns // size, size, size), "scale": (shape[0],)}
+        return all_misshaped(update, expected, f"(butterfly factors, blocks, b, b) or (out) of {update.module}")
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         many, _, size, _ = update.factor("blocks").shape

@@ -16,7 +16,6 @@ from shardmerge.adapters.formats.checks import RANK, RANK_PATTERN, Config, patte
 from shardmerge.adapters.formats.peft_method import Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, misshaped
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Settings, Update, Window
 
@@ -28,10 +27,7 @@ class C3aSettings(Settings):
     size: int
 
 
-@register
 class C3a(PeftFamily):
-    """``peft_type: C3A``, and what it does to a matrix."""
-
     name = "c3a"
     by_rows = frozenset({"kernel"})
     neutral_if_zero = frozenset({"kernel"})
@@ -39,6 +35,7 @@ class C3a(PeftFamily):
     peft_type = "C3A"
     selectors = frozenset({"layers_to_transform", "layers_pattern"})
     title = "C3A"
+    updates = "Linear layers"
     paper = "arXiv:2407.19342"
     roles = {"c3a_kernel": "kernel"}
     settings = {"block_size": RANK, "block_size_pattern": RANK_PATTERN}
@@ -49,11 +46,9 @@ class C3a(PeftFamily):
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         size = C3aSettings.of(update).size
-        if len(shape) != 2 or any(of % size for of in shape):
-            return [
-                f"{update.module}.{update.parameter} is {list(shape)}, which blocks of {size} do not divide "
-                "(block_size and block_size_pattern)"
-            ]
+        if any(of % size for of in shape):
+            what = f"{update.module}.{update.parameter} is {list(shape)}"
+            return [f"{what}, which blocks of {size} do not divide (block_size and block_size_pattern)"]
         expected = (shape[0] // size, shape[1] // size, size)
         return misshaped(update.factor("kernel"), expected, f"a kernel for every block of {size} × {size}")
 

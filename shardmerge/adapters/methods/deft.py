@@ -13,12 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import FLAG, OPTIONAL_NUMBER, RANK, Config, checked
-from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.formats.checks import FLAG, OPTIONAL_NUMBER, RANK, Config, one_of
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily, contradiction
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors, misshaped, oriented
+from shardmerge.adapters.methods.base import Factors, all_misshaped, oriented
 from shardmerge.adapters.methods.factored import TwoPass
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Parameter, Settings, Update
 
@@ -31,10 +30,7 @@ class DeftSettings(Settings):
     orthogonal: bool
 
 
-@register
 class Deft(TwoPass, PeftFamily):
-    """``peft_type: DEFT``, and what it does to a matrix."""
-
     name = "deft"
     mixes_weight = True  # B Q looks at whole columns of W
     peft_type = "DEFT"
@@ -45,7 +41,7 @@ class Deft(TwoPass, PeftFamily):
         "r": RANK,
         "alpha": OPTIONAL_NUMBER,
         "para": FLAG,
-        "decomposition_method": checked(lambda value: value in ("relu", "qr"), "relu or qr"),
+        "decomposition_method": one_of("relu", "qr"),
     }
     inert = frozenset({"deft_dropout", "init_scale", "init_weights"})
 
@@ -53,13 +49,10 @@ class Deft(TwoPass, PeftFamily):
         return DeftSettings(config.get("alpha"), config.get("decomposition_method") == "qr")
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
-        config, there = context.config, module.factors
-        if ("R" in there) == bool(config.get("para")):
-            says = "says para, so PEFT would ignore it" if "R" in there else "does not say para"
-            what = there["R"].name if "R" in there else f"{module.key('deft_R')} is missing, and it"
-            claims.reject(module.refs, f"{what}: adapter_config.json {says}")
-            return
-        claims.updates.append(self.update(module, context, rank=config["r"]))
+        if problem := contradiction(self.roles, module, "R", "para: false", not context.config.get("para")):
+            claims.reject(module.refs, problem)
+        else:
+            claims.updates.append(self.update(module, context))
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         columns = update.factor("R").shape[-1] if update.has("R") else None
@@ -67,10 +60,9 @@ class Deft(TwoPass, PeftFamily):
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         rank = min(update.rank, shape[0])
-        problems = misshaped(update.factor("P"), (shape[0], rank), "(out, r), r at most out")
-        if update.has("R"):
-            problems += misshaped(update.factor("R"), (rank, shape[1]), "(r, in)")
-        return problems
+        return all_misshaped(
+            update, {"P": (shape[0], rank), "R": (rank, shape[1])}, "(out, r) or (r, in), r at most out"
+        )
 
     def inner(self, update: Update) -> int:
         return update.factor("P").shape[1]

@@ -10,28 +10,23 @@ round once.
 
 from __future__ import annotations
 
-from typing import Any
-
 from shardmerge.adapters.claims import ModuleUpdate
-from shardmerge.adapters.formats.checks import NUMBER_PATTERN, OPTIONAL_NUMBER, RANK, RANK_PATTERN, rank_of
-from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.formats.checks import NUMBER_PATTERN, OPTIONAL_NUMBER, RANK, RANK_PATTERN
+from shardmerge.adapters.formats.peft_method import PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, add_scaled, all_misshaped
-from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Update, Window
 
 _LEAST = 1e-4
 
 
-@register
 class Delora(PeftFamily):
-    """``peft_type: DELORA``, and what it does to a matrix."""
-
     name = "delora"
     neutral_if_zero = frozenset({"B"})
     adds = True
     peft_type = "DELORA"
     title = "DeLoRA"
+    updates = "matrices"
     paper = "arXiv:2503.18225"
     roles = {"delora_A": "A", "delora_B": "B", "delora_lambda": "lambda", "delora_w_norm": "w"}
     # λ in the config is where training began.
@@ -42,11 +37,6 @@ class Delora(PeftFamily):
         "lambda_pattern": NUMBER_PATTERN,
     }
     inert = frozenset({"init_weights", "module_dropout"})
-
-    updates = "matrices"
-
-    def update(self, module: Module, context: Context, **changes: Any) -> ModuleUpdate:
-        return super().update(module, context, rank=rank_of(context.config, module.name), **changes)
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         meaning = f"for {update.module} {list(shape)} with r = {update.rank} in adapter_config.json"

@@ -6,15 +6,11 @@ What PVeRA, Uni-LoRA, TinyLoRA, DEFT, PEANuT and PSOFT have in common. As LoRA's
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
 
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors, Family, add_scaled
-from shardmerge.spec.tensors import RowRange, even_rows
+from shardmerge.adapters.methods.base import PART_ROWS, Factors, Family, add_scaled, parts_of
+from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Update, Window
-
-#: Rows of L that are made at once; a part has up to twice as many.
-PART_ROWS = 64
 
 
 class Factored(Family):
@@ -45,12 +41,6 @@ class Factored(Family):
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         # R, what it is made of on the way, and a part of its columns; some rows of L, made in two steps.
         return self.inner(update) * (3 * update.columns + 3 * 2 * PART_ROWS) * itemsize
-
-
-def parts_of(rows: RowRange) -> Iterator[tuple[slice, RowRange]]:
-    """Some rows after the other: where they are in a tile of ``rows``, and in the matrix."""
-    for part in even_rows(len(rows), max(1, len(rows) // PART_ROWS)):
-        yield slice(part.start, part.stop), RowRange(rows.start + part.start, rows.start + part.stop)
 
 
 class TwoPass(Factored):

@@ -11,14 +11,12 @@ on, and kept until its last. The bits are those of PEFT's merge, for every dtype
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.adapters.formats.checks import NUMBER, RANK, RANK_PATTERN, SEED, Config, pattern_value
-from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.formats.peft_method import Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, add_scaled, oriented
-from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
 
 
@@ -30,10 +28,7 @@ class SpectrumSettings(Settings):
     seed: int
 
 
-@register
 class FourierFt(PeftFamily):
-    """``peft_type: FOURIERFT``, and what it does to a matrix."""
-
     name = "fourierft"
     by_column_windows = True
     neutral_if_zero = frozenset({"spectrum"})
@@ -50,18 +45,35 @@ class FourierFt(PeftFamily):
     def settings_of(self, config: Config, module: Module) -> Settings:
         return SpectrumSettings(*spectrum_of(config, module))
 
-    def update(self, module: Module, context: Context, **changes: Any) -> ModuleUpdate:
-        return super().update(module, context, scaling=float(context.config["scaling"]), **changes)
+    def scaling_of(self, config: Config, module: Module) -> float:
+        return float(config["scaling"])
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         return oriented(update, parameter, None, None)  # nothing but the config's flag shows it
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        return spectrum_problems(update, shape)
+        spectrum, count = update.factor("spectrum"), SpectrumSettings.of(update).count
+        found = f"{spectrum.name} is {list(spectrum.shape)}"
+        if len(spectrum.shape) != 1 or count not in (None, spectrum.shape[0]):
+            expected = "(n)" if count is None else f"[{count}]"
+            return [f"{found}; expected {expected}, as n_frequency in adapter_config.json says"]
+        if spectrum.shape[0] > shape[0] * shape[1]:
+            return [f"{found}, but {update.module} has {shape[0]} × {shape[1]} elements only"]
+        return []
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        delta = factors.kept("delta", lambda: _delta(factors.whole("spectrum"), update))
-        add_part(tile, delta, update, window, scratch)
+        delta = factors.kept("delta", lambda: self.delta(factors.whole("spectrum"), update))
+        part = delta[window.rows.start : window.rows.stop, window.columns.start : window.columns.stop]
+        add_scaled(tile, scratch.copy_(part), update.scaling)
+
+    def delta(self, spectrum: Tensor, update: Update) -> Tensor:
+        """Re F⁻¹(S), (out, in)."""
+        rows, columns = places(update, len(spectrum))
+        # PEFT's spectrum is float32, whatever the dtype of the merge.
+        dense = torch.zeros(update.rows, update.columns, device=spectrum.device)
+        dense[rows.to(spectrum.device), columns.to(spectrum.device)] = spectrum.float()
+        delta: Tensor = torch.fft.ifft2(dense).real.to(spectrum.dtype)
+        return delta.contiguous()
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         # The delta; on the way to it the spectrum, real and complex, and what it is transformed to. Before, the
@@ -75,40 +87,8 @@ def spectrum_of(config: Config, module: Module) -> tuple[int | None, int]:
     return None if config.get("proportional_parameters") else count, config["random_loc_seed"]
 
 
-def spectrum_problems(update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-    """Whether the config and the weight allow so many numbers."""
-    spectrum, count = update.factor("spectrum"), SpectrumSettings.of(update).count
-    if len(spectrum.shape) != 1 or count not in (None, spectrum.shape[0]):
-        expected = "(n)" if count is None else f"[{count}]"
-        return [
-            f"{spectrum.name} is {list(spectrum.shape)}; expected {expected}, as n_frequency in "
-            "adapter_config.json says"
-        ]
-    if spectrum.shape[0] > shape[0] * shape[1]:
-        return [
-            f"{spectrum.name} is {list(spectrum.shape)}, but {update.module} has {shape[0]} × {shape[1]} elements only"
-        ]
-    return []
-
-
 def places(update: Update, count: int) -> tuple[Tensor, Tensor]:
     """Rows and columns of the numbers, as the seed has them."""
     generator = torch.Generator().manual_seed(SpectrumSettings.of(update).seed)
     order = torch.randperm(update.rows * update.columns, generator=generator)[:count]
     return order // update.columns, order % update.columns
-
-
-def add_part(tile: Tensor, delta: Tensor, update: Update, window: Window, scratch: Tensor) -> None:
-    """Add the window of s · delta."""
-    part = delta[window.rows.start : window.rows.stop, window.columns.start : window.columns.stop]
-    add_scaled(tile, scratch.copy_(part), update.scaling)
-
-
-def _delta(spectrum: Tensor, update: Update) -> Tensor:
-    """Re F⁻¹(S), (out, in)."""
-    rows, columns = places(update, len(spectrum))
-    # PEFT's spectrum is float32, whatever the dtype of the merge.
-    dense = torch.zeros(update.rows, update.columns, device=spectrum.device)
-    dense[rows.to(spectrum.device), columns.to(spectrum.device)] = spectrum.float()
-    delta: Tensor = torch.fft.ifft2(dense).real.to(spectrum.dtype)
-    return delta.contiguous()

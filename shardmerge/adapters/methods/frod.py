@@ -18,11 +18,8 @@ import re
 from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors, misshaped
-from shardmerge.adapters.methods.factored import PART_ROWS, parts_of
+from shardmerge.adapters.methods.base import PART_ROWS, Factors, all_misshaped, check_indices, parts_of
 from shardmerge.adapters.methods.osf import stored_dtype
-from shardmerge.adapters.tables import register
-from shardmerge.errors import FormatError
 from shardmerge.spec.updates import Update, Window
 
 _SHARED = re.compile(r"(?:base_model\.)?(?:model\.)?frod_(?P<what>V|s_indices|s_size)\.(?P<category>[^.]+)(?:\.[^.]+)?")
@@ -30,10 +27,7 @@ _SHARED = re.compile(r"(?:base_model\.)?(?:model\.)?frod_(?P<what>V|s_indices|s_
 _SHORT = 1e-12
 
 
-@register
 class Frod(PeftFamily):
-    """``peft_type: FROD``, and what it does to a matrix."""
-
     name = "frod"
     whole_numbers = frozenset({"places"})
     streamed = frozenset({"W"})
@@ -47,14 +41,8 @@ class Frod(PeftFamily):
     roles = {"frod_lambda_l": "diagonal", "frod_lambda_s_values": "values"}
     inert = frozenset(
         {
-            "frod_dropout",
-            "init_weights",
-            "progressbar",
-            "projection_prng_key",
-            "regularization_alpha",
-            "runtime_offload_base_weight",
-            "save_projection",
-            "sparse_rate",
+            *("frod_dropout", "init_weights", "progressbar", "projection_prng_key", "regularization_alpha"),
+            *("runtime_offload_base_weight", "save_projection", "sparse_rate"),
         }
     )
 
@@ -76,14 +64,10 @@ class Frod(PeftFamily):
         claims.updates.append(self.update(module, context, factors=factors, of_base=(("W", "weight"),)))
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        count = update.factor("values").shape[:1]
-        numbers = f"(2, n) for the numbers of {update.factor('values').name}"
-        return [
-            *misshaped(update.factor("V"), (shape[1], shape[1]), f"(in, in) of {update.module}"),
-            *misshaped(update.factor("diagonal"), (shape[1],), f"a number for every input of {update.module}"),
-            *misshaped(update.factor("values"), count, "one dimension"),
-            *misshaped(update.factor("places"), (2, *count), numbers),
-        ]
+        values = update.factor("values")
+        count = values.shape[:1]
+        expected = {"V": (shape[1], shape[1]), "diagonal": (shape[1],), "values": count, "places": (2, *count)}
+        return all_misshaped(update, expected, f"of {update.module}, or as {values.name} has it")
 
     def needs_prepass(self, update: Update) -> bool:
         return True
@@ -139,9 +123,7 @@ def _decomposed(basis: Tensor) -> Tensor:
 def _middle(factors: Factors, update: Update) -> Tensor:
     """S + diag(λ), (in, in)."""
     places, values = factors.whole("places"), factors.whole("values")
-    if bool((places < 0).any()) or bool((places >= update.columns).any()):
-        ref = update.factor("places")
-        raise FormatError(f"{ref.uri}: {ref.name} holds a place beyond {update.columns} × {update.columns}")
+    check_indices(update, "places", places, update.columns)
     middle = values.new_zeros(update.columns, update.columns)
     middle.index_put_((places[0], places[1]), values, accumulate=True)
     return middle + torch.diag(factors.whole("diagonal"))

@@ -15,22 +15,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import RANK, Check, checked
+from shardmerge.adapters.formats.checks import RANK, one_of
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors, Family, misshaped
+from shardmerge.adapters.methods.base import Factors, Family, all_misshaped
 from shardmerge.adapters.methods.lora import add_product
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import MIN_TILE_ROWS, RowRange
 from shardmerge.spec.updates import Settings, Update, Window
 
 #: Rows of W that are read at once for W C.
 _ROWS = 64
 _PARTS = ("Xd", "Xu", "X", "zeros")
-
-
-def _one_of(*names: str) -> Check:
-    return checked(lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +35,7 @@ class GloraSettings(Settings):
     vectors: str
 
 
-@register
 class Glora(PeftFamily):
-    """``peft_type: GLORA``, and what it does to a matrix."""
-
     name = "glora"
     by_rows = frozenset({"A.Xd", "B.Xd", "A.zeros", "B.zeros"})
     rows_are_independent = True
@@ -55,9 +47,9 @@ class Glora(PeftFamily):
     roles = {f"glora_{letter}.{part}": f"{letter}.{part}?" for letter in "ABCDE" for part in _PARTS}
     settings = {
         "r": RANK,
-        "config_A_B": _one_of("lora", "vector", "constant", "none"),
-        "config_C": _one_of("lora", "vector", "none"),
-        "config_D_E": _one_of("vector", "constant", "none"),
+        "config_A_B": one_of("lora", "vector", "constant", "none"),
+        "config_C": one_of("lora", "vector", "none"),
+        "config_D_E": one_of("vector", "constant", "none"),
     }
     inert = frozenset({"init_weights"})
 
@@ -89,7 +81,7 @@ class Glora(PeftFamily):
             factors = tuple((role, there[role]) for role in wanted if role[0] in letters)
             if not factors:
                 continue
-            update = self.update(module, context, family=family, factors=factors, rank=config["r"], settings=settings)
+            update = self.update(module, context, family=family, factors=factors, settings=settings)
             if parameter == "bias":
                 # Zeros are there whether or not the layer has a bias.
                 update = update.changed(parameter=parameter, optional=not has_bias)
@@ -120,7 +112,6 @@ class Glora(PeftFamily):
         return 2 * MIN_TILE_ROWS * update.columns * itemsize if update.has("B.Xd") else 0
 
 
-@register
 class GloraBias(Family):
     """b + (b ∘ D + E + W C)."""
 
@@ -163,7 +154,7 @@ class GloraBias(Family):
 
 
 def _value(factors: Factors, update: Update, letter: str, tile: Tensor, rows: RowRange | None) -> Tensor:
-    """A factor that is no product: numbers of these rows (of all, where it does not go by rows), or one number."""
+    """A factor that is not a product: numbers of these rows (of all, where it does not go by rows), or one number."""
     if update.has(f"{letter}.X"):
         value = factors.whole(f"{letter}.X")
     elif not update.has(f"{letter}.zeros"):
@@ -179,9 +170,5 @@ def _misshaped(
     update: ModuleUpdate, letter: str, rows: int, columns: int, expected: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
     shapes = {"Xd": (rows, update.rank), "Xu": (update.rank, columns), **expected}
-    return [
-        problem
-        for part, shape in shapes.items()
-        if update.has(f"{letter}.{part}")
-        for problem in misshaped(update.factor(f"{letter}.{part}"), shape, f"{letter} as adapter_config.json has it")
-    ]
+    named = {f"{letter}.{part}": shape for part, shape in shapes.items()}
+    return all_misshaped(update, named, f"{letter} as adapter_config.json has it")

@@ -13,14 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
 from shardmerge.adapters.formats.checks import COUNT, NUMBER, RANK, Config, is_rank
-from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily, contradiction
 from shardmerge.adapters.lazy_torch import Tensor
-from shardmerge.adapters.methods.base import Factors, add_scaled, misshaped, oriented
-from shardmerge.adapters.methods.factored import PART_ROWS, parts_of
+from shardmerge.adapters.methods.base import PART_ROWS, Factors, add_scaled, all_misshaped, oriented, parts_of
 from shardmerge.adapters.methods.lora import add_product
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import MIN_TILE_ROWS, RowRange
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
 
@@ -33,10 +31,7 @@ class GraloraSettings(Settings):
     hybrid: int
 
 
-@register
 class Gralora(PeftFamily):
-    """``peft_type: GRALORA``, and what it does to a matrix."""
-
     name = "gralora"
     by_rows = frozenset({"general_B"})
     by_column_windows = True
@@ -45,6 +40,7 @@ class Gralora(PeftFamily):
     peft_type = "GRALORA"
     selectors = frozenset({"layers_to_transform", "layers_pattern"})
     title = "GraLoRA"
+    updates = "Linear layers"
     paper = "arXiv:2505.20355"
     roles = {
         "gralora_A": "A",
@@ -60,24 +56,22 @@ class Gralora(PeftFamily):
         wrong = is_rank(rank) and is_rank(many) and rank % many  # type: ignore[operator]
         return [f"adapter_config.json: gralora_k, {many}, must divide r, {rank}"] if wrong else []
 
+    def settings_of(self, config: Config, module: Module) -> GraloraSettings:
+        return GraloraSettings(config["gralora_k"], config.get("hybrid_r") or 0)
+
+    def scaling_of(self, config: Config, module: Module) -> float:
+        return float(config["alpha"] / (config["r"] + (config.get("hybrid_r") or 0)))
+
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
-        config, hybrid = context.config, context.config.get("hybrid_r") or 0
+        hybrid = bool(context.config.get("hybrid_r"))
         for role in ("general_A", "general_B"):
-            there, key = module.factors.get(role), module.key(f"gralora_{role[-1]}_general.weight")
-            if (there is not None) == (hybrid > 0):
-                continue
-            says = f"adapter_config.json says hybrid_r, but {key} is missing"
-            if there is not None:
-                says = f"{there.name} is there, but adapter_config.json says no hybrid_r; PEFT would ignore it"
-            claims.reject(module.refs, says)
-            return
-        settings, scaling = GraloraSettings(config["gralora_k"], hybrid), config["alpha"] / (config["r"] + hybrid)
-        claims.updates.append(self.update(module, context, scaling=scaling, rank=config["r"], settings=settings))
+            if problem := contradiction(self.roles, module, role, "hybrid_r", hybrid):
+                claims.reject(module.refs, problem)
+                return
+        claims.updates.append(self.update(module, context))
         a, b = module.factors["A"], module.factors["B"]
         if len(a.shape) != 3 or len(b.shape) != 3:
-            claims.misfit(
-                f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)}: expected (k, in/k, r) and (k, r, out/k)"
-            )
+            claims.misfit(f"{shown(a, b)}: expected (k, in/k, r) and (k, r, out/k)")
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         a, b = update.factor("A"), update.factor("B")
@@ -88,19 +82,16 @@ class Gralora(PeftFamily):
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         of, rank = GraloraSettings.of(update), update.rank
         many, hybrid = of.blocks, of.hybrid
-        if len(shape) != 2 or any(size % many for size in shape):
-            return [
-                f"{update.module}.{update.parameter} is {list(shape)}, which gralora_k, {many}, does not divide "
-                "into blocks"
-            ]
-        problems = [
-            *misshaped(update.factor("A"), (many, shape[1] // many, rank), "(k, in/k, r)"),
-            *misshaped(update.factor("B"), (many, rank, shape[0] // many), "(k, r, out/k)"),
-        ]
-        if hybrid:
-            problems += misshaped(update.factor("general_A"), (hybrid, shape[1]), "(hybrid_r, in)")
-            problems += misshaped(update.factor("general_B"), (shape[0], hybrid), "(out, hybrid_r)")
-        return problems
+        if any(size % many for size in shape):
+            what = f"{update.module}.{update.parameter} is {list(shape)}"
+            return [f"{what}, which gralora_k, {many}, does not divide into blocks"]
+        expected = {
+            "A": (many, shape[1] // many, rank),
+            "B": (many, rank, shape[0] // many),
+            "general_A": (hybrid, shape[1]),
+            "general_B": (shape[0], hybrid),
+        }
+        return all_misshaped(update, expected, "(k, in/k, r), (k, r, out/k), (hybrid_r, in) or (out, hybrid_r)")
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         for part, rows in parts_of(window.rows):

@@ -10,20 +10,16 @@ we round once.
 
 from __future__ import annotations
 
-from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
 from shardmerge.adapters.formats.checks import RANK, RANK_PATTERN, rank_of
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors
-from shardmerge.adapters.methods.lora import Lora
-from shardmerge.adapters.tables import register
+from shardmerge.adapters.methods.lora import Lora, no_factors
 from shardmerge.spec.updates import Parameter, Update, Window
 
 
-@register
 class Hira(Lora, PeftFamily):
-    """``peft_type: HIRA``, and what it does to a matrix."""
-
     name = "hira"
     adds = False
     peft_type = "HIRA"
@@ -46,18 +42,13 @@ class Hira(Lora, PeftFamily):
         # PEFT reads rank_pattern only where a module has an adapter already, so r is as good.
         rank = rank_of(context.config, module.name)
         factors = (("A", a), ("B", b))
-        claims.updates.append(self.update(module, context, factors=factors, rank=rank, transposes=bool(infix)))
-        if 0 in a.shape or 0 in b.shape:
-            return
-        if len(a.shape) < 2 or len(b.shape) != len(a.shape) or any(size != 1 for size in b.shape[2:]):
-            claims.misfit(
-                f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} are no factors: expected (r, in) and "
-                "(out, r), or of a convolution (r, in, k…) and (out, r, 1…)"
-            )
+        claims.updates.append(self.update(module, context, factors=factors, transposes=bool(infix)))
+        if problem := no_factors(a, b):
+            claims.misfit(problem)
         elif a.shape[0] != b.shape[1] or a.shape[0] not in (rank, context.config["r"]):
             claims.misfit(
-                f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} have rank {a.shape[0]} and {b.shape[1]}, but "
-                f"adapter_config.json says {rank} for {module.name} (r and rank_pattern)"
+                f"{shown(a, b)} have rank {a.shape[0]} and {b.shape[1]}, but adapter_config.json says {rank} for "
+                f"{module.name} (r and rank_pattern)"
             )
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.adapters.formats.checks import FLAG, RANK, Config
-from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.formats.peft_method import Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, misshaped
-from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Settings, Update, Window
 
 #: Rows of H that are reflected at once.
@@ -33,15 +31,15 @@ class HraSettings(Settings):
     orthogonal: bool
 
 
-@register
 class Hra(PeftFamily):
-    """``peft_type: HRA``, and what it does to a matrix."""
-
     name = "hra"
     mixes_weight = True  # W H, reflections
     rows_are_independent = True
     peft_type = "HRA"
     title = "HRA"
+    updates = "Linear layers and convolutions of two dimensions with square kernels"
+    dims = frozenset({2, 4})
+    square_kernels = True
     paper = "arXiv:2405.17484"
     roles = {"hra_u": "U"}
     settings = {"r": RANK, "apply_GS": FLAG}
@@ -50,15 +48,7 @@ class Hra(PeftFamily):
     def settings_of(self, config: Config, module: Module) -> Settings:
         return HraSettings(bool(config.get("apply_GS")))
 
-    def update(self, module: Module, context: Context, **changes: Any) -> ModuleUpdate:
-        return super().update(module, context, rank=context.config["r"], **changes)
-
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        if len(shape) not in (2, 4) or shape[2:3] != shape[3:4]:
-            return [
-                f"{update.module}.{update.parameter} is {list(shape)}; HRA updates Linear layers and convolutions "
-                "of two dimensions with square kernels"
-            ]
         meaning = f"a vector for each of the {update.rank} reflections that the config's r names, as columns"
         return misshaped(update.factor("U"), (math.prod(shape[1:]), update.rank), meaning)
 

@@ -17,7 +17,6 @@ from shardmerge.adapters.formats.checks import FLAG, STRINGS, Config
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, as_vector, is_vector, misshaped, oriented
-from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
 from shardmerge.system.bounded_regex import first_match
 from shardmerge.system.bounded_regex import problems as regex_problems
@@ -31,10 +30,7 @@ class Ia3Settings(Settings):
     dims: int
 
 
-@register
 class Ia3(PeftFamily):
-    """``peft_type: IA3``, and what it does to a matrix or a bias."""
-
     name = "ia3"
     by_column_windows = True
     rows_are_independent = True
@@ -49,7 +45,7 @@ class Ia3(PeftFamily):
     def check_config(self, config: Config) -> list[str]:
         named = config.get("feedforward_modules")
         wrong = regex_problems([named]) if isinstance(named, str) else ()
-        return [f"adapter_config.json: feedforward_modules is no regular expression: {why}" for _, why in wrong]
+        return [f"adapter_config.json: feedforward_modules is not a regular expression: {why}" for _, why in wrong]
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         ref = module.factors["l"]

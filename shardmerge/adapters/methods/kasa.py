@@ -17,11 +17,9 @@ from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, add_scaled, misshaped
 from shardmerge.adapters.methods.lora import Lora
 from shardmerge.adapters.methods.osf import stored_dtype, svd_bytes
-from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Update, Window
 
 
-@register
 class Kasa(Lora):
     """LoRA on a matrix that is cut first."""
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftMethod
 from shardmerge.adapters.methods.whole import Replacement
-from shardmerge.adapters.tables import register
 
 
-@register
 class LnTuning(PeftMethod):
     """``peft_type: LN_TUNING``; its tensors replace the base's."""
 

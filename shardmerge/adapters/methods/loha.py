@@ -13,56 +13,46 @@ in another order for PEFT than it does for us.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import (
-    FLAG,
-    NUMBER,
-    NUMBER_PATTERN,
-    RANK,
-    RANK_PATTERN,
-    Check,
-    Config,
-    pattern_value,
-    rank_of,
-)
+from shardmerge.adapters.formats import checks
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors, add_scaled, misshaped, slab_elements, slabs
-from shardmerge.adapters.tables import register
+from shardmerge.adapters.methods.base import Factors, add_scaled, all_misshaped, slab_elements, slabs
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Update, Window
 
-#: What LyCORIS' two methods have in common.
-LYCORIS_SETTINGS: Mapping[str, Check] = {
-    "r": RANK,
-    "alpha": NUMBER,
-    "rank_pattern": RANK_PATTERN,
-    "alpha_pattern": NUMBER_PATTERN,
-    "use_effective_conv2d": FLAG,
-}
-LYCORIS_INERT = frozenset({"init_weights", "module_dropout", "rank_dropout", "rank_dropout_scale"})
+
+class LycorisFamily(PeftFamily):
+    """What LyCORIS' two methods have in common; s = α / r."""
+
+    adds = True
+    settings = {
+        "r": checks.RANK,
+        "alpha": checks.NUMBER,
+        "rank_pattern": checks.RANK_PATTERN,
+        "alpha_pattern": checks.NUMBER_PATTERN,
+        "use_effective_conv2d": checks.FLAG,
+    }
+    inert = frozenset({"init_weights", "module_dropout", "rank_dropout", "rank_dropout_scale"})
+
+    def scaling_of(self, config: checks.Config, module: Module) -> float:
+        alpha: float = checks.pattern_value(config.get("alpha_pattern"), module.name, config["alpha"])
+        return alpha / checks.rank_of(config, module.name)
+
+    def weighs(self, config: checks.Config) -> bool:
+        return True
 
 
-def rank_and_scaling(config: Config, module: str) -> tuple[int, float]:
-    """r and s = α / r of a module."""
-    rank = rank_of(config, module)
-    alpha: float = pattern_value(config.get("alpha_pattern"), module, config["alpha"])
-    return rank, alpha / rank
-
-
-@register
-class Loha(PeftFamily):
-    """``peft_type: LOHA``, and what it does to a matrix."""
-
+class Loha(LycorisFamily):
     name = "loha"
     by_rows = frozenset({"w1_a", "w2_a"})
     neutral_if_zero = frozenset({"w2_b"})
     rows_are_independent = True
-    adds = True
     peft_type = "LOHA"
     title = "LoHa"
+    updates = "matrices and convolutions"
+    dims = frozenset({2, 3, 4, 5})
     paper = "arXiv:2108.06098"
     roles = {
         "hada_w1_a": "w1_a",
@@ -72,8 +62,6 @@ class Loha(PeftFamily):
         "hada_t1": "t1?",
         "hada_t2": "t2?",
     }
-    settings = LYCORIS_SETTINGS
-    inert = LYCORIS_INERT
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         found = module.factors
@@ -81,34 +69,19 @@ class Loha(PeftFamily):
             there, missing = ("t1", "t2") if "t1" in found else ("t2", "t1")
             claims.half(found[there], module.key(f"hada_{missing}"), module.refs)
             return
-        rank, scaling = rank_and_scaling(context.config, module.name)
         family = LohaTucker.name if "t1" in found else self.name
-        claims.updates.append(self.update(module, context, family=family, scaling=scaling, rank=rank))
+        claims.updates.append(self.update(module, context, family=family))
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        if len(shape) < 2:
-            return [f"{update.module}.{update.parameter}, {list(shape)} is no matrix, so LoHa cannot update it"]
-        rank, columns = update.rank, math.prod(shape[1:])
-        return [
-            problem
-            for role, expected, meaning in (
-                ("w1_a", (shape[0], rank), "(out, r)"),
-                ("w1_b", (rank, columns), "(r, in · k…)"),
-                ("w2_a", (shape[0], rank), "(out, r)"),
-                ("w2_b", (rank, columns), "(r, in · k…)"),
-            )
-            for problem in misshaped(update.factor(role), expected, f"{meaning} of {update.module} {list(shape)}")
-        ]
+        left, right = (shape[0], update.rank), (update.rank, math.prod(shape[1:]))
+        expected = {"w1_a": left, "w1_b": right, "w2_a": left, "w2_b": right}
+        return all_misshaped(update, expected, f"(out, r) or (r, in · k…) of {update.module} {list(shape)}")
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        for part in slabs(window.rows, update.columns):
-            out = scratch[part.start - window.rows.start : part.stop - window.rows.start]
-            self.multiply("1", factors, part, out)
-            out.mul_(self.multiply("2", factors, part))
+        for part, rows in slabs(window.rows, update.columns):
+            self.multiply("1", factors, rows, scratch[part])
+            scratch[part].mul_(self.multiply("2", factors, rows))
         add_scaled(tile, scratch, update.scaling)
-
-    def weighs(self, config: Config) -> bool:
-        return True
 
     def multiply(self, which: str, factors: Factors, rows: RowRange, out: Tensor | None = None) -> Tensor:
         """Rows of the first or the second of the products."""
@@ -118,30 +91,21 @@ class Loha(PeftFamily):
         return slab_elements(update.columns) * itemsize
 
 
-@register
 class LohaTucker(Loha):
     """The same for a convolution with a core of its own."""
 
     name = "loha-tucker"
+    updates = "convolutions of one or two dimensions by Tucker's factors"
+    dims = frozenset({3, 4})
     by_rows = frozenset()
     rows_are_independent = False
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        if len(shape) not in (3, 4):
-            return [
-                f"{update.factor('t1').name} is for a convolution of one or two dimensions, but "
-                f"{update.module}.{update.parameter} is {list(shape)}"
-            ]
         rank = update.rank
-        core = (rank, rank, *shape[2:], 1)[:4]
-        expected = {"w_a": (rank, shape[0]), "w_b": (rank, shape[1]), "t": core}
-        meanings = {"w_a": "(r, out)", "w_b": "(r, in)", "t": "(r, r, k…)"}
-        return [
-            problem
-            for role, ref in update.factors
-            for kind in [role.replace("1", "").replace("2", "")]
-            for problem in misshaped(ref, expected[kind], f"{meanings[kind]} of {update.module} {list(shape)}")
-        ]
+        a, b, core = (rank, shape[0]), (rank, shape[1]), (rank, rank, *shape[2:], 1)[:4]
+        expected = {"w1_a": a, "w1_b": b, "t1": core, "w2_a": a, "w2_b": b, "t2": core}
+        meaning = f"(r, out), (r, in) or (r, r, k…) of {update.module} {list(shape)}"
+        return all_misshaped(update, expected, meaning)
 
     def multiply(self, which: str, factors: Factors, rows: RowRange, out: Tensor | None = None) -> Tensor:
         def build() -> Tensor:

@@ -20,12 +20,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import Config
-from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.formats.peft_method import Context, Module
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, add_scaled, misshaped, slab_elements, slabs
-from shardmerge.adapters.methods.loha import LYCORIS_INERT, LYCORIS_SETTINGS, rank_and_scaling
-from shardmerge.adapters.tables import register
+from shardmerge.adapters.methods.loha import LycorisFamily
 from shardmerge.spec.tensors import KEPT_WHOLE_BYTES, RowRange
 from shardmerge.spec.updates import Settings, Update, Window
 
@@ -40,13 +38,9 @@ class LokrSettings(Settings):
     kronecker: bool = False
 
 
-@register
-class Lokr(PeftFamily):
-    """``peft_type: LOKR``, and what it does to a matrix."""
-
+class Lokr(LycorisFamily):
     name = "lokr"
     neutral_if_zero = frozenset({"w1", "w1_a"})
-    adds = True
     peft_type = "LOKR"
     title = "LoKr"
     paper = "arXiv:2309.14859"
@@ -59,8 +53,7 @@ class Lokr(PeftFamily):
         "lokr_w2_b": "w2_b?",
         "lokr_t2": "t2?",
     }
-    settings = LYCORIS_SETTINGS
-    inert = LYCORIS_INERT | {"decompose_both", "decompose_factor"}
+    inert = LycorisFamily.inert | {"decompose_both", "decompose_factor"}
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         found = module.factors
@@ -74,14 +67,10 @@ class Lokr(PeftFamily):
             else:
                 continue
             return
-        rank, scaling = rank_and_scaling(context.config, module.name)
-        update = self.update(module, context, scaling=scaling, rank=rank, settings=LokrSettings())
+        update = self.update(module, context, settings=LokrSettings())
         claims.updates.append(update)
-        if not module.is_empty and (problems := _misfits(update)):
+        if problems := _misfits(update):
             claims.misfit(problems[0])
-
-    def weighs(self, config: Config) -> bool:
-        return True
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         a, c, b, rest = _sizes(update)
@@ -103,7 +92,10 @@ class Lokr(PeftFamily):
         return problems if rest % math.prod(kernel) else []
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        first = factors.kept("w1", lambda: _first(factors, update))
+        def made() -> Tensor:
+            return factors.whole("w1") if update.has("w1") else torch.mm(factors.whole("w1_a"), factors.whole("w1_b"))
+
+        first = factors.kept("w1", made)
         a, c, b, rest = _sizes(update)
         mixed = len(update.shape) == 3 and update.has("w2") and not LokrSettings.of(update).kronecker
         for part in _parts(window.rows, update):
@@ -130,11 +122,6 @@ class Lokr(PeftFamily):
             second = slab + _LEAST_ROWS * rest
         rows_and_columns = 6 * 8 * max(1, slab // max(1, update.columns))
         return (a * c + second + 2 * slab) * itemsize + rows_and_columns
-
-
-def _first(factors: Factors, update: Update) -> Tensor:
-    """w1."""
-    return factors.whole("w1") if update.has("w1") else torch.mm(factors.whole("w1_a"), factors.whole("w1_b"))
 
 
 def _second(factors: Factors, update: Update, rows: RowRange) -> tuple[Tensor, int]:
@@ -164,7 +151,7 @@ def _is_large(update: Update) -> bool:
 def _parts(rows: RowRange, update: Update) -> Iterator[RowRange]:
     """Slabs; where w2 is large such that their rows of it are adjacent."""
     b = _sizes(update)[2]
-    for slab in slabs(rows, update.columns):
+    for _, slab in slabs(rows, update.columns):
         start = slab.start
         while start < slab.stop:
             stop = min(slab.stop, start - start % b + b) if _is_large(update) else slab.stop

@@ -17,15 +17,13 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.claims import ModuleUpdate, shown
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, Family, add_scaled, oriented
-from shardmerge.adapters.tables import register
-from shardmerge.spec.tensors import MIN_TILE_ROWS, RowRange, even_rows
+from shardmerge.spec.tensors import MIN_TILE_ROWS, RowRange, TensorRef, even_rows
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
 
 
-@register
 class Lora(Family):
     """W + s · B A, by rows or by columns."""
 
@@ -49,7 +47,7 @@ class Lora(Family):
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         a, b = update.factor("A"), update.factor("B")
         if len(shape) < 2:
-            return [f"{update.module}.{update.parameter}, {list(shape)} is no matrix, so LoRA cannot update it"]
+            return [f"{update.module}.{update.parameter}, {list(shape)} is not a matrix, so LoRA cannot update it"]
         made = (b.shape[0], *a.shape[1:])
         if _without_ones(made) != _without_ones(shape):
             return [
@@ -92,7 +90,6 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-@register
 class Dora(Lora):
     """LoRA whose rows are then brought to a trained length.
 
@@ -148,7 +145,6 @@ class BlockSettings(Settings):
     diagonal: str
 
 
-@register
 class LoraBlocks(Lora):
     """BD-LoRA: one factor is block-diagonal, and only its blocks are stored, one below the other.
 
@@ -199,7 +195,6 @@ def _unfolded(part: Tensor, first: int, rows: int, blocks: int) -> Tensor:
     return whole.view(part.shape[0], blocks * width)
 
 
-@register
 class LoraBias(Family):
     """b' = b + s · lb: the bias of lora_B, trained with ``lora_bias``."""
 
@@ -223,6 +218,14 @@ def add_product(out: Tensor, b: Tensor, a: Tensor) -> None:
     """Add B A to ``out``, some rows at a time: at most twice `MIN_TILE_ROWS`."""
     for rows in even_rows(len(out), max(1, len(out) // MIN_TILE_ROWS)):
         out[rows.start : rows.stop] += b[rows.start : rows.stop] @ a
+
+
+def no_factors(a: TensorRef, b: TensorRef) -> str:
+    """What is wrong with the dimensions of A and B, whatever their weight is; empty where they may be a pair."""
+    if len(a.shape) >= 2 and len(b.shape) == len(a.shape) and all(size == 1 for size in b.shape[2:]):
+        return ""
+    shapes = "(r, in) and (out, r), or of a convolution (r, in, k…) and (out, r, 1…)"
+    return f"{shown(a, b)} are not factors: expected {shapes}"
 
 
 def scaling_of(alpha: float, rank: int, rslora: bool) -> float:

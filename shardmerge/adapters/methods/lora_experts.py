@@ -9,11 +9,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.claims import ModuleUpdate, shown
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, Family, add_scaled
 from shardmerge.adapters.methods.lora import Lora
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
 
@@ -26,7 +25,6 @@ class ExpertSettings(Settings):
     peft_version: str
 
 
-@register
 class LoraExperts(Family):
     """LoRA on fused experts: every expert e has its own A, rows e·r and following, and its own B, every E-th column."""
 
@@ -61,11 +59,9 @@ class LoraExperts(Family):
             return [f"{update.module}: its {update.parameter} {list(shape)} does not hold experts' matrices"]
         experts, out_features, in_features = shape
         if a.shape != (update.rank * experts, in_features) or b.shape != (out_features, update.rank * experts):
-            return [
-                f"{update.module}: {a.name} {list(a.shape)} and {b.name} {list(b.shape)} do not fit {experts} experts "
-                f"of ({out_features}, {in_features}) at rank {update.rank}: expected "
-                f"[{update.rank * experts}, {in_features}] and [{out_features}, {update.rank * experts}]"
-            ]
+            expected = f"[{update.rank * experts}, {in_features}] and [{out_features}, {update.rank * experts}]"
+            what = f"{experts} experts of ({out_features}, {in_features}) at rank {update.rank}"
+            return [f"{update.module}: {shown(a, b)} do not fit {what}: expected {expected}"]
         return []
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
@@ -94,7 +90,7 @@ def _is_swapped(update: ModuleUpdate, parameter: Parameter) -> bool | str:
     version = _version(ExpertSettings.of(update).peft_version)
     if parameter.is_transposed is None or version is None:
         return (
-            f"{update.module}: its {update.parameter} is square, so shapes cannot tell the inputs from the outputs, "
+            f"{update.module}: its {update.parameter} is square, so shapes do not distinguish inputs from outputs, "
             "and "
             + ("adapter_config.json has no peft_version" if version is None else "the base's architecture is not known")
         )
@@ -108,7 +104,6 @@ def _version(text: str) -> tuple[int, int, int] | None:
     return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
 
-@register
 class LoraGated(Lora):
     """LoRA on two matrices, gate and up, whose rows are stored in turn: gate's first, up's first, gate's second, …
 
@@ -132,10 +127,8 @@ class LoraGated(Lora):
                 continue
             a, b = update.factor(f"A{end}"), update.factor(f"B{end}")
             if len(shape) != 2 or (2 * b.shape[0], a.shape[1]) != shape:
-                problems.append(
-                    f"{update.module}: {a.name} {list(a.shape)} and {b.name} {list(b.shape)} make every second row of "
-                    f"({2 * b.shape[0]}, {a.shape[1]}), but the weight is {shape}"
-                )
+                made = f"every second row of ({2 * b.shape[0]}, {a.shape[1]})"
+                problems.append(f"{update.module}: {shown(a, b)} make {made}, but the weight is {shape}")
         return problems
 
     def product(self, factors: Factors, update: Update, window: Window, out: Tensor) -> None:

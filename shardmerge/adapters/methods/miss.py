@@ -18,7 +18,6 @@ from shardmerge.adapters.formats.checks import RANK, checked, is_rank
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, misshaped, slab_elements, slabs
-from shardmerge.adapters.tables import register
 from shardmerge.spec.updates import Settings, Update, Window
 
 
@@ -29,15 +28,13 @@ class MissSettings(Settings):
     mini_r: int
 
 
-@register
 class Miss(PeftFamily):
-    """``peft_type: MISS``, and what it does to a matrix."""
-
     name = "miss"
     neutral_if_zero = frozenset({"M"})
     adds = True
     peft_type = "MISS"
     title = "MiSS, Bat"
+    updates = "matrices"
     paper = "arXiv:2409.15371"
     roles = {"miss_block": "M"}
     settings = {
@@ -53,11 +50,9 @@ class Miss(PeftFamily):
         config, way = context.config, context.config.get("init_weights")
         settings = MissSettings((config.get("mini_r") or 1) if way == "mini" else 0)
         family = MissBat.name if way == "bat" else self.name
-        claims.updates.append(self.update(module, context, family=family, rank=config["r"], settings=settings))
+        claims.updates.append(self.update(module, context, family=family, settings=settings))
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        if len(shape) != 2:
-            return [f"{update.module}.{update.parameter} is {list(shape)}; MiSS updates matrices"]
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         mini_r, rank, where = MissSettings.of(update).mini_r, update.rank, f"{update.module} {list(shape)}"
         width = mini_r or shape[0]
         if rank > shape[1] or shape[0] % width:
@@ -69,10 +64,10 @@ class Miss(PeftFamily):
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         numbers, rank = factors.whole("M"), update.rank
         whole = update.columns // rank * rank
-        for part in slabs(window.rows, update.columns):
-            rows = torch.arange(part.start, part.stop, device=tile.device) % numbers.shape[1]
+        for part, these in slabs(window.rows, update.columns):
+            rows = torch.arange(these.start, these.stop, device=tile.device) % numbers.shape[1]
             added = numbers[:, rows].T * update.scaling
-            out = tile[part.start - window.rows.start : part.stop - window.rows.start]
+            out = tile[part]
             out[:, :whole].view(len(rows), -1, rank).add_(added.unsqueeze(1))
             out[:, whole:].add_(added[:, : update.columns - whole])
 
@@ -81,7 +76,6 @@ class Miss(PeftFamily):
         return 2 * slab * itemsize + 2 * 8 * max(1, slab // max(1, update.columns))
 
 
-@register
 class Bone(Miss):
     """``peft_type: BONE``, as MiSS was called before."""
 
@@ -95,7 +89,6 @@ class Bone(Miss):
     inert = frozenset()
 
 
-@register
 class MissBat(Miss):
     """The variant that multiplies, too."""
 
@@ -103,11 +96,10 @@ class MissBat(Miss):
     mixes_weight = True  # W times blocks
     adds = False
 
-    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        if len(shape) != 2 or shape[0] % update.rank or shape[1] % update.rank:
-            return [
-                f"{update.module}.{update.parameter} is {list(shape)}, which blocks of r = {update.rank} do not divide"
-            ]
+    def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        if shape[0] % update.rank or shape[1] % update.rank:
+            what = f"{update.module}.{update.parameter} is {list(shape)}"
+            return [f"{what}, which blocks of r = {update.rank} do not divide"]
         size = (shape[0] // update.rank, update.rank, update.rank)
         return misshaped(update.factor("M"), size, f"a block for every r = {update.rank} outputs of {update.module}")
 

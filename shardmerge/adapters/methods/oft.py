@@ -17,19 +17,25 @@ import re
 from dataclasses import dataclass
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import COUNT, FLAG, OPTIONAL_NUMBER, Config, checked, is_count, is_rank
+from shardmerge.adapters.formats.checks import (
+    COUNT,
+    FLAG,
+    OPTIONAL_NUMBER,
+    Config,
+    checked,
+    is_count,
+    one_or_other,
+    up_to,
+)
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, misshaped
 from shardmerge.adapters.methods.blocks import block_bytes, cayley, neumann, rotate, rotate_back, widened
-from shardmerge.adapters.tables import register
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.updates import Settings, Update, Window
 
 _TERMS = 5
 _EPS = 6e-5
-#: More terms than anyone would ask for, as each is a product of matrices.
-_MOST_TERMS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +52,7 @@ class OftSettings(Settings):
     embedding: bool
 
 
-@register
 class Oft(PeftFamily):
-    """``peft_type: OFT``, and what it does to a matrix."""
-
     name = "oft"
     mixes_weight = True  # W R, rotations
     rows_are_independent = True
@@ -70,9 +73,7 @@ class Oft(PeftFamily):
         "eps": OPTIONAL_NUMBER,
         "block_share": FLAG,
         "use_cayley_neumann": FLAG,
-        "num_cayley_neumann_terms": checked(
-            lambda value: is_rank(value) and value <= _MOST_TERMS, f"a whole number from 1 to {_MOST_TERMS}"
-        ),
+        "num_cayley_neumann_terms": up_to(1000),
     }
     # alpha_pattern was a setting of all that LyCORIS made up to PEFT 0.14, and OFT has no alpha.
     inert = frozenset({"alpha_pattern", "init_weights", "module_dropout"})
@@ -82,10 +83,7 @@ class Oft(PeftFamily):
     }
 
     def check_config(self, config: Config) -> list[str]:
-        blocks, size = config.get("r") or 0, config.get("oft_block_size") or 0
-        if is_count(blocks) and is_count(size) and (blocks > 0) == (size > 0):
-            return [f"adapter_config.json: one of r and oft_block_size is above zero, found {blocks} and {size}"]
-        return []
+        return one_or_other(config, "r", "oft_block_size")
 
     def settings_of(self, config: Config, module: Module) -> OftSettings:
         series = config.get("use_cayley_neumann")

@@ -19,9 +19,8 @@ from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.adapters.formats.checks import MISSING, Config, checked, is_number
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors, all_misshaped
-from shardmerge.adapters.tables import register
-from shardmerge.spec.tensors import MIN_TILE_ROWS, even_rows
+from shardmerge.adapters.methods.base import Factors, all_misshaped, parts_of
+from shardmerge.spec.tensors import MIN_TILE_ROWS
 from shardmerge.spec.updates import Settings, Update, Window
 from shardmerge.system.bounded_regex import first_match
 from shardmerge.system.bounded_regex import problems as regex_problems
@@ -41,7 +40,7 @@ def _check_patterns(key: str, value: Any) -> list[str]:
         if not _is_rank(of):
             problems.append(f"{key}[{name!r}] must be a rank, found {reprlib.repr(of)}")
     wrong = regex_problems(list(value))
-    return [*problems, *(f"{key}: {reprlib.repr(name)} is no regular expression: {why}" for name, why in wrong)]
+    return [*problems, *(f"{key}: {reprlib.repr(name)} is not a regular expression: {why}" for name, why in wrong)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +50,7 @@ class OsfSettings(Settings):
     kept: float | None
 
 
-@register
 class Osf(PeftFamily):
-    """``peft_type: OSF``, and what it does to a matrix."""
-
     name = "osf"
     by_rows = frozenset({"U"})
     peft_type = "OSF"
@@ -89,8 +85,7 @@ class Osf(PeftFamily):
         before = factors.kept("before", lambda: _smaller(factors.whole("W"), update))
         now = factors.rows("U", window.rows) * factors.whole("S").unsqueeze(0)
         scaled, right = before[window.rows.start : window.rows.stop], before[update.rows :].t().contiguous()
-        for rows in even_rows(len(tile), max(1, len(tile) // MIN_TILE_ROWS)):
-            part = slice(rows.start, rows.stop)
+        for part, _ in parts_of(window.rows, MIN_TILE_ROWS):
             tile[part] += now[part] @ factors.whole("V") - scaled[part] @ right
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:

@@ -15,12 +15,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import OPTIONAL_NUMBER, RANK, checked, is_count
+from shardmerge.adapters.formats.checks import OPTIONAL_NUMBER, RANK, Config, checked, is_count, one_of
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, all_misshaped
 from shardmerge.adapters.methods.factored import TwoPass
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Settings, Update
 
@@ -60,10 +59,7 @@ class PeanutSettings(Settings):
     activation: str
 
 
-@register
 class Peanut(TwoPass, PeftFamily):
-    """``peft_type: PEANUT``, and what it does to a matrix."""
-
     name = "peanut"
     mixes_weight = True  # a network looks at W
     by_rows = frozenset({"B"})
@@ -82,10 +78,7 @@ class Peanut(TwoPass, PeftFamily):
         "r": RANK,
         "depth": checked(lambda value: is_count(value) and value <= _DEEPEST, f"a whole number up to {_DEEPEST}"),
         "scaling": OPTIONAL_NUMBER,
-        "act_fn": checked(
-            lambda value: isinstance(value, str) and value in _ACTIVATIONS,
-            f"an activation that this version knows ({', '.join(_ACTIVATIONS)})",
-        ),
+        "act_fn": one_of(*_ACTIVATIONS),
     }
     inert = frozenset({"init_weights"})
 
@@ -98,9 +91,11 @@ class Peanut(TwoPass, PeftFamily):
             what = there[odd[0]].name + " is one too many" if odd[0] in there else f"{module.name} is without {odd[0]}"
             claims.reject(module.refs, f"{what}: adapter_config.json says depth {depth}")
             return
-        scaling = 1.0 if config.get("scaling") is None else float(config["scaling"])
         settings = PeanutSettings(depth, config.get("act_fn") or "relu")
-        claims.updates.append(self.update(module, context, scaling=scaling, rank=config["r"], settings=settings))
+        claims.updates.append(self.update(module, context, settings=settings))
+
+    def scaling_of(self, config: Config, module: Module) -> float:
+        return 1.0 if config.get("scaling") is None else float(config["scaling"])
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         rank = update.rank

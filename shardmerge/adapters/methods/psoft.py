@@ -18,20 +18,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import FLAG, NUMBER, RANK, SEED, Config, checked, is_number, is_rank
-from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.formats.checks import FLAG, NUMBER, RANK, SEED, Config, checked, is_number, one_of, up_to
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily, contradiction
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors, misshaped
+from shardmerge.adapters.methods.base import Factors, all_misshaped
 from shardmerge.adapters.methods.blocks import cayley, neumann
 from shardmerge.adapters.methods.factored import Factored
 from shardmerge.adapters.methods.osf import svd_bytes
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Settings, Update
-
-#: More steps than anyone would ask for.
-_MOST = 1000
-_STEPS = checked(lambda value: is_rank(value) and value <= _MOST, f"a whole number from 1 to {_MOST}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +46,12 @@ class PsoftSettings(Settings):
     scaling: float
 
 
-@register
 class Psoft(Factored, PeftFamily):
-    """``peft_type: PSOFT``, and what it does to a matrix."""
-
     name = "psoft"
     by_column_windows = False
     peft_type = "PSOFT"
     title = "PSOFT"
+    updates = "Linear layers"
     mixes_weight = True  # W's subspace is rotated
     paper = "arXiv:2505.11235"
     note = "makes a weight's whole update at once, in memory that grows with the weight"
@@ -70,11 +63,11 @@ class Psoft(Factored, PeftFamily):
         "psoft_mag_a": FLAG,
         "psoft_mag_b": FLAG,
         "use_cayley_neumann": FLAG,
-        "num_cayley_neumann_terms": _STEPS,
+        "num_cayley_neumann_terms": up_to(1000),
         "cayley_neumann_eps": checked(lambda value: is_number(value) and 0 < value < 1, "a number between 0 and 1"),
-        "ab_svd_init": checked(lambda value: value in ("psoft_init", "pissa_init"), "psoft_init or pissa_init"),
-        "psoft_svd": checked(lambda value: value in ("full", "lowrank"), "full or lowrank"),
-        "psoft_svd_lowrank_niter": _STEPS,
+        "ab_svd_init": one_of("psoft_init", "pissa_init"),
+        "psoft_svd": one_of("full", "lowrank"),
+        "psoft_svd_lowrank_niter": up_to(1000),
         "random_seed": lambda key, value: [] if value is None else SEED(key, value),
     }
     inert = frozenset({"init_weights", "psoft_dropout"})
@@ -88,38 +81,29 @@ class Psoft(Factored, PeftFamily):
             even=config.get("ab_svd_init") == "pissa_init",
             steps=(config.get("psoft_svd_lowrank_niter") or 10) if config.get("psoft_svd") == "lowrank" else 0,
             seed=config.get("random_seed") or 0,
-            scaling=config["psoft_alpha"] / config["r"],
+            scaling=self.scaling_of(config, module),
         )
+
+    def scaling_of(self, config: Config, module: Module) -> float:
+        return float(config["psoft_alpha"] / config["r"])
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         config = context.config
         for letter in "ab":
-            wanted = config.get(f"psoft_mag_{letter}") is not False
-            if (letter in module.factors) != wanted:
-                key = module.key(f"psoft_R.vector_{letter}")
-                claims.reject(
-                    module.refs,
-                    f"{key} is {'missing' if wanted else 'there'}, but adapter_config.json says psoft_mag_{letter} is "
-                    f"{'true' if wanted else 'false'}",
-                )
+            setting = f"psoft_mag_{letter}"
+            if problem := contradiction(self.roles, module, letter, setting, config.get(setting) is not False):
+                claims.reject(module.refs, problem)
                 return
-        scaling, of_base = config["psoft_alpha"] / config["r"], (("W", "weight"),)
-        claims.updates.append(self.update(module, context, scaling=scaling, rank=config["r"], of_base=of_base))
+        claims.updates.append(self.update(module, context, of_base=(("W", "weight"),)))
         if config["psoft_alpha"] <= 0:
             claims.misfit(f"adapter_config.json: psoft_alpha must be above zero, found {config['psoft_alpha']}")
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         rank = update.rank
-        if len(shape) != 2 or rank > min(shape):
-            return [
-                f"{update.module}.{update.parameter} is {list(shape)}; PSOFT updates Linear layers of at least r, "
-                f"{rank}, inputs and outputs"
-            ]
+        if rank > min(shape):
+            return [f"{update.module} {list(shape)} has less than r, {rank}, inputs or outputs"]
         expected = (rank * (rank - 1) // 2,) if PsoftSettings.of(update).orthogonal else (rank, rank)
-        problems = misshaped(update.factor("R"), expected, f"as r {rank} and psoft_orth have it")
-        for role in ("a", "b"):
-            problems += misshaped(update.factor(role), (rank,), "one number for each of r") if update.has(role) else []
-        return problems
+        return all_misshaped(update, {"R": expected, "a": (rank,), "b": (rank,)}, f"as r {rank} and psoft_orth say")
 
     def inner(self, update: Update) -> int:
         return update.rank

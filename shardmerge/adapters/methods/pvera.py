@@ -16,15 +16,11 @@ from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, misshaped, oriented
 from shardmerge.adapters.methods.factored import Factored
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Parameter, Update
 
 
-@register
 class Pvera(Factored, PeftFamily):
-    """``peft_type: PVERA``, and what it does to a matrix."""
-
     name = "pvera"
     by_rows = frozenset({"B", "lambda_b"})
     rows_are_independent = True
@@ -53,7 +49,7 @@ class Pvera(Factored, PeftFamily):
             claims.half(module.factors["lambda_b"], what, module.refs)
             return
         factors = (*module.factors.items(), ("A", context.shared["A"]), ("B", context.shared["B"]))
-        claims.updates.append(self.update(module, context, factors=factors, rank=context.config["r"]))
+        claims.updates.append(self.update(module, context, factors=factors))
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         return oriented(update, parameter, update.factor("lambda_b").shape[0], None)

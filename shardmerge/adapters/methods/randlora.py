@@ -19,21 +19,26 @@ with the number of threads. On a bf16 or fp16 base PEFT rounds the update and th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
-from shardmerge.adapters.formats.checks import FLAG, NUMBER, OPTIONAL_SEED, RANK
+from shardmerge.adapters.formats.checks import FLAG, NUMBER, OPTIONAL_SEED, RANK, Config
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors, add_scaled, misshaped, oriented, slab_elements, slabs
+from shardmerge.adapters.methods.base import (
+    PART_ROWS,
+    Factors,
+    add_scaled,
+    all_misshaped,
+    oriented,
+    parts_of,
+    slab_elements,
+    slabs,
+)
 from shardmerge.adapters.methods.vera import ProjectionSettings, rounded, shared_projections, sized
-from shardmerge.adapters.tables import register
-from shardmerge.spec.tensors import DTYPE_BITS, RowRange, TensorRef, even_rows
+from shardmerge.spec.tensors import DTYPE_BITS, RowRange, TensorRef
 from shardmerge.spec.updates import Parameter, Update, Window
-
-#: Rows of B that are worked on at once: enough that making A' for them takes less time than multiplying.
-_BASIS_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +48,7 @@ class RandLoraSettings(ProjectionSettings):
     sparse: str = ""
 
 
-@register
 class RandLora(PeftFamily):
-    """``peft_type: RANDLORA``, and what it does to a matrix."""
-
     name = "randlora"
     streamed = frozenset({"B"})
     neutral_if_zero = frozenset({"lambda"})
@@ -80,14 +82,13 @@ class RandLora(PeftFamily):
         if projections is None:
             return
         sparse = "very" if config.get("very_sparse") else "sparse" if config.get("sparse") else ""
-        fields = {
-            "family": self.name if projections else RandLoraSeeded.name,
-            "factors": tuple({**module.factors, **projections}.items()),
-            "scaling": config["randlora_alpha"] / config["r"],
-            "rank": config["r"],
-            "settings": RandLoraSettings(config.get("projection_prng_key") or 0, sparse=sparse),
-        }
-        claims.updates.append(self.update(module, context, **fields))
+        family = self.name if projections else RandLoraSeeded.name
+        factors = tuple({**module.factors, **projections}.items())
+        settings = RandLoraSettings(config.get("projection_prng_key") or 0, sparse=sparse)
+        claims.updates.append(self.update(module, context, family=family, factors=factors, settings=settings))
+
+    def scaling_of(self, config: Config, module: Module) -> float:
+        return float(config["randlora_alpha"] / config["r"])
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         # No factor distinguishes the outputs from the inputs.
@@ -97,10 +98,7 @@ class RandLora(PeftFamily):
         rank, small, large = update.rank, min(shape), max(shape)
         bases = math.ceil(small / rank)
         where = f"with r = {rank} in adapter_config.json, for {update.module} {list(shape)}"
-        problems = [
-            *misshaped(update.factor("lambda"), (rank, bases), where),
-            *misshaped(update.factor("gamma"), (bases, small), where),
-        ]
+        problems = all_misshaped(update, {"lambda": (rank, bases), "gamma": (bases, small)}, where)
         if problems or not update.has("A"):
             return problems
         a, b = update.factor("A"), update.factor("B")
@@ -116,13 +114,11 @@ class RandLora(PeftFamily):
         first, second = (window.rows, window.columns) if tall else (window.columns, window.rows)
         scales, weights = factors.whole("lambda"), factors.whole("gamma")
         bases = scales.shape[1]
-        for large in _parts(first):
+        for rows, large in parts_of(first):
             left = self.large(factors, update, large)[:, :bases].flatten(1)
-            for small in slabs(second, left.shape[1]):
+            for columns, small in slabs(second, left.shape[1]):
                 part = self.small(factors, update)[:, :, small.start : small.stop]
                 right = scales[:, :, None] * part * weights[None, :, small.start : small.stop]
-                rows = slice(large.start - first.start, large.stop - first.start)
-                columns = slice(small.start - second.start, small.stop - second.start)
                 out[rows, columns] = torch.mm(left, right.flatten(0, 1))
         add_scaled(tile, scratch, update.scaling)
 
@@ -138,10 +134,9 @@ class RandLora(PeftFamily):
         ref = update.factor("B")
         row = ref.shape[1] * ref.shape[2]
         whole = ref.nbytes if ref.strides is not None else 0
-        return whole + _working_bytes(update, itemsize, row) + 2 * _BASIS_ROWS * row * DTYPE_BITS[ref.dtype] // 8
+        return whole + _working_bytes(update, itemsize, row) + 2 * PART_ROWS * row * DTYPE_BITS[ref.dtype] // 8
 
 
-@register
 class RandLoraSeeded(RandLora):
     """The same with A and B drawn from the seed."""
 
@@ -163,19 +158,14 @@ class RandLoraSeeded(RandLora):
         # Of sparse ones there are, for a moment, the numbers drawn, a mask, and what they make.
         number = 12 if of.sparse else 2
         smaller = update.rank * small * (itemsize + 12)
-        return large * row * number + smaller + _working_bytes(update, itemsize, row) + 3 * 4 * _BASIS_ROWS * row
-
-
-def _parts(rows: RowRange) -> Iterator[RowRange]:
-    for part in even_rows(len(rows), max(1, len(rows) // _BASIS_ROWS)):
-        yield RowRange(rows.start + part.start, rows.start + part.stop)
+        return large * row * number + smaller + _working_bytes(update, itemsize, row) + 3 * 4 * PART_ROWS * row
 
 
 def _working_bytes(update: Update, itemsize: int, row: int) -> int:
     """Rows of B, columns of A' and what it is made of, and their product."""
     inner = max(1, math.ceil(min(update.rows, update.columns) / update.rank) * update.rank)
     slab = slab_elements(inner)
-    return (2 * _BASIS_ROWS * row + 2 * slab + 2 * _BASIS_ROWS * slab // inner) * itemsize
+    return (2 * PART_ROWS * row + 2 * slab + 2 * PART_ROWS * slab // inner) * itemsize
 
 
 def _draw(update: Update, *, with_large: bool) -> Tensor:

@@ -21,7 +21,6 @@ from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors, all_misshaped
 from shardmerge.adapters.methods.blocks import rotate_rows, widened
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Settings, Update, Window
 
@@ -39,21 +38,18 @@ class RoadSettings(Settings):
     group: int
 
 
-@register
 class Road(PeftFamily):
-    """``peft_type: ROAD``, and what it does to a matrix and to a bias."""
-
     name = "road"
     mixes_weight = True  # pairs of W's rows are rotated
     peft_type = "ROAD"
     selectors = frozenset()
     title = "RoAd"
+    updates = "Linear layers"
+    dims = frozenset({1, 2})
     paper = "arXiv:2409.00119"
     roles = {"road_theta": "theta", "road_alpha": "alpha"}
     settings = {
-        "variant": checked(
-            lambda value: isinstance(value, str) and value in _VARIANTS, f"one of {', '.join(_VARIANTS)}", required=True
-        ),
+        "variant": checked(lambda value: value in tuple(_VARIANTS), f"one of {', '.join(_VARIANTS)}", required=True),
         "group_size": checked(
             lambda value: is_rank(value) and value % 2 == 0, "an even number above zero", required=True
         ),
@@ -74,8 +70,6 @@ class Road(PeftFamily):
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         of = RoadSettings.of(update)
         group, variant = of.group, of.variant
-        if len(shape) > 2:
-            return [f"{update.module}.{update.parameter} is {list(shape)}; RoAd rotates the outputs of Linear layers"]
         if shape[0] % group:
             return [f"{update.module} has {shape[0]} outputs, which groups of {group} do not divide (group_size)"]
         size = (shape[0] // 2 * _VARIANTS[variant],)

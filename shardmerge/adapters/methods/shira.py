@@ -8,22 +8,15 @@ The bits are those of PEFT's merge.
 
 from __future__ import annotations
 
-from typing import Any
-
 from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.adapters.formats.checks import RANK
-from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.formats.peft_method import PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor
-from shardmerge.adapters.methods.base import Factors, misshaped
-from shardmerge.adapters.tables import register
-from shardmerge.errors import FormatError
+from shardmerge.adapters.methods.base import Factors, all_misshaped, check_indices
 from shardmerge.spec.updates import Update, Window
 
 
-@register
 class Shira(PeftFamily):
-    """``peft_type: SHIRA``, and what it does to a matrix."""
-
     name = "shira"
     whole_numbers = frozenset({"places"})
     neutral_if_zero = frozenset({"numbers"})
@@ -32,32 +25,21 @@ class Shira(PeftFamily):
     peft_type = "SHIRA"
     selectors = frozenset()
     title = "SHiRA"
+    updates = "matrices"
     paper = "arXiv:2406.13175"
     roles = {"shira_weight": "numbers", "shira_indices": "places"}
     settings = {"r": RANK}
     inert = frozenset({"init_weights", "mask_type", "random_seed"})
 
-    updates = "matrices"
-
-    def update(self, module: Module, context: Context, **changes: Any) -> ModuleUpdate:
-        return super().update(module, context, rank=context.config["r"], **changes)
-
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         count = update.rank * sum(shape)
         meaning = f"r (out + in) of {update.module} {list(shape)} with r = {update.rank} in adapter_config.json"
-        return [
-            *misshaped(update.factor("numbers"), (count,), meaning),
-            *misshaped(update.factor("places"), (2, count), meaning),
-        ]
+        return all_misshaped(update, {"numbers": (count,), "places": (2, count)}, meaning)
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         rows, columns = factors.whole("places").long()
-        for kind, found, size in (("row", rows, update.rows), ("column", columns, update.columns)):
-            if bool((found < 0).any()) or bool((found >= size).any()):
-                raise FormatError(
-                    f"{update.factor('places').name} holds {kind} {int(found.max())} or one below zero, but "
-                    f"{update.module} has {size} {kind}s"
-                )
+        check_indices(update, "places", rows, update.rows)
+        check_indices(update, "places", columns, update.columns)
         here = (rows >= window.rows.start) & (rows < window.rows.stop)
         here &= (columns >= window.columns.start) & (columns < window.columns.stop)
         chosen = rows[here] - window.rows.start, columns[here] - window.columns.start

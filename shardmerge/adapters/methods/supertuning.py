@@ -14,11 +14,9 @@ from dataclasses import dataclass
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.checks import OPTIONAL_NUMBER, checked, is_number, is_rank
-from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily, contradiction
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors, all_misshaped, misshaped
-from shardmerge.adapters.tables import register
-from shardmerge.errors import FormatError
+from shardmerge.adapters.methods.base import Factors, all_misshaped, check_indices
 from shardmerge.spec.updates import Settings, Update, Window
 
 
@@ -30,10 +28,7 @@ class SuperTuningSettings(Settings):
     lora: float
 
 
-@register
 class SuperTuning(PeftFamily):
-    """``peft_type: SUPERTUNING``, and what it does to a matrix."""
-
     name = "supertuning"
     by_rows = frozenset({"B"})
     whole_numbers = frozenset({"indices"})
@@ -63,14 +58,10 @@ class SuperTuning(PeftFamily):
             missing = module.key("supertuning_indices")
             claims.half(there["values"], f"{missing}; save it again with save_precomputed_indices: true", module.refs)
             return
-        if any((role in there) != (rank is not None) for role in ("A", "B")):
-            says = f"r {rank}" if rank else "no r"
-            claims.reject(
-                module.refs,
-                f"{module.name} has {', '.join(sorted(there))}, but adapter_config.json says {says}: both of "
-                "lora_A and lora_B are there with r, and neither without",
-            )
-            return
+        for role in ("A", "B"):
+            if problem := contradiction(self.roles, module, role, "r", rank is not None):
+                claims.reject(module.refs, problem)
+                return
         alpha = context.config.get("lora_alpha")
         hybrid = 0.0 if rank is None else (2 * rank if alpha is None else alpha) / rank
         settings = SuperTuningSettings(context.config["sparsity"], hybrid)
@@ -81,10 +72,8 @@ class SuperTuning(PeftFamily):
         count = (int(shape[0] * shape[1] * (1 - sparsity)),)
         meaning = f"as sparsity {sparsity} of {shape[0]} × {shape[1]} elements makes it"
         problems = all_misshaped(update, {"values": count, "indices": count}, meaning)
-        if update.rank:
-            problems += misshaped(update.factor("A"), (update.rank, shape[1]), "(r, in)")
-            problems += misshaped(update.factor("B"), (shape[0], update.rank), "(out, r)")
-        return problems
+        expected = {"A": (update.rank, shape[1]), "B": (shape[0], update.rank)}
+        return [*problems, *all_misshaped(update, expected, "(r, in) or (out, r)")]
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         order = factors.kept("order", lambda: _order(factors, update))
@@ -106,8 +95,5 @@ class SuperTuning(PeftFamily):
 def _order(factors: Factors, update: Update) -> Tensor:
     """The indices' order by where they lead."""
     indices = factors.whole("indices")
-    if bool((indices < 0).any()) or bool((indices >= update.rows * update.columns).any()):
-        ref = update.factor("indices")
-        size = f"{update.rows} × {update.columns}"
-        raise FormatError(f"{ref.uri}: {ref.name} holds a place beyond the {size} of its weight")
+    check_indices(update, "indices", indices, update.rows * update.columns)
     return indices.argsort(stable=True)

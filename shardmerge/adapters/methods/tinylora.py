@@ -22,7 +22,6 @@ from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, all_misshaped, oriented
 from shardmerge.adapters.methods.factored import Factored
-from shardmerge.adapters.tables import register
 from shardmerge.errors import FormatError
 from shardmerge.spec.tensors import RowRange, TensorRef
 from shardmerge.spec.updates import Parameter, Settings, Update
@@ -42,10 +41,7 @@ class TinyLoraSettings(Settings):
     groups: int = 0
 
 
-@register
 class TinyLora(Factored, PeftFamily):
-    """``peft_type: TINYLORA``, and what it does to a matrix."""
-
     name = "tinylora"
     by_rows = frozenset({"B"})
     rows_are_independent = True
@@ -77,7 +73,7 @@ class TinyLora(Factored, PeftFamily):
             claims.half(factors["A"], f"{missing}; save it again with save_projection: true", module.refs)
             return
         settings = TinyLoraSettings(context.config["u"], context.config["projection_seed"])
-        claims.updates.append(self.update(module, context, rank=context.config["r"], settings=settings))
+        claims.updates.append(self.update(module, context, settings=settings))
 
     def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
         """Give every update the vectors that may be its own, now that the number of modules is known."""
@@ -85,12 +81,13 @@ class TinyLora(Factored, PeftFamily):
         claims.account_for(vectors.values())
         count = len(claims.updates)
         groups = max(1, round(count * (1 - (config.get("weight_tying") or 0))))
-        wanted = [f"v{group}" for group in range(min(groups, count))]
+        wanted, problem = [f"v{group}" for group in range(min(groups, count))], ""
         if missing := [role for role in wanted if role not in vectors]:
-            claims.problems.append(f"base_model.tinylora_v.{missing[0][1:]}, which modules share, is missing")
-            claims.updates = [update.changed(fits=False) for update in claims.updates]
+            problem = f"base_model.tinylora_v.{missing[0][1:]}, which modules share, is missing"
         elif count * groups > _MOST:
-            claims.problems.append(f"{count} modules of {groups} groups are more than this version looks through")
+            problem = f"{count} modules of {groups} groups are more than this version looks through"
+        if problem:
+            claims.problems.append(problem)
             claims.updates = [update.changed(fits=False) for update in claims.updates]
         else:
             shared = tuple((role, vectors[role]) for role in wanted)
@@ -149,5 +146,5 @@ def _group(projections: Tensor, update: Update) -> int:
     ref = update.factor("P")
     raise FormatError(
         f"{ref.uri}: {ref.name} was not drawn from projection_seed {of.seed} for any of {modules} "
-        "modules, so which of the shared vectors is this module's cannot be told"
+        "modules, so which of the shared vectors is this module's is unknown"
     )

@@ -11,14 +11,10 @@ from shardmerge.adapters.claims import Claims
 from shardmerge.adapters.formats.checks import Config
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftMethod
 from shardmerge.adapters.formats.peft_tokens import claim_tokens, token_problems
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import TensorRef
 
 
-@register
 class TrainableTokensMethod(PeftMethod):
-    """``peft_type: TRAINABLE_TOKENS``."""
-
     peft_type = "TRAINABLE_TOKENS"
     selectors = frozenset()
     title = "Trainable tokens"

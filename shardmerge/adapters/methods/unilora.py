@@ -16,11 +16,9 @@ from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.checks import FLAG, RANK, checked
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor
-from shardmerge.adapters.methods.base import Factors, all_misshaped, oriented
+from shardmerge.adapters.methods.base import Factors, all_misshaped, check_indices, oriented
 from shardmerge.adapters.methods.factored import Factored
 from shardmerge.adapters.methods.unilora_seeded import deal
-from shardmerge.adapters.tables import register
-from shardmerge.errors import FormatError
 from shardmerge.spec.tensors import RowRange, TensorRef
 from shardmerge.spec.updates import Parameter, Settings, Update
 
@@ -32,10 +30,7 @@ class UniLoraSettings(Settings):
     length: int
 
 
-@register
 class UniLora(Factored, PeftFamily):
-    """``peft_type: UNILORA``, and what it does to a matrix."""
-
     name = "unilora"
     by_rows = frozenset({"indices_B", "scales_B"})
     whole_numbers = frozenset({"indices_A", "indices_B"})
@@ -90,8 +85,7 @@ class UniLora(Factored, PeftFamily):
             return
         factors = (*module.factors.items(), ("theta", context.shared["theta"]))
         settings = UniLoraSettings(context.config["theta_d_length"])
-        update = self.update(module, context, factors=factors, rank=context.config["r"], settings=settings)
-        claims.updates.append(update)
+        claims.updates.append(self.update(module, context, factors=factors, settings=settings))
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         a, b = update.factor("indices_A"), update.factor("indices_B")
@@ -114,7 +108,5 @@ class UniLora(Factored, PeftFamily):
 
 def _picked(factors: Factors, update: Update, indices: Tensor, role: str) -> Tensor:
     theta = factors.whole("theta")
-    if bool((indices < 0).any()) or bool((indices >= len(theta)).any()):
-        ref = update.factor(role)
-        raise FormatError(f"{ref.uri}: {ref.name} holds a number that is not below {len(theta)}, θ's length")
+    check_indices(update, role, indices, len(theta))
     return theta[indices]

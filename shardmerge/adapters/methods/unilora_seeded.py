@@ -24,7 +24,6 @@ from shardmerge.adapters.formats.peft_method import Context
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, misshaped
 from shardmerge.adapters.methods.factored import Factored
-from shardmerge.adapters.tables import register
 from shardmerge.spec.tensors import DTYPE_NAMES, RowRange, TensorRef
 from shardmerge.spec.updates import Settings, Update
 
@@ -51,7 +50,6 @@ class UniLoraSeededSettings(Settings):
     seed: int
 
 
-@register
 class UniLoraSeeded(Factored):
     """Uni-LoRA whose indices and scales are drawn again."""
 

@@ -17,11 +17,9 @@ from dataclasses import dataclass
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.checks import FLAG, RANK
-from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily, key_of
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors, add_scaled, misshaped, oriented
-from shardmerge.adapters.tables import register
-from shardmerge.errors import FormatError
+from shardmerge.adapters.methods.base import Factors, add_scaled, all_misshaped, check_indices, misshaped, oriented
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
 
 _LOGITS, _INDICES, _WEIGHTS = ("logits_A", "logits_B"), ("indices_A", "indices_B"), ("weights_A", "weights_B")
@@ -34,10 +32,7 @@ class VbLoraSettings(Settings):
     topk: int
 
 
-@register
 class VbLora(PeftFamily):
-    """``peft_type: VBLORA``, and what it does to a matrix."""
-
     name = "vblora"
     whole_numbers = frozenset(_INDICES)
     neutral_if_zero = frozenset({"bank"})
@@ -45,6 +40,7 @@ class VbLora(PeftFamily):
     adds = True
     peft_type = "VBLORA"
     title = "VB-LoRA"
+    updates = "matrices"
     paper = "arXiv:2405.15179"
     roles = {
         "vblora_logits_A": "logits_A?",
@@ -79,10 +75,8 @@ class VbLora(PeftFamily):
             # One vector has all the weight, and the rest of its weights is saved as nothing.
             claims.account_for(found[role] for role in _WEIGHTS if role in found)
         factors = (("bank", bank), *((role, ref) for role, ref in found.items() if most > 1 or role not in _WEIGHTS))
-        update = self.update(module, context, factors=factors, rank=config["r"], settings=VbLoraSettings(most))
+        update = self.update(module, context, factors=factors, settings=VbLoraSettings(most))
         claims.updates.append(update)
-        if any(0 in ref.shape for _, ref in factors):
-            return
         size = (config["num_vectors"], config["vector_length"])
         if problems := misshaped(bank, size, "num_vectors and vector_length in adapter_config.json"):
             claims.misfit(problems[0])
@@ -100,19 +94,14 @@ class VbLora(PeftFamily):
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         count, length = update.factor("bank").shape
         where = f"{update.module} {list(shape)}"
-        if len(shape) != 2 or shape[0] % length or shape[1] % length:
-            return [f"{where} is no matrix that vectors of {length} numbers (vector_length) make up"]
+        if shape[0] % length or shape[1] % length:
+            return [f"{where} is not made up of vectors of {length} numbers (vector_length)"]
         rank, most = update.rank, VbLoraSettings.of(update).topk
         pieces = {"A": (rank, shape[1] // length), "B": (shape[0] // length, rank)}
         last = {"logits": count, "indices": most, "weights": most - 1}
+        expected = {f"{kind}_{letter}": (*of, size) for letter, of in pieces.items() for kind, size in last.items()}
         meaning = f"of {where}, with r = {rank} and topk = {most} in adapter_config.json"
-        return [
-            problem
-            for role, ref in update.factors
-            if role != "bank"
-            for kind, _, letter in [role.partition("_")]
-            for problem in misshaped(ref, (*pieces[letter], last[kind]), meaning)
-        ]
+        return all_misshaped(update, expected, meaning)
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         a = factors.kept("A", lambda: _pieces("A", factors, update).reshape(update.rank, -1))
@@ -134,7 +123,6 @@ class VbLora(PeftFamily):
 def _incomplete(module: Module, only_top: bool, has_bank: bool) -> str:
     """What is missing among a module's factors and the bank, or too much."""
     found = module.factors
-    keys = {role.removesuffix("?"): key for key, role in VbLora.roles.items()}
     wanted = (*_INDICES, *_WEIGHTS) if found.keys() - set(_LOGITS) else _LOGITS
     first = next(iter(found.values())).name
     if not has_bank:
@@ -147,7 +135,7 @@ def _incomplete(module: Module, only_top: bool, has_bank: bool) -> str:
     if extra := found.keys() - set(wanted):
         return f"{found[min(extra)].name} is there beside {found[min(found.keys() - extra)].name}; one must be"
     if missing := [role for role in wanted if role not in found]:
-        return f"{first} is there without {module.key(keys[missing[0]])}"
+        return f"{first} is there without {module.key(key_of(VbLora.roles, missing[0]))}"
     return ""
 
 
@@ -165,9 +153,7 @@ def _logits(letter: str, factors: Factors, update: Update) -> Tensor:
     """Logits whose softmax are the weights that were saved."""
     count = len(factors.whole("bank"))
     indices = factors.whole(f"indices_{letter}")
-    if bool((indices < 0).any()) or bool((indices >= count).any()):
-        name = update.factor(f"indices_{letter}").name
-        raise FormatError(f"{name} holds {int(indices.max())} or less than zero, but the bank has {count} vectors")
+    check_indices(update, f"indices_{letter}", indices, count)
     if update.has(f"weights_{letter}"):
         saved = factors.whole(f"weights_{letter}")
         weights = torch.cat([saved, (1 - saved.sum(-1, keepdim=True)).clamp_(min=0)], dim=-1)

@@ -17,12 +17,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
 from shardmerge.adapters.formats.checks import FLAG, OPTIONAL_SEED, RANK
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors, Family, add_scaled, misshaped, oriented
-from shardmerge.adapters.tables import register
+from shardmerge.adapters.methods.base import Factors, Family, add_scaled, all_misshaped, misshaped, oriented
 from shardmerge.spec.tensors import DTYPE_NAMES, RowRange, TensorRef
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
 
@@ -36,10 +35,7 @@ class ProjectionSettings(Settings):
     dtypes: tuple[str, ...] = ()
 
 
-@register
 class Vera(PeftFamily):
-    """``peft_type: VERA``, and what it does to a matrix."""
-
     name = "vera"
     by_rows = frozenset({"lambda_b", "B"})
     neutral_if_zero = frozenset({"lambda_b"})
@@ -68,16 +64,10 @@ class Vera(PeftFamily):
         factors = (*found.items(), *projections.items())
         family = self.name if projections else VeraSeeded.name
         settings = ProjectionSettings(context.config.get("projection_prng_key") or 0)
-        update = self.update(module, context, family=family, factors=factors, rank=rank, settings=settings)
-        claims.updates.append(update)
-        if any(0 in ref.shape for _, ref in factors):
-            return
+        claims.updates.append(self.update(module, context, family=family, factors=factors, settings=settings))
         b, d = found["lambda_b"], found["lambda_d"]
         if len(b.shape) != 1 or d.shape != (rank,):
-            claims.misfit(
-                f"{b.name} {list(b.shape)} and {d.name} {list(d.shape)}: expected (out) and (r) with r = {rank}, as "
-                "adapter_config.json says"
-            )
+            claims.misfit(f"{shown(b, d)}: expected (out) and (r) with r = {rank}, as adapter_config.json says")
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         return oriented(update, parameter, update.factor("lambda_b").shape[0], None)
@@ -88,10 +78,8 @@ class Vera(PeftFamily):
             return problems
         sizes = ProjectionSettings.of(update).sizes
         rows, columns = sizes if any(sizes) else shape
-        what = "as large as the largest module"
-        problems += misshaped(update.factor("A"), (update.rank, columns), what)
-        problems += misshaped(update.factor("B"), (rows, update.rank), what)
-        return problems
+        expected = {"A": (update.rank, columns), "B": (rows, update.rank)}
+        return all_misshaped(update, expected, "as large as the largest module")
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         def right() -> Tensor:
@@ -116,7 +104,6 @@ class Vera(PeftFamily):
         return update.rank * (update.rows + update.columns) * itemsize
 
 
-@register
 class VeraSeeded(Vera):
     """The same with A and B drawn from the seed."""
 

@@ -13,18 +13,22 @@ merge, for every dtype of the base.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from shardmerge.adapters.formats.checks import FLAG, Config, checked
 from shardmerge.adapters.formats.peft_method import Module
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors
-from shardmerge.adapters.methods.fourierft import FourierFt, SpectrumSettings, add_part, places, spectrum_of
-from shardmerge.adapters.methods.wavelets import WAVELETS
-from shardmerge.adapters.tables import register
-from shardmerge.spec.updates import Settings, Update, Window
+from shardmerge.adapters.methods.fourierft import FourierFt, SpectrumSettings, places, spectrum_of
+from shardmerge.spec.updates import Settings, Update
 
 _WAVELET = "db1"
+#: The low-pass filters of reconstruction, of length one and an even number of taps, by the wavelet's name: Daubechies
+#: (db), their nearly symmetric kin (sym) and coiflets (coif), to the nine digits that fix a float32. They are those of
+#: Daubechies, "Ten Lectures on Wavelets", 1992, in the order and with the signs of PyWavelets.
+WAVELETS: dict[str, list[float]] = json.loads(Path(__file__).with_name("wavelets.json").read_text(encoding="utf-8"))
+WAVELETS |= {"sym2": WAVELETS["db2"], "sym3": WAVELETS["db3"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +38,7 @@ class WaveFtSettings(SpectrumSettings):
     wavelet: str | None
 
 
-@register
 class WaveFt(FourierFt):
-    """``peft_type: WAVEFT``, and what it does to a matrix."""
-
     name = "waveft"
     peft_type = "WAVEFT"
     title = "WaveFT"
@@ -58,35 +59,32 @@ class WaveFt(FourierFt):
         wavelet = (config.get("wavelet_family") or _WAVELET) if inverts or inverts is None else None
         return WaveFtSettings(*spectrum_of(config, module), wavelet)
 
-    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        delta = factors.kept("delta", lambda: _delta(factors.whole("spectrum"), update))
-        add_part(tile, delta, update, window, scratch)
+    def delta(self, spectrum: Tensor, update: Update) -> Tensor:
+        """D⁻¹(S), (out, in)."""
+        rows, columns = (of.to(spectrum.device) for of in places(update, len(spectrum)))
+        wavelet = WaveFtSettings.of(update).wavelet
+        if wavelet is None:
+            delta = spectrum.new_zeros(update.rows, update.columns)
+            delta[rows, columns] = spectrum
+            return delta
+        wide = torch.promote_types(spectrum.dtype, torch.float32)
+        low = torch.tensor(WAVELETS[wavelet], dtype=wide, device=spectrum.device)
+        high = low.flip(0) * torch.tensor([1.0, -1.0], dtype=wide, device=spectrum.device).repeat(len(low) // 2)
+        more = len(low) - 2
+        height, width = (size + more + (size + more) % 2 for size in (update.rows, update.columns))
+        dense = torch.zeros(height, width, dtype=wide, device=spectrum.device)
+        dense[rows + (height - update.rows) // 2, columns + (width - update.columns) // 2] = spectrum.to(wide)
+        # Rows are averages, then details; so are columns.
+        quarters = dense.view(2, height // 2, 2, width // 2).transpose(1, 2).reshape(1, 4, height // 2, width // 2)
+        del dense
+        filters = torch.stack(
+            [row.outer(column) for row, column in ((low, low), (high, low), (low, high), (high, high))]
+        )
+        delta = torch.nn.functional.conv_transpose2d(quarters, filters.unsqueeze(1), stride=2)[0, 0]
+        return delta[more : more + update.rows, more : more + update.columns].to(spectrum.dtype).contiguous()
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         # The spectrum, its quarters, the delta, and what the convolution takes: by measurement, up to eight times as
         # much. The order of all elements comes before, and takes less.
         taps = len(WAVELETS.get(WaveFtSettings.of(update).wavelet or "", ()))
         return (update.rows + taps) * (update.columns + taps) * (11 if taps else 3) * max(itemsize, 4)
-
-
-def _delta(spectrum: Tensor, update: Update) -> Tensor:
-    """D⁻¹(S), (out, in)."""
-    rows, columns = (of.to(spectrum.device) for of in places(update, len(spectrum)))
-    wavelet = WaveFtSettings.of(update).wavelet
-    if wavelet is None:
-        delta = spectrum.new_zeros(update.rows, update.columns)
-        delta[rows, columns] = spectrum
-        return delta
-    wide = torch.promote_types(spectrum.dtype, torch.float32)
-    low = torch.tensor(WAVELETS[wavelet], dtype=wide, device=spectrum.device)
-    high = low.flip(0) * torch.tensor([1.0, -1.0], dtype=wide, device=spectrum.device).repeat(len(low) // 2)
-    more = len(low) - 2
-    height, width = (size + more + (size + more) % 2 for size in (update.rows, update.columns))
-    dense = torch.zeros(height, width, dtype=wide, device=spectrum.device)
-    dense[rows + (height - update.rows) // 2, columns + (width - update.columns) // 2] = spectrum.to(wide)
-    # Rows are averages, then details; so are columns.
-    quarters = dense.view(2, height // 2, 2, width // 2).transpose(1, 2).reshape(1, 4, height // 2, width // 2)
-    del dense
-    filters = torch.stack([row.outer(column) for row, column in ((low, low), (high, low), (low, high), (high, high))])
-    delta = torch.nn.functional.conv_transpose2d(quarters, filters.unsqueeze(1), stride=2)[0, 0]
-    return delta[more : more + update.rows, more : more + update.columns].to(spectrum.dtype).contiguous()

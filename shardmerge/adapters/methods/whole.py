@@ -1,9 +1,10 @@
-"""Updates that replace: a whole tensor (``modules_to_save``, trained biases, resized embeddings), or rows of one.
+"""Updates by whole tensors of W's shape, or by rows of one.
 
-W' = V for a replaced tensor; its shape may differ from the base's in the first dimension, as a resized vocabulary's
-does. PEFT saves V as the module keeps it, a Conv1D's (in, out). W'[index[k]] = V[k] for trained tokens, V (n, D); which
-rows stands only in the config.
-Trainable tokens: peft/tuners/trainable_tokens/layer.py.
+W' = V for a replaced tensor (``modules_to_save``, trained biases, resized embeddings); its shape may differ from the
+base's in the first dimension, as a resized vocabulary's does. PEFT saves V as the module keeps it, of a Conv1D (in,
+out). W' = W + D for a difference, as trainers of image models keep small layers that they tune whole. W' = W for a
+frozen copy of the base's tensor. W'[index[k]] = V[k] for trained tokens, V (n, D); only the config states which rows.
+Source: peft/tuners/trainable_tokens/layer.py; LyCORIS, lycoris/modules/full.py and norms.py; ComfyUI, comfy/lora.py.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shardmerge.adapters.claims import ModuleUpdate
-from shardmerge.adapters.lazy_torch import Tensor
-from shardmerge.adapters.methods.base import Effect, Factors, Family, window_of
-from shardmerge.adapters.tables import register
+from shardmerge.adapters.lazy_torch import Tensor, torch
+from shardmerge.adapters.methods.base import Effect, Factors, Family, add_scaled
+from shardmerge.errors import FormatError
 from shardmerge.spec.updates import HasSettings, Parameter, Settings, Update, Window
 
 
@@ -39,7 +40,16 @@ def whole_settings(update: HasSettings) -> WholeSettings:
 _NONE = WholeSettings()
 
 
-@register
+def _window_of(factors: Factors, role: str, update: Update, window: Window) -> Tensor:
+    """The window's part of a factor that has the shape of the parameter, (rows, columns)."""
+    if update.experts:
+        part = factors.whole(role)[window.expert].reshape(update.rows, update.columns)
+        part = part[window.rows.start : window.rows.stop]
+    else:
+        part = factors.rows(role, window.rows).reshape(len(window.rows), update.columns)
+    return part[:, window.columns.start : window.columns.stop]
+
+
 class Replacement(Family):
     """The adapter's tensor in place of the base's. The plan makes it the source, so nothing is left to do by tile."""
 
@@ -67,7 +77,6 @@ class Replacement(Family):
         return
 
 
-@register
 class Overwrite(Replacement):
     """The same where the base stores the tensor in parts, in a larger one, or the other way round."""
 
@@ -87,7 +96,68 @@ class Overwrite(Replacement):
         ]
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        tile.copy_(window_of(factors, "whole", update, window))
+        tile.copy_(_window_of(factors, "whole", update, window))
+
+
+class Difference(Family):
+    """W' = W + s · D, by rows or by columns; s is the adapter's weight in our config, as there is no α."""
+
+    name = "difference"
+    by_rows = frozenset({"difference"})
+    neutral_if_zero = frozenset({"difference"})
+    by_column_windows = True
+    rows_are_independent = True
+    adds = True
+
+    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
+        """D is as the module keeps W in memory, a Conv1D's (in, out)."""
+        return update.changed(transposes=bool(parameter.is_transposed))
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        difference = update.factor("difference")
+        if difference.shape == shape and shape:
+            return []
+        return [
+            f"{difference.name} is {list(difference.shape)}, but {update.module}'s {update.parameter} is {list(shape)}"
+        ]
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        scratch.copy_(_window_of(factors, "difference", update, window))
+        add_scaled(tile, scratch, update.scaling)
+
+
+class FrozenCopy(Family):
+    """Raises FormatError where the copy and the base differ.
+
+    Training scripts that wrap a layer often save its own weight with the factors, and PEFT does so with embeddings. The
+    copy shows which base the adapter was trained on; PEFT's is compared for every adapter but the first.
+    """
+
+    name = "frozen-copy"
+    effect = Effect.COMPARES
+    by_rows = frozenset({"copy"})
+    by_column_windows = True
+    rows_are_independent = True
+
+    def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
+        copy = update.factor("copy")
+        if copy.shape != shape:
+            return [
+                f"{copy.name}: a frozen copy of {update.module}.{update.parameter}, but it is {list(copy.shape)} and "
+                f"the base's is {list(shape)}; the adapter was trained on another base"
+            ]
+        return []
+
+    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
+        copy = _window_of(factors, "copy", update, window)
+        # A copy in a narrower dtype than the base's can only agree within that dtype's rounding.
+        narrow = getattr(torch, {"F16": "float16", "BF16": "bfloat16"}.get(update.factor("copy").dtype, "float64"))
+        if not torch.equal(scratch.copy_(tile).to(narrow), copy.to(narrow)):
+            raise FormatError(
+                f"{update.factor('copy').name}: the adapter's copy of {update.target} differs from the base's in rows "
+                f"{window.rows.start} to {window.rows.stop - 1}: it was trained on another base, or it trained this "
+                "weight too"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +168,6 @@ class TokenSettings(Settings):
     for_both_sides: bool
 
 
-@register
 class TokenRows(Family):
     """Rows of an embedding (or of the output head) replaced."""
 

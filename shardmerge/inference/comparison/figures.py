@@ -244,8 +244,8 @@ def difference(comparison: Comparison) -> str:
     lines = "\n".join(f"  - {text}" for text in comparison.differences)
     return (
         f"{comparison.output} does not answer as base + adapter:\n{lines}\n"
-        "`shardmerge verify` shows whether the merge did what its config says. Rounding to 16 bits may have lost a small "
-        "update; output.dtype: float32 keeps it"
+        "`shardmerge verify` shows whether the merge did what its config says. Rounding to 16 bits may have lost a "
+        "small update; output.dtype: float32 keeps it"
     )
 
 
