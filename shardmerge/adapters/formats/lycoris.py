@@ -1,7 +1,7 @@
 """LoKr and LoHa by LyCORIS' names, each module with its own α: `adapters.methods.lokr` and `.loha` make the update.
 
 s = α / r, r being the inner dimension of the products that make the factors. Where both factors of LoKr are whole,
-there is no r, and s is 1 whatever α is. Unlike PEFT, LyCORIS treats a one-dimensional convolution as any other. Source: LyCORIS, lycoris/modules/lokr.py and loha.py; ComfyUI, comfy/weight_adapter/lokr.py.
+there is no r, and s is 1 whatever α is. Unlike PEFT, LyCORIS treats a one-dimensional convolution as any other.
 """
 
 from __future__ import annotations
