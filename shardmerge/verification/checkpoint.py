@@ -21,18 +21,10 @@ from shardmerge.verification.findings import Advanced, Findings
 from shardmerge.verification.reading import Files, threads
 from shardmerge.verification.record import Again, files_of
 from shardmerge.verification.shards import Piece, ShardCheck, ShardFile
-from shardmerge.verification.structure import (
-    Stored,
-    check_config,
-    check_structure,
-    contradictions,
-    read_shards,
-)
+from shardmerge.verification.structure import Stored, check_config, check_structure, contradictions, read_shards
 
 
-def check_checkpoint(
-    output: Path, record: Record, again: Again, findings: Findings, rows: int | None, progress: Advanced
-) -> None:
+def check(output: Path, record: Record, again: Again, findings: Findings, rows: int | None, progress: Advanced) -> None:
     """Everything there is to know of the output; problems go to ``findings``. ``rows`` None looks at all rows."""
     watch = Stopwatch()
     stored = read_shards(output, record, findings)
@@ -42,7 +34,7 @@ def check_checkpoint(
     check_added(output, record, findings)
     with Files([*files_of(again), *(shard.file for shard in stored)]) as files:
         exact = None if again.plan is None else Exact(files, again.plan, again.adapters)
-        check = ShardCheck(files, exact, findings, rows, findings.seed)
+        shard_check = ShardCheck(files, exact, findings, rows)
         planned = _Planned(again, record)
         total = sum(shard.file.size - shard.data_start for shard in stored)
         done = 0
@@ -58,7 +50,7 @@ def check_checkpoint(
             if not recorded:
                 findings.unverified.append(f"{shard.name}: its checksum was not recorded")
             with threads(1):
-                check.run(_shard_file(shard, planned, recorded), advance)
+                shard_check.run(_shard_file(shard, planned, recorded), advance)
             _checked(shard, findings, watch.lap())
     if again.plan is None and again.base is not None:
         findings.notes.append("what was not merged was compared with the base, as far as it keeps its dtype")

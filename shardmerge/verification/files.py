@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge.destinations.record import RECORD_NAME, Record, is_work, left_behind
+from shardmerge.sources.local import LocalSource
 from shardmerge.sources.source import open_reader, read_file
 from shardmerge.spec.plans import AuxFile, MergePlan
 from shardmerge.spec.tensors import SourceFile
@@ -41,6 +42,19 @@ _HARMLESS = re.compile(
 _MOST = 200_000
 #: Names that a note has.
 _NAMED = 10
+
+
+def find_weights(output: Path, name: str, size: int, findings: Findings) -> SourceFile | None:
+    """A recorded file of weights; None where it cannot be read. ``size`` in bytes is the recorded one."""
+    if reason := why_not_readable(output / name):
+        findings.problem(STRUCTURE, f"{name} {reason}", file=name)
+        return None
+    file = LocalSource(str(output)).stat(name)
+    findings.files += 1
+    if file.size != size:
+        text = f"{name} is {file.size} bytes long, {size} were recorded"
+        findings.problem(STRUCTURE, text, file=name, found=float(file.size), expected=float(size))
+    return file
 
 
 def check_files(output: Path, record: Record, plan: MergePlan | None, findings: Findings) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from shardmerge.errors import VerifyError
@@ -147,30 +147,10 @@ class Findings:
         self.counts.update(other.counts)
 
     def report(self) -> VerifyReport:
-        return VerifyReport(
-            output=self.output,
-            format=self.format,
-            files=self.files,
-            tensors=self.tensors,
-            checksums=self.checksums,
-            checksum_bytes=self.checksum_bytes,
-            other_files=self.other_files,
-            untouched=self.untouched,
-            untouched_bytes=self.untouched_bytes,
-            touched=self.touched,
-            rows=self.rows,
-            all_rows=self.all_rows,
-            seed=self.seed,
-            worst=self.worst,
-            worst_tensor=self.worst_tensor,
-            added=tuple(self.added),
-            unverified=tuple(self.unverified),
-            notes=tuple(self.notes),
-            problems=tuple(self.problems),
-            counts=dict(self.counts),
-            seconds=time.monotonic() - self.started,
-            peak_memory_bytes=peak_memory(),
-        )
+        values = {of.name: getattr(self, of.name) for of in fields(self) if of.name != "started"}
+        values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        values["counts"] = dict(self.counts)
+        return VerifyReport(**values, seconds=time.monotonic() - self.started, peak_memory_bytes=peak_memory())
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
