@@ -25,7 +25,7 @@ from shardmerge.verification.structure import Stored, check_config, check_struct
 
 
 def check(output: Path, record: Record, again: Again, findings: Findings, rows: int | None, progress: Advanced) -> None:
-    """Everything there is to know of the output; problems go to ``findings``. ``rows`` None looks at all rows."""
+    """Verify the whole output; problems go to ``findings``. ``rows`` None computes all rows again."""
     watch = Stopwatch()
     stored = read_shards(output, record, findings)
     check_files(output, record, again.plan, findings)
@@ -83,7 +83,7 @@ def _fitting(plan: TensorPlan | None, info: TensorInfo) -> TensorPlan | None:
 
 
 class _Planned:
-    """What each tensor must be; without a plan, that what was not merged is the base's."""
+    """The plan of each tensor. Without a plan of the merge, untouched tensors must be those of the base."""
 
     def __init__(self, again: Again, record: Record) -> None:
         self._shards = () if again.plan is None else again.plan.shards
@@ -105,7 +105,7 @@ class _Planned:
 
 
 def _called(again: Again) -> dict[str, str]:
-    """What the values of weights are called that are not stored plainly."""
+    """The names of the values of weights that are not stored plainly, by the weight's name."""
     if again.plan is not None:
         tensors = (tensor for shard in again.plan.shards for tensor in shard.tensors)
         return {tensor.source.name: tensor.values_name for tensor in tensors if tensor.values_name}
@@ -131,7 +131,7 @@ def _check_config(output: Path, record: Record, stored: Sequence[Stored], again:
 
 
 def _contradictions_of_base(again: Again) -> dict[str, str] | None:
-    """What the base's own config.json says that is not so."""
+    """Contradictions in the base's own config.json; None where the base is not there."""
     if again.plan is None:
         return None
     aux = next((aux for aux in again.plan.aux if aux.name == "config.json"), None)

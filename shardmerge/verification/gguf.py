@@ -34,7 +34,7 @@ from shardmerge.verification.structure import tensor_differences
 
 
 def check(output: Path, record: Record, again: Again, findings: Findings, rows: int | None, progress: Advanced) -> None:
-    """Everything there is to know of the output; problems go to ``findings``. ``rows`` None looks at all rows."""
+    """Verify the whole output; problems go to ``findings``. ``rows`` None computes all rows again."""
     check_files(output, record, again.plan, findings)
     _check_file(output, record, again, findings, rows, progress)
     check_added(output, record, findings)
@@ -128,7 +128,7 @@ def _differences(found: GgufHeader, wanted: GgufHeader) -> Iterator[str]:
 
 
 def check_places(name: str, file: SourceFile, header: GgufHeader, files: Files, findings: Findings) -> None:
-    """Tensors one after the other, zeros between them, and nothing behind the last."""
+    """Tensors must follow each other with zeros between them, and the file must end after the last."""
     end = 0
     for tensor, info in sorted(header.tensors.items(), key=lambda entry: entry[1].data_offsets):
         start, stop = info.data_offsets
@@ -139,7 +139,7 @@ def check_places(name: str, file: SourceFile, header: GgufHeader, files: Files, 
         end = stop + -stop % header.alignment
         at, count = header.data_start + stop, end - stop
         if at + count <= file.size and any(files.read(file.uri, at, count)):
-            text = f"{name}: the padding behind {tensor} is not zero"
+            text = f"{name}: the padding after {tensor} is not zero"
             findings.problem(STRUCTURE, text, file=name, tensor=tensor)
     if header.data_start + end != file.size:
         text = f"{name}: its tensors end at byte {header.data_start + end}, the file at {file.size}"

@@ -1,6 +1,6 @@
-"""Bytes of files → tensors, by plain reads. Nothing here is the engine's: no direct I/O, no tiles, no cache of factors.
+"""Bytes of files → tensors, by plain reads, without the engine's direct I/O, tiles and cache of factors.
 
-Numbers come as float64, whole numbers as int64.
+Numbers are float64, whole numbers int64.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHUNK = 4 << 20
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """How many threads torch has in the block: with one, small work waits for nobody where the machine is busy."""
+    """Have torch use ``count`` threads in the block. With one, small work waits for no other on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -45,9 +45,9 @@ class Again:
 
 
 def plan_again(record: Record, output: Path, base: str | None, adapters: Sequence[str], findings: Findings) -> Again:
-    """What the merge was, from base and adapters as they are now; ``base`` and ``adapters`` say where, if they moved.
+    """Plan the recorded merge from base and adapters as they are now; ``base`` and ``adapters`` are their new places.
 
-    ``findings`` gets what is gone and what has changed. `ConfigError` where the number of adapters is another.
+    What is missing or has changed goes to ``findings``. `ConfigError` where the number of adapters is another.
     """
     recorded = record.values.get("config")
     try:

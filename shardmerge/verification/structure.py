@@ -1,4 +1,4 @@
-"""The output as a checkpoint: its headers and index, and what config.json says against what is stored."""
+"""The output as a checkpoint: its headers and index, and config.json compared with the stored tensors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Stored:
 
 
 def read_shards(output: Path, record: Record, findings: Findings) -> list[Stored]:
-    """Sizes and headers of the recorded shards; those that are there are in the list, sound or not."""
+    """Sizes and headers of the recorded shards. The list has those that can be read, also where they are malformed."""
     source, found = LocalSource(str(output)), []
     for name, (size, _) in record.shards.items():
         file = find_weights(output, name, size, findings)
@@ -75,7 +75,7 @@ def check_structure(
     there = {name for shard in shards for name in shard.tensors}
     for target in record.targets:
         if not there.intersection((target, called.get(target, target))):
-            findings.problem(STRUCTURE, f"{target}, which was merged, is not there", tensor=target)
+            findings.problem(STRUCTURE, f"{target}, which was merged, is missing", tensor=target)
     if plan is not None:
         _check_headers(shards, plan, findings)
 
@@ -156,7 +156,7 @@ def _described(info: TensorInfo) -> str:
 def check_config(
     output: Path, shards: Iterable[Stored], base: Mapping[str, str] | None, merged_dtype: bool, findings: Findings
 ) -> None:
-    """What config.json says and the tensors do not; ``base`` is what is so of the base already, None if it is gone.
+    """Contradictions between config.json and the tensors. ``base`` has those of the base itself, None if it is gone.
 
     ``merged_dtype``: the merge was given a dtype, so config.json must name it.
     """
@@ -212,6 +212,6 @@ def _ties(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Itera
         if_tied["text_config"] = {**inner, "tie_word_embeddings": True}
     for head, embedding in Names(if_tied, shapes).tied.items():
         if head not in tied and head not in tensors:
-            yield "tie_word_embeddings", f"config.json says that {head} is not tied to {embedding}, but it is not there"
+            yield "tie_word_embeddings", f"config.json says that {head} is not tied to {embedding}, but it is missing"
         elif head in tied and head in tensors and tensors[head].shape != tensors[embedding].shape:
             yield "tie_word_embeddings", f"config.json says that {head} is {embedding}, but it is of another shape"

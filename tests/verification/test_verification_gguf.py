@@ -352,7 +352,7 @@ def test_tensors_lie_one_after_the_other(tmp_path: Path) -> None:
 
     right = bytes(64) + b"\1" * 80 + bytes(16)
     assert told(right) == []
-    assert told(right[:-1] + b"\1") == ["it: the padding behind two is not zero"]
+    assert told(right[:-1] + b"\1") == ["it: the padding after two is not zero"]
     assert told(right[:-16]) == ["it: its tensors end at byte 160, the file at 144"]
     assert told(right, second=0) == ["it: two begins at 0 of the data, where 32 is expected"]
     assert told(right, second=64) == ["it: two begins at 64 of the data, where 32 is expected"]
