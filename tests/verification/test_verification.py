@@ -476,7 +476,7 @@ def test_what_the_base_says_wrong_itself_is_a_note(tmp_path: Path) -> None:
 
 def test_a_config_that_is_no_json(place: Place) -> None:
     (place.output / "config.json").write_text("[]")
-    assert any("config.json is not JSON object" in problem.text for problem in wrong(place.output).problems)
+    assert any("config.json is not a JSON object" in problem.text for problem in wrong(place.output).problems)
 
 
 def test_a_readme_may_be_written(place: Place) -> None:
