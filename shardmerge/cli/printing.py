@@ -77,6 +77,7 @@ _OPTIONS = {
     "template=": "--template",
     "prompts=": "--prompt",
     "base=": "--base",
+    "adapters=": "--adapter",
     "output.allow_config_loss: true": "--allow-config-loss (output.allow_config_loss: true)",
 }
 _PARAMETER = re.compile(r"(?<![\w.=/-])(" + "|".join(map(re.escape, _OPTIONS)) + r")(?![\w/])")

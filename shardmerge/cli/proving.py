@@ -53,7 +53,7 @@ def verify(
     if as_json:
         print_json(report.to_json())
     elif not quiet:
-        say(describe(report))
+        say(with_options(describe(report)))
     try:
         report.raise_for_status(partial=partial)
     except VerifyError as error:

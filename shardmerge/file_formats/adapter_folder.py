@@ -8,7 +8,7 @@ was trained, unless it is known to be a trainer's state. Only names are looked a
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from shardmerge.errors import FormatError, OtherKindError
@@ -94,8 +94,8 @@ def _weights(location: str, counted: Sequence[str], names: Collection[str], name
     if shards:
         _check_shards(location, shards)
         return tuple(shards)
-    # Only a sole candidate is no guess.
-    candidates = [name for name in counted if is_readable(name) and not _has_twin(name, counted)]
+    # Only a sole candidate is certain. Of a pickle and its safetensors twin, libraries load the latter.
+    candidates = [name for name in counted if is_readable(name) and twin_of(name) not in counted]
     if len(candidates) == 1:
         return (candidates[0],)
     # PEFT saves an adapter that is not called "default" into a folder of its name.
@@ -118,22 +118,13 @@ def _check_shards(location: str, shards: Sequence[str]) -> None:
             f"{', '.join(shards[:4])}; expected those of one"
         )
     there = {int(part["number"]) for part in parts}
-    if missing := list(_missing(there, counts[0])):
+    if missing := [number for number in range(1, counts[0] + 1) if number not in there]:
         raise FormatError(
             f"{location}: of the {counts[0]} shards of adapter_model, these are missing: "
             f"{', '.join(map(str, missing[:5]))}{', …' if len(missing) > 5 else ''}; the download is incomplete"
         )
     if len(there) != counts[0]:
         raise FormatError(f"{location}: its shards are numbered {sorted(there)[:5]}, expected 1 to {counts[0]}")
-
-
-def _missing(there: Collection[int], count: int) -> Iterator[int]:
-    return (number for number in range(1, count + 1) if number not in there)
-
-
-def _has_twin(name: str, names: Collection[str]) -> bool:
-    """Whether a pickle has a safetensors file of the same name beside it, which is what libraries load."""
-    return twin_of(name) in names
 
 
 def twin_of(name: str) -> str | None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 from shardmerge.errors import FormatError
 from shardmerge.file_formats import adapter_folder
 from shardmerge.file_formats.adapter_file import CONFIG_NAME, MAX_TENSORS, AdapterFile, Beside, way_out
 from shardmerge.file_formats.adapter_folder import INDEXES, PICKLES, WEIGHTS, Folder
-from shardmerge.file_formats.checkpoint_files import read_index, read_json, read_shard
+from shardmerge.file_formats.checkpoint_files import Shard, read_index, read_json, read_shard
 from shardmerge.file_formats.torch_pickle import read_pickled
 from shardmerge.sources.source import Source
 from shardmerge.spec.notices import Warned
-from shardmerge.spec.tensors import SourceFile, TensorRef
+from shardmerge.spec.tensors import TensorRef
 
 #: Settings of a config; PEFT's classes have sixty.
 _MAX_SETTINGS = 5_000
@@ -35,7 +34,7 @@ def open_adapter(source: Source, ignore: Sequence[str] = ()) -> AdapterFile:
             f"{directory.location}: {CONFIG_NAME} has {len(config):,} settings; expected {_MAX_SETTINGS:,} at most"
         )
     parts = [_read(directory, name) for name in folder.weights]
-    tensors = _together(directory, folder, parts)
+    tensors = _together(directory, parts)
     if not tensors:
         raise FormatError(f"{parts[0].file.uri}: holds no tensors")
     if len(tensors) > MAX_TENSORS:
@@ -43,7 +42,7 @@ def open_adapter(source: Source, ignore: Sequence[str] = ()) -> AdapterFile:
             f"{parts[0].file.uri}: the adapter has {len(tensors):,} tensors; expected at most {MAX_TENSORS:,}"
         )
     _check_index(directory, names, parts)
-    own = dict(zip(folder.weights, (part.tensors for part in parts), strict=True))
+    own = {part.name: _by_name(part) for part in parts}
     beside, problems, notes = _beside(directory, folder, own)
     return AdapterFile(
         directory,
@@ -71,48 +70,38 @@ def _directory(source: Source) -> tuple[Source, str | None]:
     return (directory if around else source), name
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One file of weights, as it was read."""
-
-    name: str
-    file: SourceFile
-    metadata: Mapping[str, str]
-    tensors: Mapping[str, TensorRef]
-
-
-def _read(source: Source, name: str) -> _Part:
+def _read(source: Source, name: str) -> Shard:
+    if not name.endswith(PICKLES):
+        return read_shard(source, name, MAX_TENSORS)
     file = source.stat(name)
-    if name.endswith(PICKLES):
-        return _Part(name, file, {}, read_pickled(source.fetch(name), file.uri))
-    shard = read_shard(source, name, MAX_TENSORS)
-    return _Part(name, file, dict(shard.metadata), {ref.name: ref for ref in shard.tensors})
+    return Shard(name, file, (), tuple(read_pickled(source.fetch(name), file.uri).values()))
+
+
+def _by_name(part: Shard) -> dict[str, TensorRef]:
+    return {ref.name: ref for ref in part.tensors}
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 
-def _together(source: Source, folder: Folder, parts: Sequence[_Part]) -> dict[str, TensorRef]:
+def _together(source: Source, parts: Sequence[Shard]) -> dict[str, TensorRef]:
     """The tensors of all shards."""
-    if len(parts) == 1:
-        return dict(parts[0].tensors)
     tensors: dict[str, TensorRef] = {}
-    places: dict[str, str] = {}
     for part in parts:
-        for name in part.tensors:
-            if name in places:
+        for ref in part.tensors:
+            if ref.name in tensors:
+                first = tensors[ref.name].uri.rpartition("/")[2]
                 raise FormatError(
-                    f"{source.location}: the tensor {name!r} is stored twice, in {places[name]} and in {part.name}"
+                    f"{source.location}: the tensor {ref.name!r} is stored twice, in {first} and in {part.name}"
                 )
-            places[name] = part.name
-        tensors |= part.tensors
+            tensors[ref.name] = ref
     return tensors
 
 
-def _metadata(source: Source, parts: Sequence[_Part]) -> dict[str, str]:
+def _metadata(source: Source, parts: Sequence[Shard]) -> dict[str, str]:
     metadata: dict[str, str] = {}
     for part in parts:
-        for key, value in part.metadata.items():
+        for key, value in part.metadata:
             if metadata.setdefault(key, value) != value:
                 raise FormatError(
                     f"{source.location}: the metadata of its shards differ: {key!r:.80} is {metadata[key]!r:.80}, and "
@@ -121,11 +110,11 @@ def _metadata(source: Source, parts: Sequence[_Part]) -> dict[str, str]:
     return metadata
 
 
-def _check_index(source: Source, names: Sequence[str], parts: Sequence[_Part]) -> None:
+def _check_index(source: Source, names: Sequence[str], parts: Sequence[Shard]) -> None:
     """Refuse shards that are not those of their index. An index of other files is that of a model beside them."""
     if not adapter_folder.is_shard(parts[0].name):
         return
-    there = {tensor: part.name for part in parts for tensor in part.tensors}
+    there = {ref.name: part.name for part in parts for ref in part.tensors}
     for index in INDEXES:
         weight_map = read_index(source, index)[1] if index in names else {}
         if not any(map(adapter_folder.is_shard, weight_map.values())):
@@ -183,7 +172,7 @@ def _read_beside(source: Source, name: str) -> Beside:
         part = _read(source, name)
     except FormatError as error:
         return Beside(name, source.stat(name), {}, f"{said}, and cannot be read: {error}; {_unless(name)}")
-    return Beside(name, part.file, part.tensors)
+    return Beside(name, part.file, _by_name(part))
 
 
 def _unless(name: str) -> str:

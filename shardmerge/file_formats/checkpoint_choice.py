@@ -16,6 +16,7 @@ from typing import Any
 from shardmerge.errors import FormatError, OtherKindError
 from shardmerge.file_formats import recognise
 from shardmerge.file_formats.checkpoint_files import Shard, is_index, read_index, read_shard, stem_of_index
+from shardmerge.file_formats.recognise import listed
 from shardmerge.sources.source import Source
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.tensors import TensorRef
@@ -73,7 +74,7 @@ def _named(source: Source, top: Sequence[str], named: Any) -> Choice:
     if not others:
         return choice
     note = f"{source.location}: config.json names {named} as the model's weights, so that is read, and not "
-    return Choice(choice.files, choice.index_name, choice.index_metadata, choice.weight_map, (note + _listed(others),))
+    return Choice(choice.files, choice.index_name, choice.index_metadata, choice.weight_map, (note + listed(others),))
 
 
 def _index_among(indexes: Sequence[str], files: Sequence[str], source: Source) -> str | None:
@@ -114,7 +115,7 @@ def _of_index(source: Source, top: Sequence[str], index: str, there: Sequence[st
         return _stale(source, index, weight_map, rivals[0])
     if missing:
         raise FormatError(
-            f"{source.location}: {index} names {len(missing)} shards that are not there: {_listed(missing)}; the "
+            f"{source.location}: {index} names {len(missing)} shards that are not there: {listed(missing)}; the "
             f"download is incomplete" + _or_take(source, rivals) + (f". {source.note}" if source.note else "")
         )
     shards = [read_shard(source, name) for name in files] if rivals else []
@@ -196,7 +197,7 @@ def _refuse_what_is_no_model(source: Source, names: Sequence[str], files: Sequen
     is_pipeline = "model_index.json" in names and recognise.parts_with_weights(names) and not set(files) & set(_WHOLE)
     is_adapter = "adapter_config.json" in names and all(_NOT_THE_MODEL.fullmatch(name) for name in files)
     if not files or is_pipeline or is_adapter:
-        or_files = f", or the path of one of its files: {_listed(files)}" if files and not is_adapter else ""
+        or_files = f", or the path of one of its files: {listed(files)}" if files and not is_adapter else ""
         what = recognise.what_directory_is(names)
         if what == recognise.IS_ADAPTER:
             raise OtherKindError(f"{source.location}: {what}")
@@ -226,7 +227,7 @@ def _beside(source: Source, files: Sequence[str], whole: str) -> tuple[str, ...]
     if not names:
         return ()
     shards = [read_shard(source, name) for name in names]
-    return (_same_or_refused(source, _listed(names), shards, whole, is_all=False),)
+    return (_same_or_refused(source, listed(names), shards, whole, is_all=False),)
 
 
 def _stem(name: str) -> str:
@@ -246,7 +247,3 @@ def _incomplete(files: Sequence[str]) -> Iterable[tuple[str, int, list[int]]]:
         have = {int(match["number"]) for match in numbered if match["stem"] == stem and int(match["count"]) == count}
         if missing := sorted(set(range(1, count + 1)) - have):
             yield stem, count, missing
-
-
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (" …" if len(names) > most else "")

@@ -1,7 +1,7 @@
-"""What a file is whose name promises something else: seen from its first bytes, or from the names beside it.
+"""Recognises files that are not what their name says, by their first bytes or by the names beside them.
 
-A message that says what is missing helps nobody whose file is a Git LFS pointer. All readers of headers, pickles and
-JSON ask here before they report what they did not find.
+The readers of headers, pickles and JSON ask here before they report a malformed file. So a message says, for example,
+that a file is a Git LFS pointer.
 """
 
 from __future__ import annotations
@@ -30,17 +30,11 @@ _ANSWERS = (
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"GGUF", "it is a GGUF file, llama.cpp's format; give the safetensors files that it was made of"),
     (b"\x89HDF\r\n\x1a\n", "it is an HDF5 file, as Keras writes them; give the model as safetensors"),
-    (
-        b"PK\x03\x04",
-        "it is a zip archive; if torch.save wrote it, give it the ending .pt or .bin",
-    ),
+    (b"PK\x03\x04", "it is a zip archive; if torch.save wrote it, give it the ending .pt or .bin"),
     (b"\x1f\x8b", "it is compressed by gzip; decompress it first"),
     (b"\x28\xb5\x2f\xfd", "it is compressed by zstd; decompress it first"),
     (b"\x93NUMPY", "it is an array of NumPy; save it as safetensors"),
-    (
-        b"\x80\x02",
-        "it is a pickle of before PyTorch 1.6; load it where it came from, and save it as safetensors",
-    ),
+    (b"\x80\x02", "it is a pickle of before PyTorch 1.6; load it where it came from, and save it as safetensors"),
 )
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 #: Parts of a pipeline that adapters are trained on, the likeliest first.
@@ -74,18 +68,14 @@ def _what_text_is(head: bytes) -> str | None:
     if text.startswith((b"<?xml", b"<Error>")):
         return f"it is XML: a server's answer was saved in place of the file; {_AGAIN}"
     if text.lower().startswith(_ANSWERS):
-        return f"it is a server's answer, {_shown(text)}, saved in place of the file; {_AGAIN}, logged in if need be"
+        line = text.splitlines()[0][:60].decode(errors="replace")
+        return f"it is a server's answer, {line!r}, saved in place of the file; {_AGAIN}, logged in if need be"
     return None
 
 
 def is_safetensors(head: bytes) -> bool:
     """Whether a file that begins with ``head`` has the header of a safetensors file: its length, then JSON."""
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000
-
-
-def _shown(text: bytes) -> str:
-    line = text.splitlines()[0][:60].decode(errors="replace")
-    return repr(line)
 
 
 # --- directories ------------------------------------------------------------------------------------------------------
@@ -106,21 +96,21 @@ def what_directory_is(names: Sequence[str]) -> str:
     if not names:
         return _EMPTY
     if parts and "model_index.json" in top:
-        return f"it is a pipeline of diffusers, whose models are in folders; give that of the model: {_listed(parts)}"
+        return f"it is a pipeline of diffusers, whose models are in folders; give that of the model: {listed(parts)}"
     if parts and "modules.json" in top:
-        return f"it is a model of sentence-transformers, in folders; give that of the transformer: {_listed(parts)}"
+        return f"it is a model of sentence-transformers, in folders; give that of the transformer: {listed(parts)}"
     if "adapter_config.json" in top:
         return IS_ADAPTER
     if parts:
-        return f"its weights are in folders; give one: {_listed(parts)}"
+        return f"its weights are in folders; give one: {listed(parts)}"
     others = sorted(name for name in top if name.endswith(_WEIGHTS))
     if others and all(name.endswith(".gguf") for name in others):
-        return f"it is GGUF, llama.cpp's format; give the safetensors model that it was made of ({_listed(others)})"
+        return f"it is GGUF, llama.cpp's format; give the safetensors model that it was made of ({listed(others)})"
     if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in others):
-        return f"it holds pickled weights; convert them to safetensors first ({_listed(others)})"
+        return f"it holds pickled weights; convert them to safetensors first ({listed(others)})"
     if others:
-        return f"it holds weights of another format; give the model as safetensors ({_listed(others)})"
-    return f"it has no file of weights, so there is nothing to merge into ({_listed(sorted(top) or names)})"
+        return f"it holds weights of another format; give the model as safetensors ({listed(others)})"
+    return f"it has no file of weights, so there is nothing to merge into ({listed(sorted(top) or names)})"
 
 
 #: Of what was given as the base, and of what was given as an adapter.
@@ -138,18 +128,19 @@ def what_is_no_adapter(names: Sequence[str]) -> str:
     if not names:
         return _EMPTY
     if nested and "" not in nested:
-        return f"the adapter is in a folder of it; give that: {_listed(nested)}"
+        return f"the adapter is in a folder of it; give that: {listed(nested)}"
     if "model_index.json" in top:
         return "it is a pipeline of diffusers, not an adapter"
     if _RECORD in top and weights:
         return "it is a finished merge of shardmerge, not an adapter: what it was made of is in it already"
     if weights and all(name.endswith(".gguf") for name in weights):
-        return f"it is GGUF, llama.cpp's format; give the adapter as safetensors ({_listed(sorted(weights))})"
+        return f"it is GGUF, llama.cpp's format; give the adapter as safetensors ({listed(sorted(weights))})"
     if weights and ("config.json" in top or any(".index." in name for name in top)):
         return IS_MODEL
-    return "" if weights else f"it has no file of weights ({_listed(sorted(top) or names)})"
+    return "" if weights else f"it has no file of weights ({listed(sorted(top) or names)})"
 
 
-def _listed(names: Sequence[str], most: int = 5) -> str:
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first names; those without an ending are shown as folders."""
     shown = [name if "." in name else f"{name}/" for name in names[:most]]
     return ", ".join(shown) + (" …" if len(names) > most else "")

@@ -112,7 +112,7 @@ def decode(text: bytes, where: str, most: int = MAX_TENSORS) -> tuple[Metadata, 
 
 
 def _entries(data: bytes) -> Iterable[tuple[str, Any]]:
-    """Keys and values of an object in JSON. Raises `ValueError` where it is none, or `RecursionError`."""
+    """Keys and values of an object in JSON. Raises `ValueError` for anything else, or `RecursionError`."""
     # Decoded here, since json would take UTF-16 as well.
     entries = json.loads(data.decode(), object_pairs_hook=unique_keys)
     if b"\\u" in data:
@@ -136,7 +136,7 @@ class _TooLongError(Exception):
 def _entries_of_many(data: bytes) -> Iterator[tuple[str, Any]]:
     """What `_entries` gives, with one entry at a time in memory: Python's objects take thirty times their JSON.
 
-    Raises `_TooLongError`, too; where all of the header is no longer than an entry may be, that cannot be.
+    Raises `_TooLongError`, too, which a header that is shorter than `MAX_ENTRY` cannot cause.
     """
     has_escapes = b"\\u" in data
     parts = _Parts(data)
@@ -193,7 +193,7 @@ def _entry(parts: _Parts, index: int) -> tuple[str, Any, int]:
             start = index = parts.reach(index, limit + 1)
         value, index = scan(parts.text, index)
     except json.JSONDecodeError as error:
-        # What is wrong with an entry that goes on behind this part is that it does.
+        # An entry that is not complete in this part is too long, whatever else JSON finds wrong with it.
         if not parts.is_last and (error.msg.startswith("Unterminated") or error.pos > len(parts.text) - _NEAR):
             raise _TooLongError(f"{limit:,}") from None
         raise parts.wrong(error.msg, error.pos) from None

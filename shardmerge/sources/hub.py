@@ -155,7 +155,13 @@ class HubSource:
             path = _cached(self.location, name, self.revision)
         if path is not None:
             return LocalSource(str(path.parent)).read(path.name, offset, size)
-        return _read_range(self.location, self.revision, name, offset, size) if size else b""
+        if not size:
+            return b""
+        url = hf_hub_url(self.location, name, revision=self.revision, endpoint=_API.endpoint)
+        try:
+            return _persistently(partial(_get_range, url, offset, size))
+        except Exception as error:
+            raise SourceError(f"{self.location}@{self.revision}/{name}: {_reason(error)}") from None
 
     def fetch(self, name: str) -> Path:
         self.stat(name)
@@ -229,14 +235,6 @@ def _download(repo: str, name: str, revision: str, commit: str) -> Path:
             problem = f"it is not in the cache, and {problem}. {_to_cache(repo, commit, name)}"
         raise SourceError(f"{repo}@{commit}/{name}: {problem}") from None
     return LocalSource(str(path.parent)).fetch(path.name)  # somebody else may have made the cache
-
-
-def _read_range(repo: str, commit: str, name: str, offset: int, size: int) -> bytes:
-    url = hf_hub_url(repo, name, revision=commit, endpoint=_API.endpoint)
-    try:
-        return _persistently(partial(_get_range, url, offset, size))
-    except Exception as error:
-        raise SourceError(f"{repo}@{commit}/{name}: {_reason(error)}") from None
 
 
 def _persistently(ask: Callable[[], T]) -> T:

@@ -25,8 +25,8 @@ def is_inline(uri: str) -> bool:
 class InlineReader(Reader):
     """Reads an `inline_file`."""
 
-    def __init__(self, uri: str) -> None:
-        self._content = base64.b64decode(uri.removeprefix(_HEAD))
+    def __init__(self, file: SourceFile) -> None:
+        self._content = base64.b64decode(file.uri.removeprefix(_HEAD))
 
     def read_into(self, offset: int, view: memoryview) -> None:
         found = self._content[offset : offset + len(view)]
@@ -40,5 +40,4 @@ def open_source(location: str) -> Source:
     raise MissingError(f"{location}: is not a place")
 
 
-def open_reader(file: SourceFile) -> Reader:
-    return InlineReader(file.uri)
+open_reader = InlineReader

@@ -34,11 +34,6 @@ _RULE = (
 _SHARED = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 
 
-def is_weights(name: str) -> bool:
-    """Whether a file may be a link to anywhere, by its name."""
-    return name.endswith(WEIGHTS)
-
-
 def real_path(root: str, name: str) -> str:
     """The path without links of what ``name`` in the directory ``root`` is, or leads to.
 
@@ -49,7 +44,7 @@ def real_path(root: str, name: str) -> str:
     if os.path.isabs(name) or ".." in name.split("/"):
         raise SourceError(f"{path}: {name!r:.200} is not the name of a file in this directory")
     real = _resolved(path)
-    if not is_weights(name) and not is_inside(root, real):
+    if not name.endswith(WEIGHTS) and not is_inside(root, real):
         raise SourceError(f"{path}: is a link that leads out of its directory, to {real}. {_RULE}")
     if name.endswith("/"):
         raise SourceError(f"{path}: is a link to a folder, which is not followed. {_WAY_OUT}")

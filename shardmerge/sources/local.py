@@ -221,9 +221,4 @@ class LocalReader(Reader):
         self._fd = self._direct = -1
 
 
-def open_source(location: str) -> LocalSource:
-    return LocalSource(location)
-
-
-def open_reader(file: SourceFile) -> LocalReader:
-    return LocalReader(file)
+open_source, open_reader = LocalSource, LocalReader

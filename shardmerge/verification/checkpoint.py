@@ -21,19 +21,11 @@ from shardmerge.verification.findings import Advanced, Findings
 from shardmerge.verification.reading import Files, threads
 from shardmerge.verification.record import Again, files_of
 from shardmerge.verification.shards import Piece, ShardCheck, ShardFile
-from shardmerge.verification.structure import (
-    Stored,
-    check_config,
-    check_structure,
-    contradictions,
-    read_shards,
-)
+from shardmerge.verification.structure import Stored, check_config, check_structure, contradictions, read_shards
 
 
-def check_checkpoint(
-    output: Path, record: Record, again: Again, findings: Findings, rows: int | None, progress: Advanced
-) -> None:
-    """Everything there is to know of the output; problems go to ``findings``. ``rows`` None looks at all rows."""
+def check(output: Path, record: Record, again: Again, findings: Findings, rows: int | None, progress: Advanced) -> None:
+    """Verify the whole output; problems go to ``findings``. ``rows`` None computes all rows again."""
     watch = Stopwatch()
     stored = read_shards(output, record, findings)
     check_files(output, record, again.plan, findings)
@@ -42,7 +34,7 @@ def check_checkpoint(
     check_added(output, record, findings)
     with Files([*files_of(again), *(shard.file for shard in stored)]) as files:
         exact = None if again.plan is None else Exact(files, again.plan, again.adapters)
-        check = ShardCheck(files, exact, findings, rows, findings.seed)
+        shard_check = ShardCheck(files, exact, findings, rows)
         planned = _Planned(again, record)
         total = sum(shard.file.size - shard.data_start for shard in stored)
         done = 0
@@ -58,7 +50,7 @@ def check_checkpoint(
             if not recorded:
                 findings.unverified.append(f"{shard.name}: its checksum was not recorded")
             with threads(1):
-                check.run(_shard_file(shard, planned, recorded), advance)
+                shard_check.run(_shard_file(shard, planned, recorded), advance)
             _checked(shard, findings, watch.lap())
     if again.plan is None and again.base is not None:
         findings.notes.append("what was not merged was compared with the base, as far as it keeps its dtype")
@@ -91,7 +83,7 @@ def _fitting(plan: TensorPlan | None, info: TensorInfo) -> TensorPlan | None:
 
 
 class _Planned:
-    """What each tensor must be; without a plan, that what was not merged is the base's."""
+    """The plan of each tensor. Without a plan of the merge, untouched tensors must be those of the base."""
 
     def __init__(self, again: Again, record: Record) -> None:
         self._shards = () if again.plan is None else again.plan.shards
@@ -113,7 +105,7 @@ class _Planned:
 
 
 def _called(again: Again) -> dict[str, str]:
-    """What the values of weights are called that are not stored plainly."""
+    """The names of the values of weights that are not stored plainly, by the weight's name."""
     if again.plan is not None:
         tensors = (tensor for shard in again.plan.shards for tensor in shard.tensors)
         return {tensor.source.name: tensor.values_name for tensor in tensors if tensor.values_name}
@@ -139,7 +131,7 @@ def _check_config(output: Path, record: Record, stored: Sequence[Stored], again:
 
 
 def _contradictions_of_base(again: Again) -> dict[str, str] | None:
-    """What the base's own config.json says that is not so."""
+    """Contradictions in the base's own config.json; None where the base is not there."""
     if again.plan is None:
         return None
     aux = next((aux for aux in again.plan.aux if aux.name == "config.json"), None)

@@ -80,8 +80,7 @@ class Exact:
 
     def rows(self, rows: RowRange) -> tuple[Tensor, Tensor]:
         """W' and the largest error that its computation may have made, both (rows, row_elements)."""
-        if self._tensor is None:
-            raise AssertionError("begin was not called")
+        assert self._tensor is not None, "begin was not called"
         return self._updated(self._tensor, rows, None)
 
     # --- one update after the other -----------------------------------------------------------------------------------

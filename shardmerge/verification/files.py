@@ -1,10 +1,9 @@
-"""The files of the output: the recorded ones exist unchanged, and there is no other that a program would load.
+"""The files of the output: the recorded ones exist unchanged, and no other file exists that a program would load.
 
-Whatever loads a model looks around in its directory: transformers takes a ``chat_template.jinja`` before the one in
+Programs that load a model search its directory. transformers prefers a ``chat_template.jinja`` to the template in
 tokenizer_config.json, loads the adapter of an ``adapter_config.json`` on top, and runs ``*.py`` that a config names;
-llama.cpp and Ollama take the next ``.gguf`` or ``Modelfile``. What is looked for grows with every version of theirs. So
-no list of such names is kept: any file that the merge did not write is an error, but for the kinds that are known to be
-read by people and by git alone.
+llama.cpp and Ollama take the next ``.gguf`` or ``Modelfile``. New versions search for more names. So any file that the
+merge did not write is an error, except for the kinds that only people and git read.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge.destinations.record import RECORD_NAME, Record, is_work, left_behind
+from shardmerge.sources.local import LocalSource
 from shardmerge.sources.source import open_reader, read_file
 from shardmerge.spec.plans import AuxFile, MergePlan
 from shardmerge.spec.tensors import SourceFile
@@ -27,24 +27,37 @@ from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Findings
 from shardmerge.verification.reading import file_checksums
 
 _CHUNK = 1 << 20
-#: Files that people write anew after a merge, and that no program acts on.
+#: Files that people edit after a merge, and that no program acts on.
 _PROSE = (".md", ".rst", ".txt", "")
 _PROSE_NAMES = ("readme", "license", "licence", "copying", "notice", "use_policy", "changelog", ".gitattributes")
-#: What else may be beside a model, by its path in lower case: pictures of a model card, and what git, huggingface_hub
-#: and desktops keep for themselves. llama.cpp's converter reads a README's front matter for the name of its file only.
+#: Other files that may be beside a model, by their path in lower case: pictures of a model card, and the files of git,
+#: huggingface_hub and desktops. llama.cpp's converter reads a README's front matter for the name of its file only.
 _HARMLESS = re.compile(
     r"(.*/)?[^/]+\.(png|jpe?g|gif|svg|webp|pdf)|(.*/)?(\.git(ignore|modules|keep)?|citation\.cff|\.ds_store|thumbs\.db)"
     r"|(\.git|\.cache/huggingface)/.*",
     re.DOTALL,
 )
-#: Files and folders of an output that are looked at; a merge makes some thousand at most.
+#: Files of an output that are examined; a merge makes a few thousand at most.
 _MOST = 200_000
-#: Names that a note has.
+#: Names that a note lists.
 _NAMED = 10
 
 
+def find_weights(output: Path, name: str, size: int, findings: Findings) -> SourceFile | None:
+    """A recorded file of weights; None where it cannot be read. ``size`` in bytes is the recorded one."""
+    if reason := why_not_readable(output / name):
+        findings.problem(STRUCTURE, f"{name} {reason}", file=name)
+        return None
+    file = LocalSource(str(output)).stat(name)
+    findings.files += 1
+    if file.size != size:
+        text = f"{name} is {file.size} bytes long, {size} were recorded"
+        findings.problem(STRUCTURE, text, file=name, found=float(file.size), expected=float(size))
+    return file
+
+
 def check_files(output: Path, record: Record, plan: MergePlan | None, findings: Findings) -> None:
-    """Whether the files beside the shards are there, and are what was recorded, and what the merge writes."""
+    """Whether the files beside the shards exist, and are those recorded and those that the merge writes."""
     readable = _check_names(output, record, findings)
     changed = _check_recorded(output, record, readable, plan, findings)
     for aux in () if plan is None else plan.aux:

@@ -1,11 +1,11 @@
-"""What a verification found: problems, counts, and what could not be looked at."""
+"""The result of a verification: problems, counts, and the parts that could not be verified."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from shardmerge.errors import VerifyError
@@ -25,7 +25,7 @@ _IF_THAT_IS_ENOUGH = "If the part that could be verified is enough, allow it wit
 STRUCTURE, CHECKSUMS, UNTOUCHED, TOUCHED = "structure", "checksums", "untouched", "touched"
 
 
-#: Receives the bytes of the shards that are done, of how many, the shard's name, its number, of how many.
+#: Receives the bytes of the shards that are done, their total, the shard's name, its number, the number of shards.
 Advanced = Callable[[int, int, str, int, int], None]
 
 #: What is compared of a tensor that no adapter touches, by the output's format.
@@ -34,7 +34,7 @@ _COMPARED = {"safetensors": ", the bytes of the base", "gguf": " of their rows, 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is not as it must be. ``row`` is a stored row, ``column`` counts within it; both may be unknown.
+    """One thing that is wrong. ``row`` is a stored row, ``column`` counts within it; both may be unknown.
 
     ``error`` and ``allowed`` are absolute; they are set for rows that were computed again.
     """
@@ -112,7 +112,7 @@ class VerifyReport:
 
 @dataclass(slots=True)
 class Findings:
-    """Collects while the work goes on."""
+    """The report while it is being made; see `VerifyReport` for the fields."""
 
     output: str
     seed: int
@@ -147,30 +147,10 @@ class Findings:
         self.counts.update(other.counts)
 
     def report(self) -> VerifyReport:
-        return VerifyReport(
-            output=self.output,
-            format=self.format,
-            files=self.files,
-            tensors=self.tensors,
-            checksums=self.checksums,
-            checksum_bytes=self.checksum_bytes,
-            other_files=self.other_files,
-            untouched=self.untouched,
-            untouched_bytes=self.untouched_bytes,
-            touched=self.touched,
-            rows=self.rows,
-            all_rows=self.all_rows,
-            seed=self.seed,
-            worst=self.worst,
-            worst_tensor=self.worst_tensor,
-            added=tuple(self.added),
-            unverified=tuple(self.unverified),
-            notes=tuple(self.notes),
-            problems=tuple(self.problems),
-            counts=dict(self.counts),
-            seconds=time.monotonic() - self.started,
-            peak_memory_bytes=peak_memory(),
-        )
+        values = {of.name: getattr(self, of.name) for of in fields(self) if of.name != "started"}
+        values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        values["counts"] = dict(self.counts)
+        return VerifyReport(**values, seconds=time.monotonic() - self.started, peak_memory_bytes=peak_memory())
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

@@ -1,31 +1,28 @@
 """Prove a GGUF output: its header, its checksum, and sampled rows of every tensor.
 
-- *Structure*: the header is parsed here, with a reader of our own, and compared with that of the plan: tensors, their
-  shapes, types and places, key-values. Tensors follow each other, each at a multiple of the alignment, with zeros
-  between them, and the file ends behind the last. Key-values that say shapes fit the tensors and config.json.
-- *Rows* of every tensor, whether an adapter touches it or not, as all are stored in another way than in the base: a
-  seeded sample, or all. A row of the source is computed again in float64, looked for where its place in the file is
-  after heads were turned and parts stacked, and compared within what `shardmerge.verification.gguf_blocks` states.
+- *Structure*: an independent reader parses the header. Tensors, their shapes, types and places, and the key-values must
+  be those of the plan. Tensors follow each other, each at a multiple of the alignment, with zeros between them, and the
+  file ends after the last. Key-values that state shapes must fit the tensors and config.json.
+- *Rows* of every tensor, touched or not, since all are stored in another way than in the base: a seeded sample, or all
+  rows. A row of the source is computed again in float64. Its place in the file follows from how heads are permuted and
+  parts are stacked. `shardmerge.verification.gguf_blocks` states the bound.
 
-Which stored tensor becomes which of the file, and how its rows are turned, says the plan, here as in the merge.
+The plan says, here as in the merge, which tensor of the file a stored tensor becomes, and how its rows are permuted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from shardmerge.destinations.record import RECORD_NAME, Record
 from shardmerge.errors import FormatError
-from shardmerge.sources.local import LocalSource
 from shardmerge.spec.plans import MergePlan
-from shardmerge.spec.tensors import SourceFile, TensorInfo
+from shardmerge.spec.tensors import SourceFile
 from shardmerge.system import json_text
-from shardmerge.system.regular_files import why_not_readable
 from shardmerge.verification.exact import Exact
-from shardmerge.verification.files import check_added, check_files
+from shardmerge.verification.files import check_added, check_files, find_weights
 from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Advanced, Findings
 from shardmerge.verification.gguf_header import GgufHeader, read_header
 from shardmerge.verification.gguf_rows import Piece, RowCheck
@@ -33,12 +30,11 @@ from shardmerge.verification.gguf_values import contradictions
 from shardmerge.verification.reading import Files, threads
 from shardmerge.verification.record import Again, files_of, plan_of_base
 from shardmerge.verification.shards import ShardCheck, ShardFile
+from shardmerge.verification.structure import tensor_differences
 
 
-def check_gguf(
-    output: Path, record: Record, again: Again, findings: Findings, rows: int | None, progress: Advanced
-) -> None:
-    """Everything there is to know of the output; problems go to ``findings``. ``rows`` None looks at all rows."""
+def check(output: Path, record: Record, again: Again, findings: Findings, rows: int | None, progress: Advanced) -> None:
+    """Verify the whole output; problems go to ``findings``. ``rows`` None computes all rows again."""
     check_files(output, record, again.plan, findings)
     _check_file(output, record, again, findings, rows, progress)
     check_added(output, record, findings)
@@ -48,14 +44,9 @@ def _check_file(
     output: Path, record: Record, again: Again, findings: Findings, rows: int | None, progress: Advanced
 ) -> None:
     name, (size, recorded) = next(iter(record.shards.items()))
-    if reason := why_not_readable(output / name):
-        findings.problem(STRUCTURE, f"{name} {reason}", file=name)
+    file = find_weights(output, name, size, findings)
+    if file is None:
         return
-    file = LocalSource(str(output)).stat(name)
-    findings.files += 1
-    if file.size != size:
-        text = f"{name} is {file.size} bytes long, {size} were recorded"
-        findings.problem(STRUCTURE, text, file=name, found=float(file.size), expected=float(size))
     if len(record.shards) > 1:
         findings.problem(STRUCTURE, f"{RECORD_NAME} has several shards, but a GGUF file is one", file=RECORD_NAME)
     if not recorded:
@@ -83,15 +74,15 @@ def _check_file(
         exact = None if plan is None else Exact(files, plan, again.adapters)
         with threads(1):
             before = findings.counts[CHECKSUMS]
-            ShardCheck(files, None, findings, None, 0).run(ShardFile(name, file, 0, (), recorded), advance)
+            ShardCheck(files, None, findings, None).run(ShardFile(name, file, 0, (), recorded), advance)
             changed = findings.counts[CHECKSUMS] > before
             if plan is not None and exact is not None:
-                check = RowCheck(files, exact, name, file)
-                check.run(pieces, rows, findings, advance)
+                row_check = RowCheck(files, exact, name, file)
+                row_check.run(pieces, rows, findings, advance)
                 if changed and rows is not None and set(findings.counts) == {CHECKSUMS}:
                     # Something has changed that the sample has not seen: look for it in every row.
                     aside = Findings(findings.output, findings.seed)
-                    check.run(pieces, None, aside, lambda count: None)
+                    row_check.run(pieces, None, aside, lambda count: None)
                     findings.take(aside)
     if again.plan is None and plan is not None:
         findings.notes.append("what was not merged was compared with the base, as far as it keeps its place and type")
@@ -102,7 +93,7 @@ def _check_file(
 
 def _header(name: str, file: SourceFile, files: Files, findings: Findings) -> GgufHeader | None:
     try:
-        found = read_header(partial(files.read_into, file.uri), file.size, name)
+        found = read_header(lambda at, size: bytes(files.read(file.uri, at, size)), file.size, name)
     except FormatError as error:
         findings.problem(STRUCTURE, str(error), file=name)
         return None
@@ -111,7 +102,9 @@ def _header(name: str, file: SourceFile, files: Files, findings: Findings) -> Gg
 
 
 def _planned(plan: MergePlan) -> GgufHeader:
-    return read_header(partial(_from, plan.shards[0].head), plan.shards[0].nbytes, "the plan")
+    shard = plan.shards[0]
+    # What would be data is not looked at.
+    return read_header(lambda at, size: shard.head[at : at + size].ljust(size, b"\0"), shard.nbytes, "the plan")
 
 
 def _check_header(
@@ -124,18 +117,8 @@ def _check_header(
         findings.problem(STRUCTURE, f"{name}: {text}", file=name)
 
 
-def _from(data: bytes, offset: int, view: memoryview) -> None:
-    part = data[offset : offset + len(view)]
-    view[: len(part)] = part  # what would be the data is never looked at
-
-
 def _differences(found: GgufHeader, wanted: GgufHeader) -> Iterator[str]:
-    for tensor in sorted({*found.tensors, *wanted.tensors}):
-        here, there = found.tensors.get(tensor), wanted.tensors.get(tensor)
-        if here is None or there is None:
-            yield f"{tensor} is {'missing' if here is None else 'not expected there'}"
-        elif here != there:
-            yield f"{tensor} is {_told(here)}, expected {_told(there)}"
+    yield from tensor_differences(found.tensors, wanted.tensors)
     for key in sorted({*found.values, *wanted.values}):
         value, other = found.values.get(key), wanted.values.get(key)
         if value is None or other is None:
@@ -144,12 +127,8 @@ def _differences(found: GgufHeader, wanted: GgufHeader) -> Iterator[str]:
             yield f"{key} is {value[1]!s:.60}, expected {other[1]!s:.60}"
 
 
-def _told(info: TensorInfo) -> str:
-    return f"{info.dtype} {list(info.shape)} at {info.data_offsets[0]}"
-
-
 def check_places(name: str, file: SourceFile, header: GgufHeader, files: Files, findings: Findings) -> None:
-    """Tensors one after the other, zeros between them, and nothing behind the last."""
+    """Tensors must follow each other with zeros between them, and the file must end after the last."""
     end = 0
     for tensor, info in sorted(header.tensors.items(), key=lambda entry: entry[1].data_offsets):
         start, stop = info.data_offsets
@@ -160,7 +139,7 @@ def check_places(name: str, file: SourceFile, header: GgufHeader, files: Files, 
         end = stop + -stop % header.alignment
         at, count = header.data_start + stop, end - stop
         if at + count <= file.size and any(files.read(file.uri, at, count)):
-            text = f"{name}: the padding behind {tensor} is not zero"
+            text = f"{name}: the padding after {tensor} is not zero"
             findings.problem(STRUCTURE, text, file=name, tensor=tensor)
     if header.data_start + end != file.size:
         text = f"{name}: its tensors end at byte {header.data_start + end}, the file at {file.size}"

@@ -150,7 +150,7 @@ def _steps(kind: _Kind, low: Tensor, high: Tensor, d: Tensor) -> tuple[Tensor, T
     if not kind.zero:
         least = torch.maximum(low, -high).clamp_(min=0.0)  # where an interval has both signs, |x| may be 0
         return least.amax(-1) / kind.highest, torch.maximum(high, -low).amax(-1) / kind.highest
-    # The sign of d says which end was the larger one; were it not, values beyond the levels' other end would tell.
+    # The sign of d says which end was the larger one; were it not, values beyond the levels' other end would show it.
     negative = torch.where(d == 0, high.amax(-1) > -low.amin(-1), d < 0)
     least = torch.where(negative, high.amax(-1), high.amin(-1)) / kind.lowest
     largest = torch.where(negative, low.amax(-1), low.amin(-1)) / kind.lowest

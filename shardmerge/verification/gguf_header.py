@@ -1,4 +1,4 @@
-"""What stands before the data of a GGUF file, read from the format's definition and not with our writer.
+"""The header of a GGUF file, read by the format's definition and without the code that writes it.
 
     "GGUF", version (u32), number of tensors (u64), number of key-values (u64)
     each key-value:  key, type (u32), value
@@ -8,7 +8,7 @@
 A string is its length (u64) and its bytes; an array the type of its items (u32), their number (u64) and the items.
 Little-endian throughout. Source: ggml's docs/gguf.md.
 
-Files are untrusted: a header is read in pieces (`gguf.cursor`), and of arrays and long strings only the length and a
+Files are untrusted, so a header is read in chunks (`gguf.cursor`). Of arrays and long strings only the length and a
 checksum are kept.
 """
 
@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardmerge.errors import FormatError
-from shardmerge.gguf.cursor import ARRAY, BOOL, CHUNK, SCALARS, STRING, Cursor
+from shardmerge.gguf.cursor import ARRAY, BOOL, CHUNK, SCALARS, STRING, Cursor, Read
 from shardmerge.spec.tensors import TensorInfo
 from shardmerge.system.checksums import Checksums
 
@@ -45,9 +45,6 @@ _TYPES: Mapping[int, tuple[str, int, int]] = {
     30: ("BF16", 1, 2),
 }
 
-#: Fills the view with the file's bytes from the offset on.
-ReadInto = Callable[[int, memoryview], None]
-
 
 @dataclass(frozen=True, slots=True)
 class Long:
@@ -66,7 +63,7 @@ Value = int | float | bool | str | Long
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """Values by key; of tensors by name the kind, the shape as torch has it, and where in the data they are stored."""
+    """Values by key; of tensors by name the kind, the shape as torch has it, and where they are in the data."""
 
     values: Mapping[str, tuple[int, Value]]
     tensors: Mapping[str, TensorInfo]
@@ -83,14 +80,8 @@ class GgufHeader:
         return value.count if isinstance(value, Long) else None
 
 
-def read_header(read_into: ReadInto, size: int, where: str) -> GgufHeader:
-    """The header of a file of ``size`` bytes. `FormatError` where it is none; data may be anything."""
-
-    def read(offset: int, count: int) -> bytes:
-        data = bytearray(count)
-        read_into(offset, memoryview(data))
-        return bytes(data)
-
+def read_header(read: Read, size: int, where: str) -> GgufHeader:
+    """The header of a file of ``size`` bytes. `FormatError` where it is not valid; the data may be anything."""
     cursor = _Cursor(read, min(size, _MOST_BYTES), where)
     magic = cursor.take(4)
     if magic != b"GGUF":

@@ -1,6 +1,6 @@
-"""Bytes of files → tensors, by plain reads. Nothing here is the engine's: no direct I/O, no tiles, no cache of factors.
+"""Bytes of files → tensors, by plain reads, without the engine's direct I/O, tiles and cache of factors.
 
-Numbers come as float64, whole numbers as int64.
+Numbers are float64, whole numbers int64.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHUNK = 4 << 20
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """How many threads torch has in the block: with one, small work waits for nobody where the machine is busy."""
+    """Have torch use ``count`` threads in the block. With one, small work waits for no other on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -38,13 +38,10 @@ def threads(count: int) -> Iterator[None]:
 class Files(OpenReaders):
     """The files of the base, the adapters and the output, opened when they are first read."""
 
-    def read_into(self, uri: str, offset: int, view: memoryview) -> None:
-        """Fill ``view`` with the file's bytes from ``offset`` on. `SourceError` if it ends before."""
-        self.get(uri).read_into(offset, view)
-
     def read(self, uri: str, offset: int, size: int) -> bytearray:
+        """So many of the file's bytes. `SourceError` if it ends before."""
         data = bytearray(size)
-        self.read_into(uri, offset, memoryview(data))
+        self.get(uri).read_into(offset, memoryview(data))
         return data
 
     def rows(self, ref: TensorRef, rows: RowRange, row_elements: int) -> Tensor:
@@ -116,7 +113,7 @@ class Factor:
         view = memoryview(data)
         for row in range(height):
             offset = ref.offset + (row * width + columns.start) * size
-            self._files.read_into(ref.uri, offset, view[row * part : (row + 1) * part])
+            self._files.get(ref.uri).read_into(offset, view[row * part : (row + 1) * part])
         return wide(decode(data, ref.dtype, len(columns)))
 
     def _as_stored(self) -> Tensor:

@@ -25,8 +25,7 @@ from shardmerge.verification.scaling import ScaledBy
 from shardmerge.version import __version__
 
 #: Changed files that are named one by one.
-_TOLD = 3
-_ANOTHER = "the adapter or the config is another"
+_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +45,9 @@ class Again:
 
 
 def plan_again(record: Record, output: Path, base: str | None, adapters: Sequence[str], findings: Findings) -> Again:
-    """What the merge was, from base and adapters as they are now; ``base`` and ``adapters`` say where, if they moved.
+    """Plan the recorded merge from base and adapters as they are now; ``base`` and ``adapters`` are their new places.
 
-    ``findings`` gets what is gone and what has changed. `ConfigError` where the number of adapters is another.
+    What is missing or has changed goes to ``findings``. `ConfigError` where the number of adapters is another.
     """
     recorded = record.values.get("config")
     try:
@@ -113,11 +112,12 @@ def plan_of_base(again: Again, findings: Findings) -> MergePlan | None:
 
 def _missing(config: MergeConfig) -> Iterator[str]:
     """Base and adapters that are not there, and why."""
-    for what, place in (("base", config.base), *(("adapter", entry.path) for entry in config.adapters)):
+    places = [("base", "base=", config.base), *(("adapter", "adapters=", entry.path) for entry in config.adapters)]
+    for what, parameter, place in places:
         try:
             open_source(place)
         except SourceError as error:
-            yield f"the {what} is not there: {error}; if it was moved, say where it is now with `{what}`"
+            yield f"the {what} is not there: {error}; if it was moved, {parameter} says where it is now"
 
 
 def _base_alone(config: MergeConfig, findings: Findings) -> Checkpoint | None:
@@ -148,7 +148,7 @@ def _of_digest(record: Record, plan: MergePlan) -> Iterator[tuple[str, str]]:
         for name in sorted({*values, *now.get(part, {})})
         if values.get(name) != now.get(part, {}).get(name)
     ]
-    what = f"different are: {', '.join(parts[:_TOLD])}" if parts else "an adapter's bytes, or files beside the weights"
+    what = f"different are: {', '.join(parts[:_SHOWN])}" if parts else "an adapter's bytes, or files beside the weights"
     yield (
         "note",
         Warned(f"base and adapters have the sizes and times of the merge's, but its digest is another: {what}"),
@@ -162,8 +162,8 @@ def _source_differences(record: Record, plan: MergePlan) -> Iterator[tuple[str, 
     names = ["the base", *(f"adapter {info.location}" for info in plan.adapters)]
     for name, before, files in zip(names, recorded, now, strict=False):
         if texts := list(_file_differences(before, files)):
-            more = f", and {len(texts) - _TOLD} more" if len(texts) > _TOLD else ""
-            yield "note", Warned(f"{name} is not as the merge found it: {', '.join(texts[:_TOLD])}{more}")
+            more = f", and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+            yield "note", Warned(f"{name} is not as the merge found it: {', '.join(texts[:_SHOWN])}{more}")
     if record.version != __version__:
         yield "note", f"it was merged by shardmerge {record.version}; this is {__version__}"
 
@@ -180,6 +180,7 @@ def _shard_differences(record: Record, plan: MergePlan) -> Iterator[tuple[str, s
 def _target_differences(record: Record, plan: MergePlan) -> list[tuple[str, str]]:
     """Shard by shard, as the targets of a large model take 100 MB together."""
     found: list[tuple[str, str]] = []
+    another = "the adapter or the config is another"
     before = dict(record.targets.items())
     compared: set[str] = set()
     for shard in plan.shards:
@@ -190,13 +191,11 @@ def _target_differences(record: Record, plan: MergePlan) -> list[tuple[str, str]
             compared.add(name)
             now = [_entry(update) for update in tensor.updates]
             if name not in before:
-                found.append(
-                    (name, "would now be updated, but was not by the merge: the adapter or the config is another")
-                )
+                found.append((name, f"would now be updated, but was not by the merge: {another}"))
             elif (then := before.pop(name)) != now:
                 change = next((_change(*pair) for pair in zip(_entries(then), now, strict=False)), "") or "their number"
                 found.append((f"{name}:", f"its updates are not those recorded ({change}): the adapter is another"))
-    found += [(name, f"was updated by the merge, but would not be now: {_ANOTHER}") for name in before]
+    found += [(name, f"was updated by the merge, but would not be now: {another}") for name in before]
     return [(TOUCHED, f"{name} {text}") for name, text in sorted(found)]
 
 

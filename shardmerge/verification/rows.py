@@ -1,4 +1,4 @@
-"""Which rows of a touched tensor are computed again.
+"""Chooses the rows of a touched tensor that are computed again.
 
 Rows are those of the stored tensor. Of every run of rows (an expert's, those of one of several modules that are stored
 as one tensor) at least one is taken, and of the whole tensor the first and the last. Some families update groups of

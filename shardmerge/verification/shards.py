@@ -1,7 +1,7 @@
-"""One pass over a shard of the output: its checksum, and of every tensor the bytes or the rows.
+"""One pass over a shard of the output: its checksum, and the bytes or the rows of every tensor.
 
-The file is read once, from its first byte to its last. Of a tensor that is not touched the same bytes of the base are
-read beside it; of a touched one the sampled rows are computed again as they come by.
+The file is read once, from its first byte to its last. An untouched tensor is compared with the bytes of the base. The
+sampled rows of a touched tensor are computed again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A tensor of an output file, and what it must be; ``plan`` is None where that is not known."""
+    """A tensor of an output file. ``plan`` says what it must be; it is None where that is not known."""
 
     name: str
     info: TensorInfo
@@ -40,7 +40,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class ShardFile:
-    """A file of the output as it is found, with what the record says of its bytes."""
+    """A file of the output as it was found, and its recorded checksums."""
 
     name: str
     file: SourceFile
@@ -51,22 +51,13 @@ class ShardFile:
 
 
 class ShardCheck:
-    """Looks at one shard after the other."""
+    """Verifies one shard after the other. With ``rows`` None, it computes all rows again."""
 
-    def __init__(
-        self,
-        files: Files,
-        exact: Exact | None,
-        findings: Findings,
-        rows: int | None,
-        seed: int,
-    ) -> None:
-        """``rows`` None computes all rows again."""
+    def __init__(self, files: Files, exact: Exact | None, findings: Findings, rows: int | None) -> None:
         self._files = files
         self._exact = exact
         self._findings = findings
         self._rows = rows
-        self._seed = seed
         self._buffers = bytearray(CHUNK), bytearray(CHUNK)
         self._infos: Mapping[str, TensorInfo] = {}
 
@@ -77,8 +68,8 @@ class ShardCheck:
             return
         if self._rows is not None and self._exact is not None:
             # Something has changed that the sample has not seen: look for it in every row.
-            aside = Findings(self._findings.output, self._seed)
-            again = ShardCheck(self._files, self._exact, aside, None, self._seed)
+            aside = Findings(self._findings.output, self._findings.seed)
+            again = ShardCheck(self._files, self._exact, aside, None)
             again._pass(dataclasses.replace(shard, recorded={}), lambda count: None)
             self._findings.take(aside)
 
@@ -117,7 +108,7 @@ class ShardCheck:
     def _read(self, shard: ShardFile, offset: int, size: int, checksums: Checksums) -> bytearray:
         """The next bytes of the file, which its checksums get, too."""
         data = self._buffers[0] if size == CHUNK else bytearray(size)
-        self._files.read_into(shard.file.uri, offset, memoryview(data))
+        self._files.get(shard.file.uri).read_into(offset, memoryview(data))
         checksums.update(memoryview(data))
         return data
 
@@ -145,7 +136,7 @@ class ShardCheck:
         width = DTYPE_BITS[out.dtype] // 8 or 1
         if source.dtype == out.dtype:
             expected = self._buffers[1] if len(data) == CHUNK else bytearray(len(data))
-            self._files.read_into(source.uri, source.offset + at, memoryview(expected))
+            self._files.get(source.uri).read_into(source.offset + at, memoryview(expected))
             if data == expected:
                 return False
             index = _first_difference(data, expected) // width
@@ -195,17 +186,11 @@ class ShardCheck:
     # --- one touched tensor -------------------------------------------------------------------------------------------
 
     def _touched(
-        self,
-        shard: ShardFile,
-        plan: TensorPlan,
-        start: int,
-        exact: Exact,
-        checksums: Checksums,
-        advance: Advance,
+        self, shard: ShardFile, plan: TensorPlan, start: int, exact: Exact, checksums: Checksums, advance: Advance
     ) -> None:
         findings = self._findings
         together = encoder(plan).row_unit(plan.encoding) if plan.encoding else 1
-        windows = all_rows(plan, together) if self._rows is None else sampled(plan, self._rows, self._seed, together)
+        windows = all_rows(plan, together) if self._rows is None else sampled(plan, self._rows, findings.seed, together)
         is_plain = encoder(plan).is_plain  # its numbers can be looked at as they come by
         stored = output_of(plan, shard.file, shard.data_start, self._infos)
         exact.begin(plan)
@@ -333,7 +318,7 @@ def _first_difference(one: bytearray, other: bytearray) -> int:
 
 
 def _shown(element: bytearray, dtype: str) -> float | str:
-    """A number, or the bytes of what is none."""
+    """An element as a number; in hexadecimal where its dtype is not one of numbers."""
     if dtype not in NUMBER_DTYPES:
         return element.hex()
     value = torch.frombuffer(bytearray(element), dtype=NUMBER_DTYPES[dtype])[0].item()

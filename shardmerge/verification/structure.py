@@ -1,7 +1,8 @@
-"""The output as a checkpoint: its headers and index, and what config.json says against what is stored."""
+"""The output as a checkpoint: its headers and index, and config.json compared with the stored tensors."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from shardmerge.spec.plans import MergePlan, ShardPlan
 from shardmerge.spec.tensors import DTYPE_NAMES, FLOAT_DTYPES, SourceFile, TensorInfo
 from shardmerge.system import json_text
 from shardmerge.system.regular_files import why_not_readable
+from shardmerge.verification.files import find_weights
 from shardmerge.verification.findings import STRUCTURE, Findings
 from shardmerge.verification.second_opinion import ask_library
 
@@ -38,21 +40,12 @@ class Stored:
 
 
 def read_shards(output: Path, record: Record, findings: Findings) -> list[Stored]:
-    """Sizes and headers of the recorded shards; those that are there are in the list, sound or not."""
+    """Sizes and headers of the recorded shards. The list has those that can be read, also where they are malformed."""
     source, found = LocalSource(str(output)), []
     for name, (size, _) in record.shards.items():
-        if reason := why_not_readable(output / name):
-            findings.problem(STRUCTURE, f"{name} {reason}", file=name)
+        file = find_weights(output, name, size, findings)
+        if file is None:
             continue
-        file = source.stat(name)
-        if file.size != size:
-            findings.problem(
-                STRUCTURE,
-                f"{name} is {file.size} bytes long, {size} were recorded",
-                file=name,
-                found=float(file.size),
-                expected=float(size),
-            )
         try:
             metadata, tensors, start = safetensors_header.read_header(partial(source.read, name), file.size, name)
         except FormatError as error:
@@ -61,7 +54,6 @@ def read_shards(output: Path, record: Record, findings: Findings) -> list[Stored
             continue
         found.append(Stored(name, file, start, metadata, tensors))
         ask_library(output / name, name, tensors, findings)
-    findings.files += len(found)
     findings.tensors += sum(len(shard.tensors) for shard in found)
     return found
 
@@ -83,7 +75,7 @@ def check_structure(
     there = {name for shard in shards for name in shard.tensors}
     for target in record.targets:
         if not there.intersection((target, called.get(target, target))):
-            findings.problem(STRUCTURE, f"{target}, which was merged, is not there", tensor=target)
+            findings.problem(STRUCTURE, f"{target}, which was merged, is missing", tensor=target)
     if plan is not None:
         _check_headers(shards, plan, findings)
 
@@ -135,18 +127,23 @@ def _check_headers(shards: Iterable[Stored], plan: MergePlan, findings: Findings
 
 
 def _header_difference(shard: Stored, plan: ShardPlan) -> str:
-    expected = dict(plan.outputs())
-    for name in sorted({*expected, *shard.tensors}):
-        found, wanted = shard.tensors.get(name), expected.get(name)
-        if found is None or wanted is None:
-            return f"{name} is {'missing' if found is None else 'not expected there'}"
-        if found != wanted:
-            return f"{name} is {_described(found)}, expected {_described(wanted)}"
+    if difference := next(tensor_differences(shard.tensors, dict(plan.outputs())), ""):
+        return difference
     if dict(shard.metadata) != dict(plan.metadata):
         return f"its metadata is {dict(shard.metadata)}, expected {dict(plan.metadata)}"
     if shard.data_start != plan.header_bytes:
         return f"its header is {shard.data_start} bytes long, expected {plan.header_bytes}"
     return ""
+
+
+def tensor_differences(found: Mapping[str, TensorInfo], wanted: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """In what the tensors of a header are not the planned ones, by name."""
+    for name in sorted({*found, *wanted}):
+        here, there = found.get(name), wanted.get(name)
+        if here is None or there is None:
+            yield f"{name} is {'missing' if here is None else 'not expected there'}"
+        elif here != there:
+            yield f"{name} is {_described(here)}, expected {_described(there)}"
 
 
 def _described(info: TensorInfo) -> str:
@@ -159,12 +156,13 @@ def _described(info: TensorInfo) -> str:
 def check_config(
     output: Path, shards: Iterable[Stored], base: Mapping[str, str] | None, merged_dtype: bool, findings: Findings
 ) -> None:
-    """What config.json says and the tensors do not; ``base`` is what is so of the base already, None if it is gone.
+    """Contradictions between config.json and the tensors. ``base`` has those of the base itself, None if it is gone.
 
     ``merged_dtype``: the merge was given a dtype, so config.json must name it.
     """
-    config = read_config(output)
-    if config is None:
+    try:
+        config = json_text.read_object(output / "config.json")
+    except (OSError, json_text.JsonError):
         if not why_not_readable(output / "config.json"):
             findings.problem(STRUCTURE, "config.json is not a JSON object", file="config.json")
         return
@@ -176,13 +174,6 @@ def check_config(
             findings.notes.append(text)  # many bases say so themselves, and it does no harm
         else:
             findings.problem(STRUCTURE, text, file="config.json")
-
-
-def read_config(folder: Path) -> dict[str, Any] | None:
-    try:
-        return json_text.read_object(folder / "config.json")
-    except (OSError, json_text.JsonError):
-        return None
 
 
 def contradictions(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str]]:
@@ -198,10 +189,10 @@ def contradictions(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
 
 
 def _dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str]]:
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for info in tensors.values():
         if info.dtype in FLOAT_DTYPES:
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+            sizes[info.dtype] += info.nbytes
     most = max(sizes, key=lambda dtype: sizes[dtype], default=None)
     values = (section.get(key) for section in sections(config) for key in ("dtype", "torch_dtype"))
     said = [value for value in values if isinstance(value, str)]
@@ -221,6 +212,6 @@ def _ties(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Itera
         if_tied["text_config"] = {**inner, "tie_word_embeddings": True}
     for head, embedding in Names(if_tied, shapes).tied.items():
         if head not in tied and head not in tensors:
-            yield "tie_word_embeddings", f"config.json says that {head} is not tied to {embedding}, but it is not there"
+            yield "tie_word_embeddings", f"config.json says that {head} is not tied to {embedding}, but it is missing"
         elif head in tied and head in tensors and tensors[head].shape != tensors[embedding].shape:
             yield "tie_word_embeddings", f"config.json says that {head} is {embedding}, but it is of another shape"

@@ -146,9 +146,8 @@ def test_moved_base_and_adapter(place: Place) -> None:
     place.base.rename(base)
     place.adapter.rename(adapter)
     report = shardmerge.verify(place.output).raise_for_status(partial=True)
-    assert (
-        report.ok and not report.complete and "--base" in report.unverified[0] and "--adapter" in report.unverified[1]
-    )
+    assert report.ok and not report.complete
+    assert "base= says" in report.unverified[0] and "adapters= says" in report.unverified[1]
     report = shardmerge.verify(place.output, base=str(base), adapters=[str(adapter)]).raise_for_status()
     assert report.complete and report.untouched and report.touched
     assert [note.partition(" ")[0] for note in report.notes] == ["the", "adapter"]
@@ -477,7 +476,7 @@ def test_what_the_base_says_wrong_itself_is_a_note(tmp_path: Path) -> None:
 
 def test_a_config_that_is_no_json(place: Place) -> None:
     (place.output / "config.json").write_text("[]")
-    assert any("config.json is not JSON object" in problem.text for problem in wrong(place.output).problems)
+    assert any("config.json is not a JSON object" in problem.text for problem in wrong(place.output).problems)
 
 
 def test_a_readme_may_be_written(place: Place) -> None:

@@ -352,7 +352,7 @@ def test_tensors_lie_one_after_the_other(tmp_path: Path) -> None:
 
     right = bytes(64) + b"\1" * 80 + bytes(16)
     assert told(right) == []
-    assert told(right[:-1] + b"\1") == ["it: the padding behind two is not zero"]
+    assert told(right[:-1] + b"\1") == ["it: the padding after two is not zero"]
     assert told(right[:-16]) == ["it: its tensors end at byte 160, the file at 144"]
     assert told(right, second=0) == ["it: two begins at 0 of the data, where 32 is expected"]
     assert told(right, second=64) == ["it: two begins at 64 of the data, where 32 is expected"]
@@ -376,10 +376,7 @@ def test_a_header_is_read_as_the_gguf_package_reads_it(gguf_models: GgufModels, 
 
 
 def parse(content: bytes) -> Any:
-    def read_into(offset: int, view: memoryview) -> None:
-        view[:] = content[offset : offset + len(view)]
-
-    return read_header(read_into, len(content), "it")
+    return read_header(lambda offset, size: content[offset : offset + size], len(content), "it")
 
 
 def test_a_hostile_header(gguf_models: GgufModels, tmp_path: Path) -> None:

@@ -329,6 +329,7 @@ def test_places_are_options(tmp_path: Path) -> None:
         (tmp_path / name).rename(tmp_path / f"{name} 2")
     partly = invoke(place.output, code=6)
     assert "not verified: the base is not there" in partly.stdout and "--partial" in partly.stderr
+    assert "--base says" in partly.stdout and "--adapter says" in partly.stdout
     assert "not verified: the base is not there" in invoke(place.output, "--partial").stdout
     found = json.loads(invoke(place.output, "--json", code=6).stdout)
     assert found["ok"] and not found["complete"] and len(found["unverified"]) == 4
