@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +10,7 @@ class Progress:
     """How far a merge is. Bytes are those of the shards' data as written.
 
     ``doing`` is ``"exporting"`` where there is no adapter, and ``"verifying"`` in a verification. Before a merge is
-    taken up, it is ``"checking"``, and bytes are those of the files of finished shards.
+    resumed, it is ``"checking"``, and bytes are those of the files of finished shards.
     """
 
     done: int

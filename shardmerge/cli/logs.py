@@ -1,4 +1,4 @@
-"""``--log FILE`` and ``-v``: what a command does, for who looks into a batch job afterwards, or waits for it."""
+"""``--log FILE`` and ``-v``: a record of what a command does, in a file or on stderr."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from shardmerge.system.interrupt import INTERRUPTED
 from shardmerge.system.terminal_text import shown, shown_json
 from shardmerge.version import __version__
 
-#: How every log begins, by which a file is known to be one: what is no log is not written to.
+#: How every log begins. A file that begins otherwise is not written to.
 _FIRST = b'{"time": "'
 _META = "shardmerge.log"
 

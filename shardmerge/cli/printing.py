@@ -77,6 +77,7 @@ _OPTIONS = {
     "template=": "--template",
     "prompts=": "--prompt",
     "base=": "--base",
+    "adapters=": "--adapter",
     "output.allow_config_loss: true": "--allow-config-loss (output.allow_config_loss: true)",
 }
 _PARAMETER = re.compile(r"(?<![\w.=/-])(" + "|".join(map(re.escape, _OPTIONS)) + r")(?![\w/])")
@@ -102,7 +103,7 @@ def _print_error(name: str, exit_code: int, problems: Sequence[str]) -> None:
 
 
 def _remember(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
-    # `meta` is shared with the group's context, which tells the errors.
+    # `meta` is shared with the group's context, which reports the errors.
     ctx.meta[_AS_JSON] = value
     return value
 
@@ -111,7 +112,7 @@ json_option = click.option("--json", "as_json", is_flag=True, callback=_remember
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print what may hold a stranger's words: none of them reaches the terminal as a command."""
+    """Print text that may hold untrusted words; control characters are escaped."""
     click.echo(shown(text), err=err)
 
 

@@ -19,7 +19,7 @@ LINE_SECONDS = 5.0
 
 @contextmanager
 def show_progress(*, quiet: bool) -> Iterator[Callable[[Progress], None]]:
-    """A callback for `shardmerge.merge` that shows what it is told until the block is left."""
+    """A callback for `shardmerge.merge` that shows the progress until the block is left."""
     if quiet:
         yield lambda _: None
     elif sys.stderr.isatty():

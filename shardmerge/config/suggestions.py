@@ -1,7 +1,7 @@
 """What somebody who wrote an unknown value probably meant: the names that other programs have for the same thing.
 
 A guess is printed and never acted upon. A dtype or a quantization that is known, but not allowed at its place, gets no
-guess by its letters: float16 is no misspelt bfloat16.
+guess by its letters: float16 is not a misspelt bfloat16.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SAME: tuple[tuple[str, ...], ...] = (
     ("same", "keep", "base", "auto", "original", "none"),
     ("auto", "default", "same", "detect", "none"),
 )
-#: Those of numbers and devices, and words that could mean either: what is among them is no misspelling.
+#: Those of numbers and devices, and words that could mean either: none of these is a misspelling.
 _KNOWN = (*_SAME[:9], ("mps", "tpu", "xpu", "npu", "hpu", "metal", "vulkan", "directml"), ("tied", "tie"))
 _NUMBERED = re.compile(r"(?:cuda|gpu|nvidia)[ :_-]*0*(\d{1,2})")
 _K_QUANT = re.compile(r"(i?q\d_?(k|xxs|xs|s|m|nl|l)(_[a-z]+)?|tq\d_\d|mxfp4.*|nvfp4.*)")

@@ -54,7 +54,7 @@ def test_mergekit_is_there_where_its_interpreter_is() -> None:
         (["--sweep", "16,512"], "from 8 to 256, not 512"),
         (["--runs", "0"], "--runs"),
         (["--cold", "--drop"], "not allowed with"),
-        (["--memory-limit", "much"], "is no size"),
+        (["--memory-limit", "much"], "is not a size"),
         (["--dtype", "int8"], "invalid choice"),
     ],
 )

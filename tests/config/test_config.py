@@ -62,12 +62,12 @@ def test_size(text: object, size: int) -> None:
     ids=repr,
 )
 def test_no_size(text: object) -> None:
-    with pytest.raises(ValueError, match="is no size"):
+    with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)
 
 
 def test_size_beyond_all_numbers_is_refused() -> None:
-    with pytest.raises(ValueError, match="is no size"):
+    with pytest.raises(ValueError, match="is not a size"):
         parse_size("9" * 400 + "GB")
 
 
@@ -199,14 +199,14 @@ def test_unknown_key_lists_the_valid_ones(change: dict[str, Any], parts: list[st
         ({"output": "merged"}, "output: "),
         ({"output": None}, "output: "),
         ({"output": {"path": "o", "dtype": "int8"}}, "output.dtype: "),
-        ({"output": {"path": "o", "max_shard_size": "big"}}, "output.max_shard_size: 'big' is no size"),
-        ({"output": {"path": "o", "max_shard_size": 0}}, "output.max_shard_size: 0 is no size"),
+        ({"output": {"path": "o", "max_shard_size": "big"}}, "output.max_shard_size: 'big' is not a size"),
+        ({"output": {"path": "o", "max_shard_size": 0}}, "output.max_shard_size: 0 is not a size"),
         ({"compute": {"device": "tpu"}}, "compute.device: "),
         ({"compute": {"device": "cuda:one"}}, "compute.device: "),
         ({"compute": {"device": "cuda:07"}}, "compute.device: "),
         ({"compute": {"device": "cuda:300"}}, "compute.device: "),
         ({"compute": {"dtype": "float16"}}, "compute.dtype: "),
-        ({"compute": {"max_memory": "lots"}}, "compute.max_memory: 'lots' is no size"),
+        ({"compute": {"max_memory": "lots"}}, "compute.max_memory: 'lots' is not a size"),
         *(
             ({"compute": {"threads": threads}}, f"compute.threads: {threads!r} is not a number from 1 to 1024, or auto")
             for threads in (0, -1, 1025, 2.5, True, "many", "2.0")

@@ -209,7 +209,7 @@ def test_a_folder_s_name_stays_what_it_is(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("text", ["1.5", "0777B", "٣GB", "0.5", "1e9"])
 def test_size_that_is_none(tmp_path: Path, text: str) -> None:
-    assert "is no size" in refusal(lambda: with_value(tmp_path, "output.max_shard_size", text))
+    assert "is not a size" in refusal(lambda: with_value(tmp_path, "output.max_shard_size", text))
 
 
 # --- bombs ------------------------------------------------------------------------------------------------------------

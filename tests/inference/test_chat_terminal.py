@@ -20,7 +20,7 @@ import pytest
 from shardmerge.errors import ConfigError
 from shardmerge.inference import chat
 from shardmerge.inference.chat import Chat, Message
-from shardmerge.inference.chat.commands import command, for_model
+from shardmerge.inference.chat.conversation import command, for_model
 from shardmerge.inference.chat.terminal import Terminal
 
 PATIENCE = 120.0  # seconds, for a machine that does something else as well

@@ -240,12 +240,12 @@ def _closeness(of: dict[str, Any]) -> str:
 
 
 def difference(comparison: Comparison) -> str:
-    """Why the two are different, and what tells more."""
+    """Why the two are different, and what to run next."""
     lines = "\n".join(f"  - {text}" for text in comparison.differences)
     return (
         f"{comparison.output} does not answer as base + adapter:\n{lines}\n"
-        "`shardmerge verify` tells whether the merge did as its config says. What rounding to 16 bits loses of a small "
-        "update, output.dtype: float32 keeps"
+        "`shardmerge verify` checks whether the merge did as its config says. output.dtype: float32 keeps what "
+        "rounding to 16 bits loses of a small update"
     )
 
 
