@@ -39,7 +39,7 @@ Advance = Callable[[Progress], None]
 
 def carry_out(plan: MergePlan, executor: Executor, progress: Advance, started: float) -> MergeReport:
     """Merge what is left of a plan, and report. ``started`` is when, by `time.monotonic`."""
-    torch_version = importlib.metadata.version("torch")  # to import it would take a second
+    torch_version = importlib.metadata.version("torch")  # importing it would take a second
     watch = Stopwatch()
     with executor.prepare(plan):
         with _explained(lambda error: "Nothing was changed"):

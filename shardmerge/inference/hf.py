@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ from shardmerge.config.choices import DEVICE, DEVICES
 from shardmerge.errors import ConfigError, FormatError, SourceError
 from shardmerge.sources.local import LocalSource
 from shardmerge.system import json_text
+from shardmerge.system.installation import installed_version
 from shardmerge.system.terminal_text import one_line, shown
 
 if TYPE_CHECKING:
@@ -61,16 +61,9 @@ def library(name: str) -> Any:
 
 def _check_age(name: str) -> None:
     """Older ones lack what we call, and fail for reasons that are not the model's."""
-    oldest, found = OLDEST.get(name), _version(name)
+    oldest, found = OLDEST.get(name), installed_version(name)
     if oldest and found and _numbers(found) < _numbers(oldest):
         raise ConfigError(f"this needs {name} {oldest} or newer, found {found}: pip install --upgrade {name}")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -389,7 +389,7 @@ def test_commands_and_slips_do_not_reach_the_model(
     told = capsys.readouterr().err
     assert "there is no command /rset; did you mean /reset?" in told
     assert "/system TEXT  forget the conversation" in told
-    assert "before the conversation: nothing" in told and "before the conversation: be \\x1b[2J brief" in told
+    assert "the system message: nothing" in told and "the system message: be \\x1b[2J brief" in told
     assert "\x1b" not in told
 
 
