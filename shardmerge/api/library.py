@@ -13,13 +13,13 @@ What a command of the command line does, a function of the same name does here.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardmerge.api.limits import within_limits
 from shardmerge.api.progress import Progress
 from shardmerge.config.schema import ExportConfig, MergeConfig
 from shardmerge.errors import ConfigError, SourceError
@@ -27,7 +27,7 @@ from shardmerge.planning.planner import make_plan
 from shardmerge.reporting.merge_report import MergeReport
 from shardmerge.spec.plans import MergePlan
 from shardmerge.system import limits
-from shardmerge.system.events import notices
+from shardmerge.system.events import event, notices
 
 if TYPE_CHECKING:
     from shardmerge.execution.executors import Executor
@@ -71,7 +71,7 @@ def plan(
     Raises `ConfigError`, `PlanError` (with every problem), `FormatError` or `SourceError`.
     """
     parts = {"base": base, "adapters": adapter, "output": output, "compute": compute}
-    with within_limits("Nothing was written"):
+    with limits.within(_UNTOUCHED):
         try:
             made = make_plan(_config(config, parts), overwrite)
         except SourceError as error:
@@ -150,9 +150,8 @@ def verify(
     Raises `SourceError` where reading fails, `ConfigError` for wrong arguments, and `VerifyError` where ``output`` has
     no record to verify.
     """
-    with within_limits("Nothing was written"):
+    with limits.within(_UNTOUCHED):
         limits.check_room_for_torch()
-        from shardmerge.reporting.steps import verified
         from shardmerge.verification.verifier import verify_output
 
         report_progress = progress or (lambda _: None)
@@ -161,7 +160,21 @@ def verify(
             report_progress(Progress(done, total, shard, number, shards, "verifying"))
 
         report = verify_output(Path(output), base=base, adapters=adapters, rows=rows, seed=seed, progress=advance)
-    verified(report)
+    notices(report.notes)
+    event(
+        "verified",
+        f"{report.output}: {sum(report.counts.values())} problems, {len(report.unverified)} things that could not be "
+        "verified",
+        level=logging.INFO if report.ok else logging.ERROR,
+        output=report.output,
+        ok=report.ok,
+        complete=report.complete,
+        counts=report.counts,
+        problems=[problem.text for problem in report.problems],
+        unverified=list(report.unverified),
+        seconds=round(report.seconds, 3),
+        peak_memory=report.peak_memory_bytes,
+    )
     return report
 
 
@@ -180,7 +193,7 @@ def compare(
 
     Loads one model after the other, with transformers and PEFT. ``prompts`` None are the built-in ones.
     """
-    with within_limits("Nothing was written"):
+    with limits.within(_UNTOUCHED):
         limits.check_room_for_torch()
         from shardmerge.inference.comparison import comparing
 
@@ -203,7 +216,7 @@ def inspect(path: Location) -> dict[str, Any]:
     """
     from shardmerge.reporting.inspection import inspect_path
 
-    with within_limits("Nothing was written"):
+    with limits.within(_UNTOUCHED):
         return inspect_path(os.fspath(path))
 
 
@@ -216,7 +229,7 @@ def init(
     """
     from shardmerge.reporting.starter import starter_config
 
-    with within_limits("Nothing was written"):
+    with limits.within(_UNTOUCHED):
         return starter_config(os.fspath(adapter), name, _text(base), _text(output))
 
 
@@ -226,7 +239,7 @@ def _merge(
     started: float,
     executor: Executor | None = None,
 ) -> MergeReport:
-    with within_limits(_RESUMABLE):
+    with limits.within(_RESUMABLE):
         limits.check_room_for_torch(planned.memory.total)
         from shardmerge.api.merging import carry_out
         from shardmerge.execution.executors import SerialExecutor

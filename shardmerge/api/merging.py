@@ -27,27 +27,26 @@ from shardmerge.reporting.merge_report import (
     sizes_by_format,
 )
 from shardmerge.reporting.record import record
-from shardmerge.reporting.steps import begun, committed, resumed
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.plans import MergePlan, ShardPlan, digest_of
 from shardmerge.spec.receipts import Receipt
 from shardmerge.spec.words import words_for
-from shardmerge.system.events import Stopwatch
+from shardmerge.system.events import Stopwatch, event, notices
 from shardmerge.system.memory_use import peak_memory
 
-Told = Callable[[Progress], None]
+Advance = Callable[[Progress], None]
 
 
-def carry_out(plan: MergePlan, executor: Executor, progress: Told, started: float) -> MergeReport:
+def carry_out(plan: MergePlan, executor: Executor, progress: Advance, started: float) -> MergeReport:
     """Merge what is left of a plan, and report. ``started`` is when, by `time.monotonic`."""
-    torch_version = importlib.metadata.version("torch")  # to import it would take a second
+    torch_version = importlib.metadata.version("torch")  # importing it would take a second
     watch = Stopwatch()
     with executor.prepare(plan):
         with _explained(lambda error: "Nothing was changed"):
             fingerprint = with_contents(plan, torch_version)
         with open_destination(plan.output, plan.overwrite) as destination, _explained(partial(_left, destination)):
             found = destination.begin(plan, fingerprint)
-            begun(plan, digest_of(fingerprint), watch.lap())
+            _record_begin(plan, digest_of(fingerprint), watch.lap())
             kept = _checked(plan, destination, found, progress)
             left = [shard for shard in plan.shards if shard.name not in kept]
             counter = _Counter(plan, left, progress)
@@ -61,7 +60,7 @@ def carry_out(plan: MergePlan, executor: Executor, progress: Told, started: floa
             watch.lap()
             destination.finish(record(plan, report, receipts, digest_of(fingerprint), torch_version))
             report = dataclasses.replace(report, peak_memory_bytes=peak_memory())
-            committed(plan, report, watch.lap())
+            _record_end(plan, report, watch.lap())
             return report
 
 
@@ -70,7 +69,7 @@ def carry_out(plan: MergePlan, executor: Executor, progress: Told, started: floa
 
 @contextmanager
 def _explained(state: Callable[[ShardmergeError], str]) -> Iterator[None]:
-    """What goes wrong within with a file also says what ``state`` the output is in."""
+    """Errors of files within also say the ``state`` of the output."""
     try:
         yield
     except (FormatError, OutputError, SourceError) as error:
@@ -98,7 +97,7 @@ def _left(destination: Destination, error: ShardmergeError) -> str:
 
 
 def _checked(
-    plan: MergePlan, destination: Destination, found: dict[str, Receipt], progress: Told
+    plan: MergePlan, destination: Destination, found: dict[str, Receipt], progress: Advance
 ) -> dict[str, Receipt]:
     """The receipts of shards that an earlier run has finished and the destination has kept, by the shard's name."""
     shards = [shard for shard in plan.shards if shard.name in found]
@@ -113,7 +112,7 @@ def _checked(
 
         watch = Stopwatch()
         receipt = destination.check(found[shard.name], advance)
-        resumed(shard, receipt is not None, watch.lap())
+        _record_check(shard, receipt is not None, watch.lap())
         if receipt is not None:
             kept[shard.name] = receipt
     return kept
@@ -122,7 +121,7 @@ def _checked(
 class _Counter:
     """Adds up the bytes done of every shard, and reports them."""
 
-    def __init__(self, plan: MergePlan, left: Sequence[ShardPlan], progress: Told) -> None:
+    def __init__(self, plan: MergePlan, left: Sequence[ShardPlan], progress: Advance) -> None:
         self._numbers = {shard.name: number for number, shard in enumerate(plan.shards, 1)}
         self._total = sum(shard.data_bytes for shard in plan.shards)
         self._done = self._total - sum(shard.data_bytes for shard in left)
@@ -131,7 +130,6 @@ class _Counter:
         self._progress = progress
 
     def advance(self, shard: ShardPlan, count: int) -> None:
-        """``count`` more bytes of a shard are done."""
         self._count(shard.name, count)
 
     def complete(self, shard: str) -> None:
@@ -146,6 +144,36 @@ class _Counter:
         self._progress(Progress(self._done, self._total, shard, number, shards, self._doing))
 
 
+# --- the log ----------------------------------------------------------------------------------------------------------
+
+
+def _record_begin(plan: MergePlan, digest: str, seconds: float) -> None:
+    text = f"{words_for(plan.adapters).noun} into {plan.output} begun"
+    event("begun", text, output=plan.output, digest=digest, seconds=seconds)
+
+
+def _record_check(shard: ShardPlan, is_kept: bool, seconds: float) -> None:
+    what = "is kept" if is_kept else "was not kept by the disk, and is made again"
+    text = f"{shard.name} of an earlier run {what} ({seconds:.1f} s)"
+    event("shard-checked", text, shard=shard.name, kept=is_kept, bytes=shard.nbytes, seconds=seconds)
+
+
+def _record_end(plan: MergePlan, report: MergeReport, seconds: float) -> None:
+    notices(report.warnings[len(plan.warnings) :])
+    event(
+        words_for(plan.adapters).done,
+        f"{report.output} is complete: {report.bytes_read:,} bytes read, {report.bytes_written:,} written",
+        output=report.output,
+        targets=report.targets,
+        bytes_read=report.bytes_read,
+        bytes_written=report.bytes_written,
+        shards_reused=report.shards_reused,
+        seconds=round(report.seconds, 3),
+        seconds_of_commit=seconds,
+        peak_memory=report.peak_memory_bytes,
+    )
+
+
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
@@ -157,10 +185,7 @@ def _report_of(
     working_set: int | None,
     started: float,
 ) -> MergeReport:
-    """What a merge did. It ``started`` then, by `time.monotonic`.
-
-    ``made`` are the shards that this run has made, ``damaged`` those of an earlier run that the disk has not kept.
-    """
+    """``made`` are the shards of this run, ``damaged`` those of an earlier run that the disk has not kept."""
     active = {number for receipt in receipts for number in receipt.active_adapters}
     active |= {kind.adapter for kind in plan.totals.targets if not FAMILIES[kind.family].neutral_if_zero}
     idle = [info.location for number, info in enumerate(plan.adapters) if number not in active]

@@ -1,7 +1,6 @@
-"""The console script: a signal ends the process without a traceback, also while the rest of the program is imported.
+"""The console script. A signal ends the process without a traceback, also while the rest of the program is loading.
 
-So the signal handlers are installed before anything is imported that the interpreter has not imported itself. A signal
-that comes before the interpreter has started is Python's to handle.
+The handlers are installed before anything is imported that the interpreter has not loaded itself.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _leave(number: int, frame: Any) -> NoReturn:
-    """Nothing was begun, so nothing is to be tidied up."""
+    """Exit at once: no work has begun, so there is nothing to clean up."""
     os.write(2, b"shardmerge: interrupted\n")
     os._exit(130)
 
@@ -36,12 +35,12 @@ def main() -> NoReturn:
 
 
 def _fail(error: Exception) -> NoReturn:
-    """End, where not even the command line can be loaded: with one line where that is for want of memory or files."""
+    """Report why the command line cannot be loaded: one line where memory or open files ran out, else the traceback."""
     try:
         from shardmerge.system.limits import explained_while_loading
 
         why = explained_while_loading(error)
-    except Exception:  # for want of the same
+    except Exception:  # it cannot be loaded either
         why = f"memory or open files ran out while it was loaded (ulimit -v, -d and -n): {type(error).__name__} {error}"
     if why is None:
         raise error

@@ -1,19 +1,17 @@
-"""Environment variables: defaults for whom every command line is the same (a batch system, a container).
+"""Environment variables: defaults where every command line is the same (a batch system, a container).
 
-What is given on the command line comes first, then the config, then the environment, then the default. What writes over
-something (``--overwrite``) or changes the result's numbers cannot be set here: that is said anew each time.
+What is given on the command line comes first, then the config, then the environment, then the default. Options that
+overwrite files (``--overwrite``) or change the result's numbers cannot be set here.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import click
-
-from shardmerge.cli.printing import Command, say
+from shardmerge.cli.printing import say
 from shardmerge.errors import ConfigError
 
 PREFIX = "SHARDMERGE_"
@@ -55,8 +53,3 @@ def compute_defaults() -> dict[str, Any]:
             except ConfigError as error:
                 raise ConfigError(f"the environment variable {name}: {error}") from None
     return found
-
-
-def quiet_option(what: str) -> Callable[[Command], Command]:
-    """``--quiet``; ``what`` is its help."""
-    return click.option("-q", "--quiet", is_flag=True, envvar=QUIET, show_envvar=True, help=what)

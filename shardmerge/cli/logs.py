@@ -1,9 +1,8 @@
-"""``--log FILE`` and ``-v``: what a command does, for who looks into a batch job afterwards, or waits for it."""
+"""``--log FILE`` and ``-v``: a record of what a command does, in a file or on stderr."""
 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import json
 import logging
 import os
@@ -23,12 +22,14 @@ import click
 from shardmerge.cli import environment
 from shardmerge.cli.printing import say
 from shardmerge.errors import ConfigError, PlanError, ShardmergeError
+from shardmerge.system.durable import write_all
 from shardmerge.system.events import LOG, event
+from shardmerge.system.installation import installed_version
 from shardmerge.system.interrupt import INTERRUPTED
 from shardmerge.system.terminal_text import shown, shown_json
 from shardmerge.version import __version__
 
-#: How every log begins, by which a file is known to be one: what is not a log is not written to.
+#: How every log begins. A file that begins otherwise is not written to.
 _FIRST = b'{"time": "'
 _META = "shardmerge.log"
 
@@ -69,20 +70,16 @@ class LogFile(logging.Handler):
         if status.st_size and os.pread(fd, len(_FIRST), 0) != _FIRST:
             raise self._refused("holds something else than a log of shardmerge; name a file that is new, or such a log")
         if status.st_size and os.pread(fd, 1, status.st_size - 1) != b"\n":
-            self._write(fd, b"\n")  # whoever wrote there was stopped within a line
+            write_all(fd, b"\n")  # whoever wrote there was stopped within a line
 
     def _refused(self, why: str) -> ConfigError:
         return ConfigError(f"--log {self.path}: {why}; nothing was done")
-
-    def _write(self, fd: int, data: bytes) -> None:
-        while data:
-            data = data[os.write(fd, data) :]
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._fd is None:
             return
         try:
-            self._write(self._fd, _line(record))
+            write_all(self._fd, _line(record))
         except OSError as error:
             self.close()
             if getattr(record, "event", "") == "begin":
@@ -201,19 +198,12 @@ def _begin(command: str) -> None:
         environment={name: os.environ[name] for name in environment.KNOWN if name in os.environ},
         shardmerge=__version__,
         python=platform.python_version(),
-        torch=_torch_version(),
+        torch=installed_version("torch"),
         platform=platform.platform(),
         host=platform.node(),
         cores=cores,
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     )
-
-
-def _torch_version() -> str | None:
-    try:
-        return importlib.metadata.version("torch")  # to import it would take a second
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +60,14 @@ def merge(
     **output: Any,
 ) -> None:
     """Merge every ADAPTER into BASE, in this order. Each is a directory, a file or a Hub id."""
-    section = _output(output)
-    planned = _planned({"base": base, "adapters": list(adapters), "output": section}, overrides, overwrite=overwrite)
-    _carry_out(planned, as_json=as_json, quiet=quiet)
+    given = {"base": base, "adapters": list(adapters), "output": _output(output)}
+
+    def config() -> MergeConfig:
+        from shardmerge.config.schema import MergeConfig
+
+        return MergeConfig.from_dict(given, "merge", overrides, environment.compute_defaults())
+
+    _carry_out(_planned(config, overwrite), as_json=as_json, quiet=quiet)
 
 
 @click.command(
@@ -107,20 +112,14 @@ def export(model: str, overwrite: bool, quiet: bool, as_json: bool, **output: An
 def _plan(config: Path, overrides: tuple[str, ...], *, overwrite: bool, allow_config_loss: bool) -> MergePlan:
     if allow_config_loss:
         overrides = (*overrides, "output.allow_config_loss=true")
+    return _planned(lambda: _load(config, overrides), overwrite)
+
+
+def _planned(config: Callable[[], MergeConfig], overwrite: bool) -> MergePlan:
     with no_garbage_collection():  # the modules are many objects, too
         from shardmerge.api.library import plan
 
-        return plan(_load(config, overrides), overwrite=overwrite)
-
-
-def _planned(config: Mapping[str, Any], overrides: tuple[str, ...], *, overwrite: bool) -> MergePlan:
-    with no_garbage_collection():
-        from shardmerge.api.library import plan
-        from shardmerge.config.schema import MergeConfig
-
-        return plan(
-            MergeConfig.from_dict(config, "merge", overrides, environment.compute_defaults()), overwrite=overwrite
-        )
+        return plan(config(), overwrite=overwrite)
 
 
 def _output(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,14 @@ def _all(*decorators: Callable[[Command], Command]) -> Callable[[Command], Comma
     return decorate
 
 
-quiet = environment.quiet_option("Print only errors, warnings and notes.")
+quiet = click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    envvar=environment.QUIET,
+    show_envvar=True,
+    help="Print only errors, warnings and notes.",
+)
 
 allow_config_loss = click.option(
     "--allow-config-loss",

@@ -112,7 +112,7 @@ json_option = click.option("--json", "as_json", is_flag=True, callback=_remember
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print text that may be untrusted: nothing of it reaches the terminal as a control sequence."""
+    """Print text that may hold untrusted words; control characters are escaped."""
     click.echo(shown(text), err=err)
 
 

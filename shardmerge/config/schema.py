@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -32,6 +32,7 @@ MAX_THREADS = 1024
 _LISTED = 30
 _SIZE = re.compile(r"((?:0|[1-9][0-9]*)(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE | re.ASCII)
 _PREFIXES = "KMGT"
+_SIZE_EXPECTED = "a size such as 256MB"
 
 
 def parse_size(value: Any) -> int:
@@ -54,35 +55,29 @@ def parse_size(value: Any) -> int:
     return round(size)
 
 
-def _size_or(word: str) -> BeforeValidator:
-    def size(value: Any) -> Any:
+def _parse_count(value: Any) -> int:
+    """A number from 1 to `MAX_THREADS`. `ValueError` otherwise."""
+    number = int(value) if isinstance(value, str) and value.strip().isdecimal() and len(value) < 10 else value
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= MAX_THREADS:
+        raise ValueError(f"{_brief.repr(value)} is not a number from 1 to {MAX_THREADS}")
+    return number
+
+
+def _or(word: str, parse: Callable[[Any], int], expected: str) -> BeforeValidator:
+    """The ``word``, or what ``parse`` reads."""
+
+    def read(value: Any) -> Any:
         if value == word:
             return value
         if value is None:
-            raise ValueError(f"expected a size such as 256MB, or {word}")
+            raise ValueError(f"expected {expected}, or {word}")
         try:
-            return parse_size(value)
+            return parse(value)
         except ValueError as error:
             hint = suggestions.hint(value, (word,))
             raise ValueError(f"{error}, or {word}" + (f"; {hint}" if hint else "")) from None
 
-    return BeforeValidator(size)
-
-
-def _count_or(word: str) -> BeforeValidator:
-    def count(value: Any) -> Any:
-        if value == word:
-            return value
-        if value is None:
-            raise ValueError(f"expected a number, or {word}")
-        number = int(value) if isinstance(value, str) and value.strip().isdecimal() and len(value) < 10 else value
-        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= MAX_THREADS:
-            hint = suggestions.hint(value, (word,))
-            problem = f"{_brief.repr(value)} is not a number from 1 to {MAX_THREADS}, or {word}"
-            raise ValueError(problem + (f"; {hint}" if hint else ""))
-        return number
-
-    return BeforeValidator(count)
+    return BeforeValidator(read)
 
 
 def _plain_number(value: Any) -> Any:
@@ -169,7 +164,7 @@ class OutputConfig(_Section):
         description="What F32, F16 and BF16 weights are stored in. With format: gguf, what merged weights are rounded "
         "to before they are quantised.",
     )
-    max_shard_size: Annotated[Literal["same"] | int, _size_or("same")] = Field(
+    max_shard_size: Annotated[Literal["same"] | int, _or("same", parse_size, _SIZE_EXPECTED)] = Field(
         default="same", description="same keeps the base's shards; a size such as 5GB makes new ones."
     )
     rounding: Literal["nearest", "stochastic"] = Field(
@@ -201,10 +196,10 @@ class ComputeConfig(_Section):
 
     device: str = Field(default="auto", pattern=DEVICE, description="auto, cpu, cuda or cuda:1.")
     dtype: Literal["float32", "float64", "bfloat16"] = Field("float32", description="W + ΔW is computed in this.")
-    max_memory: Annotated[Literal["auto"] | int, _size_or("auto")] = Field(
+    max_memory: Annotated[Literal["auto"] | int, _or("auto", parse_size, _SIZE_EXPECTED)] = Field(
         default="auto", description="The working set above the interpreter's own memory, for example 256MB."
     )
-    threads: Annotated[Literal["auto"] | int, _count_or("auto")] = Field(
+    threads: Annotated[Literal["auto"] | int, _or("auto", _parse_count, "a number")] = Field(
         default="auto",
         description="Threads that compute, each with a work space. auto is one a core, as far as max_memory allows. "
         "The result does not depend on it.",

@@ -33,7 +33,7 @@ _SAME: tuple[tuple[str, ...], ...] = (
     ("same", "keep", "base", "auto", "original", "none"),
     ("auto", "default", "same", "detect", "none"),
 )
-#: Those of numbers and devices, and words that could mean either: what is among them is not a misspelling.
+#: Those of numbers and devices, and words that could mean either: none of these is a misspelling.
 _KNOWN = (*_SAME[:9], ("mps", "tpu", "xpu", "npu", "hpu", "metal", "vulkan", "directml"), ("tied", "tie"))
 _NUMBERED = re.compile(r"(?:cuda|gpu|nvidia)[ :_-]*0*(\d{1,2})")
 _K_QUANT = re.compile(r"(i?q\d_?(k|xxs|xs|s|m|nl|l)(_[a-z]+)?|tq\d_\d|mxfp4.*|nvfp4.*)")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import logging
 import os
 import re
@@ -15,12 +14,18 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from shardmerge.config import suggestions
+from shardmerge.config.choices import DEVICE, DEVICES
 from shardmerge.errors import ConfigError, FormatError, SourceError
 from shardmerge.sources.local import LocalSource
 from shardmerge.system import json_text
+from shardmerge.system.installation import installed_version
 from shardmerge.system.terminal_text import one_line, shown
+
+if TYPE_CHECKING:
+    import torch
 
 #: What a prompt is put into where the tokenizer has no chat template; ``{}`` is the prompt's place.
 DEFAULT_TEMPLATE = "### Instruction:\n{}\n\n### Response:\n"
@@ -56,16 +61,9 @@ def library(name: str) -> Any:
 
 def _check_age(name: str) -> None:
     """Older ones lack what we call, and fail for reasons that are not the model's."""
-    oldest, found = OLDEST.get(name), _version(name)
+    oldest, found = OLDEST.get(name), installed_version(name)
     if oldest and found and _numbers(found) < _numbers(oldest):
         raise ConfigError(f"this needs {name} {oldest} or newer, found {found}: pip install --upgrade {name}")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -112,6 +110,19 @@ def _class_of(path: Path) -> str:
     return one_line(named) if isinstance(named, str) else ""
 
 
+def device_named(name: str, what: str) -> torch.device:
+    """``cpu``, ``cuda`` or ``cuda:1``; ``auto`` is the CPU. ``what`` is to run there.
+
+    Raises `ConfigError` where the name means no device, `PlanError` where there is no such device.
+    """
+    from shardmerge.system.torch_devices import resolve_device
+
+    if not re.fullmatch(DEVICE, name):
+        hint = suggestions.hint(name, DEVICES)
+        raise ConfigError(f"the device is {name!r}; expected auto, cpu, cuda or cuda:1" + (f"; {hint}" if hint else ""))
+    return resolve_device(name, "the device", what)
+
+
 def load_tokenizer(path: str) -> Any:
     """The tokenizer in a directory."""
     with _loading(path) as transformers:
@@ -145,12 +156,15 @@ def _loading(path: str) -> Iterator[Any]:
 
 
 def _check_tensors(path: str, found: Any) -> None:
-    """Refuse what transformers would make up, tell what it leaves out: both are warnings that `quiet` swallows."""
+    """Refuse tensors that transformers would initialise itself, and report those that it leaves out.
+
+    Both are warnings that `quiet` suppresses.
+    """
     if missing := sorted(found["missing_keys"]):
         raise FormatError(f"{path}: {len(missing)} of the model's tensors are not in its files, such as {missing[0]}")
     if unexpected := sorted(found["unexpected_keys"]):
-        notice = f"{path}: {len(unexpected)} tensors are not part of this model and unused, such as {unexpected[0]}"
-        print(one_line(notice), file=sys.stderr, flush=True)
+        text = f"{path}: {len(unexpected)} tensors are not part of this model and unused, such as {unexpected[0]}"
+        print(one_line(text), file=sys.stderr, flush=True)
 
 
 def reason(error: Exception) -> str:
@@ -206,7 +220,7 @@ def template_for(tokenizer: Any, given: str | None) -> str | None:
 
 
 def encode(tokenizer: Any, template: str | None, messages: Sequence[Message]) -> dict[str, Any]:
-    """``input_ids`` and ``attention_mask``, (1, n) each. A plain template has room for the last message only."""
+    """``input_ids`` and ``attention_mask``, (1, n) each. A plain template holds the last message only."""
     if template is not None:
         opening = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
         filled = template.replace("{}", messages[-1]["content"])

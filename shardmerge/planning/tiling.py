@@ -31,7 +31,7 @@ from shardmerge.spec.tensors import (
 )
 from shardmerge.spec.updates import Update
 from shardmerge.spec.windows import boundaries, locate
-from shardmerge.system.cores import cores
+from shardmerge.system.limits import cores
 
 #: Buffers in flight: read, waiting, computed, waiting, written, and one to spare.
 BUFFERS = 6

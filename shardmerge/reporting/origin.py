@@ -49,7 +49,7 @@ class Origin:
         """The adapters in the order in which they were applied."""
         of_base = {shard.file.uri for shard in open_checkpoint(_open("base", self.base)).shards}
         for entry in self.adapters:
-            adapter = open_adapter(_open("adapter", entry.path), entry.ignore_files)
+            adapter = open_adapter(_open("adapters", entry.path), entry.ignore_files)
             yield adapter.apart_from(of_base), entry
 
 
@@ -78,6 +78,5 @@ def _open(what: str, place: str) -> Source:
     try:
         return open_source(place)
     except SourceError as error:
-        raise SourceError(
-            f"the {what} is not there: {error}; if it was moved, say where it is now with `{what}`"
-        ) from None
+        name = what.removesuffix("s")
+        raise SourceError(f"the {name} is not there: {error}; if it was moved, {what}= says where it is now") from None

@@ -1,7 +1,7 @@
-"""Memory in whole pages, as direct I/O wants it; in huge pages as far as the system gives them.
+"""Memory in whole pages, as direct I/O requires, and in huge pages where the system grants them.
 
-A direct transfer lists every contiguous piece of memory, and huge pages make fewer of them. In a VM, whose host looks
-at each piece, that alone can make a disk twice as fast: docs/benchmarks.md has figures.
+A direct transfer lists every piece of memory that is not adjacent to the last, and huge pages are fewer pieces. In a
+VM, whose host looks at each of them, that alone can make a disk twice as fast: docs/benchmarks.md has figures.
 """
 
 from __future__ import annotations

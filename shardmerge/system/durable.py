@@ -1,7 +1,7 @@
 """Files that are either there, whole and on the disk, or not there.
 
 A file is written under another name, fsynced, renamed into place, and the directory that now holds its name is fsynced
-too. What fsync cannot promise: that a disk which lies about its write cache keeps what it acknowledged.
+too. fsync cannot make a disk honest that acknowledges writes which are only in its cache.
 
 All but the directory itself is named by an `Entry` of it, so that no link in it leads outside.
 """
@@ -106,19 +106,14 @@ def make_folder(folder: Entry) -> bool:
         if is_missing:
             with suppress(FileExistsError):  # somebody else was as quick
                 folder.mkdir()
-            _fsync_or_remove(folder)
+            try:  # the name of a new and empty folder is durable, or the folder goes
+                fsync_directory(folder.parent)
+            except BaseException:
+                with suppress(OSError):
+                    folder.rmdir()
+                raise
         with folder.descriptor():
             return is_missing
-
-
-def _fsync_or_remove(folder: Entry) -> None:
-    """Make the name of a new and empty folder durable, or take it away."""
-    try:
-        fsync_directory(folder.parent)
-    except BaseException:
-        with suppress(OSError):
-            folder.rmdir()
-        raise
 
 
 def rename(source: Entry, target: Entry) -> None:

@@ -1,11 +1,12 @@
 """Whether the torch that is installed fits the machine, judged by its files: importing it would take a second.
 
-On Linux ``pip install torch`` brings the build for CUDA, several times as large as the one for the CPU. Nothing
-goes wrong with it; but who merges on a small VM should know, once, that less would do.
+On Linux ``pip install torch`` brings the build for CUDA, several times as large as the one for the CPU. Both
+work; a note says once that the smaller one is enough on a machine without a GPU.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -21,6 +22,14 @@ CPU_BUILD = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 _DEVICES = ("/dev/nvidiactl", "/dev/dxg")
 _CUDA = re.compile(r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", re.MULTILINE)
 _LARGEST = 100_000
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package, which is not imported; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def cuda_of_torch() -> str | None:

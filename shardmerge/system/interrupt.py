@@ -1,6 +1,6 @@
-"""A process that gets a signal to stop does so in time, whatever it is doing.
+"""A signal ends the process within two seconds, whatever it is doing.
 
-SIGINT and SIGTERM become a `KeyboardInterrupt` in the main thread, which tidies up on its way out. But it comes through
+SIGINT and SIGTERM become a `KeyboardInterrupt` in the main thread, which cleans up on its way out. But it is raised
 only between two steps of the interpreter: not while a large product is being computed, nor while a disk that has died
 keeps a write waiting; and code that is not ours may swallow it. As an unfinished merge can be resumed from any state,
 the process then simply exits.

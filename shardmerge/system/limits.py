@@ -11,10 +11,11 @@ import importlib.util
 import os
 import re
 import resource
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from shardmerge.errors import LimitError
+from shardmerge.errors import LimitError, ShardmergeError
 from shardmerge.system.memory_use import status_bytes
 
 _MB = 1_000_000
@@ -85,10 +86,33 @@ def explained_while_loading(error: BaseException) -> str | None:
     return explained(error) or (_memory() if is_limited else None)
 
 
+@contextmanager
+def within(state: str) -> Iterator[None]:
+    """Errors within that a limit explains become a `LimitError`, which also says the ``state`` of the output."""
+    try:
+        yield
+    except LimitError as error:
+        raise LimitError(f"{error}. {state}") from None
+    except ShardmergeError:
+        raise
+    except Exception as error:
+        if (why := explained(error)) is None:
+            raise
+        raise LimitError(f"{why}. {state}") from None
+
+
 def hint(text: str) -> str:
     """What else is to be said of a message that the system's words for a limit are in; empty of any other."""
     said = {errno.EMFILE: _files, errno.EFBIG: _file_size, errno.ENOMEM: _memory}
     return next((f". {say()}" for number, say in said.items() if os.strerror(number) in text), "")
+
+
+def cores() -> int:
+    """Cores that this process may use: in a container, or under taskset, fewer than the machine has."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1
 
 
 # --- in words ---------------------------------------------------------------------------------------------------------

@@ -16,8 +16,10 @@ _CACHED = bytes(range(1, 256, 2))
 class Residency:
     """Asks the kernel (mincore) about a file, through a mapping that is never touched, so takes no memory.
 
-    Where it cannot be asked, nothing is said to be in the cache. Of files of other users the kernel says that all of it
-    is; that costs some speed.
+    Where it cannot be asked, nothing counts as cached. For files of other users the kernel reports every page as
+    cached; that costs some speed. With the fast disk of docs/benchmarks.md the gain is not measurable (ratio of 2.2 GB
+    without to with it: 1.00 on ext4, 1.01 on tmpfs, medians of 5 alternating runs on a busy machine); it is for disks
+    and networks that read more slowly than a merge computes.
     """
 
     def __init__(self, fd: int, size: int) -> None:
@@ -53,7 +55,10 @@ class Residency:
 
 
 def open_direct(path: str, flags: int, dir_fd: int | None = None) -> int:
-    """A descriptor whose reads and writes go past the page cache, or -1 where the file system has no such thing."""
+    """A descriptor whose reads and writes go past the page cache, or -1 where the file system does not support it.
+
+    Without it a merge of 2.2 GB on ext4 takes 1.9 times as long (median of 5 alternating runs, base in the page cache).
+    """
     direct = getattr(os, "O_DIRECT", 0)
     if not direct:
         return -1

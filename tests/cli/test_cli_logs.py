@@ -18,6 +18,7 @@ import shardmerge
 from shardmerge.api import library
 from shardmerge.cli import environment, logs
 from shardmerge.cli.main import cli
+from shardmerge.system.durable import write_all
 from shardmerge.system.events import LOG
 from tests.support.builders import (
     Place,
@@ -236,16 +237,16 @@ def test_a_log_in_the_output_is_refused(tmp_path: Path, command: str, is_new: bo
 
 def test_a_disk_that_fills_up_does_not_stop_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place, log = make_place(tmp_path), tmp_path / "log"
-    real, count = logs.LogFile._write, 0
+    real, count = write_all, 0
 
-    def write(self: logs.LogFile, fd: int, data: bytes) -> None:
+    def write(fd: int, data: bytes) -> None:
         nonlocal count
         count += 1
         if count > 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(self, fd, data)
+        real(fd, data)
 
-    monkeypatch.setattr(logs.LogFile, "_write", write)
+    monkeypatch.setattr(logs, "write_all", write)
     told = invoke("run", place.config_file(), "--log", log, "--quiet").stderr
     assert told == f"warning: --log {log}: No space left on device; the log ends here, the work goes on\n"
     assert len(lines(log)) == 3

@@ -20,7 +20,7 @@ import pytest
 from shardmerge.errors import ConfigError
 from shardmerge.inference import chat
 from shardmerge.inference.chat import Chat, Message
-from shardmerge.inference.chat.commands import command, for_model
+from shardmerge.inference.chat.conversation import command, for_model
 from shardmerge.inference.chat.terminal import Terminal
 
 PATIENCE = 120.0  # seconds, for a machine that does something else as well
@@ -389,7 +389,7 @@ def test_commands_and_slips_do_not_reach_the_model(
     told = capsys.readouterr().err
     assert "there is no command /rset; did you mean /reset?" in told
     assert "/system TEXT  forget the conversation" in told
-    assert "the system prompt: nothing" in told and "the system prompt: be \\x1b[2J brief" in told
+    assert "the system message: nothing" in told and "the system message: be \\x1b[2J brief" in told
     assert "\x1b" not in told
 
 

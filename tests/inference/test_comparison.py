@@ -437,9 +437,9 @@ def test_without_the_extra_it_is_named(merged: Path, monkeypatch: pytest.MonkeyP
 def test_places_and_records(base: Path, merged: Path, adapter: Path, tmp_path: Path) -> None:
     assert_exact(told(merged, base=str(base), adapters=[str(adapter)]))
     assert "2 adapters are given, but 1 were merged" in refusal(merged, adapters=["a", "b"])
-    with pytest.raises(SourceError, match=r"the base is not there: .* say where it is now with `base`"):
+    with pytest.raises(SourceError, match=r"the base is not there: .* base= says where it is now"):
         told(merged, base=str(tmp_path / "nowhere"))
-    with pytest.raises(SourceError, match=r"the adapter is not there: .* say where it is now with `adapter`"):
+    with pytest.raises(SourceError, match=r"the adapter is not there: .* adapters= says where it is now"):
         told(merged, adapters=[str(tmp_path / "nowhere")])
     with pytest.raises(SourceError, match="no such directory"):
         told(tmp_path / "nowhere")

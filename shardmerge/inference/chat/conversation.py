@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TextIO
 
 from shardmerge.errors import ConfigError, ShardmergeError
-from shardmerge.inference.chat.commands import HELP, command, for_model
 from shardmerge.inference.chat.history import History
 from shardmerge.inference.chat.model import Chat
 from shardmerge.inference.chat.terminal import Terminal
@@ -17,6 +17,17 @@ from shardmerge.inference.hf import Message
 from shardmerge.system.terminal_text import one_line, shown, shown_answer
 
 DEFAULT_MAX_NEW_TOKENS = 512
+
+HELP = """\
+/help         this text
+/reset        forget the conversation
+/system TEXT  forget the conversation, and begin the next with TEXT as the system message
+/exit, /quit  leave, as Ctrl-D does
+//TEXT        send /TEXT to the model
+Ctrl-C stops an answer. The arrow keys bring back earlier lines."""
+
+#: Commands, and whether text may follow.
+_COMMANDS = {"/help": False, "/reset": False, "/system": True, "/exit": False, "/quit": False}
 
 
 def once(
@@ -45,7 +56,7 @@ def once(
 
 
 def loop(chat: Chat, *, system: str | None = None, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS) -> None:
-    """Answer line after line of stdin until it ends or says ``/exit`` or ``/quit``; see `commands`.
+    """Answer line after line of stdin until it ends or says ``/exit`` or ``/quit``.
 
     On a terminal Ctrl-C stops the answer or drops the line, and an error is reported and survived; elsewhere both end
     it. What is typed during an answer is not shown: a terminal that edits lines has it as the next, another drops it.
@@ -123,11 +134,11 @@ class _Conversation:
 
     def _set_system(self, text: str) -> None:
         if not text:
-            _notice(f"the system prompt: {self.system or 'nothing'}")
+            _notice(f"the system message: {self.system or 'nothing'}")
             return
         self.system = text
         self.history = _opening(text)
-        _notice("the conversation is forgotten; the next one begins with this system prompt")
+        _notice("the conversation is forgotten; this is the system message of the next")
 
 
 def _exchange(
@@ -169,3 +180,33 @@ def _write(stream: TextIO, text: str) -> None:
     """Print; characters that the stream's encoding lacks, halves of surrogate pairs among them, as escapes."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), end="", file=stream, flush=True)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def command(line: str) -> tuple[str, str] | None:
+    """The command in a line and the text after it; None where the line is for the model.
+
+    `ConfigError` where it begins with a slash and is not a command: a mistyped command is not sent.
+    """
+    text = line.strip()
+    if not text.startswith("/") or text.startswith("//"):
+        return None
+    name, _, rest = text.partition(" ")
+    rest = rest.strip()
+    if name not in _COMMANDS:
+        near = difflib.get_close_matches(name.lower(), _COMMANDS, 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"there is no command {name}; {meant}/help lists them, and a line that begins with // goes to the model "
+            "with one slash"
+        )
+    if rest and not _COMMANDS[name]:
+        raise ConfigError(f"{name} takes no text after it; nothing was done")
+    return name, rest
+
+
+def for_model(line: str) -> str:
+    """What the model gets of a line that is not a command."""
+    return line.replace("//", "/", 1) if line.lstrip().startswith("//") else line

@@ -9,7 +9,6 @@ from typing import Any
 
 from shardmerge.errors import ConfigError
 from shardmerge.inference import hf
-from shardmerge.inference.devices import device_named
 from shardmerge.inference.hf import Message
 
 
@@ -76,7 +75,7 @@ def load(path: str, template: str | None = None, device: str = "auto") -> Chat:
     ``template`` replaces the tokenizer's chat template; ``\\n`` in it, typed as two characters, is a newline.
     """
     hf.check_template(template)
-    place = device_named(device, "the chat")
+    place = hf.device_named(device, "the chat")
     hf.check_directory(Path(path))
     tokenizer = hf.load_tokenizer(path)
     return Chat(tokenizer, hf.load_model(path).to(place), hf.template_for(tokenizer, template))

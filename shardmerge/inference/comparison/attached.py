@@ -10,8 +10,10 @@ must not repeat itself here.
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +22,27 @@ from torch import Tensor, nn
 from shardmerge.adapters.registry import FORMATS, METHODS
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.errors import ConfigError
-from shardmerge.file_formats.adapter_file import AdapterFile
-from shardmerge.inference.comparison.beside import Whole, folder_for_peft, put_wholes
+from shardmerge.file_formats.adapter_file import CONFIG_NAME, AdapterFile, Beside
 from shardmerge.inference.hf import library, quiet, reason
 from shardmerge.key_mapping.naming import module_name, nearest
+from shardmerge.system import json_text
+from shardmerge.system.regular_files import read_small
 from shardmerge.verification.reading import Factor, Files
 from shardmerge.verification.scaling import alpha_said
 
 _VERIFY = "`shardmerge verify` checks such a merge without loading the model"
+
+
+@dataclass
+class Whole:
+    """A weight of the base that was trained in full, and what it was before."""
+
+    parameter: nn.Parameter
+    trained: Tensor
+    before: Tensor
+
+    def put(self, *, trained: bool) -> None:
+        self.parameter.data.copy_(self.trained if trained else self.before)
 
 
 @dataclass
@@ -95,6 +110,51 @@ def _is_pefts(adapter: AdapterFile, entry: AdapterConfig) -> bool:
     return FORMATS[adapter.format(entry.format)].is_loaded_by_peft(adapter.config)
 
 
+# --- what PEFT does not load by itself: sharded adapters, and whole weights in files beside them ----------------------
+
+
+@contextlib.contextmanager
+def folder_for_peft(adapter: AdapterFile) -> Iterator[str]:
+    """A folder from which PEFT loads the adapter: its own, or of one in shards a copy in one file."""
+    config = adapter.source.fetch(CONFIG_NAME)
+    paths = [adapter.source.fetch(file.uri.rpartition("/")[2]) for file in adapter.files]
+    if len(paths) == 1:
+        yield str(paths[0].parent)
+        return
+    safetensors = library("safetensors.torch")
+    with tempfile.TemporaryDirectory(prefix="shardmerge-") as folder:
+        tensors = {name: tensor for path in paths for name, tensor in safetensors.load_file(path).items()}
+        safetensors.save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+        (Path(folder) / CONFIG_NAME).write_bytes(read_small(config, json_text.MAX_BYTES))
+        yield folder
+
+
+def put_wholes(model: Any, adapter: AdapterFile, entry: AdapterConfig) -> list[Whole]:
+    """Put the weights of the files beside an adapter into a base. `ConfigError` where one has no place of its own."""
+    wholes = [whole for beside in adapter.beside for whole in _of_file(model, adapter, beside, entry.prefix or "")]
+    for whole in wholes:
+        whole.put(trained=True)
+    return wholes
+
+
+def _of_file(model: Any, adapter: AdapterFile, beside: Beside, prefix: str) -> Iterator[Whole]:
+    where = f"{adapter.source.location}: {beside.name}"
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with Files([beside.file]) as files:
+        for name, ref in beside.tensors.items():
+            if not name.startswith(prefix):
+                continue
+            parameter = parameters.get(module_name(name).replace(".base_layer.", "."))
+            if parameter is None or tuple(parameter.shape) != ref.shape:
+                raise ConfigError(f"{where}: transformers' model has no weight {name} of {list(ref.shape)}. {_VERIFY}")
+            if sum(other is parameter for other in parameters.values()) > 1:
+                raise ConfigError(
+                    f"{where}: {name} is tied to another weight, which cannot be compared here. {_VERIFY}"
+                )
+            trained = Factor(files, ref).whole().to(parameter.dtype)
+            yield Whole(parameter, trained, parameter.detach().clone())
+
+
 # --- PEFT -------------------------------------------------------------------------------------------------------------
 
 
@@ -103,7 +163,7 @@ def _check_composition(adapters: Sequence[tuple[AdapterFile, AdapterConfig]], co
     for adapter, entry in adapters:
         config, where = adapter.config or {}, adapter.source.location
         if config.get("megatron_config"):
-            # The adapter chooses the module, and is untrusted: it may be one in the working directory.
+            # An untrusted module name, which may match a file in the working directory.
             module = f"{config.get('megatron_core')!r:.80}"
             raise ConfigError(
                 f"{where}: PEFT would import the module that its megatron_core names, {module}; {_VERIFY}"

@@ -27,17 +27,12 @@ from shardmerge.inference.comparison.figures import (
     Comparison,
     Reference,
     Sums,
-    describe,
-    difference,
     measure,
     parting,
     total,
 )
-from shardmerge.inference.devices import device_named
 from shardmerge.reporting.origin import Origin, read_origin, stored_dtypes
 from shardmerge.system.garbage import give_back
-
-__all__ = ["MAX_NEW_TOKENS", "PROMPTS", "Comparison", "compare", "describe", "difference"]
 
 PROMPTS = (
     "Who are you?",
@@ -75,7 +70,7 @@ def compare(
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ConfigError("a prompt is empty" if prompts else "there is no prompt")
     hf.check_template(template)
-    place = device_named(device, "the comparison")
+    place = hf.device_named(device, "the comparison")
     origin = read_origin(output, base, adapters)
     hf.check_directory(output)
     tokenizer = hf.load_tokenizer(str(output))

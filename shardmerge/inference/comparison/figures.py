@@ -240,12 +240,12 @@ def _closeness(of: dict[str, Any]) -> str:
 
 
 def difference(comparison: Comparison) -> str:
-    """Why the two are different, and what shows more."""
+    """Why the two are different, and what to run next."""
     lines = "\n".join(f"  - {text}" for text in comparison.differences)
     return (
         f"{comparison.output} does not answer as base + adapter:\n{lines}\n"
-        "`shardmerge verify` shows whether the merge did what its config says. Rounding to 16 bits may have lost a "
-        "small update; output.dtype: float32 keeps it"
+        "`shardmerge verify` checks whether the merge did as its config says. output.dtype: float32 keeps what "
+        "rounding to 16 bits loses of a small update"
     )
 
 
