@@ -2,6 +2,7 @@
 
 s = α / r, r being the inner dimension of the products that make the factors. Where both factors of LoKr are whole,
 there is no r, and s is 1 whatever α is. Unlike PEFT, LyCORIS treats a one-dimensional convolution as any other.
+Source: LyCORIS, lycoris/modules/lokr.py and loha.py; ComfyUI, comfy/weight_adapter/lokr.py.
 """
 
 from __future__ import annotations
