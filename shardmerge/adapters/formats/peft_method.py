@@ -52,12 +52,11 @@ class Module:
 
     @property
     def first(self) -> TensorRef:
-        """One of its factors, for messages."""
         return next(iter(self.factors.values()))
 
     @property
     def is_empty(self) -> bool:
-        """Whether a factor has no numbers, which is reported for the tensor itself."""
+        """Whether a factor has no numbers."""
         return any(0 in ref.shape for ref in self.refs)
 
     def key(self, end: str) -> str:
