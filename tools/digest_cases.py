@@ -141,13 +141,13 @@ def _tiles() -> list[Case]:
     """Tensors of several tiles, in several buffers."""
     stochastic = {"rounding": "stochastic", "seed": 5}
     return [
-        _case("tiles", "tall", "tall", compute=_least("10.6MB")),
+        _case("tiles", "tall", "tall", compute=_least("11.5MB")),
         _case(
             "tiles-f32",
             "tall",
             "tall",
             output={"dtype": "float32", "max_shard_size": "700KB"},
-            compute=_least("10.6MB"),
+            compute=_least("11.5MB"),
         ),
         _case("tiles-stochastic", "tall", "tall", output=stochastic, compute=_least("13.8MB")),
         _case("tiles-and-auto", "tall", "tall"),
