@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.methods.base import Effect
@@ -29,6 +30,12 @@ from shardmerge.planning.unplaced import Unplaced, already_there, beside_of, fir
 from shardmerge.spec.notices import Warned, prefixed
 from shardmerge.spec.tensors import TensorRef
 from shardmerge.spec.updates import Parameter, Place, Update
+
+#: What an update says besides names and factors.
+_SAID = attrgetter(
+    *("family", "scaling", "rank", "fits", "settings", "transposes"),
+    *("fan_in_fan_out", "either_way", "experts", "flattened", "or_parameter"),
+)
 
 
 @dataclass(slots=True)
@@ -127,10 +134,12 @@ class _Matching:
         asked = self._base_view(self.speakers.own)
         claims = self.adapter.claims(self.config, asked)
         # A head that was made for training, and files beside the adapter, may have no place in any class's names.
+        of_head = self.fitting.head_shapes
         telling = (
             (update.module, update.parameter)
             for update in claims.updates
-            if not (update.flattened or update.optional or beside_of(update) or self.fitting.of_head(update))
+            if not (update.flattened or update.optional or (update.settings and beside_of(update)))
+            and not (of_head and of_head.get(f"{update.module}.{update.parameter}"))
         )
         targets = [(self.modules.plain(*target), target[1]) for target in examples_of(telling)]
         self.spoken, unclear = self.speakers.chosen(targets, self.modules.exists)
@@ -142,21 +151,21 @@ class _Matching:
 
     def _match(self, update: ModuleUpdate) -> None:
         """Place an update. Layers and experts repeat: of updates that differ in names only, one is looked at."""
-        kind = self._kind(update)
+        name = f"{update.module}.{update.parameter}"
+        kind = self._kind(update, name)
         if kind is None:
             self._place(update)
         elif (first := self.firsts.get(kind)) is None:
             self.firsts[kind] = self._place(update)
-        elif not self._place_like(update, first):
+        elif not self._place_like(update, first, name):
             self._place(update)
 
-    def _kind(self, update: ModuleUpdate) -> object | None:
-        """The same for updates that are placed alike, each on a stored tensor that is named as its parameter is.
+    def _kind(self, update: ModuleUpdate, name: str) -> object | None:
+        """The same for updates that are placed alike, each on a stored tensor ``name`` that is named as its parameter.
 
         `Family.check` and all else that is asked of an update goes by shapes, dtypes and settings, never by names. None
         where an update is to be looked at by itself.
         """
-        name = f"{update.module}.{update.parameter}"
         template = self.names.stands(name)
         if template is None or update.of_base or FAMILIES[update.family].is_source or name in self.resized:
             return None
@@ -164,13 +173,10 @@ class _Matching:
         if stored.stored_as is not None or update.module in self.scaled:
             return None
         ref, parts = stored.tensor, [(role, of.dtype, of.shape, of.strides) for role, of in update.factors]
-        said = (update.family, update.scaling, update.rank, update.fits, update.settings, update.transposes)
-        flags = (update.fan_in_fan_out, update.either_way, update.experts, update.flattened, update.or_parameter)
-        return (template, ref.dtype, ref.shape, *parts, said, flags)
+        return (template, ref.dtype, ref.shape, *parts, _SAID(update))
 
-    def _place_like(self, update: ModuleUpdate, first: Update | None) -> bool:
-        """Place an update as the ``first`` of its kind was placed; whether that is possible."""
-        name = f"{update.module}.{update.parameter}"
+    def _place_like(self, update: ModuleUpdate, first: Update | None, name: str) -> bool:
+        """Place an update on ``name`` as the ``first`` of its kind was placed; whether that is possible."""
         key = name, min(order_of(update), Effect.REPLACES_ROWS)
         if first is None or key in self.taken or self.matches.updates.get(name):
             return False

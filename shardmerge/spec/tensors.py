@@ -6,7 +6,10 @@ import dataclasses
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+
+from shardmerge.spec.light import light_dataclass
 
 #: Bits per element of every dtype the safetensors format knows.
 DTYPE_BITS: Mapping[str, int] = {
@@ -56,6 +59,7 @@ def dtype_code(name: str) -> str:
     return next(code for code, known in DTYPE_NAMES.items() if known == name)
 
 
+@lru_cache(maxsize=1 << 10)  # layers repeat
 def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes that a dense tensor takes.
 
@@ -102,7 +106,7 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One entry of a safetensors header; ``data_offsets`` count from the end of the header."""
 
@@ -129,7 +133,7 @@ class SourceFile:
     ctime_ns: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass(frozen=True, slots=True)
 class TensorRef:
     """Where a tensor is stored, without its data.
 
@@ -164,7 +168,7 @@ class TensorRef:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass(frozen=True, slots=True)
 class RowRange:
     """Rows ``start <= row < stop``."""
 
@@ -201,7 +205,7 @@ class Encoding:
         return next((value for key, value in self.settings if key == name), default)
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass(frozen=True, slots=True)
 class Weight:
     """A logical weight of the base: the stored tensors that are its parts, by role, the values first.
 
