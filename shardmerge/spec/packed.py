@@ -28,12 +28,9 @@ class _Reducers(dict[type, Callable[[Any], Any]]):
         names = [field.name for field in dataclasses.fields(kind)]
         if len(names) > 1:
             fields = operator.attrgetter(*names)
-        else:  # which attrgetter gives by themselves
-
-            def fields(value: Any) -> tuple[Any, ...]:
-                return tuple(getattr(value, name) for name in names)
-
-        self[kind] = lambda value: (kind, fields(value))
+            self[kind] = lambda value: (kind, fields(value))
+        else:  # which attrgetter gives by itself, or not at all
+            self[kind] = lambda value: (kind, tuple(getattr(value, name) for name in names))
         return self[kind]
 
 
