@@ -65,37 +65,31 @@ def match(checkpoint: Checkpoint, names: Names, adapters: Sequence[tuple[Adapter
     return matches
 
 
+@dataclass
 class _Matching:
     """The matching of one adapter."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        names: Names,
-        number: int,
-        config: AdapterConfig,
-        adapter: AdapterFile,
-        matches: Matches,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.names = names
-        self.speakers = Speakers(names)
-        self.modules = Modules(names, self.speakers, checkpoint.weights, config.prefix)
+    checkpoint: Checkpoint
+    names: Names
+    number: int
+    config: AdapterConfig
+    adapter: AdapterFile
+    matches: Matches
+
+    def __post_init__(self) -> None:
+        self.speakers = Speakers(self.names)
+        self.modules = Modules(self.names, self.speakers, self.checkpoint.weights, self.config.prefix)
         self.spoken = self.speakers.own
-        self.number = number
-        self.config = config
-        self.adapter = adapter
-        head = head_for(checkpoint.config, (adapter.config or {}).get("task_type"))
-        self.stored = StoredWeights(checkpoint, names)
-        self.fitting = Fitting(self.stored, config.weight, head)
-        self.matches = matches
+        head = head_for(self.checkpoint.config, (self.adapter.config or {}).get("task_type"))
+        self.stored = StoredWeights(self.checkpoint, self.names)
+        self.fitting = Fitting(self.stored, self.config.weight, head)
         self.fit = Fit()
         self.unmatched: list[Callable[[], str]] = []
         self.misfits: list[str] = []
         self.taken: dict[tuple[str, int], ModuleUpdate] = {}
         self.resized: dict[str, Parameter] = {}
         self.regions: defaultdict[str, list[tuple[Place, ModuleUpdate]]] = defaultdict(list)
-        self.scaled = scaled(checkpoint.weights)
+        self.scaled = scaled(self.checkpoint.weights)
         #: The first update of every kind as it was placed; None where others are not placed like it.
         self.firsts: dict[object, Update | None] = {}
 
@@ -184,7 +178,9 @@ class _Matching:
         self.fit.fitting.append(update)
         place = Place(name, first.place.rows, transposed=first.place.transposed)
         self.regions[name].append((place, update))
-        self.matches.updates[name].append(self._update(update, first.shape, first.experts, first.transposes, place))
+        if update.transposes != first.transposes:  # as its family found out of the first
+            update = update.changed(transposes=first.transposes)
+        self.matches.updates[name].append(placed(update, self.number, self.config, place, first.shape, first.experts))
         return True
 
     def _place(self, update: ModuleUpdate) -> Update | None:
@@ -232,7 +228,7 @@ class _Matching:
         shape = shape_of(update, parameter)
         experts = shape[0] if has_experts(update, parameter) else 0
         for place in parameter.places:
-            new = self._update(update, shape, experts, update.transposes, place)
+            new = placed(update, self.number, self.config, place, shape, experts)
             if any(other.in_stack != new.in_stack for other in self.matches.updates[place.tensor]):
                 self.misfits.append(
                     f"{update.first} updates {place.tensor} as one matrix and another adapter as experts', or the "
@@ -310,25 +306,6 @@ class _Matching:
     def _base_view(self, spoken: Spoken) -> KnownBase:
         return KnownBase(self.names, self.modules, self.speakers, self.stored.decoded, spoken)
 
-    def _update(
-        self, update: ModuleUpdate, shape: tuple[int, ...], experts: int, transposes: bool, place: Place
-    ) -> Update:
-        return Update(
-            adapter=self.number,
-            family=update.family,
-            module=update.module,
-            target=place.tensor,
-            factors=update.factors,
-            scaling=update.scaling * self.config.weight,
-            rank=update.rank,
-            shape=shape,
-            place=place,
-            parameter=update.parameter,
-            experts=experts,
-            transposes=transposes,
-            settings=update.settings,
-        )
-
     def _leftover(self, name: str) -> str:
         return f"{name} belongs to no update{self._near(name)}"
 
@@ -343,6 +320,27 @@ class _Matching:
     def _near(self, name: str) -> str:
         found = nearest(name, self.checkpoint.weights)
         return f" (nearest: {', '.join(found)})" if found else ""
+
+
+def placed(
+    update: ModuleUpdate, number: int, config: AdapterConfig, place: Place, shape: tuple[int, ...], experts: int = 0
+) -> Update:
+    """An update of adapter ``number`` that has found its place."""
+    return Update(
+        adapter=number,
+        family=update.family,
+        module=update.module,
+        target=place.tensor,
+        factors=update.factors,
+        scaling=update.scaling * config.weight,
+        rank=update.rank,
+        shape=shape,
+        place=place,
+        parameter=update.parameter,
+        experts=experts,
+        transposes=update.transposes,
+        settings=update.settings,
+    )
 
 
 def _empty(tensors: Mapping[str, TensorRef], accounted: Set[str]) -> list[str]:

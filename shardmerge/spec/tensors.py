@@ -36,20 +36,12 @@ DTYPE_BITS: Mapping[str, int] = {
     "I64": 64,
     "U64": 64,
 }
-
-
 #: The dtypes that weights are merged in and converted between.
 FLOAT_DTYPES = ("F32", "F16", "BF16")
-
-
 #: The dtypes that an adapter's factors are read from.
 FACTOR_DTYPES = (*FLOAT_DTYPES, "F64")
-
-
 #: What indices among an adapter's factors are stored as.
 INTEGER_DTYPES = ("I64", "I32", "I16", "I8", "U8", "BOOL")
-
-
 #: How the config and torch call them.
 DTYPE_NAMES: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
@@ -78,25 +70,15 @@ def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 #: Factors of which only columns are needed are read whole up to this size, rather than row by row in pieces.
 KEPT_WHOLE_BYTES = 1 << 20
-
-
 #: A matrix product of fewer rows than some goes through another kernel, and rounds differently.
 MIN_TILE_ROWS = 16
-
-
 #: What direct I/O is aligned to, in the file and in memory.
 PAGE = 4096
-
-
 #: What a buffer has beyond its bytes, as they may begin anywhere in a page.
 BUFFER_SLACK = PAGE
-
-
 #: What torch takes when it first computes: pages of its code (most of it), MKL's packing buffers, threads. One figure
 #: for all outputs: measured were 7.6 MiB (GGUF's F32) to 12.4 MiB (Q4_0), and 11.1 MiB for safetensors.
 LIBRARY_BYTES = 10 << 20
-
-
 #: Where matrices begin that are multiplied. MKL rounds differently where memory is less aligned than torch's own.
 ALIGNMENT = 64
 
