@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardmerge.spec.light import light_dataclass
 from shardmerge.spec.tensors import TensorRef
 from shardmerge.spec.updates import Settings
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass(frozen=True, slots=True)
 class ModuleUpdate:
     """An update as the adapter states it: a module by name, not yet matched to a base weight."""
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from shardmerge.spec.light import light_dataclass
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import Encoding, RowRange, TensorRef, Weight
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass(frozen=True, slots=True)
 class Output:
     """A tensor that writing a weight makes. ``role`` names the part; the first of them are the values."""
 

@@ -36,6 +36,7 @@ ALIGNMENT = 8
 _KEYS = frozenset({"dtype", "shape", "data_offsets"})
 _METADATA = "__metadata__"
 _TOO_LARGE = 1 << 63
+_INTEGERS = frozenset({int})
 #: Header bytes that are decoded at a time.
 _PART = 1 << 20
 #: Characters of entries that are read at once.
@@ -114,11 +115,25 @@ def decode(text: bytes, where: str, most: int = MAX_TENSORS) -> tuple[Metadata, 
 def _entries(data: bytes) -> Iterable[tuple[str, Any]]:
     """Keys and values of an object in JSON. Raises `ValueError` for anything else, or `RecursionError`."""
     # Decoded here, since json would take UTF-16 as well.
-    entries = json.loads(data.decode(), object_pairs_hook=unique_keys)
+    entries = _without_duplicates(data.decode())
     if b"\\u" in data:
         _check_surrogates(entries)
     found: Iterable[tuple[str, Any]] = entries.items()
     return found
+
+
+def _without_duplicates(text: str) -> Any:
+    """What JSON says. Raises `DuplicateKeyError` for an object with a key twice.
+
+    Each key has a colon: where there are no more of them than keys were read, no key was lost. Only otherwise is
+    Python asked for every object, which takes 4 % of a plan of 45,000 targets.
+    """
+    value = json.loads(text)
+    if isinstance(value, dict):
+        keys = len(value) + sum([len(entry) for entry in value.values() if type(entry) is dict])
+        if text.count(":") == keys:
+            return value
+    return json.loads(text, object_pairs_hook=unique_keys)
 
 
 def _check_surrogates(value: Any) -> None:
@@ -172,7 +187,7 @@ def _whole_entries(parts: _Parts, index: int, has_escapes: bool) -> tuple[Iterab
     if end < 0 or not parts.text.startswith(',"', index):
         return (), index
     try:
-        entries = json.loads("{" + parts.text[index + 1 : end + 1] + "}", object_pairs_hook=unique_keys)
+        entries = _without_duplicates("{" + parts.text[index + 1 : end + 1] + "}")
         if has_escapes:
             _check_surrogates(entries)
     except (ValueError, RecursionError):
@@ -268,13 +283,10 @@ def _metadata(value: Any, where: str) -> Metadata:
 
 
 def _are_counts(values: Any) -> bool:
-    # A loop, and no all(): this runs for every number of every header.
-    if type(values) is not list:
+    # No all(): this runs for every number of every header.
+    if type(values) is not list or not _INTEGERS.issuperset(map(type, values)):
         return False
-    for value in values:  # noqa: SIM110
-        if type(value) is not int or not 0 <= value < _TOO_LARGE:
-            return False
-    return True
+    return not values or (min(values) >= 0 and max(values) < _TOO_LARGE)
 
 
 def _checked(name: str, entry: Any, where: str) -> tuple[str, tuple[int, ...], tuple[int, int]]:

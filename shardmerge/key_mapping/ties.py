@@ -1,7 +1,7 @@
 """Weights that are one in memory, of which a checkpoint commonly stores one.
 
 Where the architecture is known, the table says what transformers ties. Elsewhere only the config and the usual names of
-embeddings and output heads are left, which are a guess: `shardmerge.planning.tied` asks before it acts upon one.
+embeddings and output heads are left, which are a guess: `shardmerge.planning.untying` asks before it acts upon one.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from shardmerge.key_mapping.names import Names
 from shardmerge.planning.heads import resolve_heads
 from shardmerge.planning.match import match
 from shardmerge.planning.several import undone
-from shardmerge.planning.tied import resolve_ties
+from shardmerge.planning.untying import resolve_ties
 from shardmerge.planning.vocabulary import resized
 from shardmerge.spec.tensors import TensorRef
 from shardmerge.spec.updates import Update

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardmerge.adapters.claims import ModuleUpdate
@@ -101,15 +102,15 @@ class Fitting:
             problems += may_resize(self.stored.checkpoint, update, refs[0])
         return problems
 
-    def of_head(self, update: ModuleUpdate) -> tuple[object, ...]:
-        """The dimensions of a tensor of the head that the adapter's task has; () for any other."""
-        shapes = {} if isinstance(self.head, str) else self.head.shapes
-        return shapes.get(f"{update.module}.{update.parameter}", ())
+    @property
+    def head_shapes(self) -> Mapping[str, tuple[object, ...]]:
+        """The dimensions of the tensors of the head that the adapter's task has, by name."""
+        return {} if isinstance(self.head, str) else self.head.shapes
 
     def _has_label_rows(self, update: ModuleUpdate) -> bool:
         """Whether the rows of a tensor are the labels of the base's own head, of which training may have had others."""
         is_there = not isinstance(self.head, str) and self.head.is_there
-        return is_there and self.of_head(update)[:1] == (LABELS,)
+        return is_there and self.head_shapes.get(f"{update.module}.{update.parameter}", ())[:1] == (LABELS,)
 
 
 def is_refused(update: ModuleUpdate) -> bool:

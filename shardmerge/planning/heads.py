@@ -21,12 +21,12 @@ from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.key_mapping.heads import LABELS, Head, head_for
 from shardmerge.key_mapping.names import Names
-from shardmerge.planning.match import Matches
+from shardmerge.planning.match import Matches, placed
 from shardmerge.planning.several import list_some
 from shardmerge.planning.unplaced import Unplaced, beside_of, without_place
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.tensors import FACTOR_DTYPES, FLOAT_DTYPES, TensorRef
-from shardmerge.spec.updates import Parameter, Place, Update
+from shardmerge.spec.updates import Parameter, Place
 
 Adapters = Sequence[tuple[AdapterConfig, AdapterFile]]
 
@@ -49,31 +49,25 @@ def resolve_heads(checkpoint: Checkpoint, names: Names, matches: Matches, adapte
     heads = Heads()
     for number, (config, adapter) in enumerate(adapters):
         unplaced = [of for of in matches.unplaced if of.adapter == number]
-        one = _Resolving(checkpoint, names, matches, number, config, adapter)
+        head = head_for(checkpoint.config, (adapter.config or {}).get("task_type"))
+        one = _Resolving(checkpoint, names, matches, number, config, head)
         heads.problems += [f"adapter {config.path}: {problem}" for problem in one.run(unplaced, heads)]
     if heads.architecture and not heads.problems:
         heads.problems += _updates_of_none(checkpoint, matches, heads)
     return heads
 
 
+@dataclass
 class _Resolving:
     """The heads of one adapter."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        names: Names,
-        matches: Matches,
-        number: int,
-        config: AdapterConfig,
-        adapter: AdapterFile,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.names = names
-        self.matches = matches
-        self.number = number
-        self.config = config
-        self.head = head_for(checkpoint.config, (adapter.config or {}).get("task_type"))
+    checkpoint: Checkpoint
+    names: Names
+    matches: Matches
+    number: int
+    config: AdapterConfig
+    #: That of its task.
+    head: Head | str
 
     def run(self, unplaced: Sequence[Unplaced], heads: Heads) -> list[str]:
         """The problems of those that have no place."""
@@ -159,7 +153,8 @@ class _Resolving:
     def _place(self, head: Head, mine: Mapping[str, Unplaced], heads: Heads, labels: int | None) -> None:
         for name, of in mine.items():
             whole = of.update.factor("whole")
-            self.matches.updates[name].append(self._update(of.update, name, whole))
+            place = Place(name, whole.shape[0])
+            self.matches.updates[name].append(placed(of.update, self.number, self.config, place, whole.shape))
             # Of the base there is nothing in its place but the dtype.
             heads.added.append(TensorRef(name, whole.uri, _main_dtype(self.checkpoint), (0,), 0, 0))
         if labels is not None:
@@ -170,21 +165,6 @@ class _Resolving:
         heads.changes["architectures"] = [head.architecture]
         heads.left_out |= self._of_other_heads(head)
         heads.notes.append(_note(head, mine, heads.left_out, labels))
-
-    def _update(self, update: ModuleUpdate, name: str, whole: TensorRef) -> Update:
-        return Update(
-            adapter=self.number,
-            family=update.family,
-            module=update.module,
-            target=name,
-            factors=update.factors,
-            scaling=update.scaling * self.config.weight,
-            rank=update.rank,
-            shape=whole.shape,
-            place=Place(name, whole.shape[0]),
-            parameter=update.parameter,
-            settings=update.settings,
-        )
 
     def _of_other_heads(self, head: Head) -> set[str]:
         """Stored tensors of heads that the class does not have."""

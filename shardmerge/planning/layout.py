@@ -14,6 +14,7 @@ from shardmerge.codecs.registry import CODECS
 from shardmerge.file_formats import safetensors_header
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.file_formats.checkpoint_files import index_of_stem, stem_of_index
+from shardmerge.spec.light import light_dataclass
 from shardmerge.spec.plans import ShardPlan, SmallPart, TensorPlan
 from shardmerge.spec.tensors import (
     DTYPE_BITS,
@@ -47,7 +48,7 @@ def output_dtype(stored: str, wanted: str) -> str:
     return wanted if wanted != "same" and stored in FLOAT_DTYPES else stored
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass(frozen=True, slots=True)
 class Outgoing:
     """A weight of the output: where its data is, the base's tensor in whose place it is, and what it becomes."""
 

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 
 from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.methods.base import Effect
@@ -29,6 +30,12 @@ from shardmerge.planning.unplaced import Unplaced, already_there, beside_of, fir
 from shardmerge.spec.notices import Warned, prefixed
 from shardmerge.spec.tensors import TensorRef
 from shardmerge.spec.updates import Parameter, Place, Update
+
+#: What an update says besides names and factors.
+_SAID = attrgetter(
+    *("family", "scaling", "rank", "fits", "settings", "transposes"),
+    *("fan_in_fan_out", "either_way", "experts", "flattened", "or_parameter"),
+)
 
 
 @dataclass(slots=True)
@@ -58,37 +65,31 @@ def match(checkpoint: Checkpoint, names: Names, adapters: Sequence[tuple[Adapter
     return matches
 
 
+@dataclass
 class _Matching:
     """The matching of one adapter."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        names: Names,
-        number: int,
-        config: AdapterConfig,
-        adapter: AdapterFile,
-        matches: Matches,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.names = names
-        self.speakers = Speakers(names)
-        self.modules = Modules(names, self.speakers, checkpoint.weights, config.prefix)
+    checkpoint: Checkpoint
+    names: Names
+    number: int
+    config: AdapterConfig
+    adapter: AdapterFile
+    matches: Matches
+
+    def __post_init__(self) -> None:
+        self.speakers = Speakers(self.names)
+        self.modules = Modules(self.names, self.speakers, self.checkpoint.weights, self.config.prefix)
         self.spoken = self.speakers.own
-        self.number = number
-        self.config = config
-        self.adapter = adapter
-        head = head_for(checkpoint.config, (adapter.config or {}).get("task_type"))
-        self.stored = StoredWeights(checkpoint, names)
-        self.fitting = Fitting(self.stored, config.weight, head)
-        self.matches = matches
+        head = head_for(self.checkpoint.config, (self.adapter.config or {}).get("task_type"))
+        self.stored = StoredWeights(self.checkpoint, self.names)
+        self.fitting = Fitting(self.stored, self.config.weight, head)
         self.fit = Fit()
         self.unmatched: list[Callable[[], str]] = []
         self.misfits: list[str] = []
         self.taken: dict[tuple[str, int], ModuleUpdate] = {}
         self.resized: dict[str, Parameter] = {}
         self.regions: defaultdict[str, list[tuple[Place, ModuleUpdate]]] = defaultdict(list)
-        self.scaled = scaled(checkpoint.weights)
+        self.scaled = scaled(self.checkpoint.weights)
         #: The first update of every kind as it was placed; None where others are not placed like it.
         self.firsts: dict[object, Update | None] = {}
 
@@ -127,10 +128,12 @@ class _Matching:
         asked = self._base_view(self.speakers.own)
         claims = self.adapter.claims(self.config, asked)
         # A head that was made for training, and files beside the adapter, may have no place in any class's names.
+        of_head = self.fitting.head_shapes
         telling = (
             (update.module, update.parameter)
             for update in claims.updates
-            if not (update.flattened or update.optional or beside_of(update) or self.fitting.of_head(update))
+            if not (update.flattened or update.optional or (update.settings and beside_of(update)))
+            and not (of_head and of_head.get(f"{update.module}.{update.parameter}"))
         )
         targets = [(self.modules.plain(*target), target[1]) for target in examples_of(telling)]
         self.spoken, unclear = self.speakers.chosen(targets, self.modules.exists)
@@ -142,21 +145,21 @@ class _Matching:
 
     def _match(self, update: ModuleUpdate) -> None:
         """Place an update. Layers and experts repeat: of updates that differ in names only, one is looked at."""
-        kind = self._kind(update)
+        name = f"{update.module}.{update.parameter}"
+        kind = self._kind(update, name)
         if kind is None:
             self._place(update)
         elif (first := self.firsts.get(kind)) is None:
             self.firsts[kind] = self._place(update)
-        elif not self._place_like(update, first):
+        elif not self._place_like(update, first, name):
             self._place(update)
 
-    def _kind(self, update: ModuleUpdate) -> object | None:
-        """The same for updates that are placed alike, each on a stored tensor that is named as its parameter is.
+    def _kind(self, update: ModuleUpdate, name: str) -> object | None:
+        """The same for updates that are placed alike, each on a stored tensor ``name`` that is named as its parameter.
 
         `Family.check` and all else that is asked of an update goes by shapes, dtypes and settings, never by names. None
         where an update is to be looked at by itself.
         """
-        name = f"{update.module}.{update.parameter}"
         template = self.names.stands(name)
         if template is None or update.of_base or FAMILIES[update.family].is_source or name in self.resized:
             return None
@@ -164,13 +167,10 @@ class _Matching:
         if stored.stored_as is not None or update.module in self.scaled:
             return None
         ref, parts = stored.tensor, [(role, of.dtype, of.shape, of.strides) for role, of in update.factors]
-        said = (update.family, update.scaling, update.rank, update.fits, update.settings, update.transposes)
-        flags = (update.fan_in_fan_out, update.either_way, update.experts, update.flattened, update.or_parameter)
-        return (template, ref.dtype, ref.shape, *parts, said, flags)
+        return (template, ref.dtype, ref.shape, *parts, _SAID(update))
 
-    def _place_like(self, update: ModuleUpdate, first: Update | None) -> bool:
-        """Place an update as the ``first`` of its kind was placed; whether that is possible."""
-        name = f"{update.module}.{update.parameter}"
+    def _place_like(self, update: ModuleUpdate, first: Update | None, name: str) -> bool:
+        """Place an update on ``name`` as the ``first`` of its kind was placed; whether that is possible."""
         key = name, min(order_of(update), Effect.REPLACES_ROWS)
         if first is None or key in self.taken or self.matches.updates.get(name):
             return False
@@ -178,7 +178,9 @@ class _Matching:
         self.fit.fitting.append(update)
         place = Place(name, first.place.rows, transposed=first.place.transposed)
         self.regions[name].append((place, update))
-        self.matches.updates[name].append(self._update(update, first.shape, first.experts, first.transposes, place))
+        if update.transposes != first.transposes:  # as its family found out of the first
+            update = update.changed(transposes=first.transposes)
+        self.matches.updates[name].append(placed(update, self.number, self.config, place, first.shape, first.experts))
         return True
 
     def _place(self, update: ModuleUpdate) -> Update | None:
@@ -226,7 +228,7 @@ class _Matching:
         shape = shape_of(update, parameter)
         experts = shape[0] if has_experts(update, parameter) else 0
         for place in parameter.places:
-            new = self._update(update, shape, experts, update.transposes, place)
+            new = placed(update, self.number, self.config, place, shape, experts)
             if any(other.in_stack != new.in_stack for other in self.matches.updates[place.tensor]):
                 self.misfits.append(
                     f"{update.first} updates {place.tensor} as one matrix and another adapter as experts', or the "
@@ -304,25 +306,6 @@ class _Matching:
     def _base_view(self, spoken: Spoken) -> KnownBase:
         return KnownBase(self.names, self.modules, self.speakers, self.stored.decoded, spoken)
 
-    def _update(
-        self, update: ModuleUpdate, shape: tuple[int, ...], experts: int, transposes: bool, place: Place
-    ) -> Update:
-        return Update(
-            adapter=self.number,
-            family=update.family,
-            module=update.module,
-            target=place.tensor,
-            factors=update.factors,
-            scaling=update.scaling * self.config.weight,
-            rank=update.rank,
-            shape=shape,
-            place=place,
-            parameter=update.parameter,
-            experts=experts,
-            transposes=transposes,
-            settings=update.settings,
-        )
-
     def _leftover(self, name: str) -> str:
         return f"{name} belongs to no update{self._near(name)}"
 
@@ -337,6 +320,27 @@ class _Matching:
     def _near(self, name: str) -> str:
         found = nearest(name, self.checkpoint.weights)
         return f" (nearest: {', '.join(found)})" if found else ""
+
+
+def placed(
+    update: ModuleUpdate, number: int, config: AdapterConfig, place: Place, shape: tuple[int, ...], experts: int = 0
+) -> Update:
+    """An update of adapter ``number`` that has found its place."""
+    return Update(
+        adapter=number,
+        family=update.family,
+        module=update.module,
+        target=place.tensor,
+        factors=update.factors,
+        scaling=update.scaling * config.weight,
+        rank=update.rank,
+        shape=shape,
+        place=place,
+        parameter=update.parameter,
+        experts=experts,
+        transposes=update.transposes,
+        settings=update.settings,
+    )
 
 
 def _empty(tensors: Mapping[str, TensorRef], accounted: Set[str]) -> list[str]:

@@ -14,10 +14,9 @@ from shardmerge.file_formats import recognise
 from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.file_formats.adapter_opening import open_adapter
 from shardmerge.file_formats.checkpoint import Checkpoint, open_checkpoint
-from shardmerge.planning import steps
-from shardmerge.planning.settings import check_device
 from shardmerge.sources.source import Source, open_source
-from shardmerge.system.events import Stopwatch
+from shardmerge.spec.tensors import SourceFile
+from shardmerge.system.events import Stopwatch, event
 
 Opened = TypeVar("Opened")
 Adapters = list[tuple[AdapterConfig, AdapterFile]]
@@ -48,7 +47,7 @@ def open_all(config: MergeConfig, overwrite: bool, check_output: bool) -> tuple[
         adapter = attempt(lambda entry=entry: _adapter(entry), "adapter")  # type: ignore[misc]
         if adapter is not None:
             adapters.append((entry, adapter))
-            steps.opened("adapter", adapter.source, len(adapter.tensors), adapter.files, watch)
+            _opened("adapter", adapter.source, len(adapter.tensors), adapter.files, watch)
     checkpoint = None
     if config.base != "auto" or not errors:
         what = "base: auto: the adapter names" if config.base == "auto" else "base"
@@ -56,7 +55,7 @@ def open_all(config: MergeConfig, overwrite: bool, check_output: bool) -> tuple[
     if errors or checkpoint is None:
         raise _all_of(errors, config, adapters, overwrite, check_output)
     files = [shard.file for shard in checkpoint.shards]
-    steps.opened("base", checkpoint.source, len(checkpoint.weights), files, watch)
+    _opened("base", checkpoint.source, len(checkpoint.weights), files, watch)
     of_base = {shard.file.uri for shard in checkpoint.shards}
     return checkpoint, [(entry, adapter.apart_from(of_base)) for entry, adapter in adapters]
 
@@ -132,3 +131,27 @@ def _base_location(config: MergeConfig, adapters: Sequence[tuple[AdapterConfig, 
         found = "; ".join(f"{path} was trained on {base}" for base, path in named.items())
         raise PlanError([f"base: auto: the adapters name different bases ({found}); give the base's path"])
     raise PlanError(["base: auto: no adapter says what it was trained on; give the base's path"])
+
+
+def _opened(what: str, source: Source, tensors: int, files: Sequence[SourceFile], watch: Stopwatch) -> None:
+    """The headers of a base or an adapter were read."""
+    size, seconds = sum(file.size for file in files), watch.lap()
+    event(
+        f"{what}-opened",
+        f"opened the {what} {source.location}: {tensors} tensors, {len(files)} files, {size:,} bytes, {seconds:.1f} s",
+        location=source.location,
+        revision=source.revision,
+        tensors=tensors,
+        files=len(files),
+        bytes=size,
+        seconds=seconds,
+    )
+
+
+def check_device(name: str) -> list[str]:
+    """Whether a device is there. torch takes a second to import, so it is asked only where it is not the CPU."""
+    if name in ("auto", "cpu"):
+        return []
+    from shardmerge.system import torch_devices
+
+    return list(filter(None, [torch_devices.missing(name)]))

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shardmerge.adapters.work import tile_dtype
 from shardmerge.codecs.registry import encoder
 from shardmerge.config.schema import AdapterConfig, MergeConfig
 from shardmerge.destinations.destination import open_destination
@@ -19,14 +20,12 @@ from shardmerge.errors import FormatError, PlanError
 from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.key_mapping.table import table
-from shardmerge.planning import steps
 from shardmerge.planning.aux_files import AuxFiles, collect
 from shardmerge.planning.changes import Changes, changes_of
 from shardmerge.planning.fingerprint import fingerprint_of
 from shardmerge.planning.layout import Layout, lay_out
 from shardmerge.planning.layouts import LAYOUTS, Placed
-from shardmerge.planning.opening import open_all
-from shardmerge.planning.settings import check_device, check_memory, check_rounding
+from shardmerge.planning.opening import check_device, open_all
 from shardmerge.planning.tiling import tile_all
 from shardmerge.planning.totals import bytes_read, totals_of
 from shardmerge.planning.trained_on import another_than
@@ -38,9 +37,9 @@ from shardmerge.spec.plans import (
     ShardPlan,
     TensorPlan,
 )
-from shardmerge.spec.tensors import FLOAT_DTYPES, Encoding, dtype_code
+from shardmerge.spec.tensors import DTYPE_BITS, FLOAT_DTYPES, Encoding, dtype_code
 from shardmerge.spec.words import words_for
-from shardmerge.system.events import Stopwatch
+from shardmerge.system.events import Stopwatch, event
 from shardmerge.system.garbage import give_back, no_garbage_collection
 
 
@@ -55,7 +54,7 @@ def make_plan(config: MergeConfig, overwrite: bool = False, *, check_output: boo
         with no_garbage_collection():
             plan = moved(partial(_make_plan, config, overwrite, check_output))
         give_back()  # what a plan of 45,000 targets leaves free is 46 MB, which torch would not get
-        steps.planned(plan, watch.lap())
+        _planned(plan, watch.lap())
         return plan
     except PlanError as error:
         raise PlanError(error.problems, f"the {words_for(config.adapters).noun}") from None
@@ -91,13 +90,64 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
         fingerprint={},
     )
     problems = [*changes.problems, *aux.unfit, *aux.problems, *placed.problems, *unrounded]
-    problems += [] if problems else check_memory(plan)
+    problems += [] if problems else _memory_problems(plan)
     if check_output:
-        problems += check_rounding(plan) + check_device(plan.compute_device) + destination.problems(plan)
+        problems += _rounding_problems(plan) + check_device(plan.compute_device) + destination.problems(plan)
     if problems:
         raise PlanError(problems)
     fingerprint = fingerprint_of(plan, checkpoint, placed.made_of)
     return dataclasses.replace(plan, shards=tuple(shard.packed() for shard in shards), fingerprint=fingerprint)
+
+
+def _planned(plan: MergePlan, seconds: float) -> None:
+    """A plan was made."""
+    words, updated = words_for(plan.adapters), plan.totals.updated
+    event(
+        "planned",
+        f"planned in {seconds:.1f} s: {words.noun} of {plan.base.location} into {plan.output}, "
+        f"{len(plan.shards)} shards, {updated} tensors with updates",
+        kind=words.noun,
+        seconds=seconds,
+        output=plan.output,
+        digest=plan.digest,
+        config=plan.config,
+        shards=len(plan.shards),
+        tensors=sum(len(shard.tensors) for shard in plan.shards),
+        updated=updated,
+        bytes_read=plan.bytes_read,
+        bytes_written=plan.bytes_written,
+        memory=plan.memory.total,
+    )
+
+
+# --- settings that only the whole plan can judge ----------------------------------------------------------------------
+
+
+def _memory_problems(plan: MergePlan) -> list[str]:
+    """Whether the memory that the config allows is enough."""
+    allowed = plan.config["compute"]["max_memory"]
+    if allowed == "auto" or plan.memory.total <= allowed:
+        return []
+    return [
+        f"compute.max_memory is {allowed:,} bytes, but the largest layer needs {plan.memory.total:,} to work on at "
+        "least 16 of its rows at a time; give at least that"
+    ]
+
+
+def _rounding_problems(plan: MergePlan) -> list[str]:
+    """Whether stochastic rounding was asked for where no updated weight is rounded at all."""
+    if plan.rounding != "stochastic":
+        return []
+    compute_dtype = dtype_code(plan.compute_dtype)
+    updated = [tensor for shard in plan.shards for tensor in shard.tensors if tensor.updates]
+    kinds = {(tile_dtype(tensor, compute_dtype), encoder(tensor).rounds_to(tensor)) for tensor in updated}
+    if not kinds or any(DTYPE_BITS[to] < DTYPE_BITS[of] for of, to in kinds):
+        return []
+    of, to = min(kinds)
+    return [
+        f"output.rounding: stochastic has no effect: updated weights are computed in {of} and stored in {to}, so none "
+        "is rounded; remove it, or give a narrower output.dtype"
+    ]
 
 
 # --- the output's files -----------------------------------------------------------------------------------------------

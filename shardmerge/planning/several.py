@@ -89,7 +89,7 @@ def compare_copies(
     """
     problems: list[str] = []
     tied = [tie.names for tie in ties]
-    alone = [(name,) for name in updates if not any(name in names for names in tied)]
+    alone = [(name,) for name, of in updates.items() if len(of) > 1 and not any(name in names for names in tied)]
     for names in (*tied, *alone):
         of = sorted((u for name in names for u in updates.get(name, ()) if order_of(u)), key=lambda u: u.adapter)
         for copy in [u for u in of if whole_settings(u).copy and u.adapter > of[0].adapter]:

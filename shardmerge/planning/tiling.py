@@ -45,8 +45,8 @@ _WEIGHTS = 2
 #: its float32 work space stay in a core's cache.
 _SIZES = (*((1 << bits, 1 << 19) for bits in (22, 21, 20)), *((1 << bits, 1 << bits) for bits in range(19, 15, -1)))
 _PAGE = 4096
-#: What the tiles and the memory of a tensor depend on.
-Kind = tuple[object, ...]
+#: Tensors that are alike in all that their tiles and their memory depend on have the same number.
+Kind = int
 #: What MKL copies of a factor (r, columns) before it multiplies with it, each thread by itself: so many columns, and so
 #: many bytes at most. Measured.
 _PANEL_COLUMNS = 3072
@@ -77,9 +77,10 @@ def tile_all(
     shards = tuple(shards)
     worked = [_workable(tensor) for shard in shards for tensor in shard.tensors if needs_work(tensor)]
     # Layers repeat: one tensor of each kind stands for all.
-    kind_of = {id(tensor): _kind(tensor) for tensor in worked}
+    numbers: dict[tuple[object, ...], Kind] = {}
+    kind_of = {id(tensor): numbers.setdefault(_described(tensor), len(numbers)) for tensor in worked}
     kinds = {kind_of[id(tensor)]: tensor for tensor in worked}
-    neighbours = set(itertools.pairwise(kind_of[id(tensor)] for tensor in worked))
+    neighbours = set(itertools.pairwise(kind_of.values()))
     budget = AUTO_MEMORY if max_memory is None else max_memory
     shared = min(_MOST_SHARED_BYTES, _shared_bytes(worked))
     enough = sum(shard.data_bytes for shard in shards) // (2 * BUFFERS)
@@ -108,14 +109,11 @@ def tile_all(
     if memory.total > budget:  # what is shared can be read again
         memory = dataclasses.replace(memory, shared_bytes=max(0, shared - (memory.total - budget)))
 
-    cut = {kind: tile_counts(tensor, size) for kind, tensor in kinds.items()}
+    segments = {kind: tile_counts(tensor, size) for kind, tensor in kinds.items()}
 
     def tiled(tensor: TensorPlan) -> TensorPlan:
-        if (kind := kind_of.get(id(tensor))) is None:
-            return tensor
-        segments = cut[kind]
-        tiles = sum(count for _, count in segments)
-        return dataclasses.replace(tensor, tiles=tiles, segments=segments if len(segments) > 1 else ())
+        kind = kind_of.get(id(tensor))
+        return tensor if kind is None else tensor.tiled(segments[kind])
 
     return tuple(dataclasses.replace(shard, tensors=tuple(map(tiled, shard.tensors))) for shard in shards), memory
 
@@ -127,16 +125,17 @@ def _workable(tensor: TensorPlan) -> TensorPlan:
     return tensor
 
 
-def _kind(tensor: TensorPlan) -> Kind:
-    updates = tuple(map(_kind_of_update, tensor.updates))
+def _described(tensor: TensorPlan) -> tuple[object, ...]:
+    """What the tiles and the memory of a tensor depend on."""
+    updates = tuple(map(_described_update, tensor.updates)) if tensor.updates else ()
     stored_as = (tensor.source.dtype, tensor.out.dtype, tensor.decoding, tensor.encoding)
     return (*stored_as, tensor.source.shape, tensor.part, updates)
 
 
-def _kind_of_update(update: Update) -> tuple[object, ...]:
+def _described_update(update: Update) -> tuple[object, ...]:
     place, family = update.place, FAMILIES[update.family]
     where = (place.rows, place.start, place.stored_start, place.expert, place.transposed, update.transposes)
-    factors = tuple((ref.dtype, ref.shape, ref.strides) for _, ref in update.factors)
+    factors = tuple([(ref.dtype, ref.shape, ref.strides) for _, ref in update.factors])
     needs = (family.row_unit(update), family.kept_bytes(update, 1))
     return (update.family, update.shape, where, factors, needs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardmerge.adapters.claims import ModuleUpdate
@@ -56,13 +56,15 @@ def without_place(file: str, updates: Sequence[ModuleUpdate]) -> str:
     )
 
 
-def already_there(regions: Mapping[str, Iterable[tuple[Place, ModuleUpdate]]]) -> list[str]:
+def already_there(regions: Mapping[str, Sequence[tuple[Place, ModuleUpdate]]]) -> list[str]:
     """Files beside the adapter that hold whole what the adapter also adds to: a copy of the base, or a merged model.
 
     What PEFT itself calls the wrapped layer's own weight (``.base_layer.``) is what the adapter adds to.
     """
     found: defaultdict[str, list[str]] = defaultdict(list)
     for target, of in regions.items():
+        if len(of) < 2:
+            continue
         updates = [update for _, update in of]
         files = {beside_of(update) for update in updates if _replaces(update) and not whole_settings(update).copy}
         if any(FAMILIES[update.family].effect > Effect.REPLACES for update in updates):

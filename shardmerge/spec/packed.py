@@ -11,8 +11,7 @@ import io
 import operator
 import pickle
 import zlib
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, overload
 
 Item = TypeVar("Item")
@@ -20,29 +19,29 @@ Item = TypeVar("Item")
 _LEVEL = 1
 
 
-class _Pickler(pickle.Pickler):
-    """Pickles a dataclass as a call of its class, which takes a third of the time of what frozen ones do themselves."""
+class _Reducers(dict[type, Callable[[Any], Any]]):
+    """By dataclass, how to pickle an object as a call of its class: a third of the time of what frozen ones do."""
 
-    def reducer_override(self, value: Any) -> Any:
-        kind: Any = type(value)
-        fields = _fields(kind)
-        return NotImplemented if fields is None else (kind, fields(value))
+    def __missing__(self, kind: type) -> Callable[[Any], Any]:
+        if not dataclasses.is_dataclass(kind):
+            raise KeyError(kind)
+        names = [field.name for field in dataclasses.fields(kind)]
+        if len(names) > 1:
+            fields = operator.attrgetter(*names)
+            self[kind] = lambda value: (kind, fields(value))
+        else:  # which attrgetter gives by itself, or not at all
+            self[kind] = lambda value: (kind, tuple(getattr(value, name) for name in names))
+        return self[kind]
 
 
-@cache
-def _fields(kind: Hashable) -> Callable[[Any], tuple[Any, ...]] | None:
-    """What gives the values of a dataclass's fields; None for another class."""
-    if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
-        return None
-    names = [field.name for field in dataclasses.fields(kind)]
-    if len(names) > 1:
-        return operator.attrgetter(*names)
-    return lambda value: tuple(getattr(value, name) for name in names)
+_REDUCERS = _Reducers()
 
 
 def _pickled(value: Any) -> memoryview:
     file = io.BytesIO()
-    _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
+    pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)
+    pickler.dispatch_table = _REDUCERS
+    pickler.dump(value)
     return file.getbuffer()
 
 

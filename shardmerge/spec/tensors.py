@@ -6,7 +6,10 @@ import dataclasses
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+
+from shardmerge.spec.light import light_dataclass
 
 #: Bits per element of every dtype the safetensors format knows.
 DTYPE_BITS: Mapping[str, int] = {
@@ -33,20 +36,12 @@ DTYPE_BITS: Mapping[str, int] = {
     "I64": 64,
     "U64": 64,
 }
-
-
 #: The dtypes that weights are merged in and converted between.
 FLOAT_DTYPES = ("F32", "F16", "BF16")
-
-
 #: The dtypes that an adapter's factors are read from.
 FACTOR_DTYPES = (*FLOAT_DTYPES, "F64")
-
-
 #: What indices among an adapter's factors are stored as.
 INTEGER_DTYPES = ("I64", "I32", "I16", "I8", "U8", "BOOL")
-
-
 #: How the config and torch call them.
 DTYPE_NAMES: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
@@ -56,6 +51,7 @@ def dtype_code(name: str) -> str:
     return next(code for code, known in DTYPE_NAMES.items() if known == name)
 
 
+@lru_cache(maxsize=1 << 10)  # layers repeat
 def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes that a dense tensor takes.
 
@@ -74,25 +70,15 @@ def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 #: Factors of which only columns are needed are read whole up to this size, rather than row by row in pieces.
 KEPT_WHOLE_BYTES = 1 << 20
-
-
 #: A matrix product of fewer rows than some goes through another kernel, and rounds differently.
 MIN_TILE_ROWS = 16
-
-
 #: What direct I/O is aligned to, in the file and in memory.
 PAGE = 4096
-
-
 #: What a buffer has beyond its bytes, as they may begin anywhere in a page.
 BUFFER_SLACK = PAGE
-
-
 #: What torch takes when it first computes: pages of its code (most of it), MKL's packing buffers, threads. One figure
 #: for all outputs: measured were 7.6 MiB (GGUF's F32) to 12.4 MiB (Q4_0), and 11.1 MiB for safetensors.
 LIBRARY_BYTES = 10 << 20
-
-
 #: Where matrices begin that are multiplied. MKL rounds differently where memory is less aligned than torch's own.
 ALIGNMENT = 64
 
@@ -102,7 +88,7 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One entry of a safetensors header; ``data_offsets`` count from the end of the header."""
 
@@ -129,7 +115,7 @@ class SourceFile:
     ctime_ns: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass(frozen=True, slots=True)
 class TensorRef:
     """Where a tensor is stored, without its data.
 
@@ -164,7 +150,7 @@ class TensorRef:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass(frozen=True, slots=True)
 class RowRange:
     """Rows ``start <= row < stop``."""
 
@@ -201,7 +187,7 @@ class Encoding:
         return next((value for key, value in self.settings if key == name), default)
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass(frozen=True, slots=True)
 class Weight:
     """A logical weight of the base: the stored tensors that are its parts, by role, the values first.
 

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from shardmerge.spec.light import light_dataclass
 from shardmerge.spec.tensors import RowRange, TensorRef
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass(frozen=True, slots=True)
 class Place:
     """Where a part of a module's matrix is stored in a tensor.
 
@@ -67,7 +68,7 @@ class ModuleOrder:
     absent: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass(frozen=True, slots=True)
 class Window:
     """The part of a module's matrix (of one expert's) that a tile holds."""
 
@@ -98,7 +99,7 @@ class HasSettings(Protocol):
         """What the method needs to know besides factors."""
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass(frozen=True, slots=True)
 class Update:
     """What one module of one adapter does to one stored tensor.
 

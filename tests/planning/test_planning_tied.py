@@ -17,7 +17,7 @@ from shardmerge import PlanError
 from shardmerge.errors import FormatError
 from shardmerge.key_mapping.names import Names
 from shardmerge.key_mapping.table import table
-from shardmerge.planning import tied as tied_module
+from shardmerge.planning import untying
 from shardmerge.planning.tied import tied_parameter
 from tests.support import zoo
 from tests.support.builders import (
@@ -478,7 +478,7 @@ def test_a_resized_vocabulary_beside_a_head_of_other_values(tmp_path: Path) -> N
 
 def test_the_last_row_alone_is_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values are compared to the end, a block at a time."""
-    monkeypatch.setattr(tied_module, "_BLOCK", 1000)
+    monkeypatch.setattr(untying, "_BLOCK", 1000)
     almost = BASE.clone()
     almost[-1, -1] += 1
     place = with_head(make(tmp_path, {**embedding(), **copies("model.embed_tokens", OTHER)}), almost)

@@ -12,9 +12,9 @@ import dataclasses
 import re
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, ClassVar
 
 from shardmerge.adapters.base_view import NO_BASE, BaseView
@@ -25,6 +25,7 @@ from shardmerge.adapters.formats.peft_targets import SELECTORS, left_out, target
 from shardmerge.adapters.formats.wholes import claim_wholes
 from shardmerge.adapters.methods.base import Family
 from shardmerge.key_mapping.naming import WRAPPER, module_name, peeled, unwrapped
+from shardmerge.spec.light import light_dataclass
 from shardmerge.spec.tensors import TensorRef
 from shardmerge.spec.updates import Settings
 
@@ -34,7 +35,7 @@ _COMMON = frozenset({"bias", "modules_to_save", "target_modules", "fan_in_fan_ou
 BELOW_WRAPPERS = re.compile(r"((?:\.base_layer)+)(?=\.(?!base_layer(?:\.|$)))")
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass(frozen=True, slots=True)
 class Module:
     """The factors of one module, by role."""
 
@@ -184,26 +185,25 @@ class PeftMethod(ABC):
 
     def grouped(self, tensors: Mapping[str, TensorRef]) -> tuple[list[Module], dict[str, TensorRef]]:
         """Modules with their factors, in the file's order, and the tensors that all of them share."""
-        pattern, names = _key_pattern(tuple(self.roles.items()))
+        role_of = _key_reader(tuple(self.roles.items()))
         modules: dict[tuple[str, str, int], Module] = {}
         shared: dict[str, TensorRef] = {}
         for written, ref in tensors.items():
             name = unwrapped(written)
             if role := self._shared_role(name):
                 shared[role] = ref
-            elif match := pattern.fullmatch(name):
-                index = next(index for index in range(len(names)) if match[f"role{index}"] is not None)
-                infix = match[f"adapter{index}"] or ""
-                prefix = match["module"]
+            elif (found := role_of(name)) is not None:
+                prefix, infix, role = found
                 # What is below a wrapped module has the wrapper in its name.
                 plain = module_name(prefix)
                 if ".base_layer" in plain:
                     plain = BELOW_WRAPPERS.sub("", plain)
                 key = (prefix, infix, 0)
-                while key in modules and names[index] in modules[key].factors:
+                while key in modules and role in modules[key].factors:
                     key = (prefix, infix, key[2] + 1)  # the same key but for its wrappers: a second update
-                module = modules.setdefault(key, Module(plain, prefix, infix, {}, plain))
-                module.factors[names[index]] = ref
+                if key not in modules:
+                    modules[key] = Module(plain, prefix, infix, {}, plain)
+                modules[key].factors[role] = ref
         return list(modules.values()), shared
 
     def _shared_role(self, name: str) -> str | None:
@@ -269,8 +269,10 @@ def _anchored(config: Config, modules: Collection[Module]) -> list[str]:
     ]
 
 
-def _key_pattern(roles: tuple[tuple[str, str], ...]) -> tuple[re.Pattern[str], list[str]]:
-    """``lora_A.weight`` matches itself and ``lora_A.<adapter>.weight``; ``ia3_l`` itself and ``ia3_l.<adapter>``.
+def _key_reader(roles: tuple[tuple[str, str], ...]) -> Callable[[str], tuple[str, str, str] | None]:
+    """From a key to its module, its adapter's name and its role; None where it is no factor's.
+
+    ``lora_A.weight`` matches itself and ``lora_A.<adapter>.weight``; ``ia3_l`` itself and ``ia3_l.<adapter>``.
 
     A factor may be wrapped, too: ``lora_A.module.<adapter>.weight``, ``lora_A.<adapter>.module.weight``.
     """
@@ -282,7 +284,28 @@ def _key_pattern(roles: tuple[tuple[str, str], ...]) -> tuple[re.Pattern[str], l
             rf"(?:\.{WRAPPER})*?{re.escape(dot + end)})"
         )
         names.append(role.removesuffix("?"))
-    return re.compile(rf"(?P<module>.+)\.(?:{'|'.join(parts)})"), names
+    pattern = re.compile(rf"(?P<module>.+)\.(?:{'|'.join(parts)})")
+
+    def read(key: str) -> tuple[str, str, str] | None:
+        match = pattern.fullmatch(key)
+        if match is None:
+            return None
+        index = int(str(match.lastgroup).removeprefix("role"))
+        return match["module"], match[f"adapter{index}"] or "", names[index]
+
+    @cache
+    def read_end(end: str) -> tuple[str, str] | None:
+        """What the last two segments of a key say by themselves: the module is then all that is before them."""
+        found = read(f"_.{end}")
+        return None if found is None or found[0] != "_" else found[1:]
+
+    def read_fast(key: str) -> tuple[str, str, str] | None:
+        module, _, end = key.rpartition(".")
+        module, _, factor = module.rpartition(".")
+        found = read_end(f"{factor}.{end}") if module else None
+        return read(key) if found is None else (module, *found)
+
+    return read_fast
 
 
 def key_of(roles: Mapping[str, str], role: str) -> str:
