@@ -62,7 +62,7 @@ def verify(
     if report.complete:
         from shardmerge.reporting.verified import remember
 
-        remember(output)
+        remember(output, report.record_checksum)
 
 
 @click.command(

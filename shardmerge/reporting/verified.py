@@ -12,7 +12,6 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
-from shardmerge.destinations.record import believed_record
 from shardmerge.system.installation import state_folder
 from shardmerge.system.regular_files import read_small
 
@@ -20,13 +19,15 @@ from shardmerge.system.regular_files import read_small
 _LARGEST = 1_000_000
 
 
-def remember(output: Path) -> None:
-    """Remember that all of an output was verified just now; do nothing where the user's state cannot be written."""
-    record = believed_record(output)
-    if record is None or record.seal is None:
-        return  # an old record without a checksum, which does not identify it
+def remember(output: Path, seal: str | None) -> None:
+    """Remember that all of an output was verified just now; do nothing where the user's state cannot be written.
+
+    ``seal`` is the checksum of the record that was verified; a record of an older version has none to know it by.
+    """
+    if seal is None:
+        return
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    lines = [*_lines(), json.dumps({"record": record.seal, "output": os.path.realpath(output), "at": now})]
+    lines = [*_lines(), json.dumps({"record": seal, "output": os.path.realpath(output), "at": now})]
     if sum(map(len, lines)) > _LARGEST // 2:
         lines = lines[len(lines) // 2 :]
     temporary = _file().with_name(f"verified.{os.getpid()}.tmp")

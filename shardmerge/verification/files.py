@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge.destinations.record import RECORD_NAME, Record, is_work, left_behind
+from shardmerge.errors import SourceError
 from shardmerge.sources.local import LocalSource
 from shardmerge.sources.source import open_reader, read_file
 from shardmerge.spec.plans import AuxFile, MergePlan
 from shardmerge.spec.tensors import SourceFile
 from shardmerge.system import json_text
+from shardmerge.system.checksums import Checksums
 from shardmerge.system.regular_files import kind_of, open_regular, read_small, why_not_readable
 from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Findings
-from shardmerge.verification.reading import file_checksums
 
 _CHUNK = 1 << 20
 #: Files that people edit after a merge, and that no program acts on.
@@ -212,3 +213,19 @@ def _entries(output: Path, findings: Findings) -> Iterator[tuple[str, os.stat_re
                 yield name, entry.stat(follow_symlinks=False)
             elif not is_work(name):
                 waiting.append(f"{name}/")
+
+
+def file_checksums(path: Path, size: int, sha256: bool = False) -> dict[str, str]:
+    """Checksums of a whole file of ``size`` bytes, by kind, or of one more of its bytes if it has them.
+
+    `SourceError` if it cannot be read.
+    """
+    found, left = Checksums(sha256), size + 1
+    try:
+        with open(open_regular(path)[0], "rb", buffering=0) as file:
+            while left and (data := file.read(min(left, _CHUNK))):
+                found.update(data)
+                left -= len(data)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return found.hex()

@@ -59,6 +59,7 @@ class VerifyReport:
     ``worst`` is the largest error of a touched value as a multiple of what is allowed, in ``worst_tensor``.
     ``added`` are all files that the merge did not write. ``unverified`` says what could not be compared, and why;
     ``notes`` what is not a fault of the output. ``problems`` has the first of every kind; ``counts`` their number.
+    ``record_checksum`` is the record's own, which identifies the merge; records of older versions have none.
     """
 
     output: str
@@ -83,6 +84,7 @@ class VerifyReport:
     counts: dict[str, int]
     seconds: float
     peak_memory_bytes: int
+    record_checksum: str | None
 
     @property
     def ok(self) -> bool:
@@ -134,6 +136,7 @@ class Findings:
     notes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    record_checksum: str | None = None
     started: float = field(default_factory=time.monotonic)
 
     def problem(self, kind: str, text: str, **where: Any) -> None:

@@ -8,17 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from shardmerge.codecs.rounding import NUMBER_DTYPES
-from shardmerge.errors import SourceError
 from shardmerge.sources.open_readers import OpenReaders
 from shardmerge.spec.tensors import DTYPE_BITS, RowRange, TensorRef
-from shardmerge.system.checksums import Checksums
-from shardmerge.system.regular_files import open_regular
 
 #: Bytes that are read at a time.
 CHUNK = 4 << 20
@@ -48,22 +44,6 @@ class Files(OpenReaders):
         """Rows of a dense tensor seen as (…, row_elements), as stored."""
         row = row_elements * DTYPE_BITS[ref.dtype] // 8
         return decode(self.read(ref.uri, ref.offset + rows.start * row, len(rows) * row), ref.dtype, row_elements)
-
-
-def file_checksums(path: Path, size: int, sha256: bool = False) -> dict[str, str]:
-    """Checksums of a whole file of ``size`` bytes, by kind, or of one more of its bytes if it has them.
-
-    `SourceError` if it cannot be read.
-    """
-    found, left = Checksums(sha256), size + 1
-    try:
-        with open(open_regular(path)[0], "rb", buffering=0) as file:
-            while left and (data := file.read(min(left, CHUNK))):
-                found.update(data)
-                left -= len(data)
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return found.hex()
 
 
 def decode(data: bytearray, dtype: str, row_elements: int) -> Tensor:

@@ -22,7 +22,6 @@ from shardmerge.system import json_text
 from shardmerge.system.regular_files import why_not_readable
 from shardmerge.verification.files import find_weights
 from shardmerge.verification.findings import STRUCTURE, Findings
-from shardmerge.verification.second_opinion import ask_library
 
 #: What input embeddings and output heads of language models are called; of others, rows count something else.
 _VOCABULARY = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "lm_head", "embed_out"})
@@ -53,7 +52,6 @@ def read_shards(output: Path, record: Record, findings: Findings) -> list[Stored
             found.append(Stored(name, file, 0, (), {}))
             continue
         found.append(Stored(name, file, start, metadata, tensors))
-        ask_library(output / name, name, tensors, findings)
     findings.tensors += sum(len(shard.tensors) for shard in found)
     return found
 

@@ -29,7 +29,6 @@ from shardmerge.destinations.record import open_record
 from shardmerge.errors import FormatError, VerifyError
 from shardmerge.spec.packed import moved
 from shardmerge.system.events import Stopwatch, event
-from shardmerge.system.garbage import give_back
 from shardmerge.verification.findings import Advanced, Findings, Problem, VerifyReport, describe, summary
 from shardmerge.verification.record import plan_again
 
@@ -68,11 +67,11 @@ def verify_output(
         raise VerifyError(str(error)) from None
     findings = Findings(str(output), seed)
     findings.notes += record.notes
+    findings.record_checksum = record.seal
     again = plan_again(record, output, base, adapters, findings)
     event(
         "verifying", f"verifying {output}: {len(record.shards)} shards", seconds=watch.lap(), shards=len(record.shards)
     )
     findings.format = record.format if record.format in FORMATS else "safetensors"
-    give_back()
     import_module(FORMATS[findings.format]).check(output, record, again, findings, rows, progress)
     return findings.report()

@@ -183,13 +183,15 @@ def test_what_was_verified_is_remembered_up_to_a_bound(tmp_path: Path, monkeypat
     (tmp_path / "state" / "shardmerge").mkdir(parents=True)
     file = tmp_path / "state" / "shardmerge" / "verified"
     file.write_text("[]\nno JSON\n" + '{"record": "x", "output": "y", "at": "z"}\n' * 20_000)
-    verified.remember(place.output)
-    assert file.stat().st_size < 500_000
     seal = json.loads((place.output / "shardmerge.json").read_text())["record_checksum"]
+    assert shardmerge.verify(place.output).record_checksum == seal
+    verified.remember(place.output, seal)
+    verified.remember(place.output, None)
+    assert file.stat().st_size < 500_000
     assert verified.last_time(place.output, seal)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    verified.remember(place.output)
+    verified.remember(place.output, seal)
     assert verified.last_time(place.output, seal) is None
 
 
