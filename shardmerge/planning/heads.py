@@ -163,12 +163,9 @@ class _Resolving:
             return
         heads.architecture = head.architecture
         heads.changes["architectures"] = [head.architecture]
-        heads.left_out |= self._of_other_heads(head)
+        weights = self.checkpoint.weights
+        heads.left_out |= {name for name in weights if head.is_of_another(self.names.in_memory(name))}
         heads.notes.append(_note(head, mine, heads.left_out, labels))
-
-    def _of_other_heads(self, head: Head) -> set[str]:
-        """Stored tensors of heads that the class does not have."""
-        return {name for name in self.checkpoint.weights if head.is_of_another(self.names.in_memory(name))}
 
 
 def _name(update: ModuleUpdate) -> str:

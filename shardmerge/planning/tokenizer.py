@@ -78,13 +78,11 @@ def take_tokenizer(chosen: Files, adapters: Sequence[tuple[str, Source]], notes:
         _replace(chosen, template, is_template, "the chat template", notes)
     for path, source, names in own:
         if left := [name for name in names if _differs(chosen, source, name)]:
-            notes.append(_left_out(path, left, _is_whole(chosen, names)))
+            why = "by themselves they are not a whole tokenizer"
+            if _is_whole(chosen, names):
+                why = "another adapter's is taken"
+            notes.append(Warned(f"adapter {path} has files of a tokenizer that are left out: {_some(left)}; {why}"))
     return whole is not None or template is not None
-
-
-def _left_out(path: str, left: Sequence[str], is_whole: bool) -> str:
-    why = "another adapter's is taken" if is_whole else "by themselves they are not a whole tokenizer"
-    return Warned(f"adapter {path} has files of a tokenizer that are left out: {_some(left)}; {why}")
 
 
 def _some(names: Sequence[str]) -> str:

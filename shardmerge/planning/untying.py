@@ -312,7 +312,9 @@ class _Resolving:
 
     def _set(self, name: str, updates: Sequence[Update]) -> None:
         if updates or name in self.updates:
-            self.updates[name] = in_order([_on(update, name) for update in updates])
+            places = [dataclasses.replace(update.place, tensor=name) for update in updates]
+            on = [dataclasses.replace(u, target=name, place=place) for u, place in zip(updates, places, strict=True)]
+            self.updates[name] = in_order(on)
 
     def _said(self, tie: Tie) -> str:
         return " and ".join(name for name in tie.names if self._trained(name))
@@ -332,7 +334,3 @@ class _Resolving:
             self.result.notes.append(
                 f"the same key ties {', '.join(rest[:3])}{more}, so tensors are written for these, too"
             )
-
-
-def _on(update: Update, target: str) -> Update:
-    return dataclasses.replace(update, target=target, place=dataclasses.replace(update.place, tensor=target))
