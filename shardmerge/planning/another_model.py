@@ -27,7 +27,7 @@ class Fit:
     """How the updates of one adapter fit the base."""
 
     fitting: list[ModuleUpdate] = field(default_factory=list)
-    #: With the shape that the base has, in the orientation that the update speaks of.
+    #: With the shape that the base has, in the orientation of the update's factors.
     misshaped: list[tuple[ModuleUpdate, tuple[int, ...]]] = field(default_factory=list)
     absent: list[ModuleUpdate] = field(default_factory=list)
 

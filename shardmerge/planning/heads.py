@@ -139,7 +139,7 @@ class _Resolving:
         return problems
 
     def _lacks(self, head: Head, shapes: Mapping[str, Any]) -> list[str]:
-        """What the class has that nobody stores: transformers would make it up."""
+        """Tensors of the class that neither base nor adapter stores: transformers would initialise them at random."""
         missing = [name for name in head.shapes if name not in shapes]
         for name in head.needs:
             module, _, parameter = name.rpartition(".")

@@ -76,7 +76,7 @@ def tile_all(
     """
     shards = tuple(shards)
     worked = [_workable(tensor) for shard in shards for tensor in shard.tensors if needs_work(tensor)]
-    # Layers repeat: one tensor of each kind stands for all.
+    # Layers repeat: the work is done once for each kind of tensor.
     numbers: dict[tuple[object, ...], Kind] = {}
     kind_of = {id(tensor): numbers.setdefault(_described(tensor), len(numbers)) for tensor in worked}
     kinds = {kind_of[id(tensor)]: tensor for tensor in worked}

@@ -1,4 +1,4 @@
-"""Whose tokenizer the output gets. It comes whole from one side: files of two mixed are a third that nobody trained.
+"""Chooses the output's tokenizer, base's or adapter's, whole: files of both, mixed, would be an untrained third one.
 
 Which file wins over which, in transformers 5.23 (tokenization_utils_base, processing_utils): ``chat_template.jinja``
 and ``additional_chat_templates/`` over a template in ``tokenizer_config.json``; ``chat_template.json`` over all of them
