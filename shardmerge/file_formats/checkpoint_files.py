@@ -96,10 +96,14 @@ def read_index(source: Source, name: str) -> tuple[Mapping[str, Any], Mapping[st
     weight_map, metadata = index.get("weight_map"), index.get("metadata") or {}
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
         raise FormatError(f'{where}: expected {{"metadata": {{…}}, "weight_map": {{tensor: file}}}}')
+    known: set[str] = set()  # few files hold all tensors
     for tensor, file in weight_map.items():
+        if isinstance(file, str) and file in known:
+            continue
         if not isinstance(file, str) or not file.isprintable() or not re.fullmatch(r"[^/\\]+\.safetensors", file):
             raise FormatError(
                 f"{where}: it puts {tensor!r:.200} into {file!r:.200}, which is not the name of a .safetensors file in "
                 "this directory"
             )
+        known.add(file)
     return metadata, weight_map

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ class Fit:
     """How the updates of one adapter fit the base."""
 
     fitting: list[ModuleUpdate] = field(default_factory=list)
-    #: With the shape that the base has, in the orientation that the update speaks of.
+    #: With the shape that the base has, in the orientation of the update's factors.
     misshaped: list[tuple[ModuleUpdate, tuple[int, ...]]] = field(default_factory=list)
     absent: list[ModuleUpdate] = field(default_factory=list)
 
@@ -53,28 +53,22 @@ def _most_misfit(fit: Fit, checkpoint: Checkpoint) -> str:
     if len(fit.absent) >= len(fit.misshaped):
         kind = f", a {checkpoint.model_type} model," if checkpoint.model_type else ""
         count = "none" if len(fit.absent) == total else f"only {total - len(fit.absent)}"
-        return f"{count} of the {total} weights that it updates is in the base{kind} by its name" + _example(fit.absent)
+        example = f" ({fit.absent[0].module:.200}, …)"
+        return f"{count} of the {total} weights that it updates is in the base{kind} by its name{example}"
     return _sizes(fit.misshaped, checkpoint.config) or (
         f"{len(fit.misshaped)} of the {total} weights that it updates have another shape in the base"
     )
 
 
-def _example(updates: Sequence[ModuleUpdate]) -> str:
-    return f" ({updates[0].module:.200}, …)"
-
-
 def _sizes(misshaped: Iterable[tuple[ModuleUpdate, tuple[int, ...]]], config: Mapping[str, Any]) -> str:
     """The hidden sizes of the two models, as far as A, (r, in), of LoRA beside a weight (out, in) shows them."""
     ours = whole_number(config, "hidden_size")
-    inputs = [(shape[-1], update.factor("A").shape[-1]) for update, shape in misshaped if _has_inputs(update, shape)]
+    factors = [(shape, update.factor("A").shape) for update, shape in misshaped if update.has("A")]
+    inputs = [(shape[-1], of_a[-1]) for shape, of_a in factors if len(shape) == len(of_a) == 2]
     found = Counter(theirs for here, theirs in inputs if here == ours and theirs != here)
     if ours is None or not found:
         return ""
     return f"its hidden size is {found.most_common(1)[0][0]}, the base's is {ours}"
-
-
-def _has_inputs(update: ModuleUpdate, shape: tuple[int, ...]) -> bool:
-    return update.has("A") and len(shape) == 2 and len(update.factor("A").shape) == 2
 
 
 def _deeper(fit: Fit, checkpoint: Checkpoint) -> str:

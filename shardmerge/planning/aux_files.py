@@ -81,7 +81,7 @@ def _of_base(checkpoint: Checkpoint, base: Source, copies_weights: bool, result:
     with_weights = {name.rpartition("/")[0] for name in names if "/" in name and is_weights(name)}
     chosen: Files = {name: (base, name) for name in weights.copied}
     for name in names:
-        # Half of another model helps nobody.
+        # A part of another model is of no use.
         folder = name.rpartition("/")[0]
         of_another = folder and (folder in with_weights or is_of_another(folder))
         if is_weights(name) or is_adapter(name) or name == RECORD_NAME or name.endswith("/"):
@@ -96,7 +96,7 @@ def _of_base(checkpoint: Checkpoint, base: Source, copies_weights: bool, result:
 
 
 def _pointers(chosen: Files) -> list[str]:
-    """Files that stand for others which were not fetched: a tokenizer or a config among them breaks the output."""
+    """Git LFS pointers among the files: the output would be broken by a tokenizer or a config that is one."""
     found = sorted(
         name
         for name, (source, stored) in chosen.items()
@@ -110,7 +110,7 @@ def _pointers(chosen: Files) -> list[str]:
 
 
 def _model_directory(checkpoint: Checkpoint) -> Source | None:
-    """A base that is one file brings its neighbours only where a config.json says that they belong to a model."""
+    """The directory to copy from; None for a base that is one file without a config.json beside it."""
     directory = checkpoint.source.directory()
     alone = directory is not checkpoint.source and "config.json" not in directory.names()
     return None if alone else directory

@@ -28,7 +28,7 @@ _MOST_READ = 100_000_000
 
 
 def fingerprint_of(plan: MergePlan, checkpoint: Checkpoint, made_of: Mapping[str, str]) -> Fingerprint:
-    """What the output's bytes depend on: sources as they are now, as far as headers tell, and how they are computed.
+    """What the output's bytes depend on: the sources, as far as headers show them, and how they are computed.
 
     ``made_of`` are checksums of files whose contents the plan has put into the output's headers. Where the output goes
     and what memory may be taken are not part of it.

@@ -43,6 +43,22 @@ class StoredWeights:
             return weight.tensor
         return dataclasses.replace(weight.tensor, dtype=CODECS[weight.stored_as.codec].values)
 
+    def as_factor(self, parameter: Parameter) -> TensorRef | None:
+        """A parameter of the base as a factor, in the matrix's orientation; None if it is not rows of one tensor."""
+        place, stored = parameter.places[0], self.tensor(parameter.places[0].tensor)
+        if self.weight(place.tensor).stored_as is not None:
+            return None
+        if len(parameter.places) > 1 or place.expert is not None or place.shuffle or parameter.experts:
+            return None
+        if place.transposed:
+            return stored.transposed() if stored.shape == parameter.shape[::-1] else None
+        if stored.shape[1:] != parameter.shape[1:] or not stored.shape[0]:
+            return None
+        row = stored.nbytes // stored.shape[0]
+        return dataclasses.replace(
+            stored, shape=parameter.shape, offset=stored.offset + place.stored_start * row, nbytes=place.rows * row
+        )
+
 
 @dataclass(frozen=True)
 class Fitting:
@@ -148,7 +164,7 @@ def as_stack(parameter: Parameter) -> Parameter:
 
 
 def shape_of(update: ModuleUpdate, parameter: Parameter) -> tuple[int, ...]:
-    """The shape of the matrix that the update speaks of."""
+    """The shape of the matrix that the update's factors describe."""
     shape = parameter.shape
     if not update.transposes or len(shape) < 2:
         return shape

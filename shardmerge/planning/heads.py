@@ -139,7 +139,7 @@ class _Resolving:
         return problems
 
     def _lacks(self, head: Head, shapes: Mapping[str, Any]) -> list[str]:
-        """What the class has that nobody stores: transformers would make it up."""
+        """Tensors of the class that neither base nor adapter stores: transformers would initialise them at random."""
         missing = [name for name in head.shapes if name not in shapes]
         for name in head.needs:
             module, _, parameter = name.rpartition(".")
@@ -163,12 +163,9 @@ class _Resolving:
             return
         heads.architecture = head.architecture
         heads.changes["architectures"] = [head.architecture]
-        heads.left_out |= self._of_other_heads(head)
+        weights = self.checkpoint.weights
+        heads.left_out |= {name for name in weights if head.is_of_another(self.names.in_memory(name))}
         heads.notes.append(_note(head, mine, heads.left_out, labels))
-
-    def _of_other_heads(self, head: Head) -> set[str]:
-        """Stored tensors of heads that the class does not have."""
-        return {name for name in self.checkpoint.weights if head.is_of_another(self.names.in_memory(name))}
 
 
 def _name(update: ModuleUpdate) -> str:

@@ -144,7 +144,7 @@ class _Outgoing:
                 self._coded |= dict.fromkeys([ref.place for ref in leaving], outgoing)
 
     def of(self, ref: TensorRef) -> Outgoing | None:
-        """What a stored tensor is in the output; None if it is a part that stands elsewhere, or nowhere."""
+        """What a stored tensor is in the output; None if it is a part that is laid out elsewhere, or left out."""
         if (coded := self._coded.get(ref.place)) is None:
             return self.plain(ref)
         return coded if coded.source.place == ref.place else None

@@ -47,7 +47,7 @@ class Matches:
     warnings: list[str] = field(default_factory=list)
     #: Whole tensors for which the base has no place, as one made for training has none.
     unplaced: list[Unplaced] = field(default_factory=list)
-    #: Tensors of the base that are factors, too: the stored tensor, the adapter's number, a name to speak of.
+    #: Tensors of the base that are factors, too: the stored tensor, the adapter's number, a name for messages.
     read: list[tuple[str, int, str]] = field(default_factory=list)
 
 
@@ -157,8 +157,8 @@ class _Matching:
     def _kind(self, update: ModuleUpdate, name: str) -> object | None:
         """The same for updates that are placed alike, each on a stored tensor ``name`` that is named as its parameter.
 
-        `Family.check` and all else that is asked of an update goes by shapes, dtypes and settings, never by names. None
-        where an update is to be looked at by itself.
+        `Family.check` and all other checks of an update depend on its shapes, dtypes and settings, never on names. None
+        where an update has to be checked by itself.
         """
         template = self.names.stands(name)
         if template is None or update.of_base or FAMILIES[update.family].is_source or name in self.resized:
@@ -256,7 +256,7 @@ class _Matching:
         """The update with the base's own tensors that it needs among its factors; a string says why not."""
         for role, name in update.of_base:
             parameter = self.spoken.resolve(update.module, name)
-            ref = None if isinstance(parameter, str) else self._as_factor(parameter)
+            ref = None if isinstance(parameter, str) else self.stored.as_factor(parameter)
             if isinstance(parameter, str) or ref is None:
                 return (
                     f"{update.first} needs {update.module}.{name} as it is in the base, which does not store it as one "
@@ -276,22 +276,6 @@ class _Matching:
         stored = self.stored.weight(place.tensor)
         all_of_it = math.prod(stored.tensor.shape) == math.prod(parameter.shape) and stored.stored_as is None
         return family.placed(update, can_be_source=plain and all_of_it)
-
-    def _as_factor(self, parameter: Parameter) -> TensorRef | None:
-        """A parameter of the base as a factor, in the matrix's orientation; None if it is not rows of one tensor."""
-        place, stored = parameter.places[0], self.stored.tensor(parameter.places[0].tensor)
-        if self.stored.weight(place.tensor).stored_as is not None:
-            return None
-        if len(parameter.places) > 1 or place.expert is not None or place.shuffle or parameter.experts:
-            return None
-        if place.transposed:
-            return stored.transposed() if stored.shape == parameter.shape[::-1] else None
-        if stored.shape[1:] != parameter.shape[1:] or not stored.shape[0]:
-            return None
-        row = stored.nbytes // stored.shape[0]
-        return dataclasses.replace(
-            stored, shape=parameter.shape, offset=stored.offset + place.stored_start * row, nbytes=place.rows * row
-        )
 
     def _is_taken(self, update: ModuleUpdate, parameter: Parameter) -> bool:
         """Whether the adapter has updated this parameter before. A replaced or compared one may be updated, too."""

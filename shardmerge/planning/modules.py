@@ -1,8 +1,8 @@
-"""The names by which an adapter may speak of a module → the one that the base knows.
+"""The names that an adapter may use for a module → the one that the base knows.
 
 An adapter's names carry what stood around the model in training: wrappers, PEFT's prefix twice, the part of a pipeline.
 Any of that may also be the name of a module of the base (GPT-2 calls itself ``transformer``, some models have a
-``module``), so a name is first taken as it stands. Only where the base has nothing by it are the others tried, all of
+``module``), so a name is first looked up unchanged. Only where the base does not have it are the others tried, all of
 them, and those that are known must mean the same.
 """
 
@@ -76,7 +76,7 @@ class Modules:
     # --- one name ---
 
     def _named(self, update: ModuleUpdate, spoken: Spoken) -> tuple[ModuleUpdate, Parameter] | str:
-        """What the base has by a module's name as it stands, in the words of whoever speaks."""
+        """What the base has under a module's unchanged name, in the dialect ``spoken``."""
         for read in self._readings(update):
             for name in spoken.ours(read.module):
                 found, parameter = self._found(name, read.parameter)
@@ -191,7 +191,7 @@ class KnownBase(BaseView):
         return self._orders[key][1]
 
     def stored(self, module: str, parameter: str) -> tuple[Parameter, str] | None:
-        """See `BaseView`: by the module's name as it stands or without the wrappers before it."""
+        """See `BaseView`: by the module's name, unchanged or without the wrappers before it."""
         if (module, parameter) not in self._found:
             found = (self._spoken.resolve(name, parameter) for name in peeled(module))
             known = next((item for item in found if isinstance(item, Parameter)), None)

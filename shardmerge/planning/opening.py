@@ -90,14 +90,10 @@ def _adapter(entry: AdapterConfig) -> AdapterFile:
     source = open_source(entry.path)
     adapter = _or_unfinished(source, lambda: open_adapter(source, entry.ignore_files))
     if adapter.config is None and not entry.prefix and are_weights(adapter.tensors):
-        raise OtherKindError(f"{source.location}: {_kind_of_model(source)}")
+        names = source.directory().names()
+        known = recognise.what_is_no_adapter(names) if RECORD_NAME in names else ""
+        raise OtherKindError(f"{source.location}: {known or recognise.IS_MODEL}")
     return adapter
-
-
-def _kind_of_model(source: Source) -> str:
-    names = source.directory().names()
-    known = recognise.what_is_no_adapter(names) if RECORD_NAME in names else ""
-    return known or recognise.IS_MODEL
 
 
 def _base(location: str) -> Checkpoint:

@@ -68,7 +68,8 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
     aux = _aux_files(config, checkpoint, adapters, changes)
     placed = _placed(config, stored, changes, aux, Path(destination.location).name)
     shards, unrounded = _rounded(config, placed.layout.shards)
-    shards, memory = tile_all(shards, dtype_code(config.compute.dtype), *_limits(config))
+    limits = [None if limit == "auto" else limit for limit in (config.compute.max_memory, config.compute.threads)]
+    shards, memory = tile_all(shards, dtype_code(config.compute.dtype), *limits)
     plan = MergePlan(
         base=checkpoint.info(),
         adapters=tuple(_adapter_info(entry, adapter) for entry, adapter in adapters),
@@ -158,10 +159,12 @@ def _as_checkpoint(config: MergeConfig, checkpoint: Checkpoint, changes: Changes
     dtype = "same" if config.output.dtype == "same" else dtype_code(config.output.dtype)
     max_shard_size = None if config.output.max_shard_size == "same" else config.output.max_shard_size
     layout = lay_out(checkpoint, dtype, max_shard_size, changes.updates, changes.added, changes.left_out)
-    if dtype != "same" and _changes_dtype(layout.shards):
+    tensors = (tensor for shard in layout.shards for tensor in shard.tensors)
+    if dtype != "same" and any(tensor.source.dtype != tensor.out.dtype for tensor in tensors):
         changes.config["dtype"] = config.output.dtype
-    if (weights := _renamed_weights(checkpoint, layout)) is not None:
-        changes.config["transformers_weights"] = weights
+    main = layout.index_name or layout.shards[0].name
+    if checkpoint.config.get("transformers_weights") not in (None, main):
+        changes.config["transformers_weights"] = main
     return layout
 
 
@@ -205,12 +208,6 @@ def _rounded(config: MergeConfig, shards: Sequence[ShardPlan]) -> tuple[Sequence
     return [dataclasses.replace(shard, tensors=tuple(map(rounded, shard.tensors))) for shard in shards], problems
 
 
-def _limits(config: MergeConfig) -> tuple[int | None, int | None]:
-    """Bytes of memory and threads at most, None where those that there are."""
-    max_memory, threads = config.compute.max_memory, config.compute.threads
-    return None if max_memory == "auto" else max_memory, None if threads == "auto" else threads
-
-
 def _index_metadata(checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
     """The metadata of the base's index, in which a number of parameters follows what was added or resized.
 
@@ -222,17 +219,6 @@ def _index_metadata(checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
         now = sum(math.prod(tensor.out.shape) for shard in layout.shards for tensor in shard.tensors)
         metadata["total_parameters"] = count + now - before
     return metadata
-
-
-def _renamed_weights(checkpoint: Checkpoint, layout: Layout) -> str | None:
-    """What config.json must name as the model's weights, where it names a file that the output has not."""
-    main = layout.index_name or layout.shards[0].name
-    named = checkpoint.config.get("transformers_weights")
-    return None if named is None or named == main else main
-
-
-def _changes_dtype(shards: Sequence[ShardPlan]) -> bool:
-    return any(tensor.source.dtype != tensor.out.dtype for shard in shards for tensor in shard.tensors)
 
 
 # --- what a plan says of its sources --------------------------------------------------------------------------------

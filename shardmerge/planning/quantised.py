@@ -51,7 +51,7 @@ def is_quantised(checkpoint: Checkpoint, module: str, parameter: str, stored: Te
     is_scaled = stored.dtype in FLOAT_DTYPES and any(name.startswith("weight_scale") for name in beside)
     if not beside or (stored.dtype in FLOAT_DTYPES and not is_scaled):
         return None
-    return _told(checkpoint, module, parameter, [f"weight of {stored.dtype}", *beside])
+    return _message(checkpoint, module, parameter, [f"weight of {stored.dtype}", *beside])
 
 
 def has_packed(checkpoint: Checkpoint, module: str, parameter: str) -> str | None:
@@ -59,10 +59,10 @@ def has_packed(checkpoint: Checkpoint, module: str, parameter: str) -> str | Non
     packed = [ref for ref in _below(checkpoint, module, parameter) if _COMPANION.fullmatch(_last(ref))]
     if all(ref.dtype in FLOAT_DTYPES for ref in packed):
         return None
-    return _told(checkpoint, module, parameter, sorted(set(map(_last, packed)))[:_SHOWN])
+    return _message(checkpoint, module, parameter, sorted(set(map(_last, packed)))[:_SHOWN])
 
 
-def _told(checkpoint: Checkpoint, module: str, parameter: str, names: Sequence[str]) -> str:
+def _message(checkpoint: Checkpoint, module: str, parameter: str, names: Sequence[str]) -> str:
     what = f"its {parameter} is quantised, stored as {_method(checkpoint.config)} ({', '.join(names)})"
     return f"{module}: {what}; {_WAY_OUT}"
 

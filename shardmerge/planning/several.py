@@ -84,7 +84,7 @@ def compare_copies(
     """Make later adapters' copies of a weight comparisons, and say which cannot agree.
 
     PEFT saves the weight of an embedding that it wraps beside the factors, and puts it in the base's place when it
-    loads them. What the first adapter brings is taken so, too: it is what that adapter was trained on. A later one's
+    loads them. The first adapter's copy does so here, too: it is what that adapter was trained on. A later one's
     must be the same, since it was not trained on anything else.
     """
     problems: list[str] = []
@@ -164,7 +164,7 @@ def read_too_late(
 ) -> list[str]:
     """An update that is made from the base's own weight would not see what an adapter before it did to it.
 
-    ``read`` has the stored tensor, the adapter's number, and a name to speak of.
+    ``read`` has the stored tensor, the adapter's number, and a name for messages.
     """
     problems = []
     for target, number, name in read:

@@ -56,7 +56,7 @@ def unfit_in_adapter(source: Source) -> Iterator[str]:
 
 
 def _at_top(source: Source, names: Sequence[str]) -> list[str]:
-    """What is judged though nobody may use it. Weights that nobody uses are commonly links to where they are."""
+    """Files that are checked whether they are used or not. Unused weights are not: they often are links elsewhere."""
     is_local = source.local_path is not None  # elsewhere there are only files
     return [name for name in names if is_local and "/" not in name and not is_weights(name)]
 

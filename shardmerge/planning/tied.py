@@ -33,7 +33,7 @@ def tied_parameter(names: Names, module: str, parameter: str) -> Parameter | Non
 def stands_for(names: Names, name: str) -> str | None:
     """The stored tensor that a tied one is.
 
-    Where the architecture is not known, what is called as output heads are is taken for the head of the one embedding.
+    Where the architecture is not known, a module named like an output head is assumed to be the one embedding's.
     """
     if name in names.tied:
         return names.tied[name]

@@ -25,6 +25,7 @@ from shardmerge.spec.tensors import (
     INTEGER_DTYPES,
     KEPT_WHOLE_BYTES,
     MIN_TILE_ROWS,
+    PAGE,
     RowRange,
     TensorRef,
     aligned,
@@ -44,7 +45,6 @@ _WEIGHTS = 2
 #: Bytes of a buffer, and of a tile of it. Larger buffers would not be faster, nor larger tiles: a tile of this size and
 #: its float32 work space stay in a core's cache.
 _SIZES = (*((1 << bits, 1 << 19) for bits in (22, 21, 20)), *((1 << bits, 1 << bits) for bits in range(19, 15, -1)))
-_PAGE = 4096
 #: Tensors that are alike in all that their tiles and their memory depend on have the same number.
 Kind = int
 #: What MKL copies of a factor (r, columns) before it multiplies with it, each thread by itself: so many columns, and so
@@ -76,7 +76,7 @@ def tile_all(
     """
     shards = tuple(shards)
     worked = [_workable(tensor) for shard in shards for tensor in shard.tensors if needs_work(tensor)]
-    # Layers repeat: one tensor of each kind stands for all.
+    # Layers repeat: the work is done once for each kind of tensor.
     numbers: dict[tuple[object, ...], Kind] = {}
     kind_of = {id(tensor): numbers.setdefault(_described(tensor), len(numbers)) for tensor in worked}
     kinds = {kind_of[id(tensor)]: tensor for tensor in worked}
@@ -206,11 +206,6 @@ def _segments(
     return [part for part in parts if part[1]]
 
 
-def _largest_tile(segments: Iterable[tuple[int, int]]) -> int:
-    """Rows of the largest tile."""
-    return max(math.ceil(rows / tiles) for rows, tiles in segments)
-
-
 def _shared_bytes(worked: Sequence[TensorPlan]) -> int:
     """Bytes of factors, at most, that wait in memory for the next tensor that shares them."""
     uses: dict[int, tuple[TensorRef, list[int]]] = {}  # by identity, as there are many and equal ones are the same
@@ -242,8 +237,8 @@ def _memory(
     largest = buffer_bytes
     factors: dict[Kind, int] = {}
     for kind, tensor in kinds.items():
-        rows = _largest_tile(tile_counts(tensor, tile_bytes))
-        largest = max(largest, -(-rows * row_bytes(tensor) // _PAGE) * _PAGE)
+        rows = max(math.ceil(rows / tiles) for rows, tiles in tile_counts(tensor, tile_bytes))  # of the largest tile
+        largest = max(largest, -(-rows * row_bytes(tensor) // PAGE) * PAGE)
         # A tile in the dtype of the work, and the scratch of the same size that updates and quantisers use.
         dtype, narrow = tile_dtype(tensor, compute_dtype), narrow_dtype(tensor, compute_dtype)
         codec = encoder(tensor).memory(tensor, dtype)

@@ -1,4 +1,4 @@
-"""Whose tokenizer the output gets. It comes whole from one side: files of two mixed are a third that nobody trained.
+"""Chooses the output's tokenizer, base's or adapter's, whole: files of both, mixed, would be an untrained third one.
 
 Which file wins over which, in transformers 5.23 (tokenization_utils_base, processing_utils): ``chat_template.jinja``
 and ``additional_chat_templates/`` over a template in ``tokenizer_config.json``; ``chat_template.json`` over all of them
@@ -78,13 +78,11 @@ def take_tokenizer(chosen: Files, adapters: Sequence[tuple[str, Source]], notes:
         _replace(chosen, template, is_template, "the chat template", notes)
     for path, source, names in own:
         if left := [name for name in names if _differs(chosen, source, name)]:
-            notes.append(_left_out(path, left, _is_whole(chosen, names)))
+            why = "by themselves they are not a whole tokenizer"
+            if _is_whole(chosen, names):
+                why = "another adapter's is taken"
+            notes.append(Warned(f"adapter {path} has files of a tokenizer that are left out: {_some(left)}; {why}"))
     return whole is not None or template is not None
-
-
-def _left_out(path: str, left: Sequence[str], is_whole: bool) -> str:
-    why = "another adapter's is taken" if is_whole else "by themselves they are not a whole tokenizer"
-    return Warned(f"adapter {path} has files of a tokenizer that are left out: {_some(left)}; {why}")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -66,8 +66,10 @@ def already_there(regions: Mapping[str, Sequence[tuple[Place, ModuleUpdate]]]) -
         if len(of) < 2:
             continue
         updates = [update for _, update in of]
-        files = {beside_of(update) for update in updates if _replaces(update) and not whole_settings(update).copy}
-        if any(FAMILIES[update.family].effect > Effect.REPLACES for update in updates):
+        effects = [FAMILIES[update.family].effect for update in updates]
+        if max(effects) > Effect.REPLACES:
+            whole = [update for update, does in zip(updates, effects, strict=True) if does is Effect.REPLACES]
+            files = {beside_of(update) for update in whole if not whole_settings(update).copy}
             for file in files - {""}:
                 found[file].append(target)
     return [
@@ -76,7 +78,3 @@ def already_there(regions: Mapping[str, Sequence[tuple[Place, ModuleUpdate]]]) -
         f"added; if {file} is a merged model or a copy of the base, {way_out(file)}"
         for file, targets in sorted(found.items())
     ]
-
-
-def _replaces(update: ModuleUpdate) -> bool:
-    return FAMILIES[update.family].effect is Effect.REPLACES

@@ -5,7 +5,7 @@ bias to another, encoders' embeddings to decoders'. All that a class ties hangs 
 training, an adapter on one module does not change the others. ``tied: untie`` keeps that: every tied tensor is written
 and the config says that they are no longer tied, so the merged model computes what base and adapter computed.
 ``tied: peft`` does what PEFT's merge does: everything is added to the one tensor, and it stays tied. ``tied: auto``
-unties where transformers is known to heed the key, and asks elsewhere.
+unties where transformers is known to respect the key, and asks elsewhere.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class _Resolving:
         return [name for name in tie.names if name not in apart]
 
     def _says_apart(self, name: str) -> bool:
-        """As of T5 1.1: transformers 5 does not heed the key, but finds by their values that the two are apart."""
+        """As of T5 1.1: transformers 5 ignores the key, but sees from their values that the two are apart."""
         kind = self.checkpoint.model_type
         output = name.removesuffix(".weight").rpartition(".")[2] == "lm_head"
         return output and self.checkpoint.config.get(TIES_KEY) is False and (kind in _NEVER_UNTIED or kind == "mt5")
@@ -174,7 +174,7 @@ class _Resolving:
         choose = (
             "choose tied: peft, which adds to the one tensor what was trained for either side, as PEFT's merge does, "
             "or tied: untie, which writes the output head as a tensor of its own and says so in config.json, if the "
-            "model's code heeds tie_word_embeddings: false"
+            "model's code respects tie_word_embeddings: false"
         )
         if not tie.others:
             choose = (
@@ -312,7 +312,9 @@ class _Resolving:
 
     def _set(self, name: str, updates: Sequence[Update]) -> None:
         if updates or name in self.updates:
-            self.updates[name] = in_order([_on(update, name) for update in updates])
+            places = [dataclasses.replace(update.place, tensor=name) for update in updates]
+            on = [dataclasses.replace(u, target=name, place=place) for u, place in zip(updates, places, strict=True)]
+            self.updates[name] = in_order(on)
 
     def _said(self, tie: Tie) -> str:
         return " and ".join(name for name in tie.names if self._trained(name))
@@ -332,7 +334,3 @@ class _Resolving:
             self.result.notes.append(
                 f"the same key ties {', '.join(rest[:3])}{more}, so tensors are written for these, too"
             )
-
-
-def _on(update: Update, target: str) -> Update:
-    return dataclasses.replace(update, target=target, place=dataclasses.replace(update.place, tensor=target))

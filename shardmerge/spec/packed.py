@@ -1,6 +1,6 @@
 """Many small objects as a few bytes, made anew whenever they are asked for, so that they go with whoever uses them.
 
-A plan of 67,000 targets would take 200 MB as objects, most of which nobody uses at a time; packed it takes 6 MB. The
+A plan of 67,000 targets would take 200 MB as objects, most of which are not in use at a time; packed it takes 6 MB. The
 bytes are made and read by the same program: nothing that comes from a file is unpickled.
 """
 

@@ -38,9 +38,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of a module as an adapter speaks of it, and where the checkpoint keeps it."""
+    """A parameter of a module as an adapter names it, and where the checkpoint stores it."""
 
-    #: The in-memory name; the adapter's own where the adapter speaks of a part of a parameter (an expert, a half).
+    #: The in-memory name; the adapter's own where the adapter updates a part of a parameter (an expert, a half).
     name: str
     #: In matrix orientation: (out, in), (E, out, in), (out, in, k, …), (n,), (V, D).
     shape: tuple[int, ...]
@@ -104,7 +104,7 @@ class Update:
     """What one module of one adapter does to one stored tensor.
 
     ``scaling`` is the whole multiplier: the adapter's own scaling times its weight in the config. ``shape`` is that of
-    the matrix that the family speaks of: (out, in), (out, in, kernel…), (n,), or with ``experts`` (E, out, in). Where
+    the matrix that the factors describe: (out, in), (out, in, kernel…), (n,), or with ``experts`` (E, out, in). Where
     ``transposes``, that is the parameter's transpose. ``settings`` are what else the family needs to know.
     """
 
