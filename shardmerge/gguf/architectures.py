@@ -106,12 +106,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             rope_types=_LLAMA_ROPE,
         ),
         Architecture(
-            "Qwen2ForCausalLM",
-            "qwen2",
-            "qwen2",
-            _LLAMA_LAYER,
-            rope_types=_QWEN_ROPE,
-            pre_tokenizers=_QWEN_PRE,
+            "Qwen2ForCausalLM", "qwen2", "qwen2", _LLAMA_LAYER, rope_types=_QWEN_ROPE, pre_tokenizers=_QWEN_PRE
         ),
         Architecture(
             "Qwen3ForCausalLM",
@@ -144,12 +139,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             has_head=False,
         ),
         Architecture(
-            "Gemma3ForCausalLM",
-            "gemma3_text",
-            "gemma3",
-            _GEMMA3,
-            shifts_norms=True,
-            rope_types=frozenset({"linear"}),
+            "Gemma3ForCausalLM", "gemma3_text", "gemma3", _GEMMA3, shifts_norms=True, rope_types=frozenset({"linear"})
         ),
         Architecture(
             "Gemma3ForConditionalGeneration",

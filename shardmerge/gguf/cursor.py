@@ -1,4 +1,4 @@
-"""The bytes of a GGUF header, read in chunks: no count is believed before the file is known to have its bytes."""
+"""The bytes of a GGUF header, read in chunks. A count is used only after a check that the file has its bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Read = Callable[[int, int], bytes]
 
 
 class Cursor:
-    """Goes through a header that ends at byte ``end`` at the latest. `FormatError` where it is not complete."""
+    """Reads a header that ends at byte ``end`` at the latest. `FormatError` where it is not complete."""
 
     def __init__(self, read: Read, end: int, where: str) -> None:
         self.where = where

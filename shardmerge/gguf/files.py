@@ -1,4 +1,4 @@
-"""The small files of a model that a GGUF file is made of, by name."""
+"""The small files of a model from which the metadata of a GGUF file is made, by name."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ MAX_BYTES, _MAX_PARSED = 50_000_000, 400_000_000
 
 
 def wanted(names: Iterable[str]) -> list[str]:
-    """Of a model's files those that `metadata.describe` asks for."""
+    """The files of a model that `metadata.describe` needs."""
     return sorted(name for name in names if name in _NAMES or (name.startswith(_TEMPLATES) and name.endswith(".jinja")))
 
 
 def too_large(sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """What is wrong with the sizes of the files that a GGUF file is made of."""
+    """Problems with the sizes of these files, in bytes."""
     large = [name for name, size in sizes.items() if size > MAX_BYTES]
     if not large and sum(sizes.values()) > 2 * MAX_BYTES:
         large = [max(sizes, key=lambda name: sizes[name])]
     return tuple(
-        f"{name} is {sizes[name]:,} bytes long; what a GGUF file is made of is read whole, each file up to "
+        f"{name} is {sizes[name]:,} bytes long; the files that a GGUF file is made of are read whole, each up to "
         f"{MAX_BYTES:,} bytes and all of them up to {2 * MAX_BYTES:,}"
         for name in large
     )
 
 
 class ModelFiles:
-    """Files by name, read as what they are; what is wrong with them is collected."""
+    """Files by name, read as text or JSON; problems with them are collected."""
 
     def __init__(self, contents: Mapping[str, bytes], problems: list[str]) -> None:
         self._contents = contents
@@ -91,10 +91,10 @@ class ModelFiles:
 
 
 def items(value: Any) -> list[Any]:
-    """A list as it is, of anything else nothing: files are untrusted."""
+    """A list as it is, [] for anything else: files are untrusted."""
     return value if isinstance(value, list) else []
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """A JSON object as it is, of anything else nothing."""
+    """A JSON object as it is, {} for anything else."""
     return value if isinstance(value, dict) else {}

@@ -1,4 +1,4 @@
-"""What the header of any GGUF file says, read from the format's definition.
+"""A summary of any GGUF file, from its header: version, short values, and how many tensors there are of each type.
 
     "GGUF", version (u32), number of tensors (u64), number of key-values (u64)
     each key-value:  key, type (u32), value
@@ -18,29 +18,20 @@ from dataclasses import dataclass
 
 from shardmerge.errors import FormatError
 from shardmerge.gguf.cursor import ARRAY, STRING, Cursor, Read
+from shardmerge.gguf.formats import TYPES
 
 #: Bytes and items that a header may have: the largest vocabularies, with their merges, take 20 MB and a million.
 _MOST_BYTES, _MOST_ITEMS = 128 << 20, 4 << 20
 _MOST_TENSORS, _MOST_KEYS, _MOST_DIMENSIONS = 1 << 18, 1 << 14, 8
 #: Strings up to this length are kept; a name may be no longer.
 _KEPT = 4096
-#: Numbers of types by their names in ggml.h.
-TYPES: Mapping[int, str] = {
-    **dict(enumerate(("F32", "F16", "Q4_0", "Q4_1"))),
-    **dict(enumerate(("Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K"), 6)),
-    **dict(enumerate(("IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS"), 16)),
-    **dict(enumerate(("I8", "I16", "I32", "I64", "F64", "IQ1_M", "BF16"), 24)),
-    34: "TQ1_0",
-    35: "TQ2_0",
-    39: "MXFP4",
-}
 
 Value = int | float | bool | str
 
 
 @dataclass(frozen=True, slots=True)
 class Glance:
-    """Short values by key; by type of tensor how many there are, and bytes of their data (padding counts)."""
+    """Short values by key; the number of tensors and the bytes of their data (with padding) by type of tensor."""
 
     version: int
     values: Mapping[str, Value]
@@ -53,7 +44,7 @@ class Glance:
 
 
 def glance(read: Read, size: int, where: str) -> Glance:
-    """Read the header of a file of ``size`` bytes. `FormatError` where it is none."""
+    """Read the header of a file of ``size`` bytes. `FormatError` where it is not a GGUF file's."""
     cursor = _Cursor(read, min(size, _MOST_BYTES), where)
     if cursor.take(4) != b"GGUF":
         raise FormatError(f"{where}: is not a GGUF file")
@@ -81,7 +72,7 @@ def _sizes(places: list[tuple[int, str]], data_bytes: int) -> Counter[str]:
 
 
 class _Cursor(Cursor):
-    """Counts the items of a header, too."""
+    """A cursor that also counts and limits the items of a header."""
 
     _items = 0
 
@@ -103,7 +94,7 @@ class _Cursor(Cursor):
 
 
 def _value(cursor: _Cursor) -> Value | None:
-    """A value; None of one that is long, which is passed over."""
+    """A value; None for a long one, which is skipped."""
     (kind,) = cursor.unpack("<I")
     if kind == STRING:
         length = cursor.length()

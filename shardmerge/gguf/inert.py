@@ -1,4 +1,4 @@
-"""Keys of a config.json that say nothing of the logits: bookkeeping, training, generation, classification.
+"""Keys of a config.json that do not affect the logits: bookkeeping, training, generation, classification.
 
 None of the modeling code of the supported classes reads them when it computes logits of a language model; most are
 written by ``PreTrainedConfig`` of one version of transformers or another, or by tools that trained or converted.
@@ -35,7 +35,7 @@ _TRAINING = frozenset(
 _CLASSIFICATION = frozenset(
     {"id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"}
 )
-#: What older versions keep of generation in config.json.
+#: Settings of generation that older versions keep in config.json.
 _GENERATION = frozenset(
     {"assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids", "begin_suppress_tokens"}
     | {"cache_implementation", "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size"}
@@ -53,13 +53,13 @@ OF_CLASS = {
     "llama": frozenset({"is_llama_config", "rope_interleaved"}),
     # Before the settings had the names that transformers reads.
     "gemma2": frozenset({"hidden_act", "sliding_window_size"}),
-    # What is derived of it is what is read.
+    # The code reads only settings that are derived from these.
     "gemma3_text": frozenset({"hidden_act", "_sliding_window_pattern"}),
     "qwen2": frozenset({"use_mrope"}),
-    # Phi-4's own code reads them; they are as if they were not there.
+    # Only the code that comes with Phi-4 reads them, and its published values have no effect.
     "phi3": frozenset({"full_attn_mod", "interpolate_factor", "lm_head_bias"}),
 }
-#: Of a model with other senses, beside its text part.
+#: Keys of a multimodal model that are not of its text part.
 MULTIMODAL = frozenset(
     {"text_config", "vision_config", "mm_tokens_per_image"}
     | {f"{name}_token_{kind}" for name in ("boi", "eoi", "image") for kind in ("index", "id")}

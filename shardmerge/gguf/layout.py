@@ -157,7 +157,7 @@ def _type_of(draft: OutputTensor, quantization: str, tied: bool) -> str:
 
 
 class _Maker:
-    """Takes stored tensors one by one, and hands out the output tensors that are complete with each."""
+    """Takes stored tensors one by one, and returns the output tensors that each completes."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -170,7 +170,7 @@ class _Maker:
 
     def take(self, stored: Stored) -> list[OutputTensor]:
         name = stored.name
-        if name.endswith(_UNUSED) or self._is_of_another_sense(name):
+        if name.endswith(_UNUSED) or (self._architecture.multimodal and any(sense in name for sense in _OTHER_SENSES)):
             self.dropped.append(name)
             return []
         if stored.dtype not in FLOAT_DTYPES:
@@ -191,9 +191,6 @@ class _Maker:
         if found := _LAYER.fullmatch(plain):
             return self._of_layer(stored, int(found[1]), found[2], suffix)
         return self._left_over(stored)
-
-    def _is_of_another_sense(self, name: str) -> bool:
-        return self._architecture.multimodal and any(sense in name for sense in _OTHER_SENSES)
 
     def _left_over(self, stored: Stored) -> list[OutputTensor]:
         self.problems.append(f"{stored.name}: {self._architecture.hf_class} has no such weight in GGUF")
@@ -226,12 +223,14 @@ class _Maker:
         model = self._model
         shape, shuffle = stored.shape, None
         if name in self._seen:
-            self.problems.append(f"{stored.name}: another stored tensor is {name} already")
+            self.problems.append(f"{stored.name}: another stored tensor already becomes {name}")
             return []
         self._seen.add(name)
         if name == "token_embd.weight":
             shape = self._embedding_shape(stored)
-        if not self._has_right_shape(stored, name):
+        dimensions = 1 if name.endswith(("_norm.weight", ".bias")) else 2
+        if len(stored.shape) != dimensions or not all(stored.shape):
+            self.problems.append(f"{stored.name}: its shape is {list(stored.shape)}; expected {dimensions} dimensions")
             return []
         if stem in self._architecture.permuted:
             heads = model.kv_heads if stem.endswith("k_proj") else model.heads
@@ -243,14 +242,6 @@ class _Maker:
         addend = 1.0 if is_norm and self._architecture.shifts_norms else 0.0
         parts = (Part(stored.name, RowRange(0, math.prod(shape[:-1]))),)
         return [OutputTensor(name, shape, parts, stored.dtype, shuffle, addend)]
-
-    def _has_right_shape(self, stored: Stored, name: str) -> bool:
-        """Matrices where llama.cpp expects them, of a width that makes sense."""
-        expected = 1 if name.endswith(("_norm.weight", ".bias")) else 2
-        if len(stored.shape) != expected or not all(stored.shape):
-            self.problems.append(f"{stored.name}: its shape is {list(stored.shape)}; expected {expected} dimensions")
-            return False
-        return True
 
     def _embedding_shape(self, stored: Stored) -> tuple[int, ...]:
         rows, *rest = stored.shape or (0,)
@@ -308,7 +299,7 @@ class _Maker:
         return drafts
 
     def finish(self, drafts: Sequence[OutputTensor]) -> None:
-        """Say what is missing, once all tensors were taken."""
+        """Report the tensors that are missing, after all stored tensors were taken."""
         architecture, experts = self._architecture, self._architecture.experts
         required = [f"{name}.weight" for name in architecture.model.values() if name != "output"]
         stacks = list(experts.stacks.values()) if experts else []

@@ -11,43 +11,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardmerge.gguf.files import ModelFiles
-from shardmerge.gguf.formats import FILE_TYPES
+from shardmerge.gguf.formats import FILE_TYPES, KeyValue, Scalar
 from shardmerge.gguf.layout import Layout
 from shardmerge.gguf.model import Model
-from shardmerge.gguf.values import KeyValue, Scalar
+from shardmerge.gguf.settings import longrope_factor
 from shardmerge.gguf.vocabulary import tokenizer_values
 from shardmerge.gguf.writer import unencodable
 from shardmerge.spec.notices import Warned
 
 _GUESSED = "the converter guesses it from the folder's name"
 _CARD = "the converter copies it from the front matter of README.md, which describes the base and not what was merged"
-
+_CARD_KEYS = (
+    *("author", "description", "quantized_by", "license", "license.name", "license.link", "url", "doi", "uuid"),
+    *("repo_url", "source.url", "source.doi", "source.uuid", "source.repo_url", "base_model.count", "base_model.{…}"),
+    *("dataset.count", "dataset.{…}", "tags", "languages"),
+)
 #: Keys that the converter may write and we do not, and why. ``{…}`` stands for a number.
 LEFT_OUT: Mapping[str, str] = {
-    "general.basename": _GUESSED,
-    "general.finetune": _GUESSED,
-    "general.version": _GUESSED,
-    "general.organization": _GUESSED,
-    "general.author": _CARD,
-    "general.description": _CARD,
-    "general.quantized_by": _CARD,
-    "general.license": _CARD,
-    "general.license.name": _CARD,
-    "general.license.link": _CARD,
-    "general.url": _CARD,
-    "general.doi": _CARD,
-    "general.uuid": _CARD,
-    "general.repo_url": _CARD,
-    "general.source.url": _CARD,
-    "general.source.doi": _CARD,
-    "general.source.uuid": _CARD,
-    "general.source.repo_url": _CARD,
-    "general.base_model.count": _CARD,
-    "general.base_model.{…}": _CARD,
-    "general.dataset.count": _CARD,
-    "general.dataset.{…}": _CARD,
-    "general.tags": _CARD,
-    "general.languages": _CARD,
+    **dict.fromkeys((f"general.{key}" for key in ("basename", "finetune", "version", "organization")), _GUESSED),
+    **dict.fromkeys((f"general.{key}" for key in _CARD_KEYS), _CARD),
 }
 
 #: generation_config.json → what llama.cpp takes as its defaults.
@@ -112,7 +94,7 @@ def _sampling(files: ModelFiles, problems: list[str]) -> list[KeyValue]:
 
 
 def size_label(layout: Layout) -> str:
-    """How many parameters, roughly: ``1.1B``, or of experts ``8x7B``."""
+    """The number of parameters, rounded: ``1.1B``, or ``8x7B`` with experts."""
     total = shared = expert = experts = stacks = 0
     for tensor in layout.tensors:
         size = math.prod(tensor.shape)
@@ -129,7 +111,7 @@ def size_label(layout: Layout) -> str:
 
 
 def _rounded(parameters: int) -> str:
-    """At least two digits."""
+    """A number with at least two digits and a letter for its scale."""
     scale, letter = next(
         ((scale, letter) for scale, letter in ((1e-12, "T"), (1e-9, "B"), (1e-6, "M")) if parameters > 1 / scale),
         (1e-3, "K"),
@@ -139,117 +121,92 @@ def _rounded(parameters: int) -> str:
     return f"{scaled:.{max(2 - digits, 0)}f}{letter}"
 
 
+#: The order of the parameters' keys in the file, for the architectures that have one of their own and for all others.
+_ORDERS: Mapping[str, tuple[str, ...]] = {
+    "gemma2": (
+        *("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count"),
+        *("attention.head_count_kv", "attention.layer_norm_rms_epsilon", "attention.key_length"),
+        *("attention.value_length", "general.file_type", "attn_logit_softcapping", "final_logit_softcapping"),
+        "attention.sliding_window",
+    ),
+    "phi3": (
+        *("context_length", "rope.scaling.original_context_length", "embedding_length", "feed_forward_length"),
+        *("block_count", "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
+        *("rope.dimension_count", "rope.freq_base", "general.file_type", "attention.sliding_window"),
+    ),
+}
+_ORDER = (
+    *("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count"),
+    *("attention.head_count_kv", "attention.causal", "rope.scaling.type", "rope.scaling.factor"),
+    *("rope.scaling.original_context_length", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"),
+    *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.freq_base", "rope.freq_base_swa"),
+    *("attention.layer_norm_rms_epsilon", "expert_count", "expert_used_count", "attention.key_length"),
+    *("attention.value_length", "general.file_type", "vocab_size", "rope.dimension_count"),
+    *("expert_feed_forward_length", "final_logit_softcapping", "attention.sliding_window"),
+)
+
+
 def _parameters(model: Model, file_type: int) -> list[KeyValue]:
-    """``llama.block_count`` and all that follow it."""
-    of_model = {"gemma2": _of_gemma2, "phi3": _of_phi3}.get(model.architecture.name, _of_all)
-    return [
-        KeyValue(key if key.startswith("general.") else f"{model.architecture.name}.{key}", kind, value)
-        for key, kind, value in of_model(model, file_type)
+    """``llama.block_count`` and all that follow it; parameters that the model does not have (None) are left out."""
+    name, rope = model.architecture.name, model.rope
+    is_llama, is_gemma, is_yarn = name == "llama", name in ("gemma2", "gemma3"), rope.kind == "yarn"
+    is_scaled = rope.kind in ("linear", "yarn")
+    # 0 means no window; that is how llama.cpp distinguishes Phi-4 from Phi-3.
+    window = model.sliding_window or 0 if name == "phi3" else model.sliding_window if is_gemma else None
+    softcap = model.final_softcap if name == "gemma2" or (name == "gemma3" and model.final_softcap) else None
+    attention = "attention_factor" if "attention_factor" in rope.settings else "attn_factor"
+
+    def yarn(setting: str) -> float | None:
+        return rope.number(setting, 0.0) if is_yarn and rope.settings.get(setting) is not None else None
+
+    integers: dict[str, int | None] = {
+        "block_count": model.layers,
+        "context_length": model.context,
+        "embedding_length": model.hidden,
+        "feed_forward_length": model.intermediate,
+        "attention.head_count": model.heads,
+        "attention.head_count_kv": model.kv_heads,
+        "rope.scaling.original_context_length": model.original_context if is_yarn or name == "phi3" else None,
+        "expert_count": model.experts,
+        "expert_used_count": model.experts_used,
+        "attention.key_length": model.head_dim,
+        "attention.value_length": model.head_dim,
+        "general.file_type": file_type,
+        "vocab_size": model.vocab_size if is_llama else None,
+        "rope.dimension_count": model.rope_dimensions if is_llama or name == "phi3" else None,
+        "expert_feed_forward_length": model.expert_intermediate,
+        "attention.sliding_window": window,
+    }
+    floats = {
+        "rope.scaling.factor": rope.number("factor", 1.0) if is_scaled else None,
+        "rope.scaling.yarn_ext_factor": yarn("extrapolation_factor"),
+        "rope.scaling.yarn_attn_factor": yarn(attention),
+        "rope.scaling.yarn_beta_fast": yarn("beta_fast"),
+        "rope.scaling.yarn_beta_slow": yarn("beta_slow"),
+        "rope.freq_base": rope.theta,
+        "rope.freq_base_swa": model.local_theta,
+        "attention.layer_norm_rms_epsilon": model.rms_eps,
+        "attn_logit_softcapping": model.attention_softcap,
+        "final_logit_softcapping": softcap,
+    }
+    rows: dict[str, tuple[str, Scalar | None]] = {
+        **{key: ("u32", value) for key, value in integers.items()},
+        **{key: ("f32", number) for key, number in floats.items()},
+        "attention.causal": ("bool", None if model.causal else False),
+        "rope.scaling.type": ("str", rope.kind if is_scaled else None),
+    }
+    found = [
+        KeyValue(key if key.startswith("general.") else f"{name}.{key}", rows[key][0], value)
+        for key in _ORDERS.get(name, _ORDER)
+        if (value := rows[key][1]) is not None
     ]
-
-
-_Row = tuple[str, str, Scalar]
-
-
-def _of_all(model: Model, file_type: int) -> list[_Row]:
-    rows: list[_Row] = [
-        ("block_count", "u32", model.layers),
-        ("context_length", "u32", model.context),
-        ("embedding_length", "u32", model.hidden),
-        ("feed_forward_length", "u32", model.intermediate),
-        ("attention.head_count", "u32", model.heads),
-        ("attention.head_count_kv", "u32", model.kv_heads),
-    ]
-    if not model.causal:
-        rows.append(("attention.causal", "bool", False))
-    rows += _rope_scaling(model)
-    rows.append(("rope.freq_base", "f32", model.rope.theta))
-    if model.local_theta is not None:
-        rows.append(("rope.freq_base_swa", "f32", model.local_theta))
-    rows.append(("attention.layer_norm_rms_epsilon", "f32", model.rms_eps))
-    if model.experts is not None and model.experts_used is not None:
-        rows += [("expert_count", "u32", model.experts), ("expert_used_count", "u32", model.experts_used)]
-    if model.head_dim is not None:
-        rows += [("attention.key_length", "u32", model.head_dim), ("attention.value_length", "u32", model.head_dim)]
-    rows.append(("general.file_type", "u32", file_type))
-    if model.architecture.name == "llama":
-        rows += [("vocab_size", "u32", model.vocab_size), ("rope.dimension_count", "u32", model.rope_dimensions)]
-    if model.expert_intermediate is not None:
-        rows.append(("expert_feed_forward_length", "u32", model.expert_intermediate))
-    if model.architecture.name == "gemma3":
-        if model.final_softcap:
-            rows.append(("final_logit_softcapping", "f32", model.final_softcap))
-        if model.sliding_window is not None:
-            rows.append(("attention.sliding_window", "u32", model.sliding_window))
-    return rows
-
-
-def _rope_scaling(model: Model) -> list[_Row]:
-    rope = model.rope
-    if rope.kind not in ("linear", "yarn"):
-        return []
-    rows: list[_Row] = [
-        ("rope.scaling.type", "str", rope.kind),
-        ("rope.scaling.factor", "f32", rope.number("factor", 1.0)),
-    ]
-    if rope.kind == "yarn":
-        if model.original_context is not None:
-            rows.append(("rope.scaling.original_context_length", "u32", model.original_context))
-        attention = "attention_factor" if "attention_factor" in rope.settings else "attn_factor"
-        for setting, key in (
-            ("extrapolation_factor", "yarn_ext_factor"),
-            (attention, "yarn_attn_factor"),
-            ("beta_fast", "yarn_beta_fast"),
-            ("beta_slow", "yarn_beta_slow"),
-        ):
-            if rope.settings.get(setting) is not None:
-                rows.append((f"rope.scaling.{key}", "f32", rope.number(setting, 0.0)))
-    return rows
-
-
-def _of_gemma2(model: Model, file_type: int) -> list[_Row]:
-    assert model.head_dim and model.attention_softcap is not None and model.final_softcap is not None
-    assert model.sliding_window is not None
-    return [
-        ("context_length", "u32", model.context),
-        ("embedding_length", "u32", model.hidden),
-        ("block_count", "u32", model.layers),
-        ("feed_forward_length", "u32", model.intermediate),
-        ("attention.head_count", "u32", model.heads),
-        ("attention.head_count_kv", "u32", model.kv_heads),
-        ("attention.layer_norm_rms_epsilon", "f32", model.rms_eps),
-        ("attention.key_length", "u32", model.head_dim),
-        ("attention.value_length", "u32", model.head_dim),
-        ("general.file_type", "u32", file_type),
-        ("attn_logit_softcapping", "f32", model.attention_softcap),
-        ("final_logit_softcapping", "f32", model.final_softcap),
-        ("attention.sliding_window", "u32", model.sliding_window),
-    ]
-
-
-def _of_phi3(model: Model, file_type: int) -> list[_Row]:
-    assert model.original_context is not None
-    return [
-        ("context_length", "u32", model.context),
-        ("rope.scaling.original_context_length", "u32", model.original_context),
-        ("embedding_length", "u32", model.hidden),
-        ("feed_forward_length", "u32", model.intermediate),
-        ("block_count", "u32", model.layers),
-        ("attention.head_count", "u32", model.heads),
-        ("attention.head_count_kv", "u32", model.kv_heads),
-        ("attention.layer_norm_rms_epsilon", "f32", model.rms_eps),
-        ("rope.dimension_count", "u32", model.rope_dimensions),
-        ("rope.freq_base", "f32", model.rope.theta),
-        ("general.file_type", "u32", file_type),
-        # 0 means none; that is how llama.cpp distinguishes Phi-4 from Phi-3.
-        ("attention.sliding_window", "u32", model.sliding_window or 0),
-    ]
+    assert name not in _ORDERS or len(found) == len(_ORDERS[name])
+    return found
 
 
 def _attention_factor(model: Model) -> list[KeyValue]:
-    """Phi-3 with longrope: what attention is scaled by, √(1 + ln s / ln c) for a context of s times c tokens."""
+    """What longrope scales Phi-3's attention by."""
     if model.architecture.name != "phi3" or model.rope.kind != "longrope" or not model.original_context:
         return []
-    scale = model.context / model.original_context
-    factor = math.sqrt(1 + math.log(scale) / math.log(model.original_context)) if scale > 1 else 1.0
+    factor = longrope_factor(model.context / model.original_context, model.original_context)
     return [KeyValue("phi3.rope.scaling.attn_factor", "f32", factor)]

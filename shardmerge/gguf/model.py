@@ -7,16 +7,17 @@ one dictionary. So do we, for the architectures of the table, without transforme
 from __future__ import annotations
 
 import copy
+import json
 import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 from shardmerge.gguf.architectures import ARCHITECTURES, Architecture
-from shardmerge.gguf.defaults import DEFAULTS
 
-#: Above these a config is broken, and believing it would take memory without end.
+#: The most that settings may be. A larger value is wrong, and would need memory without bound.
 _MOST = (1 << 31) - 1
 _LIMITS: Mapping[str, int] = {
     "num_hidden_layers": 1 << 13,
@@ -26,6 +27,10 @@ _LIMITS: Mapping[str, int] = {
     "num_local_experts": 1 << 13,
     "num_experts": 1 << 13,
 }
+#: What transformers' config class of a ``model_type`` assumes. Source: its configuration_*.py; a test compares.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = json.loads(
+    resources.files("shardmerge.gguf").joinpath("defaults.json").read_text(encoding="utf-8")
+)
 _ROPE_THETA = 10_000.0
 _GEMMA3_THETA = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
 
@@ -52,7 +57,7 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What of a config goes into the file or decides how tensors are laid out."""
+    """The settings of a config that go into the file or decide how tensors are laid out."""
 
     architecture: Architecture
     vocab_size: int
@@ -61,12 +66,12 @@ class Model:
     layers: int
     heads: int
     kv_heads: int
-    #: None where neither the config nor transformers says so; `rope_dimensions` knows what it then is.
+    #: None where neither the config nor transformers has it; see `rope_dimensions`.
     head_dim: int | None
     context: int
     rms_eps: float
     rope: Rope
-    #: Of Gemma 3's layers with a sliding window; None elsewhere.
+    #: Theta of Gemma 3's layers with a sliding window; None for other models.
     local_theta: float | None
     original_context: int | None
     experts: int | None
@@ -108,7 +113,7 @@ def read_model(config: Mapping[str, Any]) -> tuple[Model | None, tuple[str, ...]
     reader = _Reader(settings, problems)
     model = _read(architecture, settings, reader)
     if model is not None and not problems:
-        problems += _what_it_cannot_say(model, settings)
+        problems += _unsupported(model, settings)
     return (None if problems else model), tuple(problems)
 
 
@@ -118,7 +123,7 @@ def _architecture(config: Mapping[str, Any]) -> tuple[Architecture | None, str]:
     declared = declared or config.get("architectures")
     name = declared[0] if isinstance(declared, list) and declared else None
     if not isinstance(name, str):
-        return None, "config.json: architectures names no class, so what the tensors mean is not known"
+        return None, "config.json: architectures does not name a class, so the meaning of the tensors is not known"
     if name in ARCHITECTURES:
         return ARCHITECTURES[name], ""
     return None, (
@@ -128,7 +133,7 @@ def _architecture(config: Mapping[str, Any]) -> tuple[Architecture | None, str]:
 
 
 class _Reader:
-    """Takes numbers from a config and collects what is wrong with them."""
+    """Takes numbers from a config and collects the problems with them."""
 
     def __init__(self, settings: Mapping[str, Any], problems: list[str]) -> None:
         self._settings = settings
@@ -142,7 +147,7 @@ class _Reader:
                 continue
             if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LIMITS.get(name, _MOST):
                 return value
-            self.problems.append(f"config.json: {name} is {_short(value)}; expected a positive whole number")
+            self.problems.append(f"config.json: {name} is {reprlib.repr(value)}; expected a positive whole number")
             return None
         if required:
             self.problems.append(f"config.json: {names[0]} is missing")
@@ -153,12 +158,8 @@ class _Reader:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
         if value is not None or required:
-            self.problems.append(f"config.json: {name} is {_short(value)}; expected a number")
+            self.problems.append(f"config.json: {name} is {reprlib.repr(value)}; expected a number")
         return None
-
-
-def _short(value: object) -> str:
-    return reprlib.repr(value)
 
 
 def _read(architecture: Architecture, settings: Mapping[str, Any], reader: _Reader) -> Model | None:
@@ -271,12 +272,12 @@ def _made(settings: dict[str, Any]) -> Rope | None:
     return Rope(kind, float(theta), settings)
 
 
-#: Whose heads make up the hidden size in llama.cpp, and whose attention has biases in transformers only.
+#: Model types whose heads make up the hidden size in llama.cpp; and those with attention biases only in transformers.
 _OF_WHOLE_WIDTH = frozenset({"qwen2", "phi3"})
 _WITHOUT_BIASES = frozenset({"qwen3", "qwen3_moe", "gemma2", "gemma3_text"})
 
 
-def _what_it_cannot_say(model: Model, settings: Mapping[str, Any]) -> list[str]:
+def _unsupported(model: Model, settings: Mapping[str, Any]) -> list[str]:
     """Why llama.cpp would not load a file of this model, or why the file could not hold its numbers."""
     architecture, rope, problems = model.architecture, model.rope, []
     if any(key in rope.settings for key in ("full_attention", "sliding_attention")):

@@ -1,8 +1,8 @@
-"""The Modelfile that Ollama makes a model of: the GGUF file, how it is talked to, where its answers end.
+"""Ollama's Modelfile for a GGUF file: the name of the file, the chat template, the texts at which answers stop.
 
-A chat template is a Jinja program; Ollama's is in Go's template language. So a template is not translated but tried out
-on a few conversations: where it says the very text that one of the `FORMATS` says, that one's template stands in the
-Modelfile. Where it does not, none does, and Ollama uses the template in the GGUF file itself, as far as it knows it.
+A model's chat template is a Jinja program; Ollama's is in Go's template language. The program is not translated. It
+renders a few conversations, and where it renders the same text as one of the `FORMATS`, the Modelfile gets the template
+of that format. Otherwise the Modelfile has none, and Ollama uses the template in the GGUF file as far as it can.
 Source: Ollama's docs/modelfile.md and docs/template.md.
 """
 
@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardmerge.gguf.files import ModelFiles
-from shardmerge.gguf.values import KeyValue
+from shardmerge.gguf.formats import KeyValue
+from shardmerge.gguf.special_tokens import text_of
 
 Message = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How a turn of each role is written; ``{}`` is its text."""
+    """The text of a turn of each role; ``{}`` stands for its content."""
 
     name: str
     user: str
@@ -92,7 +93,7 @@ FORMATS = (
     Format("Llama 2", "<s>[INST] {} [/INST]", " {} </s>", "<s>[INST] {} [/INST]", "", ("[INST]", "[/INST]", "</s>")),
 )
 
-#: What trying out a template may take.
+#: Limits of the process that renders a template: seconds of CPU time, bytes of memory.
 _SECONDS, _MEMORY = 10, 1 << 30
 _ASKED = ({"role": "user", "content": "Quis?"},)
 _TWICE = (*_ASKED, {"role": "assistant", "content": "Ego."}, {"role": "user", "content": "Quando?"})
@@ -101,7 +102,7 @@ _SYSTEM = {"role": "system", "content": "Esto brevis."}
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A format, and what the template says by itself as the system."""
+    """A format, and the system message that the template writes of its own accord."""
 
     format: Format
     system: str | None
@@ -125,16 +126,24 @@ def recognise(template: str, special: Mapping[str, str]) -> Known | None:
     except (subprocess.SubprocessError, OSError, UnicodeError):
         return None
     found = json.loads(done.stdout)
-    # What would end the Modelfile's quotes could say anything after them.
+    # These quotes end a text in the Modelfile; a template could write any command after them.
     if found is None or '"""' in (found["system"] or ""):
         return None
     return Known(FORMATS[found["format"]], found["system"])
 
 
 def _tried_out(template: str, special: Mapping[str, str]) -> Known | None:
-    rendered = _Template(template, special)
-    asked, twice = rendered.of(_ASKED), rendered.of(_TWICE)
-    if asked is None or twice is None:
+    compiled = _compiled(template)
+
+    def rendered(messages: Sequence[Message]) -> str | None:
+        """The text of a conversation, up to where the answer begins; None where the template refuses it."""
+        try:
+            return str(compiled.render(messages=messages, add_generation_prompt=True, **special))
+        except Exception:  # it is a program of the model's own, and may raise anything
+            return None
+
+    asked, twice = rendered(_ASKED), rendered(_TWICE)
+    if compiled is None or asked is None or twice is None:
         return None
     for format_ in FORMATS:
         start, end = asked.find(format_.render(_ASKED)), format_.render(_ASKED)
@@ -146,7 +155,7 @@ def _tried_out(template: str, special: Mapping[str, str]) -> Known | None:
             return Known(format_, None)
         # What else comes before by itself must be a turn of the system, or Ollama could not say it.
         before, _, after = format_.system.partition("{}")
-        system = rendered.of((_SYSTEM, *_ASKED))
+        system = rendered((_SYSTEM, *_ASKED))
         speaks = system is not None and system.endswith(format_.render((_SYSTEM, *_ASKED)))
         for text in (said, said.removeprefix(bos)):
             if speaks and text.startswith(before) and text.endswith(after):
@@ -154,33 +163,20 @@ def _tried_out(template: str, special: Mapping[str, str]) -> Known | None:
     return None
 
 
-class _Template:
-    """A chat template in Jinja's sandbox, with what transformers gives it."""
-
-    def __init__(self, template: str, special: Mapping[str, str]) -> None:
-        self._special = dict(special)
-        self._compiled: Any = None
-        try:
-            from jinja2.exceptions import TemplateError
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError:
-            return
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        environment.globals["raise_exception"] = _refuse
-        try:
-            self._compiled = environment.from_string(template)
-        except TemplateError:
-            return
-
-    def of(self, messages: Sequence[Message]) -> str | None:
-        """The text of a conversation, up to where the answer begins; None where the template refuses it."""
-        if self._compiled is None:
-            return None
-        try:
-            return str(self._compiled.render(messages=messages, add_generation_prompt=True, **self._special))
-        except Exception:  # it is a program of the model's own, and may raise anything
-            return None
+def _compiled(template: str) -> Any:
+    """A chat template in Jinja's sandbox, with what transformers gives it; None where it cannot be compiled."""
+    try:
+        from jinja2.exceptions import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        return None
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.globals["raise_exception"] = _refuse
+    try:
+        return environment.from_string(template)
+    except TemplateError:
+        return None
 
 
 def _refuse(message: str) -> None:
@@ -195,7 +191,7 @@ def modelfile(file_name: str, values: Sequence[KeyValue], contents: Mapping[str,
     found = {value.key: value.value for value in values}
     template = found.get("tokenizer.chat_template")
     settings = ModelFiles(contents, []).json("tokenizer_config.json") or {}
-    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in settings.items()}
+    texts = {key: text_of(value) for key, value in settings.items()}
     special = {key: text for key, text in texts.items() if key.endswith("_token") and isinstance(text, str)}
     lines = [f"FROM ./{file_name}"]
     known = recognise(template, special) if isinstance(template, str) else None
@@ -208,7 +204,7 @@ def modelfile(file_name: str, values: Sequence[KeyValue], contents: Mapping[str,
 
 
 def main() -> None:
-    """The process that tries out a template: its number in `FORMATS` and the system message, as JSON."""
+    """The process that renders a template. It prints the format's number in `FORMATS` and the system message."""
     resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     given = json.loads(sys.stdin.read())

@@ -28,12 +28,14 @@ from shardmerge.gguf.inert import INERT, MULTIMODAL, OF_CLASS
 from shardmerge.gguf.model import Model
 from shardmerge.spec.notices import Warned
 
-#: Says what llama.cpp does instead of what a value asks for; empty where it does that.
+#: Returns what llama.cpp does instead of what a value asks for; "" where llama.cpp does the same.
 Check = Callable[[Any, Model, Mapping[str, Any]], str]
+
+_short = reprlib.repr
 
 
 def losses(model: Model) -> tuple[str, ...]:
-    """What a file of a model would not say of its config."""
+    """The settings of a model's config that a GGUF file cannot express, each with the reason."""
     reads, settings, found = READS[model.architecture.model_type], model.settings, []
     allowed = INERT | OF_CLASS.get(model.architecture.model_type, frozenset())
     if model.architecture.multimodal:
@@ -44,14 +46,14 @@ def losses(model: Model) -> tuple[str, ...]:
                 found.append(f"config.json: {key} is {_short(value)}: {reason}")
         elif key not in reads.written and key not in allowed and key not in _OF_ANY_CLASS:
             found.append(
-                f"config.json: {key} is {_short(value)}: what it means for {model.architecture.hf_class} is not known, "
-                "so a GGUF file would not say it"
+                f"config.json: {key} is {_short(value)}: its meaning for {model.architecture.hf_class} is not known, "
+                "so a GGUF file would not have it"
             )
     return (*found, *(f"config.json: {problem}" for problem in _rope_losses(model)))
 
 
 def notes(model: Model) -> tuple[str, ...]:
-    """What a file says, and llama.cpp does in another way than transformers."""
+    """Settings that the file does express, but that llama.cpp applies in another way than transformers."""
     if model.rope.kind != "longrope":
         return ()
     return (
@@ -63,18 +65,14 @@ def notes(model: Model) -> tuple[str, ...]:
     )
 
 
-def _short(value: object) -> str:
-    return reprlib.repr(value)
-
-
-#: Of Gemma 3, every so many layers.
+#: Every sixth layer of Gemma 3 attends to everything.
 _PERIOD = 6
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def _only(*allowed: Any) -> Check:
-    """Values that llama.cpp has as a constant."""
+    """The values that llama.cpp has as a constant."""
 
     def check(value: Any, model: Model, settings: Mapping[str, Any]) -> str:
         if any(type(value) is type(one) and value == one for one in allowed):
@@ -85,8 +83,8 @@ def _only(*allowed: Any) -> Check:
 
 
 def _nothing(value: Any, model: Model, settings: Mapping[str, Any]) -> str:
-    """What is not asked for."""
-    return "" if not value else f"llama.cpp's {model.architecture.hf_class} has no such thing"
+    """A feature that llama.cpp does not have."""
+    return "" if not value else f"llama.cpp's {model.architecture.hf_class} does not have this feature"
 
 
 def _window(value: Any, model: Model, settings: Mapping[str, Any]) -> str:
@@ -122,7 +120,7 @@ def _layer_types(period: int) -> Check:
 
 
 def _pattern(value: Any, model: Model, settings: Mapping[str, Any]) -> str:
-    """Gemma 3's period, which counts where the layers are not named one by one."""
+    """Gemma 3's period, which applies where ``layer_types`` does not name the layers one by one."""
     return "" if value == _PERIOD or settings.get("layer_types") is not None else _every(_PERIOD, model)
 
 
@@ -163,7 +161,7 @@ _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 def _rope_losses(model: Model) -> list[str]:
     rope, of = model.rope, model.architecture.hf_class
     found = [
-        f"{key} is {_short(value)} among the rope settings, and what it means is not known"
+        f"{key} is {_short(value)} among the rope settings, and its meaning is not known"
         for key, value in rope.settings.items()
         if key not in _ROPE_KEYS
     ]
@@ -192,7 +190,7 @@ def _rope_losses(model: Model) -> list[str]:
 
 
 def _local_losses(model: Model) -> list[str]:
-    """Of the rope settings of Gemma 3's layers with a window a file has the theta alone."""
+    """A file has only the theta of the rope settings of Gemma 3's layers with a window."""
     nested = model.settings.get("rope_parameters")
     local = nested.get("sliding_attention") if isinstance(nested, dict) else None
     usual = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
@@ -208,7 +206,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _yarn_losses(model: Model) -> list[str]:
-    """Of YaRN llama.cpp has the factor and the original context; all else is as the paper has it."""
+    """llama.cpp reads YaRN's factor and original context; its other settings are constants."""
     settings, found = model.rope.settings, []
     factor = model.rope.number("factor", 1.0)
     expected, asked = _yarn_mscale(factor, 1.0), settings.get("attention_factor")
@@ -251,20 +249,21 @@ def _yarn_range(model: Model, settings: Mapping[str, Any]) -> object:
 
 
 def _longrope_losses(model: Model) -> list[str]:
-    """llama.cpp's attention factor is made of the two contexts."""
+    """llama.cpp computes the attention factor from the two contexts."""
     settings, context, original = model.rope.settings, model.context, model.original_context or 0
     if original < 2:
-        return []  # which is reported elsewhere
-    expected = _longrope_factor(context / original, original)
+        return []  # `read_model` reports this
+    expected = longrope_factor(context / original, original)
     factor, asked = settings.get("factor"), settings.get("attention_factor")
     if asked is None and factor is not None:
-        asked = _longrope_factor(factor, original) if _is_number(factor) else factor
+        asked = longrope_factor(factor, original) if _is_number(factor) else factor
     if asked is None or (_is_number(asked) and math.isclose(asked, expected, rel_tol=1e-6)):
         return []
-    return [f"longrope's attention factor is {_short(asked)}: a GGUF file has {expected:.6g}, as both contexts make it"]
+    return [f"longrope's attention factor is {_short(asked)}: a GGUF file has {expected:.6g}, from both contexts"]
 
 
-def _longrope_factor(factor: float, original: int) -> float:
+def longrope_factor(factor: float, original: int) -> float:
+    """What longrope scales attention by, √(1 + ln s / ln c), for a context of s times c tokens."""
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
@@ -273,7 +272,7 @@ def _longrope_factor(factor: float, original: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """What transformers' code of a class reads, and what becomes of it."""
+    """The settings that transformers' code of a class reads: those that are written, and those that are checked."""
 
     written: frozenset[str]
     checked: Mapping[str, Check]
@@ -283,7 +282,7 @@ _ALWAYS = frozenset(
     {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
     | {"num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"}
     | {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings"}
-    | {"model_type", "architectures", "quantization_config"}  # which are refused where they are not as they must be
+    | {"model_type", "architectures", "quantization_config"}  # `read_model` refuses wrong values of these
 )
 _EVERY: Mapping[str, Check] = {"per_layer_config": _nothing, "is_causal": _is_causal}
 _SILU = {**_EVERY, "hidden_act": _only("silu", "swish")}
@@ -326,5 +325,5 @@ READS: Mapping[str, Reads] = {
     ),
     "phi3": Reads(_ALWAYS, {**_SILU, "sliding_window": _window, "is_causal": _only(True)}),
 }
-#: What one class reads says nothing where another does not read it.
+#: A setting that only another class reads has no effect.
 _OF_ANY_CLASS = frozenset().union(*(reads.written | reads.checked.keys() for reads in READS.values()))

@@ -14,9 +14,9 @@ from string import ascii_letters, digits
 from typing import Any
 
 from shardmerge.gguf.files import ModelFiles, items, mapping
-from shardmerge.gguf.values import KeyValue
+from shardmerge.gguf.formats import KeyValue
 
-_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 #: Role → the part of the key that says it; roles that are not here have no key.
 _ID_KEYS: Mapping[str, str] = {
     "bos": "bos_token_id",
@@ -83,11 +83,11 @@ def _template_values(template: str | tuple[tuple[str, str], ...] | None) -> list
 
 
 def read_special_tokens(files: ModelFiles, tokens: int | None = None) -> SpecialTokens:
-    """``tokens``: ids from here on are left out; None: none are."""
+    """The special tokens of a model's files. Ids from ``tokens`` on are left out; None: no id is."""
     special = SpecialTokens()
     tokenizer, settings = files.json("tokenizer.json"), files.json("tokenizer_config.json")
     settings = dict(settings) if settings is not None else None
-    roles = list(_ROLES)
+    roles = list(ROLES)
     if tokenizer is not None:
         _read_normalizer(special, tokenizer.get("normalizer"))
         roles = _read_post_processor(special, tokenizer, settings)
@@ -96,10 +96,9 @@ def read_special_tokens(files: ModelFiles, tokens: int | None = None) -> Special
         _read_roles(special, settings, items((tokenizer or {}).get("added_tokens")), roles, tokens)
     config = files.json("config.json") or {}
     text = mapping(config.get("text_config"))
-    for role in roles:
-        token = config.get(f"{role}_token_id")
-        token = text.get(f"{role}_token_id") if token is None else token
-        _set(special, role, token, tokens)
+    for key in roles:
+        token = config.get(f"{key}_token_id")
+        _set(special, key, text.get(f"{key}_token_id") if token is None else token, tokens)
     return special
 
 
@@ -120,30 +119,29 @@ def _read_roles(
     for role in roles:
         if isinstance(adds := settings.get(f"add_{role}_token"), bool):
             special.adds[role] = adds
-        text = settings.get(f"{role}_token")
-        text = text.get("content") if isinstance(text, dict) else text
+        text = text_of(settings.get(f"{role}_token"))
         if isinstance(text, str):
             _set(special, role, ids.get(text), tokens)
+
+
+def text_of(token: Any) -> Any:
+    """The text of a token in tokenizer_config.json, which is an object or the text itself."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _template(files: ModelFiles, settings: Mapping[str, Any]) -> str | tuple[tuple[str, str], ...] | None:
     """tokenizer_config.json's, or that of a file beside it."""
     template = settings["chat_template"] if "chat_template" in settings else _template_of_file(files)
     if isinstance(template, list):
-        named = [item for item in template if isinstance(item, dict)]
-        return tuple(
-            (item["name"], item["template"])
-            for item in named
-            if isinstance(item.get("name"), str) and isinstance(item.get("template"), str)
-        )
+        named = [(item.get("name"), item.get("template")) for item in template if isinstance(item, dict)]
+        return tuple((name, text) for name, text in named if isinstance(name, str) and isinstance(text, str))
     return template if isinstance(template, str) else None
 
 
 def _template_of_file(files: ModelFiles) -> Any:
     if (template := files.text("chat_template.jinja")) is not None:
-        more = files.templates()
-        named = [("default", template), *more]
-        return [{"name": name, "template": text} for name, text in named] if more else template
+        more = [{"name": name, "template": text} for name, text in files.templates()]
+        return [{"name": "default", "template": template}, *more] if more else template
     return (files.json("chat_template.json") or {}).get("chat_template")
 
 
@@ -164,7 +162,7 @@ def _read_post_processor(
     special: SpecialTokens, tokenizer: Mapping[str, Any], settings: dict[str, Any] | None
 ) -> list[str]:
     """Which special tokens the tokenizer adds; changes ``settings`` where its tokens are others. Returns the roles."""
-    roles = list(_ROLES)
+    roles = list(ROLES)
     # Only tokenizers of encoders have no bos_token and no eos_token but these.
     if settings:
         for role, instead in (("bos", "cls"), ("eos", "sep")):

@@ -7,23 +7,20 @@ byte fallback, where scores are lost; and byte-level BPE, whose pre-tokenizer ll
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardmerge.gguf import sentencepiece
 from shardmerge.gguf.files import ModelFiles, items, mapping
+from shardmerge.gguf.formats import KeyValue
 from shardmerge.gguf.model import Model
 from shardmerge.gguf.pre_tokenizers import Tokenizer, open_tokenizer, pre_tokenizer
-from shardmerge.gguf.special_tokens import read_special_tokens
-from shardmerge.gguf.values import KeyValue
+from shardmerge.gguf.sentencepiece import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED, read_pieces
+from shardmerge.gguf.special_tokens import ROLES, read_special_tokens, text_of
 from shardmerge.spec.notices import Warned
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _NO_SCORE, _PADDING_SCORE = -1000.0, -10000.0
 _SPACE = "▁"
-_SPECIAL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +31,9 @@ class Vocabulary:
     pre: str
     tokens: tuple[bytes, ...]
     types: tuple[int, ...]
-    #: Of SentencePiece.
+    #: Only for SentencePiece.
     scores: tuple[float, ...] = ()
-    #: Of BPE: pairs, joined by a blank.
+    #: Only for BPE: pairs, joined by a blank.
     merges: tuple[str, ...] = ()
 
     def key_values(self) -> list[KeyValue]:
@@ -89,15 +86,8 @@ def tokenizer_values(model: Model, files: ModelFiles, problems: list[str], warni
         )
     limit = len(vocabulary.tokens) if vocabulary.kind == "llama" else None
     special = read_special_tokens(files, limit).key_values()
-    return _without_doubles([*before, *vocabulary.key_values(), *special, *after])
-
-
-def _without_doubles(values: Sequence[KeyValue]) -> list[KeyValue]:
-    """Of a key that is said twice the later value, at the earlier place."""
-    found: dict[str, KeyValue] = {}
-    for value in values:
-        found[value.key] = value
-    return list(found.values())
+    # A key that occurs twice has the later value, at the earlier place.
+    return list({value.key: value for value in (*before, *vocabulary.key_values(), *special, *after)}.values())
 
 
 def _vocabulary(model: Model, files: ModelFiles, problems: list[str], warnings: list[str]) -> Vocabulary | None:
@@ -130,17 +120,16 @@ def _vocabulary(model: Model, files: ModelFiles, problems: list[str], warnings: 
 
 def _sentencepiece(model: Model, files: ModelFiles, problems: list[str]) -> Vocabulary | None:
     try:
-        pieces = sentencepiece.read_pieces(files.bytes("tokenizer.model"))
+        pieces = read_pieces(files.bytes("tokenizer.model"))
     except ValueError as error:
         problems.append(f"tokenizer.model is not a SentencePiece model: {error}")
         return None
     size = model.vocab_size
     found = _Pieces([f"[PAD{index}]".encode() for index in range(size)], [_PADDING_SCORE] * size, [UNUSED] * size)
     # User-defined pieces are normal ones to the converter; what the files beside say of them comes later.
-    kinds = {sentencepiece.USER_DEFINED: NORMAL}
     for index, piece in enumerate(pieces[:size]):
         found.tokens[index], found.scores[index] = piece.text, piece.score
-        found.types[index] = kinds.get(piece.kind, piece.kind)
+        found.types[index] = NORMAL if piece.kind == USER_DEFINED else piece.kind
     for text, index in (files.json("added_tokens.json") or {}).items():
         if isinstance(index, int) and 0 <= index < size:
             found.set(index, text, USER_DEFINED)
@@ -173,7 +162,7 @@ def _set_added(found: _Pieces, index: int, token: Mapping[str, Any], plainly: bo
 
 
 def _looks_special(text: str) -> bool:
-    """Some models mark what controls them as ordinary: the converter decides by the text."""
+    """Some models mark their control tokens as ordinary ones: the converter decides by the text."""
     bars = (text.startswith("<|") and text.endswith("|>")) or (text.startswith("<｜") and text.endswith("｜>"))
     unused = text.startswith("<unused") and text.endswith(">")
     return bars or unused or text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
@@ -219,19 +208,18 @@ def _of_llama(tokenizer: Mapping[str, Any], files: ModelFiles, problems: list[st
 def _special_texts(settings: Mapping[str, Any]) -> set[str]:
     """What transformers calls special of a Llama tokenizer: tokens with a role, and those listed as special."""
     defaults = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    found = [settings.get(f"{role}_token", defaults.get(f"{role}_token")) for role in _SPECIAL_ROLES]
+    found = [settings.get(f"{role}_token", defaults.get(f"{role}_token")) for role in ROLES]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed = settings.get(key)
         found += [*items(listed), *mapping(listed).values()]
-    texts = [token.get("content") if isinstance(token, dict) else token for token in found]
-    return {text for text in texts if isinstance(text, str)}
+    return {text for text in map(text_of, found) if isinstance(text, str)}
 
 
 def _vocab_of(tokenizer: Mapping[str, Any], problems: list[str]) -> dict[str, int] | None:
     vocab = mapping(tokenizer.get("model")).get("vocab")
     if isinstance(vocab, dict) and all(isinstance(index, int) for index in vocab.values()):
         return vocab
-    problems.append("tokenizer.json: it holds no vocabulary")
+    problems.append("tokenizer.json does not contain a vocabulary")
     return None
 
 
@@ -288,11 +276,10 @@ def _bpe_token(tokenizer: Tokenizer, text: str | None, index: int, added: Any) -
 def _roles_without_tokens(settings: Mapping[str, Any], vocab: Mapping[str, int]) -> list[str]:
     """transformers would give such a token an id of its own, after all others."""
     problems = []
-    for role in _SPECIAL_ROLES:
-        token = settings.get(f"{role}_token")
-        text = token.get("content") if isinstance(token, dict) else token
+    for role in ROLES:
+        text = text_of(settings.get(f"{role}_token"))
         if isinstance(text, str) and text and text not in vocab:
-            problems.append(f"tokenizer_config.json: {role}_token is {text!r}, which tokenizer.json has not")
+            problems.append(f"tokenizer_config.json: {role}_token is {text!r}, which tokenizer.json does not have")
     return problems
 
 

@@ -12,13 +12,15 @@ Source: ggml's docs/gguf.md.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from shardmerge.gguf.formats import TYPE_CODES, padded
+from shardmerge.gguf.formats import TYPE_CODES, KeyValue, Scalar, padded
 from shardmerge.gguf.layout import OutputTensor
-from shardmerge.gguf.values import ARRAY, SCALARS, STRING, KeyValue, Scalar
 
 _MAGIC, _VERSION = b"GGUF", 3
+#: Types of values → (number in the file, format of `struct`).
+_SCALARS: Mapping[str, tuple[int, str]] = {"u32": (4, "I"), "i32": (5, "i"), "f32": (6, "f"), "bool": (7, "?")}
+_STRING, _ARRAY = 8, 9
 
 
 def encode_header(values: Sequence[KeyValue], tensors: Sequence[OutputTensor]) -> bytes:
@@ -41,7 +43,7 @@ def encode_header(values: Sequence[KeyValue], tensors: Sequence[OutputTensor]) -
 
 
 def unencodable(values: Sequence[KeyValue]) -> list[str]:
-    """What is wrong with values that `encode_header` would refuse."""
+    """What is wrong with the values that `encode_header` would refuse."""
     problems = []
     for value in values:
         try:
@@ -54,24 +56,24 @@ def unencodable(values: Sequence[KeyValue]) -> list[str]:
 def _check_names(what: str, names: Sequence[str]) -> None:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the {what} {twice!r} is there twice")
+        raise ValueError(f"the {what} {twice!r} occurs twice")
 
 
 def _value(value: KeyValue) -> bytes:
-    code = STRING if value.kind == "str" else SCALARS[value.kind][0]
+    code = _STRING if value.kind == "str" else _SCALARS[value.kind][0]
     try:
         if not isinstance(value.value, tuple):
             return struct.pack("<I", code) + _items(value.kind, (value.value,))
         items = value.value
-        return struct.pack("<IIQ", ARRAY, code, len(items)) + _items(value.kind, items)
+        return struct.pack("<IIQ", _ARRAY, code, len(items)) + _items(value.kind, items)
     except (struct.error, OverflowError, UnicodeEncodeError) as error:
-        raise ValueError(f"{value.key}: a value is no {value.kind}: {error}") from None
+        raise ValueError(f"{value.key}: a value is not a valid {value.kind}: {error}") from None
 
 
 def _items(kind: str, items: Sequence[Scalar]) -> bytes:
     if kind == "str":
         return b"".join(_string(item) for item in items if isinstance(item, (str, bytes)))
-    return struct.pack(f"<{len(items)}{SCALARS[kind][1]}", *items)
+    return struct.pack(f"<{len(items)}{_SCALARS[kind][1]}", *items)
 
 
 def _string(text: str | bytes) -> bytes:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardmerge.key_mapping import pieces
+from shardmerge.key_mapping.index import Group
 from shardmerge.key_mapping.pieces import RefusalError, View
 from shardmerge.key_mapping.rules import Rule
 
@@ -13,7 +14,24 @@ from shardmerge.key_mapping.rules import Rule
 _State = list[list[View]]
 
 
-def is_stack(rule: Rule, ndim: int) -> bool:
+def convert_group(group: Group, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> list[View]:
+    """The tensors in memory, one per target, from all stored tensors that a conversion takes together."""
+    if group.unclear:
+        raise RefusalError("it is not clear how its stored parts belong together")
+    sources: list[list[View]] = []
+    for i, names in enumerate(group.sources):
+        numbers = sorted(names)
+        if not numbers:
+            raise RefusalError(f"the base stores it in parts, and lacks {group.rule.sources[i]}")
+        if numbers != [-1] and numbers != list(range(len(numbers))):
+            some = ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "")
+            raise RefusalError(f"some of its experts on disk are missing (there are {some})")
+        found = [(names[number], shapes[names[number]]) for number in numbers]
+        sources.append([pieces.stored(name, shape, _is_stack(group.rule, len(shape))) for name, shape in found])
+    return convert(group.rule, sources, config)
+
+
+def _is_stack(rule: Rule, ndim: int) -> bool:
     """Whether a stored tensor of that many dimensions, a source of the rule, is (E, …): the rule works inside of it."""
     name, *arguments = rule.operations[0]
     return ndim == 3 and name in ("concat", "chunk", "interleave", "transpose") and arguments[0] >= 1

@@ -2,7 +2,7 @@
 
 A multimodal checkpoint holds a text model that has a class of its own. Its modules are ``model.layers.0…`` where the
 multimodal class says ``model.language_model.layers.0…``, and older checkpoints ``language_model.model.layers.0…``. An
-adapter of either class fits a checkpoint of the other. A `Dialect` is one such way to speak, made from the table: the
+adapter of either class fits a checkpoint of the other. A `Dialect` is one such naming, made from the table: the
 path of the text model in one class ↔ its path in the other, the one's output head ↔ the other's. Nothing else is
 translated, so the name of a text model's module never becomes one of a vision or audio tower, nor the other way round.
 
@@ -25,7 +25,7 @@ from shardmerge.key_mapping.table import Architecture, Part
 class Dialect:
     """Modules as another class calls them → as this checkpoint's class calls them, both in memory."""
 
-    #: Who speaks so, as said of it.
+    #: The class whose names these are, for messages.
     speaker: str
     #: The path of the text model: theirs, and ours; "" is the model itself.
     text: tuple[str, str]
@@ -33,8 +33,8 @@ class Dialect:
     head: tuple[str, str] = ("", "")
     #: What transformers does to names of the class's older checkpoints.
     renamings: tuple[Rule, ...] = ()
-    #: Whether it is of another part than the text model: such a one is never followed, but what it explains as well is
-    #: ambiguous.
+    #: Whether it names a part other than the text model. Such a dialect is never chosen, but it makes the names that it
+    #: explains ambiguous.
     is_other: bool = False
     #: Whether it was guessed from the names: then it must explain all of them.
     is_guess: bool = False
@@ -51,7 +51,7 @@ class Dialect:
 
 
 def of(parts: Sequence[Part]) -> list[Dialect]:
-    """Every dialect in which one may speak of a checkpoint whose class is made of these parts, itself first."""
+    """Every dialect for a checkpoint whose class is made of these parts, the class itself first."""
     found: dict[object, Dialect] = {}
     for dialect in (*_of_text_classes(parts), *_of_multimodal_classes(parts)):
         found.setdefault((dialect.text, dialect.head, dialect.renamings, dialect.is_other), dialect)
@@ -59,7 +59,7 @@ def of(parts: Sequence[Part]) -> list[Dialect]:
 
 
 def _of_text_classes(parts: Sequence[Part]) -> Iterator[Dialect]:
-    """The checkpoint is multimodal, and the class that speaks is its text model's, or a part that holds that."""
+    """For a multimodal checkpoint: the names of its text model's class, or of a part that contains it."""
     texts = [part for part in parts if part.is_text]
     for text in texts:
         head = _head_around(parts, text.path)
@@ -87,7 +87,7 @@ def _head_around(parts: Sequence[Part], path: str) -> str:
 
 
 def _of_multimodal_classes(parts: Sequence[Part]) -> Iterator[Dialect]:
-    """The checkpoint holds a text model alone, and the class that speaks has that, or one like it, inside."""
+    """For a checkpoint of a text model alone: the names of classes that contain it, or one like it."""
     root = parts[0].architecture if parts else None
     if root is None or any(part.is_text for part in parts):
         return
@@ -129,14 +129,14 @@ def _is_decoder(model: str) -> bool:
 
 @cache
 def _stands_alone(model: str) -> bool:
-    """Whether it is a decoder that was not made for one multimodal class: what holds Llama may hold others as well."""
+    """Whether it is a decoder not made for one multimodal class: a class around Llama may be around others, too."""
     made_for_one = "_text" in tables.table().architectures[model].model_type
     return _is_decoder(model) and not made_for_one
 
 
 @cache
 def _multimodal() -> tuple[tuple[str, str, str, str, tuple[Rule, ...]], ...]:
-    """Of every class with a text model inside: its name, that model's class and path, the head, the renamings."""
+    """Every class that contains a text model: its name, that model's class and path, the head, the renamings."""
     found: dict[tuple[str, str, str, tuple[Rule, ...]], str] = {}
     for architecture in tables.table().architectures.values():
         parts = list(tables.parts(architecture, {}))

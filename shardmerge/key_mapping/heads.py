@@ -1,13 +1,13 @@
-"""Which class of a model does a task, and what only that class has: its head."""
+"""The class of a model for a task, and the tensors that only that class has: its head."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from shardmerge.key_mapping import table as tables
+from shardmerge.key_mapping.naming import numberless
 
 #: Stands for the number of labels among a tensor's dimensions.
 LABELS = "labels"
@@ -23,14 +23,14 @@ class Head:
     is_there: bool
     #: Tensor → its dimensions, the number of labels as `LABELS`.
     shapes: Mapping[str, tuple[Any, ...]]
-    #: One tensor each of the parts that the class has beside the head, and some other class of its type has not.
+    #: One tensor of each part, other than the head, that some class of the type lacks and this class has.
     needs: tuple[str, ...]
     #: Tensors of the heads of other classes of the type, numbers as #.
     others: frozenset[str]
 
     def is_of_another(self, name: str) -> bool:
         """Whether a tensor is of a head that this class does not have."""
-        return re.sub(r"(?<![^.])\d+(?![^.])", "#", name) in self.others
+        return numberless(name) in self.others
 
 
 def head_for(config: Mapping[str, Any], task: Any) -> Head | str:
@@ -57,7 +57,7 @@ def head_for(config: Mapping[str, Any], task: Any) -> Head | str:
             f"{here.base_prefix!r}, so that transformers finds nothing of such a checkpoint in the base's files"
         )
     shapes = {name: tuple(_size(dim, config) for dim in dims) for name, dims in found.head.items()}
-    others = frozenset(known.heads[here.model_type]) - {re.sub(r"(?<![^.])\d+(?![^.])", "#", name) for name in shapes}
+    others = frozenset(known.heads[here.model_type]) - {numberless(name) for name in shapes}
     return Head(found.name, found.name == here.name, shapes, found.needs, others)
 
 

@@ -9,22 +9,23 @@ from functools import cached_property
 from shardmerge.key_mapping import order
 from shardmerge.key_mapping import table as tables
 from shardmerge.key_mapping import ties as tying
+from shardmerge.key_mapping.naming import numberless
 from shardmerge.key_mapping.resolver import LEGACY, Resolver
 from shardmerge.key_mapping.rules import Rules
 from shardmerge.spec.updates import ModuleOrder, Parameter
 
 
 class Names(Resolver):
-    """What is known of a checkpoint from its config.json and the names and shapes of its tensors."""
+    """Everything that follows from a checkpoint's config.json and the names and shapes of its tensors."""
 
     @property
     def knows_ties(self) -> bool:
-        """Whether the table says what is tied; not where code comes with the model, which may do as it likes."""
+        """Whether the table says which weights are tied. It does not for a model with code of its own."""
         if self._architecture is None:
             return False
-        named = self._config.get("architectures")
+        named = self.config.get("architectures")
         is_named = isinstance(named, list) and self._architecture.name in named[:1]
-        return is_named or "auto_map" not in self._config
+        return is_named or "auto_map" not in self.config
 
     @cached_property
     def ties(self) -> tuple[tying.Tie, ...]:
@@ -33,7 +34,7 @@ class Names(Resolver):
         A weight that is not stored has the name that it would have beside the one that is, in this checkpoint's style.
         """
         if not self.knows_ties:
-            return tuple(tying.guessed(self._config, self._shapes))
+            return tuple(tying.guessed(self.config, self.stored))
         groups = self._tied_in_memory
         found = (tying.tie_of(source, groups[source], self._stored_whole, self._style) for source in sorted(groups))
         return tuple(tie for tie in found if tie)
@@ -55,12 +56,12 @@ class Names(Resolver):
 
     @cached_property
     def tied(self) -> Mapping[str, str]:
-        """The same by name: every other name of a weight → the one that is stored."""
+        """`ties` by name: every other name of a weight → the one that is stored."""
         return dict(sorted((other, tie.main) for tie in self.ties for other in tie.others))
 
     @cached_property
     def tied_as_spoken(self) -> Mapping[str, str]:
-        """Other names of weights, here and in memory → here."""
+        """Other names of weights, in the checkpoint and in memory → those in the checkpoint."""
         return {
             **{name: name for name in self.tied},
             **{spoken: name for tie in self.ties for spoken, name in tie.spoken},
@@ -68,21 +69,21 @@ class Names(Resolver):
 
     @cached_property
     def across(self) -> frozenset[str]:
-        """Names in memory, # for numbers, of weights tied across numbers: to how many, the table cannot say."""
+        """Names in memory, # for numbers, of weights that are tied across layers; the table does not say how many."""
         prefixes = {part.path: f"{part.path}." if part.path else "" for part in self._tying_parts}
         return frozenset(prefixes[part.path] + name for part in self._tying_parts for name in part.architecture.across)
 
     def is_tied_across(self, stored: str) -> bool:
-        """Whether a stored tensor is one of those."""
-        return bool(self.across) and not self.across.isdisjoint(map(tying.template, self._in_memory(stored)))
+        """Whether a stored tensor is one of the weights in `across`."""
+        return bool(self.across) and not self.across.isdisjoint(map(numberless, self._in_memory(stored)))
 
     @property
     def _tying_parts(self) -> Iterator[tables.Part]:
-        return (part for part in self._parts if tables.ties(part))
+        return (part for part in self.parts if tables.ties(part))
 
     @cached_property
     def _numbers(self) -> Mapping[str, Collection[tuple[str, ...]]]:
-        return tying.numbers_of(name for stored in self._shapes for name in self._in_memory(stored))
+        return tying.numbers_of(name for stored in self.stored for name in self._in_memory(stored))
 
     def _in_memory(self, stored: str) -> Iterator[str]:
         """What a stored tensor can be called in memory."""
@@ -101,7 +102,7 @@ class Names(Resolver):
         if not isinstance(found, Parameter) or len(found.places) != 1:
             return None
         tensor = found.places[0].tensor
-        return tensor if math.prod(self._shapes[tensor]) == math.prod(found.shape) else None
+        return tensor if math.prod(self.stored[tensor]) == math.prod(found.shape) else None
 
     def _style(self, name: str, stored: str) -> Callable[[str], str]:
         """What this checkpoint does to names in memory, by the example of one."""
@@ -122,6 +123,6 @@ class Names(Resolver):
 
     def module_order(self) -> ModuleOrder | str:
         """The Linear layers in the order in which transformers registers them; a string says why it is not known."""
-        classes = {part.path: part.architecture.name for part in self._parts}
+        classes = {part.path: part.architecture.name for part in self.parts}
         in_memory = (*self._index.renamed, *self._index.targets)
         return order.module_order(classes, in_memory, self.resolve, self._with_other_prefix)

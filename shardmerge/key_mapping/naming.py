@@ -28,6 +28,15 @@ WRAPPER = rf"(?:module|{'|'.join(sorted(_WRAPPERS))})"
 _LEADING = re.compile(rf"(?:(?:module|model)\.)*{re.escape(PEFT_PREFIX)}|module\.")
 
 
+#: A segment of a name that is a number.
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def numberless(name: str) -> str:
+    """A name with # for its numbers."""
+    return NUMBER.sub("#", name)
+
+
 def unwrapped(name: str) -> str:
     """A name without the segments that only wrappers leave."""
     # All of them have one of these in them, and few names do: this is asked for every name, several times.

@@ -6,7 +6,7 @@ What a ``Place`` cannot say is refused, with the reason, and never approximated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from shardmerge.spec.updates import Place
@@ -198,18 +198,14 @@ def places(view: View) -> tuple[Place, ...]:
     )
 
 
-_SAME: tuple[Callable[[Piece], object], ...] = (
-    lambda piece: piece.tensor,
-    lambda piece: piece.member,
-    lambda piece: piece.slot,
-    lambda piece: piece.transposed,
-    lambda piece: piece.shuffle and piece.shuffle[1:],
-)
-
-
 def _follows(before: Piece, piece: Piece) -> bool:
     adjacent = (before.start + before.rows, before.stored_start + before.rows) == (piece.start, piece.stored_start)
-    return adjacent and all(of(before) == of(piece) for of in _SAME)
+    return adjacent and _kept(before) == _kept(piece)
+
+
+def _kept(piece: Piece) -> object:
+    """What pieces that are joined have in common."""
+    return piece.tensor, piece.member, piece.slot, piece.transposed, piece.shuffle and piece.shuffle[1:]
 
 
 def _joined_shuffle(before: Piece, piece: Piece) -> tuple[int, int, int] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from shardmerge.key_mapping import table as tables
 from shardmerge.key_mapping.dialects import below, join
 from shardmerge.key_mapping.divided import Experts
 from shardmerge.key_mapping.index import Images, Index, number_in, numbers_in, template_of
+from shardmerge.key_mapping.naming import NUMBER, numberless
 from shardmerge.key_mapping.pieces import RefusalError, View
 from shardmerge.key_mapping.rules import Rules, compose
 from shardmerge.spec.updates import Parameter
@@ -22,7 +23,6 @@ from shardmerge.spec.updates import Parameter
 _COMMON_PREFIXES = ("model", "transformer")
 #: The rules that every model has, for names of old checkpoints.
 LEGACY = "legacy"
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 #: What trainers call modules that transformers calls otherwise, tried where the base has no such module: gpt-oss's
 #: attention in Tinker, and its router in unsloth's 4-bit model.
 _OTHER_NAMES = (
@@ -42,12 +42,12 @@ class _Kind:
 class Resolver:
     """Where the parameters of one checkpoint are stored.
 
-    ``config`` is its config.json, which nobody has checked; ``shapes`` has the shape of every stored tensor.
+    ``config`` is its config.json, which is untrusted; ``stored`` has the shape of every stored tensor by name.
     """
 
-    def __init__(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._config = config
-        self._shapes = shapes
+    def __init__(self, config: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]]) -> None:
+        self.config = config
+        self.stored = stored
         self._architecture = tables.find(config)
         self._views: dict[str, list[View] | RefusalError] = {}
         self._kinds: dict[str, _Kind] = {}
@@ -60,35 +60,21 @@ class Resolver:
         return self._architecture is not None
 
     @property
-    def config(self) -> Mapping[str, Any]:
-        """What the model's config.json says, of the class that these names are of."""
-        return self._config
-
-    @property
-    def stored(self) -> Mapping[str, tuple[int, ...]]:
-        """The stored tensors' shapes, by name."""
-        return self._shapes
-
-    @property
-    def parts(self) -> Sequence[tables.Part]:
-        """The model and the models that it is made of, parents first; none where the table does not know it."""
-        return self._parts
-
-    @property
     def lacks_text(self) -> bool:
         """Whether the config speaks of a text model that the table does not know."""
-        return isinstance(self._config.get("text_config"), Mapping) and not any(part.is_text for part in self._parts)
+        return isinstance(self.config.get("text_config"), Mapping) and not any(part.is_text for part in self.parts)
 
     # --- what the table says of this model ---
 
     @cached_property
-    def _parts(self) -> list[tables.Part]:
-        return list(tables.parts(self._architecture, self._config)) if self._architecture else []
+    def parts(self) -> list[tables.Part]:
+        """The model and the models that it is made of, parents first; none where the table does not know it."""
+        return list(tables.parts(self._architecture, self.config)) if self._architecture else []
 
     @cached_property
     def _rules(self) -> Rules:
         known = tables.table().rules
-        modules = [(part.path, part.architecture.name, part.architecture.model_type) for part in self._parts]
+        modules = [(part.path, part.architecture.name, part.architecture.model_type) for part in self.parts]
         prefix = self._architecture.base_prefix if self._architecture else ""
         return Rules([*compose(known, modules, prefix), *known[LEGACY]])
 
@@ -108,7 +94,7 @@ class Resolver:
 
     @cached_property
     def _index(self) -> Index:
-        return Index(Rules(self._rules.rules), self._shapes)
+        return Index(Rules(self._rules.rules), self.stored)
 
     @cached_property
     def _prefixes(self) -> tuple[str, ...]:
@@ -121,19 +107,19 @@ class Resolver:
         """Modules of experts, numbers as # → what the table says of them."""
         return {
             join(part.path, module): Experts(names, part.architecture.transposed_experts, part.architecture.gates)
-            for part in self._parts
+            for part in self.parts
             for module, names in part.architecture.experts.items()
         }
 
     @cached_property
     def output(self) -> str:
         """The module that is the output head: the text model's, else the model's; "" where that is not known."""
-        around = [part for part in self._parts if part.architecture.output]
-        texts = [part.path for part in self._parts if part.is_text]
+        around = [part for part in self.parts if part.architecture.output]
+        texts = [part.path for part in self.parts if part.is_text]
         of_text = [part for part in around if any(below(path, part.path) is not None for path in texts)]
         if chosen := of_text[-1:] or around[:1]:
             return join(chosen[0].path, chosen[0].architecture.output)
-        heads = [name.removesuffix(".weight") for name in self._shapes if f".{name}".endswith(".lm_head.weight")]
+        heads = [name.removesuffix(".weight") for name in self.stored if f".{name}".endswith(".lm_head.weight")]
         return heads[0] if len(heads) == 1 else ""
 
     # --- resolving ---
@@ -145,7 +131,7 @@ class Resolver:
         name means different places, it is refused.
         """
         name = f"{module}.{parameter}" if module else parameter
-        if self._is_plain and name in self._shapes:
+        if self._is_plain and name in self.stored:
             return self._parameter(name, name, self._as_stored(name))
         try:
             for candidates in ((name,), tuple(self._with_other_prefix(name))):
@@ -166,7 +152,7 @@ class Resolver:
         What such names mean, `resolve` finds alike for those of the same template, where the tensors' shapes are the
         same.
         """
-        found = self._images.template(name) if name in self._shapes else None
+        found = self._images.template(name) if name in self.stored else None
         if found is None or self._is_plain:
             return None if found is None else found[0]
         template, sources = found[0], self._index.renamed.get(name)
@@ -192,9 +178,9 @@ class Resolver:
     def _config_around(self, module: str) -> Mapping[str, Any]:
         """The config of the innermost model that a module is in, with what those around it say besides."""
         names = (module, *self._with_other_prefix(module))
-        inside = [part.config for part in self._parts if any(below(name, part.path) is not None for name in names)]
-        text = self._config.get("text_config")
-        merged = dict(self._config)
+        inside = [part.config for part in self.parts if any(below(name, part.path) is not None for name in names)]
+        text = self.config.get("text_config")
+        merged = dict(self.config)
         for config in (text if isinstance(text, Mapping) else {}, *inside[1:]):
             merged |= config
         return merged
@@ -208,18 +194,19 @@ class Resolver:
     def _readings(self, name: str) -> Iterator[Parameter]:
         """What a name can mean: a name in memory; a name on disk that stands; a name on disk by what it becomes."""
         image = self._images.of(name)
-        stands = name in self._shapes and name != image.name and name not in image.targets
+        stands = name in self.stored and name != image.name and name not in image.targets
         if not stands or name in self._index.targets or name in self._index.renamed:
             in_memory = self._view(name)
             if in_memory is not None:
                 yield self._parameter(name, name, in_memory)
         if stands:
             # A checkpoint may well store names in memory that the rules do not fit.
-            alias = name if image.rule or self._is_special(name) else image.name
+            kind = self._kind(name.rpartition(".")[0])
+            alias = name if image.rule or kind.experts is not None or kind.is_conv1d else image.name
             yield self._parameter(name, alias, self._as_stored(name, alias))
-        if name in self._shapes or name == image.name or name in image.targets:
+        if name in self.stored or name == image.name or name in image.targets:
             return
-        if any(other in self._shapes for other in self._with_other_prefix(name)):
+        if any(other in self.stored for other in self._with_other_prefix(name)):
             return  # it stands but for the prefix, and the next round finds it
         targets = image.targets or (image.name,)
         found = [self._view_with_any_prefix(target) for target in targets]
@@ -231,7 +218,7 @@ class Resolver:
             return
         number = number_in(image)
         member = None if number is None or number < 0 else number
-        view = conversions.revert(image.rule, views, image.source, member, self._config)
+        view = conversions.revert(image.rule, views, image.source, member, self.config)
         yield self._parameter(name, name, view)
 
     def _view_with_any_prefix(self, name: str) -> View | None:
@@ -253,39 +240,18 @@ class Resolver:
             raise RefusalError(f"it could be any of {', '.join(sorted(sources))}")
         if sources:
             return self._as_stored(sources[0], name)
-        return self._as_stored(name) if name in self._shapes else None
+        return self._as_stored(name) if name in self.stored else None
 
     def _converted(self, first: str) -> list[View] | RefusalError:
         if first not in self._views:
             try:
-                self._views[first] = self._convert(first)
+                self._views[first] = conversions.convert_group(self._index.groups[first], self.stored, self.config)
             except RefusalError as error:
                 self._views[first] = error
         return self._views[first]
 
-    def _convert(self, first: str) -> list[View]:
-        group = self._index.groups[first]
-        if group.unclear:
-            raise RefusalError("it is not clear how its stored parts belong together")
-        sources: list[list[View]] = []
-        for i, names in enumerate(group.sources):
-            numbers = sorted(names)
-            if not numbers:
-                raise RefusalError(f"the base stores it in parts, and lacks {group.rule.sources[i]}")
-            if numbers != [-1] and numbers != list(range(len(numbers))):
-                raise RefusalError(f"of its experts on disk some are missing (there are {_some(numbers)})")
-            stored = [names[number] for number in numbers]
-            shapes = [self._shapes[name] for name in stored]
-            sources.append(
-                [
-                    pieces.stored(name, shape, conversions.is_stack(group.rule, len(shape)))
-                    for name, shape in zip(stored, shapes, strict=True)
-                ]
-            )
-        return conversions.convert(group.rule, sources, self._config)
-
     def _as_stored(self, name: str, in_memory: str | None = None) -> View:
-        shape = self._shapes[name]
+        shape = self.stored[name]
         return pieces.stored(name, shape, self._is_stack(in_memory or name, shape))
 
     def _is_stack(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -303,14 +269,8 @@ class Resolver:
         module, _, parameter = name.rpartition(".")
         if view.stacked:
             found = self._experts_of(module)
-            matrices = len(view.shape) == 3 and found is not None and parameter in found.parameters
-            return bool(matrices and found and found.transposed)
+            return len(view.shape) == 3 and bool(found and parameter in found.parameters and found.transposed)
         return parameter == "weight" and len(view.shape) == 2 and self._kind(module).is_conv1d
-
-    def _is_special(self, name: str) -> bool:
-        """Whether the table says of that name in memory that it is more than a matrix (out, in)."""
-        kind = self._kind(name.rpartition(".")[0])
-        return kind.experts is not None or kind.is_conv1d
 
     def _experts_of(self, module: str) -> Experts | None:
         return self._kind(module).experts
@@ -321,17 +281,17 @@ class Resolver:
         kind = self._kinds.get(template)
         if kind is None:
             names = (module, *self._with_other_prefix(module))
-            found = (self._experts.get(_NUMBER.sub("#", name)) for name in names)
+            found = (self._experts.get(numberless(name)) for name in names)
             kind = self._kinds[template] = _Kind(next(filter(None, found), None), self._is_conv1d(module))
         return kind
 
     @cached_property
     def _numbers_in_paths(self) -> frozenset[str]:
-        return frozenset(number for part in self._parts for number in _NUMBER.findall(part.path))
+        return frozenset(number for part in self.parts for number in NUMBER.findall(part.path))
 
     def _is_conv1d(self, module: str) -> bool:
         last = module.rpartition(".")[2]
-        for part in self._parts:
+        for part in self.parts:
             if last in part.architecture.conv1d:
                 inside = (part.path, part.path.removeprefix(f"{self._prefixes[0]}.") if self._prefixes else "")
                 if any(not path or module.startswith(f"{path}.") for path in inside):
@@ -374,7 +334,3 @@ def _agreed(name: str, readings: list[Parameter]) -> Parameter | str:
     if len(meant) == 1:
         return f"{name} could be read in two ways, of different parts of {meant[0]}"
     return f"{name} is ambiguous: it could be {' or '.join(meant)}"
-
-
-def _some(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "")

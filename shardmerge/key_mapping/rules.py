@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -51,14 +51,8 @@ class Rule:
         """The renaming from names in memory to names on disk, where there is one."""
         if self.back is None:
             return None
-        return Rule(
-            *self.back,
-            is_group=self.is_group,
-            offset=-self.offset,
-            changes_prefix=self.changes_prefix,
-            scope=self.scope,
-            base_prefix=self.base_prefix,
-        )
+        sources, targets = self.back
+        return replace(self, sources=sources, targets=targets, operations=(), offset=-self.offset, back=None)
 
     def find(self, name: str) -> tuple[str, re.Match[str]] | None:
         """The prefix that the rule does not see, and the match in the rest."""
@@ -175,23 +169,9 @@ def compose(table: Mapping[str, Sequence[Rule]], modules: Sequence[tuple[str, st
         found = table[class_name if by_class else model_type]
         if path:
             scope = path.removeprefix(base).removeprefix(".")
-            found = [_scoped(rule, scope, base) for rule in found]
+            found = [replace(rule, scope=scope, base_prefix=base) for rule in found]
         rules += found
         claimed.setdefault(class_name, []).append(path)
         if not by_class:
             claimed.setdefault(model_type, []).append(path)
     return rules
-
-
-def _scoped(rule: Rule, scope: str, base: str) -> Rule:
-    return Rule(
-        rule.sources,
-        rule.targets,
-        rule.operations,
-        rule.is_group,
-        rule.offset,
-        rule.changes_prefix,
-        rule.back,
-        scope,
-        base,
-    )

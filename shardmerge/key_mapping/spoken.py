@@ -1,4 +1,4 @@
-"""A checkpoint's names as one adapter speaks of them."""
+"""The class of the model by whose names an adapter calls the modules of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from shardmerge.spec.updates import Parameter
 Target = tuple[str, str]
 #: Whether the checkpoint has, or could have, that parameter under that name of its own.
 Exists = Callable[[str, str], bool]
-#: Kinds of modules that an adapter may update, if it is to be found out who speaks; models have tens of them.
+#: The most kinds of modules of an adapter for which its dialect is searched; models have tens of them.
 _MOST_EXAMPLES = 2_000
 
 
 @dataclass(frozen=True)
 class Spoken:
-    """The names of a checkpoint in a dialect; None is the checkpoint's own class."""
+    """The names of a checkpoint in a dialect; without one, those of the checkpoint's own class."""
 
     names: Names
     dialect: Dialect | None = None
@@ -45,7 +45,7 @@ class Spoken:
 
     @property
     def note(self) -> str:
-        """What is to be said of the dialect; nothing of the checkpoint's own."""
+        """A sentence about the dialect for the plan; "" for the checkpoint's own class."""
         if self.dialect is None:
             return ""
         theirs, ours = (name or "the model itself" for name in self.dialect.text)
@@ -55,7 +55,7 @@ class Spoken:
 
 
 class Speakers:
-    """The ways in which one may speak of a checkpoint, and which of them an adapter does."""
+    """The classes whose names an adapter may use for a checkpoint, and the choice among them."""
 
     def __init__(self, names: Names) -> None:
         self._names = names
@@ -66,15 +66,15 @@ class Speakers:
 
     @cached_property
     def others(self) -> list[Spoken]:
-        """Those of other classes, by the table."""
+        """The names of other classes, from the table."""
         return [Spoken(self._names, dialect) for dialect in dialects.of(self._names.parts)]
 
     def registered_parameters(self, module: str) -> tuple[str, ...]:
-        """As whoever knows the module says, while it is not known yet who speaks."""
+        """Those of the first class that knows the module, while the adapter's class is not known yet."""
         return next(filter(None, (of.registered_parameters(module) for of in (self.own, *self.others))), ())
 
     def template(self, module: str) -> str:
-        """The same for names that differ only in numbers that no rule speaks of: what holds of one holds of all."""
+        """A key that is equal for names that differ only in numbers that no rule contains: all resolve alike."""
         return template_of(module, self._numbers)[0]
 
     @cached_property
@@ -83,15 +83,15 @@ class Speakers:
         return self._names.numbers.union(*map(numbers_in, of_others))
 
     def resolve(self, module: str, parameter: str = "weight") -> Parameter | str:
-        """As whoever knows the parameter says, while it is not known yet who speaks."""
+        """The place by the first class that knows the parameter, while the adapter's class is not known yet."""
         return next((found for of in (self.own, *self.others) if (found := of.resolve(module, parameter))), "")
 
     def chosen(self, targets: Sequence[Target], exists: Exists) -> tuple[Spoken, str]:
-        """Who speaks of all these targets, and why that is not certain ("" where it is).
+        """The class that fits the names of all these targets, and why that is not certain ("" where it is).
 
-        The checkpoint's own class, if no other explains more. Else the one that explains more than all others do; where
-        two explain the same targets as different parts of the checkpoint, nobody can say which is meant. One decision
-        holds for all targets. Of names that differ in numbers only, those with the highest are asked for.
+        It is the checkpoint's own class, unless another explains more names; then the one that explains most. Where two
+        classes explain the same targets as different parts of the checkpoint, the choice is ambiguous. One decision
+        holds for all targets. Of names that differ only in numbers, the one with the highest is the example.
         """
         examples = examples_of(targets)
         own = _explained(self.own, examples, exists)
@@ -111,20 +111,22 @@ class Speakers:
         if all(spoken.dialect and spoken.dialect.is_other for spoken in best):
             return self.own, ""
         explained = [examples[i] for i in sorted(next(which for _, which in found if len(which) == most))]
-        meant = {tuple(map(_said, map(spoken.resolve, *zip(*explained, strict=True)))): spoken for spoken in best[::-1]}
+        meant = {
+            tuple(map(_meant, map(spoken.resolve, *zip(*explained, strict=True)))): spoken for spoken in best[::-1]
+        }
         if len(meant) > 1:
             return self.own, _ambiguous(explained[0], list(meant.values()))
         return best[0], ""
 
     def _guessed(self, modules: Sequence[str]) -> list[Spoken]:
-        """Where the table does not know the checkpoint's text model, its names have to do."""
+        """Dialects guessed from names, where the table does not know the checkpoint's text model."""
         if self._names.known and not self._names.lacks_text:
             return []
         return [Spoken(self._names, dialect) for dialect in suffixes.of(self._names.stored, modules)]
 
 
 def examples_of(targets: Iterable[Target]) -> list[Target]:
-    """Of the targets that differ in numbers only, that with the highest."""
+    """One target of those that differ only in numbers: the one with the highest."""
     highest: dict[Target, tuple[list[int], Target]] = {}
     for module, parameter in targets:
         template, texts = template_of(module, ())
@@ -143,7 +145,7 @@ def _explained(spoken: Spoken, examples: Sequence[Target], exists: Exists) -> fr
     )
 
 
-def _said(found: Parameter | str) -> object:
+def _meant(found: Parameter | str) -> object:
     return found if isinstance(found, str) else found.places
 
 

@@ -1,4 +1,4 @@
-"""Dialects of checkpoints that the table does not know, read off the names themselves.
+"""Dialects of checkpoints that the table does not know, guessed from the names themselves.
 
 ``model.layers.0.self_attn.q_proj`` of an adapter and ``llm.model.layers.0.self_attn.q_proj.weight`` of a checkpoint
 end alike, and what stands before differs: nothing ↔ ``llm``. Such a change of prefix is a dialect if it is certain that

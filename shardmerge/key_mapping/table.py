@@ -88,19 +88,17 @@ def table() -> Table:
     """The table, read once."""
     text = resources.files("shardmerge.key_mapping").joinpath("names.json").read_text(encoding="utf-8")
     data = json.loads(text)
+    rules, types = data["rules"], data["types"]
     return Table(
         version=data["transformers"],
         architectures={name: _architecture(name, entry) for name, entry in data["architectures"].items()},
-        rules={key: tuple(_rule(rule) for rule in _followed(data["rules"], key)) for key in data["rules"]},
-        roles={name: entry.get("roles", {}) for name, entry in data["types"].items()},
-        ties={name: entry["tie"] for name, entry in data["types"].items() if "tie" in entry},
-        tasks={name: entry["tasks"] for name, entry in data["types"].items() if "tasks" in entry},
-        heads={name: tuple(entry["heads"]) for name, entry in data["types"].items() if "heads" in entry},
+        # A string is the key of the same rules.
+        rules={key: tuple(map(_rule, rules[of] if isinstance(of, str) else of)) for key, of in rules.items()},
+        roles={name: entry.get("roles", {}) for name, entry in types.items()},
+        ties={name: entry["tie"] for name, entry in types.items() if "tie" in entry},
+        tasks={name: entry["tasks"] for name, entry in types.items() if "tasks" in entry},
+        heads={name: tuple(entry["heads"]) for name, entry in types.items() if "heads" in entry},
     )
-
-
-def _followed(rules: Mapping[str, Any], key: str) -> Any:
-    return rules[rules[key]] if isinstance(rules[key], str) else rules[key]
 
 
 def _architecture(name: str, entry: Mapping[str, Any]) -> Architecture:

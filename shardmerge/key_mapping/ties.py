@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+from shardmerge.key_mapping.naming import NUMBER, numberless
+
 #: What input embeddings are called, and the head of the same model.
 _HEAD_OF = {
     "embed_in": "embed_out",
@@ -49,19 +50,14 @@ class Tie:
     source: str
     #: The one that is stored; the source, if that is.
     main: str
-    #: The others, stored or not. None are known where nobody knows what a head would be called.
+    #: The other names, stored or not; empty where the name of the head is not known.
     others: tuple[str, ...]
-    #: In memory, what those are called that are called otherwise there, and their names here.
+    #: (name in memory, name in the checkpoint) of the others whose names differ.
     spoken: tuple[tuple[str, str], ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         return (self.main, *self.others)
-
-
-def template(name: str) -> str:
-    """The name with # for numbers."""
-    return _NUMBER.sub("#", name)
 
 
 def expanded(pairs: Mapping[str, str], numbers: Mapping[str, Collection[tuple[str, ...]]]) -> Iterator[tuple[str, str]]:
@@ -75,7 +71,7 @@ def numbers_of(names: Iterable[str]) -> dict[str, set[tuple[str, ...]]]:
     """By template, the numbers of the names that have it."""
     found: defaultdict[str, set[tuple[str, ...]]] = defaultdict(set)
     for name in names:
-        found[template(name)].add(tuple(_NUMBER.findall(name)))
+        found[numberless(name)].add(tuple(NUMBER.findall(name)))
     return found
 
 
@@ -99,29 +95,28 @@ def grouped(pairs: Mapping[str, str]) -> dict[str, list[str]]:
 # --- where the architecture is not known ------------------------------------------------------------------------------
 
 
-def says_tied(config: Mapping[str, Any]) -> bool | None:
-    """What config.json, or its text part, says of tied embeddings; None: nothing."""
+def _said(config: Mapping[str, Any], key: str, kind: type) -> list[Any]:
+    """What config.json and its text part have under a key, of that type exactly."""
     inner = config.get("text_config")
-    for section in (config, inner if isinstance(inner, Mapping) else {}):
-        if isinstance(value := section.get("tie_word_embeddings"), bool):
-            return value
-    return None
+    sections = (config, inner if isinstance(inner, Mapping) else {})
+    return [value for section in sections if type(value := section.get(key)) is kind]
 
 
 def is_head(module: str) -> bool:
-    """Whether a module is called as output heads are."""
+    """Whether a module has a usual name of an output head."""
     return module.rpartition(".")[2] in _HEADS
 
 
 def guessed(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Tie]:
     """What may be tied in a model of which only names, shapes and the config are known."""
-    tied = says_tied(config)
+    tied = next(iter(_said(config, "tie_word_embeddings", bool)), None)
     if tied is False:
         return
-    found = [name for name, shape in shapes.items() if len(shape) == 2 and _is_of_vocabulary(name, shape, config)]
+    sizes = _said(config, "vocab_size", int)
+    found = [name for name, shape in shapes.items() if len(shape) == 2 and _is_of_vocabulary(name, shape, sizes)]
     heads = [name for name in found if is_head(name.removesuffix(".weight"))]
     embeddings = [name for name in found if name not in heads]
-    if not embeddings and tied is None and not _sizes(config):
+    if not embeddings and tied is None and not sizes:
         # An image model's last layer may be called so, too, and nothing else speaks of a vocabulary.
         found = [name for name in found if name.removesuffix(".weight").rpartition(".")[2] not in _MISTAKABLE]
     if heads and embeddings:
@@ -133,22 +128,15 @@ def guessed(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
         yield Tie(name, name, (head,) if head and head not in shapes else ())
 
 
-def _is_of_vocabulary(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> bool:
+def _is_of_vocabulary(name: str, shape: tuple[int, ...], sizes: Sequence[int]) -> bool:
     module = name.removesuffix(".weight")
     if module == name:
         return False
-    return shape[0] in _sizes(config)[:1] or module.rpartition(".")[2] in (_HEAD_OF.keys() | _HEADS)
-
-
-def _sizes(config: Mapping[str, Any]) -> list[int]:
-    """The vocabularies of which config.json, or its text part, says the size."""
-    inner = config.get("text_config")
-    sections = (config, inner if isinstance(inner, Mapping) else {})
-    return [size for section in sections if type(size := section.get("vocab_size")) is int]
+    return shape[0] in sizes[:1] or module.rpartition(".")[2] in (_HEAD_OF.keys() | _HEADS)
 
 
 def head_of(embedding: str) -> str | None:
-    """What the output head beside an embedding is called by convention; None where there is none."""
+    """The usual name of the output head for an embedding; None where there is none."""
     place, _, last = embedding.removesuffix(".weight").rpartition(".")
     if last not in _HEAD_OF or place not in _PLACES:
         return None

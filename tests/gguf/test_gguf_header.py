@@ -8,9 +8,8 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 
 from shardmerge.codecs.ggml import BLOCKS, nbytes
-from shardmerge.gguf.formats import FILE_TYPES, QUANTIZATIONS, TYPE_CODES
+from shardmerge.gguf.formats import FILE_TYPES, QUANTIZATIONS, TYPE_CODES, KeyValue
 from shardmerge.gguf.layout import OutputTensor
-from shardmerge.gguf.values import KeyValue
 from shardmerge.gguf.writer import encode_header
 
 VALUES = [
@@ -96,10 +95,10 @@ def test_types_are_those_of_the_package() -> None:
 @pytest.mark.parametrize(
     ("values", "tensors", "message"),
     [
-        ([VALUES[0], VALUES[0]], [], "the key 'general.architecture' is there twice"),
-        ([], [_tensors()[0]] * 2, "the tensor 'one.weight' is there twice"),
-        ([KeyValue("a", "u32", -1)], [], "a: a value is no u32"),
-        ([KeyValue("a", "u32", (1, 1 << 32))], [], "a: a value is no u32"),
+        ([VALUES[0], VALUES[0]], [], "the key 'general.architecture' occurs twice"),
+        ([], [_tensors()[0]] * 2, "the tensor 'one.weight' occurs twice"),
+        ([KeyValue("a", "u32", -1)], [], "a: a value is not a valid u32"),
+        ([KeyValue("a", "u32", (1, 1 << 32))], [], "a: a value is not a valid u32"),
     ],
 )
 def test_what_cannot_be_written(values: list[KeyValue], tensors: list[OutputTensor], message: str) -> None:

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 
 from shardmerge.codecs.ggml import BLOCKS, nbytes
-from shardmerge.gguf.defaults import DEFAULTS
 from shardmerge.gguf.formats import padded
 from shardmerge.gguf.generated import RopeScaling
 from shardmerge.gguf.layout import Layout, OutputTensor, Part, lay_out
-from shardmerge.gguf.model import read_model
+from shardmerge.gguf.model import DEFAULTS, read_model
 from shardmerge.spec.plans import jsonable
 from shardmerge.spec.tensors import RowRange
 from tests.support.builders import run_python
@@ -214,9 +213,9 @@ def test_a_head_of_its_own_where_llama_cpp_has_none() -> None:
     ("changes", "message"),
     [
         ({"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM cannot be written as GGUF: supported are Gemma2"),
-        ({"architectures": []}, "architectures names no class"),
-        ({"architectures": "LlamaForCausalLM"}, "architectures names no class"),
-        ({"architectures": None}, "architectures names no class"),
+        ({"architectures": []}, "architectures does not name a class"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures does not name a class"),
+        ({"architectures": None}, "architectures does not name a class"),
         ({"model_type": "mistral"}, "model_type is 'mistral'; LlamaForCausalLM has 'llama'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "the base is quantised"),
         ({"hidden_size": "64"}, "hidden_size is '64'; expected a positive whole number"),

@@ -273,7 +273,7 @@ def test_a_vocabulary_that_is_too_large_or_lacks_a_token_is_told(smollm2: Path) 
     assert "the tokenizer has ids up to 49151; config.json's vocab_size is 49000" in problem
     files["tokenizer_config.json"] = b'{"pad_token": "<nowhere>"}'
     (problem,) = described(files, vocab_size=49152).problems
-    assert "pad_token is '<nowhere>', which tokenizer.json has not" in problem
+    assert "pad_token is '<nowhere>', which tokenizer.json does not have" in problem
 
 
 def test_byte_fallback_without_scores_warns_and_must_fill_the_embedding() -> None:

@@ -10,8 +10,8 @@ import pytest
 
 import shardmerge
 from shardmerge.gguf import ollama
+from shardmerge.gguf.formats import KeyValue
 from shardmerge.gguf.ollama import FORMATS, Format, modelfile, recognise
-from shardmerge.gguf.values import KeyValue
 from tests.conftest import ROOT
 from tests.support.llama_cpp import ask_llama_cpp
 

@@ -493,7 +493,7 @@ def test_published_configs_are_written(name: str) -> None:
         ),
         ("a Qwen3-MoE that leaves it out", "qwen3_moe", {**_MOE, "norm_topk_prob": False}, "norm_topk_prob is False"),
         ("Qwen2.5-1M", "qwen2", {"dual_chunk_attention_config": {"chunk_size": 262144}}, "dual_chunk_attention_config"),
-        ("Granite's", "llama", {"logits_scaling": 8.0}, "logits_scaling is 8.0: what it means for LlamaForCausalLM"),
+        ("Granite's", "llama", {"logits_scaling": 8.0}, "logits_scaling is 8.0: its meaning for LlamaForCausalLM"),
         ("falsy is no safer", "llama", {"attention_sinks": None}, "attention_sinks is None"),
         ("by layer", "llama", {"per_layer_config": {"1": {"rms_norm_eps": 1.0}}}, "per_layer_config"),
         ("unknown rope", "llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "ntk": True}}, "ntk is True"),

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 import shardmerge
 from shardmerge.config.schema import MergeConfig
 from shardmerge.errors import FormatError
-from shardmerge.gguf.glance import TYPES, glance
+from shardmerge.gguf.formats import TYPES
+from shardmerge.gguf.glance import glance
 from shardmerge.reporting import verified
 from shardmerge.reporting.inspection import inspect_path
 from shardmerge.reporting.starter import SCHEMA

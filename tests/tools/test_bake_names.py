@@ -15,7 +15,7 @@ pytest.importorskip("transformers.conversion_mapping")
 transformers = pytest.importorskip("transformers")
 
 from shardmerge.key_mapping.names import Names  # noqa: E402
-from shardmerge.key_mapping.ties import template  # noqa: E402
+from shardmerge.key_mapping.naming import numberless  # noqa: E402
 from tests.support import names_zoo  # noqa: E402
 from tests.support.builders import slow_but  # noqa: E402
 from tools import bake_names  # noqa: E402
@@ -121,7 +121,7 @@ def ties(name: str, model: Any) -> list[str]:
     expected = {target: source for target, source in expected.items() if source in shapes}
     wrong = []
     for names in (Names(config, shapes), Names(bare, shapes)):
-        strange = [target for target in expected.keys() - names.tied.keys() if template(target) not in names.across]
+        strange = [target for target in expected.keys() - names.tied.keys() if numberless(target) not in names.across]
         if strange or (not names.across and names.tied != expected):
             wrong.append(f"{name}: tied: {names.tied}, not {expected}")
     return wrong
