@@ -20,10 +20,10 @@ from safetensors import deserialize as untyped_deserialize
 from safetensors.torch import save_file
 
 from shardmerge.errors import FormatError
-from shardmerge.file_formats import safetensors_header
+from shardmerge.file_formats import header_json
+from shardmerge.file_formats.header_json import MAX_ENTRY
 from shardmerge.file_formats.safetensors_header import (
     FIRST_READ,
-    MAX_ENTRY,
     MAX_HEADER_BYTES,
     decode,
     encode,
@@ -259,14 +259,14 @@ def test_long_and_short_headers_are_decoded_alike(
     assert expected is not None or raw != whole
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SMALL.items():
-            patch.setattr(safetensors_header, name, value)
-        patch.setattr(safetensors_header, "_entries", safetensors_header._entries_of_many)
+            patch.setattr(header_json, name, value)
+        patch.setattr(header_json, "_entries", header_json._entries_of_many)
         assert verdict(bytes(raw)) == expected
 
 
 @pytest.mark.parametrize("fault", REFUSED)
 def test_what_is_refused_is_refused_of_long_headers(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors_header, "_entries", safetensors_header._entries_of_many)
+    monkeypatch.setattr(header_json, "_entries", header_json._entries_of_many)
     test_refusal_names_file_and_fault(REFUSED[fault][0], [])
 
 
@@ -275,7 +275,7 @@ def test_what_long_headers_say_of_json(monkeypatch: pytest.MonkeyPatch) -> None:
     one = b'"%03d":' + json.dumps(ONE).encode()
     text = b"{" + b",".join(one % number for number in range(50)) + b"]"
     for name, value in SMALL.items():
-        monkeypatch.setattr(safetensors_header, name, value)
+        monkeypatch.setattr(header_json, name, value)
     with pytest.raises(FormatError, match=rf"is not JSON: expecting ',': char {len(text) - 1}$"):
         decode(text, WHERE)
 
@@ -297,9 +297,9 @@ def test_the_length_of_an_entry(before: bytes, over: int) -> None:
 def test_the_number_of_tensors() -> None:
     tensors = {f"{number}": TensorInfo("U8", (1,), (number, number + 1)) for number in range(7)}
     text = encode((), tensors)[8:]
-    assert len(safetensors_header.decode(text, "x", 7)[1]) == 7
+    assert len(decode(text, "x", 7)[1]) == 7
     with pytest.raises(FormatError, match="names over 6 tensors"):
-        safetensors_header.decode(text, "x", 6)
+        decode(text, "x", 6)
 
 
 _LONG = 99_000_000

@@ -1,4 +1,4 @@
-"""Keys of ``adapter_config.json`` that no method reads: why they say nothing, and what becomes of unknown ones.
+"""Keys of tensors → modules and roles; and keys of ``adapter_config.json`` that no method reads.
 
 PEFT drops a key that it does not know with a warning, and loads. That is a guess: the key may be of a later PEFT or of
 a trainer that means something by it. So it is refused here, whatever its value: false and 0 may be as far from the
@@ -10,9 +10,13 @@ All fields of all of PEFT's configs from 0.2 to 0.21.2 are known to the methods 
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cache
 from typing import Any
+
+from shardmerge.key_mapping.naming import WRAPPER
 
 #: Keys of every config that say nothing about the weights: who made it of what, and how it is to be run.
 GENERAL = frozenset(
@@ -58,3 +62,42 @@ def ignored_problems(ignored: Collection[str], config: Mapping[str, Any], read: 
             yield f"ignore_keys names {key!r}, which adapter_config.json does not have{hint}"
         elif key in read:
             yield f"ignore_keys names {key!r}, but this version knows what that does to the weights, and reads it"
+
+
+def key_reader(roles: tuple[tuple[str, str], ...]) -> Callable[[str], tuple[str, str, str] | None]:
+    """From a key to its module, its adapter's name and its role; None where it is no factor's.
+
+    ``lora_A.weight`` matches itself and ``lora_A.<adapter>.weight``; ``ia3_l`` itself and ``ia3_l.<adapter>``.
+
+    A factor may be wrapped, too: ``lora_A.module.<adapter>.weight``, ``lora_A.<adapter>.module.weight``.
+    """
+    parts, names = [], []
+    for index, (key, role) in enumerate(roles):
+        factor, dot, end = key.partition(".")
+        parts.append(
+            rf"(?P<role{index}>{re.escape(factor)}(?:\.{WRAPPER})*?(?:\.(?P<adapter{index}>(?!weight$|bias$)[^.]+))??"
+            rf"(?:\.{WRAPPER})*?{re.escape(dot + end)})"
+        )
+        names.append(role.removesuffix("?"))
+    pattern = re.compile(rf"(?P<module>.+)\.(?:{'|'.join(parts)})")
+
+    def read(key: str) -> tuple[str, str, str] | None:
+        match = pattern.fullmatch(key)
+        if match is None:
+            return None
+        index = int(str(match.lastgroup).removeprefix("role"))
+        return match["module"], match[f"adapter{index}"] or "", names[index]
+
+    @cache
+    def read_end(end: str) -> tuple[str, str] | None:
+        """What the last two segments of a key say by themselves: the module is then all that is before them."""
+        found = read(f"_.{end}")
+        return None if found is None or found[0] != "_" else found[1:]
+
+    def read_fast(key: str) -> tuple[str, str, str] | None:
+        module, _, end = key.rpartition(".")
+        module, _, factor = module.rpartition(".")
+        found = read_end(f"{factor}.{end}") if module else None
+        return read(key) if found is None else (module, *found)
+
+    return read_fast

@@ -12,19 +12,19 @@ import dataclasses
 import re
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, ClassVar
 
 from shardmerge.adapters.base_view import NO_BASE, BaseView
 from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.checks import MISSING, RANK, Check, Config, rank_of
-from shardmerge.adapters.formats.peft_keys import FOREIGN, GENERAL, ignored_problems, unknown_key
+from shardmerge.adapters.formats.peft_keys import FOREIGN, GENERAL, ignored_problems, key_reader, unknown_key
 from shardmerge.adapters.formats.peft_targets import SELECTORS, left_out, target_problems
 from shardmerge.adapters.formats.wholes import claim_wholes
 from shardmerge.adapters.methods.base import Family
-from shardmerge.key_mapping.naming import WRAPPER, module_name, peeled, unwrapped
+from shardmerge.key_mapping.naming import module_name, peeled, unwrapped
 from shardmerge.spec.light import light_dataclass
 from shardmerge.spec.tensors import TensorRef
 from shardmerge.spec.updates import Settings
@@ -185,7 +185,7 @@ class PeftMethod(ABC):
 
     def grouped(self, tensors: Mapping[str, TensorRef]) -> tuple[list[Module], dict[str, TensorRef]]:
         """Modules with their factors, in the file's order, and the tensors that all of them share."""
-        role_of = _key_reader(tuple(self.roles.items()))
+        role_of = key_reader(tuple(self.roles.items()))
         modules: dict[tuple[str, str, int], Module] = {}
         shared: dict[str, TensorRef] = {}
         for written, ref in tensors.items():
@@ -267,45 +267,6 @@ def _anchored(config: Config, modules: Collection[Module]) -> list[str]:
         f"{reprlib.repr(anchored[0])} is of whole names, so what it matches is unknown; save the adapter with "
         "PEFT's save_pretrained"
     ]
-
-
-def _key_reader(roles: tuple[tuple[str, str], ...]) -> Callable[[str], tuple[str, str, str] | None]:
-    """From a key to its module, its adapter's name and its role; None where it is no factor's.
-
-    ``lora_A.weight`` matches itself and ``lora_A.<adapter>.weight``; ``ia3_l`` itself and ``ia3_l.<adapter>``.
-
-    A factor may be wrapped, too: ``lora_A.module.<adapter>.weight``, ``lora_A.<adapter>.module.weight``.
-    """
-    parts, names = [], []
-    for index, (key, role) in enumerate(roles):
-        factor, dot, end = key.partition(".")
-        parts.append(
-            rf"(?P<role{index}>{re.escape(factor)}(?:\.{WRAPPER})*?(?:\.(?P<adapter{index}>(?!weight$|bias$)[^.]+))??"
-            rf"(?:\.{WRAPPER})*?{re.escape(dot + end)})"
-        )
-        names.append(role.removesuffix("?"))
-    pattern = re.compile(rf"(?P<module>.+)\.(?:{'|'.join(parts)})")
-
-    def read(key: str) -> tuple[str, str, str] | None:
-        match = pattern.fullmatch(key)
-        if match is None:
-            return None
-        index = int(str(match.lastgroup).removeprefix("role"))
-        return match["module"], match[f"adapter{index}"] or "", names[index]
-
-    @cache
-    def read_end(end: str) -> tuple[str, str] | None:
-        """What the last two segments of a key say by themselves: the module is then all that is before them."""
-        found = read(f"_.{end}")
-        return None if found is None or found[0] != "_" else found[1:]
-
-    def read_fast(key: str) -> tuple[str, str, str] | None:
-        module, _, end = key.rpartition(".")
-        module, _, factor = module.rpartition(".")
-        found = read_end(f"{factor}.{end}") if module else None
-        return read(key) if found is None else (module, *found)
-
-    return read_fast
 
 
 def key_of(roles: Mapping[str, str], role: str) -> str:
