@@ -241,6 +241,7 @@ each_row = pytest.mark.parametrize(
 TOLERANCE = {F32: 5e-5, BF16: 0.04, F16: 0.005}
 
 
+@pytest.mark.slow
 def test_plans_import_no_torch() -> None:
     """All rows are planned in one process that has never heard of torch."""
     configs = []

@@ -68,7 +68,7 @@ def test_what_the_commands_ask_for_is_what_pyproject_says() -> None:
 
 @pytest.mark.parametrize(("found", "refused"), [("0.13.2", True), ("0.14.0", False), ("1.0.0rc1", False)])
 def test_an_older_one_is_refused_by_its_version(found: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "_version", lambda name: found)
+    monkeypatch.setattr(hf, "installed_version", lambda name: found)
     if refused:
         with pytest.raises(ConfigError, match=r"this needs peft 0\.14 or newer, found 0\.13\.2"):
             hf.library("peft")

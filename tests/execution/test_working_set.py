@@ -37,7 +37,7 @@ OUTPUTS: dict[str, dict[str, str]] = {
 }
 #: Enough for six threads.
 MUCH = 90_000_000
-QUICK = [("q8_0", LITTLE, "auto"), ("in-float64", "auto", "auto"), ("safetensors", MUCH, 6)]
+QUICK = [("q8_0", LITTLE, "auto"), ("in-float64", "auto", "auto")]
 ROWS: list[tuple[str, str | int, str | int]] = [
     *(
         (out, memory, "auto")

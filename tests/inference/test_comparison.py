@@ -129,6 +129,7 @@ def test_merged_in_bfloat16(base: Path, adapter: Path, tmp_path: Path) -> None:
     assert 1e-9 < found.figures["kl"] < 0.01 * found.figures["adapter_kl"]
 
 
+@pytest.mark.slow
 def test_computing_in_bfloat16(merged: Path) -> None:
     found = told(merged, dtype="bfloat16")
     assert found.rounded
@@ -151,6 +152,7 @@ def test_a_wrong_scaling_in_bfloat16(base: Path, adapter: Path, tmp_path: Path) 
     assert not told(output, adapters=[str(other)]).same
 
 
+@pytest.mark.slow
 def test_the_base_in_the_merged_models_place(base: Path, merged: Path, tmp_path: Path) -> None:
     shutil.copytree(merged, tmp_path / "out")
     shutil.copy(base / "model.safetensors", tmp_path / "out")
@@ -466,6 +468,7 @@ def test_logits_that_are_no_numbers(merged: Path, tmp_path: Path) -> None:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_model_is_gone_before_the_next_is_loaded(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[weakref.ref[Any]] = []
     load = hf.load_model
@@ -592,6 +595,7 @@ def test_the_command(merged: Path, adapter: Path, tmp_path: Path) -> None:
     assert "does not answer as base + adapter" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_built_in_prompts(merged: Path) -> None:
     done = CliRunner().invoke(cli, ["compare", str(merged), "--max-new-tokens", "2"])
     assert done.exit_code == 0, done.output

@@ -64,6 +64,7 @@ def test_a_home_that_cannot_be_written_to_does_no_harm(tmp_path: Path, monkeypat
 
 
 @pytest.mark.skipif(sys.platform != "linux" or Path("/dev/nvidiactl").exists(), reason="only Linux without a GPU")
+@pytest.mark.slow
 def test_a_run_says_it_the_first_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     place = make_place(tmp_path)

@@ -99,6 +99,7 @@ def test_any_address_space(merged: Place, command: str) -> None:
     assert size < 2000
 
 
+@pytest.mark.slow
 def test_state_of_the_disk_and_what_is_taken_up(tmp_path: Path) -> None:
     place = make_place(tmp_path)
     config = place.config_file()
@@ -119,6 +120,7 @@ def test_too_few_open_files(merged: Place) -> None:
     check(limited(resource.RLIMIT_NOFILE, 8, *arguments_of("run", merged)), "Too many open files", "ulimit -n")
 
 
+@pytest.mark.slow
 def test_files_may_not_be_as_large(merged: Place) -> None:
     """SIGXFSZ does not end the process, and the finished files are kept."""
     done = limited(resource.RLIMIT_FSIZE, 20_000, *arguments_of("run", merged))
