@@ -147,7 +147,7 @@ class Shell:
             for path in (word for word in words if word.endswith(".gguf")):
                 assert (self.folder / path).is_file(), line
         elif words[1] in PARSED:
-            with click.Context(cli) as context:
+            with click.Context(cli, **cli.context_settings) as context:
                 cli.commands[words[1]].make_context(words[1], words[2:], parent=context)
         else:
             self.shardmerge(words[1:], line)
