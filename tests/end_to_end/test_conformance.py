@@ -288,6 +288,7 @@ def _as_view(tensor: Tensor) -> Tensor:
     return wide[::2].view(tensor.shape)
 
 
+@pytest.mark.slow
 def test_inspect_has_no_complaint() -> None:
     """What an adapter is can be told without its base."""
     for each in TABLE:
