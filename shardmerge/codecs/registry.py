@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from shardmerge.codecs.codec import Codec
 from shardmerge.codecs.floats import FLOATS
+from shardmerge.codecs.fp8 import FP8
 from shardmerge.codecs.ggml import GGML
 from shardmerge.spec.plans import TensorPlan
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (*FLOATS, *GGML)}
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (*FLOATS, *GGML, *FP8)}
 
 
 def decoder(tensor: TensorPlan) -> Codec:

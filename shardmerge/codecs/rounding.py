@@ -1,7 +1,7 @@
 """Numbers of the stored dtypes in torch, and one rounding to nearest, ties to even.
 
-A float64 is not rounded to 16 bits by way of float32, as torch does it: two roundings to nearest can end on the wrong
-side of a tie. It goes to float32 by rounding to odd, which keeps what the second rounding needs to know.
+A float64 is not rounded to 16 or 8 bits by way of float32, as torch does it: two roundings to nearest can end on the
+wrong side of a tie. It goes to float32 by rounding to odd, which keeps what the second rounding needs to know.
 Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd",
 IEEE Transactions on Computers 57(4), 2008.
 """
@@ -20,9 +20,11 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-#: What tensors of a file may be: floats, and numbers of rows, columns and such.
+#: What tensors of a file may be: floats, parts of quantised weights, and numbers of rows, columns and such.
 NUMBER_DTYPES: Mapping[str, torch.dtype] = {
     **TORCH_DTYPES,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -37,10 +39,11 @@ _PRECISION: Mapping[str, tuple[int, int]] = {
     "F32": (24, -126),
     "F16": (11, -14),
     "BF16": (8, -126),
+    "F8_E4M3": (4, -6),
 }
 #: Of a float64 the bits that hold its power of two.
 _POWER = 0x7FF << 52
-_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+_NARROW = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
 
 def view_bytes(raw: Tensor, dtype: str, shape: tuple[int, ...]) -> Tensor:
@@ -55,7 +58,7 @@ def seen_as(memory: Tensor, dtype: str, shape: tuple[int, ...]) -> Tensor:
 
 def encode_into(target: Tensor, value: Tensor) -> None:
     """Round ``value`` (float32, float64 or bfloat16) into ``target``, once; both dense."""
-    if value.dtype != torch.float64 or target.dtype not in _SIXTEEN_BITS:
+    if value.dtype != torch.float64 or target.dtype not in _NARROW:
         target.copy_(value)
         return
     for to, part in zip(torch.split(target.view(-1), _SLAB), torch.split(value.view(-1), _SLAB), strict=True):

@@ -156,6 +156,8 @@ class LazyFactors:
         # Asked of the least and the largest, as a mask of them all would take memory.
         if not stored.numel():
             return
+        if stored.dtype.itemsize == 1:  # torch compares no float8
+            stored = stored.float()
         bounds = [float(bound) for bound in torch.aminmax(stored)]
         if any(map(math.isnan, bounds)) or not (infinite or all(map(math.isfinite, bounds))):
             wrong = torch.isnan(stored) if infinite else ~torch.isfinite(stored)

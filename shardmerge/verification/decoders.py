@@ -7,32 +7,18 @@ another decoder here, written from the format's definition. Floats have none, as
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from shardmerge.codecs.registry import CODECS
 from shardmerge.spec.plans import TensorPlan
-from shardmerge.spec.tensors import Encoding, RowRange, SourceFile, TensorInfo, TensorRef
-from shardmerge.verification.reading import Files, wide
-
-
-@dataclass(frozen=True, slots=True)
-class StoredWeight:
-    """A weight in a file, by its parts: the values have the weight's shape, whatever the file says."""
-
-    values: TensorRef
-    columns: int
-    encoding: Encoding | None = None
-    parts: Mapping[str, TensorRef] = field(default_factory=dict)
-
-
-#: Rows of a weight as (rows, columns) of float64. Bytes are read by the files' `read`.
-Decoder = Callable[[Files, StoredWeight, RowRange], Tensor]
+from shardmerge.spec.tensors import RowRange, SourceFile, TensorInfo, TensorRef
+from shardmerge.verification.quantised import QUANTISED
+from shardmerge.verification.reading import Decoder, Files, StoredWeight, wide
 
 #: By the codec's name.
-DECODERS: dict[str, Decoder] = {}
+DECODERS: dict[str, Decoder] = {**QUANTISED}
 
 
 def numbers(files: Files, stored: StoredWeight, rows: RowRange) -> Tensor:
@@ -68,5 +54,8 @@ def output_of(
         if info is None or (info.dtype, info.shape) != (planned.dtype, planned.shape):
             return None
         refs.append(TensorRef(name, file.uri, info.dtype, info.shape, data_start + info.data_offsets[0], info.nbytes))
-    roles = {part.role: ref for part, ref in zip(tensor.made, refs[1:], strict=True)}
-    return StoredWeight(refs[0], tensor.row_elements, tensor.encoding, roles)
+    made = {part.role: ref for part, ref in zip(tensor.made, refs[1:], strict=True)}
+    parts = made
+    if tensor.encoding is not None and tensor.decoding is not None and tensor.encoding.codec == tensor.decoding.codec:
+        parts = {**dict(tensor.parts), **made}  # those that are not made anew stay, with their bytes
+    return StoredWeight(refs[0], tensor.row_elements, tensor.encoding, parts)

@@ -6,15 +6,16 @@ Numbers are float64, whole numbers int64.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from shardmerge.codecs.rounding import NUMBER_DTYPES
 from shardmerge.sources.open_readers import OpenReaders
-from shardmerge.spec.tensors import DTYPE_BITS, RowRange, TensorRef
+from shardmerge.spec.tensors import DTYPE_BITS, Encoding, RowRange, TensorRef
 
 #: Bytes that are read at a time.
 CHUNK = 4 << 20
@@ -44,6 +45,20 @@ class Files(OpenReaders):
         """Rows of a dense tensor seen as (…, row_elements), as stored."""
         row = row_elements * DTYPE_BITS[ref.dtype] // 8
         return decode(self.read(ref.uri, ref.offset + rows.start * row, len(rows) * row), ref.dtype, row_elements)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """A weight in a file, by its parts: the values have the weight's shape, whatever the file says."""
+
+    values: TensorRef
+    columns: int
+    encoding: Encoding | None = None
+    parts: Mapping[str, TensorRef] = field(default_factory=dict)
+
+
+#: Rows of a weight as (rows, columns) of float64. Bytes are read by the files' `read`.
+Decoder = Callable[[Files, StoredWeight, RowRange], Tensor]
 
 
 def decode(data: bytearray, dtype: str, row_elements: int) -> Tensor:

@@ -19,10 +19,10 @@ from shardmerge.codecs.rounding import NUMBER_DTYPES, half_unit
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import DTYPE_BITS, RowRange, SourceFile, TensorInfo
 from shardmerge.system.checksums import Checksums
-from shardmerge.verification.decoders import StoredWeight, bound_of, numbers, output_of
+from shardmerge.verification.decoders import bound_of, numbers, output_of
 from shardmerge.verification.exact import Exact, is_copied
 from shardmerge.verification.findings import CHECKSUMS, TOUCHED, UNTOUCHED, Findings
-from shardmerge.verification.reading import CHUNK, Files, decode, wide
+from shardmerge.verification.reading import CHUNK, Files, StoredWeight, decode, wide
 from shardmerge.verification.rounding import is_stochastic, rounded
 from shardmerge.verification.rows import all_rows, sampled
 

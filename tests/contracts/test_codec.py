@@ -42,6 +42,8 @@ class Case:
     tiles: tuple[str, ...] = ("F32", "F64")
     #: Whether rows may end within a unit.
     may_be_ragged: bool = True
+    #: Of a codec that writes onto the base's grid: the parts of a base's weight of a shape that stay as they are.
+    base: Callable[[tuple[int, int]], Parts] = lambda shape: {}
 
     @property
     def encoding(self) -> Encoding:
@@ -74,6 +76,31 @@ def turned(values: Tensor) -> Tensor:
     return values.view(-1, 2, 4, values.shape[1]).transpose(1, 2).reshape(values.shape)
 
 
+def of_fp8(parts: Parts, shape: tuple[int, int]) -> Tensor:
+    """Each code by the definition of E4M3: sign, four bits of exponent with bias 7, three of fraction."""
+    codes = parts["values"].view(torch.uint8).numpy().reshape(shape).astype(np.int64)
+    power, fraction = codes >> 3 & 15, codes & 7
+    values = np.where(power == 0, fraction * 2.0**-9, (8 + fraction) * 2.0 ** (power - 10.0))
+    values[codes & 127 == 127] = math.nan
+    scales = spread(parts["scale"].double().numpy(), shape)
+    return torch.from_numpy((np.where(codes & 128, -values, values) * scales).astype(np.float32).astype(np.float64))
+
+
+def spread(grid: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """A grid of blocks of 32 × 48 as one number an element."""
+    return np.repeat(np.repeat(grid, FP8_BLOCK[0], 0), FP8_BLOCK[1], 1)[: shape[0], : shape[1]]
+
+
+def fp8_scales(shape: tuple[int, int]) -> Parts:
+    """What FP8 bases have: the largest magnitude of a block becomes 448."""
+    high, wide = (-(-size // of) for size, of in zip(shape, FP8_BLOCK, strict=True))
+    padded = torch.zeros(high * FP8_BLOCK[0], wide * FP8_BLOCK[1])
+    padded[: shape[0], : shape[1]] = numbers(shape, seed=9)
+    blocks = padded.view(high, FP8_BLOCK[0], wide, FP8_BLOCK[1])
+    return {"scale": blocks.abs().amax((1, 3)) / 448}
+
+
+FP8_BLOCK = (32, 48)
 FLOATS = ("F64", "F32", "F16", "BF16")
 CASES = (
     *(Case(CODECS[dtype], of_torch(dtype)) for dtype in FLOATS),
@@ -88,6 +115,7 @@ CASES = (
         arranged=turned,
         may_be_ragged=False,
     ),
+    Case(CODECS["fp8"], of_fp8, (("block", FP8_BLOCK), ("height", 1 << 20)), base=fp8_scales),
     *(Case(codec, of_toy) for codec in TOYS),
 )
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -126,7 +154,7 @@ def plan_of(case: Case, shape: tuple[int, int], outputs: tuple[Output, ...]) -> 
     ]
     made = [SmallPart(output.role, output.name, info) for output, info in zip(outputs, infos, strict=True)]
     source = TensorRef("w", "f", "F32", shape, 0, 4 * math.prod(shape))
-    return TensorPlan(source, infos[0], tiles=1, encoding=case.encoding, made=tuple(made[1:]))
+    return TensorPlan(source, infos[0], tiles=1, decoding=case.encoding, encoding=case.encoding, made=tuple(made[1:]))
 
 
 class Encoded:
@@ -137,6 +165,7 @@ class Encoded:
         self.shape = (values.shape[0], values.shape[1])
         self.outputs = case.codec.outputs("w", self.shape, case.encoding)
         self.plan = plan_of(case, self.shape, self.outputs)
+        self.base = case.base(self.shape)
         self.raw = torch.full((self.outputs[0].nbytes,), fill, dtype=torch.uint8)
         self.parts: dict[str, Tensor] = {
             output.role: torch.zeros(output.shape, dtype=NUMBER_DTYPES[output.dtype]) for output in self.outputs[1:]
@@ -163,7 +192,7 @@ class Encoded:
         memory = (torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8))
         tile = memory[0][: len(rows) * self.shape[1] * self.values.element_size()].view(self.values.dtype)
         tile = tile.view(len(rows), self.shape[1]).copy_(self.values[rows.start : rows.stop])
-        return Slot(self.plan, rows, memory, self.parts), tile
+        return Slot(self.plan, rows, memory, self.parts, self.base), tile
 
     def target(self, rows: RowRange) -> Tensor:
         width = self.plan.write_row
@@ -180,7 +209,7 @@ class Encoded:
         return self.case.arranged(bound)
 
     def _part(self, role: str, rows: RowRange) -> Tensor:
-        return self.parts[role][rows.start : rows.stop]
+        return {**self.base, **self.parts}[role][rows.start : rows.stop]
 
     def error(self) -> Tensor:
         """By how much what was read is off."""
@@ -188,7 +217,7 @@ class Encoded:
 
     def read(self) -> Tensor:
         """What somebody else reads of it."""
-        return self.case.read(self.parts, self.shape)
+        return self.case.read({**self.base, **self.parts}, self.shape)
 
 
 def numbers(shape: tuple[int, int], dtype: str = "F32", seed: int = 0) -> Tensor:
@@ -333,7 +362,7 @@ def test_stochastic_rounding_is_another_encoding_or_none(case: Case) -> None:
 def test_it_reads_what_somebody_else_reads(case: Case) -> None:
     for shape in ((64, 96), (70, 32)):
         made = Encoded(case, numbers(shape, seed=7))
-        sources = {role: part for role, part in made.parts.items() if role != "values"}
+        sources = {**made.base, **{role: part for role, part in made.parts.items() if role != "values"}}
         wide = torch.float64 if case.codec.values == "F64" else torch.float32
         for step in (1, 13, ROWS, 70):
             for at in range(0, shape[0], step):

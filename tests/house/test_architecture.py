@@ -35,6 +35,7 @@ COMPUTES = frozenset(
         "codecs.ggml_blocks",
         "codecs.rounding",
         "codecs.stochastic",
+        "codecs.tables",
         "execution.devices",
         "execution.factors",
         "execution.fidelity",

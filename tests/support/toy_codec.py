@@ -19,8 +19,8 @@ from shardmerge.codecs.registry import CODECS
 from shardmerge.codecs.rounding import is_below
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import Encoding, RowRange, TensorRef, Weight, tensor_nbytes
-from shardmerge.verification.decoders import DECODERS, StoredWeight
-from shardmerge.verification.reading import Files
+from shardmerge.verification.decoders import DECODERS
+from shardmerge.verification.reading import Files, StoredWeight
 
 ROWS = 32
 VALUES, SCALE = "_q", "_scale"

@@ -1,0 +1,189 @@
+"""FP8 weights with scales: one for a block of rows and columns, for a row, a column, or for all of a matrix.
+
+A value is float32(q · scale), with q of E4M3 and the scale as stored, in float32: one rounding. The scale of rows and
+columns (r, c) is that of the block (r // rows, c // columns); blocks count from 0, and the last may be short. What is
+stored, by ``quant_method`` of config.json:
+
+- ``fp8`` (DeepSeek, Qwen, GLM, MiniMax, Mistral) and ``mxfp8``: ``weight`` with ``weight_scale_inv`` (by which values
+  are multiplied in spite of its name), or ``scale``, or ``qscale_weight``;
+- ``compressed-tensors`` (``float-quantized``, ``naive-quantized``, ``mxfp8-quantized``), ``modelopt``, ``fbgemm_fp8``:
+  ``weight`` with ``weight_scale``;
+- ComfyUI: ``weight`` with ``weight_scale`` or ``scale_weight``, and no config;
+- experts of a layer in one tensor: ``experts.gate_up_proj`` with ``…_scale`` or ``…_scale_inv``.
+
+Scales are F32, BF16, F16 or E8M0, a power of two: stored as F8_E8M0, or as U8 by formats of 32 columns a block.
+Sources: transformers' ``Fp8Dequantize``, compressed-tensors' ``FP8BlockDequantizer``, DeepSeek-V3's ``weight_dequant``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from shardmerge.codecs.codec import Codec, Output, ReadPart, TileSlot
+from shardmerge.codecs.quantization import ACTIVATION_SCALES, beside, groups, quantization
+from shardmerge.spec.plans import TensorPlan
+from shardmerge.spec.tensors import Encoding, RowRange, TensorRef, Weight, tensor_nbytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SCALES = ("weight_scale_inv", "weight_scale", "scale", "scale_inv", "qscale_weight", "scale_weight")
+_SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
+#: Columns that share an exponent, of which a U8 is the scale.
+_MX_COLUMNS = 32
+_MAX = 448.0
+#: Rows or columns of a block.
+Block = tuple[int, int]
+
+
+class Fp8(Codec):
+    """Settings: ``block`` (rows, columns), and ``height``, the rows of one matrix of a stack."""
+
+    name = "fp8"
+    on_device = True
+
+    def claims(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Iterator[Weight | str]:
+        settings = quantization(config)
+        method, blocks = settings.get("quant_method"), _blocks(settings)
+        for name, ref in tensors.items():
+            if ref.dtype != "F8_E4M3" or len(ref.shape) not in (2, 3):
+                continue
+            scales = beside(tensors, name, _SCALES)
+            if len(scales) != 1:
+                what = " and ".join(scale.name for scale in scales) or "no scale"
+                yield f"{name} is stored as F8_E4M3, and has {what} beside it where one scale was expected"
+                continue
+            scale = _as_grid(ref.shape, scales[0], blocks, last_is_out=method == "fbgemm_fp8")
+            if scale is None:
+                of = " or ".join(f"{rows} × {columns}" for rows, columns in blocks) or "a size that config.json gives"
+                yield (
+                    f"{name} is F8_E4M3 {list(ref.shape)}, but {scales[0].name} is {scales[0].dtype} "
+                    f"{list(scales[0].shape)}; expected was one scale, one a row, or one a block of {of}"
+                )
+                continue
+            block, height, grid = scale
+            others = [(f"activation{i}", part) for i, part in enumerate(beside(tensors, name, ACTIVATION_SCALES))]
+            encoding = Encoding(self.name, (("block", block), ("height", height)), len(ref.shape) - 1)
+            yield Weight(name, (("values", ref), ("scale", grid), *others), ref.uri.rpartition("/")[2], encoding)
+
+    def outputs(self, name: str, shape: tuple[int, ...], encoding: Encoding) -> tuple[Output, ...]:
+        """The codes; scales stay as they are."""
+        return (Output("values", name, "F8_E4M3", shape, tensor_nbytes("F8_E4M3", shape)),)
+
+    def largest(self, tensor: TensorPlan) -> float:
+        """What is beyond the largest code becomes that."""
+        return math.inf
+
+    def decode(self, slot: TileSlot, stored: Tensor, tile: Tensor) -> None:
+        import torch
+
+        from shardmerge.codecs import tables
+
+        values = tile if tile.dtype == torch.float32 else torch.empty_like(tile, dtype=torch.float32)
+        tables.look_up(stored.view(torch.uint8), tables.E4M3, values)
+        assert slot.tensor.decoding is not None
+        _scale(torch.Tensor.mul_, values, slot.rows, slot.tensor.decoding, slot.part)
+        if values is not tile:
+            tile.copy_(values)
+
+    def encode(self, slot: TileSlot, tile: Tensor, target: Tensor) -> bool:
+        """The nearest code on the base's own grid."""
+        import torch
+
+        from shardmerge.codecs import rounding
+
+        if not slot.is_checked and not rounding.is_finite(tile):
+            return False
+        assert slot.tensor.encoding is not None
+        _scale(torch.Tensor.div_, tile, slot.rows, slot.tensor.encoding, slot.part)
+        rounding.encode_into(target, tile.clamp_(-_MAX, _MAX))
+        return True
+
+    def rounding_bound(self, encoding: Encoding, values: Tensor, rows: RowRange, part: ReadPart) -> Tensor:
+        import torch
+
+        from shardmerge.codecs import rounding
+
+        scaled = _scale(torch.Tensor.div_, values.abs(), rows, encoding, part)
+        beyond = (scaled - _MAX).clamp_(min=0)
+        bound = rounding.half_unit(scaled.clamp_(max=_MAX), "F8_E4M3").add_(beyond)
+        # The quotient of which this is the nearest code is rounded, too.
+        return _scale(torch.Tensor.mul_, bound, rows, encoding, part).mul_(1 + 2.0**-20)
+
+
+def _blocks(settings: Mapping[str, Any]) -> list[Block]:
+    """The sizes of blocks that the settings name: (rows, columns)."""
+    method = settings.get("quant_method")
+    found = [settings.get("weight_block_size", (128, 128) if method == "fp8" else None)]
+    for group in groups(settings):
+        found.append(group.get("block_structure"))
+        if group.get("num_bits") == 8 and group.get("strategy") == "group":
+            found.append((1, group.get("group_size")))
+    whole = [tuple(block) for block in found if isinstance(block, (list, tuple)) and len(block) == 2]
+    return [block for block in whole if all(type(size) is int and size > 0 for size in block)]
+
+
+def _as_grid(
+    shape: tuple[int, ...], scale: TensorRef, blocks: list[Block], last_is_out: bool
+) -> tuple[Block, int, TensorRef] | None:
+    """The block of a scale, the height of a matrix, and the scale as a matrix: a row for each row of blocks.
+
+    None where the scale does not fit the weight. ``last_is_out``: experts' matrices are stored (in, out), and their
+    scales go with the last dimension, whatever their own shape is.
+    """
+    *experts, rows, columns = shape
+    count = math.prod(experts)
+
+    def grid(of_rows: int, of_columns: int) -> TensorRef:
+        dtype = "F8_E8M0" if scale.dtype == "U8" else scale.dtype
+        return dataclasses.replace(scale, dtype=dtype, shape=(of_rows, of_columns))
+
+    plain = tuple(size for size in scale.shape if size != 1)
+    if scale.dtype == "U8":
+        blocks = [block for block in blocks if block == (1, _MX_COLUMNS)]
+    elif scale.dtype not in _SCALE_DTYPES:
+        return None
+    else:
+        if math.prod(scale.shape) == 1:
+            return (count * rows, columns), count * rows, grid(1, 1)
+        if last_is_out and experts and plain == tuple(size for size in (count, columns) if size != 1):
+            return (rows, 1), rows, grid(count, columns)
+        if scale.shape in ((*experts, 1, 1), (*experts,)):
+            return (rows, columns), rows, grid(count, 1)
+        if scale.shape in ((*experts, rows, 1), (*experts, rows)):
+            return (1, columns), rows, grid(count * rows, 1)
+    for of_rows, of_columns in blocks:
+        high, wide = -(-rows // of_rows), -(-columns // of_columns)
+        if scale.shape == (*experts, high, wide):
+            return (of_rows, of_columns), rows, grid(count * high, wide)
+    return None
+
+
+def _scale(
+    by: Callable[[Tensor, Tensor], Tensor], values: Tensor, rows: RowRange, encoding: Encoding, part: ReadPart
+) -> Tensor:
+    """``values`` of these rows, multiplied or divided in place by their scales."""
+    import torch
+
+    (of_rows, of_columns), height = encoding.setting("block"), encoding.setting("height")
+    each = -(-height // of_rows)
+
+    def at(row: Any) -> Any:
+        """The row of the grid for a row of the weight, or for many."""
+        return row // height * each + row % height // of_rows
+
+    first = at(rows.start)
+    scales = part("scale", RowRange(first, at(rows.stop - 1) + 1)).to(values.dtype)
+    scales = scales[at(torch.arange(rows.start, rows.stop, device=values.device)) - first]
+    whole = values.shape[1] // of_columns * of_columns
+    if whole:
+        by(values[:, :whole].view(len(values), -1, of_columns), scales[:, : whole // of_columns, None])
+    if whole < values.shape[1]:
+        by(values[:, whole:], scales[:, -1:])
+    return values
+
+
+FP8: tuple[Codec, ...] = (Fp8(),)

@@ -1,0 +1,56 @@
+"""What formats of quantised checkpoints have in common: their settings, and names of the tensors beside a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from shardmerge.spec.tensors import TensorRef
+
+#: Keys of config.json that hold the settings: transformers and vLLM, older compressed-tensors, MLX.
+SECTIONS = ("quantization_config", "compression_config", "quantization")
+#: What a quantised checkpoint stores beside a weight for its activations, after the name of the module.
+ACTIVATION_SCALES = ("input_scale", "activation_scale", "input_global_scale", "input_zero_point")
+
+
+def quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings in a config.json, or its ``text_config``; empty where there are none.
+
+    ``quant_method`` is always there: bitsandbytes and MLX may leave it out.
+    """
+    inner = config.get("text_config")
+    for section in (config, inner) if isinstance(inner, dict) else (config,):
+        for key in SECTIONS:
+            found = section.get(key)
+            if isinstance(found, dict) and found:
+                return {"quant_method": _method(key, found), **found}
+    return {}
+
+
+def _method(key: str, settings: Mapping[str, Any]) -> str:
+    """The method of settings that do not name one."""
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
+        return "bitsandbytes"
+    if key == "compression_config":
+        return "compressed-tensors"
+    return "mlx" if key == "quantization" else ""
+
+
+def groups(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The ``weights`` settings of every group of compressed-tensors."""
+    found = settings.get("config_groups")
+    for group in found.values() if isinstance(found, dict) else ():
+        if isinstance(group, dict) and isinstance(weights := group.get("weights"), dict):
+            yield weights
+
+
+def owner_of(name: str) -> str:
+    """The module of a ``….weight``; of a parameter such as ``experts.gate_up_proj`` the parameter itself."""
+    return name.removesuffix(".weight")
+
+
+def beside(tensors: Mapping[str, TensorRef], name: str, endings: Sequence[str]) -> list[TensorRef]:
+    """The tensors that belong to the weight ``name``: ``module.ending``, and ``parameter_ending`` of a parameter."""
+    join = "." if name.endswith(".weight") else "_"
+    found = (tensors.get(f"{owner_of(name)}{join}{ending}") for ending in endings)
+    return [ref for ref in found if ref is not None]
