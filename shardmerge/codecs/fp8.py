@@ -52,6 +52,8 @@ class Fp8(Codec):
             if ref.dtype != "F8_E4M3" or len(ref.shape) not in (2, 3):
                 continue
             scales = beside(tensors, name, _SCALES)
+            if not scales and not settings:
+                continue  # numbers as they are
             if len(scales) != 1:
                 what = " and ".join(scale.name for scale in scales) or "no scale"
                 yield f"{name} is stored as F8_E4M3, and has {what} beside it where one scale was expected"

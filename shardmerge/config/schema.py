@@ -181,6 +181,13 @@ class OutputConfig(_Section):
     quantization: Quantization = Field(
         default="q8_0", description="GGUF quantization type of most weights (only with format: gguf)."
     )
+    quantized: Literal["auto", "mixed", "dense", "same"] = Field(
+        default="auto",
+        description="What becomes of a quantised base. mixed stores what is updated, and what programs fuse with it, "
+        "in 16 bits, and keeps the bytes of all else; dense stores everything in 16 bits; same rounds what is updated "
+        "to the base's own codes, which loses most of a small update (rounding: stochastic keeps it on average). auto "
+        "is mixed where programs that load the format follow its list of exceptions, else dense.",
+    )
     allow_config_loss: bool = Field(
         default=False,
         description="Write a GGUF file although llama.cpp ignores settings of config.json, and so computes something "

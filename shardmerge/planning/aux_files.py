@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardmerge.codecs.quantization import SECTIONS, SETTINGS_FILES
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.destinations.record import RECORD_NAME
 from shardmerge.file_formats import recognise
@@ -49,7 +50,8 @@ def collect(
     """The base's files; the tokenizer and template of the first adapter that has one, in place of the base's.
 
     ``changes`` are what config.json must say: ``dtype``, by torch's name, ``vocab_size``, ``tie_word_embeddings``,
-    ``transformers_weights``, ``architectures`` and the labels. Without any, its bytes stay as they are.
+    ``transformers_weights``, ``architectures`` and the labels, and ``quantization``, the settings of which None is to
+    have none. Without any, its bytes stay as they are.
     ``copies_weights``: whether weights beside the model's go along, too.
     """
     result = AuxFiles()
@@ -61,6 +63,8 @@ def collect(
         return result
     has_own_template = take_tokenizer(chosen, sources, result.of_tokenizer)
     result.warnings += result.of_tokenizer
+    if "quantization" in changes and changes["quantization"] is None:
+        chosen = {name: file for name, file in chosen.items() if name not in SETTINGS_FILES}
     for name, (source, stored) in sorted(chosen.items()):
         content = None
         if name == "config.json" and changes:
@@ -127,12 +131,28 @@ def _with_changes(text: bytes, config: Mapping[str, Any], changes: Mapping[str, 
     if "tie_word_embeddings" in changes:
         changed = without_ties(changed)
     changed |= {key: changes[key] for key in _HEAD_KEYS if key in changes}
+    if "quantization" in changes:
+        changed = _with_quantization(changed, changes["quantization"])
     if "transformers_weights" in changes:
         changed["transformers_weights"] = changes["transformers_weights"]
     if changed == config:
         return None
     ending = "\n" if text.endswith(b"\n") else ""
     return json.dumps(changed, indent=2, ensure_ascii=False) + ending
+
+
+def _with_quantization(config: Mapping[str, Any], settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """config.json with other settings of a quantisation where it has some; without them if ``settings`` is None."""
+    changed = {}
+    for key, value in config.items():
+        if key in SECTIONS and isinstance(value, dict):
+            if settings is None:
+                continue
+            value = {name: found for name, found in settings.items() if name in value or name != "quant_method"}
+        elif key.endswith("_config") and isinstance(value, dict):
+            value = _with_quantization(value, settings)
+        changed[key] = value
+    return changed
 
 
 def _replace(config: Mapping[str, Any], keys: Sequence[str], wanted: Callable[[Any], bool], new: Any) -> dict[str, Any]:

@@ -92,13 +92,14 @@ def lay_out(
     updates: Updates | None = None,
     added: Sequence[TensorRef] = (),
     left_out: Collection[str] = (),
+    encodings: Mapping[str, Encoding] | None = None,
 ) -> Layout:
     """Place every weight of the base that is not ``left_out``, with its updates; ``added`` comes last.
 
     ``dtype`` is a code or ``same``; ``max_shard_size`` None keeps the shards. A weight that an adapter replaces is that
-    adapter's.
+    adapter's. ``encodings`` are what weights become, by name, that are not stored plainly and do not keep their bytes.
     """
-    outgoing = _Outgoing(checkpoint, dtype, updates or {})
+    outgoing = _Outgoing(checkpoint, dtype, updates or {}, encodings or {})
     groups = [
         [found for ref in shard.tensors if ref.name not in left_out and (found := outgoing.of(ref))]
         for shard in checkpoint.shards
@@ -124,34 +125,45 @@ def lay_out(
 class _Outgoing:
     """Stored tensors of a base → what they are in the output.
 
-    Of a weight that is worked on, the parts that are made anew leave their places: they follow the values.
+    Of a weight that is worked on, the parts that are made anew leave their places: they follow the values. Parts that
+    stay keep their bytes, whatever ``dtype`` is.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str, updates: Updates) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: str, updates: Updates, encodings: Mapping[str, Encoding]) -> None:
         self._dtype, self._updates, self._replaced = dtype, updates, _replaced(updates)
         #: What becomes of weights that are worked on, by the places of the parts that do not stay.
         self._coded: dict[tuple[str, int, int], Outgoing] = {}
-        for weight in checkpoint.weights.values():
-            if weight.stored_as is not None and (dtype != "same" or updates.get(weight.name)):
-                encoding = weight.stored_as if dtype == "same" else Encoding(dtype)
-                outputs = CODECS[encoding.codec].outputs(weight.name, weight.tensor.shape, encoding)
-                of = updates.get(weight.name, ())
-                outgoing = Outgoing(weight.tensor, weight.tensor, outputs, weight, encoding, of)
-                made = {output.role for output in outputs}
-                leaving = [
-                    ref for role, ref in weight.parts if role in made or encoding.codec != weight.stored_as.codec
-                ]
-                self._coded |= dict.fromkeys([ref.place for ref in leaving], outgoing)
+        coded = [weight for weight in checkpoint.weights.values() if weight.stored_as is not None]
+        self._parts = {ref.place for weight in coded for _, ref in weight.parts}
+        for weight in coded:
+            if (encoding := encodings.get(weight.name)) is None:
+                continue
+            outgoing = self._worked(weight, encoding, updates.get(weight.name, ()))
+            made = {output.role for output in outgoing.outputs}
+            is_same = weight.stored_as is not None and encoding.codec == weight.stored_as.codec
+            leaving = [ref for role, ref in weight.parts if role in made or not is_same]
+            self._coded |= dict.fromkeys([ref.place for ref in leaving], outgoing)
+
+    def _worked(self, weight: Weight, encoding: Encoding, updates: Sequence[Update]) -> Outgoing:
+        """A weight in another encoding, or an adapter's whole one in its place."""
+        if (whole := self._replaced.get(weight.name)) is not None:
+            dtype = CODECS[encoding.codec].values
+            plain = (Output("values", whole.name, dtype, whole.shape, tensor_nbytes(dtype, whole.shape)),)
+            return Outgoing(whole, weight.tensor, plain, updates=updates)
+        outputs = CODECS[encoding.codec].outputs(weight.name, weight.tensor.shape, encoding)
+        return Outgoing(weight.tensor, weight.tensor, outputs, weight, encoding, updates)
 
     def of(self, ref: TensorRef) -> Outgoing | None:
         """What a stored tensor is in the output; None if it is a part that is laid out elsewhere, or left out."""
         if (coded := self._coded.get(ref.place)) is None:
             return self.plain(ref)
-        return coded if coded.source.place == ref.place else None
+        return coded if coded.base.place == ref.place else None
 
     def plain(self, ref: TensorRef) -> Outgoing:
         """A tensor that is stored plainly, or an adapter's whole one in its place."""
-        source, dtype = self._replaced.get(ref.name, ref), output_dtype(ref.dtype, self._dtype)
+        source, dtype = self._replaced.get(ref.name, ref), ref.dtype
+        if ref.place not in self._parts:
+            dtype = output_dtype(dtype, self._dtype)
         size = tensor_nbytes(dtype, source.shape)
         outputs = (Output("values", source.name, dtype, source.shape, size),)
         return Outgoing(source, ref, outputs, updates=self._updates.get(ref.name, ()))
@@ -168,7 +180,7 @@ def _replaced(updates: Mapping[str, Sequence[Update]]) -> dict[str, TensorRef]:
 
 
 def _shard(name: str, metadata: safetensors_header.Metadata, group: Sequence[Outgoing], dtype: str) -> ShardPlan:
-    if dtype != "same":
+    if dtype != "same" or any(map(_is_recoded, group)):
         # Widths have changed, so the base's order may leave tensors unaligned; the widest first never does.
         group = sorted(group, key=lambda tensor: -DTYPE_BITS[tensor.outputs[0].dtype])
     ends = list(itertools.accumulate((tensor.nbytes for tensor in group), initial=0))
@@ -176,6 +188,12 @@ def _shard(name: str, metadata: safetensors_header.Metadata, group: Sequence[Out
     stored = {name: info for tensor in tensors for name, info in tensor.outputs()}
     head = safetensors_header.encode(metadata, stored)
     return ShardPlan(name, metadata, tuple(tensors), _like_source(len(head), tensors), ends[-1])
+
+
+def _is_recoded(tensor: Outgoing) -> bool:
+    """Whether a quantised weight has become one of another format."""
+    before = tensor.weight.stored_as if tensor.weight else None
+    return before is not None and tensor.encoding is not None and before.codec != tensor.encoding.codec
 
 
 def _like_source(header_bytes: int, tensors: Sequence[TensorPlan]) -> int:

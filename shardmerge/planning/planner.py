@@ -26,6 +26,7 @@ from shardmerge.planning.fingerprint import fingerprint_of
 from shardmerge.planning.layout import Layout, lay_out
 from shardmerge.planning.layouts import LAYOUTS, Placed
 from shardmerge.planning.opening import check_device, open_all
+from shardmerge.planning.quantised_output import QuantisedOutput, quantised_output
 from shardmerge.planning.tiling import tile_all
 from shardmerge.planning.totals import bytes_read, totals_of
 from shardmerge.planning.trained_on import another_than
@@ -64,7 +65,9 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
     checkpoint, adapters = open_all(config, overwrite, check_output)
     destination = open_destination(config.output.path, overwrite)
     changes = changes_of(checkpoint, adapters, config)
-    stored = _as_checkpoint(config, checkpoint, changes)
+    quantised = quantised_output(checkpoint, changes.updates, config.output)
+    changes.config.update(quantised.config)
+    stored = _as_checkpoint(config, checkpoint, changes, quantised)
     aux = _aux_files(config, checkpoint, adapters, changes)
     placed = _placed(config, stored, changes, aux, Path(destination.location).name)
     shards, unrounded = _rounded(config, placed.layout.shards)
@@ -85,12 +88,18 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
         totals=totals_of(shards),
         bytes_read=bytes_read(shards),
         bytes_written=sum(shard.nbytes for shard in shards) + sum(file.nbytes for file in placed.aux),
-        warnings=(*changes.notes, *_warnings(config, checkpoint, adapters), *aux.warnings, *placed.warnings),
+        warnings=(
+            *changes.notes,
+            *quantised.notes,
+            *_warnings(config, checkpoint, adapters),
+            *aux.warnings,
+            *placed.warnings,
+        ),
         overwrite=overwrite,
         config=config.model_dump(mode="json"),
         fingerprint={},
     )
-    problems = [*changes.problems, *aux.unfit, *aux.problems, *placed.problems, *unrounded]
+    problems = [*changes.problems, *quantised.problems, *aux.unfit, *aux.problems, *placed.problems, *unrounded]
     problems += [] if problems else _memory_problems(plan)
     if check_output:
         problems += _rounding_problems(plan) + check_device(plan.compute_device) + destination.problems(plan)
@@ -154,11 +163,12 @@ def _rounding_problems(plan: MergePlan) -> list[str]:
 # --- the output's files -----------------------------------------------------------------------------------------------
 
 
-def _as_checkpoint(config: MergeConfig, checkpoint: Checkpoint, changes: Changes) -> Layout:
+def _as_checkpoint(config: MergeConfig, checkpoint: Checkpoint, changes: Changes, quantised: QuantisedOutput) -> Layout:
     """The output as a checkpoint; its dtype and the name of its main file come to the ``changes`` of config.json."""
     dtype = "same" if config.output.dtype == "same" else dtype_code(config.output.dtype)
     max_shard_size = None if config.output.max_shard_size == "same" else config.output.max_shard_size
-    layout = lay_out(checkpoint, dtype, max_shard_size, changes.updates, changes.added, changes.left_out)
+    left_out = {*changes.left_out, *quantised.left_out}
+    layout = lay_out(checkpoint, dtype, max_shard_size, changes.updates, changes.added, left_out, quantised.encodings)
     tensors = (tensor for shard in layout.shards for tensor in shard.tensors)
     if dtype != "same" and any(tensor.source.dtype != tensor.out.dtype for tensor in tensors):
         changes.config["dtype"] = config.output.dtype

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from shardmerge.codecs.quantization import SECTIONS
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.file_formats.model_config import sections
 from shardmerge.spec.tensors import FLOAT_DTYPES, TensorRef
@@ -22,7 +23,8 @@ _COMPANION = re.compile(
 )
 #: What stands beside a ``weight``, or below its name, that means nothing without it.
 _BESIDE = ("weight_scale", "weight_scale_inv", "weight_scale_2", "SCB", "scales", "weight.absmax", "weight_scales")
-_SECTIONS = ("quantization_config", "compression_config", "quantization")
+#: Dtypes that hold codes, and no numbers of a model: but for I32, which may be indices, too.
+_PACKED = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "U16", "U32")
 #: Methods of one kind of number.
 _NUMBERS = {"fp8": "FP8", "fbgemm_fp8": "FP8", "mxfp4": "MXFP4", "bitnet": "ternary numbers"}
 #: Names of tensors that a message lists.
@@ -31,6 +33,16 @@ _WAY_OUT = (
     "only F32, F16 and BF16 weights can be merged into, so merge into the model as it was before it was quantised, or "
     "dequantise it first"
 )
+
+
+def unread(checkpoint: Checkpoint) -> list[str]:
+    """The tensors that hold packed numbers of a format that no codec has claimed, by name."""
+    if not any(section.get(key) for section in sections(checkpoint.config) for key in SECTIONS):
+        return []
+    plain = (weight.tensor for weight in checkpoint.weights.values() if weight.stored_as is None)
+    return [
+        ref.name for ref in plain if ref.dtype in _PACKED or (ref.dtype == "I32" and _COMPANION.fullmatch(_last(ref)))
+    ]
 
 
 def scaled(names: Iterable[str]) -> frozenset[str]:
@@ -93,7 +105,7 @@ def _below(checkpoint: Checkpoint, module: str, parameter: str) -> Sequence[Tens
 
 def _method(config: Mapping[str, Any]) -> str:
     """``INT4 by compressed-tensors``."""
-    for section in (section.get(key) for section in sections(config) for key in _SECTIONS):
+    for section in (section.get(key) for section in sections(config) for key in SECTIONS):
         if isinstance(section, dict) and section:
             method = str(
                 section.get("quant_method") or section.get("mode") or "a method that config.json does not name"

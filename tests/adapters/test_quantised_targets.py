@@ -39,9 +39,9 @@ METHODS: Mapping[str, tuple[Tensors, dict[str, Any], str]] = {
         "stored as INT4 by compressed-tensors (weight_packed, weight_scale, weight_shape)",
     ),
     "compressed-tensors fp8": (
-        {"weight": torch.ones(48, 32).to(torch.float8_e4m3fn), "weight_scale": SCALE},
+        {"weight": torch.ones(48, 32).to(torch.float8_e5m2), "weight_scale": SCALE},
         {**COMPRESSED, "config_groups": {"g": {"weights": {"num_bits": 8, "type": "float"}}}},
-        "stored as FP8 by compressed-tensors (weight of F8_E4M3, weight_scale)",
+        "stored as FP8 by compressed-tensors (weight of F8_E5M2, weight_scale)",
     ),
     "gptq": (
         {"qweight": BYTES.int(), "qzeros": BYTES.int(), "scales": SCALE.half(), "g_idx": BYTES.int()},
@@ -64,9 +64,9 @@ METHODS: Mapping[str, tuple[Tensors, dict[str, Any], str]] = {
         "stored as INT8 by bitsandbytes (weight of I8, SCB)",
     ),
     "fp8 in blocks": (
-        {"weight": torch.ones(48, 32).to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(1, 1)},
+        {"weight": torch.ones(48, 32).to(torch.float8_e5m2), "weight_scale_inv": torch.ones(1, 1)},
         {"quant_method": "fp8"},
-        "stored as FP8 by fp8 (weight of F8_E4M3, weight_scale_inv)",
+        "stored as FP8 by fp8 (weight of F8_E5M2, weight_scale_inv)",
     ),
     "hqq": ({"W_q": BYTES, "scale": SCALE}, {"quant_method": "hqq"}, "stored as packed numbers by hqq (W_q, scale)"),
     "without a word in config.json": (

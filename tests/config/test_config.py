@@ -100,6 +100,7 @@ def test_defaults(tmp_path: Path) -> None:
             "format": "safetensors",
             "quantization": "q8_0",
             "rounding": "nearest",
+            "quantized": "auto",
             "seed": 0,
             "allow_config_loss": False,
             "sha256": False,

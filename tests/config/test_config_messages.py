@@ -144,7 +144,10 @@ _PLACES = [
     *("base", "adapters", "output", "tied", "compute"),
     *(f"adapters.0.{key}" for key in ("path", "weight", "format", "expert_layout", "prefix", "ignore_files")),
     *(f"adapters.0.{key}" for key in ("ignore_keys", "alpha", "scaling")),
-    *(f"output.{key}" for key in ("path", "dtype", "max_shard_size", "rounding", "seed", "format", "quantization")),
+    *(
+        f"output.{key}"
+        for key in ("path", "dtype", "max_shard_size", "rounding", "seed", "format", "quantization", "quantized")
+    ),
     *("output.allow_config_loss", "output.sha256", "compute.device", "compute.dtype", "compute.max_memory"),
     "compute.threads",
 ]

@@ -81,7 +81,9 @@ class Scene:
         return values_of(self.codes, self.scales) + delta
 
     def config(self, output: str = "out", **options: Any) -> dict[str, Any]:
-        return make_config(self.folder / output, self.base, [self.adapter], **options)
+        config = make_config(self.folder / output, self.base, [self.adapter], **options)
+        config["output"]["quantized"] = "dense" if "dtype" in options else "same"
+        return config
 
 
 def stored(folder: Path) -> dict[str, Tensor]:

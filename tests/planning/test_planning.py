@@ -140,7 +140,8 @@ def test_quantised_weights_that_nothing_updates(tmp_path: Path) -> None:
     plan = shardmerge.plan(place.config(output={"dtype": "bfloat16"}))
     dtypes = {tensor.source.name: tensor.out.dtype for shard in plan.shards for tensor in shard.tensors}
     assert dtypes["model.x.weight"] == "F8_E4M3"
-    assert dtypes["model.x.weight_scale"] == dtypes[Q0 + ".weight"] == "BF16"
+    assert dtypes["model.x.weight_scale"] == "F32"  # a part of it
+    assert dtypes[Q0 + ".weight"] == "BF16"
 
 
 def test_zero_scaling_is_a_warning(tmp_path: Path) -> None:

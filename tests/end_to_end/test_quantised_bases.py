@@ -1,0 +1,223 @@
+"""Quantised bases: merged into 16 bits beside what keeps its bytes, into 16 bits alone, and onto their own grid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import shardmerge
+from shardmerge.errors import NonFiniteError, PlanError
+from tests.support.peft_oracle import bits, make_config, random, stored, write_adapter
+from tests.support.quantised_bases import BASES, Quantised, fp8_block, linears
+
+RANK, ALPHA = 4, 6.0
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+each = pytest.mark.parametrize("kind", BASES)
+
+
+class Scene:
+    """A base, and an adapter of q_proj of the first layer and down_proj of the second."""
+
+    def __init__(self, folder: Path, made: Quantised) -> None:
+        self.folder, self.made = folder, made
+        self.base = made.write(folder / "base")
+        shapes = linears()
+        self.factors = {
+            module: (random(RANK, shapes[module][1], seed=70), random(shapes[module][0], RANK, seed=71, scale=0.02))
+            for module in (Q, DOWN)
+        }
+        self.adapter = write_adapter(folder / "adapter", self.factors, ALPHA)
+
+    def config(self, name: str = "out", **output: Any) -> dict[str, Any]:
+        config = make_config(self.folder / name, self.base, [self.adapter])
+        config["output"].update(output)
+        return config
+
+    def merge(self, name: str = "out", **output: Any) -> dict[str, Tensor]:
+        shardmerge.merge(self.config(name, **output))
+        return stored(self.folder / name)
+
+    def settings(self, name: str = "out") -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / name / "config.json").read_text())
+        return found
+
+    def merged(self, module: str) -> Tensor:
+        """float32(W) + s · B A in float32, as PEFT computes it; W as the format defines it."""
+        a, b = self.factors[module]
+        return self.made.values[f"{module}.weight"] + (b @ a) * (ALPHA / RANK)
+
+
+def assert_kept(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *modules: str) -> None:
+    """Every stored tensor of the base is there with its bytes, but those of ``modules``."""
+    for name, tensor in wanted.items():
+        if not name.startswith(tuple(f"{module}." for module in modules)):
+            assert bits(found[name]) == bits(tensor), name
+
+
+@each
+def test_mixed_keeps_the_bytes_of_all_that_is_not_updated(tmp_path: Path, kind: str) -> None:
+    scene = Scene(tmp_path, BASES[kind]())
+    found = scene.merge()
+    fused = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    assert_kept(found, scene.made.tensors, *fused, DOWN)
+    for module in (*fused, DOWN):
+        parts = [name for name in found if name.startswith(f"{module}.")]
+        assert parts == [f"{module}.weight"] and found[parts[0]].dtype == torch.bfloat16
+        wanted = scene.merged(module) if module in scene.factors else scene.made.values[f"{module}.weight"]
+        assert bits(found[f"{module}.weight"]) == bits(wanted.bfloat16()), module
+    before, after = scene.made.config["quantization_config"], scene.settings()["quantization_config"]
+    key = "ignore" if "ignore" in before else "modules_to_not_convert"
+    assert after == {**before, key: ["lm_head", *sorted([*fused, DOWN])]}
+    assert shardmerge.verify(tmp_path / "out", rows=None).ok
+
+
+@each
+def test_dense_decodes_everything(tmp_path: Path, kind: str) -> None:
+    scene = Scene(tmp_path, BASES[kind]())
+    found = scene.merge(quantized="dense")
+    assert found.keys() == {name for name in scene.made.tensors if name.endswith("weight")}
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    for module in linears():
+        wanted = scene.merged(module) if module in scene.factors else scene.made.values[f"{module}.weight"]
+        assert bits(found[f"{module}.weight"]) == bits(wanted.bfloat16()), module
+    assert "quantization_config" not in scene.settings()
+    assert shardmerge.verify(tmp_path / "out", rows=None).ok
+
+
+@each
+def test_same_writes_the_nearest_codes_of_the_bases_own_grid(tmp_path: Path, kind: str) -> None:
+    scene = Scene(tmp_path, BASES[kind]())
+    found = scene.merge(quantized="same")
+    assert found.keys() == scene.made.tensors.keys()
+    for name, tensor in scene.made.tensors.items():
+        if name.removesuffix(".weight") not in scene.factors:
+            assert bits(found[name]) == bits(tensor), name
+    for module in scene.factors:
+        before, after = scene.made.tensors[f"{module}.weight"], found[f"{module}.weight"]
+        assert after.dtype == before.dtype and after.shape == before.shape
+        assert not torch.equal(after.view(torch.uint8), before.view(torch.uint8))
+        # No other code is nearer: neither neighbour, one step of the bits up or down.
+        exact, grid = scene.merged(module).double(), _grid(scene.made, module)
+        error = (after.double() * grid - exact).abs()
+        for step in (-1, 1):
+            other = (after.view(torch.uint8).int() + step).clamp(0, 255).to(torch.uint8).view(torch.float8_e4m3fn)
+            further = (other.double() * grid - exact).abs().nan_to_num(nan=torch.inf)
+            assert bool((error <= further * (1 + 1e-5)).all())
+    assert scene.settings() == scene.made.config
+    assert shardmerge.verify(tmp_path / "out", rows=None).ok
+
+
+def _grid(made: Quantised, module: str) -> Tensor:
+    """The scale of every element, from the values: those of the largest codes are exact enough."""
+    codes, values = made.tensors[f"{module}.weight"].double(), made.values[f"{module}.weight"].double()
+    scale = next(made.tensors[f"{module}.{key}"] for key in SCALES if f"{module}.{key}" in made.tensors).double()
+    scale = scale.reshape(1, 1) if scale.ndim < 2 else scale
+    high, wide = (-(-size // of) for size, of in zip(codes.shape, scale.shape, strict=True))
+    if scale.shape not in ((1, 1), (codes.shape[0], 1)):
+        high, wide = made.config["quantization_config"]["weight_block_size"]
+    grid = scale.repeat_interleave(high, 0).repeat_interleave(wide, 1)[: codes.shape[0], : codes.shape[1]]
+    torch.testing.assert_close(codes * grid, values, rtol=1e-6, atol=0)
+    return grid
+
+
+SCALES = ("weight_scale_inv", "weight_scale", "scale")
+
+
+@each
+def test_an_adapter_of_zeros_changes_no_code(tmp_path: Path, kind: str) -> None:
+    scene = Scene(tmp_path, BASES[kind]())
+    write_adapter(scene.adapter, {module: (a, b * 0) for module, (a, b) in scene.factors.items()}, ALPHA)
+    for name, tensor in scene.merge(quantized="same").items():
+        assert bits(tensor) == bits(scene.made.tensors[name]), name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("mode", ["mixed", "same"])
+def test_the_outputs_dtype_leaves_parts_of_quantised_weights_alone(tmp_path: Path, dtype: str, mode: str) -> None:
+    scene = Scene(tmp_path, fp8_block())
+    found = scene.merge(dtype=dtype, quantized=mode)
+    of_torch = getattr(torch, dtype)
+    assert found["model.norm.weight"].dtype == of_torch
+    touched = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"] + [DOWN] if mode == "mixed" else []
+    for name, tensor in scene.made.tensors.items():
+        module = name.rpartition(".")[0]
+        if "scale" in name and module not in touched:
+            assert bits(found[name]) == bits(tensor), name
+    if mode == "mixed":
+        assert found[f"{Q}.weight"].dtype == of_torch
+
+
+def test_a_weight_outside_the_quantised_ones_leaves_them_alone(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, fp8_block())
+    write_adapter(scene.adapter, {"lm_head": (random(RANK, 96, seed=1), random(64, RANK, seed=2))}, ALPHA)
+    found = scene.merge()
+    assert_kept(found, scene.made.tensors, "lm_head")
+    assert scene.settings() == scene.made.config
+
+
+def test_experts_of_a_layer_go_together(tmp_path: Path) -> None:
+    made = fp8_block()
+    experts = [f"model.layers.0.mlp.experts.{number}.{name}" for number in range(3) for name in ("w1", "w2", "w3")]
+    for module in experts:
+        for key in ("weight", "weight_scale_inv"):
+            made.tensors[f"{module}.{key}"] = made.tensors[f"{Q}.{key}"].clone()
+    scene = Scene(tmp_path, made)
+    a, b = scene.factors[Q]
+    write_adapter(scene.adapter, {experts[1]: (a, b)}, ALPHA)
+    found = scene.merge()
+    assert_kept(found, made.tensors, "model.layers.0.mlp.experts")
+    assert all(found[f"{module}.weight"].dtype == torch.bfloat16 for module in experts)
+    listed = scene.settings()["quantization_config"]["modules_to_not_convert"]
+    assert listed == ["lm_head", "model.layers.0.mlp.experts"]
+
+
+def test_a_scale_that_is_not_a_number_stops_the_merge(tmp_path: Path) -> None:
+    made = fp8_block()
+    made.tensors[f"{Q}.weight_scale_inv"][1, 0] = torch.nan
+    scene = Scene(tmp_path, made)
+    with pytest.raises(NonFiniteError, match=r"q_proj\.weight_scale_inv holds nan at \[1, 0\]"):
+        scene.merge()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        (
+            "weight_scale_inv",
+            torch.ones(2, 2),
+            r"q_proj\.weight is F8_E4M3 \[96, 96\], but .*weight_scale_inv is F32 \[2, 2\]",
+        ),
+        ("weight_scale_inv", torch.ones(3, 2, dtype=torch.int32), r"weight_scale_inv is I32 \[3, 2\]"),
+        (
+            "weight_scale",
+            torch.ones(3, 2),
+            r"weight_scale_inv and .*weight_scale beside it where one scale was expected",
+        ),
+        ("weight_scale_inv", None, r"q_proj\.weight is stored as F8_E4M3, and has no scale beside it"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused_by_name(
+    tmp_path: Path, key: str, value: Tensor | None, expected: str
+) -> None:
+    made = fp8_block()
+    made.tensors.pop(f"{Q}.{key}", None)
+    if value is not None:
+        made.tensors[f"{Q}.{key}"] = value
+    with pytest.raises(PlanError, match=expected):
+        shardmerge.plan(Scene(tmp_path, made).config())
+
+
+def test_settings_that_reach_all_weights_are_refused_where_a_format_is_unknown(tmp_path: Path) -> None:
+    made = fp8_block()
+    made.tensors["model.layers.0.mlp.extra.weight"] = torch.ones(4, 4, dtype=torch.int8)
+    made.config["quantization_config"]["quant_method"] = "unheard-of"
+    made.config["quantization_config"]["weight_block_size"] = [32, 64]
+    scene = Scene(tmp_path, made)
+    with pytest.raises(PlanError, match=r"output\.dtype: float16 cannot be used with .*: it stores .*extra\.weight"):
+        shardmerge.plan(scene.config(dtype="float16"))
