@@ -10,7 +10,7 @@ import click
 
 from shardmerge.cli import environment
 from shardmerge.cli.printing import Command, json_option
-from shardmerge.config.choices import Format, OutputDtype, Quantization
+from shardmerge.config.choices import Format, OutputDtype, Quantization, Quantized
 from shardmerge.errors import ConfigError
 
 
@@ -63,6 +63,13 @@ output = _all(
     allow_config_loss,
     click.option("--dtype", type=click.Choice(get_args(OutputDtype)), default="same", show_default=True),
     click.option(
+        "--quantized",
+        type=click.Choice(get_args(Quantized)),
+        default="auto",
+        show_default=True,
+        help="What becomes of a quantised base's weights.",
+    ),
+    click.option(
         "--max-shard-size", metavar="SIZE", default="same", show_default=True, help="same, or a size such as 5GB."
     ),
     click.option("--overwrite", is_flag=True, help="Replace what an earlier run has written there."),
@@ -84,13 +91,26 @@ moved = _all(
 
 
 def output_section(
-    path: str, format_: str, quantization: str | None, dtype: str, max_shard_size: str, *, allow_config_loss: bool
+    path: str,
+    format_: str,
+    quantization: str | None,
+    dtype: str,
+    quantized: str,
+    max_shard_size: str,
+    *,
+    allow_config_loss: bool,
 ) -> dict[str, Any]:
     """The config's section ``output`` of the options `output`. `ConfigError` where one has no effect."""
     for option, value in (("--quantization", quantization), ("--allow-config-loss", allow_config_loss)):
         if value and format_ != "gguf":
             raise ConfigError(f"{option} is for --format gguf")
-    section: dict[str, Any] = {"path": path, "format": format_, "dtype": dtype, "max_shard_size": max_shard_size}
+    section: dict[str, Any] = {
+        "path": path,
+        "format": format_,
+        "dtype": dtype,
+        "quantized": quantized,
+        "max_shard_size": max_shard_size,
+    }
     if quantization:
         section["quantization"] = quantization
     if allow_config_loss:

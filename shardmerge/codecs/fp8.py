@@ -52,13 +52,13 @@ class Fp8(Codec):
             if ref.dtype != "F8_E4M3" or len(ref.shape) not in (2, 3):
                 continue
             scales = beside(tensors, name, _SCALES)
-            if not scales and not settings:
-                continue  # numbers as they are
+            scale = _as_grid(ref.shape, scales[0], blocks, method == "fbgemm_fp8") if len(scales) == 1 else None
+            if scale is None and not settings:
+                continue  # numbers as they are: nothing says that the checkpoint is quantised
             if len(scales) != 1:
                 what = " and ".join(scale.name for scale in scales) or "no scale"
                 yield f"{name} is stored as F8_E4M3, and has {what} beside it where one scale was expected"
                 continue
-            scale = _as_grid(ref.shape, scales[0], blocks, last_is_out=method == "fbgemm_fp8")
             if scale is None:
                 of = " or ".join(f"{rows} × {columns}" for rows, columns in blocks) or "a size that config.json gives"
                 yield (

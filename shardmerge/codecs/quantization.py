@@ -10,7 +10,8 @@ from shardmerge.spec.tensors import TensorRef
 #: Keys of config.json that hold the settings: transformers and vLLM, older compressed-tensors, MLX.
 SECTIONS = ("quantization_config", "compression_config", "quantization")
 #: Files of settings, beside config.json: modelopt's, GPTQ's and AWQ's.
-SETTINGS_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+MODELOPT_SETTINGS = "hf_quant_config.json"
+SETTINGS_FILES = (MODELOPT_SETTINGS, "quantize_config.json", "quant_config.json")
 #: What a quantised checkpoint stores beside a weight for its activations, after the name of the module.
 ACTIVATION_SCALES = ("input_scale", "activation_scale", "input_global_scale", "input_zero_point")
 

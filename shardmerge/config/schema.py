@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shardmerge.config import suggestions
-from shardmerge.config.choices import DEVICE, Format, OutputDtype, Quantization
+from shardmerge.config.choices import DEVICE, Format, OutputDtype, Quantization, Quantized
 from shardmerge.config.problems import brief as _brief
 from shardmerge.config.problems import explain, without_effect
 from shardmerge.config.yaml_text import DECIMAL, TOO_LARGE, override, parse_mapping, read_text
@@ -181,7 +181,7 @@ class OutputConfig(_Section):
     quantization: Quantization = Field(
         default="q8_0", description="GGUF quantization type of most weights (only with format: gguf)."
     )
-    quantized: Literal["auto", "mixed", "dense", "same"] = Field(
+    quantized: Quantized = Field(
         default="auto",
         description="What becomes of a quantised base. mixed stores what is updated, and what programs fuse with it, "
         "in 16 bits, and keeps the bytes of all else; dense stores everything in 16 bits; same rounds what is updated "

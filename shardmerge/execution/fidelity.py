@@ -52,16 +52,15 @@ class Sampler:
         return Sample(step, stored[::step].to(torch.float32, copy=True))
 
     def after(self, tensor: TensorPlan, rows: RowRange, sample: Sample, exact: Tensor, rounded: Tensor) -> None:
-        """See the tile after the update, before and after it was rounded."""
-        step = sample.step
-        before, merged, stored = (
-            of.flatten().to(torch.float32) for of in (sample.before, exact[::step], rounded[::step])
-        )
+        """See the sample's rows after the update, before and after they were rounded."""
+        before, merged, stored = (of.flatten().to(torch.float32) for of in (sample.before, exact, rounded))
         if not bool((finite := torch.isfinite(before)).all()):  # an infinity that stays is no update
             before, merged, stored = (torch.where(finite, of, 0.0) for of in (before, merged, stored))
         update = merged - before
         # What the base itself loses where it is stored in more bits is not the update's.
-        without = before.to(TORCH_DTYPES[tensor.out.dtype]).to(torch.float32)
+        without = before
+        if tensor.out.dtype in TORCH_DTYPES:
+            without = before.to(TORCH_DTYPES[tensor.out.dtype]).to(torch.float32)
         kept = stored - without
         seen = Fidelity(
             weight=float(before.dot(before)),

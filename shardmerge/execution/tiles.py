@@ -57,7 +57,9 @@ class WeightTiles:
         self._made = {part.role: _zeros(part.info) for part in tensor.made}
         dtypes = [TORCH_DTYPES[dtype_for(update, tensor, compute_dtype)] for update in tensor.updates]
         self._factors = factors.begin(tensor.updates, dtypes, [ref for _, ref in tensor.parts])
-        self._sampled = sampled_rows(tensor) if self._encoder.is_plain else frozenset()
+        #: Whether the output has the base's own codes and scales, of which only codes change.
+        self._is_on_grid = tensor.encoding is not None and tensor.encoding == tensor.decoding and not tensor.made
+        self._sampled = sampled_rows(tensor) if self._encoder.is_plain or self._is_on_grid else frozenset()
 
     def merge(self, lane: Lane, rows: RowRange, stored: Tensor, target: Tensor) -> None:
         """Decode ``stored``, the tile of these rows, update it, and encode it into ``target``.
@@ -69,9 +71,16 @@ class WeightTiles:
         sample = self._sampler.before(here) if rows.start in self._sampled else None
         for update in self._reaching(rows):
             self._update(lane, update, rows)
-        encoded = self._encode(slot, target)
-        if sample is not None:
-            self._sampler.after(self.tensor, rows, sample, self._tile(lane, rows)[0], encoded)
+        tile = self._tile(lane, rows)[0]
+        if sample is None:
+            self._encode(slot, target)
+        elif self._is_on_grid:  # encoding uses the tile up
+            exact = tile[:: sample.step].clone()
+            self._decoder.decode(slot, self._device.fetch(self._encode(slot, target)), tile)
+            self._sampler.after(self.tensor, rows, sample, exact, tile[:: sample.step])
+        else:
+            encoded = self._encode(slot, target)
+            self._sampler.after(self.tensor, rows, sample, tile[:: sample.step], encoded[:: sample.step])
 
     def survey(self, lane: Lane, rows: RowRange, stored: Tensor, surveyed: Update | None) -> None:
         """Show an update the tile as those before it leave it; or the codec, as all of them leave it."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from shardmerge.codecs.quantization import MODELOPT_SETTINGS, quantization
 from shardmerge.codecs.registry import CODECS
 from shardmerge.errors import FormatError
 from shardmerge.file_formats.checkpoint_choice import Choice, choose
@@ -32,6 +33,8 @@ class Checkpoint:
     index_metadata: Mapping[str, Any]
     #: config.json, or an empty dictionary where there is none.
     config: Mapping[str, Any]
+    #: How it is quantised, as config.json or a file beside it says; empty where neither does.
+    quantization: Mapping[str, Any] = field(default_factory=dict)
     #: What a person should know about which files were taken for the base.
     notes: tuple[str, ...] = ()
     #: Why weights cannot be read that are not stored plainly.
@@ -71,8 +74,16 @@ def open_checkpoint(source: Source) -> Checkpoint:
     shards = tuple(read_shard(source, name) for name in choice.files)
     weights = _weights(source, shards)
     notes = (*choice.notes, *_check_index(source, choice, weights))
-    logical, problems = _logical(weights, config)
-    return Checkpoint(source, shards, logical, choice.index_name, choice.index_metadata, config, notes, problems)
+    settings = quantization(config) or _settings_beside(directory)
+    logical, problems = _logical(weights, {**config, "quantization_config": settings} if settings else config)
+    index = choice.index_name, choice.index_metadata
+    return Checkpoint(source, shards, logical, *index, config, settings, notes, problems)
+
+
+def _settings_beside(directory: Source) -> Mapping[str, Any]:
+    """Settings of a quantisation that config.json does not have: those of older files of modelopt."""
+    found = read_json(directory, directory.names(), MODELOPT_SETTINGS).get("quantization")
+    return {"quant_method": "modelopt", **found} if isinstance(found, dict) and found else {}
 
 
 def _refuse_unfinished(source: Source, names: Sequence[str], choice: Choice) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardmerge.codecs.quantization import SECTIONS, SETTINGS_FILES
+from shardmerge.codecs.quantization import MODELOPT_SETTINGS, SECTIONS, SETTINGS_FILES
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.destinations.record import RECORD_NAME
 from shardmerge.file_formats import recognise
@@ -51,7 +51,7 @@ def collect(
 
     ``changes`` are what config.json must say: ``dtype``, by torch's name, ``vocab_size``, ``tie_word_embeddings``,
     ``transformers_weights``, ``architectures`` and the labels, and ``quantization``, the settings of which None is to
-    have none. Without any, its bytes stay as they are.
+    have none; ``dense_modules`` are those that it lists as not quantised now. Without any, its bytes stay as they are.
     ``copies_weights``: whether weights beside the model's go along, too.
     """
     result = AuxFiles()
@@ -69,6 +69,8 @@ def collect(
         content = None
         if name == "config.json" and changes:
             content = _with_changes(read_whole(source, stored, json_text.MAX_BYTES), checkpoint.config, changes)
+        elif name == MODELOPT_SETTINGS and "dense_modules" in changes:
+            content = _with_dense(read_json(source, [stored], stored), changes["dense_modules"])
         elif name in _HOLD_TEMPLATES and has_own_template and source is base:
             content = without_template(read_json(base, [stored], stored))
         result.files.append(AuxFile(name, source.stat(stored), content))
@@ -153,6 +155,16 @@ def _with_quantization(config: Mapping[str, Any], settings: Mapping[str, Any] | 
             value = _with_quantization(value, settings)
         changed[key] = value
     return changed
+
+
+def _with_dense(settings: Mapping[str, Any], modules: Sequence[str]) -> str:
+    """modelopt's settings with more modules that are not quantised."""
+    inner = settings.get("quantization")
+    inner = dict(inner) if isinstance(inner, dict) else {}
+    listed = inner.get("exclude_modules")
+    listed = listed if isinstance(listed, list) else []
+    inner["exclude_modules"] = [*listed, *(module for module in modules if module not in listed)]
+    return json.dumps({**settings, "quantization": inner}, indent=2, ensure_ascii=False)
 
 
 def _replace(config: Mapping[str, Any], keys: Sequence[str], wanted: Callable[[Any], bool], new: Any) -> dict[str, Any]:

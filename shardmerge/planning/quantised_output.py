@@ -15,7 +15,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardmerge.codecs.quantization import quantization
 from shardmerge.config.schema import OutputConfig
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.file_formats.model_config import setting
@@ -69,7 +68,7 @@ class QuantisedOutput:
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
     #: Stored tensors that are neither weights nor parts of one, and go.
     left_out: frozenset[str] = frozenset()
-    #: The settings that config.json has now; None removes them. Unchanged, there is no key ``quantization`` in this.
+    #: Changes of config.json and of files beside it, see `aux_files.collect`.
     config: Mapping[str, Any] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -78,7 +77,7 @@ class QuantisedOutput:
 def quantised_output(checkpoint: Checkpoint, updated: Collection[str], output: OutputConfig) -> QuantisedOutput:
     """Decide for every weight of a base that is stored quantised. ``updated`` are the names of weights with updates."""
     stored = {name: weight for name, weight in checkpoint.weights.items() if weight.stored_as is not None}
-    settings = quantization(checkpoint.config)
+    settings = checkpoint.quantization
     exceptions = EXCEPTIONS.get(str(settings.get("quant_method", "")))
     problems = [*_unread(checkpoint, output), *_unfit(output, bool(stored), settings, exceptions)]
     if not stored:
@@ -98,7 +97,8 @@ def quantised_output(checkpoint: Checkpoint, updated: Collection[str], output: O
         left_out = frozenset(name for name in checkpoint.weights if _OF_CACHE.fullmatch(name))
         config["quantization"] = None
     elif becoming and exceptions is not None and exceptions.keys:
-        config["quantization"] = with_exceptions(settings, exceptions, modules_of(becoming, exceptions))
+        config["dense_modules"] = modules = modules_of(becoming, exceptions)
+        config["quantization"] = with_exceptions(settings, exceptions, modules)
     return QuantisedOutput(encodings, left_out, config, tuple(problems), notes)
 
 

@@ -100,10 +100,13 @@ def fidelity_warnings(plan: MergePlan, by_kind: Mapping[str, Fidelity]) -> list[
     if not kept:
         return []
     shares = ", ".join(f"{1 - share:.0%} of that of {kind}" for share, kind in kept)
+    of, keeps = merged_dtype(plan), "output.dtype: float32"
+    if plan.config["output"]["quantized"] == "same":
+        of, keeps = "the base's own codes", "output.quantized: mixed"
     return [
         Warned(
-            f"much of the update is below the resolution of {merged_dtype(plan)} and was lost to rounding: {shares}. "
-            "output.dtype: float32 keeps it; output.rounding: stochastic keeps it on average"
+            f"much of the update is below the resolution of {of} and was lost to rounding: {shares}. {keeps} keeps it; "
+            "output.rounding: stochastic keeps it on average"
         )
     ]
 

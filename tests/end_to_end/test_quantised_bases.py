@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,44 +12,12 @@ from torch import Tensor
 
 import shardmerge
 from shardmerge.errors import NonFiniteError, PlanError
-from tests.support.peft_oracle import bits, make_config, random, stored, write_adapter
-from tests.support.quantised_bases import BASES, Quantised, fp8_block, linears
+from tests.support.builders import run_cli
+from tests.support.peft_oracle import bits, random, stored, write_adapter
+from tests.support.quantised_bases import BASES, Quantised, fp8_block, fp8_modelopt, fp8_stacked_experts, linears
+from tests.support.quantised_scene import ALPHA, DOWN, RANK, Q, Scene
 
-RANK, ALPHA = 4, 6.0
-Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 each = pytest.mark.parametrize("kind", BASES)
-
-
-class Scene:
-    """A base, and an adapter of q_proj of the first layer and down_proj of the second."""
-
-    def __init__(self, folder: Path, made: Quantised) -> None:
-        self.folder, self.made = folder, made
-        self.base = made.write(folder / "base")
-        shapes = linears()
-        self.factors = {
-            module: (random(RANK, shapes[module][1], seed=70), random(shapes[module][0], RANK, seed=71, scale=0.02))
-            for module in (Q, DOWN)
-        }
-        self.adapter = write_adapter(folder / "adapter", self.factors, ALPHA)
-
-    def config(self, name: str = "out", **output: Any) -> dict[str, Any]:
-        config = make_config(self.folder / name, self.base, [self.adapter])
-        config["output"].update(output)
-        return config
-
-    def merge(self, name: str = "out", **output: Any) -> dict[str, Tensor]:
-        shardmerge.merge(self.config(name, **output))
-        return stored(self.folder / name)
-
-    def settings(self, name: str = "out") -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.folder / name / "config.json").read_text())
-        return found
-
-    def merged(self, module: str) -> Tensor:
-        """float32(W) + s · B A in float32, as PEFT computes it; W as the format defines it."""
-        a, b = self.factors[module]
-        return self.made.values[f"{module}.weight"] + (b @ a) * (ALPHA / RANK)
 
 
 def assert_kept(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *modules: str) -> None:
@@ -221,3 +188,72 @@ def test_settings_that_reach_all_weights_are_refused_where_a_format_is_unknown(t
     scene = Scene(tmp_path, made)
     with pytest.raises(PlanError, match=r"output\.dtype: float16 cannot be used with .*: it stores .*extra\.weight"):
         shardmerge.plan(scene.config(dtype="float16"))
+
+
+def test_modelopts_settings_are_beside_config_json(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, fp8_modelopt())
+    found = scene.merge("mixed")
+    fused = [f"model.layers.0.self_attn.{name}_proj" for name in "kqv"]
+    for name, tensor in scene.made.tensors.items():
+        if name.endswith("k_scale") or not name.startswith((*fused, DOWN)):
+            assert bits(found[name]) == bits(tensor), name
+    settings = json.loads((tmp_path / "mixed" / "hf_quant_config.json").read_text())["quantization"]
+    assert settings == {
+        "quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head", *fused, DOWN],
+    }  # fmt: skip
+    dense = scene.merge("dense", quantized="dense")
+    assert dense.keys() == {name for name in scene.made.tensors if name.endswith("weight")}
+    assert not (tmp_path / "dense" / "hf_quant_config.json").exists()
+    assert shardmerge.verify(tmp_path / "dense", rows=None).ok and shardmerge.verify(tmp_path / "mixed", rows=None).ok
+
+
+def test_stacked_experts_with_scales_of_their_last_dimension(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, fp8_stacked_experts(), (Q,))
+    found = scene.merge(quantized="dense")
+    for name in scene.made.values:
+        assert bits(found[name]) == bits(scene.merged(name.removesuffix(".weight")).bfloat16()), name
+    assert not [name for name in found if "scale" in name]
+    assert shardmerge.verify(tmp_path / "out", rows=None).ok
+
+
+def test_export_decodes_a_checkpoint(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, fp8_block())
+    done = run_cli("export", scene.base, "-o", tmp_path / "out", "--quantized", "dense")
+    assert done.returncode == 0, done.stderr
+    found = stored(tmp_path / "out")
+    assert found.keys() == {name for name in scene.made.tensors if name.endswith("weight")}
+    for name, value in scene.made.values.items():
+        assert bits(found[name]) == bits(value.bfloat16()), name
+
+
+def test_what_is_lost_on_the_bases_grid_is_reported(tmp_path: Path) -> None:
+    """The share that is kept is the projection of the codes' change on the update, over the rows that were seen."""
+    scene = Scene(tmp_path, fp8_block())
+    write_adapter(scene.adapter, {module: (a, b * 0.005) for module, (a, b) in scene.factors.items()}, ALPHA)
+    scene.factors = {module: (a, b * 0.005) for module, (a, b) in scene.factors.items()}
+    report = shardmerge.merge(scene.config(quantized="same"))
+    found = stored(tmp_path / "out")
+    for module in scene.factors:
+        kind = module.rpartition(".")[2]
+        update = scene.merged(module).double() - scene.made.values[f"{module}.weight"].double()
+        change = (found[f"{module}.weight"].double() - scene.made.tensors[f"{module}.weight"].double()) * _grid(
+            scene.made, module
+        )
+        kept = float((change * update).sum() / (update * update).sum())
+        assert report.fidelity[kind].share_kept == pytest.approx(kept, abs=2e-3)
+    assert any("the base's own codes" in text and "output.quantized: mixed" in text for text in report.warnings)
+
+
+def test_a_plan_says_what_each_mode_takes_and_why_it_was_chosen(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, fp8_block())
+    (note,) = (text for text in shardmerge.plan(scene.config()).warnings if "quantised" in text)
+    assert "14 weights quantised (fp8). output.quantized is mixed: programs that load this format follow" in note
+    assert "as same" in note and "(4 become bfloat16)" in note and "as dense" in note
+    for mode in ("mixed", "dense", "same"):
+        scene.merge(mode, quantized=mode)
+    sizes = {
+        mode: sum(t.nbytes for name, t in stored(tmp_path / mode).items() if name.rpartition(".")[0] in linears())
+        for mode in ("same", "mixed", "dense")
+    }
+    said = [float(part.split(" MB")[0].split()[-1]) for part in note.split(" as ")[:3]]
+    assert said == pytest.approx([size / 1e6 for size in sizes.values()], abs=0.051)

@@ -18,6 +18,9 @@ from tests.support.peft_oracle import random
 Tensors = dict[str, Tensor]
 HIDDEN, INNER, HEADS, VOCABULARY = 96, 160, 4, 64
 BLOCK = (32, 64)
+#: Divides every size of the models here; transformers cannot load others.
+EVEN = (16, 32)
+EXPERTS = 3
 ATTENTION = {"q_proj": (96, HIDDEN), "k_proj": (48, HIDDEN), "v_proj": (48, HIDDEN), "o_proj": (HIDDEN, 96)}
 MLP = {"gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
 
@@ -66,10 +69,14 @@ class Quantised:
     values: Tensors
     #: Which tensors go into the second file of two; scales may be in another than their weight.
     second: Callable[[str], bool] = field(default=lambda name: ".layers.1." in name)
+    #: Other files of settings, by name.
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config, indent=2))
+        for file, content in self.beside.items():
+            (folder / file).write_text(json.dumps(content))
         names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
         weight_map = {name: names[self.second(name)] for name in self.tensors}
         for file in names:
@@ -110,6 +117,35 @@ def fp8_block(
     return Quantised(config, tensors, values, lambda name: ".layers.1." in name or name.endswith("q_proj." + key))
 
 
+def fp8_moe() -> Quantised:
+    """Qwen3-MoE's names, with experts stored one by one, and sizes that are whole blocks."""
+    made, block = fp8_block(EVEN), EVEN
+    tensors = {name: tensor for name, tensor in made.tensors.items() if ".mlp." not in name}
+    values = {name: tensor for name, tensor in made.values.items() if ".mlp." not in name}
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.mlp.gate.weight"] = random(EXPERTS, HIDDEN, seed=layer).bfloat16()
+        for norm in ("q_norm", "k_norm"):
+            tensors[f"model.layers.{layer}.self_attn.{norm}.weight"] = torch.ones(HIDDEN // HEADS).bfloat16()
+        for number, expert in enumerate(range(EXPERTS), start=EXPERTS * layer):
+            shapes = {"gate_proj": (64, HIDDEN), "up_proj": (64, HIDDEN), "down_proj": (HIDDEN, 64)}
+            for seed, (name, shape) in enumerate(shapes.items(), start=3 * number):
+                weight = f"model.layers.{layer}.mlp.experts.{expert}.{name}.weight"
+                codes, scale, values[weight] = fp8_grid(random(*shape, seed=seed, scale=0.05), block, torch.float32)
+                tensors |= {weight: codes, f"{weight}_scale_inv": scale}
+    config = made.config | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "head_dim": HIDDEN // HEADS,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    }
+    return Quantised(config, tensors, values)
+
+
 def fp8_channel() -> Quantised:
     """compressed-tensors ``float-quantized``: one scale a row."""
     group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
@@ -133,6 +169,45 @@ def fp8_static() -> Quantised:
         values[f"{module}.weight"] = value
     config = llama_config(quantization_config={**settings, "modules_to_not_convert": ["lm_head"]})
     return Quantised(config, tensors, values)
+
+
+def fp8_modelopt() -> Quantised:
+    """modelopt's: one scale, one for activations, scales of the cache, and settings in a file beside config.json."""
+    made = fp8_static()
+    tensors = {}
+    for name, tensor in made.tensors.items():
+        name = name.replace("weight_scale_inv", "weight_scale").replace("activation_scale", "input_scale")
+        tensors[name] = tensor.float() if name.endswith("_scale") else tensor
+    values = {}
+    for name in made.values:
+        scale = tensors[f"{name}_scale"]
+        values[name] = tensors[name].float() * scale
+    tensors |= {f"model.layers.{layer}.self_attn.k_proj.k_scale": torch.tensor(0.5) for layer in range(2)}
+    settings = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+    beside = {"hf_quant_config.json": {"producer": {"name": "modelopt"}, "quantization": settings}}
+    config = {key: value for key, value in made.config.items() if key != "quantization_config"}
+    return Quantised(config, tensors, values, beside=beside)
+
+
+def fp8_stacked_experts() -> Quantised:
+    """fbgemm's Llama-4: experts of a layer in one tensor (E, in, out), with a scale for each column of the last."""
+    made = fp8_static()
+    tensors = {name: tensor for name, tensor in made.tensors.items() if ".mlp." not in name}
+    values = {name: tensor for name, tensor in made.values.items() if ".mlp." not in name}
+    for layer in range(2):
+        shapes = {"gate_up_proj": (EXPERTS, HIDDEN, 128), "down_proj": (EXPERTS, 64, HIDDEN)}
+        for seed, (name, shape) in enumerate(shapes.items(), start=2 * layer):
+            weight = f"model.layers.{layer}.feed_forward.experts.{name}"
+            codes, scale, values[weight] = fp8_grid(random(*shape, seed=seed, scale=0.05), (shape[1], 1), torch.float32)
+            # (E, 1, out), but Llama-4's files have that of down_proj as (E, out, 1).
+            scale = scale if name == "gate_up_proj" else scale.transpose(1, 2).contiguous()
+            tensors |= {weight: codes, f"{weight}_scale": scale}
+    for name in [name for name in tensors if name.endswith("_scale_inv")]:
+        module = name.removesuffix(".weight_scale_inv")
+        scale = tensors.pop(name).float().view(1, 1)
+        tensors[f"{module}.weight_scale"] = scale.expand(len(tensors[f"{module}.weight"]), 1)
+    settings = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}
+    return Quantised({**made.config, "quantization_config": settings}, tensors, values)
 
 
 #: By name.
