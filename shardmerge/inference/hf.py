@@ -16,9 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardmerge.codecs.quantization import MODELOPT_SETTINGS, quantization
 from shardmerge.config import suggestions
 from shardmerge.config.choices import DEVICE, DEVICES
 from shardmerge.errors import ConfigError, FormatError, SourceError
+from shardmerge.file_formats.checkpoint import open_checkpoint
 from shardmerge.sources.local import LocalSource
 from shardmerge.system import json_text
 from shardmerge.system.installation import installed_version
@@ -131,12 +133,40 @@ def load_tokenizer(path: str) -> Any:
 
 def load_model(path: str, dtype: str = "auto") -> Any:
     """The model in a directory, ready to answer; ``dtype`` is a name such as ``float32``, ``auto`` the stored one."""
+    if fault := loading_fault(path):
+        raise FormatError(f"{path}: {fault}. `shardmerge verify` checks a merge without loading the model")
     with _loading(path) as transformers:
         key = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
         options = {**_OFFLINE, key: dtype, "use_safetensors": True, "output_loading_info": True}
         model, found = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
     _check_tensors(path, found)
     return model.eval()
+
+
+def loading_fault(path: str) -> str | None:
+    """Why transformers would load other weights than a quantised checkpoint holds, here; None if it does not.
+
+    Seen in transformers 5.23: on a CPU the size of blocks is taken from the shapes, so where the last block of FP8 is
+    short all are read wrongly; and modelopt's codes are loaded without their scales.
+    """
+    import torch
+
+    config = json_text.read_object(Path(path) / "config.json")
+    if not quantization(config) and not (Path(path) / MODELOPT_SETTINGS).is_file():
+        return None
+    checkpoint = open_checkpoint(LocalSource(path))
+    if checkpoint.quantization.get("quant_method") == "modelopt":
+        return "transformers loads codes of modelopt without their scales"
+    if torch.cuda.is_available():
+        return None
+    for name, weight in checkpoint.weights.items():
+        if weight.stored_as is None or (block := weight.stored_as.setting("block")) is None:
+            continue
+        rows, columns = weight.tensor.shape[-2:]
+        if block[0] < rows and block[1] < columns and (rows % block[0] or columns % block[1]):
+            what = f"{name} {list(weight.tensor.shape)} is not whole blocks of {block[0]} × {block[1]}"
+            return f"transformers reads such FP8 weights wrongly on a CPU: {what}"
+    return None
 
 
 def vocabulary_size(path: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections import Counter
 from collections.abc import Mapping
@@ -20,12 +21,12 @@ from shardmerge.key_mapping.naming import module_name
 from shardmerge.reporting import outputs
 from shardmerge.reporting.text import human_bytes, labelled, table
 from shardmerge.sources.source import Source, open_source
-from shardmerge.spec.tensors import TensorRef
+from shardmerge.spec.tensors import TensorRef, Weight
 
 _ADAPTER_NAMES = (*WEIGHTS, CONFIG_NAME)
 
 
-_SHOWN_LAST = ("adapter", "bytes", "dtypes", "updates", "targets", "settings", "notes", "problems")
+_SHOWN_LAST = ("adapter", "bytes", "dtypes", "quantised", "updates", "targets", "settings", "notes", "problems")
 
 
 def inspect_path(location: str) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def _dtypes(tensors: Mapping[str, TensorRef]) -> dict[str, dict[str, int]]:
 
 
 def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    tensors = {name: weight.tensor for name, weight in checkpoint.weights.items()}
+    tensors = {ref.name: ref for shard in checkpoint.shards for ref in shard.tensors}
     return {
         "kind": "checkpoint",
         "location": checkpoint.source.location,
@@ -92,9 +93,25 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "index": checkpoint.index_name,
         "tensors": len(tensors),
         "dtypes": _dtypes(tensors),
+        **({"quantised": quantised} if (quantised := _quantised(checkpoint)) else {}),
         "tie_word_embeddings": checkpoint.ties_embeddings,
         "notes": list(checkpoint.notes),
     }
+
+
+def _quantised(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """The weights that are stored quantised, by the format: their number, their bytes, and bits an element."""
+    found: dict[str, list[Weight]] = {}
+    for weight in checkpoint.weights.values():
+        if weight.stored_as is not None:
+            found.setdefault(weight.stored_as.codec, []).append(weight)
+    described = {}
+    for codec, weights in found.items():
+        size = sum(ref.nbytes for weight in weights for _, ref in weight.parts)
+        elements = sum(math.prod(weight.tensor.shape) for weight in weights)
+        bits = round(8 * size / max(1, elements), 3)
+        described[codec] = {"weights": len(weights), "bytes": size, "bits_per_element": bits}
+    return described
 
 
 def _describe_adapter(adapter: AdapterFile, location: str) -> dict[str, Any]:
@@ -164,6 +181,9 @@ def describe(found: Mapping[str, Any]) -> str:
     rows.append(("size", human_bytes(found["bytes"])))
     for dtype, sizes in found["dtypes"].items():
         rows.append((dtype, f"{sizes['tensors']} tensors, {human_bytes(sizes['bytes'])}"))
+    for codec, of in found.get("quantised", {}).items():
+        bits = f"{of['bits_per_element']:g} bits an element with scales"
+        rows.append(("quantised", f"{of['weights']} weights in {codec}, {human_bytes(of['bytes'])}, {bits}"))
     for key in ("updates", "targets"):
         if found.get(key):
             rows.append((key, ", ".join(f"{kind} ×{count}" for kind, count in found[key].items())))

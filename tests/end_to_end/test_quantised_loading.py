@@ -10,7 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.quantised_bases import EVEN, Quantised, fp8_block, fp8_moe, fp8_static
+import shardmerge
+from shardmerge.errors import FormatError
+from shardmerge.inference import hf
+from tests.support.gguf_zoo import write_spm_tokenizer
+from tests.support.quantised_bases import EVEN, Quantised, fp8_block, fp8_modelopt, fp8_moe, fp8_static, linears
 from tests.support.quantised_scene import DOWN, Q, Scene
 
 EXPERT = "model.layers.1.mlp.experts.1.up_proj"
@@ -81,3 +85,39 @@ def test_exactly_the_modules_that_are_still_quantised_become_fp8_layers(tmp_path
     replaced = {name for name, module in model.named_modules() if isinstance(module, kinds)}
     stored = {name.rpartition(".")[0] for name, tensor in found.items() if tensor.dtype == torch.float8_e4m3fn}
     assert replaced == {name.partition(".experts.")[0] + ".experts" if ".experts." in name else name for name in stored}
+
+
+def test_what_transformers_would_read_wrongly_is_refused(tmp_path: Path) -> None:
+    """32 × 64 does not divide 48 × 96, so it takes blocks of 24 × 48 for what has others."""
+    scene = Scene(tmp_path, fp8_block())
+    scene.merge(quantized="mixed")
+    with pytest.raises(FormatError, match=r"such FP8 weights wrongly on a CPU: .* is not whole blocks of 32 × 64"):
+        hf.load_model(str(tmp_path / "out"))
+    scene.merge("dense", quantized="dense")
+    assert hf.load_model(str(tmp_path / "dense")) is not None
+    other = Scene(tmp_path / "modelopt", fp8_modelopt())
+    with pytest.raises(FormatError, match="codes of modelopt without their scales"):
+        hf.load_model(str(other.base))
+
+
+def test_a_gguf_file_is_the_dense_checkpoints(tmp_path: Path) -> None:
+    """Merged in one pass it has the bytes that converting the dense merge has."""
+    scene = Scene(tmp_path, fp8_block())
+    scene.config()
+    write_spm_tokenizer(scene.base)
+    scene.merge("gguf/Model", format="gguf", quantization="q8_0")
+    scene.merge("dense/Model", quantized="dense")
+    shardmerge.export(
+        tmp_path / "dense" / "Model", {"path": tmp_path / "again" / "Model", "format": "gguf", "quantization": "q8_0"}
+    )
+    (one,), (other,) = (list((tmp_path / of / "Model").glob("*.gguf")) for of in ("gguf", "again"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_inspect_says_what_is_quantised(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, fp8_block())
+    ((codec, found),) = shardmerge.inspect(scene.base)["quantised"].items()
+    size = sum(t.nbytes for name, t in scene.made.tensors.items() if name.rpartition(".")[0] in linears())
+    elements = sum(value.numel() for value in scene.made.values.values())
+    assert (codec, found["weights"], found["bytes"]) == ("fp8", 14, size)
+    assert found["bits_per_element"] == pytest.approx(8 * size / elements, abs=5e-4)
