@@ -1,4 +1,4 @@
-"""Write the table of docs/formats.md from the registry, so that it cannot promise more than the code does."""
+"""Write the tables of docs/ from the registries, so that they cannot promise more than the code does."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 
 from shardmerge.adapters.formats.peft import REFUSED_TYPES
 from shardmerge.adapters.registry import FORMATS, METHODS
+from shardmerge.codecs.registry import CODECS
+from shardmerge.planning.quantised_output import EXCEPTIONS
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "formats.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE, QUANTISED_PAGE = DOCS / "formats.md", DOCS / "quantised.md"
 _BEGIN, _END = "<!-- support table: tools/support_table.py -->", "<!-- end of the table -->"
 
 
@@ -28,11 +31,28 @@ def table_text() -> str:
     return "\n".join(lines)
 
 
-def updated(page: str) -> str:
+def quantised_table_text() -> str:
+    """Formats that bases are quantised in, and what an output can be of each."""
+    lines = ["| format | `quant_method` | mixed | dense | same |", "|---|---|---|---|---|"]
+    for codec in (codec for codec in CODECS.values() if codec.title):
+        mixed = [method for method in codec.methods if method in EXCEPTIONS]
+        only = "yes" if len(mixed) == len(codec.methods) else ", ".join(map(_method, mixed)) or "no"
+        lines.append(f"| {codec.title} | {', '.join(map(_method, codec.methods))} | {only} | yes | yes |")
+    return "\n".join(lines)
+
+
+def _method(name: str) -> str:
+    return f"`{name}`" if name else "none (ComfyUI)"
+
+
+def updated(page: str, text: str) -> str:
     """The page with the current table in it."""
     between = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
-    return between.sub(lambda _: f"{_BEGIN}\n\n{table_text()}\n\n{_END}", page)
+    return between.sub(lambda _: f"{_BEGIN}\n\n{text}\n\n{_END}", page)
 
+
+TABLES = {PAGE: table_text, QUANTISED_PAGE: quantised_table_text}
 
 if __name__ == "__main__":
-    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, text in TABLES.items():
+        path.write_text(updated(path.read_text(encoding="utf-8"), text()), encoding="utf-8")

@@ -88,6 +88,9 @@ class Codec(ABC):
     holds_infinity: ClassVar[bool] = False
     #: Whether it encodes on the compute device; if not, the tile is brought to the CPU first.
     on_device: ClassVar[bool] = False
+    #: Of a format that bases are quantised in: what it is, for a table, and the ``quant_method`` of such bases.
+    title: ClassVar[str] = ""
+    methods: ClassVar[tuple[str, ...]] = ()
     #: Whether the numbers themselves are stored, in a dtype of torch: one can look at them without decoding.
     is_plain: ClassVar[bool] = False
 

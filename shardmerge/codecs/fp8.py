@@ -43,6 +43,8 @@ class Fp8(Codec):
     """Settings: ``block`` (rows, columns), and ``height``, the rows of one matrix of a stack."""
 
     name = "fp8"
+    title = "FP8 (E4M3) with a scale for each block, row, column or tensor"
+    methods = ("fp8", "mxfp8", "compressed-tensors", "modelopt", "fbgemm_fp8", "")
     on_device = True
 
     def claims(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Iterator[Weight | str]:

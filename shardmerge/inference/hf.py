@@ -149,7 +149,7 @@ def loading_fault(path: str) -> str | None:
     Seen in transformers 5.23: on a CPU the size of blocks is taken from the shapes, so where the last block of FP8 is
     short all are read wrongly; and modelopt's codes are loaded without their scales.
     """
-    import torch
+    from shardmerge.system.torch_devices import has_cuda
 
     config = json_text.read_object(Path(path) / "config.json")
     if not quantization(config) and not (Path(path) / MODELOPT_SETTINGS).is_file():
@@ -157,7 +157,7 @@ def loading_fault(path: str) -> str | None:
     checkpoint = open_checkpoint(LocalSource(path))
     if checkpoint.quantization.get("quant_method") == "modelopt":
         return "transformers loads codes of modelopt without their scales"
-    if torch.cuda.is_available():
+    if has_cuda():
         return None
     for name, weight in checkpoint.weights.items():
         if weight.stored_as is None or (block := weight.stored_as.setting("block")) is None:

@@ -27,3 +27,7 @@ def resolve_device(name: str, setting: str = "compute.device", what: str = "the 
     if problem := missing(name, setting):
         raise PlanError([problem], what)
     return torch.device("cpu" if name == "auto" else name)
+
+
+def has_cuda() -> bool:
+    return torch.cuda.is_available()
