@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from torch import Tensor
 
 import shardmerge
 from shardmerge.errors import NonFiniteError, PlanError
-from tests.support.builders import run_cli
+from tests.support.builders import run_cli, run_python
 from tests.support.peft_oracle import bits, random, stored, write_adapter
 from tests.support.quantised_bases import BASES, Quantised, fp8_block, fp8_modelopt, fp8_stacked_experts, linears
 from tests.support.quantised_scene import ALPHA, DOWN, RANK, Q, Scene
+from tests.support.tampering import forge_checksums
 
 each = pytest.mark.parametrize("kind", BASES)
 
@@ -257,3 +259,46 @@ def test_a_plan_says_what_each_mode_takes_and_why_it_was_chosen(tmp_path: Path) 
     }
     said = [float(part.split(" MB")[0].split()[-1]) for part in note.split(" as ")[:3]]
     assert said == pytest.approx([size / 1e6 for size in sizes.values()], abs=0.051)
+
+
+_KILLED = """
+import json, os, signal, sys, shardmerge
+config, seen = json.loads(sys.argv[1]), 0
+def progress(at):
+    global seen
+    seen += at.shard_number == 2 and at.doing == "merging"
+    if seen > 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+shardmerge.merge(config, progress=progress)
+"""
+
+
+@pytest.mark.parametrize("mode", ["mixed", "dense", "same"])
+def test_a_killed_merge_is_resumed_with_the_same_bytes(tmp_path: Path, mode: str) -> None:
+    scene = Scene(tmp_path, fp8_block(), (Q, "model.layers.1.self_attn.q_proj", DOWN))
+    scene.merge("whole", quantized=mode)
+    killed = run_python("-c", _KILLED, json.dumps(scene.config(quantized=mode)))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    report = shardmerge.merge(scene.config(quantized=mode))
+    assert report.shards_reused == 1
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert shardmerge.verify(tmp_path / "out", rows=None).ok
+
+
+def test_verify_finds_a_flipped_code_and_a_flipped_scale(tmp_path: Path) -> None:
+    for number, (mode, name) in enumerate(
+        [("same", f"{DOWN}.weight"), ("same", f"{DOWN}.weight_scale_inv"), ("mixed", f"{DOWN}.weight"),
+         ("dense", "model.layers.1.mlp.up_proj.weight"), ("mixed", "model.layers.1.mlp.up_proj.weight")]
+    ):  # fmt: skip
+        scene = Scene(tmp_path / str(number), fp8_block())
+        scene.merge(quantized=mode)
+        file = tmp_path / str(number) / "out" / "model-00002-of-00002.safetensors"
+        content = bytearray(file.read_bytes())
+        size = int.from_bytes(content[:8], "little")
+        start = json.loads(content[8 : 8 + size])[name]["data_offsets"][0]
+        content[8 + size + start + 1] ^= 0x20
+        file.write_bytes(content)
+        forge_checksums(tmp_path / str(number) / "out")
+        assert not shardmerge.verify(tmp_path / str(number) / "out", rows=None).ok, (mode, name)
