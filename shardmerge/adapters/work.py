@@ -116,17 +116,17 @@ def _widest(*dtypes: str) -> str:
 
 def elements_for(tensor: TensorPlan, update: Update) -> int:
     """How many elements of the output are at an update's place, by the plan and not by the tiles."""
-    place, width = update.place, tensor.row_elements
+    region, width = update.region, tensor.row_elements
     first, last = tensor.first_row, tensor.first_row + tensor.rows
-    if place.transposed and tensor.row_dims == 1:
-        return (last - first) * place.rows
+    if region.transposed and tensor.row_dims == 1:
+        return (last - first) * region.rows
     if tensor.row_dims == 1:
-        return _common(place.stored_start, place.stored_start + place.rows, first, last) * width
+        return _common(region.stored_start, region.stored_start + region.rows, first, last) * width
     experts, height = tensor.source.shape[:2]
-    begin, end, columns = place.stored_start, place.stored_start + place.rows, width
-    if place.transposed:
-        begin, end, columns = 0, height, place.rows
-    chosen = range(experts) if place.expert is None else (place.expert,)
+    begin, end, columns = region.stored_start, region.stored_start + region.rows, width
+    if region.transposed:
+        begin, end, columns = 0, height, region.rows
+    chosen = range(experts) if region.expert is None else (region.expert,)
     return sum(_common(e * height + begin, e * height + end, first, last) for e in chosen) * columns
 
 

@@ -230,7 +230,7 @@ class UpdateFactors:
 
     def rows(self, role: str, rows: RowRange) -> Tensor:
         """Rows of a factor. A small factor is kept whole."""
-        ref, shuffle = self._update.factor(role), self._update.place.shuffle
+        ref, shuffle = self._update.factor(role), self._update.region.shuffle
         if shuffle is not None:
             return self.whole(role)[self._shuffled(shuffle, rows)]
         if ref.nbytes <= KEPT_WHOLE_BYTES:
@@ -251,7 +251,7 @@ class UpdateFactors:
 
     def _shuffled(self, shuffle: tuple[int, int, int], rows: RowRange) -> Tensor:
         """The matrix's rows that are, in this order, the stored rows which the window counts as ``rows``."""
-        start = self._update.place.start
+        start = self._update.region.start
         _, outer, inner = shuffle
         stored = torch.arange(rows.start - start, rows.stop - start)
         group, rest = stored // (outer * inner), stored % (outer * inner)

@@ -113,8 +113,8 @@ def _logical(stored: Mapping[str, Weight], config: Mapping[str, Any]) -> tuple[M
     claimed = [claim for claim in claims if isinstance(claim, Weight)]
     if not claims:
         return stored, ()
-    parts = {ref.place: weight.name for weight in claimed for _, ref in weight.parts}
-    plain = {name: weight for name, weight in stored.items() if weight.tensor.place not in parts}
+    parts = {ref.extent: weight.name for weight in claimed for _, ref in weight.parts}
+    plain = {name: weight for name, weight in stored.items() if weight.tensor.extent not in parts}
     problems = tuple(claim for claim in claims if isinstance(claim, str))
     return {**plain, **{weight.name: weight for weight in claimed}}, problems
 

@@ -99,9 +99,9 @@ class Names(Resolver):
     def _stored_whole(self, name: str) -> str | None:
         """The stored tensor that is all of a parameter, and nothing else."""
         found = self._resolved(name)
-        if not isinstance(found, Parameter) or len(found.places) != 1:
+        if not isinstance(found, Parameter) or len(found.regions) != 1:
             return None
-        tensor = found.places[0].tensor
+        tensor = found.regions[0].tensor
         return tensor if math.prod(self.stored[tensor]) == math.prod(found.shape) else None
 
     def _style(self, name: str, stored: str) -> Callable[[str], str]:

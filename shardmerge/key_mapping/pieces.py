@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from shardmerge.spec.updates import Place
+from shardmerge.spec.updates import Region
 
 
 class RefusalError(Exception):
@@ -173,7 +173,7 @@ def shuffle(view: View, groups: int, a: int, b: int, axis: int) -> View:
     return View(view.shape, tuple(pieces), view.stacked)
 
 
-def places(view: View) -> tuple[Place, ...]:
+def regions(view: View) -> tuple[Region, ...]:
     """The pieces as others see them: neighbours joined, in the order of expert and row."""
     joined: list[Piece] = []
     for piece in sorted(view.pieces, key=lambda piece: (-1 if piece.member is None else piece.member, piece.start)):
@@ -185,7 +185,7 @@ def places(view: View) -> tuple[Place, ...]:
     if any(piece.member is not None and piece.slot is not None for piece in joined):
         raise RefusalError("its experts are picked from a stack and stacked again")
     return tuple(
-        Place(
+        Region(
             tensor=piece.tensor,
             rows=piece.rows,
             start=piece.start,

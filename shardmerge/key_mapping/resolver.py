@@ -304,11 +304,11 @@ class Resolver:
     def _parameter(self, name: str, in_memory: str, view: View) -> Parameter:
         """The parameter in matrix orientation."""
         if not self.known:
-            return Parameter(name, view.shape, pieces.places(view), None, view.stacked)
+            return Parameter(name, view.shape, pieces.regions(view), None, view.stacked)
         transposed = self._keeps_transposed(in_memory, view)
         if transposed:
             view = pieces.transpose(view, view.row_axis, view.row_axis + 1)
-        return Parameter(name, view.shape, pieces.places(view), transposed, view.stacked)
+        return Parameter(name, view.shape, pieces.regions(view), transposed, view.stacked)
 
     def in_memory(self, stored: str) -> str:
         """What a stored tensor is called in memory, without the base model's prefix."""
@@ -328,9 +328,9 @@ class Resolver:
 def _agreed(name: str, readings: list[Parameter]) -> Parameter | str:
     """The one parameter that all readings of a name mean, or a refusal."""
     first = readings[0]
-    if all((other.shape, other.places) == (first.shape, first.places) for other in readings):
+    if all((other.shape, other.regions) == (first.shape, first.regions) for other in readings):
         return first
-    meant = sorted({", ".join(sorted({place.tensor for place in reading.places})) for reading in readings})
+    meant = sorted({", ".join(sorted({region.tensor for region in reading.regions})) for reading in readings})
     if len(meant) == 1:
         return f"{name} could be read in two ways, of different parts of {meant[0]}"
     return f"{name} is ambiguous: it could be {' or '.join(meant)}"

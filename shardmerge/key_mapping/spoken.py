@@ -146,14 +146,14 @@ def _explained(spoken: Spoken, examples: Sequence[Target], exists: Exists) -> fr
 
 
 def _meant(found: Parameter | str) -> object:
-    return found if isinstance(found, str) else found.places
+    return found if isinstance(found, str) else found.regions
 
 
 def _ambiguous(target: Target, speakers: Sequence[Spoken]) -> str:
     meant = []
     for spoken in speakers:
         found = spoken.resolve(*target)
-        name = ", ".join(sorted({place.tensor for place in found.places})) if isinstance(found, Parameter) else found
+        name = ", ".join(sorted({region.tensor for region in found.regions})) if isinstance(found, Parameter) else found
         who = spoken.dialect.speaker if spoken.dialect else ""
         meant.append(f"{name or '.'.join(target)} ({who})")
     return f"{'.'.join(target)} could be {' or '.join(sorted(meant))}, and nothing says which is meant"

@@ -19,7 +19,7 @@ from shardmerge.planning.quantised import is_quantised
 from shardmerge.planning.tied import stands_for
 from shardmerge.planning.vocabulary import may_resize
 from shardmerge.spec.tensors import FACTOR_DTYPES, FLOAT_DTYPES, TensorRef, Weight
-from shardmerge.spec.updates import Parameter, Place
+from shardmerge.spec.updates import Parameter, Region
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,18 @@ class StoredWeights:
 
     def as_factor(self, parameter: Parameter) -> TensorRef | None:
         """A parameter of the base as a factor, in the matrix's orientation; None if it is not rows of one tensor."""
-        place, stored = parameter.places[0], self.tensor(parameter.places[0].tensor)
-        if self.weight(place.tensor).stored_as is not None:
+        region, stored = parameter.regions[0], self.tensor(parameter.regions[0].tensor)
+        if self.weight(region.tensor).stored_as is not None:
             return None
-        if len(parameter.places) > 1 or place.expert is not None or place.shuffle or parameter.experts:
+        if len(parameter.regions) > 1 or region.expert is not None or region.shuffle or parameter.experts:
             return None
-        if place.transposed:
+        if region.transposed:
             return stored.transposed() if stored.shape == parameter.shape[::-1] else None
         if stored.shape[1:] != parameter.shape[1:] or not stored.shape[0]:
             return None
         row = stored.nbytes // stored.shape[0]
         return dataclasses.replace(
-            stored, shape=parameter.shape, offset=stored.offset + place.stored_start * row, nbytes=place.rows * row
+            stored, shape=parameter.shape, offset=stored.offset + region.stored_start * row, nbytes=region.rows * row
         )
 
 
@@ -76,7 +76,7 @@ class Fitting:
         if is_refused(update):
             return []
         family = FAMILIES[update.family]
-        refs = [self.stored.decoded(place.tensor) for place in parameter.places]
+        refs = [self.stored.decoded(region.tensor) for region in parameter.regions]
         problems = [problem for ref in refs for problem in check_dtypes(update, ref, family)][:1]
         quantised = [is_quantised(self.stored.checkpoint, update.module, update.parameter, ref) for ref in refs]
         if packed := next(filter(None, quantised), None):
@@ -95,23 +95,23 @@ class Fitting:
                 f"{update.module}: weight {self.weight:g} has no meaning for {update.family}, which does "
                 f"not add to the {update.parameter}; remove the weight"
             )
-        by_columns = any(place.transposed != update.transposes for place in parameter.places)
+        by_columns = any(region.transposed != update.transposes for region in parameter.regions)
         if by_columns and len(parameter.shape) > 1 and not family.by_column_windows:
             problems.append(
                 f"{update.module}: the base stores its {update.parameter} transposed, which {update.family} cannot "
                 "update"
             )
-        if any(place.shuffle for place in parameter.places) and not family.rows_are_independent:
+        if any(region.shuffle for region in parameter.regions) and not family.rows_are_independent:
             problems.append(
                 f"{update.module}: the base stores the rows of its {update.parameter} in another order, which "
                 f"{update.family} cannot update"
             )
         unit = family.row_unit(update) if not problems else 1
-        for place in parameter.places:
-            if place.transposed == update.transposes and (place.start % unit or place.rows % unit):
+        for region in parameter.regions:
+            if region.transposed == update.transposes and (region.start % unit or region.rows % unit):
                 problems.append(
-                    f"{update.module}: {update.family} updates {unit} rows together, but {place.tensor} stores rows "
-                    f"{place.start} to {place.start + place.rows - 1} of its {update.parameter} by themselves"
+                    f"{update.module}: {update.family} updates {unit} rows together, but {region.tensor} stores rows "
+                    f"{region.start} to {region.start + region.rows - 1} of its {update.parameter} by themselves"
                 )
                 break
         if family.is_source and not problems and not self._has_label_rows(update):
@@ -145,10 +145,10 @@ def _dtype_of_whole(update: ModuleUpdate, stored: TensorRef) -> list[str]:
 
 def as_matrix(parameter: Parameter) -> Parameter | str:
     """Experts' biases (E, n) as one matrix, which they are to LoRA; a string where they are stored in parts."""
-    place, (experts, width) = parameter.places[0], parameter.shape
-    if parameter.places != (Place(place.tensor, width),):
+    region, (experts, width) = parameter.regions[0], parameter.shape
+    if parameter.regions != (Region(region.tensor, width),):
         return f"the base stores {parameter.name} in parts, which LoRA on all of it cannot update"
-    return dataclasses.replace(parameter, places=(Place(place.tensor, experts),), experts=False)
+    return dataclasses.replace(parameter, regions=(Region(region.tensor, experts),), experts=False)
 
 
 def has_experts(update: ModuleUpdate, parameter: Parameter) -> bool:
@@ -159,8 +159,8 @@ def as_stack(parameter: Parameter) -> Parameter:
     """A tensor (E, rows, columns) whose name does not say so, seen as a stack of experts: they have its rows."""
     if len(parameter.shape) != 3:
         return parameter  # of which the family says that it does not hold experts' matrices
-    places = tuple(dataclasses.replace(place, rows=parameter.shape[1]) for place in parameter.places)
-    return dataclasses.replace(parameter, places=places, experts=True)
+    regions = tuple(dataclasses.replace(region, rows=parameter.shape[1]) for region in parameter.regions)
+    return dataclasses.replace(parameter, regions=regions, experts=True)
 
 
 def shape_of(update: ModuleUpdate, parameter: Parameter) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from shardmerge.gguf.settings import losses, notes
 from shardmerge.gguf.writer import encode_header
 from shardmerge.planning.aux_files import AuxFiles
 from shardmerge.planning.layout import Layout
-from shardmerge.planning.layouts import Placed
+from shardmerge.planning.layouts import LaidOut
 from shardmerge.sources.inline import inline_file
 from shardmerge.sources.source import read_file
 from shardmerge.spec.notices import Warned
@@ -46,9 +46,9 @@ class _Merged:
     shape: tuple[int, ...]
 
 
-def place(
+def lay_out(
     checkpoint: Layout, updates: Mapping[str, Sequence[Update]], aux: AuxFiles, name: str, output: OutputConfig
-) -> Placed:
+) -> LaidOut:
     """Lay out ``name``-``output.quantization``.gguf instead of the merged ``checkpoint``; see `OutputLayout.place`.
 
     What of the config the file would not say is a problem, or with ``output.allow_config_loss`` a warning.
@@ -56,25 +56,25 @@ def place(
     Weights are rounded to what the checkpoint would hold before they are quantised: so the file is the one that
     converting the checkpoint would give.
     """
-    placed = _placed(checkpoint, updates, aux.files, name, output)
-    left_out = [note for note in aux.of_tokenizer if placed.problems and "tokenizer.model" in note]
+    laid_out = _laid_out(checkpoint, updates, aux.files, name, output)
+    left_out = [note for note in aux.of_tokenizer if laid_out.problems and "tokenizer.model" in note]
     give_back()  # a vocabulary takes 50 MB while it is read, which torch, in a thread of its own, would not get
-    return dataclasses.replace(placed, problems=(*placed.problems, *left_out))
+    return dataclasses.replace(laid_out, problems=(*laid_out.problems, *left_out))
 
 
-def _placed(
+def _laid_out(
     checkpoint: Layout, updates: Mapping[str, Sequence[Update]], aux: Sequence[AuxFile], name: str, output: OutputConfig
-) -> Placed:
+) -> LaidOut:
     nothing = Layout((), None)
     read = [file for file in aux if wanted([file.name])]
     if large := too_large({file.name: _size(file) for file in read}):
-        return Placed(nothing, problems=large)
+        return LaidOut(nothing, problems=large)
     contents = {file.name: _content(file) for file in read}
     if "config.json" not in contents:
-        return Placed(nothing, problems=("output.format gguf needs the base's config.json, and there is none",))
+        return LaidOut(nothing, problems=("output.format gguf needs the base's config.json, and there is none",))
     model, problems = read_model(json.loads(contents["config.json"]))
     if model is None:
-        return Placed(nothing, problems=problems)
+        return LaidOut(nothing, problems=problems)
     kind = QUANTIZATIONS[output.quantization]
     merged = [
         [_Merged(tensor.source.name, tensor.out.dtype, tensor.out.shape) for tensor in shard.tensors]
@@ -87,7 +87,7 @@ def _placed(
     refused = () if output.allow_config_loss else tuple(f"{loss}. {_ALLOW}" for loss in of_config)
     problems = (*problems, *refused, *layout.problems, *description.problems, *lost)
     if problems:
-        return Placed(nothing, problems=problems)
+        return LaidOut(nothing, problems=problems)
     stored = {tensor.source.name: tensor for shard in checkpoint.shards for tensor in shard.tensors}
     plans = tuple(plan for tensor in layout.tensors for plan in _plans(tensor, stored, updates))
     head = encode_header(description.values, layout.tensors)
@@ -97,7 +97,7 @@ def _placed(
     beside = AuxFile("Modelfile", config_file, text)
     made_of = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     warnings = (*description.warnings, *notes(model), *(Warned(f"{loss}. {_ALLOWED}") for loss in of_config))
-    return Placed(Layout((shard,), None), (beside,), warnings=warnings, made_of=made_of)
+    return LaidOut(Layout((shard,), None), (beside,), warnings=warnings, made_of=made_of)
 
 
 def _size(file: AuxFile) -> int:
@@ -125,11 +125,13 @@ def _plans(
         yield _plan(tensor, part, (start, end), stored[part.tensor], bool(updates.get(part.tensor)))
 
 
-def _plan(tensor: OutputTensor, part: Part, place: tuple[int, int], merged: TensorPlan, is_updated: bool) -> TensorPlan:
+def _plan(
+    tensor: OutputTensor, part: Part, data_offsets: tuple[int, int], merged: TensorPlan, is_updated: bool
+) -> TensorPlan:
     """``merged`` is the plan of the checkpoint's tensor that the part is made of."""
     ref = merged.source
     shape = (len(part.rows), tensor.columns) if len(ref.shape) > 1 else ref.shape
-    out = TensorInfo(tensor.kind, shape, place)
+    out = TensorInfo(tensor.kind, shape, data_offsets)
     size = ref.nbytes // max(1, math.prod(ref.shape) // tensor.columns)
     is_all = len(part.rows) * size == ref.nbytes
     if is_all or is_updated or merged.decoding:

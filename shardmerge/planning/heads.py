@@ -21,12 +21,12 @@ from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.key_mapping.heads import LABELS, Head, head_for
 from shardmerge.key_mapping.names import Names
-from shardmerge.planning.match import Matches, placed
+from shardmerge.planning.match import Matches, matched
 from shardmerge.planning.several import list_some
 from shardmerge.planning.unplaced import Unplaced, beside_of, without_place
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.tensors import FACTOR_DTYPES, FLOAT_DTYPES, TensorRef
-from shardmerge.spec.updates import Parameter, Place
+from shardmerge.spec.updates import Parameter, Region
 
 Adapters = Sequence[tuple[AdapterConfig, AdapterFile]]
 
@@ -117,7 +117,7 @@ class _Resolving:
             module, _, parameter = name.rpartition(".")
             stored = self.names.resolve(module, parameter)
             if isinstance(stored, Parameter):
-                wholes = self.matches.updates.get(stored.places[0].tensor, ())
+                wholes = self.matches.updates.get(stored.regions[0].tensor, ())
                 shapes = [update.factor("whole").shape for update in wholes if FAMILIES[update.family].is_source]
                 found[name] = [stored.shape, *shapes][-1]
         return found
@@ -153,8 +153,8 @@ class _Resolving:
     def _place(self, head: Head, mine: Mapping[str, Unplaced], heads: Heads, labels: int | None) -> None:
         for name, of in mine.items():
             whole = of.update.factor("whole")
-            place = Place(name, whole.shape[0])
-            self.matches.updates[name].append(placed(of.update, self.number, self.config, place, whole.shape))
+            region = Region(name, whole.shape[0])
+            self.matches.updates[name].append(matched(of.update, self.number, self.config, region, whole.shape))
             # Of the base there is nothing in its place but the dtype.
             heads.added.append(TensorRef(name, whole.uri, _main_dtype(self.checkpoint), (0,), 0, 0))
         if labels is not None:

@@ -134,7 +134,7 @@ class _Outgoing:
         #: What becomes of weights that are worked on, by the places of the parts that do not stay.
         self._coded: dict[tuple[str, int, int], Outgoing] = {}
         coded = [weight for weight in checkpoint.weights.values() if weight.stored_as is not None]
-        self._parts = {ref.place for weight in coded for _, ref in weight.parts}
+        self._parts = {ref.extent for weight in coded for _, ref in weight.parts}
         for weight in coded:
             if (encoding := encodings.get(weight.name)) is None:
                 continue
@@ -142,7 +142,7 @@ class _Outgoing:
             made = {output.role for output in outgoing.outputs}
             is_same = weight.stored_as is not None and encoding.codec == weight.stored_as.codec
             leaving = [ref for role, ref in weight.parts if role in made or not is_same]
-            self._coded |= dict.fromkeys([ref.place for ref in leaving], outgoing)
+            self._coded |= dict.fromkeys([ref.extent for ref in leaving], outgoing)
 
     def _worked(self, weight: Weight, encoding: Encoding, updates: Sequence[Update]) -> Outgoing:
         """A weight in another encoding, or an adapter's whole one in its place."""
@@ -155,14 +155,14 @@ class _Outgoing:
 
     def of(self, ref: TensorRef) -> Outgoing | None:
         """What a stored tensor is in the output; None if it is a part that is laid out elsewhere, or left out."""
-        if (coded := self._coded.get(ref.place)) is None:
+        if (coded := self._coded.get(ref.extent)) is None:
             return self.plain(ref)
-        return coded if coded.base.place == ref.place else None
+        return coded if coded.base.extent == ref.extent else None
 
     def plain(self, ref: TensorRef) -> Outgoing:
         """A tensor that is stored plainly, or an adapter's whole one in its place."""
         source, dtype = self._replaced.get(ref.name, ref), ref.dtype
-        if ref.place not in self._parts:
+        if ref.extent not in self._parts:
             dtype = output_dtype(dtype, self._dtype)
         size = tensor_nbytes(dtype, source.shape)
         outputs = (Output("values", source.name, dtype, source.shape, size),)

@@ -15,7 +15,7 @@ from shardmerge.spec.plans import AuxFile, MergePlan
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class LaidOut:
     """The files of an output, or why there can be none."""
 
     layout: Layout
@@ -33,7 +33,7 @@ class OutputLayout(ABC):
     copies_weights = True
 
     @abstractmethod
-    def place(self, checkpoint: Layout, updates: Updates, aux: AuxFiles, name: str, config: OutputConfig) -> Placed:
+    def lay_out(self, checkpoint: Layout, updates: Updates, aux: AuxFiles, name: str, config: OutputConfig) -> LaidOut:
         """Lay out what the merged ``checkpoint`` would be, with ``aux`` beside it, for an output called ``name``."""
 
     def path(self, folder: Path, shards: Sequence[str], config: OutputConfig) -> Path:
@@ -48,8 +48,8 @@ class OutputLayout(ABC):
 class CheckpointLayout(OutputLayout):
     """safetensors shards, with an index where there are several."""
 
-    def place(self, checkpoint: Layout, updates: Updates, aux: AuxFiles, name: str, config: OutputConfig) -> Placed:
-        return Placed(checkpoint, tuple(aux.files))
+    def lay_out(self, checkpoint: Layout, updates: Updates, aux: AuxFiles, name: str, config: OutputConfig) -> LaidOut:
+        return LaidOut(checkpoint, tuple(aux.files))
 
 
 class GgufLayout(OutputLayout):
@@ -57,10 +57,10 @@ class GgufLayout(OutputLayout):
 
     copies_weights = False
 
-    def place(self, checkpoint: Layout, updates: Updates, aux: AuxFiles, name: str, config: OutputConfig) -> Placed:
+    def lay_out(self, checkpoint: Layout, updates: Updates, aux: AuxFiles, name: str, config: OutputConfig) -> LaidOut:
         from shardmerge.planning import gguf_file
 
-        return gguf_file.place(checkpoint, updates, aux, name, config)
+        return gguf_file.lay_out(checkpoint, updates, aux, name, config)
 
     def path(self, folder: Path, shards: Sequence[str], config: OutputConfig) -> Path:
         return folder / shards[0].removesuffix(f"-{config.quantization}.gguf")

@@ -29,7 +29,7 @@ from shardmerge.planning.several import compare_copies, in_order, list_some, ord
 from shardmerge.planning.unplaced import Unplaced, already_there, beside_of, first_of, named
 from shardmerge.spec.notices import Warned, prefixed
 from shardmerge.spec.tensors import TensorRef
-from shardmerge.spec.updates import Parameter, Place, Update
+from shardmerge.spec.updates import Parameter, Region, Update
 
 #: What an update says besides names and factors.
 _SAID = attrgetter(
@@ -88,7 +88,7 @@ class _Matching:
         self.misfits: list[str] = []
         self.taken: dict[tuple[str, int], ModuleUpdate] = {}
         self.resized: dict[str, Parameter] = {}
-        self.regions: defaultdict[str, list[tuple[Place, ModuleUpdate]]] = defaultdict(list)
+        self.regions: defaultdict[str, list[tuple[Region, ModuleUpdate]]] = defaultdict(list)
         self.scaled = scaled(self.checkpoint.weights)
         #: The first update of every kind as it was placed; None where others are not placed like it.
         self.firsts: dict[object, Update | None] = {}
@@ -176,11 +176,11 @@ class _Matching:
             return False
         self.taken[key] = update
         self.fit.fitting.append(update)
-        place = Place(name, first.place.rows, transposed=first.place.transposed)
-        self.regions[name].append((place, update))
+        region = Region(name, first.region.rows, transposed=first.region.transposed)
+        self.regions[name].append((region, update))
         if update.transposes != first.transposes:  # as its family found out of the first
             update = update.changed(transposes=first.transposes)
-        self.matches.updates[name].append(placed(update, self.number, self.config, place, first.shape, first.experts))
+        self.matches.updates[name].append(matched(update, self.number, self.config, region, first.shape, first.experts))
         return True
 
     def _place(self, update: ModuleUpdate) -> Update | None:
@@ -222,25 +222,25 @@ class _Matching:
             parameter = dataclasses.replace(
                 parameter,
                 shape=(rows, *parameter.shape[1:]),
-                places=(dataclasses.replace(parameter.places[0], rows=rows),),
+                regions=(dataclasses.replace(parameter.regions[0], rows=rows),),
             )
             self.resized[parameter.name] = parameter
         shape = shape_of(update, parameter)
         experts = shape[0] if has_experts(update, parameter) else 0
-        for place in parameter.places:
-            new = placed(update, self.number, self.config, place, shape, experts)
-            if any(other.in_stack != new.in_stack for other in self.matches.updates[place.tensor]):
+        for region in parameter.regions:
+            new = matched(update, self.number, self.config, region, shape, experts)
+            if any(other.in_stack != new.in_stack for other in self.matches.updates[region.tensor]):
                 self.misfits.append(
-                    f"{update.first} updates {place.tensor} as one matrix and another adapter as experts', or the "
+                    f"{update.first} updates {region.tensor} as one matrix and another adapter as experts', or the "
                     "other way round; merge one after the other"
                 )
                 return None
-            self.regions[place.tensor].append((place, update))
-            self.matches.updates[place.tensor].append(new)
+            self.regions[region.tensor].append((region, update))
+            self.matches.updates[region.tensor].append(new)
         name = f"{update.module}.{update.parameter}"
-        plain = (Place(name, place.rows, transposed=place.transposed),)
+        plain = (Region(name, region.rows, transposed=region.transposed),)
         is_like_others = wanted == (update.module, update.parameter, update.family, update.factors)
-        return new if is_like_others and parameter.name == name and parameter.places == plain else None
+        return new if is_like_others and parameter.name == name and parameter.regions == plain else None
 
     def _place_nowhere(self, update: ModuleUpdate, why: str) -> None:
         """Say that an update has no place; of a whole tensor that was trained, one may yet be found."""
@@ -262,7 +262,7 @@ class _Matching:
                     f"{update.first} needs {update.module}.{name} as it is in the base, which does not store it as one "
                     "matrix by itself"
                 )
-            self.matches.read.append((parameter.places[0].tensor, self.number, update.first))
+            self.matches.read.append((parameter.regions[0].tensor, self.number, update.first))
             update = update.changed(factors=(*update.factors, (role, ref)))
         return update
 
@@ -271,11 +271,13 @@ class _Matching:
         family = FAMILIES[update.family]
         if not family.is_source:
             return update
-        place = parameter.places[0]
-        plain = len(parameter.places) == 1 and place == Place(place.tensor, place.rows, transposed=update.transposes)
-        stored = self.stored.weight(place.tensor)
+        region = parameter.regions[0]
+        plain = len(parameter.regions) == 1 and region == Region(
+            region.tensor, region.rows, transposed=update.transposes
+        )
+        stored = self.stored.weight(region.tensor)
         all_of_it = math.prod(stored.tensor.shape) == math.prod(parameter.shape) and stored.stored_as is None
-        return family.placed(update, can_be_source=plain and all_of_it)
+        return family.as_applied(update, can_be_source=plain and all_of_it)
 
     def _is_taken(self, update: ModuleUpdate, parameter: Parameter) -> bool:
         """Whether the adapter has updated this parameter before. A replaced or compared one may be updated, too."""
@@ -306,20 +308,20 @@ class _Matching:
         return f" (nearest: {', '.join(found)})" if found else ""
 
 
-def placed(
-    update: ModuleUpdate, number: int, config: AdapterConfig, place: Place, shape: tuple[int, ...], experts: int = 0
+def matched(
+    update: ModuleUpdate, number: int, config: AdapterConfig, region: Region, shape: tuple[int, ...], experts: int = 0
 ) -> Update:
     """An update of adapter ``number`` that has found its place."""
     return Update(
         adapter=number,
         family=update.family,
         module=update.module,
-        target=place.tensor,
+        target=region.tensor,
         factors=update.factors,
         scaling=update.scaling * config.weight,
         rank=update.rank,
         shape=shape,
-        place=place,
+        region=region,
         parameter=update.parameter,
         experts=experts,
         transposes=update.transposes,

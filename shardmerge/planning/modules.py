@@ -50,7 +50,7 @@ class Modules:
         refused = [found for _, found in known if isinstance(found, str)]
         if refused or not known:
             return refused[0] if refused else ""
-        meant = {found[1].places: other for other, found in known if not isinstance(found, str)}
+        meant = {found[1].regions: other for other, found in known if not isinstance(found, str)}
         if len(meant) > 1:
             return f"{update.module} is ambiguous: it could be {' or '.join(sorted(meant.values()))}"
         self._note(update.module, known[0][0])
@@ -195,7 +195,7 @@ class KnownBase(BaseView):
         if (module, parameter) not in self._found:
             found = (self._spoken.resolve(name, parameter) for name in peeled(module))
             known = next((item for item in found if isinstance(item, Parameter)), None)
-            answer = None if known is None else (known, self._stored(known.places[0].tensor).dtype)
+            answer = None if known is None else (known, self._stored(known.regions[0].tensor).dtype)
             self._found[module, parameter] = answer
         return self._found[module, parameter]
 

@@ -24,7 +24,7 @@ from shardmerge.planning.aux_files import AuxFiles, collect
 from shardmerge.planning.changes import Changes, changes_of
 from shardmerge.planning.fingerprint import fingerprint_of
 from shardmerge.planning.layout import Layout, lay_out
-from shardmerge.planning.layouts import LAYOUTS, Placed
+from shardmerge.planning.layouts import LAYOUTS, LaidOut
 from shardmerge.planning.opening import check_device, open_all
 from shardmerge.planning.quantised_output import QuantisedOutput, quantised_output
 from shardmerge.planning.tiling import tile_all
@@ -69,8 +69,8 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
     changes.config.update(quantised.config)
     stored = _as_checkpoint(config, checkpoint, changes, quantised)
     aux = _aux_files(config, checkpoint, adapters, changes)
-    placed = _placed(config, stored, changes, aux, Path(destination.location).name)
-    shards, unrounded = _rounded(config, placed.layout.shards)
+    laid_out = _laid_out(config, stored, changes, aux, Path(destination.location).name)
+    shards, unrounded = _rounded(config, laid_out.layout.shards)
     limits = [None if limit == "auto" else limit for limit in (config.compute.max_memory, config.compute.threads)]
     shards, memory = tile_all(shards, dtype_code(config.compute.dtype), *limits)
     plan = MergePlan(
@@ -81,31 +81,31 @@ def _make_plan(config: MergeConfig, overwrite: bool, check_output: bool) -> Merg
         compute_dtype=config.compute.dtype,
         compute_device=config.compute.device,
         shards=shards,
-        index_name=placed.layout.index_name,
+        index_name=laid_out.layout.index_name,
         index_metadata=tuple(_index_metadata(checkpoint, stored).items()),
-        aux=placed.aux,
+        aux=laid_out.aux,
         memory=memory,
         totals=totals_of(shards),
         bytes_read=bytes_read(shards),
-        bytes_written=sum(shard.nbytes for shard in shards) + sum(file.nbytes for file in placed.aux),
+        bytes_written=sum(shard.nbytes for shard in shards) + sum(file.nbytes for file in laid_out.aux),
         warnings=(
             *changes.notes,
             *quantised.notes,
             *_warnings(config, checkpoint, adapters),
             *aux.warnings,
-            *placed.warnings,
+            *laid_out.warnings,
         ),
         overwrite=overwrite,
         config=config.model_dump(mode="json"),
         fingerprint={},
     )
-    problems = [*changes.problems, *quantised.problems, *aux.unfit, *aux.problems, *placed.problems, *unrounded]
+    problems = [*changes.problems, *quantised.problems, *aux.unfit, *aux.problems, *laid_out.problems, *unrounded]
     problems += [] if problems else _memory_problems(plan)
     if check_output:
         problems += _rounding_problems(plan) + check_device(plan.compute_device) + destination.problems(plan)
     if problems:
         raise PlanError(problems)
-    fingerprint = fingerprint_of(plan, checkpoint, placed.made_of)
+    fingerprint = fingerprint_of(plan, checkpoint, laid_out.made_of)
     return dataclasses.replace(plan, shards=tuple(shard.packed() for shard in shards), fingerprint=fingerprint)
 
 
@@ -191,11 +191,11 @@ def _aux_files(
         raise FormatError(f"{error}. Nothing was written") from None
 
 
-def _placed(config: MergeConfig, stored: Layout, changes: Changes, aux: AuxFiles, name: str) -> Placed:
+def _laid_out(config: MergeConfig, stored: Layout, changes: Changes, aux: AuxFiles, name: str) -> LaidOut:
     """All files of an output called ``name``."""
     if aux.unfit:
-        return Placed(stored, tuple(aux.files))
-    return LAYOUTS[config.output.format].place(stored, changes.updates, aux, name, config.output)
+        return LaidOut(stored, tuple(aux.files))
+    return LAYOUTS[config.output.format].lay_out(stored, changes.updates, aux, name, config.output)
 
 
 def _rounded(config: MergeConfig, shards: Sequence[ShardPlan]) -> tuple[Sequence[ShardPlan], list[str]]:

@@ -14,7 +14,7 @@ from shardmerge.adapters.registry import FAMILIES
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.key_mapping.ties import Tie
 from shardmerge.planning.unplaced import first_of
-from shardmerge.spec.updates import Place, Update
+from shardmerge.spec.updates import Region, Update
 
 #: Problems of one kind that are listed one by one; of the rest only the number is said.
 _LISTED = 10
@@ -40,14 +40,14 @@ def in_order(updates: Sequence[Update]) -> list[Update]:
     return sorted(updates, key=lambda update: (order_of(update) > 0, update.adapter, order_of(update)))
 
 
-def overlap(one: Place, other: Place) -> bool:
+def overlap(one: Region, other: Region) -> bool:
     """Whether two places in a stored tensor have a row in common."""
     if one.expert is not None and other.expert is not None and one.expert != other.expert:
         return False
     return one.stored_start < other.stored_start + other.rows and other.stored_start < one.stored_start + one.rows
 
 
-def overlaps(regions: Mapping[str, Sequence[tuple[Place, ModuleUpdate]]]) -> list[str]:
+def overlaps(regions: Mapping[str, Sequence[tuple[Region, ModuleUpdate]]]) -> list[str]:
     """Two modules by different names may be the same part of one stored tensor."""
     problems = []
     for target, of in regions.items():
@@ -61,11 +61,11 @@ def overlaps(regions: Mapping[str, Sequence[tuple[Place, ModuleUpdate]]]) -> lis
     return problems
 
 
-def _overlapping(regions: Sequence[tuple[Place, ModuleUpdate]]) -> Iterator[tuple[ModuleUpdate, ModuleUpdate]]:
+def _overlapping(regions: Sequence[tuple[Region, ModuleUpdate]]) -> Iterator[tuple[ModuleUpdate, ModuleUpdate]]:
     """The first two updates of every expert that have a row in common."""
-    by_expert: defaultdict[int | None, list[tuple[Place, ModuleUpdate]]] = defaultdict(list)
-    for place, update in regions:
-        by_expert[place.expert].append((place, update))
+    by_expert: defaultdict[int | None, list[tuple[Region, ModuleUpdate]]] = defaultdict(list)
+    for region, update in regions:
+        by_expert[region.expert].append((region, update))
     everywhere = by_expert.pop(None, [])
     for group in by_expert.values() or [[]]:
         ordered = sorted([*everywhere, *group], key=lambda item: item[0].stored_start)
@@ -111,11 +111,11 @@ def _is_replaced(updates: Sequence[Update], copy: Update) -> bool:
 def _other_size(update: Update, of: Sequence[Update], adapters: Sequence[AdapterConfig]) -> Iterator[str]:
     """A copy of another number of rows than the weight has by then cannot be the same."""
     before = next(other for other in of if other.adapter < update.adapter and order_of(other))
-    if FAMILIES[update.family].is_source and before.place.rows != update.place.rows:
+    if FAMILIES[update.family].is_source and before.region.rows != update.region.rows:
         copy = update.factor("whole")
         yield (
             f"adapter {adapters[update.adapter].path}: {copy.name}, its copy of {update.target}, has "
-            f"{update.place.rows} rows, but for adapter {adapters[before.adapter].path} it has {before.place.rows}: "
+            f"{update.region.rows} rows, but for adapter {adapters[before.adapter].path} it has {before.region.rows}: "
             "they were trained on different bases"
         )
 
@@ -144,17 +144,17 @@ def undone(updates: Mapping[str, Sequence[Update]], adapters: Sequence[AdapterCo
 
 def _undoes(update: Update, before: Update) -> bool:
     if replaces(update):
-        return overlap(before.place, update.place)
+        return overlap(before.region, update.region)
     if not replaces_rows(update) or whole_settings(before).copy:
         return False
     rows = set(TokenSettings.of(update).indices)
     if replaces_rows(before):
         return not rows.isdisjoint(TokenSettings.of(before).indices)
-    place = before.place
-    if place.transposed or place.shuffle or update.place.transposed or update.place.shuffle:
+    region = before.region
+    if region.transposed or region.shuffle or update.region.transposed or update.region.shuffle:
         return True
-    shift = update.place.stored_start - update.place.start
-    return any(place.stored_start <= row + shift < place.stored_start + place.rows for row in rows)
+    shift = update.region.stored_start - update.region.start
+    return any(region.stored_start <= row + shift < region.stored_start + region.rows for row in rows)
 
 
 def read_too_late(

@@ -26,8 +26,8 @@ def tied_parameter(names: Names, module: str, parameter: str) -> Parameter | Non
     shared = names.resolve(main.rpartition(".")[0], main.rpartition(".")[2])
     if not isinstance(shared, Parameter):
         return None
-    places = tuple(dataclasses.replace(place, tensor=name) for place in shared.places)
-    return dataclasses.replace(shared, name=name, places=places)
+    regions = tuple(dataclasses.replace(region, tensor=name) for region in shared.regions)
+    return dataclasses.replace(shared, name=name, regions=regions)
 
 
 def stands_for(names: Names, name: str) -> str | None:

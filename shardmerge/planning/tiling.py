@@ -133,8 +133,8 @@ def _described(tensor: TensorPlan) -> tuple[object, ...]:
 
 
 def _described_update(update: Update) -> tuple[object, ...]:
-    place, family = update.place, FAMILIES[update.family]
-    where = (place.rows, place.start, place.stored_start, place.expert, place.transposed, update.transposes)
+    region, family = update.region, FAMILIES[update.family]
+    where = (region.rows, region.start, region.stored_start, region.expert, region.transposed, update.transposes)
     factors = tuple([(ref.dtype, ref.shape, ref.strides) for _, ref in update.factors])
     needs = (family.row_unit(update), family.kept_bytes(update, 1))
     return (update.family, update.shape, where, factors, needs)

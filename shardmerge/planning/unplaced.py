@@ -11,7 +11,7 @@ from shardmerge.adapters.methods.base import Effect
 from shardmerge.adapters.methods.whole import whole_settings
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.file_formats.adapter_file import way_out
-from shardmerge.spec.updates import Place
+from shardmerge.spec.updates import Region
 
 #: Tensors of a file that are named; of the rest only the number is.
 _SHOWN = 3
@@ -56,7 +56,7 @@ def without_place(file: str, updates: Sequence[ModuleUpdate]) -> str:
     )
 
 
-def already_there(regions: Mapping[str, Sequence[tuple[Place, ModuleUpdate]]]) -> list[str]:
+def already_there(regions: Mapping[str, Sequence[tuple[Region, ModuleUpdate]]]) -> list[str]:
     """Files beside the adapter that hold whole what the adapter also adds to: a copy of the base, or a merged model.
 
     What PEFT itself calls the wrapped layer's own weight (``.base_layer.``) is what the adapter adds to.

@@ -312,8 +312,10 @@ class _Resolving:
 
     def _set(self, name: str, updates: Sequence[Update]) -> None:
         if updates or name in self.updates:
-            places = [dataclasses.replace(update.place, tensor=name) for update in updates]
-            on = [dataclasses.replace(u, target=name, place=place) for u, place in zip(updates, places, strict=True)]
+            regions = [dataclasses.replace(update.region, tensor=name) for update in updates]
+            on = [
+                dataclasses.replace(u, target=name, region=region) for u, region in zip(updates, regions, strict=True)
+            ]
             self.updates[name] = in_order(on)
 
     def _said(self, tie: Tie) -> str:

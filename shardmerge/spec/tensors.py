@@ -134,7 +134,7 @@ class TensorRef:
     is_transposed: bool = False
 
     @property
-    def place(self) -> tuple[str, int, int]:
+    def extent(self) -> tuple[str, int, int]:
         """Which bytes of which file they are."""
         return self.uri, self.offset, self.nbytes
 

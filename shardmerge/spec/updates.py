@@ -11,7 +11,7 @@ from shardmerge.spec.tensors import RowRange, TensorRef
 
 
 @light_dataclass(frozen=True, slots=True)
-class Place:
+class Region:
     """Where a part of a module's matrix is stored in a tensor.
 
     Rows are those of the matrix in its own orientation, (out, in). Of experts (E, out, in) they are the rows of every
@@ -45,7 +45,7 @@ class Parameter:
     #: In matrix orientation: (out, in), (E, out, in), (out, in, k, …), (n,), (V, D).
     shape: tuple[int, ...]
     #: Together they cover the matrix exactly once.
-    places: tuple[Place, ...]
+    regions: tuple[Region, ...]
     #: Whether the module in memory keeps it as (in, out); None where the architecture is not known: then places are not
     #: transposed, and the shape is as stored.
     is_transposed: bool | None
@@ -116,7 +116,7 @@ class Update:
     scaling: float
     rank: int
     shape: tuple[int, ...]
-    place: Place
+    region: Region
     parameter: str = "weight"
     experts: int = 0
     transposes: bool = False
@@ -134,12 +134,14 @@ class Update:
     @property
     def by_columns(self) -> bool:
         """Whether a tile of stored rows holds columns of the matrix rather than rows."""
-        return self.place.transposed != self.transposes
+        return self.region.transposed != self.transposes
 
     @property
     def in_stack(self) -> bool:
         """Whether the stored tensor holds several experts."""
-        return (self.experts > 0) == (self.place.expert is None) and (self.experts > 0 or self.place.expert is not None)
+        return (self.experts > 0) == (self.region.expert is None) and (
+            self.experts > 0 or self.region.expert is not None
+        )
 
     def factor(self, role: str) -> TensorRef:
         return next(ref for name, ref in self.factors if name == role)

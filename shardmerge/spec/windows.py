@@ -24,19 +24,19 @@ def locate(tensor: TensorPlan, update: Update, rows: RowRange) -> Part | None:
 
     Rows must be within one of the tensor's segments, as those of a tile do.
     """
-    place, first, expert = update.place, rows.start, update.place.expert or 0
+    region, first, expert = update.region, rows.start, update.region.expert or 0
     if tensor.row_dims == 2:
         expert, first = divmod(rows.start, tensor.source.shape[1])
-        if place.expert is not None and expert != place.expert:
+        if region.expert is not None and expert != region.expert:
             return None
     stop = first + rows.stop - rows.start
-    if place.transposed:
-        matrix_rows, matrix_columns = RowRange(place.start, place.start + place.rows), RowRange(first, stop)
-        columns = RowRange(place.stored_start, place.stored_start + place.rows)
+    if region.transposed:
+        matrix_rows, matrix_columns = RowRange(region.start, region.start + region.rows), RowRange(first, stop)
+        columns = RowRange(region.stored_start, region.stored_start + region.rows)
     else:
-        if not place.stored_start <= first < place.stored_start + place.rows:
+        if not region.stored_start <= first < region.stored_start + region.rows:
             return None
-        shift = place.start - place.stored_start
+        shift = region.start - region.stored_start
         matrix_rows = RowRange(first + shift, stop + shift)
         matrix_columns = columns = RowRange(0, update.rows if update.transposes else update.columns)
     if update.transposes:
@@ -53,7 +53,8 @@ def reaching(tensor: TensorPlan) -> Callable[[RowRange], tuple[Update, ...]]:
         return lambda rows: tensor.updates
     experts, height = tensor.source.shape[:2]
     of = [
-        tuple(update for update in tensor.updates if update.place.expert in (None, expert)) for expert in range(experts)
+        tuple(update for update in tensor.updates if update.region.expert in (None, expert))
+        for expert in range(experts)
     ]
     return lambda rows: of[rows.start // height]
 
@@ -65,9 +66,9 @@ def boundaries(tensor: TensorPlan) -> list[int]:
         height = tensor.source.shape[1]
     within = {0}
     for update in tensor.updates:
-        place = update.place
-        if not place.transposed:
-            within |= {place.stored_start, place.stored_start + place.rows}
+        region = update.region
+        if not region.transposed:
+            within |= {region.stored_start, region.stored_start + region.rows}
     within = {row for row in within if row < height}
     first, last = tensor.first_row, tensor.first_row + tensor.rows
     inner = {start + row for start in range(0, rows, height or 1) for row in within}

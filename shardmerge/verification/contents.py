@@ -109,6 +109,6 @@ class _Planned:
 
 
 def _untouched(base: Checkpoint, record: Record) -> dict[str, TensorPlan]:
-    worked_on = {ref.place for name in record.targets if name in base.weights for _, ref in base.weights[name].parts}
-    refs = (ref for shard in base.shards for ref in shard.tensors if ref.place not in worked_on)
+    worked_on = {ref.extent for name in record.targets if name in base.weights for _, ref in base.weights[name].parts}
+    refs = (ref for shard in base.shards for ref in shard.tensors if ref.extent not in worked_on)
     return {ref.name: TensorPlan(ref, TensorInfo(ref.dtype, ref.shape, (0, ref.nbytes))) for ref in refs}

@@ -34,7 +34,7 @@ class PlainFactors:
         return self.whole(role)
 
     def rows(self, role: str, rows: RowRange) -> Tensor:
-        if self._update.place.shuffle is not None:
+        if self._update.region.shuffle is not None:
             return self.whole(role)[self.matrix_rows(rows)]
         return self._factors[role].rows(rows)
 
@@ -57,12 +57,12 @@ class PlainFactors:
 
         Stored rows seen as (g, a, b) are the matrix's rows seen as (g, b, a).
         """
-        place = self._update.place
-        if place.shuffle is None:
+        region = self._update.region
+        if region.shuffle is None:
             return torch.arange(rows.start, rows.stop)
-        groups, outer, inner = place.shuffle
-        order = torch.arange(place.rows).view(groups, inner, outer).transpose(1, 2).reshape(-1)
-        return place.start + order[rows.start - place.start : rows.stop - place.start]
+        groups, outer, inner = region.shuffle
+        order = torch.arange(region.rows).view(groups, inner, outer).transpose(1, 2).reshape(-1)
+        return region.start + order[rows.start - region.start : rows.stop - region.start]
 
 
 def _matrices(factors: PlainFactors, update: Update, window: Window) -> tuple[Tensor, Tensor]:

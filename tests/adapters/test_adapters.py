@@ -331,7 +331,7 @@ def test_factors_that_are_no_floats(dtype: str) -> None:
 
 def test_factors_that_are_whole_numbers_on_purpose() -> None:
     update = ModuleUpdate(
-        "module", "weight", "shira", (("places", refs_of({"the.places": (2, 8)}, "I32")["the.places"]),)
+        "module", "weight", "shira", (("indices", refs_of({"the.places": (2, 8)}, "I32")["the.places"]),)
     )
     assert check_dtypes(update, weight("F32"), FAMILIES["shira"]) == []
     assert check_dtypes(update, weight("F32"), FAMILIES["lora"]) != []

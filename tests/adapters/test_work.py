@@ -29,7 +29,7 @@ from shardmerge.planning import layout, tiling
 from shardmerge.planning.tiling import tile_all
 from shardmerge.spec.plans import MergePlan, TensorPlan
 from shardmerge.spec.tensors import RowRange, TensorRef, dtype_code
-from shardmerge.spec.updates import Place, Update
+from shardmerge.spec.updates import Region, Update
 from shardmerge.spec.windows import Part, locate
 from tests.support.builders import update_of
 from tests.support.gguf_zoo import make as make_for_gguf
@@ -145,19 +145,19 @@ SCENES: Mapping[str, Scene] = {
     "rows-of-a-larger-tensor": Scene(
         (64, 48),
         {"a": A, "b": random(20, RANK, seed=3)},
-        lambda refs: [_lora(refs, (20, 48), place=Place("w", 20, stored_start=21))],
+        lambda refs: [_lora(refs, (20, 48), region=Region("w", 20, stored_start=21))],
         _outside((slice(21, 41),)),
     ),
     "columns-of-a-transposed-tensor": Scene(
         (64, 48),
         {"a": random(RANK, 64, seed=4), "b": random(16, RANK, seed=5)},
-        lambda refs: [_lora(refs, (16, 64), place=Place("w", 16, stored_start=9, transposed=True))],
+        lambda refs: [_lora(refs, (16, 64), region=Region("w", 16, stored_start=9, transposed=True))],
         _outside((slice(None), slice(9, 25))),
     ),
     "one-expert-of-a-stack": Scene(
         (4, 24, 48),
         {"a": A, "b": random(24, RANK, seed=6)},
-        lambda refs: [_lora(refs, (24, 48), place=Place("w", 24, expert=2))],
+        lambda refs: [_lora(refs, (24, 48), region=Region("w", 24, expert=2))],
         _outside((slice(2, 3),)),
     ),
     "a-part-overwritten": Scene(
@@ -165,7 +165,7 @@ SCENES: Mapping[str, Scene] = {
         {"whole": random(20, 48, seed=7)},
         lambda refs: [
             update_of(
-                "w", (20, 48), (("whole", refs["whole"]),), family="overwrite", place=Place("w", 20, stored_start=21)
+                "w", (20, 48), (("whole", refs["whole"]),), family="overwrite", region=Region("w", 20, stored_start=21)
             )
         ],
         _everything_of("whole", slice(21, 41)),
@@ -174,9 +174,9 @@ SCENES: Mapping[str, Scene] = {
         (64, 48),
         {"whole": random(20, 48, seed=7), "a": A, "b": random(20, RANK, seed=3)},
         lambda refs: [
-            _lora(refs, (20, 48), place=Place("w", 20, stored_start=41)),
+            _lora(refs, (20, 48), region=Region("w", 20, stored_start=41)),
             update_of(
-                "w", (20, 48), (("whole", refs["whole"]),), family="overwrite", place=Place("w", 20, stored_start=21)
+                "w", (20, 48), (("whole", refs["whole"]),), family="overwrite", region=Region("w", 20, stored_start=21)
             ),
         ],
         lambda w, factors: (
@@ -270,7 +270,7 @@ def _in_place(what: Scene, w: Tensor) -> Callable[[Mapping[str, TensorRef]], Seq
         if w.shape == what.shape:
             return made
         return [
-            dataclasses.replace(update, shape=tuple(w.shape), place=Place("w", w.shape[0]))
+            dataclasses.replace(update, shape=tuple(w.shape), region=Region("w", w.shape[0]))
             if update.shape == what.shape
             else update
             for update in made
@@ -303,7 +303,7 @@ def test_what_is_all_computed_needs_no_wider_tile() -> None:
     tensor = TensorPlan(refs["w"], TensorInfo("F32", (64, 48), (0, 64 * 48 * 4)), (_lora(refs, (64, 48)),))
     assert is_computed_everywhere(tensor)
     assert (tile_dtype(tensor, "BF16"), narrow_dtype(tensor, "BF16")) == ("BF16", None)
-    halves = tuple(_lora(refs, (32, 48), place=Place("w", 32, stored_start=start)) for start in (0, 32))
+    halves = tuple(_lora(refs, (32, 48), region=Region("w", 32, stored_start=start)) for start in (0, 32))
     assert is_computed_everywhere(dataclasses.replace(tensor, updates=halves))
     part = dataclasses.replace(tensor, updates=halves[:1])
     assert (tile_dtype(part, "BF16"), narrow_dtype(part, "BF16")) == ("F32", "BF16")
@@ -553,10 +553,10 @@ def _put(tensor: Tensor, at: tuple[int, ...], value: float) -> Tensor:
 def test_an_infinity_that_the_base_holds_there_stays(
     shape: tuple[int, ...], compute: str, out: str, tmp_path: Path
 ) -> None:
-    places: list[tuple[tuple[int, ...], float]] = [((3, *shape[1:2]), -INFINITY), ((39, *shape[1:2]), INFINITY)]
-    at = [tuple(min(index, size - 1) for index, size in zip(place, shape, strict=True)) for place, _ in places]
+    regions: list[tuple[tuple[int, ...], float]] = [((3, *shape[1:2]), -INFINITY), ((39, *shape[1:2]), INFINITY)]
+    at = [tuple(min(index, size - 1) for index, size in zip(region, shape, strict=True)) for region, _ in regions]
     base, saved = random(*shape, seed=1, dtype=BF16), random(*shape, seed=2)
-    for where, (_, value) in zip(at, places, strict=True):
+    for where, (_, value) in zip(at, regions, strict=True):
         base, saved = _put(base, where, value), _put(saved, where, value)
     found = _with_head(tmp_path, base, saved, dtype=out, compute=compute)
     assert torch.equal(found, saved.to(KINDS[out]))

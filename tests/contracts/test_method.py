@@ -111,8 +111,8 @@ def test_columns_of_a_weight_that_is_stored_transposed(every: tuple[Subject, ...
     for subject in computing(every):
         if not subject.family.by_column_windows or subject.update.columns < 32 or subject.update.by_columns:
             continue
-        place = dataclasses.replace(subject.update.place, transposed=not subject.update.place.transposed)
-        turned = dataclasses.replace(subject, update=dataclasses.replace(subject.update, place=place))
+        region = dataclasses.replace(subject.update.region, transposed=not subject.update.region.transposed)
+        turned = dataclasses.replace(subject, update=dataclasses.replace(subject.update, region=region))
         whole = subject.applied(Given(subject.update, F64), subject.windows(1))
         part = turned.applied(Given(turned.update, F64, in_parts=True), turned.windows(2))
         torch.testing.assert_close(part, whole, rtol=1e-9, atol=1e-9)

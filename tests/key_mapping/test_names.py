@@ -11,7 +11,7 @@ import torch
 
 from shardmerge.key_mapping.names import Names
 from shardmerge.key_mapping.spoken import Speakers, Spoken
-from shardmerge.spec.updates import Parameter, Place
+from shardmerge.spec.updates import Parameter, Region
 from tests.support.names_zoo import State, matrix
 
 Shapes = dict[str, tuple[int, ...]]
@@ -40,8 +40,8 @@ def refused(config: Mapping[str, Any], shapes: Shapes, module: str, parameter: s
     return found
 
 
-def whole(tensor: str, rows: int, **more: Any) -> tuple[Place, ...]:
-    return (Place(tensor, rows, **more),)
+def whole(tensor: str, rows: int, **more: Any) -> tuple[Region, ...]:
+    return (Region(tensor, rows, **more),)
 
 
 def config(architecture: str, **more: Any) -> dict[str, Any]:
@@ -60,12 +60,12 @@ def test_a_name_that_stands() -> None:
 
 def test_a_bias_is_a_vector_of_rows() -> None:
     found = resolved(config("LlamaForCausalLM"), {f"{Q}.bias": (8,)}, Q, "bias")
-    assert (found.shape, found.places) == ((8,), whole(f"{Q}.bias", 8))
+    assert (found.shape, found.regions) == ((8,), whole(f"{Q}.bias", 8))
 
 
 def test_a_scalar_has_one_row() -> None:
     found = resolved({}, {"scale": ()}, "", "scale")
-    assert (found.shape, found.places) == ((), whole("scale", 1))
+    assert (found.shape, found.regions) == ((), whole("scale", 1))
 
 
 def test_nothing_of_that_name_is_no_message() -> None:
@@ -76,7 +76,7 @@ def test_nothing_of_that_name_is_no_message() -> None:
 @pytest.mark.parametrize("spoken", [Q, Q.removeprefix("model.")])
 def test_the_base_models_prefix_may_be_missing_on_either_side(stored: str, spoken: str) -> None:
     found = resolved(config("LlamaForCausalLM"), {f"{stored}.weight": (8, 4)}, spoken)
-    assert found.places == whole(f"{stored}.weight", 8)
+    assert found.regions == whole(f"{stored}.weight", 8)
 
 
 def test_an_unknown_architecture_is_as_stored() -> None:
@@ -86,7 +86,7 @@ def test_an_unknown_architecture_is_as_stored() -> None:
     assert not names.known
     assert found.is_transposed is None
     assert found.shape == (8, 24)
-    assert not found.places[0].transposed
+    assert not found.regions[0].transposed
 
 
 def test_a_custom_class_of_a_known_type_is_known() -> None:
@@ -96,7 +96,7 @@ def test_a_custom_class_of_a_known_type_is_known() -> None:
 def test_the_names_of_old_layer_norms() -> None:
     name = "bert.encoder.layer.0.output.LayerNorm"
     found = resolved(config("BertForMaskedLM"), {f"{name}.gamma": (8,)}, name)
-    assert found.places == whole(f"{name}.gamma", 8)
+    assert found.regions == whole(f"{name}.gamma", 8)
 
 
 # --- Conv1D -----------------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_the_names_of_old_layer_norms() -> None:
 def test_gpt2_stores_its_matrices_transposed(stored: str) -> None:
     found = resolved(config("GPT2LMHeadModel"), {f"{stored}.weight": (8, 24)}, "transformer.h.0.attn.c_attn")
     assert (found.shape, found.is_transposed) == ((24, 8), True)
-    assert found.places == whole(f"{stored}.weight", 24, transposed=True)
+    assert found.regions == whole(f"{stored}.weight", 24, transposed=True)
 
 
 def test_gpt2_has_linear_layers_and_embeddings_too() -> None:
@@ -135,9 +135,9 @@ def test_fused_experts_in_a_checkpoint_of_single_ones() -> None:
     shapes = per_expert()
     found = resolved(config("Qwen3MoeForCausalLM"), shapes, MLP, "gate_up_proj")
     assert (found.shape, found.experts, found.is_transposed) == ((3, 12, 4), True, False)
-    assert found.places[:2] == (
-        Place(f"{MLP}.0.gate_proj.weight", 6, expert=0),
-        Place(f"{MLP}.0.up_proj.weight", 6, start=6, expert=0),
+    assert found.regions[:2] == (
+        Region(f"{MLP}.0.gate_proj.weight", 6, expert=0),
+        Region(f"{MLP}.0.up_proj.weight", 6, start=6, expert=0),
     )
     state = state_of(shapes)
     expected = torch.stack(
@@ -150,23 +150,23 @@ def test_fused_experts_in_a_checkpoint_of_single_ones() -> None:
 def test_a_single_expert_in_a_checkpoint_of_fused_ones(part: str, start: int) -> None:
     found = resolved(config("Qwen3MoeForCausalLM"), FUSED, f"{MLP}.2.{part}")
     assert found.shape == (6, 4)
-    assert found.places == whole(f"{MLP}.gate_up_proj", 6, stored_start=start, expert=2)
+    assert found.regions == whole(f"{MLP}.gate_up_proj", 6, stored_start=start, expert=2)
     assert torch.equal(matrix(found, state_of(FUSED)), state_of(FUSED)[f"{MLP}.gate_up_proj"][2, start : start + 6])
 
 
 def test_experts_named_as_they_are_stored() -> None:
     single = resolved(config("Qwen3MoeForCausalLM"), per_expert(), f"{MLP}.2.up_proj")
     fused = resolved(config("Qwen3MoeForCausalLM"), FUSED, MLP, "down_proj")
-    assert single.places == whole(f"{MLP}.2.up_proj.weight", 6)
-    assert fused.places == whole(f"{MLP}.down_proj", 4)
+    assert single.regions == whole(f"{MLP}.2.up_proj.weight", 6)
+    assert fused.regions == whole(f"{MLP}.down_proj", 4)
 
 
 def test_mixtral_renames_the_block_as_well() -> None:
     old = "model.layers.1.block_sparse_moe.experts"
     found = resolved(config("MixtralForCausalLM"), per_expert("w1", "w3", "w2", old), MLP, "down_proj")
-    assert {place.tensor for place in found.places} == {f"{old}.{expert}.w2.weight" for expert in range(3)}
+    assert {region.tensor for region in found.regions} == {f"{old}.{expert}.w2.weight" for expert in range(3)}
     found = resolved(config("MixtralForCausalLM"), FUSED, f"{old}.1.w3")
-    assert found.places == whole(f"{MLP}.gate_up_proj", 6, stored_start=6, expert=1)
+    assert found.regions == whole(f"{MLP}.gate_up_proj", 6, stored_start=6, expert=1)
 
 
 def test_an_expert_that_is_not_there() -> None:
@@ -187,19 +187,19 @@ def test_experts_of_unequal_shapes_are_told() -> None:
 
 def test_layers_that_the_model_does_not_have_do_not_disturb() -> None:
     shapes = {**per_expert(), **per_expert(at="model.layers.61.mlp.experts"), "model.layers.61.eh_proj.weight": (4, 8)}
-    assert len(resolved(config("DeepseekV3ForCausalLM"), shapes, MLP, "gate_up_proj").places) == 6
+    assert len(resolved(config("DeepseekV3ForCausalLM"), shapes, MLP, "gate_up_proj").regions) == 6
 
 
 def test_experts_in_the_other_orientation() -> None:
     shapes: Shapes = {f"{MLP}.gate_up_proj": (3, 4, 12), f"{MLP}.gate_up_proj_bias": (3, 12)}
     found = resolved(config("GptOssForCausalLM"), shapes, MLP, "gate_up_proj")
     assert (found.shape, found.is_transposed) == ((3, 12, 4), True)
-    assert found.places == whole(f"{MLP}.gate_up_proj", 12, transposed=True)
+    assert found.regions == whole(f"{MLP}.gate_up_proj", 12, transposed=True)
 
 
 def test_a_bias_of_experts_has_a_vector_each() -> None:
     found = resolved(config("GptOssForCausalLM"), {f"{MLP}.down_proj_bias": (3, 4)}, MLP, "down_proj_bias")
-    assert (found.shape, found.experts, found.places) == ((3, 4), True, whole(f"{MLP}.down_proj_bias", 4))
+    assert (found.shape, found.experts, found.regions) == ((3, 4), True, whole(f"{MLP}.down_proj_bias", 4))
 
 
 @pytest.mark.parametrize("stored", [(3, 12, 4), (3, 4, 12)])
@@ -208,7 +208,7 @@ def test_experts_are_transposed_if_their_shape_asks_for_it(stored: tuple[int, ..
     base = config("Qwen3VLMoeForConditionalGeneration", text_config={"hidden_size": 4})
     found = resolved(base, {f"{at}.gate_up_proj": stored}, at, "gate_up_proj")
     assert found.shape == (3, 12, 4)
-    assert found.places == whole(f"{at}.gate_up_proj", 12, transposed=stored != (3, 12, 4))
+    assert found.regions == whole(f"{at}.gate_up_proj", 12, transposed=stored != (3, 12, 4))
     lacking = config("Qwen3VLMoeForConditionalGeneration")
     assert "hidden_size" in refused(lacking, {f"{at}.gate_up_proj": stored}, at, "gate_up_proj")
 
@@ -229,9 +229,9 @@ def test_a_row_window_of_a_fused_matrix() -> None:
     shapes: Shapes = {"encoder.layers.0.attn.Wqkv.weight": (24, 8), "encoder.layers.0.attn.Wqkv.bias": (24,)}
     key = resolved(config("NomicBertModel"), shapes, "layers.0.self_attn.k_proj")
     bias = resolved(config("NomicBertModel"), shapes, "layers.0.self_attn.v_proj", "bias")
-    assert key.places == whole("encoder.layers.0.attn.Wqkv.weight", 8, stored_start=8)
+    assert key.regions == whole("encoder.layers.0.attn.Wqkv.weight", 8, stored_start=8)
     assert (key.shape, bias.shape) == ((8, 8), (8,))
-    assert bias.places == whole("encoder.layers.0.attn.Wqkv.bias", 8, stored_start=16)
+    assert bias.regions == whole("encoder.layers.0.attn.Wqkv.bias", 8, stored_start=16)
 
 
 def test_a_fused_name_in_a_checkpoint_of_split_matrices() -> None:
@@ -239,8 +239,8 @@ def test_a_fused_name_in_a_checkpoint_of_split_matrices() -> None:
     shapes: Shapes = {f"{at}.{part}_proj.weight": (8, 8) for part in "qkv"}
     found = resolved(config("NomicBertModel"), shapes, "encoder.layers.0.attn.Wqkv")
     assert found.shape == (24, 8)
-    expected = [Place(f"{at}.{part}_proj.weight", 8, start=8 * i) for i, part in enumerate("qkv")]
-    assert list(found.places) == expected
+    expected = [Region(f"{at}.{part}_proj.weight", 8, start=8 * i) for i, part in enumerate("qkv")]
+    assert list(found.regions) == expected
 
 
 def test_rows_of_rotary_heads_are_reordered() -> None:
@@ -249,8 +249,8 @@ def test_rows_of_rotary_heads_are_reordered() -> None:
     base = config("Kimi_K25ForConditionalGeneration", vision_config={"num_attention_heads": 2})
     query = resolved(base, shapes, "model.vision_tower.layers.0.attn.q_proj")
     value = resolved(base, shapes, "model.vision_tower.layers.0.attn.v_proj")
-    assert query.places == whole(f"{at}.wqkv.weight", 8, shuffle=(2, 2, 2))
-    assert value.places == whole(f"{at}.wqkv.weight", 8, stored_start=16)
+    assert query.regions == whole(f"{at}.wqkv.weight", 8, shuffle=(2, 2, 2))
+    assert value.regions == whole(f"{at}.wqkv.weight", 8, stored_start=16)
     stored = state_of(shapes)[f"{at}.wqkv.weight"]
     expected = stored[:8].view(2, 2, 2, 8).transpose(1, 2).reshape(8, 8)
     assert torch.equal(matrix(query, {f"{at}.wqkv.weight": stored}), expected)
@@ -278,7 +278,7 @@ def test_interleaved_rows() -> None:
     shapes: Shapes = {f"{at}.experts.w13_weight": (3, 12, 4), f"{at}.w13_dn.weight": (12, 4)}
     base = config("InklingForConditionalGeneration")
     found = resolved(base, shapes, "model.language_model.layers.0.mlp.experts", "gate_up_proj")
-    assert found.places == whole(f"{at}.experts.w13_weight", 12, shuffle=(1, 6, 2))
+    assert found.regions == whole(f"{at}.experts.w13_weight", 12, shuffle=(1, 6, 2))
     assert "interleaved" in refused(base, shapes, "model.language_model.layers.0.mlp.gate_proj")
 
 
@@ -287,7 +287,7 @@ def test_two_kinds_of_experts_in_one_list() -> None:
     shapes: Shapes = {f"{at}.{expert}.down_proj.weight": (4, 6) for expert in range(4)}
     base = config("Ernie4_5_VLMoeForConditionalGeneration")
     found = resolved(base, shapes, "model.language_model.layers.0.mlp.vision_moe.experts", "down_proj")
-    assert [(place.tensor, place.expert) for place in found.places] == [
+    assert [(region.tensor, region.expert) for region in found.regions] == [
         (f"{at}.2.down_proj.weight", 0),
         (f"{at}.3.down_proj.weight", 1),
     ]
@@ -309,14 +309,14 @@ NEW_LLAVA = "model.language_model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize("spoken", [OLD_LLAVA, NEW_LLAVA, NEW_LLAVA.removeprefix("model.")])
 def test_llava_moved_its_language_model(stored: str, spoken: str) -> None:
     found = resolved(config("LlavaForConditionalGeneration"), {f"{stored}.weight": (8, 4)}, spoken)
-    assert found.places == whole(f"{stored}.weight", 8)
+    assert found.regions == whole(f"{stored}.weight", 8)
 
 
 def test_the_rules_of_a_part_follow_the_configs_type_of_it() -> None:
     shapes: Shapes = {f"language_model.model.layers.0.block_sparse_moe.experts.{e}.w2.weight": (4, 6) for e in range(2)}
     base = config("LlavaForConditionalGeneration", text_config={"model_type": "mixtral"})
     found = resolved(base, shapes, "model.language_model.layers.0.mlp.experts", "down_proj")
-    assert [place.expert for place in found.places] == [0, 1]
+    assert [region.expert for region in found.regions] == [0, 1]
     assert refused(config("LlavaForConditionalGeneration"), shapes, "model.language_model.layers.0.mlp.experts") == ""
 
 
@@ -360,10 +360,10 @@ def test_an_unknown_architecture_by_the_only_text_model_that_fits(before: str, t
     for module in LAYERS:
         found = who.resolve(before + module)
         assert isinstance(found, Parameter)
-        assert found.places == whole(f"{text}.{module}.weight", 8)
+        assert found.regions == whole(f"{text}.{module}.weight", 8)
     found = who.resolve("lm_head")
     assert isinstance(found, Parameter)
-    assert found.places == whole("lm_head.weight", 50)
+    assert found.regions == whole("lm_head.weight", 50)
 
 
 def test_the_head_of_an_unknown_architecture_is_on_the_way_to_its_text_model() -> None:
@@ -371,7 +371,7 @@ def test_the_head_of_an_unknown_architecture_is_on_the_way_to_its_text_model() -
     who, _ = spoken(UNKNOWN, shapes, *(f"model.{layer}" for layer in LAYERS), "lm_head")
     found = who.resolve("lm_head")
     assert isinstance(found, Parameter)
-    assert found.places == whole("llm.lm_head.weight", 50)
+    assert found.regions == whole("llm.lm_head.weight", 50)
 
 
 @pytest.mark.parametrize("module", ["model.layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj"])
@@ -431,7 +431,7 @@ def test_a_text_model_and_a_tower_of_the_same_names_are_not_told_apart() -> None
     assert not unclear
     found = who.resolve(f"model.{name}")
     assert isinstance(found, Parameter)
-    assert found.places == whole(thinker, 8)
+    assert found.regions == whole(thinker, 8)
     who, unclear = spoken(base, {talker: (8, 8)}, f"model.{name}")
     assert who.resolve(f"model.{name}") == ""
 
@@ -551,7 +551,7 @@ def test_names_that_look_like_our_own_marks_do_not_change_what_others_mean() -> 
         f"model.layers.{mark}.mlp.experts.{mark}.up_proj.weight": (6, 4) for mark in ("#", "900000000", "x900000001")
     }
     found = resolved(config("Qwen3MoeForCausalLM"), {**odd, **per_expert()}, MLP, "gate_up_proj")
-    assert found.places == resolved(config("Qwen3MoeForCausalLM"), per_expert(), MLP, "gate_up_proj").places
+    assert found.regions == resolved(config("Qwen3MoeForCausalLM"), per_expert(), MLP, "gate_up_proj").regions
 
 
 @pytest.mark.parametrize("name", ["w13_dn.weight", "experts.w13_weight", "w2_md.weight"])

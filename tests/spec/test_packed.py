@@ -10,7 +10,7 @@ import pytest
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.packed import PackedMapping, PackedSequence, moved, pack, unpack
 from shardmerge.spec.tensors import TensorRef
-from shardmerge.spec.updates import Place, Settings, Update
+from shardmerge.spec.updates import Region, Settings, Update
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,10 @@ class Counted:
 def update(number: int) -> Update:
     module = f"model.layers.{number}.mlp.up_proj"
     factor = TensorRef(f"{module}.lora_A.weight", "/adapter", "F32", (2, 8), 64 * number, 64, strides=(1, 2))
-    place = Place(f"{module}.weight", 8, shuffle=(1, 2, 4))
+    region = Region(f"{module}.weight", 8, shuffle=(1, 2, 4))
     settings = One(("a", None, 1.5))
     return Update(
-        0, "lora", module, place.tensor, (("A", factor),), 0.5, 2, (8, 8), place, experts=number, settings=settings
+        0, "lora", module, region.tensor, (("A", factor),), 0.5, 2, (8, 8), region, experts=number, settings=settings
     )
 
 
@@ -76,8 +76,8 @@ def test_a_class_that_is_not_a_dataclass_comes_back() -> None:
 
 
 def test_what_is_the_same_object_stays_the_same() -> None:
-    place = Place("a", 1)
-    one, other = unpack(pack((place, place)))
+    region = Region("a", 1)
+    one, other = unpack(pack((region, region)))
     assert one is other
 
 

@@ -13,17 +13,17 @@ from torch import Tensor
 from shardmerge.planning.tiling import tile_counts
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import TensorInfo
-from shardmerge.spec.updates import Place, Update
+from shardmerge.spec.updates import Region, Update
 from shardmerge.spec.windows import boundaries, locate
 from tests.support.builders import refs_of, untimed, update_of
 
 Shape = tuple[int, ...]
 
 
-def update(shape: Shape, place: Place, *, experts: int = 0, transposes: bool = False) -> Update:
+def update(shape: Shape, region: Region, *, experts: int = 0, transposes: bool = False) -> Update:
     """An update of a matrix of this shape, as the family sees it."""
     return dataclasses.replace(
-        update_of("w", shape, (), rank=1), place=place, experts=experts, transposes=transposes, target="w"
+        update_of("w", shape, (), rank=1), region=region, experts=experts, transposes=transposes, target="w"
     )
 
 
@@ -65,7 +65,7 @@ def test_whole_matrix(rows: int, columns: int, stored_transposed: bool, transpos
     """A Linear layer, a Conv1D, an embedding, and an embedding that is stored transposed."""
     stored = (columns, rows) if stored_transposed else (rows, columns)  # of the parameter (rows, columns)
     seen = (columns, rows) if transposes else (rows, columns)
-    of = update(seen, Place("w", rows, transposed=stored_transposed), transposes=transposes)
+    of = update(seen, Region("w", rows, transposed=stored_transposed), transposes=transposes)
     tensor = plan(stored, of, buffer_bytes=buffer_bytes)
     values = torch.arange(rows * columns, dtype=torch.float32).view(stored)
     wanted = values.T if stored_transposed != transposes else values
@@ -78,7 +78,8 @@ def test_modules_that_are_stored_as_one(parts: list[int], columns: int, buffer_b
     """q, k and v of one stored tensor: each finds its rows, and no tile reaches across."""
     starts = [sum(parts[:index]) for index in range(len(parts))]
     updates = [
-        update((rows, columns), Place("w", rows, stored_start=start)) for rows, start in zip(parts, starts, strict=True)
+        update((rows, columns), Region("w", rows, stored_start=start))
+        for rows, start in zip(parts, starts, strict=True)
     ]
     tensor = plan((sum(parts), columns), *updates, buffer_bytes=buffer_bytes)
     values = torch.arange(sum(parts) * columns, dtype=torch.float32).view(-1, columns)
@@ -93,8 +94,8 @@ def test_experts_in_one_tensor(
 ) -> None:
     stored = (experts, columns, rows) if stored_transposed else (experts, rows, columns)
     seen = (experts, columns, rows) if transposes else (experts, rows, columns)
-    place = Place("w", rows, transposed=stored_transposed)
-    of = update(seen, place, experts=experts, transposes=transposes)
+    region = Region("w", rows, transposed=stored_transposed)
+    of = update(seen, region, experts=experts, transposes=transposes)
     tensor = plan(stored, of, buffer_bytes=buffer_bytes)
     values = torch.arange(experts * rows * columns, dtype=torch.float32).view(stored)
     wanted = values.transpose(1, 2) if stored_transposed != transposes else values
@@ -108,8 +109,8 @@ def test_one_expert_of_a_stored_stack(transposed: bool) -> None:
     values = torch.arange(4 * 40 * 7, dtype=torch.float32).view(stored)
     for expert in range(4):
         for half in range(2):
-            place = Place("w", 20, stored_start=20 * half, expert=expert, transposed=transposed)
-            of = update((20, 7), place)
+            region = Region("w", 20, stored_start=20 * half, expert=expert, transposed=transposed)
+            of = update((20, 7), region)
             matrix = values[expert].T if transposed else values[expert]
             assert torch.equal(gathered(plan(stored, of), of, values)[0], matrix[20 * half : 20 * half + 20])
 
@@ -119,7 +120,7 @@ def test_a_stored_expert_of_a_fused_parameter(transposed: bool) -> None:
     """One file a projection: it holds rows of one expert's matrix."""
     stored = (7, 20) if transposed else (20, 7)
     values = torch.arange(140, dtype=torch.float32).view(stored)
-    of = update((4, 40, 7), Place("w", 20, start=20, expert=2, transposed=transposed), experts=4)
+    of = update((4, 40, 7), Region("w", 20, start=20, expert=2, transposed=transposed), experts=4)
     matrix = gathered(plan(stored, of), of, values)
     assert torch.equal(matrix[2, 20:], values.T if transposed else values)
     matrix[2, 20:] = -1
@@ -127,10 +128,10 @@ def test_a_stored_expert_of_a_fused_parameter(transposed: bool) -> None:
 
 
 def test_boundaries() -> None:
-    whole = update((9, 5), Place("w", 9))
+    whole = update((9, 5), Region("w", 9))
     assert boundaries(plan((9, 5), whole)) == [0, 9]
-    part = update((3, 5), Place("w", 3, stored_start=2))
+    part = update((3, 5), Region("w", 3, stored_start=2))
     assert boundaries(plan((9, 5), whole, part)) == [0, 2, 5, 9]
-    stack = update((3, 9, 5), Place("w", 9), experts=3)
+    stack = update((3, 9, 5), Region("w", 9), experts=3)
     assert boundaries(plan((3, 9, 5), stack)) == [0, 9, 18, 27]
-    assert boundaries(plan((9,), update((9,), Place("w", 9)))) == [0, 9]
+    assert boundaries(plan((9,), update((9,), Region("w", 9)))) == [0, 9]

@@ -24,8 +24,7 @@ from shardmerge.adapters.formats.base import AdapterContent
 from shardmerge.destinations.shard_writer import ShardWriter
 from shardmerge.spec.plans import ShardPlan
 from shardmerge.spec.tensors import TensorRef, tensor_nbytes
-from shardmerge.spec.updates import Place as Place_
-from shardmerge.spec.updates import Update
+from shardmerge.spec.updates import Region, Update
 from shardmerge.system.directory import Directory
 
 #: A loaded machine is slow, which is no reason to fail a test.
@@ -264,8 +263,8 @@ def update_of(
 ) -> Update:
     """A LoRA update of a whole stored tensor; any field may be changed."""
     fields = {"adapter": 0, "family": "lora", "module": target.rpartition(".")[0], "scaling": 1.0, "rank": RANK}
-    place = Place_(target, shape[0])
-    return Update(**{**fields, "target": target, "factors": factors, "shape": shape, "place": place, **changes})
+    region = Region(target, shape[0])
+    return Update(**{**fields, "target": target, "factors": factors, "shape": shape, "region": region, **changes})
 
 
 def content(

@@ -151,7 +151,7 @@ def first_of_each(updates: Iterator[tuple[TensorRef, Update]]) -> Iterator[Subje
     seen = set()
     for source, update in updates:
         key = update.family, update.parameter, update.by_columns
-        if key in seen or update.place.shuffle or update.place.start or update.place.stored_start:
+        if key in seen or update.region.shuffle or update.region.start or update.region.stored_start:
             continue
         seen.add(key)
         fits = source.shape == (update.shape[::-1] if update.by_columns else update.shape)

@@ -109,27 +109,29 @@ def matrix(parameter: Parameter, state: State) -> torch.Tensor:
     result = torch.full(parameter.shape, -1)
     seen = torch.zeros(parameter.shape, dtype=torch.int64)
     axis = int(parameter.experts)
-    for place in parameter.places:
-        tensor = state[place.tensor]
-        if place.transposed:
+    for region in parameter.regions:
+        tensor = state[region.tensor]
+        if region.transposed:
             tensor = tensor.transpose(-1, -2)
         into, covered = result, seen
         at = axis
-        if place.expert is not None:
+        if region.expert is not None:
             at = 0
             if parameter.experts:
-                into, covered = result[place.expert], seen[place.expert]
+                into, covered = result[region.expert], seen[region.expert]
             else:
-                tensor = tensor[place.expert]
-        rows = tensor.narrow(at, place.stored_start, place.rows) if tensor.ndim else tensor
-        if place.shuffle:
-            g, a, b = place.shuffle
-            assert g * a * b == place.rows
+                tensor = tensor[region.expert]
+        rows = tensor.narrow(at, region.stored_start, region.rows) if tensor.ndim else tensor
+        if region.shuffle:
+            g, a, b = region.shuffle
+            assert g * a * b == region.rows
             split = (*rows.shape[:at], g, a, b, *rows.shape[at + 1 :])
             rows = rows.reshape(split).transpose(at + 1, at + 2).reshape(rows.shape)
         if tensor.ndim:
-            into.narrow(at, place.start, place.rows).copy_(rows.reshape(into.narrow(at, place.start, place.rows).shape))
-            covered.narrow(at, place.start, place.rows).add_(1)
+            into.narrow(at, region.start, region.rows).copy_(
+                rows.reshape(into.narrow(at, region.start, region.rows).shape)
+            )
+            covered.narrow(at, region.start, region.rows).add_(1)
         else:
             into.copy_(rows)
             covered.add_(1)

@@ -26,8 +26,7 @@ from shardmerge.file_formats.adapter_opening import open_adapter
 from shardmerge.sources.source import open_source
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import RowRange, TensorInfo, TensorRef
-from shardmerge.spec.updates import Place as Where
-from shardmerge.spec.updates import Update
+from shardmerge.spec.updates import Region, Update
 from shardmerge.verification.findings import Findings
 from shardmerge.verification.formulas import FORMULAS, PlainFactors
 from shardmerge.verification.reading import Factor, Files
@@ -89,7 +88,7 @@ def plan_of(shape: tuple[int, ...], *updates: Update, dtype: str = "F32") -> Ten
 
 def part(start: int, rows: int, columns: int, **changes: Any) -> Update:
     factors = tuple(refs_of({"A": (2, columns), "B": (rows, 2)}).items())
-    return update_of("w", (rows, columns), factors, place=Where("w", rows, 0, start), **changes)
+    return update_of("w", (rows, columns), factors, region=Region("w", rows, 0, start), **changes)
 
 
 def covered(windows: list[RowRange]) -> list[int]:
@@ -126,7 +125,7 @@ def test_every_module_in_one_tensor_has_a_row() -> None:
 
 def test_every_expert_has_a_row() -> None:
     factors = tuple(refs_of({"A": (2 * 6, 4), "B": (10, 2 * 6)}).items())
-    update = update_of("w", (6, 10, 4), factors, family="lora-experts", experts=6, rank=2, place=Where("w", 10))
+    update = update_of("w", (6, 10, 4), factors, family="lora-experts", experts=6, rank=2, region=Region("w", 10))
     tensor = plan_of((6, 10, 4), update)
     assert {row // 10 for row in covered(sampled(tensor, 1, 0))} == set(range(6))
 
@@ -186,7 +185,7 @@ def test_whole_numbers_stay_whole(stored: tuple[Files, dict[str, TensorRef], dic
 def test_shuffled_rows(shuffle: tuple[int, int, int]) -> None:
     """``matrix_rows = stored_rows.view(g, a, b, …).transpose(1, 2).reshape(rows, …)``."""
     groups, outer, inner = shuffle
-    update = update_of("w", (40, 4), (), place=Where("w", 30, start=7, shuffle=shuffle))
+    update = update_of("w", (40, 4), (), region=Region("w", 30, start=7, shuffle=shuffle))
     order = PlainFactors(Files([]), update).matrix_rows(RowRange(7, 37))
     matrix = torch.arange(7, 37)
     stored_rows = matrix.view(groups, inner, outer).transpose(1, 2).reshape(-1)

@@ -148,13 +148,13 @@ def _claim_module(claims: Claims, module: str, found: Mapping[str, TensorRef], s
             _claim_whole(claims, module, parameter, family, found[role])
     methods = {kind: of for kind in lycoris.METHODS if (of := lycoris.factors(found, kind))}
     for kind, factors in methods.items():
-        lycoris.claim(claims, placed(module), kind, factors, number, scales)
+        lycoris.claim(claims, update_of(module), kind, factors, number, scales)
     pair = {role: found[role] for role in ("down", "up") if role in found}
     if pair or (number is not None and not methods):
         _claim_pair(claims, module, {**pair, **({"alpha": number} if number is not None else {})}, scales, base)
 
 
-def placed(module: str, parameter: str = "weight", family: str = Lora.name) -> ModuleUpdate:
+def update_of(module: str, parameter: str = "weight", family: str = Lora.name) -> ModuleUpdate:
     """An update of a module by its name in the file, without the name that kohya's scripts put before all modules."""
     part = parts.flat_part_of(module)
     name = module_name(module.removeprefix(part))
@@ -162,7 +162,7 @@ def placed(module: str, parameter: str = "weight", family: str = Lora.name) -> M
 
 
 def _claim_whole(claims: Claims, module: str, parameter: str, family: str, ref: TensorRef) -> None:
-    update = placed(module, parameter, family).changed(or_parameter=parameter == "weight")
+    update = update_of(module, parameter, family).changed(or_parameter=parameter == "weight")
     if family == Replacement.name:
         update = update.changed(factors=(("whole", ref),), settings=WholeSettings(as_in_memory=True))
     else:
@@ -178,7 +178,7 @@ def _claim_pair(claims: Claims, module: str, factors: Mapping[str, TensorRef], s
     down, up = factors["down"], factors["up"]
     if "alpha" in factors:
         claims.account_for([factors["alpha"]])
-    claims.updates.append(placed(module).changed(factors=(("A", down), ("B", up))))
+    claims.updates.append(update_of(module).changed(factors=(("A", down), ("B", up))))
     if 0 in down.shape or 0 in up.shape:
         return
     kernels = up.shape[2:]

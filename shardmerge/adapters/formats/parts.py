@@ -53,7 +53,7 @@ def is_own(module: str, weight: Weight) -> bool:
     if parameter is None:
         return False
     # Where the architecture is not known, a name may have been found without its beginning.
-    return parameter.is_transposed is not None or parameter.places[0].tensor.startswith(part_of(module))
+    return parameter.is_transposed is not None or parameter.regions[0].tensor.startswith(part_of(module))
 
 
 def problem_of_several(modules: Iterable[str], weight: Weight) -> str:

@@ -106,7 +106,7 @@ class Family(ABC):
         """Decide whether the update speaks of the parameter's transpose; a string says why that is unknown."""
         return update
 
-    def placed(self, update: ModuleUpdate, *, can_be_source: bool) -> ModuleUpdate:
+    def as_applied(self, update: ModuleUpdate, *, can_be_source: bool) -> ModuleUpdate:
         """The update as it is done to a weight: ``can_be_source`` if the base stores that as one tensor, as it is."""
         return update
 

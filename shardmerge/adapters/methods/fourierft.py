@@ -68,7 +68,7 @@ class FourierFt(PeftFamily):
 
     def delta(self, spectrum: Tensor, update: Update) -> Tensor:
         """Re F⁻¹(S), (out, in)."""
-        rows, columns = places(update, len(spectrum))
+        rows, columns = positions(update, len(spectrum))
         # PEFT's spectrum is float32, whatever the dtype of the merge.
         dense = torch.zeros(update.rows, update.columns, device=spectrum.device)
         dense[rows.to(spectrum.device), columns.to(spectrum.device)] = spectrum.float()
@@ -87,7 +87,7 @@ def spectrum_of(config: Config, module: Module) -> tuple[int | None, int]:
     return None if config.get("proportional_parameters") else count, config["random_loc_seed"]
 
 
-def places(update: Update, count: int) -> tuple[Tensor, Tensor]:
+def positions(update: Update, count: int) -> tuple[Tensor, Tensor]:
     """Rows and columns of the numbers, as the seed has them."""
     generator = torch.Generator().manual_seed(SpectrumSettings.of(update).seed)
     order = torch.randperm(update.rows * update.columns, generator=generator)[:count]

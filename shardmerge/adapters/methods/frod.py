@@ -29,7 +29,7 @@ _SHORT = 1e-12
 
 class Frod(PeftFamily):
     name = "frod"
-    whole_numbers = frozenset({"places"})
+    whole_numbers = frozenset({"indices"})
     streamed = frozenset({"W"})
     peft_type = "FROD"
     selectors = frozenset({"layers_to_transform", "layers_pattern"})
@@ -59,14 +59,14 @@ class Frod(PeftFamily):
             )
             claims.half(module.factors["diagonal"], what, module.refs)
             return
-        factors = (*module.factors.items(), ("V", shared[0]), ("places", shared[1]))
+        factors = (*module.factors.items(), ("V", shared[0]), ("indices", shared[1]))
         # Of W itself only the dtype is needed beside the tile.
         claims.updates.append(self.update(module, context, factors=factors, of_base=(("W", "weight"),)))
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         values = update.factor("values")
         count = values.shape[:1]
-        expected = {"V": (shape[1], shape[1]), "diagonal": (shape[1],), "values": count, "places": (2, *count)}
+        expected = {"V": (shape[1], shape[1]), "diagonal": (shape[1],), "values": count, "indices": (2, *count)}
         return all_misshaped(update, expected, f"of {update.module}, or as {values.name} has it")
 
     def needs_prepass(self, update: Update) -> bool:
@@ -122,8 +122,8 @@ def _decomposed(basis: Tensor) -> Tensor:
 
 def _middle(factors: Factors, update: Update) -> Tensor:
     """S + diag(λ), (in, in)."""
-    places, values = factors.whole("places"), factors.whole("values")
-    check_indices(update, "places", places, update.columns)
+    places, values = factors.whole("indices"), factors.whole("values")
+    check_indices(update, "indices", places, update.columns)
     middle = values.new_zeros(update.columns, update.columns)
     middle.index_put_((places[0], places[1]), values, accumulate=True)
     return middle + torch.diag(factors.whole("diagonal"))

@@ -18,7 +18,7 @@ from shardmerge.spec.updates import Update, Window
 
 class Shira(PeftFamily):
     name = "shira"
-    whole_numbers = frozenset({"places"})
+    whole_numbers = frozenset({"indices"})
     neutral_if_zero = frozenset({"numbers"})
     by_column_windows = True
     adds = True
@@ -27,19 +27,19 @@ class Shira(PeftFamily):
     title = "SHiRA"
     updates = "matrices"
     paper = "arXiv:2406.13175"
-    roles = {"shira_weight": "numbers", "shira_indices": "places"}
+    roles = {"shira_weight": "numbers", "shira_indices": "indices"}
     settings = {"r": RANK}
     inert = frozenset({"init_weights", "mask_type", "random_seed"})
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         count = update.rank * sum(shape)
         meaning = f"r (out + in) of {update.module} {list(shape)} with r = {update.rank} in adapter_config.json"
-        return all_misshaped(update, {"numbers": (count,), "places": (2, count)}, meaning)
+        return all_misshaped(update, {"numbers": (count,), "indices": (2, count)}, meaning)
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        rows, columns = factors.whole("places").long()
-        check_indices(update, "places", rows, update.rows)
-        check_indices(update, "places", columns, update.columns)
+        rows, columns = factors.whole("indices").long()
+        check_indices(update, "indices", rows, update.rows)
+        check_indices(update, "indices", columns, update.columns)
         here = (rows >= window.rows.start) & (rows < window.rows.stop)
         here &= (columns >= window.columns.start) & (columns < window.columns.stop)
         chosen = rows[here] - window.rows.start, columns[here] - window.columns.start

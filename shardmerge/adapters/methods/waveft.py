@@ -20,7 +20,7 @@ from pathlib import Path
 from shardmerge.adapters.formats.checks import FLAG, Config, checked
 from shardmerge.adapters.formats.peft_method import Module
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.fourierft import FourierFt, SpectrumSettings, places, spectrum_of
+from shardmerge.adapters.methods.fourierft import FourierFt, SpectrumSettings, positions, spectrum_of
 from shardmerge.spec.updates import Settings, Update
 
 _WAVELET = "db1"
@@ -61,7 +61,7 @@ class WaveFt(FourierFt):
 
     def delta(self, spectrum: Tensor, update: Update) -> Tensor:
         """D⁻¹(S), (out, in)."""
-        rows, columns = (of.to(spectrum.device) for of in places(update, len(spectrum)))
+        rows, columns = (of.to(spectrum.device) for of in positions(update, len(spectrum)))
         wavelet = WaveFtSettings.of(update).wavelet
         if wavelet is None:
             delta = spectrum.new_zeros(update.rows, update.columns)

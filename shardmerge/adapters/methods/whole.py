@@ -63,7 +63,7 @@ class Replacement(Family):
         in_memory = bool(parameter.is_transposed) and whole_settings(update).as_in_memory
         return update.changed(transposes=in_memory)
 
-    def placed(self, update: ModuleUpdate, *, can_be_source: bool) -> ModuleUpdate:
+    def as_applied(self, update: ModuleUpdate, *, can_be_source: bool) -> ModuleUpdate:
         is_source = can_be_source and update.factor("whole").strides is None
         return update if is_source else update.changed(family=Overwrite.name)
 
