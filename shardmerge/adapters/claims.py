@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardmerge.spec.light import light_dataclass
-from shardmerge.spec.tensors import TensorRef
+from shardmerge.spec.tensors import Orientation, TensorRef
 from shardmerge.spec.updates import Settings
 
 
@@ -26,12 +26,12 @@ class ModuleUpdate:
     fits: bool = True
     #: What else the family needs to know.
     settings: Settings | None = None
-    #: Whether the family speaks of the parameter's transpose, as LoRA does on an embedding.
-    transposes: bool = False
-    #: Whether the adapter says that its modules keep (in, out). It counts where neither model nor shape says it.
-    fan_in_fan_out: bool = False
-    #: Whether only the shapes say if the factors are of the parameter or of its transpose.
-    either_way: bool = False
+    #: Of what the factors describe against the parameter: LoRA on an embedding speaks of the transpose. Not known where
+    #: only shapes can show it.
+    orientation: Orientation = Orientation.SAME
+    #: Of the matrix (out, in) against its modules' own tensors, by the adapter's config (``fan_in_fan_out``). It counts
+    #: where neither the model nor the shape shows it.
+    in_memory: Orientation = Orientation.SAME
     #: Whether every expert has a matrix of its own in the parameter.
     experts: bool = False
     #: Whether nothing is lost if the base has no such tensor.

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.codecs.registry import decoder, encoder
 from shardmerge.spec.plans import TensorPlan
-from shardmerge.spec.tensors import DTYPE_BITS, FACTOR_DTYPES, FLOAT_DTYPES, RowRange
+from shardmerge.spec.tensors import DTYPE_BITS, FACTOR_DTYPES, FLOAT_DTYPES, Orientation, RowRange
 from shardmerge.spec.updates import Update
 from shardmerge.spec.windows import boundaries, locate, reaching
 
@@ -118,13 +118,13 @@ def elements_for(tensor: TensorPlan, update: Update) -> int:
     """How many elements of the output are at an update's place, by the plan and not by the tiles."""
     region, width = update.region, tensor.row_elements
     first, last = tensor.first_row, tensor.first_row + tensor.rows
-    if region.transposed and tensor.row_dims == 1:
+    if region.orientation is Orientation.TRANSPOSED and tensor.row_dims == 1:
         return (last - first) * region.rows
     if tensor.row_dims == 1:
         return _common(region.stored_start, region.stored_start + region.rows, first, last) * width
     experts, height = tensor.source.shape[:2]
     begin, end, columns = region.stored_start, region.stored_start + region.rows, width
-    if region.transposed:
+    if region.orientation is Orientation.TRANSPOSED:
         begin, end, columns = 0, height, region.rows
     chosen = range(experts) if region.expert is None else (region.expert,)
     return sum(_common(e * height + begin, e * height + end, first, last) for e in chosen) * columns

@@ -21,7 +21,7 @@ from shardmerge.codecs.rounding import NUMBER_DTYPES
 from shardmerge.errors import NonFiniteError
 from shardmerge.execution.devices import Device
 from shardmerge.sources.source import Reader
-from shardmerge.spec.tensors import ALIGNMENT, DTYPE_BITS, KEPT_WHOLE_BYTES, RowRange, TensorRef
+from shardmerge.spec.tensors import ALIGNMENT, DTYPE_BITS, KEPT_WHOLE_BYTES, Orientation, RowRange, TensorRef
 from shardmerge.spec.updates import Update
 
 
@@ -164,7 +164,7 @@ class LazyFactors:
             index = wrong.nonzero()[0].tolist()
             value = float(stored[tuple(index)])
             index = [at + (first[axis] if axis < len(first) else 0) for axis, at in enumerate(index)]
-            if ref.is_transposed:
+            if ref.orientation is Orientation.TRANSPOSED:
                 index.reverse()
             raise NonFiniteError(f"{ref.uri}: {ref.name} holds {value} at {index}; the merge was stopped")
 

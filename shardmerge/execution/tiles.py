@@ -21,9 +21,9 @@ from shardmerge.execution.factors import LazyFactors, UpdateFactors
 from shardmerge.execution.fidelity import Sampler, sampled_rows
 from shardmerge.execution.lanes import Lane
 from shardmerge.spec.plans import TensorPlan
-from shardmerge.spec.tensors import DTYPE_BITS, RowRange, TensorInfo, TensorRef
+from shardmerge.spec.tensors import DTYPE_BITS, Orientation, RowRange, TensorInfo, TensorRef
 from shardmerge.spec.updates import Update, Window
-from shardmerge.spec.windows import Part, locate, reaching
+from shardmerge.spec.windows import Position, locate, reaching
 
 #: What an update is given: its part of a tile, its factors, itself, the window, and scratch.
 Apply = Callable[[Tensor, UpdateFactors, Update, Window, Tensor], None]
@@ -133,27 +133,27 @@ class WeightTiles:
             self._give(lane, update, rows, part, FAMILIES[update.family].apply)
             lane.given[id(self.tensor), id(update)] += len(rows) * len(part.columns)
 
-    def _give(self, lane: Lane, update: Update, rows: RowRange, part: Part, apply: Apply) -> None:
+    def _give(self, lane: Lane, update: Update, rows: RowRange, part: Position, apply: Apply) -> None:
         """Give a family its part of the tile, in the matrix's orientation."""
         tile, scratch = self._tile(lane, rows)
         if self._narrow is not None and FAMILIES[update.family].computes:
             self._give_narrow(lane, update, tile[:, part.columns.start : part.columns.stop], part, apply)
             return
         view, space = tile, scratch
-        if len(part.columns) != self.columns or part.transposed:
+        if len(part.columns) != self.columns or part.orientation is Orientation.TRANSPOSED:
             view = tile[:, part.columns.start : part.columns.stop]
-            view = view.T if part.transposed else view
+            view = part.orientation.view(view)
             space = scratch.view(-1)[: view.numel()].view(view.shape)
         apply(view, self._factors[id(update)], update, part.window, space)
 
-    def _give_narrow(self, lane: Lane, update: Update, stored: Tensor, part: Part, apply: Apply) -> None:
+    def _give_narrow(self, lane: Lane, update: Update, stored: Tensor, part: Position, apply: Apply) -> None:
         """The same with a copy of the part, in the compute dtype: what is only copied keeps its own."""
         assert self._narrow is not None
         shape = (stored.shape[0], stored.shape[1])
         after = shape[0] * self.columns * self._room
         copy, space = lane.workspace.narrow(shape, self._narrow, after)
         copy.copy_(stored)
-        view = copy.T if part.transposed else copy
+        view = part.orientation.view(copy)
         apply(view, self._factors[id(update)], update, part.window, space.view(view.shape))
         stored.copy_(copy)
 

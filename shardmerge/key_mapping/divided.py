@@ -21,6 +21,7 @@ from typing import Any
 
 from shardmerge.key_mapping import pieces
 from shardmerge.key_mapping.pieces import RefusalError, View
+from shardmerge.spec.tensors import Orientation
 
 _PROJECTION = re.compile(r"(?P<at>.+)\.in_proj_(?P<parts>qkv|qk|[qkvzba])")
 _LINEAR = re.compile(r"(?P<at>.+)\.(?P<parameter>\w+)s\.(?P<expert>\d{1,6})")
@@ -34,10 +35,10 @@ class Experts:
 
     #: Its parameters in order of registration.
     parameters: tuple[str, ...]
-    #: Whether they are (E, in, out) in memory.
-    transposed: bool = False
+    #: Of the matrices (out, in) against the parameters, (E, in, out) if it is transposed.
+    in_memory: Orientation = Orientation.SAME
     #: How gate and up are joined: ``concatenated``, ``interleaved``; ``none``, there is no gate; "" is not known, and
-    #: then ``transposed`` is not known either.
+    #: then ``in_memory`` says nothing either.
     gates: str = ""
 
 
@@ -110,7 +111,7 @@ def _expert(name: str, number: int, experts: Experts, known: Known) -> View | No
             "the base keeps all experts in one tensor, and in which orientation is not known of this class"
         )
     one = pieces.unstack(view, number)
-    return pieces.transpose(one, 0, 1) if experts.transposed and len(one.shape) == 2 else one
+    return pieces.transpose(one, 0, 1) if experts.in_memory is Orientation.TRANSPOSED and len(one.shape) == 2 else one
 
 
 def _single(at: str, number: int, which: str, experts: Experts, known: Known) -> View | None:

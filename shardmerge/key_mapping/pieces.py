@@ -1,7 +1,7 @@
 """Tensors as pieces of stored tensors, and what transformers' conversions do to them.
 
 Nothing is read here: a ``View`` says of every row of a tensor where it is stored, and the conversions rearrange that.
-What a ``Place`` cannot say is refused, with the reason, and never approximated.
+What a `Region` cannot say is refused, with the reason, and never approximated.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from shardmerge.spec.tensors import Orientation
 from shardmerge.spec.updates import Region
 
 
@@ -27,7 +28,7 @@ class Piece(NamedTuple):
     member: int | None = None
     #: The stored tensor's own member which holds them; None: the stored tensor is a matrix, or all of it is meant.
     slot: int | None = None
-    transposed: bool = False
+    orientation: Orientation = Orientation.SAME
     shuffle: tuple[int, int, int] | None = None
 
 
@@ -93,7 +94,7 @@ def transpose(view: View, axis: int, other: int) -> View:
     for piece in view.pieces:
         if piece.rows != view.rows or piece.shuffle or piece.stored_start:
             raise RefusalError("it is stored in parts that are transposed")
-        pieces.append(piece._replace(rows=shape[rows], transposed=not piece.transposed))
+        pieces.append(piece._replace(rows=shape[rows], orientation=piece.orientation.then(Orientation.TRANSPOSED)))
     return View(shape, tuple(pieces), view.stacked)
 
 
@@ -191,7 +192,7 @@ def regions(view: View) -> tuple[Region, ...]:
             start=piece.start,
             stored_start=piece.stored_start,
             expert=piece.slot if piece.member is None else piece.member,
-            transposed=piece.transposed,
+            orientation=piece.orientation,
             shuffle=piece.shuffle,
         )
         for piece in joined
@@ -205,7 +206,7 @@ def _follows(before: Piece, piece: Piece) -> bool:
 
 def _kept(piece: Piece) -> object:
     """What pieces that are joined have in common."""
-    return piece.tensor, piece.member, piece.slot, piece.transposed, piece.shuffle and piece.shuffle[1:]
+    return piece.tensor, piece.member, piece.slot, piece.orientation, piece.shuffle and piece.shuffle[1:]
 
 
 def _joined_shuffle(before: Piece, piece: Piece) -> tuple[int, int, int] | None:

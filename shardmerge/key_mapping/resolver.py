@@ -17,6 +17,7 @@ from shardmerge.key_mapping.index import Images, Index, number_in, numbers_in, t
 from shardmerge.key_mapping.naming import NUMBER, numberless
 from shardmerge.key_mapping.pieces import RefusalError, View
 from shardmerge.key_mapping.rules import Rules, compose
+from shardmerge.spec.tensors import Orientation, transposed_if
 from shardmerge.spec.updates import Parameter
 
 #: Prefixes of base models that are tried where the architecture is not known.
@@ -106,7 +107,7 @@ class Resolver:
     def _experts(self) -> dict[str, Experts]:
         """Modules of experts, numbers as # → what the table says of them."""
         return {
-            join(part.path, module): Experts(names, part.architecture.transposed_experts, part.architecture.gates)
+            join(part.path, module): Experts(names, part.architecture.experts_in_memory, part.architecture.gates)
             for part in self.parts
             for module, names in part.architecture.experts.items()
         }
@@ -265,12 +266,17 @@ class Resolver:
             return parameter in found.parameters and (len(shape) == 3 or "bias" in parameter)
         return len(shape) == 3 and shape[0] > 1 and parameter != "weight"
 
-    def _keeps_transposed(self, name: str, view: View) -> bool:
+    def _orientation(self, name: str, view: View) -> Orientation:
+        """How the matrix (out, in) is turned against the module's own tensor."""
         module, _, parameter = name.rpartition(".")
         if view.stacked:
             found = self._experts_of(module)
-            return len(view.shape) == 3 and bool(found and parameter in found.parameters and found.transposed)
-        return parameter == "weight" and len(view.shape) == 2 and self._kind(module).is_conv1d
+            return (
+                found.in_memory
+                if len(view.shape) == 3 and found and parameter in found.parameters
+                else Orientation.SAME
+            )
+        return transposed_if(parameter == "weight" and len(view.shape) == 2 and self._kind(module).is_conv1d)
 
     def _experts_of(self, module: str) -> Experts | None:
         return self._kind(module).experts
@@ -304,11 +310,11 @@ class Resolver:
     def _parameter(self, name: str, in_memory: str, view: View) -> Parameter:
         """The parameter in matrix orientation."""
         if not self.known:
-            return Parameter(name, view.shape, pieces.regions(view), None, view.stacked)
-        transposed = self._keeps_transposed(in_memory, view)
-        if transposed:
+            return Parameter(name, view.shape, pieces.regions(view), Orientation.UNKNOWN, view.stacked)
+        orientation = self._orientation(in_memory, view)
+        if orientation is Orientation.TRANSPOSED:
             view = pieces.transpose(view, view.row_axis, view.row_axis + 1)
-        return Parameter(name, view.shape, pieces.regions(view), transposed, view.stacked)
+        return Parameter(name, view.shape, pieces.regions(view), orientation, view.stacked)
 
     def in_memory(self, stored: str) -> str:
         """What a stored tensor is called in memory, without the base model's prefix."""

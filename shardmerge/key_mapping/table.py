@@ -13,6 +13,7 @@ from importlib import resources
 from typing import Any
 
 from shardmerge.key_mapping.rules import Rule
+from shardmerge.spec.tensors import Orientation, transposed_if
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +29,8 @@ class Architecture:
     conv1d: frozenset[str] = frozenset()
     #: Modules of experts, numbers as #, → their parameters in order of registration.
     experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    #: Whether those keep their matrices as (in, out).
-    transposed_experts: bool = False
+    #: Of their matrices (out, in) against these parameters.
+    experts_in_memory: Orientation = Orientation.SAME
     #: How those join gate and up in one matrix: ``concatenated`` (gate first), ``interleaved`` (row by row), ``none``
     #: (there is no gate); "" where transformers does not say so.
     gates: str = ""
@@ -109,7 +110,7 @@ def _architecture(name: str, entry: Mapping[str, Any]) -> Architecture:
         tuple((path, part, key) for path, part, key in entry.get("parts", ())),
         frozenset(entry.get("conv1d", ())),
         {module: tuple(names) for module, names in entry.get("experts", {}).items()},
-        entry.get("transposed", False),
+        transposed_if(entry.get("transposed")),
         entry.get("gates", ""),
         entry.get("output", ""),
         entry.get("tied", {}),

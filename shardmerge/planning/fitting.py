@@ -18,7 +18,7 @@ from shardmerge.key_mapping.names import Names
 from shardmerge.planning.quantised import is_quantised
 from shardmerge.planning.tied import stands_for
 from shardmerge.planning.vocabulary import may_resize
-from shardmerge.spec.tensors import FACTOR_DTYPES, FLOAT_DTYPES, TensorRef, Weight
+from shardmerge.spec.tensors import FACTOR_DTYPES, FLOAT_DTYPES, Orientation, TensorRef, Weight
 from shardmerge.spec.updates import Parameter, Region
 
 
@@ -50,7 +50,7 @@ class StoredWeights:
             return None
         if len(parameter.regions) > 1 or region.expert is not None or region.shuffle or parameter.experts:
             return None
-        if region.transposed:
+        if region.orientation is Orientation.TRANSPOSED:
             return stored.transposed() if stored.shape == parameter.shape[::-1] else None
         if stored.shape[1:] != parameter.shape[1:] or not stored.shape[0]:
             return None
@@ -95,7 +95,7 @@ class Fitting:
                 f"{update.module}: weight {self.weight:g} has no meaning for {update.family}, which does "
                 f"not add to the {update.parameter}; remove the weight"
             )
-        by_columns = any(region.transposed != update.transposes for region in parameter.regions)
+        by_columns = any(region.orientation is not update.orientation for region in parameter.regions)
         if by_columns and len(parameter.shape) > 1 and not family.by_column_windows:
             problems.append(
                 f"{update.module}: the base stores its {update.parameter} transposed, which {update.family} cannot "
@@ -108,7 +108,7 @@ class Fitting:
             )
         unit = family.row_unit(update) if not problems else 1
         for region in parameter.regions:
-            if region.transposed == update.transposes and (region.start % unit or region.rows % unit):
+            if region.orientation is update.orientation and (region.start % unit or region.rows % unit):
                 problems.append(
                     f"{update.module}: {update.family} updates {unit} rows together, but {region.tensor} stores rows "
                     f"{region.start} to {region.start + region.rows - 1} of its {update.parameter} by themselves"
@@ -165,7 +165,4 @@ def as_stack(parameter: Parameter) -> Parameter:
 
 def shape_of(update: ModuleUpdate, parameter: Parameter) -> tuple[int, ...]:
     """The shape of the matrix that the update's factors describe."""
-    shape = parameter.shape
-    if not update.transposes or len(shape) < 2:
-        return shape
-    return (*shape[:-2], shape[-1], shape[-2])
+    return update.orientation.shape(parameter.shape)

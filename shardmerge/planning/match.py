@@ -33,8 +33,8 @@ from shardmerge.spec.updates import Parameter, Region, Update
 
 #: What an update says besides names and factors.
 _SAID = attrgetter(
-    *("family", "scaling", "rank", "fits", "settings", "transposes"),
-    *("fan_in_fan_out", "either_way", "experts", "flattened", "or_parameter"),
+    *("family", "scaling", "rank", "fits", "settings", "orientation"),
+    *("in_memory", "experts", "flattened", "or_parameter"),
 )
 
 
@@ -176,10 +176,10 @@ class _Matching:
             return False
         self.taken[key] = update
         self.fit.fitting.append(update)
-        region = Region(name, first.region.rows, transposed=first.region.transposed)
+        region = Region(name, first.region.rows, orientation=first.region.orientation)
         self.regions[name].append((region, update))
-        if update.transposes != first.transposes:  # as its family found out of the first
-            update = update.changed(transposes=first.transposes)
+        if update.orientation is not first.orientation:  # as its family found out of the first
+            update = update.changed(orientation=first.orientation)
         self.matches.updates[name].append(matched(update, self.number, self.config, region, first.shape, first.experts))
         return True
 
@@ -238,7 +238,7 @@ class _Matching:
             self.regions[region.tensor].append((region, update))
             self.matches.updates[region.tensor].append(new)
         name = f"{update.module}.{update.parameter}"
-        plain = (Region(name, region.rows, transposed=region.transposed),)
+        plain = (Region(name, region.rows, orientation=region.orientation),)
         is_like_others = wanted == (update.module, update.parameter, update.family, update.factors)
         return new if is_like_others and parameter.name == name and parameter.regions == plain else None
 
@@ -273,7 +273,7 @@ class _Matching:
             return update
         region = parameter.regions[0]
         plain = len(parameter.regions) == 1 and region == Region(
-            region.tensor, region.rows, transposed=update.transposes
+            region.tensor, region.rows, orientation=update.orientation
         )
         stored = self.stored.weight(region.tensor)
         all_of_it = math.prod(stored.tensor.shape) == math.prod(parameter.shape) and stored.stored_as is None
@@ -324,7 +324,7 @@ def matched(
         region=region,
         parameter=update.parameter,
         experts=experts,
-        transposes=update.transposes,
+        orientation=update.orientation,
         settings=update.settings,
     )
 

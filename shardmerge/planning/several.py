@@ -14,6 +14,7 @@ from shardmerge.adapters.registry import FAMILIES
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.key_mapping.ties import Tie
 from shardmerge.planning.unplaced import first_of
+from shardmerge.spec.tensors import Orientation
 from shardmerge.spec.updates import Region, Update
 
 #: Problems of one kind that are listed one by one; of the rest only the number is said.
@@ -151,7 +152,7 @@ def _undoes(update: Update, before: Update) -> bool:
     if replaces_rows(before):
         return not rows.isdisjoint(TokenSettings.of(before).indices)
     region = before.region
-    if region.transposed or region.shuffle or update.region.transposed or update.region.shuffle:
+    if any(of.orientation is Orientation.TRANSPOSED or of.shuffle for of in (region, update.region)):
         return True
     shift = update.region.stored_start - update.region.start
     return any(region.stored_start <= row + shift < region.stored_start + region.rows for row in rows)

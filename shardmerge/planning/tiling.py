@@ -134,7 +134,7 @@ def _described(tensor: TensorPlan) -> tuple[object, ...]:
 
 def _described_update(update: Update) -> tuple[object, ...]:
     region, family = update.region, FAMILIES[update.family]
-    where = (region.rows, region.start, region.stored_start, region.expert, region.transposed, update.transposes)
+    where = (region.rows, region.start, region.stored_start, region.expert, region.orientation, update.orientation)
     factors = tuple([(ref.dtype, ref.shape, ref.strides) for _, ref in update.factors])
     needs = (family.row_unit(update), family.kept_bytes(update, 1))
     return (update.family, update.shape, where, factors, needs)

@@ -6,8 +6,9 @@ import dataclasses
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from shardmerge.spec.light import light_dataclass
 
@@ -115,13 +116,57 @@ class SourceFile:
     ctime_ns: int = 0
 
 
+class _Matrix(Protocol):
+    """What has a transpose, as torch's tensors do; nothing here imports torch."""
+
+    @property
+    def T(self: M) -> M: ...  # noqa: N802
+
+
+M = TypeVar("M", bound=_Matrix)
+
+
+class Orientation(str, Enum):
+    """How a view of a matrix relates to the next one. docs/glossary.md draws the views: as stored, as the matrix
+    (out, in), and as what a method speaks of.
+    """
+
+    SAME = "same"
+    TRANSPOSED = "transposed"
+    #: Nothing but a shape can show it.
+    UNKNOWN = "unknown"
+
+    def then(self, step: Orientation) -> Orientation:
+        """Two steps as one. If both transpose, they cancel out."""
+        return Orientation.SAME if self is step else Orientation.TRANSPOSED
+
+    @property
+    def assumed(self) -> Orientation:
+        """The same way round, where it is not known."""
+        return Orientation.SAME if self is Orientation.UNKNOWN else self
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape seen after this step: the last two dimensions change places where it transposes."""
+        if self is not Orientation.TRANSPOSED or len(shape) < 2:
+            return shape
+        return (*shape[:-2], shape[-1], shape[-2])
+
+    def view(self, matrix: M) -> M:
+        """A matrix of torch seen after this step; no copy."""
+        return matrix.T if self is Orientation.TRANSPOSED else matrix
+
+
+def transposed_if(condition: object) -> Orientation:
+    return Orientation.TRANSPOSED if condition else Orientation.SAME
+
+
 @light_dataclass(frozen=True, slots=True)
 class TensorRef:
     """Where a tensor is stored, without its data.
 
     ``offset`` counts from the start of the file. ``strides`` are in elements; ``None`` means dense and row-major, which
-    is all that safetensors has. Pickled views, and factors that are kept transposed, have strides. ``is_transposed``
-    says that ``shape`` is the other way round than in the file.
+    is all that safetensors has. Pickled views, and factors that are stored transposed, have strides. ``orientation`` is
+    that of ``shape`` against the file.
     """
 
     name: str
@@ -131,7 +176,7 @@ class TensorRef:
     offset: int
     nbytes: int
     strides: tuple[int, ...] | None = None
-    is_transposed: bool = False
+    orientation: Orientation = Orientation.SAME
 
     @property
     def extent(self) -> tuple[str, int, int]:
@@ -146,7 +191,7 @@ class TensorRef:
             self,
             shape=(columns, rows),
             strides=(column_stride, row_stride),
-            is_transposed=not self.is_transposed,
+            orientation=self.orientation.then(Orientation.TRANSPOSED),
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from shardmerge.spec.light import light_dataclass
-from shardmerge.spec.tensors import RowRange, TensorRef
+from shardmerge.spec.tensors import Orientation, RowRange, TensorRef
 
 
 @light_dataclass(frozen=True, slots=True)
@@ -24,13 +24,13 @@ class Region:
     rows: int
     #: The matrix's row of the first of them.
     start: int = 0
-    #: The stored tensor's row (its column if ``transposed``) at which that row is stored.
+    #: The stored tensor's row (its column if ``orientation`` is transposed) at which that row is stored.
     stored_start: int = 0
     #: The parameter has experts: the tensor stores this expert's matrix only; None: it stores all of them, (E, …).
     #: The parameter is one expert's matrix: the tensor stores all experts, (E, …), and the matrix is this one of them.
     expert: int | None = None
-    #: The stored tensor's last two dimensions are swapped against the matrix.
-    transposed: bool = False
+    #: Of the matrix against the stored tensor's last two dimensions.
+    orientation: Orientation = Orientation.SAME
     #: (g, a, b): the stored rows [stored_start, stored_start + rows) seen as (g, a, b) are the matrix's rows seen as
     #: (g, b, a): ``matrix_rows = stored_rows.view(g, a, b, …).transpose(1, 2).reshape(rows, …)``.
     shuffle: tuple[int, int, int] | None = None
@@ -46,9 +46,9 @@ class Parameter:
     shape: tuple[int, ...]
     #: Together they cover the matrix exactly once.
     regions: tuple[Region, ...]
-    #: Whether the module in memory keeps it as (in, out); None where the architecture is not known: then places are not
-    #: transposed, and the shape is as stored.
-    is_transposed: bool | None
+    #: Of the matrix against the module's own tensor in memory, which is (in, out) for a Conv1D. Not known where the
+    #: architecture is not: then regions are not transposed, and the shape is as stored.
+    in_memory: Orientation
     #: Whether the first dimension counts experts: ``shape`` is (E, out, in), or (E, out) for their biases.
     experts: bool = False
     #: Whether its rows are those of two matrices in turn, of gate and of up.
@@ -104,8 +104,8 @@ class Update:
     """What one module of one adapter does to one stored tensor.
 
     ``scaling`` is the whole multiplier: the adapter's own scaling times its weight in the config. ``shape`` is that of
-    the matrix that the factors describe: (out, in), (out, in, kernel…), (n,), or with ``experts`` (E, out, in). Where
-    ``transposes``, that is the parameter's transpose. ``settings`` are what else the family needs to know.
+    the matrix that the factors describe: (out, in), (out, in, kernel…), (n,), or with ``experts`` (E, out, in).
+    ``orientation`` is that matrix's against the parameter. ``settings`` are what else the family needs to know.
     """
 
     adapter: int
@@ -119,7 +119,7 @@ class Update:
     region: Region
     parameter: str = "weight"
     experts: int = 0
-    transposes: bool = False
+    orientation: Orientation = Orientation.SAME
     settings: Settings | None = None
 
     @property
@@ -134,7 +134,7 @@ class Update:
     @property
     def by_columns(self) -> bool:
         """Whether a tile of stored rows holds columns of the matrix rather than rows."""
-        return self.region.transposed != self.transposes
+        return self.region.orientation is not self.orientation
 
     @property
     def in_stack(self) -> bool:

@@ -6,31 +6,32 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shardmerge.spec.plans import TensorPlan
-from shardmerge.spec.tensors import RowRange
+from shardmerge.spec.tensors import Orientation, RowRange
 from shardmerge.spec.updates import Update, Window
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Position:
     """What of a tile belongs to an update: all its rows, these columns, perhaps seen as the transpose."""
 
     window: Window
     columns: RowRange
-    transposed: bool
+    orientation: Orientation
 
 
-def locate(tensor: TensorPlan, update: Update, rows: RowRange) -> Part | None:
+def locate(tensor: TensorPlan, update: Update, rows: RowRange) -> Position | None:
     """The part of the matrix in stored rows ``rows``; None where there is none.
 
     Rows must be within one of the tensor's segments, as those of a tile do.
     """
+    turns = update.orientation is Orientation.TRANSPOSED
     region, first, expert = update.region, rows.start, update.region.expert or 0
     if tensor.row_dims == 2:
         expert, first = divmod(rows.start, tensor.source.shape[1])
         if region.expert is not None and expert != region.expert:
             return None
     stop = first + rows.stop - rows.start
-    if region.transposed:
+    if region.orientation is Orientation.TRANSPOSED:
         matrix_rows, matrix_columns = RowRange(region.start, region.start + region.rows), RowRange(first, stop)
         columns = RowRange(region.stored_start, region.stored_start + region.rows)
     else:
@@ -38,10 +39,10 @@ def locate(tensor: TensorPlan, update: Update, rows: RowRange) -> Part | None:
             return None
         shift = region.start - region.stored_start
         matrix_rows = RowRange(first + shift, stop + shift)
-        matrix_columns = columns = RowRange(0, update.rows if update.transposes else update.columns)
-    if update.transposes:
+        matrix_columns = columns = RowRange(0, update.rows if turns else update.columns)
+    if turns:
         matrix_rows, matrix_columns = matrix_columns, matrix_rows
-    return Part(Window(matrix_rows, matrix_columns, expert), columns, update.by_columns)
+    return Position(Window(matrix_rows, matrix_columns, expert), columns, region.orientation.then(update.orientation))
 
 
 def reaching(tensor: TensorPlan) -> Callable[[RowRange], tuple[Update, ...]]:
@@ -67,7 +68,7 @@ def boundaries(tensor: TensorPlan) -> list[int]:
     within = {0}
     for update in tensor.updates:
         region = update.region
-        if not region.transposed:
+        if region.orientation is not Orientation.TRANSPOSED:
             within |= {region.stored_start, region.stored_start + region.rows}
     within = {row for row in within if row < height}
     first, last = tensor.first_row, tensor.first_row + tensor.rows

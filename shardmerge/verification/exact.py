@@ -39,7 +39,7 @@ from shardmerge.adapters.work import decoded_dtype
 from shardmerge.spec.plans import MergePlan, TensorPlan
 from shardmerge.spec.tensors import RowRange, dtype_code
 from shardmerge.spec.updates import Update
-from shardmerge.spec.windows import Part, locate, reaching
+from shardmerge.spec.windows import Position, locate, reaching
 from shardmerge.verification.decoders import numbers, source_of
 from shardmerge.verification.formulas import FORMULAS, PlainFactors
 from shardmerge.verification.reading import Files
@@ -99,7 +99,7 @@ class Exact:
                 self._apply(update, part, value, error, loose)
         return value, error
 
-    def _apply(self, update: Update, part: Part, value: Tensor, error: Tensor, loose: Tensor) -> None:
+    def _apply(self, update: Update, part: Position, value: Tensor, error: Tensor, loose: Tensor) -> None:
         """Change ``value``, ``error`` and ``loose`` in place by one update."""
         columns = slice(part.columns.start, part.columns.stop)
         view, bound, fresh = value[:, columns], error[:, columns], loose[:, columns]
@@ -112,7 +112,7 @@ class Exact:
         if (formula := FORMULAS.get(update.family)) is None:
             self._by_family(update, part, view, bound)
         else:
-            view, bound = (of.T if part.transposed else of for of in (view, bound))
+            view, bound = (part.orientation.view(of) for of in (view, bound))
             self._add(update, part, view, bound)
             if formula.rescales:
                 self._rescale(update, part, view, bound)
@@ -125,7 +125,7 @@ class Exact:
 
     # --- LoRA and DoRA ------------------------------------------------------------------------------------------------
 
-    def _add(self, update: Update, part: Part, view: Tensor, bound: Tensor) -> None:
+    def _add(self, update: Update, part: Position, view: Tensor, bound: Tensor) -> None:
         """view += s·B A, in matrix orientation."""
         scaling, formula = self._adapters[update.adapter].scaling(update), FORMULAS[update.family]
         b, a = formula.matrices(self._of(update), update, part.window)
@@ -135,7 +135,7 @@ class Exact:
         bound += size.mul_(terms * self._summing + 4 * self._unit)
         bound += view.abs().mul_(self._unit)
 
-    def _rescale(self, update: Update, part: Part, view: Tensor, bound: Tensor) -> None:
+    def _rescale(self, update: Update, part: Position, view: Tensor, bound: Tensor) -> None:
         """Bring rows to their trained lengths."""
         rows = part.window.rows
         if id(update) in self._lengths:
@@ -165,7 +165,7 @@ class Exact:
             return
         value, error = self._updated(tensor, rows, update)
         columns = slice(part.columns.start, part.columns.stop)
-        view, bound = (of[:, columns].T if part.transposed else of[:, columns] for of in (value, error))
+        view, bound = (part.orientation.view(of[:, columns]) for of in (value, error))
         if update.family not in FORMULAS:
             FAMILIES[update.family].prepass(view, self._of(update), update, part.window, _scratch(view))
             return
@@ -176,14 +176,14 @@ class Exact:
 
     # --- all other families -------------------------------------------------------------------------------------------
 
-    def _copy(self, update: Update, part: Part, view: Tensor, bound: Tensor, fresh: Tensor) -> None:
+    def _copy(self, update: Update, part: Position, view: Tensor, bound: Tensor, fresh: Tensor) -> None:
         before = view.clone()
         self._run(update, part, view)
         changed = view != before
         bound[changed] = 0.0
         fresh[changed] = update.factors[0][1].dtype not in _EXACT[self.compute_dtype]
 
-    def _by_family(self, update: Update, part: Part, view: Tensor, bound: Tensor) -> None:
+    def _by_family(self, update: Update, part: Position, view: Tensor, bound: Tensor) -> None:
         before = view.clone()
         self._run(update, part, view)
         was, now = _lengths(before), _lengths(view)
@@ -192,11 +192,11 @@ class Exact:
         size = torch.maximum(was, now) if family.mixes_weight else _lengths(view - before)
         bound += self._unit * (4 * (before.abs() + view.abs()) + family.sum_units * size)
 
-    def _run(self, update: Update, part: Part, view: Tensor) -> None:
+    def _run(self, update: Update, part: Position, view: Tensor) -> None:
         """The family's own ``apply``, on the matrix's orientation of the rows."""
         # Families may want their tile dense, or seen as the transpose of what is dense.
         dense = view.contiguous()
-        tile = dense.T if part.transposed else dense
+        tile = part.orientation.view(dense)
         FAMILIES[update.family].apply(tile, self._of(update), update, part.window, _scratch(tile))
         if dense.data_ptr() != view.data_ptr():
             view.copy_(dense)

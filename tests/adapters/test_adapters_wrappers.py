@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import shardmerge
+from shardmerge.spec.tensors import Orientation
 from tests.support.family_oracle import (
     Case,
     assert_equals_peft,
@@ -308,7 +309,11 @@ def test_one_adapter_takes_biases_for_a_matrix_and_another_for_experts(tmp_path:
 def test_every_class_with_a_conv1d_is_here() -> None:
     from shardmerge.key_mapping.table import table
 
-    kinds = {of.model_type for of in table().architectures.values() if of.conv1d or of.transposed_experts}
+    kinds = {
+        of.model_type
+        for of in table().architectures.values()
+        if of.conv1d or of.experts_in_memory is Orientation.TRANSPOSED
+    }
     assert {kind.replace("_", "-") for kind in kinds} == {
         *("clvp-decoder", "decision-transformer", "gpt2", "imagegpt", "openai-gpt", "gpt-oss", "aria-text"),
         "openai-privacy-filter",

@@ -28,9 +28,9 @@ from shardmerge.execution import tiles
 from shardmerge.planning import layout, tiling
 from shardmerge.planning.tiling import tile_all
 from shardmerge.spec.plans import MergePlan, TensorPlan
-from shardmerge.spec.tensors import RowRange, TensorRef, dtype_code
+from shardmerge.spec.tensors import Orientation, RowRange, TensorRef, dtype_code
 from shardmerge.spec.updates import Region, Update
-from shardmerge.spec.windows import Part, locate
+from shardmerge.spec.windows import Position, locate
 from tests.support.builders import update_of
 from tests.support.gguf_zoo import make as make_for_gguf
 from tests.support.peft_oracle import (
@@ -151,7 +151,9 @@ SCENES: Mapping[str, Scene] = {
     "columns-of-a-transposed-tensor": Scene(
         (64, 48),
         {"a": random(RANK, 64, seed=4), "b": random(16, RANK, seed=5)},
-        lambda refs: [_lora(refs, (16, 64), region=Region("w", 16, stored_start=9, transposed=True))],
+        lambda refs: [
+            _lora(refs, (16, 64), region=Region("w", 16, stored_start=9, orientation=Orientation.TRANSPOSED))
+        ],
         _outside((slice(None), slice(9, 25))),
     ),
     "one-expert-of-a-stack": Scene(
@@ -443,7 +445,7 @@ def test_a_replacement_that_is_not_the_source(monkeypatch: pytest.MonkeyPatch, t
 def test_a_tile_that_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = itertools.count()
 
-    def elsewhere(tensor: TensorPlan, update: Update, rows: RowRange) -> Part | None:
+    def elsewhere(tensor: TensorPlan, update: Update, rows: RowRange) -> Position | None:
         passed_over = update.family == "lora" and next(seen) == 0
         return None if passed_over else locate(tensor, update, rows)
 
@@ -487,7 +489,7 @@ def test_a_gguf_file_in_which_an_update_is_lost(
     plan = shardmerge.plan(config)
     lost = next(update for _, update in plan.updates())
 
-    def passed_over(tensor: TensorPlan, update: Update, rows: RowRange) -> Part | None:
+    def passed_over(tensor: TensorPlan, update: Update, rows: RowRange) -> Position | None:
         return None if update == lost else locate(tensor, update, rows)
 
     if guard == "locate":

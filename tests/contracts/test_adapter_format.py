@@ -166,7 +166,7 @@ def test_how_its_layer_applies_the_factors(sample: Sample) -> None:
     for name, shape in sample.shapes.items():
         if match := pairs.keys.fullmatch(name):
             assert match["module"].removeprefix(P) == MODULE
-            found[match["role"].lower()] = shape if pairs.is_input_first else shape[::-1]
+            found[match["role"].lower()] = pairs.orientation.shape(shape)
         else:
             assert name in sample.others and pairs.others.fullmatch(name)
     assert found == {"a": (IN, RANK), "b": (RANK, OUT)}

@@ -14,7 +14,7 @@ from torch import Tensor
 from shardmerge.adapters.methods.base import Effect
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.spec.plans import jsonable
-from shardmerge.spec.tensors import RowRange
+from shardmerge.spec.tensors import Orientation, RowRange
 from shardmerge.spec.updates import Window
 from tests.support import toy_method
 from tests.support.builders import slow_but
@@ -111,7 +111,8 @@ def test_columns_of_a_weight_that_is_stored_transposed(every: tuple[Subject, ...
     for subject in computing(every):
         if not subject.family.by_column_windows or subject.update.columns < 32 or subject.update.by_columns:
             continue
-        region = dataclasses.replace(subject.update.region, transposed=not subject.update.region.transposed)
+        region = subject.update.region
+        region = dataclasses.replace(region, orientation=region.orientation.then(Orientation.TRANSPOSED))
         turned = dataclasses.replace(subject, update=dataclasses.replace(subject.update, region=region))
         whole = subject.applied(Given(subject.update, F64), subject.windows(1))
         part = turned.applied(Given(turned.update, F64, in_parts=True), turned.windows(2))

@@ -11,6 +11,7 @@ import torch
 
 from shardmerge.key_mapping.names import Names
 from shardmerge.key_mapping.spoken import Speakers, Spoken
+from shardmerge.spec.tensors import Orientation, transposed_if
 from shardmerge.spec.updates import Parameter, Region
 from tests.support.names_zoo import State, matrix
 
@@ -55,7 +56,7 @@ Q = "model.layers.0.self_attn.q_proj"
 
 def test_a_name_that_stands() -> None:
     found = resolved(config("LlamaForCausalLM"), {f"{Q}.weight": (8, 4), f"{Q}.bias": (8,)}, Q)
-    assert found == Parameter(f"{Q}.weight", (8, 4), whole(f"{Q}.weight", 8), False)
+    assert found == Parameter(f"{Q}.weight", (8, 4), whole(f"{Q}.weight", 8), Orientation.SAME)
 
 
 def test_a_bias_is_a_vector_of_rows() -> None:
@@ -84,9 +85,9 @@ def test_an_unknown_architecture_is_as_stored() -> None:
     found = names.resolve("h.0.c_attn")
     assert isinstance(found, Parameter)
     assert not names.known
-    assert found.is_transposed is None
+    assert found.in_memory is Orientation.UNKNOWN
     assert found.shape == (8, 24)
-    assert not found.regions[0].transposed
+    assert found.regions[0].orientation is Orientation.SAME
 
 
 def test_a_custom_class_of_a_known_type_is_known() -> None:
@@ -105,13 +106,13 @@ def test_the_names_of_old_layer_norms() -> None:
 @pytest.mark.parametrize("stored", ["h.0.attn.c_attn", "transformer.h.0.attn.c_attn"])
 def test_gpt2_stores_its_matrices_transposed(stored: str) -> None:
     found = resolved(config("GPT2LMHeadModel"), {f"{stored}.weight": (8, 24)}, "transformer.h.0.attn.c_attn")
-    assert (found.shape, found.is_transposed) == ((24, 8), True)
-    assert found.regions == whole(f"{stored}.weight", 24, transposed=True)
+    assert (found.shape, found.in_memory) == ((24, 8), Orientation.TRANSPOSED)
+    assert found.regions == whole(f"{stored}.weight", 24, orientation=Orientation.TRANSPOSED)
 
 
 def test_gpt2_has_linear_layers_and_embeddings_too() -> None:
     found = resolved(config("GPT2LMHeadModel"), {"wte.weight": (50, 8)}, "transformer.wte")
-    assert (found.shape, found.is_transposed) == ((50, 8), False)
+    assert (found.shape, found.in_memory) == ((50, 8), Orientation.SAME)
 
 
 # --- experts: four combinations ---------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ FUSED: Shapes = {f"{MLP}.gate_up_proj": (3, 12, 4), f"{MLP}.down_proj": (3, 4, 6
 def test_fused_experts_in_a_checkpoint_of_single_ones() -> None:
     shapes = per_expert()
     found = resolved(config("Qwen3MoeForCausalLM"), shapes, MLP, "gate_up_proj")
-    assert (found.shape, found.experts, found.is_transposed) == ((3, 12, 4), True, False)
+    assert (found.shape, found.experts, found.in_memory) == ((3, 12, 4), True, Orientation.SAME)
     assert found.regions[:2] == (
         Region(f"{MLP}.0.gate_proj.weight", 6, expert=0),
         Region(f"{MLP}.0.up_proj.weight", 6, start=6, expert=0),
@@ -193,8 +194,8 @@ def test_layers_that_the_model_does_not_have_do_not_disturb() -> None:
 def test_experts_in_the_other_orientation() -> None:
     shapes: Shapes = {f"{MLP}.gate_up_proj": (3, 4, 12), f"{MLP}.gate_up_proj_bias": (3, 12)}
     found = resolved(config("GptOssForCausalLM"), shapes, MLP, "gate_up_proj")
-    assert (found.shape, found.is_transposed) == ((3, 12, 4), True)
-    assert found.regions == whole(f"{MLP}.gate_up_proj", 12, transposed=True)
+    assert (found.shape, found.in_memory) == ((3, 12, 4), Orientation.TRANSPOSED)
+    assert found.regions == whole(f"{MLP}.gate_up_proj", 12, orientation=Orientation.TRANSPOSED)
 
 
 def test_a_bias_of_experts_has_a_vector_each() -> None:
@@ -208,7 +209,7 @@ def test_experts_are_transposed_if_their_shape_asks_for_it(stored: tuple[int, ..
     base = config("Qwen3VLMoeForConditionalGeneration", text_config={"hidden_size": 4})
     found = resolved(base, {f"{at}.gate_up_proj": stored}, at, "gate_up_proj")
     assert found.shape == (3, 12, 4)
-    assert found.regions == whole(f"{at}.gate_up_proj", 12, transposed=stored != (3, 12, 4))
+    assert found.regions == whole(f"{at}.gate_up_proj", 12, orientation=transposed_if(stored != (3, 12, 4)))
     lacking = config("Qwen3VLMoeForConditionalGeneration")
     assert "hidden_size" in refused(lacking, {f"{at}.gate_up_proj": stored}, at, "gate_up_proj")
 

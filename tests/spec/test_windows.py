@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shardmerge.planning.tiling import tile_counts
 from shardmerge.spec.plans import TensorPlan
-from shardmerge.spec.tensors import TensorInfo
+from shardmerge.spec.tensors import Orientation, TensorInfo, transposed_if
 from shardmerge.spec.updates import Region, Update
 from shardmerge.spec.windows import boundaries, locate
 from tests.support.builders import refs_of, untimed, update_of
@@ -20,10 +20,10 @@ from tests.support.builders import refs_of, untimed, update_of
 Shape = tuple[int, ...]
 
 
-def update(shape: Shape, region: Region, *, experts: int = 0, transposes: bool = False) -> Update:
+def update(shape: Shape, region: Region, *, experts: int = 0, orientation: Orientation = Orientation.SAME) -> Update:
     """An update of a matrix of this shape, as the family sees it."""
     return dataclasses.replace(
-        update_of("w", shape, (), rank=1), region=region, experts=experts, transposes=transposes, target="w"
+        update_of("w", shape, (), rank=1), region=region, experts=experts, orientation=orientation, target="w"
     )
 
 
@@ -43,7 +43,7 @@ def gathered(tensor: TensorPlan, of: Update, values: Tensor) -> Tensor:
         if part is None:
             continue
         view = flat[tile.start : tile.stop, part.columns.start : part.columns.stop]
-        view = view.T if part.transposed else view
+        view = part.orientation.view(view)
         window = part.window
         where = (
             window.expert if of.experts else 0,
@@ -65,7 +65,9 @@ def test_whole_matrix(rows: int, columns: int, stored_transposed: bool, transpos
     """A Linear layer, a Conv1D, an embedding, and an embedding that is stored transposed."""
     stored = (columns, rows) if stored_transposed else (rows, columns)  # of the parameter (rows, columns)
     seen = (columns, rows) if transposes else (rows, columns)
-    of = update(seen, Region("w", rows, transposed=stored_transposed), transposes=transposes)
+    of = update(
+        seen, Region("w", rows, orientation=transposed_if(stored_transposed)), orientation=transposed_if(transposes)
+    )
     tensor = plan(stored, of, buffer_bytes=buffer_bytes)
     values = torch.arange(rows * columns, dtype=torch.float32).view(stored)
     wanted = values.T if stored_transposed != transposes else values
@@ -94,8 +96,8 @@ def test_experts_in_one_tensor(
 ) -> None:
     stored = (experts, columns, rows) if stored_transposed else (experts, rows, columns)
     seen = (experts, columns, rows) if transposes else (experts, rows, columns)
-    region = Region("w", rows, transposed=stored_transposed)
-    of = update(seen, region, experts=experts, transposes=transposes)
+    region = Region("w", rows, orientation=transposed_if(stored_transposed))
+    of = update(seen, region, experts=experts, orientation=transposed_if(transposes))
     tensor = plan(stored, of, buffer_bytes=buffer_bytes)
     values = torch.arange(experts * rows * columns, dtype=torch.float32).view(stored)
     wanted = values.transpose(1, 2) if stored_transposed != transposes else values
@@ -109,7 +111,7 @@ def test_one_expert_of_a_stored_stack(transposed: bool) -> None:
     values = torch.arange(4 * 40 * 7, dtype=torch.float32).view(stored)
     for expert in range(4):
         for half in range(2):
-            region = Region("w", 20, stored_start=20 * half, expert=expert, transposed=transposed)
+            region = Region("w", 20, stored_start=20 * half, expert=expert, orientation=transposed_if(transposed))
             of = update((20, 7), region)
             matrix = values[expert].T if transposed else values[expert]
             assert torch.equal(gathered(plan(stored, of), of, values)[0], matrix[20 * half : 20 * half + 20])
@@ -120,7 +122,7 @@ def test_a_stored_expert_of_a_fused_parameter(transposed: bool) -> None:
     """One file a projection: it holds rows of one expert's matrix."""
     stored = (7, 20) if transposed else (20, 7)
     values = torch.arange(140, dtype=torch.float32).view(stored)
-    of = update((4, 40, 7), Region("w", 20, start=20, expert=2, transposed=transposed), experts=4)
+    of = update((4, 40, 7), Region("w", 20, start=20, expert=2, orientation=transposed_if(transposed)), experts=4)
     matrix = gathered(plan(stored, of), of, values)
     assert torch.equal(matrix[2, 20:], values.T if transposed else values)
     matrix[2, 20:] = -1

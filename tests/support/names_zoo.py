@@ -18,6 +18,7 @@ import torch
 
 from shardmerge.key_mapping.names import Names
 from shardmerge.key_mapping.spoken import Spoken
+from shardmerge.spec.tensors import Orientation
 from shardmerge.spec.updates import Parameter
 
 State = dict[str, torch.Tensor]
@@ -111,7 +112,7 @@ def matrix(parameter: Parameter, state: State) -> torch.Tensor:
     axis = int(parameter.experts)
     for region in parameter.regions:
         tensor = state[region.tensor]
-        if region.transposed:
+        if region.orientation is Orientation.TRANSPOSED:
             tensor = tensor.transpose(-1, -2)
         into, covered = result, seen
         at = axis
@@ -140,7 +141,7 @@ def matrix(parameter: Parameter, state: State) -> torch.Tensor:
 
 
 def in_orientation(parameter: Parameter, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.transpose(-1, -2) if parameter.is_transposed else tensor
+    return tensor.transpose(-1, -2) if parameter.in_memory is Orientation.TRANSPOSED else tensor
 
 
 @dataclass

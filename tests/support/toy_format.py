@@ -19,7 +19,7 @@ from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.base import AdapterContent, AdapterFormat, Config, Pairs, Tensors
 from shardmerge.adapters.methods.lora import Lora
 from shardmerge.adapters.registry import FORMATS, register
-from shardmerge.spec.tensors import TensorRef
+from shardmerge.spec.tensors import Orientation, TensorRef
 
 _KEY = re.compile(r"(?P<module>[^#]+)#(?P<role>[ab])")
 SCALE = 0.375
@@ -31,7 +31,7 @@ class Toy(AdapterFormat):
     name = "toy"
     summary = "keys `<module>#a` (in, r) and `<module>#b` (r, out)"
     config_states_scale = True
-    pairs = Pairs(_KEY, is_input_first=True)
+    pairs = Pairs(_KEY, orientation=Orientation.SAME)
 
     def detect(self, tensors: Tensors, config: Config | None) -> bool:
         return config is not None and "toy_scale" in config

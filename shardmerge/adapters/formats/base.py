@@ -17,7 +17,7 @@ from shardmerge.adapters.base_view import NO_BASE, BaseView
 from shardmerge.adapters.claims import Claims
 from shardmerge.adapters.formats.scales import ReadNumber, Scales
 from shardmerge.adapters.tables import FAMILIES
-from shardmerge.spec.tensors import TensorRef
+from shardmerge.spec.tensors import Orientation, TensorRef
 
 Tensors = Mapping[str, TensorRef]
 Config = Mapping[str, Any]
@@ -53,8 +53,8 @@ class Pairs:
 
     #: Matches a factor's key; its groups are ``module`` and ``role``, which is a or b in either case.
     keys: re.Pattern[str]
-    #: Whether the file has A and B so; else it has their transposes, (r, in) and (out, r).
-    is_input_first: bool
+    #: Of these against the file's tensors, which are (r, in) and (out, r) if it is transposed.
+    orientation: Orientation
     #: Matches keys of tensors that are not factors.
     others: re.Pattern[str] = re.compile(r".*\.alpha")
 

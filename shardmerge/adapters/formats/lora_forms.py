@@ -16,7 +16,7 @@ from shardmerge.adapters.formats.checks import MISSING, Config, is_rank, is_stri
 from shardmerge.adapters.formats.peft_method import Module, contradiction, key_of
 from shardmerge.adapters.methods.kasa import Kasa
 from shardmerge.adapters.methods.lora import BlockSettings, Dora, Lora, LoraBias, LoraBlocks, no_factors, scaling_of
-from shardmerge.spec.tensors import TensorRef
+from shardmerge.spec.tensors import Orientation, TensorRef, transposed_if
 
 #: The end of a key → the factor's role.
 ROLES: Mapping[str, str] = {
@@ -72,9 +72,9 @@ def claim_matrix(claims: Claims, module: Module, config: Config) -> None:
         # The out_proj of nn.MultiheadAttention: PEFT adds its update twice, when it merges and when it runs.
         scaling *= 2
     a, b = module.factors["A"], module.factors["B"]
-    has_blocks, fan_in_fan_out = isinstance(config.get("use_bdlora"), dict), bool(config.get("fan_in_fan_out"))
-    factors, turned = (("A", a), ("B", b)), fan_in_fan_out and not has_blocks
-    update = ModuleUpdate(module.name, "weight", Lora.name, factors, scaling, rank, fan_in_fan_out=turned)
+    has_blocks = isinstance(config.get("use_bdlora"), dict)
+    factors, in_memory = (("A", a), ("B", b)), transposed_if(config.get("fan_in_fan_out") and not has_blocks)
+    update = ModuleUpdate(module.name, "weight", Lora.name, factors, scaling, rank, in_memory=in_memory)
     if has_blocks:
         _claim_blocks(claims, module, config["use_bdlora"], update)
         return
@@ -184,7 +184,9 @@ def claim_embedding(claims: Claims, module: Module, config: Config) -> None:
             claims.reject([ref], f"{ref.name} is there beside the factors of an embedding")
     rank, scaling = rank_and_scaling(config, module.name)
     a, b = module.factors["embedding_A"], module.factors["embedding_B"]
-    update = ModuleUpdate(module.name, "weight", Lora.name, (("A", a), ("B", b)), scaling, rank, transposes=True)
+    update = ModuleUpdate(
+        module.name, "weight", Lora.name, (("A", a), ("B", b)), scaling, rank, orientation=Orientation.TRANSPOSED
+    )
     update = _with_magnitude(claims, module, config, update)
     claims.updates.append(_with_diagonal(claims, module, config, update))
     if len(a.shape) != 2 or len(b.shape) != 2:

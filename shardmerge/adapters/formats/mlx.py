@@ -18,7 +18,7 @@ from shardmerge.adapters.formats.checks import Config, is_number
 from shardmerge.adapters.formats.wholes import whole_update
 from shardmerge.adapters.methods.lora import Dora, Lora
 from shardmerge.key_mapping.naming import module_name
-from shardmerge.spec.tensors import TensorRef
+from shardmerge.spec.tensors import Orientation, TensorRef
 
 _KEY = re.compile(r"(?P<module>.+)\.(?P<role>lora_a|lora_b|m)")
 _WHOLE = re.compile(r"(?P<module>.+)\.(?P<parameter>\w+)")
@@ -28,7 +28,7 @@ class Mlx(AdapterFormat):
     name = "mlx"
     summary = "`adapters.safetensors` of mlx-lm: LoRA, DoRA, or whole tensors"
     config_states_scale = True
-    pairs = Pairs(re.compile(r"(?P<module>.+)\.lora_(?P<role>[ab])"), is_input_first=True)
+    pairs = Pairs(re.compile(r"(?P<module>.+)\.lora_(?P<role>[ab])"), orientation=Orientation.SAME)
 
     def detect(self, tensors: Tensors, config: Config | None) -> bool:
         return (
@@ -93,7 +93,9 @@ def _claim_pair(claims: Claims, module: str, found: Mapping[str, TensorRef], sca
     if "m" in found and not dora:
         claims.reject([found["m"]], f"{found['m'].name} is a length of DoRA, but fine_tune_type is not dora")
     # It does not say whether a module is an embedding.
-    update = ModuleUpdate(module_name(module), "weight", Lora.name, (("A", a), ("B", b)), scale, either_way=True)
+    update = ModuleUpdate(
+        module_name(module), "weight", Lora.name, (("A", a), ("B", b)), scale, orientation=Orientation.UNKNOWN
+    )
     claims.updates.append(update)
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0]:
         claims.misfit(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 
+from shardmerge.spec.tensors import Orientation
 from shardmerge.spec.updates import Parameter
 
 #: Finds a module's weight in the base; None where there is none.
@@ -53,7 +54,7 @@ def is_own(module: str, weight: Weight) -> bool:
     if parameter is None:
         return False
     # Where the architecture is not known, a name may have been found without its beginning.
-    return parameter.is_transposed is not None or parameter.regions[0].tensor.startswith(part_of(module))
+    return parameter.in_memory is not Orientation.UNKNOWN or parameter.regions[0].tensor.startswith(part_of(module))
 
 
 def problem_of_several(modules: Iterable[str], weight: Weight) -> str:

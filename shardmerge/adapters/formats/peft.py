@@ -19,6 +19,7 @@ from shardmerge.adapters.formats.checks import is_number
 from shardmerge.adapters.formats.peft_lora import LoraMethod
 from shardmerge.adapters.formats.peft_method import Context
 from shardmerge.adapters.tables import METHODS
+from shardmerge.spec.tensors import Orientation
 
 _BESIDE = "keep the adapter beside the base and load both with PEFT"
 _PROMPT = (
@@ -57,7 +58,9 @@ class Peft(AdapterFormat):
     )
     config_states_scale = True
     heeds_ignored_keys = True
-    pairs = Pairs(re.compile(r"(?P<module>.+)\.lora_(?P<role>[AB])(\.\w+)?\.weight"), is_input_first=False)
+    pairs = Pairs(
+        re.compile(r"(?P<module>.+)\.lora_(?P<role>[AB])(\.\w+)?\.weight"), orientation=Orientation.TRANSPOSED
+    )
 
     def detect(self, tensors: Tensors, config: Config | None) -> bool:
         return config is not None and "peft_type" in config

@@ -26,7 +26,7 @@ from shardmerge.adapters.formats.wholes import claim_wholes
 from shardmerge.adapters.methods.base import Family
 from shardmerge.key_mapping.naming import module_name, peeled, unwrapped
 from shardmerge.spec.light import light_dataclass
-from shardmerge.spec.tensors import TensorRef
+from shardmerge.spec.tensors import TensorRef, transposed_if
 from shardmerge.spec.updates import Settings
 
 #: Settings that are read here, for every method.
@@ -316,7 +316,7 @@ class PeftFamily(Family, PeftMethod):
             "scaling": self.scaling_of(config, module),
             "rank": rank_of(config, module.name) if self.settings.get("r") is RANK else 0,
             "settings": self.settings_of(config, module),
-            "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
+            "in_memory": transposed_if(config.get("fan_in_fan_out")),
         }
         return ModuleUpdate(module.name, "weight", **{**fields, **changes})
 

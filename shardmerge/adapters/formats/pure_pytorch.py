@@ -19,7 +19,7 @@ from shardmerge.adapters.formats.scales import Scales
 from shardmerge.adapters.methods.lora import Lora
 from shardmerge.adapters.methods.whole import FrozenCopy
 from shardmerge.key_mapping.naming import module_name
-from shardmerge.spec.tensors import TensorRef
+from shardmerge.spec.tensors import Orientation, TensorRef
 
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<role>[AB]|alpha)")
 _FROZEN = re.compile(r"(?P<module>.+)\.original\.(?P<parameter>weight|bias)")
@@ -30,7 +30,7 @@ class PurePytorch(AdapterFormat):
     summary = "the `.pt` of a training loop that computes `x @ A @ B * scale`: `….A` (in, r), `….B` (r, out)"
     pairs = Pairs(
         re.compile(r"(?P<module>.+)\.(?P<role>[AB])"),
-        is_input_first=True,
+        orientation=Orientation.SAME,
         others=re.compile(rf".*\.alpha|{_FROZEN.pattern}"),
     )
 

@@ -17,7 +17,16 @@ from typing import ClassVar, Protocol
 from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.errors import FormatError
-from shardmerge.spec.tensors import FACTOR_DTYPES, FLOAT_DTYPES, INTEGER_DTYPES, RowRange, TensorRef, even_rows
+from shardmerge.spec.tensors import (
+    FACTOR_DTYPES,
+    FLOAT_DTYPES,
+    INTEGER_DTYPES,
+    Orientation,
+    RowRange,
+    TensorRef,
+    even_rows,
+    transposed_if,
+)
 from shardmerge.spec.updates import Parameter, Update, Window
 
 
@@ -208,7 +217,7 @@ def as_vector(ref: TensorRef) -> TensorRef:
     """The same numbers as one dimension; all dimensions but one are 1."""
     size = math.prod(ref.shape)
     strides = None if ref.strides is None else (ref.strides[ref.shape.index(size)],)
-    return dataclasses.replace(ref, shape=(size,), strides=strides, is_transposed=False)
+    return dataclasses.replace(ref, shape=(size,), strides=strides, orientation=Orientation.SAME)
 
 
 def is_vector(ref: TensorRef) -> bool:
@@ -221,14 +230,15 @@ def oriented(update: ModuleUpdate, parameter: Parameter, rows: int | None, colum
     In a model that is known the parameter is in the matrix's orientation already. In another the shape shows a Conv1D,
     and where it is square the setting ``fan_in_fan_out``.
     """
-    if parameter.is_transposed is not None or update.transposes or len(parameter.shape) != 2:
+    known = parameter.in_memory is not Orientation.UNKNOWN
+    if known or update.orientation is Orientation.TRANSPOSED or len(parameter.shape) != 2:
         return update
 
     def fits(shape: tuple[int, ...]) -> bool:
         return rows in (None, shape[0]) and columns in (None, shape[1])
 
     plain, turned = fits(parameter.shape), fits(parameter.shape[::-1])
-    return update.changed(transposes=update.fan_in_fan_out if plain and turned else turned)
+    return update.changed(orientation=update.in_memory if plain and turned else transposed_if(turned))
 
 
 def check_dtypes(update: ModuleUpdate, weight: TensorRef, family: Family) -> list[str]:

@@ -16,6 +16,7 @@ from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors
 from shardmerge.adapters.methods.lora import Lora, no_factors
+from shardmerge.spec.tensors import Orientation, transposed_if
 from shardmerge.spec.updates import Parameter, Update, Window
 
 
@@ -42,7 +43,7 @@ class Hira(Lora, PeftFamily):
         # PEFT reads rank_pattern only where a module has an adapter already, so r is as good.
         rank = rank_of(context.config, module.name)
         factors = (("A", a), ("B", b))
-        claims.updates.append(self.update(module, context, factors=factors, transposes=bool(infix)))
+        claims.updates.append(self.update(module, context, factors=factors, orientation=transposed_if(infix)))
         if problem := no_factors(a, b):
             claims.misfit(problem)
         elif a.shape[0] != b.shape[1] or a.shape[0] not in (rank, context.config["r"]):
@@ -58,8 +59,8 @@ class Hira(Lora, PeftFamily):
         goes by the layer's class.
         """
         square = len(parameter.shape) == 2 and parameter.shape[0] == parameter.shape[1]
-        unclear = square and parameter.is_transposed is None and not update.transposes
-        if unclear and update.fan_in_fan_out:
+        unclear = square and parameter.in_memory is Orientation.UNKNOWN and update.orientation is Orientation.SAME
+        if unclear and update.in_memory is Orientation.TRANSPOSED:
             return (
                 f"{update.module}: adapter_config.json says fan_in_fan_out, but PEFT's HiRA goes by the layer's class, "
                 f"and whether {list(parameter.shape)} is of a Conv1D cannot be known in an architecture that is not; "

@@ -17,6 +17,7 @@ from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, add_scaled, misshaped
 from shardmerge.adapters.methods.lora import Lora
 from shardmerge.adapters.methods.osf import stored_dtype, svd_bytes
+from shardmerge.spec.tensors import Orientation
 from shardmerge.spec.updates import Update, Window
 
 
@@ -35,7 +36,7 @@ class Kasa(Lora):
     sum_units = 4096
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        if len(shape) != 2 or update.parameter != "weight" or update.transposes:
+        if len(shape) != 2 or update.parameter != "weight" or update.orientation is Orientation.TRANSPOSED:
             return [f"{update.module}.{update.parameter} is {list(shape)}; KaSA updates Linear layers only"]
         if update.rank >= min(shape):
             return [

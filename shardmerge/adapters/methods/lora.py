@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from shardmerge.adapters.claims import ModuleUpdate, shown
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, Family, add_scaled, oriented
-from shardmerge.spec.tensors import MIN_TILE_ROWS, RowRange, TensorRef, even_rows
+from shardmerge.spec.tensors import MIN_TILE_ROWS, Orientation, RowRange, TensorRef, even_rows, transposed_if
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
 
 
@@ -40,9 +40,9 @@ class Lora(Family):
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         """See `oriented`. An embedding that only its shape shows to be one is assumed not to be square."""
         made = (update.factor("B").shape[0], update.factor("A").shape[-1])
-        if update.either_way and made[0] != made[1]:
-            return update.changed(transposes=made == parameter.shape[::-1])
-        return oriented(update, parameter, *made)
+        if update.orientation is Orientation.UNKNOWN and made[0] != made[1]:
+            return update.changed(orientation=transposed_if(made == parameter.shape[::-1]))
+        return oriented(update.changed(orientation=update.orientation.assumed), parameter, *made)
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         a, b = update.factor("A"), update.factor("B")

@@ -13,7 +13,7 @@ from shardmerge.adapters.claims import ModuleUpdate, shown
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, Family, add_scaled
 from shardmerge.adapters.methods.lora import Lora
-from shardmerge.spec.tensors import RowRange
+from shardmerge.spec.tensors import Orientation, RowRange, transposed_if
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
 
 
@@ -40,18 +40,18 @@ class LoraExperts(Family):
     adds = True
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        """A parameter of two dimensions is one expert, (out, in) as it is in memory. Of three, see `_is_swapped`.
+        """A parameter of two dimensions is one expert, (out, in) as it is in memory. Of three, see `_orientation`.
 
         A Conv1D's weight is (in, out) in memory: what PEFT takes for its outputs are its inputs.
         """
         if len(parameter.shape) == 2:
-            return update.changed(family=Lora.name, transposes=bool(parameter.is_transposed))
+            return update.changed(family=Lora.name, orientation=parameter.in_memory.assumed)
         if len(parameter.shape) != 3:
             return update
-        swapped = _is_swapped(update, parameter)
-        if isinstance(swapped, str):
-            return swapped
-        return update.changed(transposes=swapped, experts=True)
+        orientation = _orientation(update, parameter)
+        if not isinstance(orientation, Orientation):
+            return orientation
+        return update.changed(orientation=orientation, experts=True)
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         a, b = update.factor("A"), update.factor("B")
@@ -77,8 +77,8 @@ class LoraExperts(Family):
         add_scaled(tile, scratch, update.scaling)
 
 
-def _is_swapped(update: ModuleUpdate, parameter: Parameter) -> bool | str:
-    """Whether A takes the outputs and B the inputs: PEFT has changed its mind on that twice.
+def _orientation(update: ModuleUpdate, parameter: Parameter) -> Orientation | str:
+    """Transposed if A takes the outputs and B the inputs. PEFT has changed its mind on that twice.
 
     Up to 0.18.1 A took the parameter's second dimension, whatever it was; in 0.19.0 it took the outputs; since 0.19.1
     it takes the inputs. The shapes show which, except where they are square.
@@ -86,17 +86,17 @@ def _is_swapped(update: ModuleUpdate, parameter: Parameter) -> bool | str:
     _, out_features, in_features = parameter.shape
     made = (update.factor("B").shape[0], update.factor("A").shape[-1])
     if out_features != in_features:
-        return made == (in_features, out_features)
+        return transposed_if(made == (in_features, out_features))
     version = _version(ExpertSettings.of(update).peft_version)
-    if parameter.is_transposed is None or version is None:
+    if parameter.in_memory is Orientation.UNKNOWN or version is None:
         return (
             f"{update.module}: its {update.parameter} is square, so shapes do not distinguish inputs from outputs, "
             "and "
             + ("adapter_config.json has no peft_version" if version is None else "the base's architecture is not known")
         )
     if version < (0, 19, 0):
-        return not parameter.is_transposed
-    return version < (0, 19, 1)
+        return transposed_if(parameter.in_memory is Orientation.SAME)
+    return transposed_if(version < (0, 19, 1))
 
 
 def _version(text: str) -> tuple[int, int, int] | None:

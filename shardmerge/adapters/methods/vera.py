@@ -173,9 +173,8 @@ def sized(claims: Claims, family: Family, context: Context) -> Claims:
         stored = context.base.stored(update.module, "weight") if asked else None
         if stored is None or len(stored[0].shape) != 2:
             continue  # what is not a matrix of the base, the match reports
-        oriented_update = family.orient(update, stored[0])
-        turned = isinstance(oriented_update, ModuleUpdate) and oriented_update.transposes
-        shape = stored[0].shape[::-1] if turned else stored[0].shape
+        oriented = family.orient(update, stored[0])
+        shape = stored[0].shape if isinstance(oriented, str) else oriented.orientation.shape(stored[0].shape)
         rows, columns = max(rows, shape[0]), max(columns, shape[1])
         if stored[1] in DTYPE_NAMES and stored[1] != "F32":
             dtypes[stored[1]] = None

@@ -15,6 +15,7 @@ from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Effect, Factors, Family, add_scaled
 from shardmerge.errors import FormatError
+from shardmerge.spec.tensors import Orientation
 from shardmerge.spec.updates import HasSettings, Parameter, Settings, Update, Window
 
 
@@ -60,8 +61,8 @@ class Replacement(Family):
     by_column_windows = True
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        in_memory = bool(parameter.is_transposed) and whole_settings(update).as_in_memory
-        return update.changed(transposes=in_memory)
+        in_memory = parameter.in_memory.assumed if whole_settings(update).as_in_memory else Orientation.SAME
+        return update.changed(orientation=in_memory)
 
     def as_applied(self, update: ModuleUpdate, *, can_be_source: bool) -> ModuleUpdate:
         is_source = can_be_source and update.factor("whole").strides is None
@@ -111,7 +112,7 @@ class Difference(Family):
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         """D is as the module keeps W in memory, a Conv1D's (in, out)."""
-        return update.changed(transposes=bool(parameter.is_transposed))
+        return update.changed(orientation=parameter.in_memory.assumed)
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         difference = update.factor("difference")

@@ -234,7 +234,7 @@ def _formulas(model: Any, adapter: AdapterFile, entry: AdapterConfig) -> list[Fo
     for name, tensor in tensors.items():
         if match := kind.pairs.keys.fullmatch(name):
             is_a = match["role"].lower() == "a"
-            factor = tensor if kind.pairs.is_input_first else tensor.T
+            factor = kind.pairs.orientation.view(tensor)
             pairs.setdefault(match["module"], {})["a" if is_a else "b"] = factor
         elif not kind.pairs.others.fullmatch(name):
             raise ConfigError(
