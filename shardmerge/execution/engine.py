@@ -116,18 +116,15 @@ class Engine:
                 self._sources.get(job.uri).read_block(buffer.view, job.read_at, job.read_offset, job.read_bytes)
 
         def work(job: Job, source: Buffer, empty: Callable[[], Buffer]) -> Worked:
-            if job.tensor is not None and job.survey is not None:
-                self._compute().survey(job, job.tensor, source)
+            if job.is_prepass:
+                self._compute().prepass(job, source)
                 return Worked(source)
+            target = source if job.is_in_place else empty()
             if job.tensor is not None:
-                target = source if job.is_in_place else empty()
-                return Worked(target, self._compute().merge(job, job.tensor, source, target))
-            if job.read_at == job.write_at:
-                return Worked(source)
-            target = empty()
-            target.view[job.write_at : job.write_at + job.write_bytes] = source.view[
-                job.read_at : job.read_at + job.read_bytes
-            ]
+                return Worked(target, self._compute().merge(job, source, target))
+            if target is not source:
+                read = source.view[job.read_at : job.read_at + job.read_bytes]
+                target.view[job.write_at : job.write_at + job.write_bytes] = read
             return Worked(target)
 
         def write(job: Job, target: Buffer) -> None:
@@ -136,7 +133,7 @@ class Engine:
             source = None
             if job.tensor is None and writer.shares:
                 source = self._shared.get(job.uri).fileno(), job.read_offset
-            elif job.tensor is not None and job.encode_at != job.write_at:
+            elif job.encode_at != job.write_at:
                 made = target.view[job.encode_at : job.encode_at + job.write_bytes]
                 target.view[job.write_at : job.write_at + job.write_bytes] = made
             writer.write_block(target.view, job.write_at, job.write_offset, job.write_bytes, source)

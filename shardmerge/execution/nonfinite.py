@@ -18,23 +18,23 @@ from torch import Tensor
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.codecs.registry import encoder
 from shardmerge.errors import NonFiniteError
+from shardmerge.execution.jobs import Tile
 from shardmerge.spec.plans import TensorPlan
-from shardmerge.spec.tensors import RowRange, TensorRef
-from shardmerge.spec.windows import locate
+from shardmerge.spec.tensors import TensorRef
 
 #: Elements of a tensor, counted from its first, before the updates.
 ReadElements = Callable[[TensorRef, int, int], Tensor]
 
 
-def check(tile: Tensor, tensor: TensorPlan, rows: RowRange, read: ReadElements) -> None:
-    """Stop at a value of an updated ``tile``, rows ``rows`` of a tensor, that its output cannot hold."""
-    codec = encoder(tensor)
+def check(tile: Tensor, tensor: TensorPlan, of: Tile, read: ReadElements) -> None:
+    """Stop at a value of an updated tile of a tensor that its output cannot hold."""
+    codec, rows = encoder(tensor), of.rows
     wrong = ~(tile.abs() < codec.largest(tensor))
     if not tensor.updates:
         # Only a number must not become an infinity, or no number.
         wrong &= torch.isfinite(tile)
     elif codec.holds_infinity and bool(torch.isinf(tile).any()):
-        wrong &= ~_of_the_base(tile, tensor, rows, read).to(wrong.device)
+        wrong &= ~_of_the_base(tile, tensor, of, read).to(wrong.device)
     if not bool(wrong.any()):
         return
     row, column = (int(index) for index in wrong.nonzero()[0])
@@ -43,19 +43,18 @@ def check(tile: Tensor, tensor: TensorPlan, rows: RowRange, read: ReadElements) 
     raise NonFiniteError(_explain(tensor, rows.start + row, column, value, was))
 
 
-def _of_the_base(tile: Tensor, tensor: TensorPlan, rows: RowRange, read: ReadElements) -> Tensor:
+def _of_the_base(tile: Tensor, tensor: TensorPlan, of: Tile, read: ReadElements) -> Tensor:
     """Where a tile holds an infinity that the base holds too, and that no update has worked out."""
     base = tensor.base or tensor.source
-    first, count = rows.start * tensor.row_elements, tile.numel()
+    first, count = of.rows.start * tensor.row_elements, tile.numel()
     there = min(count, max(0, math.prod(base.shape) - first))  # a resized tensor has rows that the base has not
     same = torch.zeros(count, dtype=torch.bool)
     if there:
         same[:there] = read(base, first, there).to(tile.dtype) == tile.reshape(-1)[:there].cpu()
     same = same.view(tile.shape) & torch.isinf(tile).cpu()
-    for update in tensor.updates:
-        part = locate(tensor, update, rows)
-        if part is not None and FAMILIES[update.family].computes:
-            same[:, part.columns.start : part.columns.stop] = False
+    for update, position in of.positions:
+        if FAMILIES[update.family].computes:
+            same[:, position.columns.start : position.columns.stop] = False
     return same
 
 

@@ -19,11 +19,12 @@ from shardmerge.execution import nonfinite
 from shardmerge.execution.devices import Device
 from shardmerge.execution.factors import LazyFactors, UpdateFactors
 from shardmerge.execution.fidelity import Sampler, sampled_rows
+from shardmerge.execution.jobs import Tile
 from shardmerge.execution.lanes import Lane
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import DTYPE_BITS, Orientation, RowRange, TensorInfo, TensorRef
 from shardmerge.spec.updates import Update, Window
-from shardmerge.spec.windows import Position, locate, reaching
+from shardmerge.spec.windows import Position
 
 #: What an update is given: its part of a tile, its factors, itself, the window, and scratch.
 Apply = Callable[[Tensor, UpdateFactors, Update, Window, Tensor], None]
@@ -46,7 +47,6 @@ class WeightTiles:
         self.tensor = tensor
         self.columns = tensor.row_elements
         self._device, self._loader, self._sampler, self._read = device, factors, sampler, read
-        self._reaching = reaching(tensor)
         self._dtype = tile_dtype(tensor, compute_dtype)
         #: What updates that compute are given, where it is another dtype than the tile's.
         self._narrow = narrow_dtype(tensor, compute_dtype)
@@ -61,110 +61,96 @@ class WeightTiles:
         self._is_on_grid = tensor.encoding is not None and tensor.encoding == tensor.decoding and not tensor.made
         self._sampled = sampled_rows(tensor) if self._encoder.is_plain or self._is_on_grid else frozenset()
 
-    def merge(self, lane: Lane, rows: RowRange, stored: Tensor, target: Tensor) -> None:
-        """Decode ``stored``, the tile of these rows, update it, and encode it into ``target``.
-
-        ``target`` may be the same memory as ``stored``.
-        """
-        slot = _Slot(self, lane, rows)
+    def merge(self, lane: Lane, tile: Tile, stored: Tensor, target: Tensor) -> None:
+        """Decode ``stored``, update it, and encode it into ``target``, which may be the same memory."""
+        slot = _Slot(self, lane, tile.rows)
         here = self._decode(slot, stored)
-        sample = self._sampler.before(here) if rows.start in self._sampled else None
-        for update in self._reaching(rows):
-            self._update(lane, update, rows)
-        tile = self._tile(lane, rows)[0]
+        sample = self._sampler.before(here) if tile.rows.start in self._sampled else None
+        for update, position in tile.positions:
+            self._give(slot, update, position, FAMILIES[update.family].apply)
+            lane.given[id(self.tensor), id(update)] += len(tile.rows) * len(position.columns)
+        values = self._space(slot)[0]
         if sample is None:
-            self._encode(slot, target)
+            self._encode(slot, tile, target)
         elif self._is_on_grid:  # encoding uses the tile up
-            exact = tile[:: sample.step].clone()
-            self._decoder.decode(slot, self._device.fetch(self._encode(slot, target)), tile)
-            self._sampler.after(self.tensor, rows, sample, exact, tile[:: sample.step])
+            exact = values[:: sample.step].clone()
+            self._decoder.decode(slot, self._device.fetch(self._encode(slot, tile, target)), values)
+            self._sampler.after(self.tensor, tile.rows, sample, exact, values[:: sample.step])
         else:
-            encoded = self._encode(slot, target)
-            self._sampler.after(self.tensor, rows, sample, tile[:: sample.step], encoded[:: sample.step])
+            encoded = self._encode(slot, tile, target)
+            self._sampler.after(self.tensor, tile.rows, sample, values[:: sample.step], encoded[:: sample.step])
 
-    def survey(self, lane: Lane, rows: RowRange, stored: Tensor, surveyed: Update | None) -> None:
+    def prepass(self, lane: Lane, tile: Tile, stored: Tensor, shown_to: Update | None) -> None:
         """Show an update the tile as those before it leave it; or the codec, as all of them leave it."""
-        slot = _Slot(self, lane, rows)
+        slot = _Slot(self, lane, tile.rows)
         self._decode(slot, stored)
-        for update in self._reaching(rows):
-            part, family = locate(self.tensor, update, rows), FAMILIES[update.family]
-            if part is not None:
-                self._give(lane, update, rows, part, family.prepass if update is surveyed else family.apply)
-            if update is surveyed:
-                return
-        self._encoder.prepass(slot, self._tile(lane, rows)[0])
+        for update, position in tile.positions:
+            family = FAMILIES[update.family]
+            self._give(slot, update, position, family.prepass if update is shown_to else family.apply)
+        if shown_to is None:
+            self._encoder.prepass(slot, self._space(slot)[0])
 
     def made(self) -> Tensor:
         """The bytes of all small parts of the output, one after the other; complete when all tiles are merged."""
         return torch.cat([part.view(torch.uint8).flatten() for part in self._made.values()])
 
-    def _tile(self, lane: Lane, rows: RowRange) -> tuple[Tensor, Tensor]:
-        """A lane's tile for these rows, and its scratch."""
-        return lane.workspace.tensors((len(rows), self.columns), self._dtype, self._room)
+    def _space(self, slot: _Slot) -> tuple[Tensor, Tensor]:
+        """A lane's tile of so many rows, and its scratch."""
+        return slot.workspace.tensors((len(slot.rows), self.columns), self._dtype, self._room)
 
     def _decode(self, slot: _Slot, stored: Tensor) -> Tensor:
         """Fill a lane's tile. Returns the numbers in it, as few bytes as there are of them."""
         fetched = self._device.fetch(stored)  # less to copy as stored
-        tile, _ = self._tile(slot.lane, slot.rows)
+        tile, _ = self._space(slot)
         self._decoder.decode(slot, fetched, tile)
         return fetched if self._decoder.is_plain else tile
 
-    def _encode(self, slot: _Slot, target: Tensor) -> Tensor:
+    def _encode(self, slot: _Slot, of: Tile, target: Tensor) -> Tensor:
         """Encode a lane's updated tile into ``target``; stop at a value that the output cannot hold.
 
         Returns what was encoded, on the device if the codec encodes there.
         """
-        tile, codec = self._tile(slot.lane, slot.rows)[0], self._encoder
+        tile, codec = self._space(slot)[0], self._encoder
         encoded = self._device.staging(target) if codec.on_device else target
         if not codec.on_device and slot.lane.on_cpu is not slot.lane.workspace:
             slot.workspace = slot.lane.on_cpu
-            tile = slot.workspace.tensors((len(slot.rows), self.columns), self._dtype, self._room)[0].copy_(tile)
+            tile = self._space(slot)[0].copy_(tile)
         if not codec.encode(slot, tile, encoded):
-            nonfinite.check(tile, slot.tensor, slot.rows, partial(self._stored, slot.lane))
+            nonfinite.check(tile, slot.tensor, of, partial(self._stored, slot))
             slot.is_checked = True
             codec.encode(slot, tile, encoded)
         if codec.on_device:
             self._device.deliver(encoded, target)
         return encoded
 
-    def _update(self, lane: Lane, update: Update, rows: RowRange) -> None:
-        """Do to a tile what an update does to it, if anything."""
-        if (part := locate(self.tensor, update, rows)) is not None:
-            self._give(lane, update, rows, part, FAMILIES[update.family].apply)
-            lane.given[id(self.tensor), id(update)] += len(rows) * len(part.columns)
-
-    def _give(self, lane: Lane, update: Update, rows: RowRange, part: Position, apply: Apply) -> None:
-        """Give a family its part of the tile, in the matrix's orientation."""
-        tile, scratch = self._tile(lane, rows)
-        if self._narrow is not None and FAMILIES[update.family].computes:
-            self._give_narrow(lane, update, tile[:, part.columns.start : part.columns.stop], part, apply)
-            return
-        view, space = tile, scratch
-        if len(part.columns) != self.columns or part.orientation is Orientation.TRANSPOSED:
-            view = tile[:, part.columns.start : part.columns.stop]
-            view = part.orientation.view(view)
+    def _give(self, slot: _Slot, update: Update, position: Position, apply: Apply) -> None:
+        """Give a family its part of the tile, the way round that it speaks of."""
+        tile, scratch = self._space(slot)
+        view, space, factors = tile, scratch, self._factors[id(update)]
+        columns = position.columns
+        if len(columns) != self.columns or position.orientation is Orientation.TRANSPOSED:
+            view = position.orientation.view(tile[:, columns.start : columns.stop])
             space = scratch.view(-1)[: view.numel()].view(view.shape)
-        apply(view, self._factors[id(update)], update, part.window, space)
-
-    def _give_narrow(self, lane: Lane, update: Update, stored: Tensor, part: Position, apply: Apply) -> None:
-        """The same with a copy of the part, in the compute dtype: what is only copied keeps its own."""
-        assert self._narrow is not None
-        shape = (stored.shape[0], stored.shape[1])
-        after = shape[0] * self.columns * self._room
-        copy, space = lane.workspace.narrow(shape, self._narrow, after)
+        if self._narrow is None or not FAMILIES[update.family].computes:
+            apply(view, factors, update, position.window, space)
+            return
+        # What is only copied keeps its own dtype; what computes gets a copy in the compute dtype.
+        stored = tile[:, columns.start : columns.stop]
+        copy, space = slot.lane.workspace.narrow(
+            (stored.shape[0], stored.shape[1]), self._narrow, tile.numel() * self._room
+        )
         copy.copy_(stored)
-        view = part.orientation.view(copy)
-        apply(view, self._factors[id(update)], update, part.window, space.view(view.shape))
+        apply(position.orientation.view(copy), factors, update, position.window, space.view(view.shape))
         stored.copy_(copy)
 
-    def _stored(self, lane: Lane, ref: TensorRef, start: int, count: int) -> Tensor:
+    def _stored(self, slot: _Slot, ref: TensorRef, start: int, count: int) -> Tensor:
         """Elements of a tensor of the base's or an adapter's, decoded, read again: the tile holds the result."""
         if self.tensor.decoding is not None and ref is self.tensor.source:
-            return self._decoded_again(lane, start, count)
+            return self._decoded_again(slot, start, count)
         size = DTYPE_BITS[ref.dtype] // 8
         return self._read(ref, start * size, count * size).view(TORCH_DTYPES[ref.dtype])
 
-    def _decoded_again(self, lane: Lane, start: int, count: int) -> Tensor:
+    def _decoded_again(self, slot: _Slot, start: int, count: int) -> Tensor:
         tensor, columns = self.tensor, self.columns
         assert tensor.decoding is not None
         unit = self._decoder.row_unit(tensor.decoding)
@@ -172,7 +158,7 @@ class WeightTiles:
         rows = RowRange(first, min(tensor.all_rows, -(-stop // unit) * unit))
         data = self._read(tensor.source, rows.start * tensor.read_row, len(rows) * tensor.read_row)
         tile = torch.empty(len(rows), columns, dtype=TORCH_DTYPES[self._dtype])
-        self._decoder.decode(_Slot(self, lane, rows), matrix(data, tensor.source.dtype, len(rows), columns), tile)
+        self._decoder.decode(_Slot(self, slot.lane, rows), matrix(data, tensor.source.dtype, len(rows), columns), tile)
         return tile.view(-1)[start - rows.start * columns :][:count]
 
 

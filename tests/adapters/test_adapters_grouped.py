@@ -291,6 +291,27 @@ def test_a_linear_per_expert(tmp_path: Path, name: str) -> None:
     of.check(tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["GptOssForCausalLM", "Qwen3MoeForCausalLM"])
+def test_dora_of_a_linear_per_expert(tmp_path: Path, name: str) -> None:
+    """A stack that is stored transposed is seen once for the lengths of each expert: only that expert's matrix."""
+    of = Experts(tmp_path, name)
+    tensors: dict[str, Tensor] = {}
+    for seed, path in enumerate(of.of):
+        experts, hidden, width = of.sizes(path)
+        for e in range(experts):
+            a, b = random(RANK, width, seed=100 * seed + e), random(hidden, RANK, seed=100 * seed + 50 + e)
+            magnitude = random(hidden, seed=100 * seed + 75 + e).abs() + 0.5
+            key = f"{path}.down_projs.{e}.lora_"
+            tensors |= {f"{key}A.weight": a, f"{key}B.weight": b, f"{key}magnitude_vector": magnitude}
+            weight = of.exact[f"{path}.down_proj"][e]
+            weight = weight.T if of.of[path].is_transposed else weight
+            weight.add_(product(b, a))
+            weight.mul_((magnitude.double() / weight.norm(dim=1)).unsqueeze(1))
+    write_adapter(tmp_path / "adapter", tensors, target_modules=[f"down_projs.{e}" for e in range(8)], use_dora=True)
+    merge_to(tmp_path / "out", tmp_path / "base", tmp_path / "adapter")
+    of.check(tmp_path / "out")
+
+
 def test_fused_experts_among_target_modules(tmp_path: Path) -> None:
     """The experts' own parameters, as PEFT nests them, though the config names the module and no parameters."""
     of = Experts(tmp_path, "Qwen3_5MoeForCausalLM")

@@ -24,7 +24,7 @@ from shardmerge.adapters.methods.base import Family
 from shardmerge.adapters.methods.whole import TokenSettings
 from shardmerge.adapters.registry import FAMILIES
 from shardmerge.adapters.work import elements_for, is_computed_everywhere, narrow_dtype, needs_work, tile_dtype
-from shardmerge.execution import tiles
+from shardmerge.execution import jobs
 from shardmerge.planning import layout, tiling
 from shardmerge.planning.tiling import tile_all
 from shardmerge.spec.plans import MergePlan, TensorPlan
@@ -449,7 +449,7 @@ def test_a_tile_that_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         passed_over = update.family == "lora" and next(seen) == 0
         return None if passed_over else locate(tensor, update, rows)
 
-    monkeypatch.setattr(tiles, "locate", elsewhere)
+    monkeypatch.setattr(jobs, "locate", elsewhere)
     assert "0 were given to it" in _stops(_ordinary(tmp_path))
 
 
@@ -462,7 +462,7 @@ def test_a_window_that_never_meets_a_tile(scene: str, monkeypatch: pytest.Monkey
     plan = planned(tmp_path / "wrong", tensors, what.updates)
 
     if scene.startswith(("columns", "one-expert")):
-        monkeypatch.setattr(tiles, "reaching", lambda tensor: lambda rows: ())
+        monkeypatch.setattr(jobs, "reaching", lambda tensor: lambda rows: ())
 
     def all_in_one(tensor: TensorPlan) -> TensorPlan:
         return dataclasses.replace(tensor, segments=(), tiles=1) if tensor.source.name == "w" else tensor
@@ -493,7 +493,7 @@ def test_a_gguf_file_in_which_an_update_is_lost(
         return None if update == lost else locate(tensor, update, rows)
 
     if guard == "locate":
-        monkeypatch.setattr(tiles, "locate", passed_over)
+        monkeypatch.setattr(jobs, "locate", passed_over)
     else:
         shards = [
             dataclasses.replace(

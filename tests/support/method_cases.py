@@ -52,6 +52,7 @@ class Given:
     zeros: frozenset[str] = frozenset()
     in_parts: bool = False
     built: dict[str, Tensor] = field(default_factory=dict)
+    in_prepass: bool = False
 
     def _read(self, role: str) -> Tensor:
         tensor = read(self.update.factor(role))
@@ -87,6 +88,7 @@ class Given:
 
     def kept(self, name: str, build: Callable[[], Tensor]) -> Tensor:
         if name not in self.built:
+            assert self._family.builds or self.in_prepass, f"{self.update.family} builds {name}, undeclared"
             self.built[name] = build()
         return self.built[name]
 
@@ -126,9 +128,11 @@ class Subject:
         result = self.weight.to(given.dtype, copy=True)
         update, windows = update or self.update, windows or self.whole
         if self.family.needs_prepass(update):
+            given.in_prepass = True
             for window in windows:
                 tile = _tile(result, window).clone()
                 self.family.prepass(tile, given, update, window, torch.empty_like(tile))
+        given.in_prepass = False
         for window in windows:
             tile = _tile(result, window).clone()
             self.family.apply(tile, given, update, window, torch.empty_like(tile))

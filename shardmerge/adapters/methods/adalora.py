@@ -53,6 +53,7 @@ class AdaLoraSettings(Settings):
 
 class AdaLora(PeftFamily):
     name = "adalora"
+    builds = True
     by_rows = frozenset({"B"})
     neutral_if_zero = frozenset({"E"})
     by_column_windows = True

@@ -83,6 +83,8 @@ class Family(ABC):
     is_source: ClassVar[bool] = False
     #: The dtypes of stored weights that it can be done to: those of which tiles can be made.
     weights: ClassVar[frozenset[str]] = frozenset(FLOAT_DTYPES)
+    #: Whether ``apply`` asks `Factors.kept` to build something; no other thread computes then.
+    builds: ClassVar[bool] = False
     #: Whether a window with all rows and a part of the columns can be updated: what a transposed W needs.
     by_column_windows: ClassVar[bool] = False
     #: Whether rows are updated one by one, so that they may be stored in another order.

@@ -37,6 +37,7 @@ class BoftSettings(Settings):
 
 class Boft(PeftFamily):
     name = "boft"
+    builds = True
     mixes_weight = True  # W R, R a product of rotations
     by_rows = frozenset({"scale"})
     rows_are_independent = True

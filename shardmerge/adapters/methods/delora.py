@@ -22,6 +22,7 @@ _LEAST = 1e-4
 
 class Delora(PeftFamily):
     name = "delora"
+    builds = True
     neutral_if_zero = frozenset({"B"})
     adds = True
     peft_type = "DELORA"

@@ -16,6 +16,7 @@ from shardmerge.spec.updates import Update, Window
 class Factored(Family):
     """A family whose update is a product."""
 
+    builds = True
     by_column_windows = True
 
     @abstractmethod

@@ -30,6 +30,7 @@ class SpectrumSettings(Settings):
 
 class FourierFt(PeftFamily):
     name = "fourierft"
+    builds = True
     by_column_windows = True
     neutral_if_zero = frozenset({"spectrum"})
     adds = True

@@ -29,6 +29,7 @@ _SHORT = 1e-12
 
 class Frod(PeftFamily):
     name = "frod"
+    builds = True
     whole_numbers = frozenset({"indices"})
     streamed = frozenset({"W"})
     peft_type = "FROD"

@@ -116,6 +116,7 @@ class GloraBias(Family):
     """b + (b ∘ D + E + W C)."""
 
     name = "glora-bias"
+    builds = True
     streamed = frozenset({"W"})
     mixes_weight = True  # W C
 

@@ -33,6 +33,7 @@ class HraSettings(Settings):
 
 class Hra(PeftFamily):
     name = "hra"
+    builds = True
     mixes_weight = True  # W H, reflections
     rows_are_independent = True
     peft_type = "HRA"

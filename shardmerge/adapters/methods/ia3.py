@@ -32,6 +32,7 @@ class Ia3Settings(Settings):
 
 class Ia3(PeftFamily):
     name = "ia3"
+    builds = True
     by_column_windows = True
     rows_are_independent = True
     peft_type = "IA3"

@@ -25,6 +25,7 @@ class Kasa(Lora):
     """LoRA on a matrix that is cut first."""
 
     name = "kasa"
+    builds = True
     mixes_weight = True  # W is cut
     by_columns = frozenset()
     neutral_if_zero = frozenset()

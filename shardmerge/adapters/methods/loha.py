@@ -95,6 +95,7 @@ class LohaTucker(Loha):
     """The same for a convolution with a core of its own."""
 
     name = "loha-tucker"
+    builds = True
     updates = "convolutions of one or two dimensions by Tucker's factors"
     dims = frozenset({3, 4})
     by_rows = frozenset()

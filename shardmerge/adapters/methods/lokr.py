@@ -40,6 +40,7 @@ class LokrSettings(Settings):
 
 class Lokr(LycorisFamily):
     name = "lokr"
+    builds = True
     neutral_if_zero = frozenset({"w1", "w1_a"})
     peft_type = "LOKR"
     title = "LoKr"

@@ -154,6 +154,7 @@ class LoraBlocks(Lora):
     """
 
     name = "lora-blocks"
+    builds = True
     stacks_vectors = False
     by_columns = frozenset()
 

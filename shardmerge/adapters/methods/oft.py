@@ -54,6 +54,7 @@ class OftSettings(Settings):
 
 class Oft(PeftFamily):
     name = "oft"
+    builds = True
     mixes_weight = True  # W R, rotations
     rows_are_independent = True
     neutral_if_zero = frozenset({"Q"})

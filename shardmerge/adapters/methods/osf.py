@@ -52,6 +52,7 @@ class OsfSettings(Settings):
 
 class Osf(PeftFamily):
     name = "osf"
+    builds = True
     by_rows = frozenset({"U"})
     peft_type = "OSF"
     selectors = frozenset()

@@ -141,6 +141,7 @@ class RandLoraSeeded(RandLora):
     """The same with A and B drawn from the seed."""
 
     name = "randlora-seeded"
+    builds = True
     streamed = frozenset()
 
     def small(self, factors: Factors, update: Update) -> Tensor:

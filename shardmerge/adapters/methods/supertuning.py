@@ -30,6 +30,7 @@ class SuperTuningSettings(Settings):
 
 class SuperTuning(PeftFamily):
     name = "supertuning"
+    builds = True
     by_rows = frozenset({"B"})
     whole_numbers = frozenset({"indices"})
     neutral_if_zero = frozenset({"values", "B"})

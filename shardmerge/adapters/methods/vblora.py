@@ -34,6 +34,7 @@ class VbLoraSettings(Settings):
 
 class VbLora(PeftFamily):
     name = "vblora"
+    builds = True
     whole_numbers = frozenset(_INDICES)
     neutral_if_zero = frozenset({"bank"})
     by_column_windows = True

@@ -37,6 +37,7 @@ class ProjectionSettings(Settings):
 
 class Vera(PeftFamily):
     name = "vera"
+    builds = True
     by_rows = frozenset({"lambda_b", "B"})
     neutral_if_zero = frozenset({"lambda_b"})
     by_column_windows = True
