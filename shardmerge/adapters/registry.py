@@ -13,10 +13,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from shardmerge.adapters import formats, methods
-from shardmerge.adapters.formats.base import AdapterFormat
-from shardmerge.adapters.formats.peft_method import PeftMethod
-from shardmerge.adapters.methods.base import Family
-from shardmerge.adapters.tables import FAMILIES, FORMATS, METHODS
+from shardmerge.adapters.formats.base import FORMATS, AdapterFormat
+from shardmerge.adapters.formats.peft_method import METHODS, PeftMethod
+from shardmerge.adapters.methods.base import FAMILIES, Family
 from shardmerge.spec.tensors import TensorRef
 
 __all__ = ["FAMILIES", "FORMATS", "METHODS", "are_factors", "are_weights", "detect_format", "is_telling", "register"]

@@ -16,11 +16,10 @@ from shardmerge.adapters.work import dtype_for, narrow_dtype, tile_dtype
 from shardmerge.codecs.registry import decoder, encoder
 from shardmerge.codecs.rounding import NUMBER_DTYPES, TORCH_DTYPES
 from shardmerge.execution import nonfinite
-from shardmerge.execution.devices import Device
+from shardmerge.execution.devices import Device, Lane
 from shardmerge.execution.factors import LazyFactors, UpdateFactors
 from shardmerge.execution.fidelity import Sampler, sampled_rows
 from shardmerge.execution.jobs import Tile
-from shardmerge.execution.lanes import Lane
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import DTYPE_BITS, Orientation, RowRange, TensorInfo, TensorRef
 from shardmerge.spec.updates import Update, Window

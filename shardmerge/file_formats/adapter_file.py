@@ -9,8 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardmerge.adapters.base_view import NO_BASE, BaseView
-from shardmerge.adapters.claims import Claims
+from shardmerge.adapters.claims import NO_BASE, BaseView, Claims
 from shardmerge.adapters.formats.base import AdapterContent
 from shardmerge.adapters.formats.wholes import claim_beside
 from shardmerge.adapters.registry import FORMATS, detect_format

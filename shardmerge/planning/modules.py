@@ -12,8 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from functools import cached_property, lru_cache
 
-from shardmerge.adapters.base_view import BaseView
-from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.claims import BaseView, ModuleUpdate
 from shardmerge.adapters.formats import parts
 from shardmerge.key_mapping.names import Names
 from shardmerge.key_mapping.naming import module_name, peeled

@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from shardmerge.adapters.base_view import BaseView
-from shardmerge.adapters.claims import ModuleUpdate
+from shardmerge.adapters.claims import BaseView, ModuleUpdate
 from shardmerge.adapters.registry import FAMILIES, METHODS, are_factors, is_telling
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.errors import FormatError

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import shardmerge
-from shardmerge.adapters.methods import unilora_seeded
+from shardmerge.adapters.methods import unilora as unilora_module
 from shardmerge.adapters.registry import FAMILIES
 from tests.support import zoo
 from tests.support.family_oracle import Net, write_case
@@ -103,7 +103,7 @@ def test_tiles_agree(tmp_path: Path) -> None:
 
 def test_indices_are_dealt_evenly() -> None:
     for count, length in ((10, 4), (4, 10), (12, 4), (1, 1)):
-        indices, scales = unilora_seeded._list(count, length, 3)
+        indices, scales = unilora_module._list(count, length, 3)
         times = torch.bincount(indices.long(), minlength=length)
         assert len(indices) == count and int(times.max() - times.min()) <= 1
         assert torch.equal(scales > 0, times > 0)

@@ -14,7 +14,7 @@ import torch
 import shardmerge
 from shardmerge.adapters.methods.lora import Lora
 from shardmerge.adapters.registry import FAMILIES
-from shardmerge.execution.threads import ComputeThreads
+from shardmerge.execution.worker import ComputeThreads
 from shardmerge.planning import tiling
 from tests.support.builders import slow_but
 from tests.support.peft_oracle import make_config, random, stored, write_adapter, write_base

@@ -25,7 +25,7 @@ from shardmerge.execution import worker
 from shardmerge.execution.devices import CudaDevice
 from shardmerge.execution.factors import LazyFactors
 from shardmerge.execution.fidelity import Sampler
-from shardmerge.execution.threads import ComputeThreads
+from shardmerge.execution.worker import ComputeThreads
 from shardmerge.planning import tiling
 from shardmerge.sources.open_readers import OpenReaders
 from shardmerge.system import torch_devices

@@ -14,8 +14,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shardmerge.adapters.base_view import BaseView
-from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.claims import BaseView, Claims, ModuleUpdate
 from shardmerge.adapters.formats.base import AdapterContent, AdapterFormat, Config, Pairs, Tensors
 from shardmerge.adapters.methods.lora import Lora
 from shardmerge.adapters.registry import FORMATS, register

@@ -17,7 +17,7 @@ from shardmerge.adapters.formats.checks import Config
 from shardmerge.adapters.formats.peft_lora import LoraMethod
 from shardmerge.adapters.formats.peft_method import Context, Module
 from shardmerge.adapters.formats.scales import Scales, config_said, numbers_said
-from shardmerge.adapters.tables import FAMILIES
+from shardmerge.adapters.methods.base import FAMILIES
 from shardmerge.key_mapping.naming import unwrapped
 from shardmerge.spec.tensors import TensorRef
 

@@ -13,10 +13,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from shardmerge.adapters.base_view import NO_BASE, BaseView
-from shardmerge.adapters.claims import Claims
+from shardmerge.adapters.claims import NO_BASE, BaseView, Claims
 from shardmerge.adapters.formats.scales import ReadNumber, Scales
-from shardmerge.adapters.tables import FAMILIES
+from shardmerge.adapters.methods.base import FAMILIES
 from shardmerge.spec.tensors import Orientation, TensorRef
 
 Tensors = Mapping[str, TensorRef]
@@ -111,3 +110,7 @@ class AdapterFormat(ABC):
                 "expert_layout has no effect: it has no LoRA of fused experts in PEFT's keys; remove it"
             )
         return claims
+
+
+#: By name, as ``format`` in the config; `shardmerge.adapters.registry` fills this.
+FORMATS: dict[str, AdapterFormat] = {}

@@ -1,15 +1,18 @@
 """Adapters as image and video trainers write them: by module, each with its own scale, without a config.
 
 LoRA, W' = W + α / r · up · down: down is (r, in) or, of a convolution, (r, in, k…); up is (out, r) or (out, r, 1…).
-LoKr and LoHa by LyCORIS' names, see `shardmerge.adapters.formats.lycoris`. Whole differences, W' = W + D, see
-`shardmerge.adapters.methods.whole`; and whole tensors in W's place.
+LoKr and LoHa by LyCORIS' names, of which `adapters.methods.lokr` and `.loha` make the update. Whole differences,
+W' = W + D, see `adapters.methods.whole`; and whole tensors in W's place.
 
 A module's α is a number in the file, or is found where `adapters.formats.scales` looks; where nothing says it, the
-scale is 1. Keys are ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``, with the module's dots written
+scale is 1. Of LyCORIS' r is the inner dimension of the products that make the factors. Where both factors of LoKr are
+whole, there is no r, and s is 1 whatever α is. Unlike PEFT, LyCORIS treats a one-dimensional convolution as any other.
+
+Keys are ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``, with the module's dots written
 as underscores, so only the base's own names show where they were (some files have dots behind the block); or with
 dots: ``diffusion_model.blocks.0.attn.q.lora_down.weight``, ``unet.mid_block.attentions.0.proj_in.lora.down.weight``.
-Source: kohya-ss/sd-scripts, networks/lora.py; LyCORIS, lycoris/modules; ComfyUI, comfy/lora.py; diffusers,
-loaders/lora_conversion_utils.py.
+Source: kohya-ss/sd-scripts, networks/lora.py; LyCORIS, lycoris/modules; ComfyUI, comfy/lora.py and
+comfy/weight_adapter/lokr.py; diffusers, loaders/lora_conversion_utils.py.
 """
 
 from __future__ import annotations
@@ -18,15 +21,17 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
-from shardmerge.adapters.base_view import BaseView
-from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
-from shardmerge.adapters.formats import lycoris, parts
+from shardmerge.adapters.claims import BaseView, Claims, ModuleUpdate, shown
+from shardmerge.adapters.formats import parts
 from shardmerge.adapters.formats.base import AdapterContent, AdapterFormat, Tensors
 from shardmerge.adapters.formats.checks import Config
+from shardmerge.adapters.formats.peft_method import Context, Module, PeftMethod
 from shardmerge.adapters.formats.scales import Scales
+from shardmerge.adapters.methods.loha import Loha
+from shardmerge.adapters.methods.lokr import Lokr, LokrSettings
 from shardmerge.adapters.methods.lora import Lora
 from shardmerge.adapters.methods.whole import Difference, Replacement, WholeSettings
-from shardmerge.key_mapping.naming import WRAPPER, module_name, unwrapped
+from shardmerge.key_mapping.naming import PEFT_PREFIX, WRAPPER, module_name, unwrapped
 from shardmerge.spec.tensors import TensorRef
 
 _INFIX = rf"(?:\.{WRAPPER})*?(?:\.(?!weight$)[^.]+)??(?:\.{WRAPPER})*?"
@@ -35,7 +40,10 @@ _PAIRS = re.compile(
     r"(?P<module>.+?)(?:\.lora_(?P<kohya>down|up)\.weight|[._]lora(?:_linear_layer)?\.(?P<diffusers>down|up)\.weight"
     rf"|\.lora_(?P<peft>[AB]){_INFIX}\.weight)"
 )
-_LYCORIS = re.compile(rf"(?P<module>.+)\.(?P<role>{'|'.join(lycoris.ROLES)})")
+#: LyCORIS' methods by the beginning of their keys, which end as PEFT's do.
+_METHODS: Mapping[str, PeftMethod] = {"hada": Loha(), "lokr": Lokr()}
+_ROLES = (key for method in _METHODS.values() for key in method.roles)
+_LYCORIS = re.compile(rf"(?P<module>.+)\.(?P<role>{'|'.join(_ROLES)})")
 #: The end of a key → what it is to the module: the parameter, and whether the tensor is added to it or replaces it.
 _WHOLES: Mapping[str, tuple[str, str]] = {
     "diff": ("weight", Difference.name),
@@ -98,7 +106,7 @@ class Kohya(AdapterFormat):
 
     def method(self, tensors: Collection[str], config: Config | None) -> str:
         kinds = {match["role"].partition("_")[0] for name in tensors if (match := _LYCORIS.fullmatch(unwrapped(name)))}
-        return " and ".join(lycoris.METHODS[kind] for kind in sorted(kinds)) or "LORA"
+        return " and ".join(_METHODS[kind].peft_type for kind in sorted(kinds)) or "LORA"
 
     def read(self, content: AdapterContent, base: BaseView) -> Claims:
         scales, claims = content.scales, Claims()
@@ -146,9 +154,9 @@ def _claim_module(claims: Claims, module: str, found: Mapping[str, TensorRef], s
     for role, (parameter, family) in _WHOLES.items():
         if role in found:
             _claim_whole(claims, module, parameter, family, found[role])
-    methods = {kind: of for kind in lycoris.METHODS if (of := lycoris.factors(found, kind))}
+    methods = {kind: of for kind in _METHODS if (of := _lycoris_factors(found, kind))}
     for kind, factors in methods.items():
-        lycoris.claim(claims, update_of(module), kind, factors, number, scales)
+        _claim_lycoris(claims, update_of(module), kind, factors, number, scales)
     pair = {role: found[role] for role in ("down", "up") if role in found}
     if pair or (number is not None and not methods):
         _claim_pair(claims, module, {**pair, **({"alpha": number} if number is not None else {})}, scales, base)
@@ -200,3 +208,60 @@ def _end(factors: Mapping[str, TensorRef]) -> Mapping[str, str]:
     if any(".lora_A" in ref.name or ".lora_B" in ref.name for ref in factors.values()):
         return {"down": "lora_A", "up": "lora_B"}
     return {"down": "lora_down", "up": "lora_up"}
+
+
+# --- LyCORIS' methods -------------------------------------------------------------------------------------------------
+
+
+def _lycoris_factors(found: Mapping[str, TensorRef], kind: str) -> dict[str, TensorRef]:
+    """The factors of one method among a module's tensors, by the roles of its family."""
+    return {role.removesuffix("?"): found[key] for key, role in _METHODS[kind].roles.items() if key in found}
+
+
+def _claim_lycoris(
+    claims: Claims,
+    update: ModuleUpdate,
+    kind: str,
+    found: Mapping[str, TensorRef],
+    number: TensorRef | None,
+    scales: Scales,
+) -> None:
+    """Append the module's update, or say what is wrong with its factors; ``number`` is its α."""
+    if number is not None:
+        claims.account_for([number])
+    first = next(iter(found.values()))
+    prefix = unwrapped(first.name).rpartition(f".{kind}_")[0]
+    rank = next((found[role].shape[0] for role in ("w1_b", "w2_b") if role in found and found[role].shape), 0)
+    module = Module(update.module, prefix, "", dict(found), update.module)
+    missing = [key for key, role in _METHODS[kind].roles.items() if not role.endswith("?") and role not in found]
+    if missing:
+        claims.half(first, module.key(missing[0]), module.refs)
+        return
+    made = _made(claims, module, kind, rank)
+    if made is None:
+        return
+    of_peft = prefix.startswith(PEFT_PREFIX)
+    if not {"w1", "w2"} <= found.keys():
+        scaling = scales.of(claims, rank or 1, number, one_if_unsaid=not of_peft)
+    else:
+        scaling = 1.0 if scales.scaling is None else scales.scaling
+        if of_peft and scales.scaling is None:
+            claims.problems.append(
+                f"{first.name} and {found['w2'].name} are PEFT's and whole, so that the r of their scale alpha / r is "
+                "in adapter_config.json alone, which is not beside them: give scaling"
+            )
+    settings = made.settings
+    if isinstance(settings, LokrSettings) and not of_peft:
+        settings = LokrSettings(kronecker=True)
+    claims.updates[-1] = made.changed(scaling=scaling, flattened=update.flattened, settings=settings)
+
+
+def _made(claims: Claims, module: Module, kind: str, rank: int) -> ModuleUpdate | None:
+    """The update that PEFT's reader makes of the factors, its scale not known yet; None where it refuses them."""
+    updates, problems = len(claims.updates), len(claims.problems)
+    _METHODS[kind].claim_module(claims, module, Context({"r": rank or 1, "alpha": rank or 1}))
+    claims.problems[problems:] = [
+        problem.replace("adapter_config.json says", "another factor says").replace(" (r and rank_pattern)", "")
+        for problem in claims.problems[problems:]
+    ]
+    return claims.updates[-1].changed(rank=rank) if len(claims.updates) > updates else None

@@ -11,14 +11,12 @@ import difflib
 import re
 from collections.abc import Collection, Mapping
 
-from shardmerge.adapters.base_view import NO_BASE, BaseView
-from shardmerge.adapters.claims import Claims
+from shardmerge.adapters.claims import NO_BASE, BaseView, Claims
 from shardmerge.adapters.formats import bare
 from shardmerge.adapters.formats.base import AdapterContent, AdapterFormat, Config, Pairs, Tensors
 from shardmerge.adapters.formats.checks import is_number
 from shardmerge.adapters.formats.peft_lora import LoraMethod
-from shardmerge.adapters.formats.peft_method import Context
-from shardmerge.adapters.tables import METHODS
+from shardmerge.adapters.formats.peft_method import METHODS, Context
 from shardmerge.spec.tensors import Orientation
 
 _BESIDE = "keep the adapter beside the base and load both with PEFT"

@@ -15,8 +15,7 @@ from shardmerge.adapters.claims import Claims
 from shardmerge.adapters.formats import checks, grouped_experts, lora_forms, peft_parameters
 from shardmerge.adapters.formats.peft_method import BELOW_WRAPPERS, Context, Module, PeftMethod
 from shardmerge.adapters.formats.peft_targets import NOT_COVERED
-from shardmerge.adapters.formats.peft_tokens import claim_tokens, token_problems
-from shardmerge.adapters.formats.wholes import is_embedding
+from shardmerge.adapters.formats.wholes import claim_tokens, is_embedding, token_problems
 from shardmerge.key_mapping.naming import module_name
 from shardmerge.spec.tensors import TensorRef
 

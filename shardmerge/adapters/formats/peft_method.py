@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
-from shardmerge.adapters.base_view import NO_BASE, BaseView
-from shardmerge.adapters.claims import Claims, ModuleUpdate
+from shardmerge.adapters.claims import NO_BASE, BaseView, Claims, ModuleUpdate
 from shardmerge.adapters.formats.checks import MISSING, RANK, Check, Config, rank_of
 from shardmerge.adapters.formats.peft_keys import FOREIGN, GENERAL, ignored_problems, key_reader, unknown_key
 from shardmerge.adapters.formats.peft_targets import SELECTORS, left_out, target_problems
@@ -247,6 +246,10 @@ class PeftMethod(ABC):
         bias = config.get("bias")
         if bias is not None and not (isinstance(bias, str) and (bias in ("none", "all") or bias.endswith("_only"))):
             yield f"bias must be none, all or …_only, found {reprlib.repr(bias)}"
+
+
+#: By ``peft_type``; `shardmerge.adapters.registry` fills this.
+METHODS: dict[str, PeftMethod] = {}
 
 
 def _is_set(key: str, value: Any) -> bool:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
-from shardmerge.adapters.base_view import BaseView
-from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
+from shardmerge.adapters.claims import BaseView, Claims, ModuleUpdate, shown
 from shardmerge.adapters.formats.base import AdapterContent, AdapterFormat, Pairs, Tensors
 from shardmerge.adapters.formats.checks import Config
 from shardmerge.adapters.formats.scales import Scales

@@ -22,7 +22,7 @@ from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
 from shardmerge.adapters.formats.checks import FLAG, MISSING, NUMBER, RANK, Config
 from shardmerge.adapters.formats.peft_lora import LoraMethod
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
-from shardmerge.adapters.formats.peft_tokens import claim_tokens, token_problems
+from shardmerge.adapters.formats.wholes import claim_tokens, token_problems
 from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, all_misshaped, oriented
 from shardmerge.key_mapping.naming import module_name

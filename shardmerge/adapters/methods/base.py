@@ -149,6 +149,10 @@ class Family(ABC):
         return 0
 
 
+#: By name; `shardmerge.adapters.registry` fills this.
+FAMILIES: dict[str, Family] = {}
+
+
 # --- the arithmetic that families share -------------------------------------------------------------------------------
 
 

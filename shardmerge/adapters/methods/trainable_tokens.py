@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from shardmerge.adapters.claims import Claims
 from shardmerge.adapters.formats.checks import Config
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftMethod
-from shardmerge.adapters.formats.peft_tokens import claim_tokens, token_problems
+from shardmerge.adapters.formats.wholes import claim_tokens, token_problems
 from shardmerge.spec.tensors import TensorRef
 
 
