@@ -24,10 +24,10 @@ from shardmerge.adapters.formats.peft_lora import LoraMethod
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.formats.wholes import claim_tokens, token_problems
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors, all_misshaped, oriented
+from shardmerge.adapters.methods.base import Factors, all_misshaped
 from shardmerge.key_mapping.naming import module_name
 from shardmerge.spec.tensors import TensorRef
-from shardmerge.spec.updates import Parameter, Settings, Update, Window
+from shardmerge.spec.updates import Settings, Update, Window
 
 _EPS = 1e-5
 
@@ -53,6 +53,7 @@ class AdaLoraSettings(Settings):
 
 class AdaLora(PeftFamily):
     name = "adalora"
+    sides = ("B", "A")
     builds = True
     by_rows = frozenset({"B"})
     neutral_if_zero = frozenset({"E"})
@@ -112,9 +113,6 @@ class AdaLora(PeftFamily):
     def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
         claim_tokens(claims, tensors, config.get("trainable_token_indices"))
         super().claim_rest(claims, tensors, config)
-
-    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        return oriented(update, parameter, update.factor("B").shape[0], update.factor("A").shape[-1])
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         expected = {"A": (update.rank, math.prod(shape[1:])), "B": (shape[0], update.rank)}

@@ -87,6 +87,9 @@ class Family(ABC):
     builds: ClassVar[bool] = False
     #: Whether a window with all rows and a part of the columns can be updated: what a transposed W needs.
     by_column_windows: ClassVar[bool] = False
+    #: The factor whose first dimension is W's outputs, and the one whose last dimension is the inputs, each "" where no
+    #: factor shows it; see `oriented`. None: the update is of the matrix (out, in) in any model.
+    sides: ClassVar[tuple[str, str] | None] = None
     #: Whether rows are updated one by one, so that they may be stored in another order.
     rows_are_independent: ClassVar[bool] = False
     #: Whether it only adds, so that a weight in the config scales it, and the order among such does not matter.
@@ -115,7 +118,11 @@ class Family(ABC):
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
         """Decide whether the update speaks of the parameter's transpose; a string says why that is unknown."""
-        return update
+        if self.sides is None:
+            return update
+        outputs, inputs = (update.factor(role).shape if update.has(role) else None for role in self.sides)
+        rows = None if outputs is None else (*outputs, 0)[0]
+        return oriented(update, parameter, rows, None if inputs is None else (0, *inputs)[-1])
 
     def as_applied(self, update: ModuleUpdate, *, can_be_source: bool) -> ModuleUpdate:
         """The update as it is done to a weight: ``can_be_source`` if the base stores that as one tensor, as it is."""

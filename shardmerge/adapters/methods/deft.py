@@ -16,10 +16,10 @@ from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.checks import FLAG, OPTIONAL_NUMBER, RANK, Config, one_of
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily, contradiction
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors, all_misshaped, oriented
+from shardmerge.adapters.methods.base import Factors, all_misshaped
 from shardmerge.adapters.methods.factored import TwoPass
 from shardmerge.spec.tensors import RowRange
-from shardmerge.spec.updates import Parameter, Settings, Update
+from shardmerge.spec.updates import Settings, Update
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class DeftSettings(Settings):
 
 class Deft(TwoPass, PeftFamily):
     name = "deft"
+    sides = ("P", "R")
     mixes_weight = True  # B Q looks at whole columns of W
     peft_type = "DEFT"
     title = "DEFT"
@@ -53,10 +54,6 @@ class Deft(TwoPass, PeftFamily):
             claims.reject(module.refs, problem)
         else:
             claims.updates.append(self.update(module, context))
-
-    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        columns = update.factor("R").shape[-1] if update.has("R") else None
-        return oriented(update, parameter, (*update.factor("P").shape, 0)[0], columns)
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         rank = min(update.rank, shape[0])

@@ -1,6 +1,6 @@
 """W' = W + s · L R, where L (out, k) and R (k, in) are made of a method's factors: L row by row, R whole.
 
-What PVeRA, Uni-LoRA, TinyLoRA, DEFT, PEANuT and PSOFT have in common. As LoRA's, the product comes before the scale.
+VeRA, PVeRA, Uni-LoRA, TinyLoRA, DEFT, PEANuT and PSOFT are of this form. The product comes before the scale, as in LoRA.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Factored(Family):
     def right(self, factors: Factors, update: Update) -> Tensor:
         """R; kept while the weight is worked on."""
 
-    @abstractmethod
     def inner(self, update: Update) -> int:
         """k."""
+        return update.rank
 
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         right = factors.kept("right", lambda: self.right(factors, update))

@@ -16,8 +16,8 @@ from shardmerge.adapters.claims import ModuleUpdate
 from shardmerge.adapters.formats.checks import NUMBER, RANK, RANK_PATTERN, SEED, Config, pattern_value
 from shardmerge.adapters.formats.peft_method import Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors, add_scaled, oriented
-from shardmerge.spec.updates import Parameter, Settings, Update, Window
+from shardmerge.adapters.methods.base import Factors, add_scaled
+from shardmerge.spec.updates import Settings, Update, Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class SpectrumSettings(Settings):
 
 class FourierFt(PeftFamily):
     name = "fourierft"
+    sides = ("", "")  # nothing but the config's flag shows it
     builds = True
     by_column_windows = True
     neutral_if_zero = frozenset({"spectrum"})
@@ -48,9 +49,6 @@ class FourierFt(PeftFamily):
 
     def scaling_of(self, config: Config, module: Module) -> float:
         return float(config["scaling"])
-
-    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        return oriented(update, parameter, None, None)  # nothing but the config's flag shows it
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         spectrum, count = update.factor("spectrum"), SpectrumSettings.of(update).count

@@ -102,9 +102,6 @@ class Peanut(TwoPass, PeftFamily):
         expected = {role: (rank, rank) for role, _ in update.factors} | {"A": (rank, shape[0]), "B": (shape[0], rank)}
         return all_misshaped(update, expected, "by the config's r and the weight's shape")
 
-    def inner(self, update: Update) -> int:
-        return update.rank
-
     def view(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
         return factors.whole("A")[:, rows.start : rows.stop]
 

@@ -105,9 +105,6 @@ class Psoft(Factored, PeftFamily):
         expected = (rank * (rank - 1) // 2,) if PsoftSettings.of(update).orthogonal else (rank, rank)
         return all_misshaped(update, {"R": expected, "a": (rank,), "b": (rank,)}, f"as r {rank} and psoft_orth say")
 
-    def inner(self, update: Update) -> int:
-        return update.rank
-
     def left(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
         return factors.kept("left", lambda: self._left(factors, update))[rows.start : rows.stop]
 

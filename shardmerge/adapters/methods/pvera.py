@@ -14,14 +14,15 @@ from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.checks import RANK
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor
-from shardmerge.adapters.methods.base import Factors, misshaped, oriented
+from shardmerge.adapters.methods.base import Factors, misshaped
 from shardmerge.adapters.methods.factored import Factored
 from shardmerge.spec.tensors import RowRange
-from shardmerge.spec.updates import Parameter, Update
+from shardmerge.spec.updates import Update
 
 
 class Pvera(Factored, PeftFamily):
     name = "pvera"
+    sides = ("lambda_b", "")
     by_rows = frozenset({"B", "lambda_b"})
     rows_are_independent = True
     neutral_if_zero = frozenset({"lambda_b"})
@@ -51,9 +52,6 @@ class Pvera(Factored, PeftFamily):
         factors = (*module.factors.items(), ("A", context.shared["A"]), ("B", context.shared["B"]))
         claims.updates.append(self.update(module, context, factors=factors))
 
-    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        return oriented(update, parameter, update.factor("lambda_b").shape[0], None)
-
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         rank, a, b = update.rank, update.factor("A"), update.factor("B")
         problems = [
@@ -72,6 +70,3 @@ class Pvera(Factored, PeftFamily):
     def right(self, factors: Factors, update: Update) -> Tensor:
         a = factors.whole("A")[: update.rank, : update.columns]
         return factors.whole("lambda_d")[: update.rank].unsqueeze(1) * a
-
-    def inner(self, update: Update) -> int:
-        return update.rank

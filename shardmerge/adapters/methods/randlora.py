@@ -31,14 +31,13 @@ from shardmerge.adapters.methods.base import (
     Factors,
     add_scaled,
     all_misshaped,
-    oriented,
     parts_of,
     slab_elements,
     slabs,
 )
 from shardmerge.adapters.methods.vera import ProjectionSettings, rounded, shared_projections, sized
 from shardmerge.spec.tensors import DTYPE_BITS, RowRange, TensorRef
-from shardmerge.spec.updates import Parameter, Update, Window
+from shardmerge.spec.updates import Update, Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +49,7 @@ class RandLoraSettings(ProjectionSettings):
 
 class RandLora(PeftFamily):
     name = "randlora"
+    sides = ("", "")  # no factor distinguishes the outputs from the inputs
     streamed = frozenset({"B"})
     neutral_if_zero = frozenset({"lambda"})
     by_column_windows = True
@@ -89,10 +89,6 @@ class RandLora(PeftFamily):
 
     def scaling_of(self, config: Config, module: Module) -> float:
         return float(config["randlora_alpha"] / config["r"])
-
-    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        # No factor distinguishes the outputs from the inputs.
-        return oriented(update, parameter, None, None)
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         rank, small, large = update.rank, min(shape), max(shape)

@@ -20,11 +20,11 @@ from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.checks import RANK, Config, checked, is_number
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors, all_misshaped, oriented
+from shardmerge.adapters.methods.base import Factors, all_misshaped
 from shardmerge.adapters.methods.factored import Factored
 from shardmerge.errors import FormatError
 from shardmerge.spec.tensors import RowRange, TensorRef
-from shardmerge.spec.updates import Parameter, Settings, Update
+from shardmerge.spec.updates import Settings, Update
 
 _VECTOR = re.compile(r"(?:base_model\.)?(?:model\.)?tinylora_v(?:\.[^.]+)?\.(?P<group>\d{1,9})")
 #: Modules times groups; more would be no model's, but a file made to keep us busy.
@@ -43,6 +43,7 @@ class TinyLoraSettings(Settings):
 
 class TinyLora(Factored, PeftFamily):
     name = "tinylora"
+    sides = ("B", "A")
     by_rows = frozenset({"B"})
     rows_are_independent = True
     adds = True
@@ -100,9 +101,6 @@ class TinyLora(Factored, PeftFamily):
             ]
         super().claim_rest(claims, tensors, config)
 
-    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        return oriented(update, parameter, update.factor("B").shape[0], update.factor("A").shape[-1])
-
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         rank, numbers = min(update.rank, *shape), TinyLoraSettings.of(update).numbers
         expected: dict[str, tuple[int, ...]] = {role: (numbers,) for role, _ in update.factors}
@@ -115,9 +113,6 @@ class TinyLora(Factored, PeftFamily):
 
     def right(self, factors: Factors, update: Update) -> Tensor:
         return factors.whole("A")
-
-    def inner(self, update: Update) -> int:
-        return update.rank
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         numbers, rank, _ = update.factor("P").shape

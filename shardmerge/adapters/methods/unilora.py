@@ -28,10 +28,10 @@ from shardmerge.adapters.claims import Claims, ModuleUpdate
 from shardmerge.adapters.formats.checks import FLAG, RANK, Config, checked
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors, all_misshaped, check_indices, misshaped, oriented
+from shardmerge.adapters.methods.base import Factors, all_misshaped, check_indices, misshaped
 from shardmerge.adapters.methods.factored import Factored
 from shardmerge.spec.tensors import DTYPE_NAMES, RowRange, TensorRef
-from shardmerge.spec.updates import Parameter, Settings, Update
+from shardmerge.spec.updates import Settings, Update
 
 _SAVE = "load it with PEFT, set save_indices in the adapter's config, and save it again"
 #: What the names of the classes end in that PEFT's task types are for.
@@ -54,6 +54,7 @@ class UniLoraSettings(Settings):
 
 class UniLora(Factored, PeftFamily):
     name = "unilora"
+    sides = ("indices_B", "indices_A")
     by_rows = frozenset({"indices_B", "scales_B"})
     whole_numbers = frozenset({"indices_A", "indices_B"})
     rows_are_independent = True
@@ -109,10 +110,6 @@ class UniLora(Factored, PeftFamily):
         settings = UniLoraSettings(context.config["theta_d_length"])
         claims.updates.append(self.update(module, context, factors=factors, settings=settings))
 
-    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        a, b = update.factor("indices_A"), update.factor("indices_B")
-        return oriented(update, parameter, (*b.shape, 0)[0], (0, *a.shape)[-1])
-
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         a, b, theta = (update.rank, shape[1]), (shape[0], update.rank), (UniLoraSettings.of(update).length,)
         expected = {"indices_A": a, "scales_A": a, "indices_B": b, "scales_B": b, "theta": theta}
@@ -167,9 +164,6 @@ class UniLoraSeeded(Factored):
     def right(self, factors: Factors, update: Update) -> Tensor:
         first = UniLoraSeededSettings.of(update).first
         return _numbers(factors, update, first, first + update.rank * update.columns).view(update.rank, update.columns)
-
-    def inner(self, update: Update) -> int:
-        return update.rank
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
         # While the list is made there are two of 64 bits and one of 32; of A's and some rows of B's indices, 64 bits.

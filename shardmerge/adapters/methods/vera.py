@@ -21,9 +21,10 @@ from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
 from shardmerge.adapters.formats.checks import FLAG, OPTIONAL_SEED, RANK
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors, Family, add_scaled, all_misshaped, misshaped, oriented
+from shardmerge.adapters.methods.base import Factors, Family, all_misshaped, misshaped
+from shardmerge.adapters.methods.factored import Factored
 from shardmerge.spec.tensors import DTYPE_NAMES, RowRange, TensorRef
-from shardmerge.spec.updates import Parameter, Settings, Update, Window
+from shardmerge.spec.updates import Settings, Update
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,11 @@ class ProjectionSettings(Settings):
     dtypes: tuple[str, ...] = ()
 
 
-class Vera(PeftFamily):
+class Vera(Factored, PeftFamily):
     name = "vera"
-    builds = True
+    sides = ("lambda_b", "")
     by_rows = frozenset({"lambda_b", "B"})
     neutral_if_zero = frozenset({"lambda_b"})
-    by_column_windows = True
     rows_are_independent = True
     adds = True
     peft_type = "VERA"
@@ -70,9 +70,6 @@ class Vera(PeftFamily):
         if len(b.shape) != 1 or d.shape != (rank,):
             claims.misfit(f"{shown(b, d)}: expected (out) and (r) with r = {rank}, as adapter_config.json says")
 
-    def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        return oriented(update, parameter, update.factor("lambda_b").shape[0], None)
-
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         problems = misshaped(update.factor("lambda_b"), (shape[0],), f"a number for every output of {update.module}")
         if problems or not update.has("A"):
@@ -82,16 +79,11 @@ class Vera(PeftFamily):
         expected = {"A": (update.rank, columns), "B": (rows, update.rank)}
         return all_misshaped(update, expected, "as large as the largest module")
 
-    def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        def right() -> Tensor:
-            return factors.whole("lambda_d").unsqueeze(1) * self.inputs(factors, update)[:, : update.columns]
+    def left(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
+        return factors.rows("lambda_b", rows).unsqueeze(1) * self.outputs(factors, update, rows)
 
-        scaled = factors.kept("right", right)
-        if len(window.columns) < update.columns:
-            scaled = scaled[:, window.columns.start : window.columns.stop]
-        left = factors.rows("lambda_b", window.rows).unsqueeze(1) * self.outputs(factors, update, window.rows)
-        torch.mm(left, scaled, out=scratch)
-        add_scaled(tile, scratch, update.scaling)
+    def right(self, factors: Factors, update: Update) -> Tensor:
+        return factors.whole("lambda_d").unsqueeze(1) * self.inputs(factors, update)[:, : update.columns]
 
     def inputs(self, factors: Factors, update: Update) -> Tensor:
         """A."""
@@ -100,9 +92,6 @@ class Vera(PeftFamily):
     def outputs(self, factors: Factors, update: Update, rows: RowRange) -> Tensor:
         """Rows of B."""
         return factors.rows("B", rows)
-
-    def kept_bytes(self, update: Update, itemsize: int) -> int:
-        return update.rank * (update.rows + update.columns) * itemsize
 
 
 class VeraSeeded(Vera):
