@@ -49,7 +49,7 @@ class _Merged:
 def lay_out(
     checkpoint: Layout, updates: Mapping[str, Sequence[Update]], aux: AuxFiles, name: str, output: OutputConfig
 ) -> LaidOut:
-    """Lay out ``name``-``output.quantization``.gguf instead of the merged ``checkpoint``; see `OutputLayout.place`.
+    """Lay out ``name``-``output.quantization``.gguf instead of the merged ``checkpoint``; see `OutputLayout.lay_out`.
 
     What of the config the file would not say is a problem, or with ``output.allow_config_loss`` a warning.
 

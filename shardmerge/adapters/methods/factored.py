@@ -1,6 +1,6 @@
 """W' = W + s · L R, where L (out, k) and R (k, in) are made of a method's factors: L row by row, R whole.
 
-VeRA, PVeRA, Uni-LoRA, TinyLoRA, DEFT, PEANuT and PSOFT are of this form. The product comes before the scale, as in LoRA.
+VeRA, PVeRA, Uni-LoRA, TinyLoRA, DEFT, PEANuT and PSOFT have this form. The product comes before the scale, as in LoRA.
 """
 
 from __future__ import annotations
