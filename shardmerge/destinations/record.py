@@ -41,8 +41,12 @@ class Record:
     #: The files beside the shards; older records have none.
     others: Mapping[str, FileEntry]
     files: tuple[str, ...]
-    #: Updates by the weight's name: of a large model, 50 MB as objects.
-    targets: PackedMapping[Any]
+
+    @property
+    def targets(self) -> Mapping[str, Any]:
+        """Updates by the weight's name, packed: those of a large model take 50 MB as objects."""
+        targets = self.values.get("targets")
+        return targets if isinstance(targets, PackedMapping) else {}
 
     @property
     def seal(self) -> str | None:
@@ -112,16 +116,13 @@ def find_record(output: Path) -> Record | None:
         return None
     if values is None:
         return None
-    targets = values.get("targets")
-    packed: PackedMapping[Any] = PackedMapping(targets if isinstance(targets, dict) else {})
-    if isinstance(targets, dict):
-        values["targets"] = packed
+    if isinstance(targets := values.get("targets"), dict):
+        values["targets"] = PackedMapping(targets)
     return Record(
         values,
         _entries(values.get("shards")),
         _entries(values.get("other_files")),
         tuple(own_names(values.get("files"))),
-        packed,
     )
 
 

@@ -1,7 +1,7 @@
-"""Where tiles are computed: in the machine's memory, or on a GPU, to which they are copied and back.
+"""Where tiles are computed: on the CPU, or on a GPU, to which they are copied and back; and the memory for it.
 
-On a GPU every lane has a stream of its own, so that the copies of one tile overlap with the products of another.
-Leaving `on_stream` waits for the stream: then bytes have been read from a buffer, and have arrived in one.
+On a GPU every lane has a stream, so that the copies of one tile overlap with the products of another. Leaving
+`on_stream` waits for the stream: then bytes have been read from a buffer, and have arrived in one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Device:
         """Undo `pin`."""
 
     def on_stream(self, number: int) -> AbstractContextManager[None]:
-        """A context in which work goes to one of the streams; leaving it waits for the work."""
+        """A context in which work goes to a stream, by its number. Leaving it waits for the work."""
         return _NOTHING
 
     def fetch(self, stored: Tensor) -> Tensor:
@@ -45,22 +45,22 @@ class Device:
         return stored
 
     def synchronize(self) -> None:
-        """Wait for this thread's stream: other threads may then use what it has made."""
+        """Wait for this thread's stream, so that other threads may use its results."""
 
     def in_full(self) -> AbstractContextManager[None]:
-        """A context, of the process, in which products of float32 are computed in float32 and not in TF32."""
+        """A context of the process in which products of float32 are computed in float32, not in TF32."""
         return _NOTHING
 
     def staging(self, target: Tensor) -> Tensor:
-        """Memory of this device like ``target``, a part of a buffer; it may be the same. `deliver` copies it there."""
+        """Memory of this device like ``target``, a part of a buffer, or ``target`` itself; see `deliver`."""
         return target
 
     def deliver(self, staged: Tensor, target: Tensor) -> None:
-        """Copy a tensor of `staging` to its target, where it is after `synchronize`."""
+        """Copy a tensor of `staging` to its target; it is complete after `synchronize`."""
 
 
 class CudaDevice(Device):
-    """A GPU. Its memory comes from torch's allocator, which keeps that of each stream apart."""
+    """A GPU. Torch's allocator keeps the memory of each stream apart."""
 
     def __init__(self, device: torch.device, streams: int) -> None:
         self.device = device
@@ -75,7 +75,7 @@ class CudaDevice(Device):
             if not failed:
                 self._pinned.append(buffer.data_ptr())
                 continue
-            # Copies are slower then, and no less right. But CUDA reports the error again when the next kernel starts.
+            # Copies are only slower then. But CUDA reports the error again when the next kernel starts.
             with suppress(RuntimeError), self.on_stream(0):
                 torch.ones(1, device=self.device)
 
@@ -124,7 +124,7 @@ class CudaDevice(Device):
 
 
 class Workspace:
-    """Memory of one thread that computes: a tile in the dtype of the work, and as much scratch."""
+    """Memory of one thread that computes: a tile in the compute dtype, and as much scratch."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._memory = torch.empty(size, dtype=torch.uint8, device=device)
@@ -137,10 +137,7 @@ class Workspace:
         return self._memory[:nbytes], self._memory[aligned(nbytes) : aligned(nbytes) + nbytes]
 
     def tensors(self, shape: tuple[int, int], dtype: str, size: int) -> tuple[Tensor, Tensor]:
-        """A tile and scratch, both dense; the same as before where nothing else is asked for.
-
-        Each is the beginning of one of the `halves`, which have ``size`` bytes an element.
-        """
+        """A tile and scratch, both dense, each at the beginning of one of the `halves` of ``size`` bytes an element."""
         if self._key != (shape, dtype, size):
             tile, scratch = self.halves(shape[0] * shape[1], size)
             self._key = (shape, dtype, size)
@@ -148,9 +145,9 @@ class Workspace:
         return self._tensors
 
     def narrow(self, shape: tuple[int, int], dtype: str, after: int) -> tuple[Tensor, Tensor]:
-        """A copy of a part of a tile and scratch of its own, both dense and within the scratch of the tile's.
+        """Memory for a copy of a part of a tile and its scratch, both dense and within the tile's scratch.
 
-        ``after`` are the bytes of the tile.
+        ``after``: the bytes of the tile.
         """
         memory = self._memory[aligned(after) :]
         start = aligned(shape[0] * shape[1] * TORCH_DTYPES[dtype].itemsize)
@@ -158,14 +155,14 @@ class Workspace:
 
 
 class Lane:
-    """What one thread at a time computes with: workspaces, a stream by its number, and an account of the work done."""
+    """What one thread at a time computes with: workspaces and a stream, and an account of the work done."""
 
     def __init__(self, device: Device, stream: int, size: int) -> None:
         self.stream = stream
         with device.on_stream(stream):
             self.workspace = Workspace(size, device.device)
-        # Some codecs encode on the CPU. What is not touched of this takes no memory.
+        # Some codecs encode on the CPU. Untouched, this takes no memory.
         self.on_cpu = self.workspace if device.device.type == "cpu" else Workspace(size, torch.device("cpu"))
-        #: How many elements of a tensor were given to an update, both by identity.
+        #: How many elements of a tensor an update was applied to, both by identity.
         self.given: Counter[tuple[int, int]] = Counter()
         self.seconds = 0.0

@@ -44,8 +44,8 @@ def merge_shard(
 ) -> Receipt:
     """Merge one shard of a plan and commit it to its destination, in this process or another, on any machine.
 
-    ``engine`` is that of this process for this plan, which stays warm between shards; without one, one is made for this
-    shard. ``advance`` is given the bytes done, in the calling thread, and may raise to stop.
+    ``engine`` is the plan's engine in this process, which stays warm between shards; by default one is made for this
+    shard. ``advance`` gets the bytes done, in the calling thread, and may raise to stop.
     """
     if engine is None:
         with Engine(plan) as engine:
@@ -59,25 +59,25 @@ def merge_shard(
 
 
 class Engine:
-    """Buffers and workspace of a process for a merge, used for every shard in turn."""
+    """Buffers and workspace of a process for a merge, which its shards use one after the other."""
 
     def __init__(self, plan: MergePlan) -> None:
         self.plan = plan
         self.buffers = pipeline.pool(plan.memory.buffers, plan.memory.buffer_bytes + BUFFER_SLACK)
         self.working_set = WorkingSet([buffer.view for buffer in self.buffers])
-        # Three sets, as three threads use them. Whole tensors of an adapter may stand in for the base's; and some
-        # updates are made from the base's weight, too.
+        # Three sets, for three threads. Each needs all files: an adapter's tensor may be a source, and a weight of the
+        # base a factor.
         files = [*plan.base.files, *(file for adapter in plan.adapters for file in adapter.files)]
         self._sources, self._factors, self._shared = OpenReaders(files), OpenReaders(files), OpenReaders(files)
         self._worker: TileWorker | None = None
-        #: Seconds that the threads that read and write have worked or waited for the disk; and that those that compute
-        #: have worked, on average.
+        #: Seconds in which the threads that read and write have worked or waited for the disk, and in which those that
+        #: compute have worked, on average.
         self.seconds = {"reading": 0.0, "working": 0.0, "writing": 0.0}
         self._import = threading.Thread(target=_import_compute, name="shardmerge-import", daemon=True)
         if any(tensor.tiles for shard in plan.shards for tensor in shard.tensors):
             self._import.start()
         if plan.compute_device not in ("auto", "cpu"):
-            self._compute()  # whether the device is there shows before anything is written
+            self._compute()  # a device that is missing is an error before anything is written
 
     def __enter__(self) -> Engine:
         return self
@@ -88,7 +88,7 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Give back threads and open files, which are made and opened again if they are needed again."""
+        """End the threads and close the files. They are opened again if they are needed again."""
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.close()
@@ -97,11 +97,11 @@ class Engine:
         self._shared.close()
 
     def merge_shard(self, shard: ShardPlan, writer: Writer, advance: Callable[[int], None]) -> Receipt:
-        """Write one shard through ``writer`` and commit it. ``advance`` is given the bytes done."""
+        """Write one shard through ``writer`` and commit it."""
         try:
             self._write_shard(shard, writer, advance)
         except BaseException:
-            self.close()  # nothing that was seen of this shard may get into the receipt of the next
+            self.close()  # so that nothing of this shard gets into the receipt of the next
             raise
         if self._worker is None:
             return writer.commit()
@@ -110,7 +110,7 @@ class Engine:
         return writer.commit(active, fidelity)
 
     def _write_shard(self, shard: ShardPlan, writer: Writer, advance: Callable[[int], None]) -> None:
-        shard = shard.unpacked()  # while it is worked on, an update is known by its object
+        shard = shard.unpacked()  # updates are compared by identity
 
         def read(job: Job, buffer: Buffer) -> None:
             if job.read_bytes:
@@ -161,7 +161,7 @@ class Engine:
         return timed
 
     def _must_be_done(self, shard: ShardPlan) -> None:
-        """Stop, before the shard is committed, where an update that the plan lists was not done to all of its place."""
+        """Raise, before the shard is committed, if an update of the plan was not applied to all of its region."""
         for tensor in shard.tensors:
             if tensor.updates and (reason := missing(tensor, partial(self._given, tensor))):
                 raise ShardmergeError(f"{reason}: a fault of shardmerge, please report it; the merge was stopped")
@@ -181,16 +181,16 @@ class Engine:
 
 
 def _import_compute() -> None:
-    # An error here occurs again, and is reported, where the module is needed.
+    # An error occurs again, and is reported, where the module is needed.
     with suppress(Exception), no_garbage_collection():
         import shardmerge.execution.worker  # noqa: F401
 
 
 class ShardSteps:
-    """Records that work on a shard begins, and with `finished` that it has ended and where the time went."""
+    """Records the events of a shard: that it has started, and that it is finished and where the time went."""
 
     def __init__(self, shard: ShardPlan, seconds: Mapping[str, float]) -> None:
-        """``seconds`` are those of each stage since the beginning, which go on counting."""
+        """``seconds``: of each stage since the beginning of the merge; they keep counting."""
         self._shard, self._seconds, self._before = shard, seconds, dict(seconds)
         self._watch = Stopwatch()
         self._updates = sum(len(tensor.updates) for tensor in shard.tensors)

@@ -14,17 +14,17 @@ from shardmerge.spec.receipts import Receipt
 
 #: `engine.merge_shard`: its arguments by position pickle, so it can be called in any process.
 MergeShard = Callable[..., Receipt]
-#: Is given a shard and bytes of it that are done, in the thread that asks for receipts; may raise to stop.
+#: Gets a shard and bytes of it that are done, in the thread that iterates over receipts. It may raise to stop.
 Advance = Callable[[ShardPlan, int], None]
 
 
 class Executor(Protocol):
-    """Merges shards, which are independent of each other, in any order and in any place."""
+    """Merges shards, which are independent of each other, in any order, anywhere."""
 
     def prepare(self, plan: MergePlan) -> AbstractContextManager[Any]:
-        """Get ready within for a plan. What is missing (a device, say) is an error before anything is written.
+        """A context that is ready for a plan. What is missing, a device say, is an error before anything is written.
 
-        No worker is left when the block is left, however it is left.
+        No worker outlives the context.
         """
 
     def map(
@@ -35,19 +35,19 @@ class Executor(Protocol):
         destination: Handle,
         advance: Advance,
     ) -> Iterator[Receipt]:
-        """Call ``merge_shard(plan, shard, destination)`` once for every shard; the receipts, in any order.
+        """Call ``merge_shard(plan, shard, destination)`` once for every shard, and yield the receipts in any order.
 
-        The first error ends the iteration. No two workers ever merge the same shard at a time. ``advance`` may be
-        called as often as can be; what was not counted when a receipt comes is counted then.
+        The first error ends the iteration. No two workers may merge the same shard at a time. ``advance`` may be called
+        at any time; bytes that it has not counted are counted when their shard's receipt comes.
         """
 
     @property
     def working_set(self) -> int | None:
-        """The most bytes that the last `map` took above what was resident before; None where that is not known."""
+        """The most bytes that the last `map` took above what was resident before, if that is known."""
 
 
 class SerialExecutor:
-    """One shard at a time in this thread: a merge is bound by the disk, which one shard keeps busy."""
+    """Merges one shard at a time in this thread, which keeps the disk busy."""
 
     def __init__(self) -> None:
         self.working_set: int | None = None

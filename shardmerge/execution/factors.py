@@ -1,7 +1,7 @@
-"""Factors of the target at hand, read when they are first asked for.
+"""Read an adapter's factors when a family first asks for them.
 
-An adapter of rank 256 of a large model weighs gigabytes; of it, only the factors of one target are in memory, and of
-those that go by rows only the rows of one tile.
+An adapter of rank 256 of a large model weighs gigabytes. Only the factors of the weights being merged are in memory,
+and of factors that go by rows only the rows of a tile.
 """
 
 from __future__ import annotations
@@ -27,32 +27,31 @@ from shardmerge.spec.updates import Update
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What is made of a factor: numbers of ``dtype``, among which may be ``infinite`` ones."""
+    """What a factor is converted to. ``infinite``: whether it may hold infinities."""
 
     dtype: torch.dtype
     infinite: bool = False
 
 
 class LazyFactors:
-    """Reads factors and keeps the whole ones of the targets in the works."""
+    """Reads factors, and keeps those of the last weights that have begun."""
 
     def __init__(
         self, reader: Callable[[str], Reader], device: Device, shared_bytes: int = 0, targets: int = 1
     ) -> None:
-        """So many ``targets`` are in the works at a time: the last that have begun.
-
-        ``shared_bytes``: of factors that are kept as stored, what these do not need may stay so large.
+        """``targets``: how many weights may be merged at a time. ``shared_bytes``: the most bytes of
+        factors, as stored, that are kept for later weights.
         """
         self._reader = reader
         self._shared_bytes = shared_bytes
         self._device = device
         self._kept: dict[tuple[TensorRef, torch.dtype], Tensor] = {}
         self._as_stored: dict[TensorRef, Tensor] = {}
-        #: What each of the targets in the works needs: factors in a dtype, and factors or parts as they are stored.
+        #: What each of these weights needs: factors in a dtype, and factors or parts as they are stored.
         self._wanted: deque[set[tuple[TensorRef, torch.dtype]]] = deque(maxlen=targets)
         self._needed: deque[set[TensorRef]] = deque(maxlen=targets)
         self._threads = torch.get_num_threads()
-        #: Held while something is read or built; several threads ask.
+        #: Held while something is read or built.
         self.lock = threading.RLock()
         #: Adapters, by number, that have had an effect since this was last cleared.
         self.active: set[int] = set()
@@ -60,12 +59,10 @@ class LazyFactors:
     def begin(
         self, updates: Sequence[Update], dtypes: Sequence[torch.dtype], parts: Sequence[TensorRef] = ()
     ) -> Mapping[int, UpdateFactors]:
-        """Begin with another target. Returns the factors of each update, by its id, in a dtype of ``dtypes``.
+        """Begin another weight. Returns the factors of each update, by its id, in the update's dtype.
 
-        ``parts`` are the target's own beside its values.
-
-        Of what was kept for the targets before, what those in the works need stays: experts that the base stores one by
-        one share their adapter's factors. Two sets of them, as a layer's down_proj has others than its gate and up.
+        ``parts`` are the weight's own parts beside its values. What the last weights still need is kept: experts that
+        the base stores one by one share their adapter's factors.
         """
         with self.lock:
             wanted = {(ref, dtype) for update, dtype in zip(updates, dtypes, strict=True) for _, ref in update.factors}
@@ -82,7 +79,7 @@ class LazyFactors:
         return {id(update): UpdateFactors(self, update, dtype) for update, dtype in zip(updates, dtypes, strict=True)}
 
     def whole(self, ref: TensorRef, made: Made) -> Tensor:
-        """A factor, kept until the target changes."""
+        """A factor, kept while a weight needs it."""
         if (kept := self._kept.get((ref, made.dtype))) is None:
             kept = self._ready(ref, self._read(ref, RowRange(0, ref.shape[0])), made)
             self._kept[ref, made.dtype] = kept
@@ -90,7 +87,7 @@ class LazyFactors:
         return kept
 
     def as_stored(self, ref: TensorRef) -> Tensor:
-        """A factor in the dtype of its file and on the CPU, kept until the target changes."""
+        """A factor in the dtype of its file and on the CPU, kept while a weight needs it."""
         if (kept := self._as_stored.get(ref)) is None:
             kept = self._stored(ref)
             self._check(ref, kept)
@@ -114,7 +111,7 @@ class LazyFactors:
         return stored.to(self._device.device)
 
     def columns(self, ref: TensorRef, columns: RowRange, made: Made) -> Tensor:
-        """Columns of a matrix. Of a small one, or one kept transposed, all bytes are kept."""
+        """Columns of a matrix. Of a small one, or one that is stored transposed, all bytes are kept."""
         first = (0, columns.start)
         if ref.strides is not None or ref.nbytes <= KEPT_WHOLE_BYTES:
             return self._ready(ref, self._stored(ref)[:, columns.start : columns.stop], made, first)
@@ -123,10 +120,7 @@ class LazyFactors:
         return self._ready(ref, self._read_columns(ref, columns), made, first)
 
     def built(self, build: Callable[[], Tensor]) -> Tensor:
-        """What ``build`` makes, with the threads that torch takes by itself, as PEFT's is.
-
-        The bits of a decomposition depend on their number.
-        """
+        """Call ``build`` with torch's default number of threads, as PEFT does: a decomposition's bits depend on it."""
         threads = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         try:
@@ -152,8 +146,11 @@ class LazyFactors:
         return ready.copy_(stored)
 
     def _check(self, ref: TensorRef, stored: Tensor, first: tuple[int, ...] = (), infinite: bool = False) -> None:
-        """Stop at a value that is not finite, or not even ``infinite``; ``first`` is where in the factor it begins."""
-        # Asked of the least and the largest, as a mask of them all would take memory.
+        """Raise `NonFiniteError` for NaN, and for an infinity unless it may be ``infinite``.
+
+        ``first`` is the index in the factor at which ``stored`` begins.
+        """
+        # The least and the largest value show it; a mask of all values would take memory.
         if not stored.numel():
             return
         if stored.dtype.itemsize == 1:  # torch compares no float8
@@ -194,9 +191,9 @@ class LazyFactors:
 
 
 def _memory(size: int) -> tuple[bytearray | mmap.mmap, memoryview, int]:
-    """``size`` bytes, aligned as MKL likes them: the memory, a view of them, and where in it they begin.
+    """``size`` aligned bytes: the memory, a view of the bytes, and their offset in the memory.
 
-    Much memory is asked of the system, to which it goes back at once: malloc would keep it, in pieces.
+    Large memory is mapped, so that it goes back to the system at once; malloc would keep pieces of it.
     """
     if size > KEPT_WHOLE_BYTES:
         pages = mmap.mmap(-1, size)
@@ -207,18 +204,18 @@ def _memory(size: int) -> tuple[bytearray | mmap.mmap, memoryview, int]:
 
 
 class UpdateFactors:
-    """The factors of one update, by role; what a family's ``apply`` is given."""
+    """The factors of one update, by role; see `shardmerge.adapters.methods.base.Factors`."""
 
     def __init__(self, loader: LazyFactors, update: Update, dtype: torch.dtype) -> None:
         self._loader = loader
         self._update = update
-        # An infinity that is copied may be one that the base holds, too: that is seen where it is put.
+        # An infinity that is copied may be the base's own; `nonfinite` compares them.
         self._made = Made(dtype, infinite=not FAMILIES[update.family].computes)
         self._wholes: dict[str, Tensor] = {}
         self._built: dict[str, Tensor] = {}
 
     def whole(self, role: str) -> Tensor:
-        # Asked for by every tile, so looked up without the lock and without hashing its `TensorRef`.
+        # Every tile calls this, so it takes no lock and hashes no `TensorRef`.
         if (found := self._wholes.get(role)) is None:
             with self._loader.lock:
                 found = self._wholes[role] = self._seen(role, self._loader.whole(self._update.factor(role), self._made))
@@ -250,7 +247,7 @@ class UpdateFactors:
             return kept
 
     def _shuffled(self, shuffle: tuple[int, int, int], rows: RowRange) -> Tensor:
-        """The matrix's rows that are, in this order, the stored rows which the window counts as ``rows``."""
+        """The matrix's rows for stored rows, both counted from the region's start."""
         start = self._update.region.start
         _, outer, inner = shuffle
         stored = torch.arange(rows.start - start, rows.stop - start)

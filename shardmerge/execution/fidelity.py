@@ -1,8 +1,8 @@
-"""How much of an update survives the one rounding at the end.
+"""Measure how much of an update survives the rounding.
 
-A base in bfloat16 keeps 8 significant bits. An update far below half a unit of the weights that it is added to leaves
-most of them as they were, and the merged model then is not what base + adapter was. Of each updated tensor a sample of
-rows is looked at while it is merged: ΔW = W' − W before it is rounded, and what is left of it after.
+bfloat16 has 8 significant bits. An update far below half a unit of the weights that it is added to leaves most of them
+unchanged, and then the merged model is not base + adapter. So a sample of each updated tensor is compared while it is
+merged: ΔW = W' − W before the rounding, and what is left of it after.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.receipts import Fidelity
 from shardmerge.spec.tensors import RowRange
 
-#: Of so many tiles one is looked at, but of every tensor at least one and at most a few; and of it so many elements.
+#: One tile of so many is sampled, at least one and at most a few of a tensor, and so many elements of a tile.
 _ONE_OF = 16
 _MOST = 4
 _ELEMENTS = 1 << 13
@@ -34,30 +34,30 @@ class Sample:
 
 
 def sampled_rows(tensor: TensorPlan) -> frozenset[int]:
-    """The first rows of the tiles of a tensor that are looked at, evenly spread."""
+    """The first rows of the tiles that are sampled, evenly spread."""
     starts = [rows.start for rows in tensor.ranges()] if _is_changed(tensor) else []
     count = min(max(1, len(starts) // _ONE_OF), _MOST, len(starts))
     return frozenset(starts[len(starts) * (2 * part + 1) // (2 * count)] for part in range(count))
 
 
 class Sampler:
-    """Looks at the tensors of a shard. Threads may share it, as each only adds to a list."""
+    """Samples the tensors of a shard. Threads may share it, as each only appends to a list."""
 
     def __init__(self) -> None:
         self._seen: list[tuple[str, int, Fidelity]] = []
 
     def before(self, stored: Tensor) -> Sample:
-        """What a tile holds before the update; ``stored`` may be overwritten afterwards."""
+        """Copy the sample of a tile before its updates."""
         step = max(1, stored.numel() // _ELEMENTS)
         return Sample(step, stored[::step].to(torch.float32, copy=True))
 
     def after(self, tensor: TensorPlan, rows: RowRange, sample: Sample, exact: Tensor, rounded: Tensor) -> None:
-        """See the sample's rows after the update, before and after they were rounded."""
+        """Compare the sample with its updated rows, before and after they were rounded."""
         before, merged, stored = (of.flatten().to(torch.float32) for of in (sample.before, exact, rounded))
-        if not bool((finite := torch.isfinite(before)).all()):  # an infinity that stays is no update
+        if not bool((finite := torch.isfinite(before)).all()):  # an infinity that stays is not an update
             before, merged, stored = (torch.where(finite, of, 0.0) for of in (before, merged, stored))
         update = merged - before
-        # What the base itself loses where it is stored in more bits is not the update's.
+        # What the base itself loses in a narrower dtype is not a loss of the update's.
         without = before
         if tensor.out.dtype in TORCH_DTYPES:
             without = before.to(TORCH_DTYPES[tensor.out.dtype]).to(torch.float32)
@@ -72,7 +72,7 @@ class Sampler:
         self._seen.append((tensor.source.name, rows.start, seen))
 
     def take(self) -> Mapping[str, Fidelity]:
-        """What was seen since the last time, by the tensor's name. The order of the threads does not matter."""
+        """The samples since the last call, by the tensor's name, whatever the order of the threads."""
         seen, self._seen = sorted(self._seen, key=lambda item: item[:2]), []
         result: dict[str, Fidelity] = {}
         for name, _, fidelity in seen:
@@ -81,6 +81,6 @@ class Sampler:
 
 
 def _is_changed(tensor: TensorPlan) -> bool:
-    """Whether something is done to numbers of the base. Where a tensor is replaced, nothing can be lost."""
+    """Whether updates change numbers of the base. Of a tensor that replaces it, nothing can be lost."""
     families = [FAMILIES[update.family] for update in tensor.updates]
     return any(of.changes_weight for of in families) and not any(of.is_source for of in families)

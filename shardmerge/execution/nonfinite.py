@@ -1,10 +1,10 @@
-"""Values that an output cannot hold: a number that is not finite, or that the output's dtype rounds to infinity.
+"""Refuse values that an output cannot hold: numbers that are not finite, or that its dtype rounds to infinity.
 
-Every codec looks at the tiles that it encodes; what is here is asked only where it is not sure that it can.
+A codec calls this only for a tile that it may be unable to encode.
 
-An infinity may be there on purpose, as in a mask. It stays where the base holds the same one and nothing was computed
-of it: in a tensor without an update, in rows that no update reaches, and in a whole tensor of an adapter's, as PEFT
-saves what the base had. One that is new is refused, and so is NaN.
+An infinity may be intended, as in a mask. It stays where the base holds the same one and nothing was computed of it:
+in a tensor without an update, in rows that no update reaches, and in an adapter's whole tensor, as PEFT saves what the
+base had. A new infinity is refused, and so is NaN.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from shardmerge.execution.jobs import Tile
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import TensorRef
 
-#: Elements of a tensor, counted from its first, before the updates.
+#: Reads elements of a tensor, before the updates: the first, and how many.
 ReadElements = Callable[[TensorRef, int, int], Tensor]
 
 
 def check(tile: Tensor, tensor: TensorPlan, of: Tile, read: ReadElements) -> None:
-    """Stop at a value of an updated tile of a tensor that its output cannot hold."""
+    """Raise `NonFiniteError` for a value of an updated tile that the output cannot hold."""
     codec, rows = encoder(tensor), of.rows
     wrong = ~(tile.abs() < codec.largest(tensor))
     if not tensor.updates:
-        # Only a number must not become an infinity, or no number.
+        # What is not finite in the base stays; only a number must not become an infinity.
         wrong &= torch.isfinite(tile)
     elif codec.holds_infinity and bool(torch.isinf(tile).any()):
         wrong &= ~_of_the_base(tile, tensor, of, read).to(wrong.device)
@@ -44,7 +44,7 @@ def check(tile: Tensor, tensor: TensorPlan, of: Tile, read: ReadElements) -> Non
 
 
 def _of_the_base(tile: Tensor, tensor: TensorPlan, of: Tile, read: ReadElements) -> Tensor:
-    """Where a tile holds an infinity that the base holds too, and that no update has worked out."""
+    """Where a tile holds an infinity that the base holds too, and that no update has computed."""
     base = tensor.base or tensor.source
     first, count = of.rows.start * tensor.row_elements, tile.numel()
     there = min(count, max(0, math.prod(base.shape) - first))  # a resized tensor has rows that the base has not

@@ -1,8 +1,8 @@
 """Three stages over one fixed pool of buffers: read → work → write.
 
-Reading and writing have a thread each; the work is handed out by the caller's thread, which is also where errors and
-progress surface. The pool bounds everything: who wants a buffer waits until one comes back. An error or an interrupt in
-any stage stops the others, and no thread outlives `run`.
+Reading and writing have a thread each. The caller's thread hands out the work, reports progress and raises errors. A
+stage that needs a buffer waits until one is free. An error or an interrupt in any stage stops the others, and no thread
+outlives `run`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Job = TypeVar("Job")
 
 
 class Buffer:
-    """Page-aligned memory that is used again and again."""
+    """Page-aligned memory that is reused."""
 
     def __init__(self, view: memoryview) -> None:
         self.view = view
@@ -33,11 +33,11 @@ def pool(count: int, size: int) -> list[Buffer]:
 
 
 class StoppedError(Exception):
-    """Raised in a stage that waits, when another stage has failed or finished early."""
+    """Raised in a stage that waits when another stage has failed."""
 
 
 class Channel(Generic[Item]):
-    """A queue whose waiters can be woken for good. Its length is bounded by the pool, not by itself."""
+    """A queue that can be stopped, which wakes all that wait for an item. The pool bounds its length."""
 
     def __init__(self, items: Iterable[Item] = ()) -> None:
         self._items = deque(items)
@@ -66,7 +66,7 @@ class Channel(Generic[Item]):
 
 @dataclass(frozen=True, slots=True)
 class Worked:
-    """What the work hands to the writer: the buffer to write, which is complete when ``wait`` returns."""
+    """A buffer for the writer, complete when ``wait`` returns."""
 
     buffer: Buffer
     wait: Callable[[], object] = lambda: None
@@ -94,7 +94,7 @@ class _Pipeline(Generic[Job]):
 
     def reading(self) -> None:
         for job in self.jobs:
-            # The last free buffer is for output: only when that is written, input becomes free.
+            # The last free buffer is for output: no input becomes free before that is written.
             buffer = self.free.get(leave=1)
             self.read(job, buffer)
             self.filled.put((job, buffer))
@@ -134,10 +134,10 @@ def run(
 ) -> None:
     """Take every job through the three stages, in order.
 
-    ``jobs`` is consumed, and ``read`` called, in the reading thread; ``write`` in the writing thread; ``work`` and
-    ``done`` in the caller's. ``work`` is given the buffer that was read into, and a function that gives it an empty one
-    for its output; it may write from the same buffer. ``done`` is called when a job's work is handed to the writer.
-    There must be two buffers at least. Raises what the first failing stage raised.
+    ``jobs`` and ``read`` run in the reading thread, ``write`` in the writing thread, ``work`` and ``done`` in the
+    caller's. ``work`` gets the buffer that was read into, and a function that returns an empty one; it may write to
+    either. ``done`` is called when a job is handed to the writer. At least two buffers are needed. Raises the first
+    error of any stage.
     """
     pipeline = _Pipeline(jobs, buffers, read, write)
     threads = [

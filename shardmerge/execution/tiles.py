@@ -1,7 +1,4 @@
-"""The tiles of one weight: decode → each update → encode and check.
-
-Importing this module imports torch, which takes about a second; so the engine does it when the first tile is read.
-"""
+"""The tiles of one weight: decode → each update → encode and check. This imports torch."""
 
 from __future__ import annotations
 
@@ -25,14 +22,14 @@ from shardmerge.spec.tensors import DTYPE_BITS, Orientation, RowRange, TensorInf
 from shardmerge.spec.updates import Update, Window
 from shardmerge.spec.windows import Position
 
-#: What an update is given: its part of a tile, its factors, itself, the window, and scratch.
+#: `Family.apply` or `Family.prepass`.
 Apply = Callable[[Tensor, UpdateFactors, Update, Window, Tensor], None]
-#: Bytes of a stored tensor, from an offset within it, so many of them.
+#: Reads bytes of a stored tensor: their offset within it, and how many.
 ReadBytes = Callable[[TensorRef, int, int], Tensor]
 
 
 class WeightTiles:
-    """Decodes, updates and encodes the tiles of one weight, each in a lane. Threads may share it."""
+    """Decodes, updates and encodes the tiles of one weight, each in a lane. Threads share it."""
 
     def __init__(
         self,
@@ -47,7 +44,7 @@ class WeightTiles:
         self.columns = tensor.row_elements
         self._device, self._loader, self._sampler, self._read = device, factors, sampler, read
         self._dtype = tile_dtype(tensor, compute_dtype)
-        #: What updates that compute are given, where it is another dtype than the tile's.
+        #: The dtype of what updates that compute get, where it is not the tile's.
         self._narrow = narrow_dtype(tensor, compute_dtype)
         self._decoder, self._encoder = decoder(tensor), encoder(tensor)
         #: Bytes that the workspace has for an element of the tile.
@@ -80,7 +77,7 @@ class WeightTiles:
             self._sampler.after(self.tensor, tile.rows, sample, values[:: sample.step], encoded[:: sample.step])
 
     def prepass(self, lane: Lane, tile: Tile, stored: Tensor, shown_to: Update | None) -> None:
-        """Show an update the tile as those before it leave it; or the codec, as all of them leave it."""
+        """Show the tile to an update, as the updates before it leave it, or to the codec, as all of them leave it."""
         slot = _Slot(self, lane, tile.rows)
         self._decode(slot, stored)
         for update, position in tile.positions:
@@ -90,7 +87,7 @@ class WeightTiles:
             self._encoder.prepass(slot, self._space(slot)[0])
 
     def made(self) -> Tensor:
-        """The bytes of all small parts of the output, one after the other; complete when all tiles are merged."""
+        """The bytes of all small parts of the output in their order, complete when all tiles are merged."""
         return torch.cat([part.view(torch.uint8).flatten() for part in self._made.values()])
 
     def _space(self, slot: _Slot) -> tuple[Tensor, Tensor]:
@@ -98,16 +95,16 @@ class WeightTiles:
         return slot.workspace.tensors((len(slot.rows), self.columns), self._dtype, self._room)
 
     def _decode(self, slot: _Slot, stored: Tensor) -> Tensor:
-        """Fill a lane's tile. Returns the numbers in it, as few bytes as there are of them."""
-        fetched = self._device.fetch(stored)  # less to copy as stored
+        """Fill a lane's tile. Returns the numbers in it, in the smaller of the two dtypes."""
+        fetched = self._device.fetch(stored)  # before it is decoded, as it is smaller
         tile, _ = self._space(slot)
         self._decoder.decode(slot, fetched, tile)
         return fetched if self._decoder.is_plain else tile
 
     def _encode(self, slot: _Slot, of: Tile, target: Tensor) -> Tensor:
-        """Encode a lane's updated tile into ``target``; stop at a value that the output cannot hold.
+        """Encode a lane's updated tile into ``target``, and return it, on the device if the codec encodes there.
 
-        Returns what was encoded, on the device if the codec encodes there.
+        Raises `NonFiniteError` for a value that the output cannot hold.
         """
         tile, codec = self._space(slot)[0], self._encoder
         encoded = self._device.staging(target) if codec.on_device else target
@@ -123,7 +120,7 @@ class WeightTiles:
         return encoded
 
     def _give(self, slot: _Slot, update: Update, position: Position, apply: Apply) -> None:
-        """Give a family its part of the tile, the way round that it speaks of."""
+        """Apply an update to its part of the tile, turned as the method speaks of it."""
         tile, scratch = self._space(slot)
         view, space, factors = tile, scratch, self._factors[id(update)]
         columns = position.columns
@@ -143,7 +140,7 @@ class WeightTiles:
         stored.copy_(copy)
 
     def _stored(self, slot: _Slot, ref: TensorRef, start: int, count: int) -> Tensor:
-        """Elements of a tensor of the base's or an adapter's, decoded, read again: the tile holds the result."""
+        """Elements of a tensor of the base or an adapter, read again and decoded."""
         if self.tensor.decoding is not None and ref is self.tensor.source:
             return self._decoded_again(slot, start, count)
         size = DTYPE_BITS[ref.dtype] // 8
@@ -189,9 +186,9 @@ def _zeros(info: TensorInfo) -> Tensor:
 
 
 def matrix(raw: Tensor, dtype: str, rows: int, columns: int) -> Tensor:
-    """Bytes as rows of numbers of a dtype, or of bytes where it is none of torch's.
+    """Bytes as rows of numbers of a dtype, or as rows of bytes where torch has no such dtype.
 
-    Where there are none, they are rows of ``columns``.
+    ``columns`` gives the shape where there are no bytes.
     """
     numbers = raw.view(NUMBER_DTYPES.get(dtype, torch.uint8))
     return numbers.view(rows, len(numbers) // rows if len(numbers) else columns)

@@ -1,7 +1,4 @@
-"""Merge jobs: share their tiles out among threads, each of which computes in a lane of its own.
-
-Importing this module imports torch.
-"""
+"""Merge jobs: hand their tiles out to threads, each of which computes in a lane of its own. This imports torch."""
 
 from __future__ import annotations
 
@@ -33,30 +30,28 @@ from shardmerge.system.torch_devices import resolve_device
 if TYPE_CHECKING:
     from shardmerge.sources.source import Reader
 
-#: Seconds in which a thread must have begun; where memory has run out, one may end without having said so.
+#: Seconds in which a thread must have begun; where memory has run out, one may end without an error.
 _PATIENCE = 60.0
 
 Item = TypeVar("Item")
 
 
 class TileWorker:
-    """Merges jobs from buffer to buffer, with a lane for every thread. Close it to end the threads."""
+    """Merges jobs from buffer to buffer. `close` ends the threads."""
 
     def __init__(self, plan: MergePlan, buffers: Sequence[Buffer], open_file: Callable[[str], Reader]) -> None:
-        """``open_file`` gives the reader of a uri, of an adapter or of the base; asked of one thread at a time."""
+        """``open_file`` returns the reader of a uri of the base or an adapter. One thread at a time calls it."""
         self.plan = plan
         count, size = plan.memory.workers, plan.memory.workspace_bytes
         device = resolve_device(plan.compute_device, what=f"the {words_for(plan.adapters).noun}")
         self.dtype = dtype_code(plan.compute_dtype)
-        #: Looks at how the updates come through the rounding.
         self.sampler = Sampler()
         self._raw = {id(buffer): torch.frombuffer(buffer.view, dtype=torch.uint8) for buffer in buffers}
         self.device = device_for(device, count)
-        # Before the next line changes torch's number of threads, with which some factors are made.
+        # Before `ComputeThreads`, which changes torch's number of threads: some factors are built with the default.
         self.factors = LazyFactors(open_file, self.device, plan.memory.shared_bytes, plan.memory.weights)
         self._threads = ComputeThreads(count)
         self._lanes = [Lane(self.device, number, size) for number in range(count)]
-        #: Lanes that no thread is in.
         self._free = deque(self._lanes)
         self._open_file = open_file
         self._weight: WeightTiles | None = None
@@ -67,10 +62,10 @@ class TileWorker:
         self.device.pin(self._raw.values())
 
     def take(self) -> tuple[tuple[int, ...], Mapping[str, Fidelity], float]:
-        """What was seen since the last time.
+        """Results since the last call.
 
-        Adapters that had an effect, by number; how updates came through; seconds that a thread has computed, on
-        average.
+        The numbers of the adapters that had an effect, the fidelity of updates by tensor, and the seconds that a thread
+        computed, on average.
         """
         active = tuple(sorted(self.factors.active))
         self.factors.active.clear()
@@ -81,7 +76,7 @@ class TileWorker:
         return active, self.sampler.take(), seconds
 
     def given(self, tensor: TensorPlan, update: Update) -> int:
-        """How many elements of a tensor an update was given, since the last `take`."""
+        """How many elements of a tensor an update was applied to since the last `take`."""
         return sum(lane.given[id(tensor), id(update)] for lane in self._lanes)
 
     def close(self) -> None:
@@ -90,9 +85,9 @@ class TileWorker:
         self.device.close()
 
     def merge(self, job: Job, source: Buffer, target: Buffer) -> Callable[[], None]:
-        """Decode each tile from one buffer, update it, and encode it into the other, which may be the same.
+        """Decode each tile from ``source``, update it, and encode it into ``target``, which may be the same buffer.
 
-        Returns at once; what is returned waits until it is done, and raises what a tile has raised.
+        Returns at once: a function that waits until all tiles are done, and raises what one has raised.
         """
         tensor = job.tensor
         assert tensor is not None
@@ -101,7 +96,7 @@ class TileWorker:
         if not job.tiles:
             self._threads.settle()
             out.copy_(weight.made()[job.made_offset :][: len(out)])
-            return _nothing
+            return _done
         stored = self._stored_rows(job, source)
         out = matrix(out, tensor.out.dtype, len(stored), weight.columns)
 
@@ -111,7 +106,7 @@ class TileWorker:
 
         if tensor.tiles == 1:
             self._threads.alone(lambda: merge(job.tiles[0]))
-            return _nothing
+            return _done
         futures = self._threads.share(job.tiles, merge)
         self._begun[-1] += futures
 
@@ -139,9 +134,9 @@ class TileWorker:
             show()
 
     def _begin(self, tensor: TensorPlan) -> WeightTiles:
-        """Prepare what all tiles of a weight share, when few enough other weights have tiles left.
+        """Prepare what all tiles of a weight share, as soon as few enough other weights have tiles left.
 
-        2.2 GB on tmpfs take 9 % less time than with a wait for the last tile of the weight before.
+        With two weights at a time 2.2 GB on tmpfs take 9 % less time than with one.
         """
         if self._weight is None or tensor is not self._weight.tensor:
             if any(FAMILIES[update.family].builds for update in tensor.updates):
@@ -178,24 +173,24 @@ class TileWorker:
         return torch.frombuffer(data, dtype=torch.uint8)
 
 
-def _nothing() -> None:
+def _done() -> None:
     """There is nothing to wait for."""
 
 
 class ComputeThreads:
-    """Threads in each of which torch computes with one thread; `close` ends them.
+    """Threads in each of which torch computes with one thread. `close` ends them.
 
-    So nothing is waited for within a product, and torch's pool does not compete with the threads that read and write.
-    The bits of a large product do not depend on the number of threads. Those of a small one may: see `alone`.
+    So no product waits for another thread, and torch's pool does not compete with the threads that read and write. The
+    bits of a large product do not depend on the number of threads; those of a small one may, see `alone`.
     """
 
     def __init__(self, count: int) -> None:
-        #: The number that torch takes by itself.
+        #: Torch's default number of threads.
         self.default = torch.get_num_threads()
         self.count = count
         self._running: set[Future[None]] = set()
-        # All begin now: a thread that sets torch's number of threads sets MKL's for the whole process, and must not do
-        # so while `alone` computes.
+        # All begin now: to set torch's number of threads in one sets MKL's for the whole process, which must not happen
+        # while `alone` computes.
         ready = threading.Barrier(count + 1)
 
         def begin() -> None:
@@ -219,9 +214,9 @@ class ComputeThreads:
         torch.set_num_threads(1)
 
     def share(self, items: Iterable[Item], work: Callable[[Item], None]) -> Sequence[Future[None]]:
-        """Hand out items, each to the next thread that is free. Returns at once.
+        """Hand out items, each to the next free thread, and return at once.
 
-        The futures are done when all items are; where an item raises, other items may be left out.
+        The futures are done when all items are. If an item raises, others may be left out.
         """
         left = deque(items)
 
@@ -238,9 +233,9 @@ class ComputeThreads:
         return futures
 
     def alone(self, work: Callable[[], None]) -> None:
-        """Work here, while no other thread computes, with as many threads as torch takes by itself.
+        """Work in this thread with torch's default number of threads, while no other thread computes.
 
-        The bits of a product of few rows depend on that number, so this makes them those of PEFT's.
+        The bits of a product of few rows depend on that number, so PEFT's bits need PEFT's number.
         """
         self.settle()
         torch.set_num_threads(self.default)
@@ -250,7 +245,7 @@ class ComputeThreads:
             torch.set_num_threads(1)
 
     def settle(self) -> None:
-        """Wait until no thread works on anything."""
+        """Wait until every thread is idle."""
         wait(self._running)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that are cheap to make, for objects of which a plan has one for every tensor."""
+"""Frozen dataclasses that are cheap to make, for what a plan has once a tensor."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 else:
 
     def light_dataclass(*, frozen: bool, slots: bool) -> Any:
-        """What `dataclass` makes, frozen for type checkers alone.
+        """`dataclass`, frozen for type checkers only.
 
-        Python sets each field of a frozen object by a function call: of eight fields that takes four times as long. A
-        plan of 45,000 targets makes a million such objects, and takes a fifth less time without it.
+        Python sets each field of a frozen object by a function call, which takes four times as long for eight fields. A
+        plan of 45,000 targets makes a million such objects, and takes a fifth less time this way.
         """
         assert frozen
         return dataclasses.dataclass(slots=slots, unsafe_hash=True)

@@ -1,7 +1,7 @@
-"""Many small objects as a few bytes, made anew whenever they are asked for, so that they go with whoever uses them.
+"""Many small objects as a few bytes, from which the objects are made whenever they are needed.
 
-A plan of 67,000 targets would take 200 MB as objects, most of which are not in use at a time; packed it takes 6 MB. The
-bytes are made and read by the same program: nothing that comes from a file is unpickled.
+A plan of 67,000 targets takes 200 MB as objects, few of which are in use at a time, and 6 MB packed. The same program
+writes and reads the bytes: nothing from a file is unpickled.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, overload
 
 Item = TypeVar("Item")
-#: Fast; names that differ only in numbers take a tenth of their bytes all the same.
+#: The fastest: names that differ only in numbers still take a tenth of their bytes.
 _LEVEL = 1
 
 
 class _Reducers(dict[type, Callable[[Any], Any]]):
-    """By dataclass, how to pickle an object as a call of its class: a third of the time of what frozen ones do."""
+    """How to pickle each dataclass as a call of its class, in a third of the time that frozen ones take."""
 
     def __missing__(self, kind: type) -> Callable[[Any], Any]:
         if not dataclasses.is_dataclass(kind):
@@ -29,7 +29,7 @@ class _Reducers(dict[type, Callable[[Any], Any]]):
         if len(names) > 1:
             fields = operator.attrgetter(*names)
             self[kind] = lambda value: (kind, fields(value))
-        else:  # which attrgetter gives by itself, or not at all
+        else:  # attrgetter returns no tuple of one name, and takes none
             self[kind] = lambda value: (kind, tuple(getattr(value, name) for name in names))
         return self[kind]
 
@@ -46,10 +46,10 @@ def _pickled(value: Any) -> memoryview:
 
 
 def moved(make: Callable[[], Item]) -> Item:
-    """What ``make`` gives, copied when all else that it has made is gone.
+    """Call ``make``, and return a copy of its result that is made when all its other objects are gone.
 
-    Python gives memory back by the megabyte, and only where nothing is left in it. The few small objects that stay of a
-    plan of 67,000 targets are spread over 100 MB.
+    Python frees memory by the megabyte, and only where nothing is left in it. The few small objects that stay of a plan
+    of 67,000 targets are spread over 100 MB.
     """
     data = _pickled(make())
     result: Item = pickle.loads(data)
@@ -57,17 +57,17 @@ def moved(make: Callable[[], Item]) -> Item:
 
 
 def pack(value: Any) -> bytes:
-    """A value of strings, numbers, collections and dataclasses as bytes, for `unpack` in the same program."""
+    """A value of strings, numbers, collections and dataclasses as bytes for `unpack`, in the same program."""
     return zlib.compress(_pickled(value), _LEVEL)
 
 
 def unpack(data: bytes) -> Any:
-    """What `pack` was given."""
+    """The value that `pack` was given."""
     return pickle.loads(zlib.decompress(data))
 
 
 class PackedSequence(Sequence[Item], Generic[Item]):
-    """A tuple of objects that are made by each iteration, and by each look at one of them."""
+    """A tuple whose objects are made by each iteration, and by each look at one of them."""
 
     __slots__ = ("_count", "_data")
 
@@ -102,7 +102,7 @@ class PackedSequence(Sequence[Item], Generic[Item]):
 
 
 class PackedMapping(Mapping[str, Item], Generic[Item]):
-    """A mapping of objects that are made by each look at it: go through `items`."""
+    """A mapping whose objects are made by each look at it: iterate over `items`."""
 
     __slots__ = ("_count", "_data")
 

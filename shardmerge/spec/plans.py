@@ -1,4 +1,4 @@
-"""Everything that a merge will do, and what a finished shard is known by, as data."""
+"""The plan of a merge, as data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from shardmerge.spec.updates import Update
 
 @dataclass(frozen=True, slots=True)
 class SmallPart:
-    """A tensor of the output that is a part of a weight beside its values."""
+    """A tensor of the output that is a part of a weight, beside its values."""
 
     role: str
     name: str
@@ -38,7 +38,7 @@ class SmallPart:
 
 @light_dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """One weight of the output: its source, its place in the new shard, its updates in order, its number of row tiles.
+    """One weight of the output: its source, its tensor in the new shard, its updates in order, and its tiles.
 
     ``source`` are the weight's values as they are stored, with the weight's own name and shape. ``tiles == 0`` means
     that the bytes are copied. ``segments`` are (rows, tiles) of runs of rows that no tile reaches across: experts, and
@@ -57,7 +57,7 @@ class TensorPlan:
     parts: tuple[tuple[str, TensorRef], ...] = ()
     #: Parts of the output that are made beside its values, in the order of their data, which follows the values'.
     made: tuple[SmallPart, ...] = ()
-    #: What the output's values are called, where that is not the weight's name.
+    #: The name of the output's values, where it is not the weight's.
     values_name: str | None = None
     #: Rows of the source that the output is made of; None is all.
     part: RowRange | None = None
@@ -134,7 +134,7 @@ class TensorPlan:
 class ShardPlan:
     """One output file: its name, the header's metadata and its weights in the order of their data.
 
-    The shards of a finished plan are `packed`: who needs the tensors more than once keeps them.
+    The shards of a finished plan are `packed`: unpack one to use its tensors more than once.
     """
 
     name: str
@@ -156,17 +156,17 @@ class ShardPlan:
         return self.header_bytes + self.data_bytes
 
     def packed(self) -> ShardPlan:
-        """The same, whose tensors are made anew whenever they are looked at."""
+        """The same with `PackedSequence` for its tensors."""
         return dataclasses.replace(self, tensors=PackedSequence(self.tensors))
 
     def unpacked(self) -> ShardPlan:
-        """The same, whose tensors are objects that stay."""
+        """The same with a tuple of its tensors."""
         return dataclasses.replace(self, tensors=tuple(self.tensors))
 
 
 @dataclass(frozen=True, slots=True)
 class TargetKind:
-    """Modules of the same name but for their places in the model, which an adapter updates alike."""
+    """Modules of the same name in different layers, which an adapter updates alike."""
 
     #: The last part of the modules' name, with the parameter's where that is not ``weight``.
     module: str
@@ -182,7 +182,7 @@ class TargetKind:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What is asked of all tensors of a plan again and again, so that they need not be unpacked for it."""
+    """Counts over all tensors of a plan, so that they need not be unpacked for them."""
 
     #: Tensors with updates, and those of which an update changes a value.
     updated: int
@@ -219,7 +219,7 @@ class MemoryPlan:
     shared_bytes: int = 0
     #: What torch takes on top of what it always does, for operations that only some outputs or dtypes need.
     code_bytes: int = 0
-    #: Of so many weights in a row tiles are computed at a time, so that no thread waits for the last tile of one.
+    #: How many weights are merged at a time, so that no thread waits for the last tile of one.
     weights: int = 1
 
     @property
@@ -231,7 +231,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """What a plan and a record say of the base."""
+    """The base in a plan and a record."""
 
     location: str
     revision: str | None
@@ -244,7 +244,7 @@ class CheckpointInfo:
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """What a plan and a record say of an adapter."""
+    """An adapter in a plan and a record."""
 
     location: str
     revision: str | None

@@ -1,4 +1,4 @@
-"""What the work on a shard leaves behind, as data: that its file is finished, and how the updates came through."""
+"""The receipt of a finished shard, and how its updates came through the rounding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardmerge.spec.packed import PackedMapping
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """How a sample of a tensor's elements came through: sums over them, so that samples can be added."""
+    """Sums over a sample of a tensor's elements, which show how they came through the rounding. Samples add up."""
 
     #: Σ W², Σ ΔW² and Σ ΔŴ·ΔW, where ΔW is the update before and ΔŴ after the rounding.
     weight: float
@@ -53,11 +53,11 @@ class Receipt:
 
     shard: str
     nbytes: int
-    #: Of the whole file, header included: ``xxh3_128``, and ``sha256`` where it was asked for.
+    #: Of the whole file, header included: ``xxh3_128``, and ``sha256`` if the config says so.
     checksums: Mapping[str, str]
-    #: Adapters, by number, of which some factor B in this shard was not all zero.
+    #: The numbers of the adapters that had an effect on this shard: a factor B was not all zero.
     active_adapters: tuple[int, ...]
-    #: How the updates of this shard's tensors came through the rounding, by the tensor's name.
+    #: By the tensor's name.
     fidelity: Mapping[str, Fidelity] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -65,5 +65,5 @@ class Receipt:
             object.__setattr__(self, "fidelity", PackedMapping(self.fidelity))
 
     def entry(self) -> dict[str, Any]:
-        """What the record says of the file."""
+        """The file's entry in the record."""
         return {"bytes": self.nbytes, **self.checksums}

@@ -1,4 +1,4 @@
-"""Stored tensors: their dtypes, the bytes they take, and where they are, without their data."""
+"""Stored tensors: their dtypes, sizes and places in files, without their data."""
 
 from __future__ import annotations
 
@@ -16,26 +16,11 @@ from shardmerge.spec.light import light_dataclass
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8,
     "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "C64": 64,
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
 }
 #: The dtypes that weights are merged in and converted between.
 FLOAT_DTYPES = ("F32", "F16", "BF16")
@@ -69,18 +54,18 @@ def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return bits // 8
 
 
-#: Factors of which only columns are needed are read whole up to this size, rather than row by row in pieces.
+#: Up to this size a factor is read whole, even where only some of its columns are needed.
 KEPT_WHOLE_BYTES = 1 << 20
-#: A matrix product of fewer rows than some goes through another kernel, and rounds differently.
+#: A matrix product of fewer rows goes through another kernel, and rounds differently.
 MIN_TILE_ROWS = 16
-#: What direct I/O is aligned to, in the file and in memory.
+#: The alignment of direct I/O, in the file and in memory.
 PAGE = 4096
-#: What a buffer has beyond its bytes, as they may begin anywhere in a page.
+#: Bytes of a buffer beyond its data, which may begin anywhere in a page.
 BUFFER_SLACK = PAGE
-#: What torch takes when it first computes: pages of its code (most of it), MKL's packing buffers, threads. One figure
-#: for all outputs: measured were 7.6 MiB (GGUF's F32) to 12.4 MiB (Q4_0), and 11.1 MiB for safetensors.
+#: Memory of torch when it first computes: pages of its code (most of it), MKL's packing buffers, threads. Measured:
+#: 11.1 MiB for safetensors, 7.6 MiB (F32) to 12.4 MiB (Q4_0) for GGUF.
 LIBRARY_BYTES = 10 << 20
-#: Where matrices begin that are multiplied. MKL rounds differently where memory is less aligned than torch's own.
+#: The alignment of matrices that are multiplied: MKL rounds differently where memory is less aligned than torch's.
 ALIGNMENT = 64
 
 
@@ -162,7 +147,7 @@ def transposed_if(condition: object) -> Orientation:
 
 @light_dataclass(frozen=True, slots=True)
 class TensorRef:
-    """Where a tensor is stored, without its data.
+    """A tensor's name, type and position in a file, without its data.
 
     ``offset`` counts from the start of the file. ``strides`` are in elements; ``None`` means dense and row-major, which
     is all that safetensors has. Pickled views, and factors that are stored transposed, have strides. ``orientation`` is
@@ -180,7 +165,7 @@ class TensorRef:
 
     @property
     def extent(self) -> tuple[str, int, int]:
-        """Which bytes of which file they are."""
+        """The file, and the first byte and number of bytes in it."""
         return self.uri, self.offset, self.nbytes
 
     def transposed(self) -> TensorRef:
@@ -218,10 +203,7 @@ def even_rows(rows: int, tiles: int) -> Iterator[RowRange]:
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How a weight is stored, where that is not plainly by its dtype: the name of a codec, and its settings, all JSON.
-
-    See `shardmerge.codecs`.
-    """
+    """How a weight is stored, if not plainly by its dtype: the name of a codec and its settings, which are JSON."""
 
     codec: str
     settings: tuple[tuple[str, Any], ...] = ()

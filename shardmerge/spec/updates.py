@@ -1,4 +1,4 @@
-"""What a module of an adapter does, and to which part of which stored tensor."""
+"""What an adapter's module does, and to which part of which stored tensor."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class ModuleOrder:
-    """The Linear layers of a model in the order in which its class registers them."""
+    """The Linear layers of a model, in the order in which its class registers them."""
 
     #: The class.
     architecture: str
     modules: tuple[str, ...]
-    #: Modules with a matrix whose place is not known, or that are not Linear layers.
+    #: Modules with a matrix that are not Linear layers, or whose position is not known.
     others: tuple[str, ...]
     #: Linear layers that the class has and the checkpoint has no weight of.
     absent: tuple[str, ...]
@@ -82,11 +82,11 @@ S = TypeVar("S", bound="Settings")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a method needs to know of a module besides its factors. A method has a subclass; every field is JSON."""
+    """What a method needs to know of a module besides its factors: a subclass for each method, every field JSON."""
 
     @classmethod
     def of(cls: type[S], update: HasSettings) -> S:
-        """The settings of an update of the method that has these."""
+        """The settings of an update of this method."""
         assert isinstance(update.settings, cls), f"{cls.__name__} expected, found {update.settings}"
         return update.settings
 
@@ -96,16 +96,16 @@ class HasSettings(Protocol):
 
     @property
     def settings(self) -> Settings | None:
-        """What the method needs to know besides factors."""
+        """None where the factors say all."""
 
 
 @light_dataclass(frozen=True, slots=True)
 class Update:
     """What one module of one adapter does to one stored tensor.
 
-    ``scaling`` is the whole multiplier: the adapter's own scaling times its weight in the config. ``shape`` is that of
-    the matrix that the factors describe: (out, in), (out, in, kernel…), (n,), or with ``experts`` (E, out, in).
-    ``orientation`` is that matrix's against the parameter. ``settings`` are what else the family needs to know.
+    ``scaling`` includes the adapter's weight in the config. ``shape`` is that of the matrix that the factors describe:
+    (out, in), (out, in, kernel…), (n,), or with ``experts`` (E, out, in). ``orientation`` is that of it against
+    the parameter.
     """
 
     adapter: int

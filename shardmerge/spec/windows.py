@@ -12,18 +12,16 @@ from shardmerge.spec.updates import Update, Window
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """What of a tile belongs to an update: all its rows, these columns, perhaps seen as the transpose."""
+    """What an update changes of a tile, all its rows and these columns, and the window of the matrix that this is."""
 
     window: Window
     columns: RowRange
+    #: Of the window against the tile.
     orientation: Orientation
 
 
 def locate(tensor: TensorPlan, update: Update, rows: RowRange) -> Position | None:
-    """The part of the matrix in stored rows ``rows``; None where there is none.
-
-    Rows must be within one of the tensor's segments, as those of a tile do.
-    """
+    """Where an update acts on stored rows, which must be within one segment; None if it does not."""
     turns = update.orientation is Orientation.TRANSPOSED
     region, first, expert = update.region, rows.start, update.region.expert or 0
     if tensor.row_dims == 2:
@@ -46,9 +44,9 @@ def locate(tensor: TensorPlan, update: Update, rows: RowRange) -> Position | Non
 
 
 def reaching(tensor: TensorPlan) -> Callable[[RowRange], tuple[Update, ...]]:
-    """Tells the updates that may reach rows of a tensor, in their order; rows of one expert, where it stores several.
+    """A function that returns the updates that may reach rows of a tensor (of one expert), in their order.
 
-    An adapter may have one for every expert; who asked each of them of every tile would ask the square of their number.
+    An adapter may have an update for every expert: to try each on every tile would take the square of their number.
     """
     if tensor.row_dims == 1:
         return lambda rows: tensor.updates

@@ -1,4 +1,4 @@
-"""What a piece of work is called: a merge where there are adapters, else an export."""
+"""What the work is called: a merge where there are adapters, else an export."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """The words for one kind of work, as messages, progress and reports have them."""
+    """The words for one kind of work in messages, progress and reports."""
 
     noun: str
     doing: str
@@ -20,5 +20,5 @@ EXPORT = Words("export", "exporting", "exported")
 
 
 def words_for(adapters: Sized) -> Words:
-    """By a config's, a plan's or a record's adapters."""
+    """The words for a config, plan or record with these adapters."""
     return MERGE if len(adapters) else EXPORT
