@@ -17,17 +17,17 @@ from shardmerge.spec.updates import ModuleOrder, Parameter, Settings
 
 
 class BaseView:
-    """A view of no base. The planner has a subclass that answers from a checkpoint."""
+    """What a reader may ask of the base. This one has no base; the planner's subclass answers from a checkpoint."""
 
-    #: Whether there is a base; without one, None from `stored` does not mean that it lacks the parameter.
+    #: Whether there is a base. Without one, None from `stored` does not mean that the parameter is missing.
     is_known: bool = False
 
     def registered(self, module: str) -> tuple[str, ...]:
-        """The parameters of a module's own in the order in which its class registers them; empty if that is unknown."""
+        """A module's own parameters in the order in which its class registers them; empty if that is unknown."""
         return ()
 
     def stored(self, module: str, parameter: str) -> tuple[Parameter, str] | None:
-        """Where the base keeps a module's parameter, and its dtype; None if it has no such parameter."""
+        """A module's parameter and its dtype; None if the base has no such parameter."""
         return None
 
     def ordered(self) -> ModuleOrder | str:
@@ -44,7 +44,7 @@ NO_BASE = BaseView()
 
 @light_dataclass(frozen=True, slots=True)
 class ModuleUpdate:
-    """An update as the adapter states it: a module by name, not yet matched to a base weight."""
+    """An update as the adapter states it, not yet matched to a weight of the base."""
 
     module: str
     parameter: str
@@ -54,28 +54,27 @@ class ModuleUpdate:
     rank: int = 0
     #: Whether the factors fit each other.
     fits: bool = True
-    #: What else the family needs to know.
     settings: Settings | None = None
-    #: Of what the factors describe against the parameter: LoRA on an embedding speaks of the transpose. Not known where
+    #: Of the matrix of the factors against the parameter: LoRA on an embedding describes the transpose. Unknown where
     #: only shapes can show it.
     orientation: Orientation = Orientation.SAME
-    #: Of the matrix (out, in) against its modules' own tensors, by the adapter's config (``fan_in_fan_out``). It counts
-    #: where neither the model nor the shape shows it.
+    #: Of the matrix (out, in) against the module's own tensor, by the adapter's config (``fan_in_fan_out``). Used where
+    #: neither the model nor the shape shows it.
     in_memory: Orientation = Orientation.SAME
-    #: Whether every expert has a matrix of its own in the parameter.
+    #: Whether the parameter holds a matrix for every expert.
     experts: bool = False
-    #: Whether nothing is lost if the base has no such tensor.
+    #: Whether the base may lack the tensor.
     optional: bool = False
     #: Whether dots of the module's name are written as underscores.
     flattened: bool = False
     #: Whether the last part of the module's name may be a parameter's.
     or_parameter: bool = False
-    #: Role → parameter of the same module, whose values in the base, before anything changed them, are a factor, too.
+    #: Role → parameter of the same module, whose values in the base are a factor, too.
     of_base: tuple[tuple[str, str], ...] = ()
 
     @property
     def first(self) -> str:
-        """The name of one of its tensors, for messages."""
+        """The name of its first tensor, for messages."""
         return self.factors[0][1].name
 
     def has(self, role: str) -> bool:
@@ -95,16 +94,16 @@ def shown(*refs: TensorRef) -> str:
 
 @dataclass(slots=True)
 class Claims:
-    """What a reader made of an adapter's tensors; tensors in no update's factors are left over."""
+    """What a reader made of an adapter's tensors. Tensors of no update are left over."""
 
     updates: list[ModuleUpdate] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    #: Whether the adapter as a whole was refused, so that listing its tensors one by one would only repeat it.
+    #: Whether the adapter was refused as a whole, so that its tensors are not listed one by one.
     refused: bool = False
-    #: Whether all that is missing is the scale, which our config can give.
+    #: Whether only the scale is missing, which our config can give.
     unscaled: bool = False
-    #: Names of tensors in no update that are accounted for: a problem names them, or they do not change the weights.
+    #: Names of tensors of no update that a problem names, or that do not change the weights.
     accounted: set[str] = field(default_factory=set)
 
     @classmethod
@@ -121,13 +120,13 @@ class Claims:
         self.account_for(refs)
 
     def half(self, ref: TensorRef, missing: str, others: Iterable[TensorRef] = ()) -> None:
-        """Report that a factor is there without its other half; ``others`` are of no use without that, either."""
+        """Report that a factor is there without its other half. ``others`` need it, too."""
         self.reject((ref, *others), f"{ref.name} is there without {missing}")
 
     def misfit(self, problem: str) -> None:
-        """Report that the factors of the newest update do not fit each other; it is not matched further.
+        """Report that the factors of the newest update do not fit each other, so that it is not matched further.
 
-        A factor without numbers is reported by itself, so that nothing is said of how it fits.
+        An empty factor is reported by the matching.
         """
         if any(0 in ref.shape for _, ref in self.updates[-1].factors):
             return

@@ -1,4 +1,4 @@
-"""torch, imported when it is first used: families are asked for their traits by programs that compute nothing."""
+"""torch, imported when it is first used: programs that compute nothing read the traits of families, too."""
 
 from __future__ import annotations
 

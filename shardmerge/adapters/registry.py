@@ -1,7 +1,7 @@
-"""The families, methods and formats of this version, by name, and which format an adapter's files have.
+"""The families, methods and formats by name, and the format of an adapter's files.
 
-This module imports every module of `adapters.methods` and `adapters.formats`, and registers the classes that it defines
-with a name of their own. So a new method is found once its file is there; a new format needs its name in the config.
+This module imports every module of `adapters.methods` and `adapters.formats`, and registers their classes that have a
+name of their own. So a new method needs only its file, and a new format also its name in the config.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shardmerge.spec.tensors import TensorRef
 
 __all__ = ["FAMILIES", "FORMATS", "METHODS", "are_factors", "are_weights", "detect_format", "is_telling", "register"]
 
-#: The format of what no other format claims. Its refusals say most about a file.
+#: The format of files that no format detects: its refusals say most about them.
 _DEFAULT = "peft"
 #: Ends of the names of factors, in any format that is read without a config.
 _FACTOR = re.compile(
@@ -29,7 +29,7 @@ _FACTOR = re.compile(
 
 
 def register(made: type[Any]) -> None:
-    """Make a class known, if it has a ``name`` (of a family, of a format) or a ``peft_type`` of its own."""
+    """Register a class that has a ``name`` (of a family or format) or a ``peft_type`` of its own."""
     tables: dict[type[Any], dict[str, Any]] = {Family: FAMILIES, AdapterFormat: FORMATS, PeftMethod: METHODS}
     for kind, table in tables.items():
         own_name = vars(made).get("peft_type" if kind is PeftMethod else "name")
@@ -51,15 +51,15 @@ def detect_format(tensors: Mapping[str, TensorRef], config: Mapping[str, Any] | 
 
 
 def is_telling(names: Collection[str]) -> bool:
-    """Whether names show that a file is an adapter, where it could also be a model's checkpoint."""
+    """Whether names show that a file is an adapter, and not a model's checkpoint."""
     return any(known.is_telling(names) for known in FORMATS.values())
 
 
 def are_factors(names: Collection[str]) -> bool:
-    """Whether most of these tensors are an adapter's, by their names, and not a model's own."""
+    """Whether most of these tensors are factors, by their names."""
     return 2 * sum(_FACTOR.fullmatch(name) is not None for name in names) > len(names)
 
 
 def are_weights(names: Collection[str]) -> bool:
-    """Whether all of these tensors are a model's own, by their names."""
+    """Whether all of these tensors are weights of a model, by their names."""
     return bool(names) and not any(map(_FACTOR.fullmatch, names)) and not is_telling(names)

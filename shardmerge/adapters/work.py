@@ -1,13 +1,12 @@
-"""What work a tensor needs: whether it goes through tiles, in which dtype, and what every update must be given of it.
+"""The work that a tensor needs: whether it goes through tiles, in which dtype, and how much of it each update changes.
 
-Updates are of three sorts. What *computes* works in the compute dtype. What *copies* (a tensor or rows of an adapter)
-or *compares* (a frozen copy) has numbers as they are stored: on their way into the output they are rounded once at
-most, whatever the compute dtype is, and so are elements of the base that no update reaches. So where not every element
-is computed, a tile is kept in a dtype that holds all of them, and what computes is given its part in its own.
+Some updates *compute*, in the compute dtype. Others *copy* a tensor or rows of an adapter, or *compare* a frozen copy:
+their numbers, and those that no update reaches, are rounded once at most, whatever the compute dtype is. So where not
+every element is computed, a tile is kept in a dtype that holds all of them, and updates that compute get a copy of
+their part.
 
-One capability says what can be worked on at all: a family's ``weights``. It is asked when an update is matched (see
-`adapters.methods.base.check_dtypes`), and `needs_work` then asks nothing more: what an update is to change is worked
-on. `missing` is how the engine proves that all of it was.
+Whether a weight can be updated at all is checked when an update is matched (`adapters.methods.base.check_dtypes`). By
+`missing` the engine proves that every update was applied.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from shardmerge.spec.windows import boundaries, locate, reaching
 
 
 def is_source(tensor: TensorPlan, update: Update) -> bool:
-    """Whether an update is done in that the adapter's tensor is what the output is made of."""
+    """Whether the plan has applied an update by taking the adapter's tensor as the source."""
     if not FAMILIES[update.family].is_source:
         return False
     whole = update.factors[0][1]
@@ -33,13 +32,13 @@ def is_source(tensor: TensorPlan, update: Update) -> bool:
 
 
 def needs_work(tensor: TensorPlan) -> bool:
-    """Whether a tensor goes through a float, rather than as bytes."""
+    """Whether a tensor goes through tiles, rather than as bytes."""
     is_plain = tensor.encoding is None and tensor.decoding is None
     if tensor.source.dtype != tensor.out.dtype if is_plain else not encoder(tensor).keeps(tensor):
         return True
     if any(not FAMILIES[update.family].is_source for update in tensor.updates):
         return True
-    # A whole tensor of an adapter's is looked at, as it may hold NaN. Numbers that are not floats cannot.
+    # An adapter's whole tensor may hold NaN. Numbers that are not floats cannot.
     return bool(tensor.updates) and tensor.source.dtype in FLOAT_DTYPES
 
 
@@ -47,15 +46,12 @@ def needs_work(tensor: TensorPlan) -> bool:
 
 
 def decoded_dtype(tensor: TensorPlan) -> str:
-    """The dtype that holds what the source's values are."""
+    """The dtype of the source's decoded values."""
     return tensor.source.dtype if tensor.decoding is None else decoder(tensor).values
 
 
 def tile_dtype(tensor: TensorPlan, compute_dtype: str) -> str:
-    """What a tile of the tensor is kept in.
-
-    Where its dtype is only converted, or its values only compared, F32 holds all of what the three float dtypes can.
-    """
+    """The dtype of a tensor's tiles. Where values are only converted or compared, F32 holds all but F64."""
     if not any(FAMILIES[update.family].changes_weight for update in tensor.updates):
         return _widest("F32", *(["F64"] if decoded_dtype(tensor) == "F64" else []))
     widest = _widest(compute_dtype, "F32", *_copied_dtypes(tensor))
@@ -65,18 +61,18 @@ def tile_dtype(tensor: TensorPlan, compute_dtype: str) -> str:
 
 
 def narrow_dtype(tensor: TensorPlan, compute_dtype: str) -> str | None:
-    """What updates that compute are given their part of a tile in, where that is not the tile's own dtype."""
+    """The dtype of the parts of a tile that updates compute with, where it is not the tile's."""
     computes = any(FAMILIES[update.family].computes for update in tensor.updates)
     return compute_dtype if computes and tile_dtype(tensor, compute_dtype) != compute_dtype else None
 
 
 def dtype_for(update: Update, tensor: TensorPlan, compute_dtype: str) -> str:
-    """What an update has its factors in."""
+    """The dtype of an update's factors."""
     return compute_dtype if FAMILIES[update.family].computes else tile_dtype(tensor, compute_dtype)
 
 
 def is_computed_everywhere(tensor: TensorPlan) -> bool:
-    """Whether updates that compute reach every element, and no others do."""
+    """Whether updates that compute reach every element, and other updates none."""
     if any(not FAMILIES[update.family].computes and not is_source(tensor, update) for update in tensor.updates):
         return False
     of = reaching(tensor)
@@ -96,7 +92,7 @@ def _covers(tensor: TensorPlan, updates: Iterable[Update], row: RowRange) -> boo
 
 
 def _copied_dtypes(tensor: TensorPlan) -> list[str]:
-    """The dtypes of numbers that may come into the output as they are stored."""
+    """The dtypes of numbers that may be copied to the output."""
     copying = [FAMILIES[update.family] for update in tensor.updates]
     factors = [
         ref.dtype
@@ -115,7 +111,7 @@ def _widest(*dtypes: str) -> str:
 
 
 def elements_for(tensor: TensorPlan, update: Update) -> int:
-    """How many elements of the output are at an update's place, by the plan and not by the tiles."""
+    """How many elements of the output are in an update's region, by the plan and not by the tiles."""
     region, width = update.region, tensor.row_elements
     first, last = tensor.first_row, tensor.first_row + tensor.rows
     if region.orientation is Orientation.TRANSPOSED and tensor.row_dims == 1:
@@ -135,9 +131,9 @@ def _common(start: int, stop: int, first: int, last: int) -> int:
 
 
 def missing(tensor: TensorPlan, done: Callable[[Update], int]) -> str:
-    """What the plan lists for a tensor and was not done; empty where all was.
+    """The first update of a tensor that was not applied to all of its region, for a message; empty if there is none.
 
-    ``done`` says how many elements an update was given.
+    ``done``: the number of elements that an update was applied to.
     """
     for update in tensor.updates:
         if is_source(tensor, update):

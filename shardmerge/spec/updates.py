@@ -104,8 +104,8 @@ class Update:
     """What one module of one adapter does to one stored tensor.
 
     ``scaling`` includes the adapter's weight in the config. ``shape`` is that of the matrix that the factors describe:
-    (out, in), (out, in, kernel…), (n,), or with ``experts`` (E, out, in). ``orientation`` is that of it against
-    the parameter.
+    (out, in), (out, in, kernel…), (n,), or with ``experts`` (E, out, in). ``orientation`` is that of the
+    matrix against the parameter.
     """
 
     adapter: int

@@ -1,7 +1,7 @@
-"""PEFT's LoRA keys without adapter_config.json: as diffusers, ComfyUI's trainers and plain scripts save them.
+"""PEFT's LoRA keys without adapter_config.json, as diffusers, ComfyUI's trainers and plain scripts save them.
 
-The rank is in the shapes, DoRA and biases in the keys. The scale comes from where `adapters.formats.scales` finds
-it. Where diffusers has put PEFT's config into the header, the adapter is read by that config, as diffusers does it.
+The rank follows from the shapes, DoRA and biases from the keys, the scale as in `adapters.formats.scales`. Where the
+header has PEFT's config, as diffusers writes it, the adapter is read by that.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _UNKNOWN = (
 
 
 class _OfPart(LoraMethod):
-    """LoRA of one part of a pipeline: its config speaks of modules without the part's name."""
+    """LoRA of one part of a pipeline, whose config names modules without the part."""
 
     def grouped(self, tensors: Mapping[str, TensorRef]) -> tuple[list[Module], dict[str, TensorRef]]:
         modules, shared = super().grouped(tensors)
@@ -44,7 +44,7 @@ class _OfPart(LoraMethod):
 
 
 def claim(tensors: Mapping[str, TensorRef], scales: Scales, context: Context) -> Claims:
-    """Updates of the factors; ``context`` has what is known of the base, and no config."""
+    """Updates of the factors; ``context`` has no config."""
     modules = LoraMethod().grouped(tensors)[0]
     names = [module.name for module in modules]
     if problem := parts.problem_of_several(names, context.base.weight):
@@ -64,7 +64,7 @@ def claim(tensors: Mapping[str, TensorRef], scales: Scales, context: Context) ->
 
 
 def alphas_in(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
-    """The tensors of one number that are α, by what stands before the factors' names."""
+    """The tensors that hold α, by the prefix of their module."""
     return {unwrapped(name).removesuffix(_ALPHA): ref for name, ref in tensors.items() if name.endswith(_ALPHA)}
 
 
@@ -107,7 +107,7 @@ def _by_shapes(modules: list[Module], scales: Scales, context: Context, numbers:
 
 
 def _scaled(update: ModuleUpdate, scaling: float, scales: Scales) -> ModuleUpdate:
-    """With α / r in place of 1. Of nn.MultiheadAttention's out_proj it is twice that; our ``scaling`` is s itself."""
+    """With α / r in place of 1, twice that for nn.MultiheadAttention's out_proj; our ``scaling`` is s itself."""
     return update.changed(scaling=scaling if scales.scaling is not None else scaling * update.scaling)
 
 
@@ -159,7 +159,7 @@ def _with_ours(said: Config, scales: Scales) -> dict[str, Any]:
 
 
 def _compare(claims: Claims, scales: Scales, numbers: Mapping[str, TensorRef]) -> None:
-    """Tensors of α beside such a config must say the same."""
+    """Check that tensors of α beside such a config agree with it."""
     for update in claims.updates:
         prefix = re.sub(r"\.lora_[A-Za-z_]+\b.*", "", unwrapped(update.first))
         number = numbers.get(prefix)

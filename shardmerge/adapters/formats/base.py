@@ -1,8 +1,8 @@
 """The seam of an adapter format: how adapters are stored in files.
 
-A format detects its files, reads their tensors into updates with their scaling, and describes how the layer that
-trained them applies its factors, so that `compare` can attach the adapter unmerged. `shardmerge.adapters.registry`
-registers it by its name; nothing outside its module compares that.
+A format detects its files, reads their tensors into updates with their scaling, and describes the layer that trained
+them, so that `compare` can attach the adapter unmerged. `shardmerge.adapters.registry` registers it by its name, which
+only its own module compares.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class AdapterContent:
-    """What an adapter's files hold, and what our config says of the adapter."""
+    """The content of an adapter's files, and the settings of the adapter in our config."""
 
     tensors: Tensors
     #: ``adapter_config.json``; None where there is none.
@@ -33,16 +33,16 @@ class AdapterContent:
     metadata: Mapping[str, str]
     alpha: float | None
     scaling: float | None
-    #: How B of fused experts is laid out, ``peft`` or ``unsloth``; None where our config does not say.
+    #: The layout of B of fused experts, ``peft`` or ``unsloth``, if our config says it.
     expert_layout: str | None
     #: Reads a tensor of one number.
     read_number: ReadNumber
-    #: Keys of the config that our config says to leave out.
+    #: Keys of adapter_config.json that our config ignores.
     ignored: tuple[str, ...] = ()
 
     @property
     def scales(self) -> Scales:
-        """What finds the scale of modules whose format has no config."""
+        """Finds the scale of modules whose format has no config."""
         return Scales(self.alpha, self.scaling, self.metadata, self.read_number)
 
 
@@ -52,23 +52,23 @@ class Pairs:
 
     #: Matches a factor's key; its groups are ``module`` and ``role``, which is a or b in either case.
     keys: re.Pattern[str]
-    #: Of these against the file's tensors, which are (r, in) and (out, r) if it is transposed.
+    #: Of A and B against the file's tensors.
     orientation: Orientation
     #: Matches keys of tensors that are not factors.
     others: re.Pattern[str] = re.compile(r".*\.alpha")
 
 
 class AdapterFormat(ABC):
-    """One way to store adapters. Instances carry no state."""
+    """One way to store adapters. Instances have no state."""
 
     name: ClassVar[str]
-    #: What it is, for the table of what is supported.
+    #: For the table in docs/formats.md.
     summary: ClassVar[str]
     #: Whether its adapter_config.json states the scale, so that our config's alpha and scaling must not.
     config_states_scale: ClassVar[bool] = False
-    #: Whether ``ignore_keys`` can leave out keys of its adapter_config.json.
+    #: Whether our ``ignore_keys`` apply to its adapter_config.json.
     heeds_ignored_keys: ClassVar[bool] = False
-    #: The factors of its layers, for what attaches an adapter without PEFT; None where that is not known.
+    #: The factors of its layers, to attach an adapter without PEFT; None where that is not possible.
     pairs: ClassVar[Pairs | None] = None
 
     @abstractmethod
@@ -77,14 +77,14 @@ class AdapterFormat(ABC):
 
     @abstractmethod
     def read(self, content: AdapterContent, base: BaseView) -> Claims:
-        """The adapter's updates with their scaling, and everything that is wrong with it."""
+        """The adapter's updates with their scaling, and its problems."""
 
     def method(self, tensors: Collection[str], config: Config | None) -> str:
         """The method that made an adapter, by PEFT's name where it has one."""
         return "LORA"
 
     def is_telling(self, names: Collection[str]) -> bool:
-        """Whether names show that a file is an adapter of this format, where it could also be a model's checkpoint."""
+        """Whether names show that a file is an adapter of this format, and not a model's checkpoint."""
         return False
 
     def stated_scale(self, config: Config | None) -> float | None:
@@ -96,7 +96,7 @@ class AdapterFormat(ABC):
         return False
 
     def claim(self, content: AdapterContent, base: BaseView = NO_BASE) -> Claims:
-        """Check what our config says of the adapter, and read it."""
+        """Check the adapter's settings in our config, and read it."""
         if self.config_states_scale and content.config is not None and (content.alpha, content.scaling) != (None, None):
             return Claims.refusal(
                 "it has its own adapter_config.json, so alpha and scaling must not be given; weight scales it"

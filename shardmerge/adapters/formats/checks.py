@@ -1,4 +1,4 @@
-"""Checks of single settings in ``adapter_config.json``, and settings that depend on a module's name."""
+"""Checks of the settings in ``adapter_config.json``, and settings that depend on a module's name."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from shardmerge.system.bounded_regex import first_match
 from shardmerge.system.bounded_regex import problems as regex_problems
 
 Config = Mapping[str, Any]
-#: What is wrong with a setting, by its key and value.
+#: Returns the problems of a setting, by its key and value.
 Check = Callable[[str, Any], list[str]]
-#: The value that a check is given of a setting that the config does not have.
+#: A check's value for a setting that the config does not have.
 MISSING: Any = object()
 
 
 def checked(valid: Callable[[Any], bool], expected: str, *, required: bool = False) -> Check:
-    """A check of one setting. One that is missing or null is the method's default, unless it is required."""
+    """A check of one setting. If it is missing or null, the method's default holds, unless it is required."""
 
     def check(key: str, value: Any) -> list[str]:
         if (value is MISSING or value is None) and not required:
@@ -59,7 +59,7 @@ def one_of(*words: str) -> Check:
 
 
 def up_to(most: int) -> Check:
-    """A check of a setting that costs time: a whole number, not more than anyone would ask for."""
+    """A check of a whole number that costs time."""
     return checked(lambda value: is_rank(value) and value <= most, f"a whole number from 1 to {most}")
 
 
@@ -84,9 +84,8 @@ def pattern_of(valid: Callable[[Any], bool], expected: str) -> Check:
             return [f"{key} must map module names to values, found {reprlib.repr(value)}"]
         problems = []
         for pattern, item in value.items():
-            place = f"{key}[{reprlib.repr(pattern)}]"
             if not valid(item):
-                problems.append(f"{place} must be {expected}, found {reprlib.repr(item)}")
+                problems.append(f"{key}[{reprlib.repr(pattern)}] must be {expected}, found {reprlib.repr(item)}")
         texts = {_whole_pattern(pattern): pattern for pattern in value}
         for text, why in regex_problems(list(texts)):
             problems.append(f"{key}[{reprlib.repr(texts[text])}] is not a regular expression: {why}")
@@ -100,7 +99,7 @@ NUMBER_PATTERN = pattern_of(is_number, "a finite number")
 
 
 def one_or_other(config: Config, one: str, other: str) -> list[str]:
-    """What is wrong with two whole numbers of which one must be above zero, and the other left open."""
+    """The problems of two whole numbers of which exactly one must be above zero."""
     first, second = config.get(one) or 0, config.get(other) or 0
     if is_count(first) and is_count(second) and (first > 0) == (second > 0):
         return [f"adapter_config.json: one of {one} and {other} is above zero, found {first} and {second}"]
@@ -119,11 +118,11 @@ def pattern_value(pattern: Any, module: str, default: Any) -> Any:
 
 
 def _whole_pattern(key: str) -> str:
-    """What PEFT makes of a key of rank_pattern or alpha_pattern."""
+    """PEFT's regular expression for a key of rank_pattern or alpha_pattern."""
     return rf"(.*\.)?({key})$"
 
 
 def rank_of(config: Config, module: str) -> int:
-    """r of a module, by ``r`` and ``rank_pattern``."""
+    """The rank of a module, by ``r`` and ``rank_pattern``."""
     rank: int = pattern_value(config.get("rank_pattern"), module, config["r"])
     return rank

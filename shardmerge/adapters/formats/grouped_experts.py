@@ -7,9 +7,9 @@
   ``experts.lora_down_A`` and ``experts.lora_down_B``. They are multiplied from the right, as x A_e B_e, so that ΔW_e is
   s · (A_e B_e)ᵀ.
 
-s is α / r as PEFT's config says. Every expert's part of a tensor is a range of its bytes, so each becomes an update of
-that expert's own matrix, wherever the base keeps it. Of gpt-oss, which keeps the rows of w1 and w3 in turn, the two
-become one update.
+s is α / r by PEFT's config. Every expert's part of a tensor is a range of its bytes, so each becomes an update of that
+expert's own matrix, wherever the base stores it. For gpt-oss, which interleaves the rows of w1 and w3, the two become
+one update.
 
 Source: tinker-cookbook, tinker_cookbook/weights (shared-outer LoRA); SGLang, ``--experts-shared-outer-loras``; NeMo
 AutoModel, nemo_automodel/components/_peft/lora_experts.py and components/moe/state_dict_mixin.py.
@@ -34,14 +34,14 @@ Scaled = Callable[[str], tuple[int, float]]
 Weight = Callable[[str], Parameter | None]
 
 _PARTS: Mapping[str, str] = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-#: How roles of the two end in one update of both.
+#: The ends of the two's roles in one update of both.
 _ENDS: Mapping[str, str] = {"gate_proj": "", "up_proj": "_up"}
 _STACKED = re.compile(r"(?P<experts>(?:.+\.)?experts)\.(?P<part>w[123]|gate_proj|up_proj|down_proj|gate_up_proj)")
 _GROUPED = re.compile(r"(?P<module>.+)\.lora_(?P<part>gate_and_up|down)_(?P<role>[AB])")
 
 
 def names_of(module: str) -> list[str]:
-    """What ``target_modules`` may call a module inside of experts: the experts, or its part by its usual name."""
+    """Names that ``target_modules`` may have for a module of experts: the experts, or its part by its usual name."""
     owner, found, _ = module.rpartition(".experts.")
     names = [f"{owner}.experts"] if found else []
     if match := _STACKED.fullmatch(module):
@@ -85,7 +85,7 @@ def claim_stacked(
 
 
 def _in_turn(claims: Claims, updates: list[ModuleUpdate], experts: str, part: str) -> list[ModuleUpdate]:
-    """Updates of the matrix in which rows of gate and up are in turn, with the other's if they came first."""
+    """Updates of the matrix that interleaves gate and up, with the other's factors if they came first."""
     others = {of.module: of for of in claims.updates if of.family == LoraGated.name}
     made, taken = [], set()
     for expert, update in enumerate(updates):
@@ -155,12 +155,12 @@ def _update(module: str, part: str, expert: int, a: TensorRef, b: TensorRef, sca
 
 
 def _single(module: str, part: str, expert: int) -> str:
-    """One expert's matrix by itself; gate and up together have no name of their own but that of a Linear per expert."""
+    """The name of one expert's matrix; that of gate and up together is of a Linear per expert."""
     return f"{module}.gate_up_projs.{expert}" if part == "gate_up_proj" else f"{module}.{expert}.{part}"
 
 
 def _claim(claims: Claims, updates: list[ModuleUpdate], module: str, part: str, weight: Weight) -> None:
-    """Append the updates, if they are of all the experts that the base has."""
+    """Append the updates, and check that they are of all experts of the base."""
     claims.updates += updates
     if weight(_single(module, part, len(updates))) is not None:
         claims.misfit(
@@ -189,7 +189,7 @@ def _rows(ref: TensorRef, start: int, stop: int) -> TensorRef:
 def _window(
     ref: TensorRef, shape: tuple[int, ...], strides: tuple[int, ...], skipped: int, *, dense: bool
 ) -> TensorRef:
-    """A part of a tensor that begins ``skipped`` elements after it."""
+    """A part of a tensor that begins after ``skipped`` elements."""
     itemsize = DTYPE_BITS[ref.dtype] // 8
     elements = (
         1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0

@@ -35,7 +35,7 @@ from shardmerge.key_mapping.naming import PEFT_PREFIX, WRAPPER, module_name, unw
 from shardmerge.spec.tensors import TensorRef
 
 _INFIX = rf"(?:\.{WRAPPER})*?(?:\.(?!weight$)[^.]+)??(?:\.{WRAPPER})*?"
-#: How a pair's keys end. PEFT's are here for files that have other keys, too.
+#: The keys of a pair; PEFT's, too, for files that have both.
 _PAIRS = re.compile(
     r"(?P<module>.+?)(?:\.lora_(?P<kohya>down|up)\.weight|[._]lora(?:_linear_layer)?\.(?P<diffusers>down|up)\.weight"
     rf"|\.lora_(?P<peft>[AB]){_INFIX}\.weight)"
@@ -44,7 +44,7 @@ _PAIRS = re.compile(
 _METHODS: Mapping[str, PeftMethod] = {"hada": Loha(), "lokr": Lokr()}
 _ROLES = (key for method in _METHODS.values() for key in method.roles)
 _LYCORIS = re.compile(rf"(?P<module>.+)\.(?P<role>{'|'.join(_ROLES)})")
-#: The end of a key → what it is to the module: the parameter, and whether the tensor is added to it or replaces it.
+#: The end of a key → the parameter, and the family that adds the tensor to it or replaces it.
 _WHOLES: Mapping[str, tuple[str, str]] = {
     "diff": ("weight", Difference.name),
     "diff_b": ("bias", Difference.name),
@@ -55,7 +55,7 @@ _WHOLES: Mapping[str, tuple[str, str]] = {
 }
 _WHOLE = re.compile(rf"(?P<module>.+)\.(?P<role>{'|'.join(_WHOLES)})")
 _ALPHA = re.compile(r"(?P<module>.+)\.(?P<role>alpha)")
-#: Keys of what is not merged from such files: the end of the key, what it is.
+#: The ends of keys that are not merged from such files → what they are.
 REFUSED: Mapping[str, str] = {
     "dora_scale": "DoRA's lengths, without the axis that they are of",
     "lora_mid.weight": "the core of a CP-decomposed convolution",
@@ -122,7 +122,7 @@ class Kohya(AdapterFormat):
 
 
 def _refusal(tensors: Iterable[str]) -> str:
-    """What is said of an adapter with keys of methods that are not merged from such files."""
+    """The message about an adapter with keys of methods that are not merged from such files."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in tensors:
         for end in REFUSED:
@@ -135,7 +135,7 @@ def _refusal(tensors: Iterable[str]) -> str:
 
 
 def _grouped(tensors: Mapping[str, TensorRef]) -> dict[str, dict[str, TensorRef]]:
-    """Modules, by their names in the file, with their tensors by role. Of two with one role the second is left over."""
+    """Modules by their names in the file, with their tensors by role; a second tensor of one role is left over."""
     modules: dict[str, dict[str, TensorRef]] = {}
     for written, ref in tensors.items():
         name = unwrapped(written)
@@ -163,7 +163,7 @@ def _claim_module(claims: Claims, module: str, found: Mapping[str, TensorRef], s
 
 
 def update_of(module: str, parameter: str = "weight", family: str = Lora.name) -> ModuleUpdate:
-    """An update of a module by its name in the file, without the name that kohya's scripts put before all modules."""
+    """An update of a module by its name in the file, without the part that kohya's scripts put before it."""
     part = parts.flat_part_of(module)
     name = module_name(module.removeprefix(part))
     return ModuleUpdate(name, parameter, family, (), flattened=bool(part) or "." not in module)
@@ -204,7 +204,7 @@ def _claim_pair(claims: Claims, module: str, factors: Mapping[str, TensorRef], s
 
 
 def _end(factors: Mapping[str, TensorRef]) -> Mapping[str, str]:
-    """How the missing half's name would end."""
+    """The end of the missing half's name."""
     if any(".lora_A" in ref.name or ".lora_B" in ref.name for ref in factors.values()):
         return {"down": "lora_A", "up": "lora_B"}
     return {"down": "lora_down", "up": "lora_up"}
@@ -214,7 +214,7 @@ def _end(factors: Mapping[str, TensorRef]) -> Mapping[str, str]:
 
 
 def _lycoris_factors(found: Mapping[str, TensorRef], kind: str) -> dict[str, TensorRef]:
-    """The factors of one method among a module's tensors, by the roles of its family."""
+    """The factors of one method among a module's tensors, by role."""
     return {role.removesuffix("?"): found[key] for key, role in _METHODS[kind].roles.items() if key in found}
 
 
@@ -226,7 +226,7 @@ def _claim_lycoris(
     number: TensorRef | None,
     scales: Scales,
 ) -> None:
-    """Append the module's update, or say what is wrong with its factors; ``number`` is its α."""
+    """Append the module's update, or report problems of its factors; ``number`` is its α."""
     if number is not None:
         claims.account_for([number])
     first = next(iter(found.values()))
@@ -257,7 +257,7 @@ def _claim_lycoris(
 
 
 def _made(claims: Claims, module: Module, kind: str, rank: int) -> ModuleUpdate | None:
-    """The update that PEFT's reader makes of the factors, its scale not known yet; None where it refuses them."""
+    """The update by PEFT's reader, without its scale; None where that refuses the factors."""
     updates, problems = len(claims.updates), len(claims.problems)
     _METHODS[kind].claim_module(claims, module, Context({"r": rank or 1, "alpha": rank or 1}))
     claims.problems[problems:] = [

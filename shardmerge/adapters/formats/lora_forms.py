@@ -29,15 +29,15 @@ ROLES: Mapping[str, str] = {
     "lora_magnitude_vector": "magnitude?",
     "lora_magnitude_vector.weight": "magnitude?",
 }
-#: Variants, by the setting, → what they save that only training reads: PEFT's merge leaves it out, and so does its
-#: forward pass then. MonteCLoRA draws perturbations, VeLoRA compresses what the backward pass needs.
+#: Variants, by the setting, → tensors that only training reads; PEFT's merge ignores them. MonteCLoRA draws
+#: perturbations, VeLoRA compresses the input of the backward pass.
 TRAINING_STATE = {"monteclora_config": "lora_monteclora_sampler", "velora_config": "lora_velora_embed"}
-#: Settings that choose a variant of LoRA, of which an adapter is one at most.
+#: Settings that choose a variant of LoRA, at most one for an adapter.
 _VARIANTS = ("use_dora", "use_bdlora", "kasa_config", *TRAINING_STATE)
 
 
 def variants(config: Config) -> list[str]:
-    """The variants that an adapter is of, by the settings that choose them. A config without settings counts."""
+    """The variants of an adapter, by the settings that choose them. An empty sub-config counts."""
     chosen = [name for name in _VARIANTS if config.get(name) not in (None, False)]
     return [*chosen, *(["init_lora_weights: mica"] if config.get("init_lora_weights") == "mica" else [])]
 
@@ -49,7 +49,7 @@ def rank_and_scaling(config: Config, key: str) -> tuple[int, float]:
 
 
 def say_no_alpha(claims: Claims, config: Config) -> None:
-    """Refuse an alpha of 0 that is in use: the merge would only write the base again."""
+    """Refuse an alpha of 0, with which the merge would only write the base again."""
     if config["lora_alpha"] == 0 and any(update.scaling == 0 for update in claims.updates):
         claims.problems.append(
             "lora_alpha in adapter_config.json is 0, so the adapter would change nothing; some exporters write 0 for "
@@ -58,7 +58,7 @@ def say_no_alpha(claims: Claims, config: Config) -> None:
 
 
 def paired(claims: Claims, module: Module, one: str, other: str) -> bool:
-    """Whether both factors are there; says which is not."""
+    """Whether both factors are there. A missing one is reported."""
     missing = [role for role in (one, other) if role not in module.factors]
     if missing:
         claims.half(module.first, module.key(key_of(ROLES, missing[0])), module.refs)
@@ -88,7 +88,7 @@ def claim_matrix(claims: Claims, module: Module, config: Config) -> None:
 
 
 def _claim_blocks(claims: Claims, module: Module, blocks: Mapping[str, Any], update: ModuleUpdate) -> None:
-    """BD-LoRA: which factor is block-diagonal goes by the module's own name."""
+    """BD-LoRA: the module's own name decides which factor is block-diagonal."""
     last = module.name.rpartition(".")[2]
     diagonal = [
         role
@@ -136,7 +136,7 @@ def _check_ranks(claims: Claims, a: TensorRef, b: TensorRef, rank: int, name: st
 
 
 def _agreed(claims: Claims, module: Module, role: str, setting: str, wanted: bool) -> TensorRef | None:
-    """A factor that is there, as the setting says; it is reported where they contradict each other."""
+    """A factor, if the setting agrees with it. A contradiction is reported."""
     ref = module.factors.get(role)
     problem = contradiction(ROLES, module, role, setting, wanted)
     if problem and ref is not None:
@@ -147,7 +147,7 @@ def _agreed(claims: Claims, module: Module, role: str, setting: str, wanted: boo
 
 
 def _with_magnitude(claims: Claims, module: Module, config: Config, update: ModuleUpdate) -> ModuleUpdate:
-    """DoRA, where the config says so and the lengths are there."""
+    """As DoRA, if the config says so."""
     magnitude = _agreed(claims, module, "magnitude", "use_dora", bool(config.get("use_dora")))
     if magnitude is None:
         return update
@@ -159,7 +159,7 @@ def _with_magnitude(claims: Claims, module: Module, config: Config, update: Modu
 
 
 def _with_diagonal(claims: Claims, module: Module, config: Config, update: ModuleUpdate) -> ModuleUpdate:
-    """KaSA, where the config says so and d is there."""
+    """As KaSA, if the config says so."""
     diagonal = _agreed(claims, module, "diagonal", "kasa_config", config.get("kasa_config") is not None)
     if diagonal is None:
         return update

@@ -1,7 +1,7 @@
 """Adapters of MLX (``mlx_lm.lora``): W' = W + scale · bᵀ aᵀ, with DoRA m / ‖W'‖ · W'.
 
-a is (in, r) and b (r, out), the transposes of what PEFT keeps; of an embedding, whose W is (V, D), a is (V, r) and b
-(r, D), and W' = W + scale · a b. m is (out). The scale in adapter_config.json is s itself, not divided by the rank.
+a is (in, r) and b (r, out), the transposes of PEFT's; of an embedding, whose W is (V, D), a is (V, r) and b (r, D), and
+W' = W + scale · a b. m is (out). The scale in adapter_config.json is s itself, not divided by the rank.
 A full fine-tune holds whole tensors. Source: mlx-lm, tuner/lora.py, tuner/dora.py and tuner/utils.py.
 """
 
@@ -91,7 +91,7 @@ def _claim_pair(claims: Claims, module: str, found: Mapping[str, TensorRef], sca
     a, b = found["lora_a"], found["lora_b"]
     if "m" in found and not dora:
         claims.reject([found["m"]], f"{found['m'].name} is a length of DoRA, but fine_tune_type is not dora")
-    # It does not say whether a module is an embedding.
+    # The file does not say whether a module is an embedding.
     update = ModuleUpdate(
         module_name(module), "weight", Lora.name, (("A", a), ("B", b)), scale, orientation=Orientation.UNKNOWN
     )

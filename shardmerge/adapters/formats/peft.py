@@ -1,7 +1,6 @@
 """PEFT's files: ``adapter_config.json`` with the keys of one of its methods, or its LoRA keys alone.
 
-How a method's keys are read, `shardmerge.adapters.formats.peft_method` has; LoRA without a config,
-`shardmerge.adapters.formats.bare`.
+`adapters.formats.peft_method` reads a method's keys, `adapters.formats.bare` LoRA without a config.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ class Peft(AdapterFormat):
 
 
 def _has_no_alpha(config: Config) -> bool:
-    """Whether a LoRA's config holds the 0 that exporters write for "fill it in": with it the adapter is nothing."""
+    """Whether a LoRA's config holds the 0 that exporters write as a placeholder; with it the adapter does nothing."""
     alpha = config.get("lora_alpha")
     return config.get("peft_type") == LoraMethod.peft_type and is_number(alpha) and alpha == 0
 

@@ -1,10 +1,10 @@
 """Keys of tensors → modules and roles; and keys of ``adapter_config.json`` that no method reads.
 
-PEFT drops a key that it does not know with a warning, and loads. That is a guess: the key may be of a later PEFT or of
-a trainer that means something by it. So it is refused here, whatever its value: false and 0 may be as far from the
-default as anything else. Only null passes, with which PEFT writes that an option is not set.
+PEFT drops an unknown key with a warning, and loads. That is a guess: the key may be of a later PEFT, or of a trainer
+that means something by it. So it is refused here, whatever its value: false and 0 may differ from the default, too. Only
+null passes, by which PEFT writes that an option is not set.
 
-All fields of all of PEFT's configs from 0.2 to 0.21.2 are known to the methods that had them.
+The methods know all fields of their configs in PEFT 0.2 to 0.21.2.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from shardmerge.key_mapping.naming import WRAPPER
 
-#: Keys of every config that say nothing about the weights: who made it of what, and how it is to be run.
+#: Keys of every config that do not affect the weights: the origin of the adapter, and how to run it.
 GENERAL = frozenset(
     {
         "auto_mapping",  # which classes load it
@@ -31,8 +31,8 @@ GENERAL = frozenset(
         "task_type",
     }
 )
-#: Keys of other programs that say nothing about the weights where the tensors are PEFT's: mlx-lm writes down all its
-#: arguments, and ``transformers_version`` is what wrote a config. They are named in a note.
+#: Keys of other programs that do not affect the weights where the tensors are PEFT's: mlx-lm writes all its arguments,
+#: transformers its version. A note names them.
 FOREIGN = frozenset(
     {
         *("adapter_path", "batch_size", "config", "data", "fine_tune_type", "grad_accumulation_steps"),
@@ -54,7 +54,7 @@ def unknown_key(key: str, value: Any) -> str:
 
 
 def ignored_problems(ignored: Collection[str], config: Mapping[str, Any], read: Collection[str]) -> Iterator[str]:
-    """What is wrong with ``ignore_keys``: a key that is not there is a typing error; one that is read has a meaning."""
+    """The problems of ``ignore_keys``: a key that is missing is a typing error; one that is read has a meaning."""
     for key in ignored:
         if key not in config:
             near = difflib.get_close_matches(key, list(config)[:1000], 1)
@@ -65,11 +65,10 @@ def ignored_problems(ignored: Collection[str], config: Mapping[str, Any], read: 
 
 
 def key_reader(roles: tuple[tuple[str, str], ...]) -> Callable[[str], tuple[str, str, str] | None]:
-    """From a key to its module, its adapter's name and its role; None where it is no factor's.
+    """A function from a key to its module, its adapter's name and its role; None where it is not a factor's.
 
-    ``lora_A.weight`` matches itself and ``lora_A.<adapter>.weight``; ``ia3_l`` itself and ``ia3_l.<adapter>``.
-
-    A factor may be wrapped, too: ``lora_A.module.<adapter>.weight``, ``lora_A.<adapter>.module.weight``.
+    ``lora_A.weight`` matches itself and ``lora_A.<adapter>.weight``; ``ia3_l`` itself and ``ia3_l.<adapter>``. A factor
+    may be wrapped, too: ``lora_A.module.<adapter>.weight``, ``lora_A.<adapter>.module.weight``.
     """
     parts, names = [], []
     for index, (key, role) in enumerate(roles):
@@ -90,7 +89,7 @@ def key_reader(roles: tuple[tuple[str, str], ...]) -> Callable[[str], tuple[str,
 
     @cache
     def read_end(end: str) -> tuple[str, str] | None:
-        """What the last two segments of a key say by themselves: the module is then all that is before them."""
+        """Adapter and role by the last two segments of a key, if the module is all that is before them."""
         found = read(f"_.{end}")
         return None if found is None or found[0] != "_" else found[1:]
 

@@ -36,11 +36,11 @@ _CONVERT = (
 
 
 def initialisation_problems(key: str, value: Any) -> list[str]:
-    """A check of ``init_lora_weights``: the messages about one that moves the base, and about an unknown one.
+    """A check of ``init_lora_weights``, which refuses an initialisation that moves the base, or an unknown one.
 
     An initialisation that takes the first B A out of W trains B A beside W - s · B₀ A₀, so W + s · B A is not what was
-    trained. PEFT does it again when it loads the adapter (pissa, olora), cannot (corda, whose first B A come from
-    data), or does not (lora_ga, whose come from gradients). Source: `update_layer`, peft/tuners/lora/layer.py, 0.21.2.
+    trained. PEFT repeats it when it loads the adapter (pissa, olora), cannot (corda: B₀ A₀ come from data), or does not
+    (lora_ga: from gradients). Source: `update_layer`, peft/tuners/lora/layer.py, 0.21.2.
     """
     if value is checks.MISSING or value is None or isinstance(value, bool):
         return []
@@ -121,7 +121,7 @@ class LoraMethod(PeftMethod):
         return peft_parameters.contradictions(config)
 
     def left_out(self, module: str, context: Context) -> str:
-        """A module is a target, or holds parameters that are, or is an output head that was tied to one."""
+        """A target is a module, one with targeted parameters, or an output head that was tied to a target."""
         name = peft_parameters.bare(module)[0]
         if peft_parameters.targeted(name, context):
             return ""
@@ -143,19 +143,19 @@ class LoraMethod(PeftMethod):
         return not config.get("use_dora")
 
     def asked_name(self, module: Module, context: Context) -> tuple[str, str]:
-        """Each ``.base_layer.`` is of wrappers of the enclosing module's parameters, or of nn.MultiheadAttention's.
+        """Each ``.base_layer.`` is of wrappers of the enclosing module's parameters, or of an nn.MultiheadAttention.
 
-        The wrapper of nn.MultiheadAttention is the only one that PEFT makes of a module with modules in it. It brings
-        along one of ``out_proj``, with its own rank and alpha.
+        Of modules with modules in them PEFT wraps only nn.MultiheadAttention, and with it ``out_proj``, with the same
+        rank and alpha.
         """
         asked = module.asked
         names = BELOW_WRAPPERS.split(module_name(module.prefix))  # part, wrappers, part …
-        for place in range(1, len(names), 2):
-            around, depth = "".join(names[:place:2]), names[place].count(".base_layer")
+        for index in range(1, len(names), 2):
+            around, depth = "".join(names[:index:2]), names[index].count(".base_layer")
             parameters = peft_parameters.targeted(around, context)
             if len(parameters) == depth:
                 continue
-            if parameters or names[place:] != [".base_layer", ".out_proj"] or not self._is_attention(around, context):
+            if parameters or names[index:] != [".base_layer", ".out_proj"] or not self._is_attention(around, context):
                 return "", (
                     f"{around} is wrapped {depth} times, but adapter_config.json's target_parameters name "
                     f"{len(parameters)} of its parameters, and it is not an nn.MultiheadAttention that is a target"
@@ -164,13 +164,13 @@ class LoraMethod(PeftMethod):
         return asked, ""
 
     def _is_attention(self, module: str, context: Context) -> bool:
-        """Whether PEFT takes a module for an nn.MultiheadAttention: it is a target, and has q, k and v as one."""
+        """Whether PEFT takes a module for an nn.MultiheadAttention: a target that has q, k and v as one."""
         base = context.base
         fits = not base.is_known or all(base.stored(module, name) for name in ("in_proj_weight", "out_proj.weight"))
         return fits and not self.left_out(module, context)
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
-        """One of the forms that LoRA takes: the factors that are there and the config decide."""
+        """The factors and the config decide which form of LoRA it is."""
         factors = module.factors
         if "embedding_A" in factors or "embedding_B" in factors:
             lora_forms.claim_embedding(claims, module, context.config)

@@ -1,8 +1,8 @@
-"""Reading what PEFT saves: ``adapter_config.json`` and the keys of ``adapter_model.safetensors`` → updates.
+"""The seam of a method of PEFT: ``adapter_config.json`` and the keys of ``adapter_model.safetensors`` → updates.
 
-Keys are ``base_model.model.<module>.<factor>``, at times with the adapter's name behind the factor's. What every method
-of PEFT has in common is read here: the config's checks, ``modules_to_save``, trained biases, embeddings that were saved
-whole. A method says which factors it has, which settings it reads, and what a module's factors mean.
+Keys are ``base_model.model.<module>.<factor>``, at times with the adapter's name after the factor's. Here is what all
+methods have in common: checks of the config, ``modules_to_save``, trained biases, embeddings that were saved whole. A
+method has factors and settings, and defines what a module's factors mean.
 Source: peft/utils/save_and_load.py and peft/tuners/tuners_utils.py, 0.21.
 """
 
@@ -28,9 +28,9 @@ from shardmerge.spec.light import light_dataclass
 from shardmerge.spec.tensors import TensorRef, transposed_if
 from shardmerge.spec.updates import Settings
 
-#: Settings that are read here, for every method.
+#: Settings of every method.
 _COMMON = frozenset({"bias", "modules_to_save", "target_modules", "fan_in_fan_out"})
-#: Wrappers of a module in the name of what is below it; not those that a name ends in.
+#: Wrappers of a module in the names of modules below it; not at the end of a name.
 BELOW_WRAPPERS = re.compile(r"((?:\.base_layer)+)(?=\.(?!base_layer(?:\.|$)))")
 
 
@@ -39,11 +39,11 @@ class Module:
     """The factors of one module, by role."""
 
     name: str
-    #: What stands before the factor's name in the file, for messages about keys that are missing.
+    #: The part of its keys before the factor's name, for messages about missing keys.
     prefix: str
     infix: str
     factors: dict[str, TensorRef]
-    #: The module by whose name PEFT asks the settings; another where that one's wrapper brings this along.
+    #: The module whose name decides the settings: another one, if PEFT has wrapped this one with it.
     asked: str
 
     @property
@@ -56,88 +56,87 @@ class Module:
 
     @property
     def is_empty(self) -> bool:
-        """Whether a factor has no numbers."""
+        """Whether a factor is empty."""
         return any(0 in ref.shape for ref in self.refs)
 
     def key(self, end: str) -> str:
-        """The key of another of its factors, ``lora_B.weight`` say."""
+        """The key of another factor, such as ``lora_B.weight``."""
         factor, dot, rest = end.partition(".")
         return f"{self.prefix}.{factor}{f'.{self.infix}' if self.infix else ''}{dot}{rest}"
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a module's factors are read against."""
+    """The adapter and the base around a module's factors."""
 
     config: Config
     base: BaseView = NO_BASE
     #: Tensors that all modules share, by role.
     shared: Mapping[str, TensorRef] = field(default_factory=dict)
-    #: How B of fused experts is laid out, ``peft`` or ``unsloth``, where our config says it.
+    #: The layout of B of fused experts, ``peft`` or ``unsloth``, if our config says it.
     expert_layout: str | None = None
-    #: Keys of the config that our config says to leave out.
+    #: Keys of the config that our config ignores.
     ignored: tuple[str, ...] = ()
 
 
 class PeftMethod(ABC):
-    """One value of ``peft_type``: its keys, its settings, and what a module's factors mean."""
+    """One value of ``peft_type``."""
 
     peft_type: ClassVar[str]
-    #: What it is called, and where it is described; for the table of what is supported.
+    #: Its name, its paper and a note, for the table in docs/formats.md.
     title: ClassVar[str]
     paper: ClassVar[str] = ""
-    #: What else a user must know, for the table of what is supported.
     note: ClassVar[str] = ""
     #: The end of a key (without the adapter's name) → the factor's role. An optional role ends in ``?``.
     roles: ClassVar[Mapping[str, str]]
     #: Keys of tensors that all modules share → role, without ``base_model.``.
     shared_roles: ClassVar[Mapping[str, str]] = {}
-    #: Settings that the method reads, and how each is checked.
+    #: Settings that it reads, with their checks.
     settings: ClassVar[Mapping[str, Check]] = {}
     #: Settings that only matter in training.
     inert: ClassVar[frozenset[str]] = frozenset()
     #: Settings that narrow down the targets; see `shardmerge.adapters.formats.peft_targets`.
     selectors: ClassVar[frozenset[str]] = SELECTORS
-    #: Settings that are read, and that our config may yet say to leave out.
+    #: Settings that it reads, and that our config may ignore.
     ignorable: ClassVar[frozenset[str]] = frozenset()
-    #: Keys of tensors that PEFT keeps once, and yet reports as missing from every layer.
+    #: Keys of tensors that PEFT stores once, but reports as missing from every layer.
     kept_once: ClassVar[tuple[str, ...]] = ()
-    #: Settings that, set, make the adapter something that cannot be merged; why, and the way out.
+    #: Settings with which an adapter cannot be merged → why, and the way out.
     refused: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
-        """Append the module's updates, or say what is wrong with its factors."""
+        """Append the module's updates, or report problems of its factors."""
 
     def check_config(self, config: Config) -> list[str]:
-        """What is wrong with the config beyond single settings."""
+        """Problems of the config beyond those of single settings."""
         return []
 
     def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
-        """Claim tensors whose keys are of another form: those that were saved whole."""
+        """Claim tensors that were saved whole, whose keys have another form."""
         claim_wholes(claims, tensors, config)
 
     def left_out(self, module: str, context: Context) -> str:
-        """The setting that leaves the module out, with its verb; empty where the module is one of the adapter's."""
+        """The setting that excludes the module, with its verb; empty where it is a target."""
         return left_out(module, context.config)
 
     def asked_name(self, module: Module, context: Context) -> tuple[str, str]:
-        """The module by whose name PEFT asks the settings, and why that is unknown: one of the two."""
+        """The module whose name decides the settings, or why it is unknown: one of the two."""
         if BELOW_WRAPPERS.search(module.prefix):
             what = f"what its .base_layer stands for is not known: {self.peft_type} has no layers below wrapped ones"
             return "", what
         return module.asked, ""
 
     def weighs(self, config: Config) -> bool:
-        """Whether ΔW is linear in a ``scaling`` that PEFT's layers have by adapter, so that it can take our weight."""
+        """Whether ΔW is linear in the ``scaling`` of PEFT's layers, so that it can take our weight."""
         return False
 
     def composes(self, config: Config) -> bool:
-        """Whether PEFT applies several such adapters as merges do, one after the other."""
+        """Whether PEFT applies several such adapters one after the other, as a merge does."""
         return False
 
     def claim(self, tensors: Mapping[str, TensorRef], context: Context) -> Claims:
-        """Check the config, group the factors by module, and have each module claimed."""
+        """Check the config, group the factors by module, and claim each module."""
         read = _COMMON | self.selectors | self.settings.keys() | self.refused.keys()
         problems = ignored_problems(context.ignored, context.config, read - self.ignorable)
         config = {key: value for key, value in context.config.items() if key not in context.ignored}
@@ -152,13 +151,13 @@ class PeftMethod(ABC):
             return claims
         modules, shared = self.grouped(tensors)
         claims.problems += _anchored(config, modules)
-        # Each is looked into for every module.
+        # Looked up for every module.
         lists = {key: config.get(key) for key in ("target_modules", "exclude_modules", "modules_to_save")}
         config = {**config, **{key: frozenset(of) for key, of in lists.items() if isinstance(of, list)}}
         context = dataclasses.replace(context, config=config, shared=shared)
         has_modules = bool(modules)
         modules.reverse()
-        while modules:  # which takes back its memory: an adapter of experts has a hundred thousand of them
+        while modules:  # popped, to free their memory: an adapter of experts has a hundred thousand
             self._claim_one(claims, modules.pop(), context)
         if has_modules:
             claims.account_for(ref for ref in shared.values() if 0 not in ref.shape)
@@ -174,7 +173,7 @@ class PeftMethod(ABC):
             module = dataclasses.replace(module, asked=asked)
         if self._complete(claims, module):
             self.claim_module(claims, module, context)
-        # Wrappers before PEFT's prefix were not there when the config was written.
+        # The config was written before wrappers came before PEFT's prefix.
         reasons = [self.left_out(name, context) for name in peeled(module.asked)]
         if all(reasons):
             claims.problems.append(
@@ -193,7 +192,6 @@ class PeftMethod(ABC):
                 shared[role] = ref
             elif (found := role_of(name)) is not None:
                 prefix, infix, role = found
-                # What is below a wrapped module has the wrapper in its name.
                 plain = module_name(prefix)
                 if ".base_layer" in plain:
                     plain = BELOW_WRAPPERS.sub("", plain)
@@ -219,7 +217,7 @@ class PeftMethod(ABC):
 
     @cached_property
     def _required(self) -> tuple[tuple[str, str], ...]:
-        """Key and role of the factors that every module must have."""
+        """Key and role of the required factors."""
         return tuple((key, role) for key, role in self.roles.items() if not role.endswith("?"))
 
     def _config_problems(self, config: Config) -> list[str]:
@@ -235,7 +233,7 @@ class PeftMethod(ABC):
 
     @property
     def _known(self) -> frozenset[str]:
-        """All settings that say something to this method, or nothing to any."""
+        """Settings of this method, and those of all methods."""
         own = self.inert | self.selectors | self.settings.keys() | self.refused.keys()
         return GENERAL | _COMMON | own
 
@@ -253,13 +251,13 @@ METHODS: dict[str, PeftMethod] = {}
 
 
 def _is_set(key: str, value: Any) -> bool:
-    """Whether a setting is on. Of an empty mapping PEFT makes a sub-config with its defaults, which is on, too."""
+    """Whether a setting is on. PEFT takes an empty mapping for a sub-config of defaults, which is on, too."""
     return bool(value) or (value == {} and key.endswith("_config"))
 
 
 def _anchored(config: Config, modules: Collection[Module]) -> list[str]:
-    """Patterns of whole names say nothing certain where wrappers stand before a module's name."""
-    # A method that does not read them has not checked what they are.
+    """Refuse patterns of whole names where wrappers come before a module's name."""
+    # Methods that do not read the patterns have not checked their type.
     patterns = [of for key in ("rank_pattern", "alpha_pattern") if isinstance(of := config.get(key), dict)]
     anchored = [key for of in patterns for key in of if str(key).startswith("^")]
     wrapped = [module for module in modules if len(list(peeled(module.asked))) > 1]
@@ -273,12 +271,12 @@ def _anchored(config: Config, modules: Collection[Module]) -> list[str]:
 
 
 def key_of(roles: Mapping[str, str], role: str) -> str:
-    """The end of the key of a factor, by its role; of two, the first."""
+    """The end of a factor's key, by its role; the first of two."""
     return next(key for key, known in roles.items() if known.removesuffix("?") == role)
 
 
 def contradiction(roles: Mapping[str, str], module: Module, role: str, setting: str, wanted: bool) -> str:
-    """What is wrong where a factor is there without the setting that goes with it, or the other way round."""
+    """The problem of a factor without its setting, or of a setting without its factor."""
     ref = module.factors.get(role)
     if ref is None and wanted:
         return f"adapter_config.json says {setting}, but {module.key(key_of(roles, role))} is missing"
@@ -291,27 +289,24 @@ def contradiction(roles: Mapping[str, str], module: Module, role: str, setting: 
 
 
 class PeftFamily(Family, PeftMethod):
-    """A method whose modules' factors make one update of the weight each, by a family of its own."""
+    """A method that makes one update of each module's weight, by a family of its own."""
 
-    #: What it can update, for the message about other parameters; empty if `misfits` says it.
+    #: What it updates, for the message about other parameters; empty if `misfits` reports them.
     updates: ClassVar[str] = ""
-    #: How many dimensions what it can update has, and whether kernels of two dimensions must be square.
+    #: The numbers of dimensions that a parameter may have, and whether kernels of two dimensions must be square.
     dims: ClassVar[frozenset[int]] = frozenset({2})
     square_kernels: ClassVar[bool] = False
 
     def settings_of(self, config: Config, module: Module) -> Settings | None:
-        """What the family needs to know of a module besides its factors."""
+        """The settings of a module's update."""
         return None
 
     def scaling_of(self, config: Config, module: Module) -> float:
-        """s of a module; what a method without a scale has is 1."""
+        """s of a module; 1 for a method without a scale."""
         return 1.0
 
     def update(self, module: Module, context: Context, **changes: Any) -> ModuleUpdate:
-        """The update of a module's weight by all of its factors; ``changes`` are other fields of it.
-
-        Its rank is that of ``r`` and ``rank_pattern``, if ``r`` is a rank to this method.
-        """
+        """The update of a module's weight by all of its factors; ``changes`` replace fields of it."""
         config = context.config
         fields: dict[str, Any] = {
             "family": self.name,
@@ -333,5 +328,5 @@ class PeftFamily(Family, PeftMethod):
         return self.misfits(update, shape)
 
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        """What does not fit between the factors and the parameter, whose number of dimensions is right."""
+        """Why the factors do not fit the parameter, whose number of dimensions is right."""
         raise NotImplementedError

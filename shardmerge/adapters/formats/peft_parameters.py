@@ -1,14 +1,14 @@
-"""LoRA on parameters themselves (``target_parameters``): whose factors these are, and how fused experts' B is laid out.
+"""LoRA on parameters (``target_parameters``): the parameter of each pair, and the layout of B of fused experts.
 
 PEFT wraps the module that holds the parameter, so that ``.base_layer`` is in the keys of all that is below it, and
 nests the wrappers of several parameters, the first registered innermost. Of E experts A is (r·E, in), the experts
 outermost. B is (out, r·E), and its columns are laid out in one of two ways:
 
 - ``rank_major``, PEFT's own: column k·E + e is expert e's for the rank k;
-- ``grouped_by_expert``: column e·r + k is. Unsloth's trainer packed B so until it changed to PEFT's way in 2026.
+- ``grouped_by_expert``: column e·r + k is. Unsloth's trainer used it until 2026, when it changed to PEFT's.
 
-The shapes are the same. Unsloth has written down since then which it is, in ``lora_B_layout`` and
-``unsloth_fused_expert_lora``; where the layers of a model differ it says ``mixed``, which says nothing.
+The shapes are the same. Unsloth states the layout since then, in ``lora_B_layout`` and ``unsloth_fused_expert_lora``;
+``mixed`` means that the layers of a model differ.
 Source: peft/tuners/lora/layer.py, ParamWrapper; unsloth-zoo, pull requests 1232 and 1269.
 """
 
@@ -38,7 +38,7 @@ _DIFFERENCE = (
 
 
 def bare(module: str) -> tuple[str, int]:
-    """A module's name without the wrappers of its parameters, and how many there were."""
+    """A module's name without the wrappers of its parameters, and their number."""
     depth = 0
     while module.endswith(".base_layer"):
         module, depth = module.removesuffix(".base_layer"), depth + 1
@@ -61,7 +61,7 @@ def targeted(module: str, context: Context) -> list[str]:
 
 
 def _all_targeted(module: str, context: Context) -> list[str]:
-    """Trainers of fused experts may name those among ``target_modules``, and mean all their matrices."""
+    """Trainers of fused experts may name them in ``target_modules``, which means all their matrices."""
     targets = context.config.get("target_modules")
     if not isinstance(targets, (list, frozenset)) or not matches(targets, module):
         return []
@@ -69,7 +69,7 @@ def _all_targeted(module: str, context: Context) -> list[str]:
 
 
 def _has(module: str, parameter: str, context: Context) -> bool:
-    """Whether a module has a parameter of that name; a bare name is of every module that has one."""
+    """Whether a module has a parameter of that name: a bare name is of all such modules."""
     if known := context.base.registered(module):
         return parameter in known
     return context.base.stored(module, parameter) is not None
@@ -104,7 +104,7 @@ def claim_parameter(claims: Claims, module: Module, rank: int, scaling: float, c
 
 
 def owner(module: str, context: Context) -> str | None:
-    """The parameter whose factors have a module's name, wrappers counted; None where that is unknown."""
+    """The parameter of a pair of factors, by the module's name with its wrappers; None where it is unknown."""
     name, depth = bare(module)
     targets = targeted(name, context)
     if depth >= len(targets) or (len(targets) > 1 and not context.base.registered(name)):
@@ -129,7 +129,7 @@ def _say_whose(claims: Claims, module: Module, name: str, context: Context) -> N
 
 
 def layout_of(parameter: str, rank: int, experts: int, context: Context) -> tuple[str, str]:
-    """How B of a parameter's experts is laid out, ``peft`` or ``unsloth``, and what is wrong with that."""
+    """The layout of B of a parameter's experts, ``peft`` or ``unsloth``, and its problem."""
     said, given = _said(parameter, context.config), context.expert_layout
     wanted = _entry(parameter, context.config).get("num_experts")
     if wanted is not None and wanted != experts:
@@ -167,7 +167,7 @@ def _entry(parameter: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _is_unsloths(config: Mapping[str, Any]) -> bool:
-    """Whether Unsloth made the adapter, by what it leaves in a config."""
+    """Whether Unsloth made the adapter, by its traces in the config."""
     mapping = config.get("auto_mapping")
     return bool(config.get(_MARKER)) or (isinstance(mapping, dict) and bool(mapping.get("unsloth_fixed")))
 
@@ -188,15 +188,15 @@ def marker_problems(key: str, value: Any) -> list[str]:
     if value.get("lora_A_layout", "grouped_by_expert") != "grouped_by_expert":
         problems.append(f"{key}: lora_A_layout must be grouped_by_expert, found {reprlib.repr(value['lora_A_layout'])}")
     for name, entry in parameters.items():
-        place = f"{key}.parameters[{reprlib.repr(name)}]"
+        where = f"{key}.parameters[{reprlib.repr(name)}]"
         if not isinstance(entry, dict):
-            problems.append(f"{place} must hold {_FLAT} and num_experts, found {reprlib.repr(entry)}")
+            problems.append(f"{where} must hold {_FLAT} and num_experts, found {reprlib.repr(entry)}")
             continue
-        problems += _unknown(place, entry, _FLAT, "num_experts")
-        problems += _word_problems(f"{place}.{_FLAT}", entry.get(_FLAT))
+        problems += _unknown(where, entry, _FLAT, "num_experts")
+        problems += _word_problems(f"{where}.{_FLAT}", entry.get(_FLAT))
         if "num_experts" in entry and not is_rank(entry["num_experts"]):
             found = reprlib.repr(entry["num_experts"])
-            problems.append(f"{place}.num_experts must be a whole number above zero, found {found}")
+            problems.append(f"{where}.num_experts must be a whole number above zero, found {found}")
     return problems
 
 
@@ -213,12 +213,12 @@ def contradictions(config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _unknown(place: str, value: Mapping[str, Any], *known: str) -> list[str]:
-    return [f"{place}: the key {reprlib.repr(key)} is unknown to this version" for key in value if key not in known]
+def _unknown(where: str, value: Mapping[str, Any], *known: str) -> list[str]:
+    return [f"{where}: the key {reprlib.repr(key)} is unknown to this version" for key in value if key not in known]
 
 
-def _word_problems(place: str, word: Any) -> list[str]:
+def _word_problems(where: str, word: Any) -> list[str]:
     if isinstance(word, str) and word in LAYOUTS:
         return []
     why = "; mixed says only that its layers differ" if word == "mixed" else ""
-    return [f"{place} must be {' or '.join(LAYOUTS)}, found {reprlib.repr(word)}{why}"]
+    return [f"{where} must be {' or '.join(LAYOUTS)}, found {reprlib.repr(word)}{why}"]

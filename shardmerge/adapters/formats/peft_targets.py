@@ -1,9 +1,8 @@
-"""Which modules an adapter is of: the settings by which PEFT chooses modules when it trains and when it loads.
+"""The settings by which PEFT chooses the modules of an adapter when it trains and when it loads.
 
-A module that they leave out gets no adapter when PEFT loads the file, and PEFT drops its tensors with a warning. What
-they mean is taken from `check_target_module_exists` in peft/tuners/tuners_utils.py, 0.21, which every method calls:
-``exclude_modules`` goes first, then ``modules_to_save``, then ``target_modules`` with ``layers_to_transform`` and
-``layers_pattern``.
+PEFT drops the tensors of other modules with a warning. As in `check_target_module_exists` of
+peft/tuners/tuners_utils.py, 0.21, ``exclude_modules`` goes first, then ``modules_to_save``, then ``target_modules``
+with ``layers_to_transform`` and ``layers_pattern``.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from shardmerge.adapters.formats.checks import Config, is_strings
 from shardmerge.system.bounded_regex import first_captured, first_match
 from shardmerge.system.bounded_regex import problems as regex_problems
 
-#: Settings that only some methods have. They narrow down what ``target_modules`` name.
+#: Settings of some methods that narrow down ``target_modules``.
 SELECTORS = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
 #: The reason where a module is not a target.
 NOT_COVERED = "target_modules do not cover"
 #: From so many targets on PEFT looks for shorter names that mean the same modules.
 _MANY_TARGETS = 20
-#: The first number in a name with two segments before it, where no pattern says of what it is the number.
+#: The first number in a name with two segments before it, where there is no pattern.
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
 
 def left_out(module: str, config: Config) -> str:
-    """The setting that leaves a module out, with its verb; empty where the module is one of the adapter's."""
+    """The setting that excludes a module, with its verb; empty where it is a target."""
     excluded = config.get("exclude_modules")
     if excluded and matches(excluded, module):
         return "exclude_modules leave out"
@@ -46,25 +45,25 @@ def left_out(module: str, config: Config) -> str:
 
 
 def matches(targets: str | Collection[str], module: str) -> bool:
-    """Whether a module is named by a regular expression, or by one of a list of ends of names."""
+    """Whether a regular expression, or one of a list of ends of names, matches a module."""
     if isinstance(targets, str):
         return first_match([targets], module, "fullmatch") is not None
     return _has_end(targets, module) if isinstance(targets, frozenset) else not _ends(module).isdisjoint(targets)
 
 
-@lru_cache(maxsize=8)  # a module is asked for several times, one after the other
+@lru_cache(maxsize=8)  # called several times for a module
 def _has_end(targets: frozenset[str], module: str) -> bool:
     return not _ends(module).isdisjoint(targets)
 
 
 def _ends(name: str) -> set[str]:
-    """The name, and what is left of it after each of its dots."""
+    """The name, and the rest of it after each of its dots."""
     segments = name.split(".")
     return {".".join(segments[first:]) for first in range(len(segments))} - {""}
 
 
 def _holds(saved: str, module: str) -> bool:
-    """Whether an item of ``modules_to_save``, a regular expression here, names the module or one around it."""
+    """Whether an item of ``modules_to_save``, a regular expression, matches the module or one around it."""
     if saved.isidentifier():
         return saved in module.split(".")
     return first_match([_saved_pattern(saved)], module) is not None
@@ -75,7 +74,7 @@ def _saved_pattern(saved: str) -> str:
 
 
 def _is_in_layers(module: str, config: Config) -> bool:
-    """Whether ``layers_to_transform`` allow a module that was named by its end."""
+    """Whether ``layers_to_transform`` allow a module that the end of its name has matched."""
     layers = config.get("layers_to_transform")
     if layers is None or layers == []:
         return True
@@ -84,7 +83,7 @@ def _is_in_layers(module: str, config: Config) -> bool:
 
 
 def _layer_patterns(config: Config) -> list[str]:
-    """What PEFT makes of ``layers_pattern``: each finds a layer's number."""
+    """PEFT's regular expressions for ``layers_pattern``, each of which finds a layer's number."""
     named = config.get("layers_pattern")
     if not named:
         return [_ANY_LAYER]
@@ -95,7 +94,7 @@ def _layer_patterns(config: Config) -> list[str]:
 
 
 def target_problems(config: Config) -> Iterator[str]:
-    """What is wrong with the settings themselves."""
+    """The problems of the settings themselves."""
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
     if targets is not None and not (isinstance(targets, str) and targets.lower() == "all-linear"):
         yield from _names_problems("target_modules", targets)
@@ -126,7 +125,7 @@ def _names_problems(key: str, names: Any) -> Iterator[str]:
 
 
 def _regex_problems(key: str, texts: Mapping[str, str]) -> Iterator[str]:
-    """``texts`` are PEFT's patterns → what the config has of them."""
+    """``texts``: PEFT's pattern → that of the config."""
     for text, why in regex_problems(list(texts)):
         shown = "" if texts[text] == text else f": {reprlib.repr(texts[text])}"
         yield f"{key}{shown} is not a regular expression: {why}"

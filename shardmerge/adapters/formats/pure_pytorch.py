@@ -55,7 +55,7 @@ class PurePytorch(AdapterFormat):
 
 
 def looks_like(names: Collection[str]) -> bool:
-    """Whether a file of these tensors is such an adapter."""
+    """Whether a file with these tensors is such an adapter."""
     return not all(name.endswith(".alpha") for name in names) and all(
         _FACTOR.fullmatch(name) or _FROZEN.fullmatch(name) for name in names
     )

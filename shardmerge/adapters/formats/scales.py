@@ -1,13 +1,13 @@
-"""The scale of an adapter that has no adapter_config.json: s = α / r, with α from the first place that says it.
+"""The scale of an adapter that has no adapter_config.json: s = α / r, with α from the first source that states it.
 
 1. our config: ``scaling`` is s itself, ``alpha`` is α;
 2. a tensor ``….alpha`` beside the module's factors;
 3. the metadata of the file's header: ``lora_adapter_metadata``, which is PEFT's config as JSON (diffusers), or a number
    as ``ss_network_alpha`` (kohya's scripts), ``alpha``, ``lora_alpha`` or ``network_alpha``;
-4. what those who load such files take for granted, which is said as a note. Where they do not agree, it is asked for.
+4. the default of the programs that load such files, with a warning; where these differ, the adapter is refused.
 
-What the metadata says must not contradict itself, nor the ranks in the file. α = 0 is asked about: kohya's and LyCORIS'
-modules take it for "not given", so that s is 1, while kohya's merge, ComfyUI and diffusers take it for 0.
+Metadata that contradicts itself or the ranks in the file is refused. So is α = 0: kohya's and LyCORIS' modules take it
+for "not given", so that s is 1, while kohya's merge, ComfyUI and diffusers take it for 0.
 Source: diffusers, loaders/lora_base.py and utils/peft_utils.py; kohya-ss/sd-scripts, networks/lora.py and
 networks/merge_lora.py; ComfyUI, comfy/weight_adapter/lora.py.
 """
@@ -33,7 +33,7 @@ ReadNumber = Callable[[TensorRef], float]
 CONFIG_KEY = "lora_adapter_metadata"
 ALPHAS = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")
 RANKS = ("ss_network_dim", "network_dim", "lora_rank", "rank", "dim", "r")
-#: Numbers that would scale an update in a way that is not documented.
+#: Numbers whose effect on an update is not documented.
 _UNCLEAR = ("scale", "scaling", "lora_scale", "lora_scaling", "multiplier", "network_multiplier")
 #: Words that say that α / r is not the scale, or not for all modules.
 _ALSO = ("use_rslora", "rslora", "rs_lora", "use_dora", "dora_wd", "conv_alpha", "block_alphas", "conv_block_alphas")
@@ -47,7 +47,7 @@ _ASK = "give alpha (or scaling)"
 
 @dataclass(slots=True)
 class Scales:
-    """Finds the scale of one pair of factors after the other, and collects the messages about all of them."""
+    """Finds the scale of each pair of factors, and collects the messages about all of them."""
 
     alpha: float | None
     scaling: float | None
@@ -60,19 +60,19 @@ class Scales:
 
     @property
     def given(self) -> bool:
-        """Whether our config gives it."""
+        """Whether our config states it."""
         return self.alpha is not None or self.scaling is not None
 
     def unread(self) -> str:
-        """What is said of a config in the header beside other keys than those that it is written for."""
+        """The problem of PEFT's config in the header of a file without PEFT's keys."""
         if self.given or self.metadata.get(CONFIG_KEY, "{}") == "{}":
             return ""
         return f"the {CONFIG_KEY} in its header is read beside PEFT's keys alone, lora_A and lora_B: {_ASK}"
 
     def of(self, claims: Claims, rank: int, number: TensorRef | None, *, one_if_unsaid: bool) -> float:
-        """s of a module of rank r; ``number`` is its own α. A placeholder where it is not known, which is said then.
+        """s of a module of rank r, ``number`` being its own α; 1 where it is unknown, which `finish` reports.
 
-        ``one_if_unsaid``: whether all who load such a file take 1 where nothing is said.
+        ``one_if_unsaid``: whether all programs that load such a file take 1 where nothing states the scale.
         """
         if number is not None:
             claims.account_for([number])
@@ -115,7 +115,7 @@ class Scales:
         return alpha
 
     def finish(self, claims: Claims, unknown: str, takers: str) -> None:
-        """Say what came up. ``unknown``: what is said where a scale is not known; ``takers``: who takes 1 for it."""
+        """Report problems. ``unknown``: the message about an unknown scale; ``takers``: programs that take 1 for it."""
         claims.problems += self._said
         if self._unknown:
             claims.problems.append(unknown)
@@ -130,7 +130,7 @@ class Scales:
 
 
 def numbers_said(metadata: Mapping[str, str]) -> tuple[float | None, float | None] | str:
-    """α and r of the metadata where it says them; a string says what is wrong with them."""
+    """α and r in the metadata, or None; a string is a problem."""
     said = {key: metadata[key] for key in (*ALPHAS, *RANKS) if key in metadata}
     numbers = {key: _number(text) for key, text in said.items()}
     alphas = {key: numbers[key] for key in ALPHAS if key in numbers}
@@ -161,7 +161,7 @@ def _quoted(metadata: Mapping[str, str], keys: list[str]) -> str:
 
 
 def _also(metadata: Mapping[str, str]) -> list[str]:
-    """What else it says of scales, in the metadata itself or in the arguments of the network."""
+    """Other settings of the scale, in the metadata itself or in the arguments of the network."""
     arguments = _parsed(metadata.get(_ARGUMENTS, "{}")) or {}
     found = {**{key: metadata[key] for key in _ALSO if key in metadata}, **arguments}
     off = (None, False, "", "none", "false", "0")
@@ -176,9 +176,9 @@ def _is_off(value: object, off: tuple[object, ...]) -> bool:
 
 
 def config_said(metadata: Mapping[str, str], modules: list[str]) -> dict[str, Any] | str | None:
-    """PEFT's config of the part that all ``modules`` are of, without the part's name; None where there is none.
+    """PEFT's config of the part that has all ``modules``; None where there is none, a string is a problem.
 
-    A string says what is wrong with it. diffusers writes ``transformer.r`` for a pipeline's part, ``r`` for a model.
+    diffusers writes ``transformer.r`` for a pipeline's part, ``r`` for a model.
     """
     if CONFIG_KEY not in metadata:
         return None
@@ -197,7 +197,7 @@ def config_said(metadata: Mapping[str, str], modules: list[str]) -> dict[str, An
 
 
 def _parsed(text: str) -> dict[str, Any] | None:
-    """An object in JSON that says nothing twice; None where the text is something else."""
+    """A JSON object without duplicate keys; None where the text is something else."""
     if len(text) > _MAX_JSON:
         return None
     try:

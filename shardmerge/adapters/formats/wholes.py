@@ -33,10 +33,10 @@ _EMBEDDINGS = frozenset(
 
 
 def claim_wholes(claims: Claims, tensors: Mapping[str, TensorRef], config: Config) -> None:
-    """Whole tensors in place of the base's: ``modules_to_save``, trained biases, embeddings, wrapped base layers.
+    """Claim ``modules_to_save``, trained biases, embeddings and wrapped base layers, which replace the base's tensors.
 
-    Where the vocabulary was resized, PEFT writes all that a trained embedding's wrapper holds, beside the tensor
-    itself: the copy under ``modules_to_save`` and the untrained original. It reads neither, and nor do we.
+    Where the vocabulary was resized, PEFT writes the copy under ``modules_to_save`` and the untrained original of a
+    trained embedding beside the tensor itself. Neither is read, by PEFT or here.
     """
     known = {unwrapped(name) for name in tensors}
     for written in claims.leftovers(tensors):
@@ -62,10 +62,10 @@ def claim_wholes(claims: Claims, tensors: Mapping[str, TensorRef], config: Confi
 
 
 def claim_beside(claims: Claims, file: str, tensors: Mapping[str, TensorRef]) -> None:
-    """Whole tensors of a file beside the adapter: weights that were trained in full, in their own place in the model.
+    """Claim the tensors of a file beside the adapter: weights that were trained in full, within the model.
 
-    So a tied one was trained for both sides, but for PEFT's copy of a module, which is apart. The weight within a layer
-    that PEFT has wrapped is what LoRA adds to; see `claim_wholes`.
+    So a tied weight was trained for both sides, except in PEFT's copy of a module, which is separate. LoRA adds to the
+    weight within a layer that PEFT has wrapped; see `claim_wholes`.
     """
     for name, ref in tensors.items():
         whole = unwrapped(name)
@@ -79,18 +79,18 @@ def claim_beside(claims: Claims, file: str, tensors: Mapping[str, TensorRef]) ->
 def whole_update(
     module: str, parameter: str, ref: TensorRef, settings: WholeSettings | None = None, **changes: Any
 ) -> ModuleUpdate:
-    """A whole tensor in place of a module's parameter."""
+    """The update that replaces a module's parameter."""
     factors = (("whole", ref),)
     return ModuleUpdate(module, parameter, Replacement.name, factors, settings=settings or WholeSettings(), **changes)
 
 
 def is_embedding(module: str) -> bool:
-    """Whether a module is called as input embeddings and output heads are."""
+    """Whether a module has the name of an input embedding or an output head."""
     return module.rpartition(".")[2] in _EMBEDDINGS
 
 
 def _is_saved(module: str, config: Config) -> bool:
-    """Whether a module or one around it is in ``modules_to_save``, by the end of its name as PEFT compares it."""
+    """Whether a module or one around it is in ``modules_to_save``, compared by ends of names as in PEFT."""
     saved = config.get("modules_to_save") or ()
     segments = module.split(".")
     paths = [".".join(segments[: count + 1]) for count in range(len(segments))]
@@ -103,12 +103,12 @@ def _is_saved(module: str, config: Config) -> bool:
 def claim_tokens(
     claims: Claims, tensors: Mapping[str, TensorRef], indices: Any, *, for_both_sides: bool = False
 ) -> None:
-    """Rows of trained tokens. ``indices`` is a list for the input embedding, or a list for each module by name.
+    """Claim rows of trained tokens. ``indices``: a list for the input embedding, or a list for each module by name.
 
-    ``for_both_sides``: whether a head that is tied to the embedding has no tokens of its own.
+    ``for_both_sides``: whether a head that is tied to the embedding has the same rows.
     """
     for name, ref in tensors.items():
-        if "trainable_tokens_delta" not in name:  # few names have it, and the pattern takes 5 % of a plan of 45,000
+        if "trainable_tokens_delta" not in name:  # few do, and the pattern takes 5 % of a plan of 45,000 targets
             continue
         match = _TOKENS.fullmatch(unwrapped(name))
         if match is None:

@@ -1,8 +1,8 @@
-"""The seam of an adapter family: what an update does to a weight, and what the rest of the package must know about it.
+"""The seam of an adapter family: what an update does to a weight, and its traits.
 
-A family is a *row update*, not a delta: ``apply`` changes a window of a module's matrix in place. So families that
-rescale, multiply or rotate fit as well as those that add. Families do no I/O; their factors come through `Factors`,
-which reads lazily. `shardmerge.adapters.registry` registers it by its name; nothing outside its module compares that.
+A family's ``apply`` changes a window of a module's matrix in place. So families that rescale, multiply or rotate fit as
+well as those that add a delta. Families do no I/O: `Factors` reads lazily. `shardmerge.adapters.registry` registers a
+family by its name, which only its own module compares.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from shardmerge.spec.updates import Parameter, Update, Window
 
 
 class Factors(Protocol):
-    """The factors of the update at hand, in the compute dtype and on the compute device."""
+    """The factors of an update, in the compute dtype and on the compute device."""
 
     def whole(self, role: str) -> Tensor:
-        """The whole factor; read once per target."""
+        """The whole factor, read once for a weight."""
 
     def as_stored(self, role: str) -> Tensor:
-        """The whole factor, but in the dtype that it is stored in, and on the CPU."""
+        """The whole factor in the dtype of its file, on the CPU."""
 
     def rows(self, role: str, rows: RowRange) -> Tensor:
         """Rows of a factor whose first dimension is the matrix's rows; only these are in memory."""
@@ -46,78 +46,78 @@ class Factors(Protocol):
         """Columns of a factor (r, columns) whose last dimension is the matrix's columns; only these are in memory."""
 
     def kept(self, name: str, build: Callable[[], Tensor]) -> Tensor:
-        """Something made from factors, built when it is first asked for and kept while the target is worked on."""
+        """The result of ``build``, which is called once for a weight."""
 
 
 class Effect(IntEnum):
-    """What a family does to a weight. Of several updates by one adapter, the smaller comes first."""
+    """What a family does to a weight. Of one adapter's updates of a weight, the smaller comes first."""
 
-    #: It compares the weight with what the adapter holds, and changes nothing.
+    #: Compares the weight with the adapter's copy, and changes nothing.
     COMPARES = 0
-    #: It puts the adapter's tensor in the weight's place.
+    #: Replaces the weight by the adapter's tensor.
     REPLACES = 1
-    #: It puts rows of the adapter's in place of some of the weight's.
+    #: Replaces some rows by the adapter's.
     REPLACES_ROWS = 2
-    #: It computes new numbers, in the compute dtype.
+    #: Computes new numbers, in the compute dtype.
     COMPUTES = 3
 
 
 class Family(ABC):
-    """One kind of update. Instances carry no state."""
+    """One kind of update. Instances have no state."""
 
     name: ClassVar[str]
     effect: ClassVar[Effect] = Effect.COMPUTES
     #: Factors of which only a tile's rows are in memory, and of which only its columns where W is stored transposed.
-    #: All others are kept whole while a target is worked on.
+    #: All others are kept whole while a weight is merged.
     by_rows: ClassVar[frozenset[str]] = frozenset()
     by_columns: ClassVar[frozenset[str]] = frozenset()
-    #: Factors that are kept in the dtype that they are stored in. What several targets share may stay in memory.
+    #: Factors that are kept in the dtype of their file. Those that several weights share may stay in memory.
     as_stored: ClassVar[frozenset[str]] = frozenset()
-    #: Factors that ``apply`` reads a few rows at a time; `kept_bytes` counts the most that is in memory.
+    #: Factors that ``apply`` reads a few rows at a time. `kept_bytes` counts the most that are in memory.
     streamed: ClassVar[frozenset[str]] = frozenset()
-    #: Factors that may be whole numbers: indices, say.
+    #: Factors that may be integers, such as indices.
     whole_numbers: ClassVar[frozenset[str]] = frozenset()
-    #: Factors that, if all of them are zero, make the whole update do nothing. Empty where no factor has that meaning.
+    #: If all of these factors are zero, the update does nothing. Empty where no factor has that meaning.
     neutral_if_zero: ClassVar[frozenset[str]] = frozenset()
-    #: Whether the plan makes the adapter's one tensor the source, in the base's place: nothing is left to do by tile.
+    #: Whether the plan takes the adapter's tensor as the source, so that nothing is left to do by tile.
     is_source: ClassVar[bool] = False
-    #: The dtypes of stored weights that it can be done to: those of which tiles can be made.
+    #: The dtypes of the stored weights that it can update.
     weights: ClassVar[frozenset[str]] = frozenset(FLOAT_DTYPES)
     #: Whether ``apply`` asks `Factors.kept` to build something; no other thread computes then.
     builds: ClassVar[bool] = False
-    #: Whether a window with all rows and a part of the columns can be updated: what a transposed W needs.
+    #: Whether ``apply`` takes a window of all rows and some columns, as a transposed W needs it.
     by_column_windows: ClassVar[bool] = False
     #: The factor whose first dimension is W's outputs, and the one whose last dimension is the inputs, each "" where no
     #: factor shows it; see `oriented`. None: the update is of the matrix (out, in) in any model.
     sides: ClassVar[tuple[str, str] | None] = None
-    #: Whether rows are updated one by one, so that they may be stored in another order.
+    #: Whether rows are updated independently, so that they may be stored in another order.
     rows_are_independent: ClassVar[bool] = False
-    #: Whether it only adds, so that a weight in the config scales it, and the order among such does not matter.
+    #: Whether it only adds, so that a weight in the config scales it.
     adds: ClassVar[bool] = False
     #: Whether its scaling is LoRA's α / r, so that an alpha or scaling in our config sets it.
     scales_by_alpha: ClassVar[bool] = False
     #: Whether our config's ``expert_layout`` says how its factors are laid out.
     has_expert_layout: ClassVar[bool] = False
-    #: Whether vectors of experts, (E, n), are one matrix to it.
+    #: Whether it takes the vectors of experts, (E, n), for one matrix.
     stacks_vectors: ClassVar[bool] = False
     #: Whether sums in it have entries of W as terms, so that its rounding errors are relative to W and not to ΔW.
     mixes_weight: ClassVar[bool] = False
-    #: How many units of rounding its sums may be off, relative to a row's length. Of all families that the tests have,
-    #: on matrices up to 768 wide, none that decomposes no matrix needs more than 4.
+    #: How many units of rounding its sums may be off, relative to a row's length. In the tests, on matrices up to 768
+    #: wide, no family without a decomposition needs more than 4.
     sum_units: ClassVar[int] = 16
 
     @property
     def computes(self) -> bool:
-        """Whether it computes numbers. What only copies or compares has them as they are stored."""
+        """Whether it computes numbers, rather than copies or compares them as they are stored."""
         return self.effect is Effect.COMPUTES
 
     @property
     def changes_weight(self) -> bool:
-        """Whether W changes at all."""
+        """Whether it changes W at all."""
         return self.effect is not Effect.COMPARES
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        """Decide whether the update speaks of the parameter's transpose; a string says why that is unknown."""
+        """Decide the update's orientation; a string says why it is unknown."""
         if self.sides is None:
             return update
         outputs, inputs = (update.factor(role).shape if update.has(role) else None for role in self.sides)
@@ -125,12 +125,12 @@ class Family(ABC):
         return oriented(update, parameter, rows, None if inputs is None else (0, *inputs)[-1])
 
     def as_applied(self, update: ModuleUpdate, *, can_be_source: bool) -> ModuleUpdate:
-        """The update as it is done to a weight: ``can_be_source`` if the base stores that as one tensor, as it is."""
+        """The update as it is applied. ``can_be_source``: whether the base stores the weight plainly, as one tensor."""
         return update
 
     @abstractmethod
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        """What does not fit between the factors and the parameter, of ``shape`` in matrix orientation."""
+        """Why the factors do not fit the parameter, of ``shape`` as the method speaks of it."""
 
     @abstractmethod
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
@@ -140,15 +140,15 @@ class Family(ABC):
         """
 
     def needs_prepass(self, update: Update) -> bool:
-        """Whether every tile must be seen once by `prepass` before the first is changed."""
+        """Whether `prepass` must see every tile before the first is changed."""
         return False
 
     def prepass(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
-        """See a tile before any is changed. The tile may be overwritten."""
+        """See a tile before any is changed; it may be overwritten."""
         raise NotImplementedError
 
     def row_unit(self, update: Update | ModuleUpdate) -> int:
-        """How many rows make a group that is updated together; a tile of rows holds whole groups."""
+        """How many rows are updated together; a tile of rows holds whole groups."""
         return 1
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
@@ -164,10 +164,10 @@ FAMILIES: dict[str, Family] = {}
 
 
 def add_scaled(tile: Tensor, product: Tensor, scaling: float) -> None:
-    """Add s · ``product``, which may be overwritten: the product is rounded, then the sum, as PEFT rounds them.
+    """Add s · ``product``, which may be overwritten. The product is rounded, then the sum, as in PEFT.
 
-    Torch's own ``add_(alpha=s)`` rounds once where it has a fused multiply-add: other bits. But where s is 1, 2, 4, 8 …
-    s · x is exact, so that it gives the same bits, and spares a pass.
+    Torch's ``add_(alpha=s)`` may round once, by a fused multiply-add. If s is 1, 2, 4, 8 … s · x is exact: then it has
+    the same bits, in one pass less.
     """
     if scaling >= 1 and math.frexp(scaling)[0] == 0.5:
         tile.add_(product, alpha=scaling)
@@ -175,21 +175,21 @@ def add_scaled(tile: Tensor, product: Tensor, scaling: float) -> None:
         tile.add_(product.mul_(scaling))
 
 
-#: Rows that are multiplied together, so that the bits are those of the whole; see `shardmerge.planning.tiling`.
+#: The fewest rows whose product has the bits of the whole; see `shardmerge.planning.tiling`.
 _SLAB_ROWS = 16
-#: The same where what is made for these rows costs as much as to multiply them.
+#: The same where to make a part costs as much as to multiply it.
 PART_ROWS = 64
 _SLAB_ELEMENTS = 1 << 14
 
 
 def parts_of(rows: RowRange, least: int = PART_ROWS) -> Iterator[tuple[slice, RowRange]]:
-    """Some rows after the other, ``least`` to twice as many: where they are in a tile of ``rows`` and in the matrix."""
+    """Cut rows into parts of ``least`` to twice as many: the slice of a tile of ``rows``, and the matrix's rows."""
     for part in even_rows(len(rows), max(1, len(rows) // least)):
         yield slice(part.start, part.stop), RowRange(rows.start + part.start, rows.start + part.stop)
 
 
 def slabs(rows: RowRange, columns: int) -> Iterator[tuple[slice, RowRange]]:
-    """The same, of so few rows that what they take beside ``scratch`` does not count."""
+    """The same, of so few rows that their memory beside ``scratch`` does not count."""
     return parts_of(rows, max(_SLAB_ROWS, _SLAB_ELEMENTS // max(1, columns)))
 
 
@@ -202,12 +202,12 @@ def slab_elements(columns: int) -> int:
 
 
 def misshaped(ref: TensorRef, expected: tuple[int, ...], meaning: str) -> list[str]:
-    """Whether a factor has the shape that it must have."""
+    """Why a factor does not have the expected shape."""
     return [] if ref.shape == expected else [f"{ref.name} is {list(ref.shape)}; expected {list(expected)}, {meaning}"]
 
 
 def all_misshaped(update: ModuleUpdate, expected: Mapping[str, tuple[int, ...]], meaning: str) -> list[str]:
-    """The same of several factors, by role; of those that the update has."""
+    """The same for those of some factors, by role, that the update has."""
     return [
         problem
         for role, ref in update.factors
@@ -217,7 +217,7 @@ def all_misshaped(update: ModuleUpdate, expected: Mapping[str, tuple[int, ...]],
 
 
 def check_indices(update: Update, role: str, indices: Tensor, count: int) -> None:
-    """Raise FormatError if numbers of a factor do not count elements of something that has ``count``."""
+    """Raise `FormatError` if a factor's indices are not from 0 to ``count`` - 1."""
     if bool((indices < 0).any()) or bool((indices >= count).any()):
         ref = update.factor(role)
         found = f"{int(indices.min())} to {int(indices.max())}"
@@ -227,7 +227,7 @@ def check_indices(update: Update, role: str, indices: Tensor, count: int) -> Non
 
 
 def as_vector(ref: TensorRef) -> TensorRef:
-    """The same numbers as one dimension; all dimensions but one are 1."""
+    """A tensor seen with one dimension; all its dimensions but one are 1."""
     size = math.prod(ref.shape)
     strides = None if ref.strides is None else (ref.strides[ref.shape.index(size)],)
     return dataclasses.replace(ref, shape=(size,), strides=strides, orientation=Orientation.SAME)
@@ -238,10 +238,10 @@ def is_vector(ref: TensorRef) -> bool:
 
 
 def oriented(update: ModuleUpdate, parameter: Parameter, rows: int | None, columns: int | None) -> ModuleUpdate:
-    """The update, of the transpose if only that has so many ``rows`` and ``columns``; None is an unknown number.
+    """The update, transposed if only the parameter's transpose has these ``rows`` and ``columns``; None is any number.
 
-    In a model that is known the parameter is in the matrix's orientation already. In another the shape shows a Conv1D,
-    and where it is square the setting ``fan_in_fan_out``.
+    In a known model the parameter is (out, in) already. In another its shape shows a Conv1D, or for a square one the
+    adapter's ``fan_in_fan_out``.
     """
     known = parameter.in_memory is not Orientation.UNKNOWN
     if known or update.orientation is Orientation.TRANSPOSED or len(parameter.shape) != 2:
@@ -255,7 +255,7 @@ def oriented(update: ModuleUpdate, parameter: Parameter, rows: int | None, colum
 
 
 def check_dtypes(update: ModuleUpdate, weight: TensorRef, family: Family) -> list[str]:
-    """Whether numbers of these dtypes can be merged by a family."""
+    """Why a family cannot merge numbers of these dtypes."""
     for role, factor in update.factors:
         if factor.dtype not in FACTOR_DTYPES and not (role in family.whole_numbers and factor.dtype in INTEGER_DTYPES):
             return [f"{factor.name} is stored as {factor.dtype}; factors are F64, F32, F16 or BF16"]
