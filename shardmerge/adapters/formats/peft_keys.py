@@ -1,7 +1,7 @@
 """Keys of tensors → modules and roles; and keys of ``adapter_config.json`` that no method reads.
 
-PEFT drops an unknown key with a warning, and loads. That is a guess: the key may be of a later PEFT, or of a trainer
-that means something by it. So it is refused here, whatever its value: false and 0 may differ from the default, too. Only
+PEFT drops an unknown key with a warning, and loads. That is a guess: the key may be of a later PEFT or of a trainer
+that means something by it. So it is refused here, whatever its value: false and 0 may differ from the default. Only
 null passes, by which PEFT writes that an option is not set.
 
 The methods know all fields of their configs in PEFT 0.2 to 0.21.2.
