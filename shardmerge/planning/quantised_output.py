@@ -47,6 +47,8 @@ class Exceptions:
     keys: tuple[str, ...]
     #: Whether a layer's experts are named by what holds them, or one by one.
     names_experts_together: bool = True
+    #: Whether transformers (5.23) leaves experts out that are not quantised, where those of another layer are.
+    loses_experts: bool = False
 
 
 #: By ``quant_method``.
@@ -54,7 +56,7 @@ EXCEPTIONS: Mapping[str, Exceptions] = {
     "fp8": Exceptions(("modules_to_not_convert", "ignored_layers")),
     "mxfp8": Exceptions(("modules_to_not_convert", "ignored_layers")),
     "fbgemm_fp8": Exceptions(("modules_to_not_convert",)),
-    "compressed-tensors": Exceptions(("ignore",), names_experts_together=False),
+    "compressed-tensors": Exceptions(("ignore",), names_experts_together=False, loses_experts=True),
     "modelopt": Exceptions(("ignore", "exclude_modules")),
     "": Exceptions(()),  # ComfyUI's: tensors alone say what is quantised
 }
@@ -147,6 +149,8 @@ def _mode(output: OutputConfig, touched: Sequence[str], exceptions: Exceptions |
         return output.quantized, "as output.quantized asks for"
     if not touched:
         return "mixed", "no quantised weight is updated"
+    if exceptions is not None and exceptions.loses_experts and any(map(_EXPERTS.fullmatch, touched)):
+        return "dense", "of this format transformers loads experts only if all are quantised or none (vLLM loads mixed)"
     if exceptions is not None:
         return "mixed", "programs that load this format follow its list of modules that are not quantised"
     return "dense", "this format has no list of modules that are not quantised"

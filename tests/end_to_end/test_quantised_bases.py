@@ -15,7 +15,15 @@ import shardmerge
 from shardmerge.errors import NonFiniteError, PlanError
 from tests.support.builders import run_cli, run_python
 from tests.support.peft_oracle import bits, random, stored, write_adapter
-from tests.support.quantised_bases import BASES, Quantised, fp8_block, fp8_modelopt, fp8_stacked_experts, linears
+from tests.support.quantised_bases import (
+    BASES,
+    Quantised,
+    fp8_block,
+    fp8_channel,
+    fp8_modelopt,
+    fp8_stacked_experts,
+    linears,
+)
 from tests.support.quantised_scene import ALPHA, DOWN, RANK, Q, Scene
 from tests.support.tampering import forge_checksums
 
@@ -144,6 +152,23 @@ def test_experts_of_a_layer_go_together(tmp_path: Path) -> None:
     assert all(found[f"{module}.weight"].dtype == torch.bfloat16 for module in experts)
     listed = scene.settings()["quantization_config"]["modules_to_not_convert"]
     assert listed == ["lm_head", "model.layers.0.mlp.experts"]
+
+
+def test_auto_is_dense_where_programs_lose_experts(tmp_path: Path) -> None:
+    made = fp8_channel()
+    experts = [
+        f"model.layers.0.mlp.experts.{number}.{name}" for number in range(2) for name in ("up_proj", "down_proj")
+    ]
+    for module in experts:
+        for key in ("weight", "weight_scale"):
+            made.tensors[f"{module}.{key}"] = made.tensors[f"{Q}.{key}"].clone()
+    scene = Scene(tmp_path, made)
+    write_adapter(scene.adapter, {experts[0]: scene.factors[Q]}, ALPHA)
+    (note,) = (text for text in shardmerge.plan(scene.config()).warnings if "quantised" in text)
+    assert "output.quantized is dense: of this format transformers loads experts only if all" in note
+    found = scene.merge(quantized="mixed")  # for vLLM
+    assert all(found[f"{module}.weight"].dtype == torch.bfloat16 for module in experts)
+    assert scene.settings()["quantization_config"]["ignore"] == ["lm_head", *sorted(experts)]
 
 
 def test_a_scale_that_is_not_a_number_stops_the_merge(tmp_path: Path) -> None:
