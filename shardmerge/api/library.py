@@ -7,7 +7,7 @@
     report = shardmerge.merge(base="org/model", adapter="output/sft", output="output/merged")
     shardmerge.verify(report.output).raise_for_status()
 
-What a command of the command line does, a function of the same name does here.
+Each function does what the command of its name does.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from shardmerge.config.schema import ExportConfig, MergeConfig
 from shardmerge.errors import ConfigError, SourceError
 from shardmerge.planning.planner import make_plan
 from shardmerge.reporting.merge_report import MergeReport
+from shardmerge.reporting.text import count
 from shardmerge.spec.plans import MergePlan
 from shardmerge.system import limits
 from shardmerge.system.events import event, notices
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from shardmerge.verification.findings import VerifyReport
 
 Location = str | os.PathLike[str]
-#: A path, or what the section of the config with that name may hold.
+#: A path, or a section of the config as a mapping.
 Section = Location | Mapping[str, Any]
 ConfigLike = MergeConfig | Mapping[str, Any] | Location
 
@@ -65,10 +66,10 @@ def plan(
 ) -> MergePlan:
     """Plan a merge from headers alone. Nothing is written, and no weight is read.
 
-    The merge is given by a ``config``, or by ``base``, ``adapter`` (one or several, in their order) and ``output``:
-    each is a path, or a mapping as in the config (``output={"path": "merged", "dtype": "float32"}``). ``overwrite``
-    allows an output directory that holds a finished merge.
-    Raises `ConfigError`, `PlanError` (with every problem), `FormatError` or `SourceError`.
+    Give a ``config``, or ``base``, ``adapter`` (one or several, in their order) and ``output``: each is a path, or a
+    mapping as in the config (``output={"path": "merged", "dtype": "float32"}``). ``overwrite`` allows an output
+    directory that holds a finished merge. Raises `ConfigError`, `PlanError` (with every problem), `FormatError` or
+    `SourceError`.
     """
     parts = {"base": base, "adapters": adapter, "output": output, "compute": compute}
     with limits.within(_UNTOUCHED):
@@ -91,14 +92,14 @@ def merge(
     progress: Callable[[Progress], None] | None = None,
     executor: Executor | None = None,
 ) -> MergeReport:
-    """Carry out a plan; or plan and carry out a merge that is given as for `plan`.
+    """Carry out a plan; or plan a merge, given as for `plan`, and carry it out.
 
     An interrupted merge is resumed: shards that an earlier run finished for the same base, adapters and config are kept
     if they still have their checksums. The output is a model only when this function returns. ``overwrite`` replaces a
-    finished merge; None is what the plan was made with, and False otherwise. ``progress`` is called often, in the
-    calling thread; an exception that it raises stops the merge. ``executor`` says where shards are merged (see
-    `execution.executors`); None is in this process, one after the other. Raises what `plan` raises, and `OutputError`,
-    `ChangedError`, `NonFiniteError`, `ResumeError` and `LimitError`.
+    finished merge; None takes the plan's setting, or False without a plan. ``progress`` is called often, in the calling
+    thread; an exception that it raises stops the merge. ``executor`` runs the shards (see `execution.executors`); None
+    merges them in this process, one after the other. Raises what `plan` raises, and `OutputError`, `ChangedError`,
+    `NonFiniteError`, `ResumeError` and `LimitError`.
     """
     started = time.monotonic()
     if isinstance(what, MergePlan):
@@ -119,7 +120,7 @@ def export(
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> MergeReport:
-    """Write a checkpoint anew: in another dtype, in other shards, or as a GGUF file. It streams like a merge.
+    """Write a checkpoint again: in another dtype, in other shards, or as a GGUF file. It streams like a merge.
 
     ``output`` is a path, or a mapping as in the config. Raises what `merge` raises.
     """
@@ -144,8 +145,8 @@ def verify(
 ) -> VerifyReport:
     """Verify a finished merge against its record, base and adapters; see `verification.verifier`. Nothing is written.
 
-    ``base`` and ``adapters`` (all of them, in their order) say where those are now, if they were moved. Of every
-    updated tensor ``rows`` rows are computed again, chosen by ``seed``; None computes all. The report has every
+    ``base`` and ``adapters`` (all of them, in their order) are where those are now, if they were moved. Of every
+    updated tensor ``rows`` rows, chosen by ``seed``, are computed again; None computes all. The report has every
     problem; ``report.raise_for_status()`` raises `VerifyError` if there is one, or if something could not be verified.
     Raises `SourceError` where reading fails, `ConfigError` for wrong arguments, and `VerifyError` where ``output`` has
     no record to verify.
@@ -163,8 +164,8 @@ def verify(
     notices(report.notes)
     event(
         "verified",
-        f"{report.output}: {sum(report.counts.values())} problems, {len(report.unverified)} things that could not be "
-        "verified",
+        f"{report.output}: {count(sum(report.counts.values()), 'problem')}, "
+        f"{count(len(report.unverified), 'remark')} on what could not be verified",
         level=logging.INFO if report.ok else logging.ERROR,
         output=report.output,
         ok=report.ok,
@@ -191,7 +192,7 @@ def compare(
 ) -> Comparison:
     """Compare the answers of a merged model with those of its base + adapter; see `inference.comparison.comparing`.
 
-    Loads one model after the other, with transformers and PEFT. ``prompts`` None are the built-in ones.
+    Loads one model after the other, with transformers and PEFT. ``prompts`` None uses the built-in prompts.
     """
     with limits.within(_UNTOUCHED):
         limits.check_room_for_torch()
@@ -225,7 +226,7 @@ def init(
 ) -> str:
     """The text of a commented config for an adapter, from the adapter's own metadata. Nothing is written.
 
-    ``name`` is the file that its comments speak of. Raises `SourceError` or `FormatError`.
+    ``name`` is the file name in its comments. Raises `SourceError` or `FormatError`.
     """
     from shardmerge.reporting.starter import starter_config
 
@@ -254,17 +255,14 @@ def _config(config: ConfigLike | None, parts: Mapping[str, Any]) -> MergeConfig:
         if given:
             raise ConfigError(f"give a config, or base, adapter and output, but not both ({', '.join(given)})")
         return load_config(config)
-    adapters = given.get("adapters", ())
-    several = isinstance(adapters, Sequence) and not isinstance(adapters, str)
-    return MergeConfig.from_dict(
-        {
-            **({"base": _text(given["base"])} if "base" in given else {}),
-            **({"adapters": [_section(one) for one in (adapters if several else [adapters])]} if adapters else {}),
-            **({"output": _section(given["output"])} if "output" in given else {}),
-            **({"compute": dict(given["compute"])} if "compute" in given else {}),
-        },
-        "merge",
-    )
+    if "base" in given:
+        given["base"] = os.fspath(given["base"])
+    if adapters := given.pop("adapters", ()):
+        several = isinstance(adapters, Sequence) and not isinstance(adapters, str)
+        given["adapters"] = [_section(one) for one in (adapters if several else [adapters])]
+    if "output" in given:
+        given["output"] = _section(given["output"])
+    return MergeConfig.from_dict(given, "merge")
 
 
 def _section(value: Section) -> dict[str, Any]:

@@ -38,7 +38,7 @@ Advance = Callable[[Progress], None]
 
 
 def carry_out(plan: MergePlan, executor: Executor, progress: Advance, started: float) -> MergeReport:
-    """Merge what is left of a plan, and report. ``started`` is when, by `time.monotonic`."""
+    """Merge the shards that an earlier run did not finish. ``started`` is the start by `time.monotonic`."""
     torch_version = importlib.metadata.version("torch")  # importing it would take a second
     watch = Stopwatch()
     with executor.prepare(plan):
@@ -69,7 +69,7 @@ def carry_out(plan: MergePlan, executor: Executor, progress: Advance, started: f
 
 @contextmanager
 def _explained(state: Callable[[ShardmergeError], str]) -> Iterator[None]:
-    """Errors of files within also say the ``state`` of the output."""
+    """Add the ``state`` of the output to errors of files in the block."""
     try:
         yield
     except (FormatError, OutputError, SourceError) as error:
@@ -77,9 +77,9 @@ def _explained(state: Callable[[ShardmergeError], str]) -> Iterator[None]:
 
 
 def _left(destination: Destination, error: ShardmergeError) -> str:
-    """What an error has left of the merge."""
+    """The state of the merge after an error; what no second run can use is removed."""
     if isinstance(error, FormatError):
-        # Something in the files themselves: no second run can succeed, so nothing is kept for one.
+        # The files themselves are wrong: no second run can succeed, so nothing is kept for one.
         destination.abort()
         whole = f". {destination.standing()}" if destination.holds_model else ""
         return f"Nothing is left of it in {destination.location}{whole}"
@@ -99,7 +99,7 @@ def _left(destination: Destination, error: ShardmergeError) -> str:
 def _checked(
     plan: MergePlan, destination: Destination, found: dict[str, Receipt], progress: Advance
 ) -> dict[str, Receipt]:
-    """The receipts of shards that an earlier run has finished and the destination has kept, by the shard's name."""
+    """The receipts of shards that an earlier run finished and that the destination still has, by the shard's name."""
     shards = [shard for shard in plan.shards if shard.name in found]
     done, total = 0, sum(shard.nbytes for shard in shards)
     kept: dict[str, Receipt] = {}
@@ -119,8 +119,6 @@ def _checked(
 
 
 class _Counter:
-    """Adds up the bytes done of every shard, and reports them."""
-
     def __init__(self, plan: MergePlan, left: Sequence[ShardPlan], progress: Advance) -> None:
         self._numbers = {shard.name: number for number, shard in enumerate(plan.shards, 1)}
         self._total = sum(shard.data_bytes for shard in plan.shards)
@@ -133,7 +131,7 @@ class _Counter:
         self._count(shard.name, count)
 
     def complete(self, shard: str) -> None:
-        """All bytes of a shard are done, those between its tensors among them."""
+        """Count the bytes of a finished shard that are between its tensors."""
         if self._left[shard]:
             self._count(shard, self._left[shard])
 
@@ -185,7 +183,7 @@ def _report_of(
     working_set: int | None,
     started: float,
 ) -> MergeReport:
-    """``made`` are the shards of this run, ``damaged`` those of an earlier run that the disk has not kept."""
+    """``made`` are the shards of this run, ``damaged`` those of an earlier run that the disk did not keep."""
     active = {number for receipt in receipts for number in receipt.active_adapters}
     active |= {kind.adapter for kind in plan.totals.targets if not FAMILIES[kind.family].neutral_if_zero}
     idle = [info.location for number, info in enumerate(plan.adapters) if number not in active]

@@ -1,4 +1,4 @@
-"""How far a merge or a verification is."""
+"""The progress of a merge or a verification."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a merge is. Bytes are those of the shards' data as written.
+    """The progress of a merge. ``done`` and ``total`` are bytes of the shards' data as written.
 
-    ``doing`` is ``"exporting"`` where there is no adapter, and ``"verifying"`` in a verification. Before a merge is
-    resumed, it is ``"checking"``, and bytes are those of the files of finished shards.
+    ``doing`` is ``"exporting"`` without an adapter, and ``"verifying"`` in a verification. Before a merge is resumed it
+    is ``"checking"``, and bytes are those of the files of finished shards.
     """
 
     done: int

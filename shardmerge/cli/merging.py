@@ -11,7 +11,7 @@ import click
 
 from shardmerge.cli import environment, options
 from shardmerge.cli.logs import keep_log_out_of, logged
-from shardmerge.cli.printing import count, examples, print_json, say
+from shardmerge.cli.printing import examples, print_json, say
 from shardmerge.errors import ConfigError
 from shardmerge.system.garbage import no_garbage_collection
 from shardmerge.system.installation import first_time, needless_cuda
@@ -158,9 +158,9 @@ def _carry_out(planned: MergePlan, *, as_json: bool, quiet: bool) -> None:
     """Merge, with progress and notes on stderr and the result on stdout."""
     from shardmerge.api.library import merge
     from shardmerge.cli.progress import show_progress
+    from shardmerge.planning.layouts import LAYOUTS
     from shardmerge.reporting.merge_report import size_table
-    from shardmerge.reporting.plan_text import next_steps
-    from shardmerge.reporting.text import labelled
+    from shardmerge.reporting.text import count, labelled
 
     if (note := needless_cuda()) and first_time(note):
         say(labelled(note), err=True)
@@ -178,4 +178,4 @@ def _carry_out(planned: MergePlan, *, as_json: bool, quiet: bool) -> None:
         print_json(report.to_json())
     elif not quiet:
         done = f"{count(report.targets, 'weight')} merged" if planned.adapters else "exported"
-        say(f"{report.output}: {done}\n\n{size_table(report)}{next_steps(planned)}")
+        say(f"{report.output}: {done}\n\n{size_table(report)}{LAYOUTS[planned.format].next_steps(planned)}")

@@ -88,11 +88,6 @@ def with_options(text: str) -> str:
     return _PARAMETER.sub(lambda match: _OPTIONS[match.group()], text)
 
 
-def count(number: int, noun: str) -> str:
-    """``"1 weight"``, ``"1,000 weights"``."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
 def examples(*commands: str) -> str:
     """An epilog for a command's help. The first character keeps click from joining the lines."""
     return "\b\nExamples:\n" + "\n".join(f"  shardmerge {command}" for command in commands)

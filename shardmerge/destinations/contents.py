@@ -1,4 +1,4 @@
-"""What a finished output holds beside its shards, whatever the destination is: the bytes of each file, and an order.
+"""The files of a finished output at any destination: their order, and the bytes of those beside the shards.
 
 The index, or the only shard, makes an output a model, and so comes last.
 """
@@ -26,7 +26,7 @@ def files_of(plan: MergePlan) -> list[str]:
 
 
 def aux_chunks(aux: AuxFile, checksums: Checksums) -> Iterator[bytes]:
-    """The bytes of a file beside the shards, of which ``checksums`` are taken as they come."""
+    """The bytes of a file beside the shards; each chunk is added to ``checksums``."""
     if aux.content is not None:
         content = aux.content.encode()
         checksums.update(content)
@@ -45,7 +45,7 @@ def index_of(plan: MergePlan) -> bytes:
     """The index. ``total_size`` is the bytes of all tensors, without headers, as transformers counts it."""
     metadata = {**dict(plan.index_metadata), "total_size": sum(shard.data_bytes for shard in plan.shards)}
     names = sorted((name, shard.name) for shard in plan.shards for name, _ in shard.outputs())
-    # What json.dumps makes of a dictionary with an indent, without the 20 MB that it takes for 67,000 names.
+    # The text of json.dumps with an indent, without the 20 MB that it takes for 67,000 names.
     lines = (f"    {_text(tensor)}: {_text(shard)}" for tensor, shard in names)
     head = json.dumps({"metadata": metadata}, indent=2, ensure_ascii=False).removesuffix("\n}")
     weight_map = "{\n" + ",\n".join(lines) + "\n  }" if names else "{}"
@@ -57,17 +57,17 @@ def _text(value: str) -> str:
 
 
 def record_of(record: Mapping[str, Any], others: Mapping[str, Any]) -> Iterator[bytes]:
-    """The record's file. ``others`` says of each file beside the shards, the index among them, its `entry`."""
+    """The record's file. ``others`` holds the `entry` of each file beside the shards, the index included."""
     return written({**record, "other_files": others})
 
 
 def entry(nbytes: int, checksums: Checksums) -> dict[str, Any]:
-    """What the record says of a file."""
+    """The record's entry for a file."""
     return {"bytes": nbytes, **checksums.hex()}
 
 
 def entry_of(content: bytes, sha256: bool) -> dict[str, Any]:
-    """What the record says of a file with this content."""
+    """The record's entry for a file with this content."""
     checksums = Checksums(sha256)
     checksums.update(content)
     return entry(len(content), checksums)

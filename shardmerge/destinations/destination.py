@@ -1,17 +1,17 @@
-"""Where a merge goes. A destination is one module here; the rest of the package never asks which it is.
+"""Where a merge is written. A destination is one module here; the rest of the package never asks which it is.
 
 ::
 
     with open_destination(place, overwrite) as destination:          # locked
-        receipts = destination.begin(plan, fingerprint)              # what an earlier run has finished
-        ...                                                          # each is read again by `check`
-        with destination.handle.writer(shard) as writer:             # of every other shard, here or anywhere
+        receipts = destination.begin(plan, fingerprint)              # of the shards that an earlier run finished
+        ...                                                          # `check` reads each of them again
+        with destination.handle.writer(shard) as writer:             # for every other shard, in any process
             writer.write_block(...)
             writer.commit()
-        destination.finish(record)                                   # now, and not before, it is a model
+        destination.finish(record)                                   # only now the output is a model
 
-Killed at any instant, a destination holds no model, or what a later run can resume, or the whole model; never a mixture
-that looks like one. A model that was there before stays whole until the new one is complete but for its last files.
+Killed at any instant, a destination holds no model, or work that a later run can resume, or the whole model; never a
+mixture that looks like one. An older model stays whole until only the last files of the new one are missing.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from shardmerge.spec.receipts import Fidelity, Receipt
 
 
 class Writer(Protocol):
-    """One shard in the making. Its header is there already; leaving its block without `commit` removes it."""
+    """Writes one shard, whose header is written already. Leaving its block without `commit` removes the shard."""
 
     @property
     def shares(self) -> bool:
-        """Whether `write_block` can make use of a ``source``."""
+        """Whether `write_block` can use a ``source``."""
 
     def write_block(
         self, memory: memoryview, position: int, offset: int, size: int, source: tuple[int, int] | None = None
     ) -> None:
         """Put the next ``size`` bytes, from ``position`` of page-aligned ``memory``, at ``offset`` of the data section.
 
-        Blocks come in order. ``position`` and the place in the file are the same within a page, and bytes before
-        ``position`` in its page may be overwritten. ``source`` is an open file, and an offset in it, where the same
-        bytes are. `OutputError` where it fails.
+        Blocks come in order. ``position`` and the offset in the file agree modulo the page size, and bytes before
+        ``position`` in its page may be overwritten. ``source`` is the descriptor of a file that holds the same bytes,
+        and their offset there. `OutputError` where writing fails.
         """
 
     def commit(self, active: Sequence[int] = (), fidelity: Mapping[str, Fidelity] | None = None) -> Receipt:
@@ -48,26 +48,26 @@ class Writer(Protocol):
 
 
 class Handle(Protocol):
-    """What a worker needs of a destination that its driver has begun. Where workers are other processes, it pickles."""
+    """The part of a begun destination that workers use. It can be pickled where workers are other processes."""
 
     def writer(self, shard: ShardPlan) -> AbstractContextManager[Writer]:
-        """A writer of a shard, for which no other worker has one. Writers of several shards may be open at a time."""
+        """A writer of a shard that no other worker writes. Writers of several shards may be open at a time."""
 
 
 class Destination(Protocol):
-    """Where one merge goes, driven by one process, which holds its lock while it has entered it.
+    """Where one merge is written. One process drives it, and holds its lock within its ``with`` block.
 
-    To enter raises `ResumeError` where another process works there. Leaving without `begin` leaves no trace.
+    Entering raises `ResumeError` where another process works there. Leaving without `begin` leaves no trace.
     """
 
     @property
     def location(self) -> str:
-        """The whole name of the place, as a plan carries it and as `open_destination` takes it."""
+        """The full name of the place, as in a plan and for `open_destination`."""
 
     def problems(self, plan: MergePlan | None = None) -> list[str]:
-        """Everything that forbids to write a plan there: place, permission, space. Nothing is written.
+        """Every reason why a plan, or without one any plan, cannot be written there: place, permission, space.
 
-        Without a plan, what forbids to write any.
+        Nothing is written.
         """
 
     def __enter__(self) -> Destination: ...
@@ -77,49 +77,49 @@ class Destination(Protocol):
     ) -> None: ...
 
     def begin(self, plan: MergePlan, fingerprint: Fingerprint) -> dict[str, Receipt]:
-        """Begin a merge, or resume it: the receipts of shards that were finished for this very fingerprint, by name.
+        """Begin or resume a merge. Returns the receipts of shards that were finished for this fingerprint, by name.
 
-        `ResumeError` where other work is there and may not be overwritten; then nothing is changed.
+        `ResumeError` where other work is stored and may not be overwritten; then nothing is changed.
         """
 
     def check(self, receipt: Receipt, advance: Callable[[int], None]) -> Receipt | None:
-        """Read a finished shard again: its receipt, or None where the destination has not kept what was written.
+        """Read a finished shard again. Returns its receipt, or None where the stored bytes are not those written.
 
-        ``advance`` is given the bytes done. The checksums are those that the plan asks for.
+        ``advance`` receives the bytes done. The receipt has the checksums that the plan asks for.
         """
 
     @property
     def handle(self) -> Handle:
-        """What workers write with, after `begin`."""
+        """The handle for workers, after `begin`."""
 
     def finish(self, record: Mapping[str, Any]) -> None:
-        """Turn the finished shards into a model: the files beside them, the ``record``, and the index last.
+        """Turn the finished shards into a model: write the files beside them, the ``record``, and the index last.
 
-        The record (see `record.written`) is completed with checksums of the other files, and sealed. Run again after a
-        crash, it carries on.
+        Checksums of the other files and its own are added to the record (see `record.written`). Called again after a
+        crash, it continues.
         """
 
     def abort(self) -> None:
-        """Remove all work on a merge that cannot succeed. A model that was there before stays, if it is still whole."""
+        """Remove all work on a merge that cannot succeed. An older model stays, if it is still whole."""
 
     @property
     def is_resumable(self) -> bool:
-        """Whether there is work that the same merge, run again, resumes."""
+        """Whether the same merge, run again, can resume this one."""
 
     @property
     def holds_model(self) -> bool:
-        """Whether a whole model is there at this moment."""
+        """Whether the place holds a whole model at this moment."""
 
     def standing(self) -> str:
-        """Whether the place holds a model at this moment, and which, as an error says it."""
+        """The text of an error about which model the place holds at this moment."""
 
 
-#: What makes a destination of its name and of whether a finished merge there may be replaced, by the scheme of the name
-#: (``scheme://…``). A name without one is a local directory.
+#: By the scheme of a name (``scheme://…``): makes a destination from the name, and from whether a finished merge there
+#: may be replaced. A name without a scheme is a local directory.
 DESTINATIONS: dict[str, Callable[[str, bool], Destination]] = {"": LocalDirectory}
 
 
 def open_destination(location: str, overwrite: bool) -> Destination:
-    """The destination of that name, which is not looked at yet. `PlanError` where there can be none."""
+    """The destination of that name; nothing is opened yet. `PlanError` where the name is not possible."""
     scheme, separator, _ = location.partition("://")
     return DESTINATIONS.get(scheme if separator else "", LocalDirectory)(location, overwrite)

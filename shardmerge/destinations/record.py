@@ -1,11 +1,11 @@
-"""What a directory holds of ours: a finished merge with its record, or one that was not finished.
+"""The record of a finished merge, ``shardmerge.json``: its reader and its writer, and the marks of an unfinished merge.
 
-``shardmerge.json``, the record, is written with a checksum of itself. Whoever prepared a directory may have written it,
-so it is read with suspicion.
+A record ends with a checksum of itself. Anybody may have written the one in a directory, so it is untrusted.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -21,11 +21,11 @@ from shardmerge.system import checksums
 from shardmerge.system.regular_files import read_small, why_not_readable
 
 RECORD_NAME = "shardmerge.json"
-#: The folder in an output that holds an unfinished merge, and the file in it that says whose merge it is.
+#: The folder in an output that holds an unfinished merge, and the file in it that identifies the merge.
 FOLDER, JOURNAL = ".shardmerge", "journal.json"
 #: The record's key for its own checksum.
 SEAL = "record_checksum"
-#: Bytes of a record at most. That of a model of 70,000 merged tensors has 21 MB.
+#: The most bytes of a record. With 70,000 merged tensors it has 21 MB.
 _LARGEST = 128 << 20
 
 #: A file's bytes, and its checksums by kind.
@@ -34,7 +34,7 @@ FileEntry = tuple[int, Mapping[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a record says. Every name in it is of a file inside the output."""
+    """A record as read. Every file name in it is inside the output."""
 
     values: Mapping[str, Any]
     shards: Mapping[str, FileEntry]
@@ -44,9 +44,9 @@ class Record:
 
     @property
     def targets(self) -> Mapping[str, Any]:
-        """Updates by the weight's name, packed: those of a large model take 50 MB as objects."""
-        targets = self.values.get("targets")
-        return targets if isinstance(targets, PackedMapping) else {}
+        """Updates by the weight's name."""
+        found = self.values.get("targets")
+        return found if isinstance(found, Mapping) else {}
 
     @property
     def seal(self) -> str | None:
@@ -56,7 +56,7 @@ class Record:
 
     @property
     def is_believed(self) -> bool:
-        """Whether nobody has changed it. Records of older versions have no seal, and are believed."""
+        """Whether its checksum is right. Records of older versions have none, and are believed."""
         return SEAL not in self.values or self.values[SEAL] == seal(self.values)
 
     @property
@@ -65,7 +65,7 @@ class Record:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of a verdict should know of the record itself."""
+        """Remarks on the record itself for a report."""
         if SEAL in self.values:
             return []
         why = "as an older version wrote it: there is no way to see whether it was changed"
@@ -73,14 +73,14 @@ class Record:
 
     @property
     def format(self) -> str:
-        """The output's layout; where the record names none, it is of an older version, which wrote checkpoints."""
+        """The output's layout. Records of older versions name none: those wrote checkpoints."""
         config = self.values.get("config")
         section = config.get("output") if isinstance(config, dict) else None
         found = section.get("format") if isinstance(section, dict) else None
         return found if isinstance(found, str) else "safetensors"
 
     def is_whole(self, output: Path) -> bool:
-        """Whether every file that it names is there, of the size that it names. Contents are not read."""
+        """Whether every file that it names exists with the size that it names. Contents are not read."""
         entries = {**self.shards, **self.others}
         sizes = {name: entries[name][0] if name in entries else None for name in (*self.files, *entries)}
         return bool(sizes) and all(_has_size(output / name, size) for name, size in sizes.items())
@@ -90,7 +90,7 @@ class Record:
 
 
 def is_unfinished(output: Path) -> bool:
-    """Whether the directory holds a merge of ours that was not finished."""
+    """Whether the directory holds a merge that was not finished."""
     return os.path.lexists(output / FOLDER / JOURNAL)
 
 
@@ -116,14 +116,8 @@ def find_record(output: Path) -> Record | None:
         return None
     if values is None:
         return None
-    if isinstance(targets := values.get("targets"), dict):
-        values["targets"] = PackedMapping(targets)
-    return Record(
-        values,
-        _entries(values.get("shards")),
-        _entries(values.get("other_files")),
-        tuple(own_names(values.get("files"))),
-    )
+    shards, others = _entries(values.get("shards")), _entries(values.get("other_files"))
+    return Record(values, shards, others, tuple(own_names(values.get("files"))))
 
 
 def believed_record(output: Path) -> Record | None:
@@ -133,10 +127,10 @@ def believed_record(output: Path) -> Record | None:
 
 
 def open_record(output: Path) -> Record:
-    """The record of a finished merge.
+    """The record of a finished merge, with its targets packed: those of a large model take 50 MB as objects.
 
     `SourceError` if there is no such directory. `FormatError` if it holds no record, or one that was changed after the
-    merge: then nothing says what was merged, and what the output must be.
+    merge: then nothing states what was merged, and what the output must be.
     """
     if not output.is_dir():
         raise SourceError(f"{output}: no such directory")
@@ -160,16 +154,16 @@ def open_record(output: Path) -> Record:
     named = [*record.values["shards"], *(others if isinstance(others, dict) else ()), *files]
     if wrong := [name for name in named if not isinstance(name, str) or not is_within(name)]:
         raise FormatError(f"{output}: {RECORD_NAME} names {str(wrong[0])!r:.80}, which is not a file of this directory")
-    return record
+    return dataclasses.replace(record, values={**record.values, "targets": PackedMapping(record.targets)})
 
 
 def has_damaged_record(output: Path) -> bool:
-    """Whether there is a record that is not believed, so that nothing says which files the merge wrote."""
+    """Whether there is a record that is not believed: then nothing states which files the merge wrote."""
     return os.path.lexists(output / RECORD_NAME) and believed_record(output) is None
 
 
 def damaged_record(output: Path) -> str:
-    """What is said where the record of a finished merge is not believed."""
+    """The message for a finished merge whose record is not believed."""
     try:
         others = sorted(entry for entry in os.listdir(output) if entry not in (FOLDER, RECORD_NAME))
     except OSError:
@@ -189,7 +183,7 @@ def files_of_merge(output: Path) -> list[str]:
 
 
 def _entries(value: Any) -> dict[str, FileEntry]:
-    """Files by name. Older records have the bytes of shards alone, and nothing of other files."""
+    """Files by name. Older records have only the bytes of shards, and no other files."""
     found: dict[str, FileEntry] = {}
     for name, entry in value.items() if isinstance(value, dict) else ():
         entry = entry if isinstance(entry, dict) else {"bytes": entry}
@@ -207,7 +201,7 @@ def _has_size(path: Path, size: int | None) -> bool:
 
 
 def json_object(data: bytes) -> dict[str, Any] | None:
-    """The JSON object in ``data``; None where it is damaged or is something other than an object."""
+    """The JSON object in ``data``; None where there is none."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
@@ -216,12 +210,12 @@ def json_object(data: bytes) -> dict[str, Any] | None:
 
 
 def is_within(name: str) -> bool:
-    """Whether a name in a record or a journal is of a file inside the output."""
+    """Whether a name in a record or a journal stays inside the output."""
     return bool(name.strip("/.")) and not name.startswith("/") and "\0" not in name and ".." not in name.split("/")
 
 
 def own_names(value: Any) -> list[str]:
-    """The names in a list that are of files inside the output, whatever else the list holds."""
+    """The names in an untrusted list that stay inside the output."""
     names = [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
     return [name for name in names if is_within(name)]
 
@@ -230,13 +224,13 @@ def own_names(value: Any) -> list[str]:
 
 
 class Section:
-    """A part of a record with an entry for every tensor, which is made anew whenever it is written.
+    """A part of a record with an entry for every tensor, made again whenever it is written.
 
-    As objects, the entries of 67,000 tensors would take 60 MB, and their text another 60.
+    The entries of 67,000 tensors would take 60 MB as objects, and another 60 as text.
     """
 
     def __init__(self, entries: Callable[[], Iterable[tuple[str, Any]]]) -> None:
-        """``entries`` gives names, each once, and values of JSON."""
+        """``entries`` yields names, each once, and JSON values."""
         self._entries = entries
 
     def lines(self) -> Iterator[str]:
@@ -247,9 +241,9 @@ class Section:
 
 
 def written(record: Mapping[str, Any]) -> Iterator[bytes]:
-    """The file of a record, with its own checksum as its last key, which shows whether it was changed or damaged since.
+    """The bytes of a record's file; its last key is its own checksum.
 
-    A value is JSON, a `Section`, or a function that gives JSON, which is called when all the others are written.
+    A value is JSON, a `Section`, or a function that returns JSON, which is called after all other values are written.
     """
     values = dict(record)
     now = {key: value for key, value in values.items() if not callable(value)}
@@ -278,12 +272,12 @@ def _member(key: str, value: Any) -> Iterator[bytes]:
 
 
 def seal(record: Mapping[str, Any]) -> str:
-    """The xxh3_128 of all of a record but its seal, as JSON in ASCII with sorted keys and without spaces."""
+    """The xxh3_128 of a record without its seal, as JSON in ASCII with sorted keys and without spaces."""
     found, separator = checksums.Checksums(), "{"
     for key in sorted(record.keys() - {SEAL}):
         value = record[key]
         found.update(f"{separator}{_compact(key)}:".encode())
-        if isinstance(value, Mapping):  # such as one with an entry for every tensor
+        if isinstance(value, Mapping):  # perhaps with an entry for every tensor
             value = Section(value.items)
         if isinstance(value, Section):
             inner = "{"
@@ -299,7 +293,7 @@ def seal(record: Mapping[str, Any]) -> str:
 
 
 def batched(items: Iterator[str]) -> Iterator[list[str]]:
-    """Items, so many at a time that to go through them costs little."""
+    """Items in lists of a thousand, which makes the cost of each call small."""
     return iter(lambda: list(itertools.islice(items, 1000)), [])
 
 

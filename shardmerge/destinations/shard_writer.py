@@ -1,6 +1,6 @@
 """Write a shard as a stream: the header first, then the data at its offsets.
 
-It is written under a temporary name, and takes its own name when it is durable.
+The file has a temporary name until it is durable.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ from shardmerge.system.checksums import Checksums
 from shardmerge.system.directory import Entry
 from shardmerge.system.page_cache import open_direct
 
-#: What waits in the page cache at most, where writes go through it. An interrupt, and the news that a disk has failed,
-#: wait for the fsync of no more than that.
+#: The most bytes that wait in the page cache, where writes go through it. The response to an interrupt or to a disk's
+#: failure waits for the fsync of no more than that.
 _DIRTY_BYTES = 64 << 20
 
 
 class ShardWriter:
-    """One output file in the making, from its first byte to its last.
+    """Writes one output file from its first byte to its last, and adds each byte to its checksums.
 
-    Leaving the ``with`` block without `commit` removes it. Checksums are taken of the bytes as they come. Where the
-    file system can, blocks go past the page cache, in whole pages: the bytes of the last, unfinished page wait for the
-    next block in memory. Else they are written as they come. Whole pages that are a source's as they are, are shared
-    with it where the file system knows how (`reflink`), and not written.
+    Leaving the ``with`` block without `commit` removes the file. Where the file system allows it, blocks bypass the
+    page cache in whole pages, and the bytes of an unfinished page are kept for the next block. Whole pages that equal a
+    source's are shared with it where the file system can (`reflink`), and not written.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class ShardWriter:
         sha256: bool = False,
         keep: Callable[[Receipt], None] = lambda receipt: None,
     ) -> None:
-        """``keep`` is given the receipt when the file is durable."""
+        """``keep`` receives the receipt when the file is durable."""
         self.path = file
         self._shard, self._keep = shard, keep
         self.checksums = Checksums(sha256)
@@ -60,8 +59,8 @@ class ShardWriter:
         try:
             self._fd = self._temporary.create()
             self._direct = self._open_direct()
-            # Space is not reserved: the plan has asked for it, on ext4 it gains nothing (2.2 GB: 1.43 s without, 1.46 s
-            # with), and a file system in memory would visit every page twice.
+            # Space is not reserved: the plan has checked it, on ext4 that gains nothing (2.2 GB: 1.43 s without, 1.46 s
+            # with), and a file system in memory would touch every page twice.
             if self._direct >= 0 and reflink.can_share(self._fd):
                 self._reflink = reflink.Reflink(self._fd)
             memory = pages(-(-len(head) // PAGE) * PAGE)
@@ -72,7 +71,7 @@ class ShardWriter:
             raise durable.output_error(file, "writing", error) from None
 
     def _open_direct(self) -> int:
-        """The same file once more, for writes past the page cache; -1 where there is no such thing."""
+        """A second descriptor for writes that bypass the page cache; -1 where there is none."""
         with self._temporary.parent.descriptor() as folder:
             descriptor = open_direct(self._temporary.name, os.O_WRONLY | os.O_NOFOLLOW, dir_fd=folder)
         if descriptor >= 0 and not os.path.sameopenfile(descriptor, self._fd):
@@ -82,17 +81,12 @@ class ShardWriter:
 
     @property
     def shares(self) -> bool:
-        """Whether `write_block` can make use of a ``source``."""
         return self._reflink is not None and self._direct >= 0
 
     def write_block(
         self, memory: memoryview, position: int, offset: int, size: int, source: tuple[int, int] | None = None
     ) -> None:
-        """Put the next ``size`` bytes, from ``position`` of page-aligned ``memory``, at ``offset`` of the data section.
-
-        ``position`` and the place in the file must be the same within a page. Bytes before it in its page may be
-        overwritten. ``source`` is an open file, and an offset in it, where the same bytes are.
-        """
+        """See `destination.Writer.write_block`."""
         zeros = self.data_start + offset - self._done
         if zeros and not 0 < zeros < self._alignment:
             raise AssertionError(f"{self.path}: byte {offset} of the data comes at the place of {self._done}")
@@ -104,8 +98,7 @@ class ShardWriter:
 
     def _append_zeros(self, size: int) -> None:
         if size:
-            memory = pages(2 * PAGE)
-            self._append(memory, self._done % PAGE, size)
+            self._append(pages(2 * PAGE), self._done % PAGE, size)
 
     def _append(self, memory: memoryview, position: int, size: int, source: tuple[int, int] | None = None) -> None:
         start, before = self._done, self._done % PAGE
@@ -117,37 +110,30 @@ class ShardWriter:
         first = position - before
         memory[first:position] = self._page[:before]
         whole = (before + size) // PAGE * PAGE
-        # The page that this block only finishes is not a page of its source.
+        # The page that an earlier block began is not a page of this block's source.
         begun = min(PAGE if before else 0, whole)
         written = begun if source and self._share(start, begun - before, whole - begun, source) else whole
         try:
-            self._write_direct(start - before, memory[first : first + written])
+            _write(self._direct, start - before, memory[first : first + written])
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            self._close_direct()  # this file system promises what it cannot do
+            self._close_direct()  # this file system opens files for it, but cannot do it
             self._write_at(start - before, memory[first : position + size])
             return
         rest = before + size - whole
         self._page[:rest] = memory[first + whole : position + size]
 
     def _share(self, start: int, skipped: int, size: int, source: tuple[int, int]) -> bool:
-        """Whether ``size`` bytes, whole pages, need not be written: those ``skipped`` bytes behind ``start``."""
+        """Share whole pages, ``size`` bytes from ``start + skipped`` on; False where they must be written."""
         descriptor, offset = source
         if self._reflink is None or descriptor < 0 or size < reflink.LEAST or (offset - start) % PAGE:
             return False
         return self._reflink.share(descriptor, offset + skipped, start + skipped, size)
 
-    def _write_direct(self, offset: int, view: memoryview) -> None:
-        done = 0
-        while done < len(view):
-            done += os.pwrite(self._direct, view[done:], offset + done)
-
     def _write_at(self, offset: int, view: memoryview) -> None:
-        done = 0
-        while done < len(view):
-            done += os.pwrite(self._fd, view[done:], offset + done)
-        self._dirty += done
+        _write(self._fd, offset, view)
+        self._dirty += len(view)
         if self._dirty >= _DIRTY_BYTES:
             os.fsync(self._fd)
             self._dirty = 0
@@ -158,7 +144,7 @@ class ShardWriter:
             os.close(direct)
 
     def commit(self, active: Sequence[int] = (), fidelity: Mapping[str, Fidelity] | None = None) -> Receipt:
-        """Make the bytes durable, then the name, then the receipt. ``active``, ``fidelity``: see `Receipt`."""
+        """Make the bytes durable, then the name, then the receipt; see `destination.Writer.commit`."""
         with durable.reported(self.path, "writing"):
             self._append_zeros(self._shard.nbytes - self._done)  # after the last tensor, where the format has some
         with durable.reported(self.path, "fsync"):
@@ -200,6 +186,12 @@ class ShardWriter:
             self._discard()
 
 
+def _write(descriptor: int, offset: int, view: memoryview) -> None:
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
+
+
 def head_of(shard: ShardPlan) -> bytes:
-    """All that comes before a shard's data."""
+    """The bytes before a shard's data."""
     return shard.head or safetensors_header.encode(shard.metadata, dict(shard.outputs()), shard.header_bytes)

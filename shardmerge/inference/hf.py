@@ -1,6 +1,6 @@
-"""Models and tokenizers as transformers loads them: from a local directory, quietly, and without running their code.
+"""Load models and tokenizers with transformers: from a local directory, quietly, and without running their code.
 
-transformers and PEFT are an extra, imported when they are needed.
+transformers and PEFT are an optional dependency, imported when they are needed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from shardmerge.config import suggestions
 from shardmerge.config.choices import DEVICE, DEVICES
 from shardmerge.errors import ConfigError, FormatError, SourceError
 from shardmerge.file_formats.checkpoint import open_checkpoint
+from shardmerge.reporting.text import count
 from shardmerge.sources.local import LocalSource
 from shardmerge.system import json_text
 from shardmerge.system.installation import installed_version
@@ -29,7 +30,7 @@ from shardmerge.system.terminal_text import one_line, shown
 if TYPE_CHECKING:
     import torch
 
-#: What a prompt is put into where the tokenizer has no chat template; ``{}`` is the prompt's place.
+#: The template for a prompt where the tokenizer has no chat template; ``{}`` is the prompt's place.
 DEFAULT_TEMPLATE = "### Instruction:\n{}\n\n### Response:\n"
 
 #: generation_config.json may ask for sampling or beams; neither can be compared or streamed.
@@ -38,16 +39,14 @@ GREEDY: Mapping[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_seq
 #: ``{"role": "system" | "user" | "assistant", "content": text}``
 Message = dict[str, str]
 
-#: Classes of transformers with a head that is not for text.
+#: Classes of transformers with a head that does not generate text.
 _NO_TEXT = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering)")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-#: Weights in other formats, which are not asked for.
+#: Weights in other formats, which are never loaded.
 _NOT_LOADED = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-#: Further down, what may be a chat template or a config.
+#: In subfolders, files that may be a chat template or a config.
 _TEXTS = (".jinja", ".json")
 _OFFLINE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-
-
 #: The oldest versions that `compare` and `chat` are tested with; the extra ``hf`` in pyproject.toml says the same.
 OLDEST: Mapping[str, str] = {"transformers": "4.45", "peft": "0.14"}
 
@@ -62,7 +61,7 @@ def library(name: str) -> Any:
 
 
 def _check_age(name: str) -> None:
-    """Older ones lack what we call, and fail for reasons that are not the model's."""
+    """`ConfigError` for a version that lacks functions used here: its errors would not be the model's fault."""
     oldest, found = OLDEST.get(name), installed_version(name)
     if oldest and found and _numbers(found) < _numbers(oldest):
         raise ConfigError(f"this needs {name} {oldest} or newer, found {found}: pip install --upgrade {name}")
@@ -76,7 +75,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def check_directory(path: Path) -> None:
-    """`SourceError` or `FormatError` where a directory holds no finished model, or an adapter too."""
+    """`SourceError` or `FormatError` where a directory holds no finished model, or also an adapter."""
     if not path.is_dir():
         raise SourceError(f"{path}: expected a model's directory, found {'a file' if path.exists() else 'nothing'}")
     if any(path.glob("*.gguf")):
@@ -86,7 +85,7 @@ def check_directory(path: Path) -> None:
         if not any((path / name).is_file() for name in names):
             raise FormatError(f"{path}: not a finished model: there is no {' or '.join(names)}")
     if os.path.lexists(path / "adapter_config.json"):
-        # transformers would quietly load the adapter's base from somewhere else.
+        # transformers would load the adapter's base from another place, without a message.
         raise FormatError(f"{path}: has an adapter_config.json; expected a merged model and no adapter beside it")
     if (kind := _class_of(path)) and _NO_TEXT.search(kind):
         raise FormatError(
@@ -96,7 +95,7 @@ def check_directory(path: Path) -> None:
 
 
 def check_files(path: Path) -> None:
-    """`SourceError` where a library that loads all of a directory would wait, read for ever or read elsewhere."""
+    """`SourceError` where a library that loads the directory would block, read without end or read elsewhere."""
     source = LocalSource(str(path))
     for name in source.names():
         if not name.endswith(("/", *_NOT_LOADED)) and ("/" not in name or name.endswith(_TEXTS)):
@@ -104,7 +103,7 @@ def check_files(path: Path) -> None:
 
 
 def _class_of(path: Path) -> str:
-    """The class that a config.json names; empty where it says nothing that could be read."""
+    """The class that a config.json names; empty where there is none."""
     try:
         named = json_text.read_object(path / "config.json")["architectures"][0]
     except (OSError, ValueError, TypeError, LookupError):
@@ -113,9 +112,9 @@ def _class_of(path: Path) -> str:
 
 
 def device_named(name: str, what: str) -> torch.device:
-    """``cpu``, ``cuda`` or ``cuda:1``; ``auto`` is the CPU. ``what`` is to run there.
+    """The device of a name: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for the CPU. ``what`` will run there.
 
-    Raises `ConfigError` where the name means no device, `PlanError` where there is no such device.
+    Raises `ConfigError` where the name is not a device's, `PlanError` where there is no such device.
     """
     from shardmerge.system.torch_devices import resolve_device
 
@@ -170,7 +169,7 @@ def loading_fault(path: str) -> str | None:
 
 
 def vocabulary_size(path: str) -> int:
-    """What the config.json in a directory says."""
+    """The vocabulary size in a directory's config.json."""
     with _loading(path) as transformers:
         return int(transformers.AutoConfig.from_pretrained(path, **_OFFLINE).get_text_config().vocab_size)
 
@@ -181,32 +180,32 @@ def _loading(path: str) -> Iterator[Any]:
     try:
         with quiet():
             yield transformers
-    except Exception as error:  # transformers has no error class of its own: a bad file comes as nearly anything
+    except Exception as error:  # transformers has no error class of its own: a bad file may raise any
         raise FormatError(f"{path}: transformers cannot load this model: {reason(error)}") from error
 
 
 def _check_tensors(path: str, found: Any) -> None:
-    """Refuse tensors that transformers would initialise itself, and report those that it leaves out.
+    """Refuse tensors that transformers would initialise itself, and report those that it ignores.
 
-    Both are warnings that `quiet` suppresses.
+    transformers warns of both, but `quiet` suppresses that.
     """
     if missing := sorted(found["missing_keys"]):
         raise FormatError(f"{path}: {len(missing)} of the model's tensors are not in its files, such as {missing[0]}")
     if unexpected := sorted(found["unexpected_keys"]):
-        text = f"{path}: {len(unexpected)} tensors are not part of this model and unused, such as {unexpected[0]}"
+        text = f"{path}: not part of this model and unused: {count(len(unexpected), 'tensor')}, such as {unexpected[0]}"
         print(one_line(text), file=sys.stderr, flush=True)
 
 
 def reason(error: Exception) -> str:
-    """An error of a library, in one line that is not too long."""
+    """An error of a library, in one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings and no progress bars from transformers inside; both are put back as they were.
+    """Suppress transformers' warnings and progress bars in the block.
 
-    Its errors are printed, in which a model's own words are escaped.
+    Its errors are printed, with control characters escaped: their text may be the model's.
     """
     theirs = importlib.import_module("transformers.utils.logging")
     verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
@@ -250,7 +249,7 @@ def template_for(tokenizer: Any, given: str | None) -> str | None:
 
 
 def encode(tokenizer: Any, template: str | None, messages: Sequence[Message]) -> dict[str, Any]:
-    """``input_ids`` and ``attention_mask``, (1, n) each. A plain template holds the last message only."""
+    """``input_ids`` and ``attention_mask``, (1, n) each. A plain template has room for the last message only."""
     if template is not None:
         opening = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
         filled = template.replace("{}", messages[-1]["content"])
@@ -260,11 +259,20 @@ def encode(tokenizer: Any, template: str | None, messages: Sequence[Message]) ->
             encoded = tokenizer.apply_chat_template(
                 list(messages), tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
             )
-        except Exception as error:  # a chat template is a program of the model's own and may raise anything
+        except Exception as error:  # a chat template is the model's own program, and may raise any
             raise ConfigError(
                 f"the chat template refuses: {reason(error)}; one of your own (template=) goes around it"
             ) from error
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def generate(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, stop: list[int] | None, **options: Any) -> Any:
+    """The tokens of prompt and greedy answer, (1, n). ``options`` are passed on to transformers."""
+    limits = {"max_new_tokens": max_new_tokens, "eos_token_id": stop}
+    try:
+        return model.generate(**inputs, **limits, **GREEDY, **options)
+    except IndexError as error:  # learned position embeddings end where the context does
+        raise ConfigError("prompt and answer are longer than the model's context") from error
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int] | None:

@@ -1,4 +1,7 @@
-"""The description of a path, from its headers: a checkpoint, an adapter, a GGUF file or the output of a merge."""
+"""Describe a path from its headers: a checkpoint, an adapter, a GGUF file or the output of a merge.
+
+A description is not a proof: what a record or a header states is repeated as it is.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +9,38 @@ import math
 import reprlib
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from shardmerge.adapters.claims import BaseView, ModuleUpdate
 from shardmerge.adapters.registry import FAMILIES, METHODS, are_factors, is_telling
 from shardmerge.config.schema import AdapterConfig
+from shardmerge.destinations.record import RECORD_NAME, SEAL, find_record, is_unfinished
 from shardmerge.errors import FormatError
 from shardmerge.file_formats.adapter_file import CONFIG_NAME, AdapterFile
 from shardmerge.file_formats.adapter_folder import PICKLES, WEIGHTS, is_shard
 from shardmerge.file_formats.adapter_opening import open_adapter
 from shardmerge.file_formats.checkpoint import Checkpoint, open_checkpoint
+from shardmerge.gguf.glance import glance
 from shardmerge.key_mapping.naming import module_name
-from shardmerge.reporting import outputs
-from shardmerge.reporting.text import human_bytes, labelled, table
+from shardmerge.reporting.text import count, human_bytes, labelled, table
+from shardmerge.reporting.verified import last_time
 from shardmerge.sources.source import Source, open_source
 from shardmerge.spec.tensors import TensorRef, Weight
 
 _ADAPTER_NAMES = (*WEIGHTS, CONFIG_NAME)
-
-
+_GGUF = ".gguf"
+_NOT_REMEMBERED = "not by this user on this machine; `shardmerge verify` does it"
+#: Keys of a description that its text has after the others, or not in a row of their own.
 _SHOWN_LAST = ("adapter", "bytes", "dtypes", "quantised", "updates", "targets", "settings", "notes", "problems")
 
 
 def inspect_path(location: str) -> dict[str, Any]:
     """Describe a checkpoint, an adapter or a GGUF file as JSON. Raises `SourceError` or `FormatError`."""
     source = open_source(location)
-    if (file := outputs.gguf_file(source)) is not None:
-        return {**outputs.describe_gguf(source, file), **outputs.made_of(source)}
-    outputs.refuse_unfinished(source)
+    if (file := _gguf_file(source)) is not None:
+        return {**_describe_gguf(source, file), **_record_of(source)}
+    _refuse_unfinished(source)
     if _is_adapter(source):
         adapter, model = open_adapter(source), _model_beside(source)
         if model is None:
@@ -43,7 +50,7 @@ def inspect_path(location: str) -> dict[str, Any]:
     checkpoint = open_checkpoint(source)
     if len(checkpoint.shards) == 1 and _has_factors(checkpoint):
         return _describe_adapter(open_adapter(source), location)
-    return {**_describe_checkpoint(checkpoint), **outputs.made_of(source)}
+    return {**_describe_checkpoint(checkpoint), **_record_of(source)}
 
 
 def _model_beside(source: Source) -> Checkpoint | None:
@@ -117,7 +124,7 @@ def _describe_adapter(adapter: AdapterFile, location: str) -> dict[str, Any]:
     config = adapter.config or {}
     claims = adapter.claims(AdapterConfig(path=location), _Described(adapter))
     needs_scale = claims.unscaled
-    if needs_scale:  # 1 as scaling lets the rest be read
+    if needs_scale:  # a scaling of 1 lets the rest be read
         claims = adapter.claims(AdapterConfig(path=location, scaling=1.0), _Described(adapter))
     updates = [update for update in claims.updates if FAMILIES[update.family].changes_weight]
     kinds = Counter(_kind(update) for update in updates)
@@ -133,7 +140,7 @@ def _describe_adapter(adapter: AdapterFile, location: str) -> dict[str, Any]:
         "bytes": sum(file.size for file in adapter.files),
         "tensors": len(adapter.tensors),
         "files": len(adapter.files),
-        "trained beside it": [f"{of.name} ({len(of.tensors)} tensors)" for of in adapter.beside],
+        "trained beside it": [f"{of.name} ({count(len(of.tensors), 'tensor')})" for of in adapter.beside],
         "dtypes": _dtypes(adapter.tensors),
         "ranks": sorted({update.rank for update in updates if update.rank}),
         "settings": _settings(config),
@@ -146,7 +153,7 @@ def _describe_adapter(adapter: AdapterFile, location: str) -> dict[str, Any]:
 
 
 class _Described(BaseView):
-    """Without a base the order of a module's parameters is not known; for a description, the config's will do."""
+    """Stands for the base, which states the order of a module's parameters; here the config's order is used."""
 
     def __init__(self, adapter: AdapterFile) -> None:
         wrapped = {name.partition(".base_layer.")[0] for name in adapter.tensors if ".base_layer.lora_" in name}
@@ -165,7 +172,7 @@ def _kind(update: ModuleUpdate) -> str:
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What its method reads of an adapter's config, where it says something."""
+    """The settings in an adapter's config that its method reads, without those that have no effect."""
     method = METHODS.get(str(config.get("peft_type")))
     if method is None:
         return {}
@@ -173,19 +180,93 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in read if config.get(key) not in (None, False, "none", [], {})}
 
 
+# --- outputs of a merge, and GGUF files -------------------------------------------------------------------------------
+
+
+def _gguf_file(source: Source) -> str | None:
+    """The GGUF file that a source is, or that holds all of its weights. `FormatError` where there are several."""
+    top = [name for name in source.names() if "/" not in name]
+    found = [name for name in top if name.endswith(_GGUF)]
+    if not found or any(name.endswith(".safetensors") for name in top):
+        return None
+    if len(found) > 1:
+        raise FormatError(f"{source.location}: holds several GGUF files, give one: {', '.join(found[:5])}")
+    return found[0]
+
+
+def _describe_gguf(source: Source, name: str) -> dict[str, Any]:
+    size = source.stat(name).size
+    where = source.location if source.location.endswith(name) else f"{source.location}/{name}"
+    seen = glance(partial(source.read, name), size, where)
+    architecture = seen.text("general.architecture")
+    counts, sizes = seen.tensors, seen.nbytes
+    return {
+        "kind": "GGUF file",
+        "location": where,
+        "revision": source.revision,
+        "name": seen.text("general.name"),
+        "contents": seen.text("general.type"),
+        "architecture": architecture,
+        "version": seen.version,
+        "tensors": sum(counts.values()),
+        "layers": seen.values.get(f"{architecture}.block_count"),
+        "context": seen.values.get(f"{architecture}.context_length"),
+        "hidden_size": seen.values.get(f"{architecture}.embedding_length"),
+        "quantization": max(sizes, key=lambda kind: sizes[kind], default=None),
+        "bytes": size,
+        "dtypes": {kind: {"tensors": counts[kind], "bytes": sizes[kind]} for kind in sorted(counts)},
+    }
+
+
+def _refuse_unfinished(source: Source) -> None:
+    """`FormatError` where the directory holds an unfinished merge and no model."""
+    folder = source.directory().local_path
+    if folder is not None and not source.names() and is_unfinished(folder):
+        raise FormatError(
+            f"{source.location}: holds a merge that was not finished; finish it by running the same command again"
+        )
+
+
+def _record_of(source: Source) -> dict[str, Any]:
+    folder = source.directory().local_path
+    if folder is None or (record := find_record(folder)) is None:
+        return {}
+    adapters = record.values.get("adapters")
+    found: dict[str, Any] = {
+        "merged_by": f"shardmerge {record.values.get('shardmerge', 'of an unknown version')}",
+        "base": _place(record.values.get("base")),
+        "adapters": [_place(info) for info in adapters] if isinstance(adapters, list) else [],
+        "updated_weights": len(targets) if isinstance(targets := record.values.get("targets"), Mapping) else None,
+        "verified": last_time(folder, record.seal) or _NOT_REMEMBERED,
+    }
+    if not record.is_believed:
+        found["problems"] = [f"{RECORD_NAME} was changed after the merge: it no longer has its {SEAL}"]
+    return found
+
+
+def _place(info: Any) -> str:
+    known = info if isinstance(info, Mapping) else {}
+    location, revision, weight = known.get("location"), known.get("revision"), known.get("weight", 1)
+    times = f" (weight {weight})" if weight != 1 else ""
+    return f"{location or 'unknown'}{f'@{revision}' if revision else ''}{times}"
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
 def describe(found: Mapping[str, Any]) -> str:
-    """What `inspect_path` found, as a person reads it."""
+    """The text of a description by `inspect_path`."""
     shown = {key: value for key, value in found.items() if key not in _SHOWN_LAST}
     rows = [(key.replace("_", " "), _value(value)) for key, value in shown.items() if value not in (None, [])]
     rows.append(("size", human_bytes(found["bytes"])))
     for dtype, sizes in found["dtypes"].items():
-        rows.append((dtype, f"{sizes['tensors']} tensors, {human_bytes(sizes['bytes'])}"))
+        rows.append((dtype, f"{count(sizes['tensors'], 'tensor')}, {human_bytes(sizes['bytes'])}"))
     for codec, of in found.get("quantised", {}).items():
         bits = f"{of['bits_per_element']:g} bits an element with scales"
-        rows.append(("quantised", f"{of['weights']} weights in {codec}, {human_bytes(of['bytes'])}, {bits}"))
+        rows.append(("quantised", f"{count(of['weights'], 'weight')} in {codec}, {human_bytes(of['bytes'])}, {bits}"))
     for key in ("updates", "targets"):
         if found.get(key):
-            rows.append((key, ", ".join(f"{kind} ×{count}" for kind, count in found[key].items())))
+            rows.append((key, ", ".join(f"{kind} ×{number}" for kind, number in found[key].items())))
     for key, value in found.get("settings", {}).items():
         rows.append((f"  {key}", _value(value)))
     text = table(rows)

@@ -19,18 +19,18 @@ from shardmerge.spec.words import EXPORT, MERGE
 
 #: Formats of the size table: dtypes of a checkpoint, and quantisations of a GGUF file.
 _PLAIN = {"F32": "float32", "BF16": "bfloat16"}
-
-
 _QUANTIZED = ("Q8_0", "Q4_0")
+#: Below this share of the update kept, there is a warning.
+_TOO_LITTLE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge did. ``seconds`` is wall time; ``peak_memory_bytes`` is the process's maximum.
+    """The report of a merge. ``seconds`` is wall time; ``peak_memory_bytes`` is the process's maximum.
 
-    ``working_set_bytes`` is what the merge took above what was resident before it, to compare with the plan's; None
-    where an earlier maximum of the process hides it. Where shards of an earlier run were kept, ``bytes_read``,
-    ``bytes_written`` and ``seconds`` are of this run alone, without its reading of those shards to check them.
+    ``working_set_bytes`` is the memory that the merge added to what was resident before it, to compare with the plan's;
+    None where an earlier maximum of the process hides it. Where shards of an earlier run were kept, ``bytes_read`` and
+    ``bytes_written`` are of this run alone, without reading those shards to check them.
     """
 
     output: str
@@ -46,16 +46,16 @@ class MergeReport:
     seconds: float
     peak_memory_bytes: int
     working_set_bytes: int | None
-    #: What the merged weights would take in other formats, in bytes.
+    #: Bytes of the merged weights in other formats.
     sizes_bytes: Mapping[str, int]
-    #: How the updates came through the rounding, by kind of module; see `shardmerge.execution.fidelity`.
+    #: How much of the updates the rounding kept, by kind of module; see `shardmerge.execution.fidelity`.
     fidelity: Mapping[str, Fidelity]
     warnings: tuple[str, ...]
     #: ``"merge"``, or ``"export"`` where there was no adapter.
     kind: str = "merge"
 
     def to_json(self) -> dict[str, Any]:
-        """Three keys have an older name beside their own, without the unit."""
+        """Three keys also have an older name, without the unit."""
         result: dict[str, Any] = jsonable(self)
         result |= {name: result[f"{name}_bytes"] for name in ("peak_memory", "working_set", "sizes")}
         result["fidelity"] = {kind: fidelity_json(of) for kind, of in self.fidelity.items()}
@@ -64,7 +64,7 @@ class MergeReport:
 
 
 def merged_dtype(plan: MergePlan) -> str:
-    """The dtype most of the output's bytes are in."""
+    """The dtype of most of the output's bytes."""
     sizes: Counter[str] = Counter()
     for dtype, _, nbytes, count in plan.totals.kinds:
         sizes[dtype] += count * nbytes
@@ -73,9 +73,9 @@ def merged_dtype(plan: MergePlan) -> str:
 
 
 def sizes_by_format(plan: MergePlan) -> dict[str, int]:
-    """Bytes of the merged weights in formats that people choose between, headers left out.
+    """Bytes of the merged weights in common formats, without headers.
 
-    Of a GGUF quantisation: matrices whose rows are whole blocks in it, others in float16, vectors in float32.
+    In a GGUF quantisation, matrices whose rows are not whole blocks are float16, and vectors float32.
     """
     shapes = [(shape, count) for _, shape, _, count in plan.totals.kinds]
     sizes = {name: sum(count * tensor_nbytes(code, shape) for shape, count in shapes) for code, name in _PLAIN.items()}
@@ -95,7 +95,7 @@ def fidelity_by_kind(receipts: Iterable[Receipt]) -> dict[str, Fidelity]:
 
 
 def fidelity_warnings(plan: MergePlan, by_kind: Mapping[str, Fidelity]) -> list[str]:
-    """Warnings for kinds of modules of whose update the rounding lost more than half."""
+    """A warning where the rounding lost more than half of the update of a kind of modules."""
     kept = sorted((of.share_kept, kind) for kind, of in by_kind.items() if of.share_kept < _TOO_LITTLE)
     if not kept:
         return []
@@ -112,14 +112,12 @@ def fidelity_warnings(plan: MergePlan, by_kind: Mapping[str, Fidelity]) -> list[
 
 
 def size_table(report: MergeReport) -> str:
-    """Adapter, base, merged, time, peak memory, and how much of the update the rounding kept."""
+    """A table of sizes, time, peak memory, and the share of the update that the rounding kept."""
+    is_export = report.kind == EXPORT.noun
     rows = [
-        *([] if report.kind == EXPORT.noun else [("adapter", human_bytes(report.adapter_bytes))]),
-        ("model" if report.kind == EXPORT.noun else "base", human_bytes(report.base_bytes)),
-        (
-            f"{EXPORT.done if report.kind == EXPORT.noun else MERGE.done} ({report.merged_dtype})",
-            human_bytes(report.merged_bytes),
-        ),
+        *([] if is_export else [("adapter", human_bytes(report.adapter_bytes))]),
+        ("model" if is_export else "base", human_bytes(report.base_bytes)),
+        (f"{(EXPORT if is_export else MERGE).done} ({report.merged_dtype})", human_bytes(report.merged_bytes)),
         *(
             (f"  as {name}", human_bytes(size))
             for name, size in report.sizes_bytes.items()
@@ -135,14 +133,6 @@ def size_table(report: MergeReport) -> str:
 
 
 def fidelity_json(of: Fidelity) -> dict[str, float]:
-    """Four digits of each, which is what a sample is good for."""
-    figures = {
-        "relative_update": of.relative_update,
-        "share_kept": of.share_kept,
-        "share_unchanged": of.share_unchanged,
-    }
-    return {name: float(f"{value:.4g}") for name, value in figures.items()}
-
-
-#: Less than this of an update left is worth a warning: what is merged is hardly what was trained.
-_TOO_LITTLE = 0.5
+    """The figures with four digits; a sample is not more precise."""
+    names = ("relative_update", "share_kept", "share_unchanged")
+    return {name: float(f"{getattr(of, name):.4g}") for name in names}

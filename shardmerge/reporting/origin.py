@@ -1,11 +1,10 @@
-"""The base and the adapters of a finished merge, by its record, and where they are now."""
+"""The base and the adapters of a finished merge, from its record."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from shardmerge.config.recorded import recorded_config, relocated
 from shardmerge.config.schema import AdapterConfig
@@ -22,7 +21,7 @@ _BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Base and adapters of a merge, as its record names them or as a person does, and how they were applied."""
+    """Base and adapters of a merge, at the places that its record or the caller names, and how they were applied."""
 
     base: str
     adapters: tuple[AdapterConfig, ...]
@@ -30,8 +29,8 @@ class Origin:
     targets: frozenset[str]
 
     def base_folder(self) -> Path:
-        """The base's directory, of a repo on the Hub its folder in the cache. Raises `SourceError`, `ConfigError`."""
-        source = _open("base", self.base).directory()
+        """The base's directory; of a Hub repo, its folder in the cache. Raises `SourceError` or `ConfigError`."""
+        source = open_recorded("base", "base", self.base).directory()
         names = source.names()
         if "config.json" not in names:
             raise ConfigError(
@@ -47,14 +46,14 @@ class Origin:
 
     def open_adapters(self) -> Iterator[tuple[AdapterFile, AdapterConfig]]:
         """The adapters in the order in which they were applied."""
-        of_base = {shard.file.uri for shard in open_checkpoint(_open("base", self.base)).shards}
+        of_base = {shard.file.uri for shard in open_checkpoint(open_recorded("base", "base", self.base)).shards}
         for entry in self.adapters:
-            adapter = open_adapter(_open("adapters", entry.path), entry.ignore_files)
+            adapter = open_adapter(open_recorded("adapter", "adapters", entry.path), entry.ignore_files)
             yield adapter.apart_from(of_base), entry
 
 
 def read_origin(output: Path, base: str | None = None, adapters: Sequence[str] = ()) -> Origin:
-    """The origin of the merge in ``output``; ``base`` and ``adapters`` (all of them) say where those are now.
+    """The origin of the merge in ``output``; ``base`` and ``adapters`` (all of them) are where those are now.
 
     Raises `SourceError` if there is no such directory, `FormatError` if no record of a finished merge is in it,
     `ConfigError` where the number of adapters is another.
@@ -69,14 +68,16 @@ def read_origin(output: Path, base: str | None = None, adapters: Sequence[str] =
 
 
 def stored_dtypes(output: Path, names: frozenset[str]) -> set[str]:
-    """What these weights of a checkpoint are stored in, by safetensors' names for it."""
-    weights: Mapping[str, Any] = open_checkpoint(open_source(str(output))).weights
+    """The dtypes of these weights of a checkpoint, by safetensors' names."""
+    weights = open_checkpoint(open_source(str(output))).weights
     return {weight.tensor.dtype for name, weight in weights.items() if name in names}
 
 
-def _open(what: str, place: str) -> Source:
+def open_recorded(what: str, parameter: str, place: str) -> Source:
+    """Open a base or an adapter of a merge. The `SourceError` names the ``parameter`` for its new place."""
     try:
         return open_source(place)
     except SourceError as error:
-        name = what.removesuffix("s")
-        raise SourceError(f"the {name} is not there: {error}; if it was moved, {what}= says where it is now") from None
+        raise SourceError(
+            f"the {what} is not there: {error}; if it was moved, {parameter}= says where it is now"
+        ) from None

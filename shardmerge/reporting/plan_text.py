@@ -6,16 +6,15 @@ from collections.abc import Iterable
 from typing import Any
 
 from shardmerge.adapters.registry import FAMILIES
-from shardmerge.planning.layouts import LAYOUTS
 from shardmerge.reporting.merge_report import merged_dtype
-from shardmerge.reporting.text import human_bytes, labelled, notices, table
+from shardmerge.reporting.text import count, human_bytes, labelled, notices, table
 from shardmerge.spec.plans import MergePlan, jsonable
 
 
 def target_rows(plan: MergePlan) -> list[dict[str, Any]]:
-    """Targets by kind of module: the last part of its name, with shape, rank, scaling, family and adapter.
+    """Targets by the last part of the module's name, shape, family, rank, scaling and adapter.
 
-    ``scaling`` is empty where the family does not add, and ``rank`` 0 where it has none.
+    ``scaling`` is empty where the family does not add; ``rank`` is 0 where it has none.
     """
     return [
         {
@@ -32,7 +31,6 @@ def target_rows(plan: MergePlan) -> list[dict[str, Any]]:
 
 
 def describe_plan(plan: MergePlan) -> str:
-    """The plan as text."""
     parts = [_describe_sources(plan), _describe_targets(plan), _describe_output(plan)]
     if plan.warnings:
         parts.append("\n".join(map(labelled, plan.warnings)))
@@ -49,12 +47,12 @@ def _describe_sources(plan: MergePlan) -> str:
         (
             "base",
             _at(base.location, base.revision),
-            f"{human_bytes(base.nbytes)}, {base.shards} shards, {base.tensors} tensors",
+            f"{human_bytes(base.nbytes)}, {count(base.shards, 'shard')}, {count(base.tensors, 'tensor')}",
         )
     ]
     for info in plan.adapters:
         weight = "" if info.weight == 1 else f", weight {info.weight:g}"
-        what = f"{human_bytes(info.nbytes)}, {info.family} ({info.format}), {info.tensors} tensors{weight}"
+        what = f"{human_bytes(info.nbytes)}, {info.family} ({info.format}), {count(info.tensors, 'tensor')}{weight}"
         rows.append(("adapter", _at(info.location, info.revision), what))
     return table(rows)
 
@@ -79,10 +77,10 @@ def _describe_targets(plan: MergePlan) -> str:
 
 def _describe_output(plan: MergePlan) -> str:
     memory = plan.memory
-    shards = "1 file" if len(plan.shards) == 1 else f"{len(plan.shards)} shards"
+    shards = "1 file" if len(plan.shards) == 1 else count(len(plan.shards), "shard")
     rows = [
         ("output", plan.output),
-        ("", f"{shards}, dtype {merged_dtype(plan)}, {len(plan.aux)} other files"),
+        ("", f"{shards}, dtype {merged_dtype(plan)}, {count(len(plan.aux), 'other file')}"),
         ("reads", human_bytes(plan.bytes_read)),
         ("writes", human_bytes(plan.bytes_written)),
         ("computes in", f"{plan.compute_dtype} on {'cpu' if plan.compute_device == 'auto' else plan.compute_device}"),
@@ -91,16 +89,11 @@ def _describe_output(plan: MergePlan) -> str:
     return table(rows)
 
 
-def next_steps(plan: MergePlan) -> str:
-    """What to run now, where the output is not simply loaded."""
-    return LAYOUTS[plan.format].next_steps(plan)
-
-
 def plan_summary(plan: MergePlan) -> dict[str, Any]:
-    """The plan as JSON, without a line for every tensor.
+    """The plan as JSON, without an entry for every tensor.
 
-    ``digest`` covers all that the output's bytes depend on, as far as headers show it: plans with the same digest make
-    the same output. (The digest of a record covers the adapters' bytes, too, and so differs.)
+    ``digest`` covers everything in headers that the output's bytes depend on. (The digest of a record differs: it also
+    covers the adapters' bytes.)
     """
     targets = target_rows(plan)
     return {

@@ -19,9 +19,9 @@ from shardmerge.version import __version__
 def record(
     plan: MergePlan, report: MergeReport, receipts: Sequence[Receipt], digest: str, torch_version: str
 ) -> dict[str, Any]:
-    """What ``shardmerge.json`` in the output says, for `shardmerge.destinations.record.written`.
+    """The record, for `shardmerge.destinations.record.written`.
 
-    ``digest`` is that of base, adapters and config, the adapters' bytes in it. The checksums are of whole files.
+    ``digest`` is of base, adapters (with their bytes) and config. The checksums are of whole files.
     """
     return {
         "shardmerge": __version__,
@@ -46,7 +46,7 @@ def record(
 
 
 def targets(plan: MergePlan) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """What the record says of every updated tensor of the base. One that the output has in parts comes once."""
+    """The record's entries for the updated tensors of the base. A tensor that a shard has in parts is listed once."""
     for shard in plan.shards:
         updates = {tensor.source.name: tensor.updates for tensor in shard.tensors if tensor.updates}
         for name, of in updates.items():
@@ -68,7 +68,7 @@ def _fidelity(receipts: Iterable[Receipt]) -> Iterator[tuple[str, dict[str, floa
 
 
 def _memory(plan: MergePlan, report: MergeReport) -> dict[str, int | None]:
-    """The peak is the process's so far, which includes most of what writing the record takes."""
+    """The peak is the process's so far, with most of the memory that writing the record takes."""
     return {
         "predicted_working_set": plan.memory.total,
         "working_set": report.working_set_bytes,

@@ -1,4 +1,4 @@
-"""A commented config for an adapter, from the adapter's metadata; and the path of the config's schema."""
+"""Write a commented config for an adapter, from the adapter's metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from shardmerge.errors import FormatError
 from shardmerge.reporting.inspection import inspect_path
 
-#: The schema of this version's config, in the package, so that it is there wherever that is installed.
+#: The schema of this version's config, which is installed with the package.
 SCHEMA = Path(__file__).resolve().parent.parent / "config" / "config.schema.json"
 
 _STARTER = """\
@@ -39,9 +39,9 @@ compute:
 
 
 def starter_config(location: str, name: str, base: str | None = None, output: str | None = None) -> str:
-    """A commented config for an adapter, from its own metadata. ``name`` is the file it will be written to.
+    """A commented config for an adapter. ``name`` is the file that it will be written to.
 
-    ``base`` and ``output`` are what to merge into and where to, where that is known.
+    ``base`` and ``output`` are the places of the base and the merged model, where they are known.
     """
     found = inspect_path(location)
     found = found.get("adapter", found)
@@ -74,7 +74,7 @@ def starter_config(location: str, name: str, base: str | None = None, output: st
 
 
 def _one_line(text: str) -> str:
-    """What may stand in a comment: an adapter's metadata must not get out of it."""
+    """Text for a comment, which an adapter's metadata must not end."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 

@@ -27,6 +27,11 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def count(number: int, noun: str) -> str:
+    """``"1 weight"``, ``"1,000 weights"``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
     """Columns padded with spaces; those in ``right`` are aligned to the right."""
     rows = [[one_line(cell) for cell in row] for row in rows]

@@ -1,7 +1,7 @@
-"""When this user last verified a merge: kept with the user's state, since `verify` writes nothing into an output.
+"""Remember when this user last verified a merge, in the user's state: `verify` writes nothing into an output.
 
-A line of JSON for each time: the checksum of the merge's record, the path of the output, and the time. The output may
-have changed since then; only `verify` finds that.
+Each time is a line of JSON with the checksum of the merge's record, the path of the output, and the time. Only `verify`
+can find that the output has changed since then.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 from shardmerge.system.installation import state_folder
 from shardmerge.system.regular_files import read_small
 
-#: Bytes, for some thousand entries; the older half is removed when there are more.
+#: The most bytes, for some thousand entries. The older half is removed when there are more.
 _LARGEST = 1_000_000
 
 
 def remember(output: Path, seal: str | None) -> None:
-    """Remember that all of an output was verified just now; do nothing where the user's state cannot be written.
+    """Remember that all of an output was verified now; do nothing where the user's state cannot be written.
 
-    ``seal`` is the checksum of the record that was verified; a record of an older version has none to know it by.
+    ``seal`` is the checksum of the record; nothing is remembered for a record of an older version, which has none.
     """
     if seal is None:
         return
@@ -38,7 +38,7 @@ def remember(output: Path, seal: str | None) -> None:
 
 
 def last_time(output: Path, seal: object) -> str | None:
-    """When the output with this record was last verified, in UTC by ISO 8601; None where that is not known."""
+    """When the output with this record was last verified, in ISO 8601 (UTC); None where that is not known."""
     found = None
     for line in _lines():
         with suppress(ValueError, TypeError, KeyError):

@@ -1,7 +1,7 @@
-"""Second decoders: what a file stores → numbers in float64, without the code that merges.
+"""Second decoders, stored bytes → numbers in float64, and a second rounding, without the code that merges.
 
-``verify`` must not trust a codec to judge its own output. So every codec of `shardmerge.codecs` that decodes has
-another decoder here, written from the format's definition. Floats have none, as torch reads them.
+``verify`` must not trust a codec to judge its own output. So every codec of `shardmerge.codecs` that decodes has a
+second decoder here, written from the format's definition. Floats need none: torch reads them.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
+from shardmerge.adapters.work import tile_dtype
 from shardmerge.codecs.registry import CODECS
+from shardmerge.codecs.rounding import half_unit
 from shardmerge.spec.plans import TensorPlan
-from shardmerge.spec.tensors import RowRange, SourceFile, TensorInfo, TensorRef
+from shardmerge.spec.tensors import DTYPE_BITS, RowRange, SourceFile, TensorInfo, TensorRef
 from shardmerge.verification.quantised import QUANTISED
 from shardmerge.verification.reading import Decoder, Files, StoredWeight, wide
 
@@ -29,7 +32,7 @@ def numbers(files: Files, stored: StoredWeight, rows: RowRange) -> Tensor:
 
 
 def bound_of(files: Files, stored: StoredWeight, values: Tensor, rows: RowRange) -> Tensor:
-    """The most that its codec may have changed exact ``values`` of rows ``rows``."""
+    """The most that the weight's codec may move exact ``values`` of ``rows`` when it encodes them."""
     assert stored.encoding is not None
 
     def part(role: str, of: RowRange) -> Tensor:
@@ -40,14 +43,14 @@ def bound_of(files: Files, stored: StoredWeight, values: Tensor, rows: RowRange)
 
 
 def source_of(tensor: TensorPlan) -> StoredWeight:
-    """What a weight is made of."""
+    """The stored weight that a tensor of the plan is made from."""
     return StoredWeight(tensor.source, tensor.row_elements, tensor.decoding, dict(tensor.parts))
 
 
 def output_of(
     tensor: TensorPlan, file: SourceFile, data_start: int, found: Mapping[str, TensorInfo]
 ) -> StoredWeight | None:
-    """What has become of a weight, in a file whose tensors are ``found``; None where a part is not there as planned."""
+    """The weight in an output file whose tensors are ``found``; None where a part is missing or not as planned."""
     refs = []
     for name, planned in tensor.outputs():
         info = found.get(name)
@@ -59,3 +62,16 @@ def output_of(
     if tensor.encoding is not None and tensor.decoding is not None and tensor.encoding.codec == tensor.decoding.codec:
         parts = {**dict(tensor.parts), **made}  # those that are not made anew stay, with their bytes
     return StoredWeight(refs[0], tensor.row_elements, tensor.encoding, parts)
+
+
+def rounded(value: Tensor, dtype: str, direction: int = 0) -> Tensor:
+    """The nearest number of a dtype, ties to even; with a direction of -1 or 1 the next one below or above."""
+    unit = half_unit(value.abs(), dtype).mul_(2)
+    towards = {0: torch.round, -1: torch.floor, 1: torch.ceil}[direction]
+    return torch.where(torch.isfinite(value), towards(value / unit) * unit, value)
+
+
+def is_stochastic(tensor: TensorPlan, compute_dtype: str, dtype: str) -> bool:
+    """Whether a tensor is rounded to ``dtype`` stochastically: the plan asks for it, and its tiles are wider."""
+    asked = tensor.encoding is not None and tensor.encoding.setting("seed") is not None
+    return asked and DTYPE_BITS[dtype] < DTYPE_BITS[tile_dtype(tensor, compute_dtype)]

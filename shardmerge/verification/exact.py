@@ -1,29 +1,26 @@
-"""W' in float64, and how far from it a right merge may be.
+"""W' in float64, and how far a correct merge may be from it.
 
-LoRA and its kin are written once more, straight from the definitions and not with the engine's code: W + s·B A, with B
-and A from `shardmerge.verification.formulas` and s from `shardmerge.verification.scaling`; and for DoRA m / ‖V‖ · V of
-that V.
+LoRA and its relatives are implemented a second time here, from their definitions: W + s·B A, with B and A from
+`shardmerge.verification.formulas` and s from `shardmerge.verification.scaling`; and for DoRA m / ‖V‖ · V of that V.
 
-All other families have their ``apply`` run on rows in float64 (families know no dtype), with factors read by a reader
-of this package. So their formula is the merge's own; what is independent is everything around it: reading, tiling,
-precision, rounding.
+Of all other families the merge's own ``apply`` runs, on rows in float64 and with factors that this package reads. Their
+formula is not checked by a second implementation; reading, tiling, precision and rounding are.
 
-**The bound.** A merge computes with unit roundoff u (2⁻²⁴ in float32) and rounds the result once, by half a unit of
-the output's last place. What it computes may differ from the exact value by e:
+**The bound.** A merge computes with unit roundoff u (2⁻²⁴ in float32) and rounds the result once, by half a unit in the
+last place of the output's dtype. Before that rounding, the computed value may differ from the exact one by e:
 
 - A product of rank r: (r + 4)·u·|s|·(|B||A|), in any order of its sum: r roundings of the sum, one of s, one of the
   product with it, two of factors that are stored as float64. Adding it to W: u·|W'|.
-- DoRA: the error of V, and |W'|·u·(4 + n/2 + 2) for a norm of n squares. For large n that is 8·√n + 8, as roundings to
-  nearest go both ways (Higham and Mary 2019, doi 10.1137/18M1226312). Where W is stored transposed the merge adds the
-  squares up in float64, and only V's own error counts.
-- Other families: 4·u·(|W| + |W'|) for the element's own operations, and for the sums that made ΔW, whose parts may
-  cancel, as many units of ‖ΔW‖ of its row as the family's ``sum_units`` says. Where a family ``mixes_weight``, sums
-  have entries of W as terms, and ‖W‖ of the row takes the place of ‖ΔW‖: parts of W cancel there, and the rotation
-  itself was computed.
-- What copies has no error at all, and neither has what no update reaches: neither goes through the compute dtype.
-- What an update computes goes through it before: where its dtype holds more, u of the number.
+- DoRA: the error of V, and |W'|·u·(4 + n/2 + 2) for a norm of n squares. For large n it is 8·√n + 8 instead of n/2 + 2,
+  since errors of rounding to nearest cancel (Higham and Mary 2019, doi 10.1137/18M1226312). Where W is stored
+  transposed the merge sums the squares in float64, and only V's own error counts.
+- Other families: 4·u·(|W| + |W'|) for operations on single elements; and, for the sums that made ΔW, ``sum_units`` of
+  the family times u·‖ΔW‖ of the row, since terms of a sum may cancel. Where a family ``mixes_weight``, entries of W are
+  terms of the sums, and ‖W‖ of the row replaces ‖ΔW‖: then parts of W cancel, and the rotation itself was computed.
+- A copy has no error, and neither has a row that no update reaches: neither goes through the compute dtype.
+- A weight that an update computes with is first rounded to the compute dtype: u·|W| where its own dtype is wider.
 
-An error that there was before an update counts on, for DoRA times m / ‖V‖, for other families at most as its row grows.
+An error from before an update is carried on: for DoRA times m / ‖V‖, for other families at most as the row grows.
 """
 
 from __future__ import annotations
@@ -46,16 +43,16 @@ from shardmerge.verification.reading import Files
 from shardmerge.verification.rows import all_rows
 from shardmerge.verification.scaling import ScaledBy
 
-#: Unit roundoff by compute dtype, and that of the sums of its products (bf16 products are summed in float32).
+#: Unit roundoff by compute dtype: of an operation, and of a sum of products (bf16 products are summed in float32).
 _UNITS = {"F64": (2.0**-53, 2.0**-53), "F32": (2.0**-24, 2.0**-24), "BF16": (2.0**-8, 2.0**-24)}
-#: What a float64 sum of our own leaves.
+#: Unit roundoff of the float64 sums made here.
 _OWN = 2.0**-53
-#: Dtypes whose numbers are all numbers of the compute dtype.
+#: Dtypes that convert to the compute dtype without rounding.
 _EXACT = {"F64": ("F64", "F32", "F16", "BF16"), "F32": ("F32", "F16", "BF16"), "BF16": ("BF16",)}
 
 
 class Exact:
-    """Computes rows of one touched tensor after the other."""
+    """Compute rows of touched tensors, one tensor after the other."""
 
     def __init__(self, files: Files, plan: MergePlan, adapters: Sequence[ScaledBy]) -> None:
         self._files = files
@@ -70,7 +67,7 @@ class Exact:
         self._lengths: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin(self, tensor: TensorPlan) -> None:
-        """Work on a tensor from here on. What needs to see all of its rows first does so now."""
+        """Select a tensor, and run the passes over all of its rows that some updates need first."""
         self._tensor, self._reaching = tensor, reaching(tensor)
         self._factors, self._lengths = {}, {}
         for update in tensor.updates:
@@ -89,7 +86,7 @@ class Exact:
         """W with all updates, or those before ``until``."""
         value = numbers(self._files, source_of(tensor), rows)
         error = torch.zeros_like(value)
-        # What is yet to be rounded to the compute dtype, where something is computed of it.
+        # Numbers that are not rounded to the compute dtype yet: an update that computes with them does that first.
         loose = torch.full_like(value, decoded_dtype(tensor) not in _EXACT[self.compute_dtype], dtype=torch.bool)
         for update in self._reaching(rows):
             if update is until:
@@ -136,7 +133,7 @@ class Exact:
         bound += view.abs().mul_(self._unit)
 
     def _rescale(self, update: Update, part: Position, view: Tensor, bound: Tensor) -> None:
-        """Bring rows to their trained lengths."""
+        """Scale rows to their trained lengths."""
         rows = part.window.rows
         if id(update) in self._lengths:
             squares, wrong = (of[rows.start : rows.stop] for of in self._lengths[id(update)])
@@ -152,7 +149,7 @@ class Exact:
         bound *= factor.abs()
         bound += view.abs() * relative
 
-    # --- families that look at everything first -----------------------------------------------------------------------
+    # --- updates that need all rows first -----------------------------------------------------------------------------
 
     def _needs_prepass(self, update: Update) -> bool:
         if (formula := FORMULAS.get(update.family)) is not None:
@@ -167,10 +164,11 @@ class Exact:
         columns = slice(part.columns.start, part.columns.stop)
         view, bound = (part.orientation.view(of[:, columns]) for of in (value, error))
         if update.family not in FORMULAS:
-            FAMILIES[update.family].prepass(view, self._of(update), update, part.window, _scratch(view))
+            FAMILIES[update.family].prepass(view, self._of(update), update, part.window, view.new_empty(view.shape))
             return
         self._add(update, part, view, bound)
-        sums = self._lengths.setdefault(id(update), (_zeros(update.rows), _zeros(update.rows)))
+        zeros = torch.zeros(2, update.rows, dtype=torch.float64)
+        sums = self._lengths.setdefault(id(update), (zeros[0], zeros[1]))
         for total, of in zip(sums, (view, bound), strict=True):
             total[part.window.rows.start : part.window.rows.stop] += of.square().sum(1)
 
@@ -194,35 +192,27 @@ class Exact:
 
     def _run(self, update: Update, part: Position, view: Tensor) -> None:
         """The family's own ``apply``, on the matrix's orientation of the rows."""
-        # Families may want their tile dense, or seen as the transpose of what is dense.
+        # Families expect a tile that is contiguous, or whose transpose is.
         dense = view.contiguous()
         tile = part.orientation.view(dense)
-        FAMILIES[update.family].apply(tile, self._of(update), update, part.window, _scratch(tile))
+        FAMILIES[update.family].apply(tile, self._of(update), update, part.window, tile.new_empty(tile.shape))
         if dense.data_ptr() != view.data_ptr():
             view.copy_(dense)
 
 
-def _scratch(tile: Tensor) -> Tensor:
-    return torch.empty(tile.shape, dtype=tile.dtype)
-
-
-def _zeros(count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.float64)
-
-
 def _lengths(values: Tensor) -> Tensor:
-    """‖·‖ of every stored row, (rows, 1); of a vector, that of the whole."""
+    """‖·‖ of every stored row, (rows, 1); of a vector, the norm of the whole."""
     if values.shape[1] == 1:
         return values.square().sum().sqrt().view(1, 1).expand(len(values), 1)
     return values.square().sum(1, keepdim=True).sqrt()
 
 
 def _does_nothing(update: Update) -> bool:
-    """Whether an update leaves a weight whose source is the plan's as it is."""
+    """Whether an update leaves a weight as the plan's source has it."""
     family = FAMILIES[update.family]
     return family.is_source or not family.changes_weight
 
 
 def is_copied(tensor: TensorPlan) -> bool:
-    """Whether a tensor's numbers are those of its source, plainly stored, if perhaps in another dtype."""
+    """Whether a tensor holds the numbers of its source, perhaps in another plain dtype."""
     return tensor.decoding is None and all(map(_does_nothing, tensor.updates))

@@ -1,9 +1,9 @@
-"""The files of the output: the recorded ones exist unchanged, and no other file exists that a program would load.
+"""Check the files of an output: the recorded ones are unchanged, and no other file exists that a program would load.
 
 Programs that load a model search its directory. transformers prefers a ``chat_template.jinja`` to the template in
-tokenizer_config.json, loads the adapter of an ``adapter_config.json`` on top, and runs ``*.py`` that a config names;
-llama.cpp and Ollama take the next ``.gguf`` or ``Modelfile``. New versions search for more names. So any file that the
-merge did not write is an error, except for the kinds that only people and git read.
+tokenizer_config.json, also loads the adapter of an ``adapter_config.json``, and runs ``*.py`` files that a config
+names; llama.cpp and Ollama load any ``.gguf`` or ``Modelfile``. New versions search for more names. So any file that
+the merge did not write is an error, except for the kinds that only people and git read.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ _CHUNK = 1 << 20
 #: Files that people edit after a merge, and that no program acts on.
 _PROSE = (".md", ".rst", ".txt", "")
 _PROSE_NAMES = ("readme", "license", "licence", "copying", "notice", "use_policy", "changelog", ".gitattributes")
-#: Other files that may be beside a model, by their path in lower case: pictures of a model card, and the files of git,
-#: huggingface_hub and desktops. llama.cpp's converter reads a README's front matter for the name of its file only.
+#: Other files that no program loads, by their path in lower case: pictures of a model card, and the files of git,
+#: huggingface_hub and desktops. llama.cpp's converter reads a README only to name its file.
 _HARMLESS = re.compile(
     r"(.*/)?[^/]+\.(png|jpe?g|gif|svg|webp|pdf)|(.*/)?(\.git(ignore|modules|keep)?|citation\.cff|\.ds_store|thumbs\.db)"
     r"|(\.git|\.cache/huggingface)/.*",
     re.DOTALL,
 )
-#: Files of an output that are examined; a merge makes a few thousand at most.
+#: The most files of an output that are examined; a merge makes a few thousand at most.
 _MOST = 200_000
 #: Names that a note lists.
 _NAMED = 10
 
 
 def find_weights(output: Path, name: str, size: int, findings: Findings) -> SourceFile | None:
-    """A recorded file of weights; None where it cannot be read. ``size`` in bytes is the recorded one."""
+    """Check that a recorded file of weights exists with the recorded ``size``; None where it cannot be read."""
     if reason := why_not_readable(output / name):
         findings.problem(STRUCTURE, f"{name} {reason}", file=name)
         return None
@@ -58,7 +58,7 @@ def find_weights(output: Path, name: str, size: int, findings: Findings) -> Sour
 
 
 def check_files(output: Path, record: Record, plan: MergePlan | None, findings: Findings) -> None:
-    """Whether the files beside the shards exist, and are those recorded and those that the merge writes."""
+    """Check that the files beside the shards exist, as recorded and as the merge writes them."""
     readable = _check_names(output, record, findings)
     changed = _check_recorded(output, record, readable, plan, findings)
     for aux in () if plan is None else plan.aux:
@@ -84,7 +84,7 @@ def _check_names(output: Path, record: Record, findings: Findings) -> set[str]:
 def _check_recorded(
     output: Path, record: Record, readable: set[str], plan: MergePlan | None, findings: Findings
 ) -> set[str]:
-    """Checksums of the files beside the shards, where they were recorded; those that have changed since."""
+    """Compare the recorded checksums of the files beside the shards. Returns the names of those that changed."""
     if not record.others and plan is None:
         findings.unverified.append("files beside the weights: their checksums were not recorded")
     recorded = sorted(readable & record.others.keys())
@@ -142,7 +142,7 @@ def _same_bytes(path: Path, source: SourceFile) -> bool:
 
 
 def _json_difference(path: Path, aux: AuxFile) -> str:
-    """``": vocab_size is 5, expected 6"``, where both are JSON objects of some size."""
+    """``": vocab_size is 5, expected 6"``; empty where the two are not small JSON objects."""
     if max(path.stat().st_size, aux.source.size) > _CHUNK:
         return ""
     try:
@@ -163,9 +163,9 @@ def _brief(value: Any) -> str:
 
 
 def check_added(output: Path, record: Record, findings: Findings) -> None:
-    """Every file of the output that is not in the record: an error, unless it is of a kind that no program loads.
+    """Report every file of the output that is not in the record, unless it is of a kind that no program loads.
 
-    Links are not followed: one that the merge did not make is such a file, whatever it leads to.
+    Links are not followed: one that the merge did not make is such a file, whatever its target.
     """
     own = {os.path.normpath(name) for name in (*record.files, *record.shards, *record.others, RECORD_NAME)}
     harmless = []
@@ -198,7 +198,7 @@ def _is_harmless(name: str, status: os.stat_result) -> bool:
 
 
 def _entries(output: Path, findings: Findings) -> Iterator[tuple[str, os.stat_result]]:
-    """Everything in a directory and its folders; folders are entered and not listed, links to folders are listed."""
+    """All files in a directory and its folders; a link to a folder counts as a file."""
     waiting = [""]
     while waiting:
         folder = waiting.pop()
@@ -216,10 +216,7 @@ def _entries(output: Path, findings: Findings) -> Iterator[tuple[str, os.stat_re
 
 
 def file_checksums(path: Path, size: int, sha256: bool = False) -> dict[str, str]:
-    """Checksums of a whole file of ``size`` bytes, by kind, or of one more of its bytes if it has them.
-
-    `SourceError` if it cannot be read.
-    """
+    """Checksums of a file, of which at most ``size`` + 1 bytes are read. `SourceError` if it cannot be read."""
     found, left = Checksums(sha256), size + 1
     try:
         with open(open_regular(path)[0], "rb", buffering=0) as file:

@@ -1,15 +1,15 @@
-"""The result of a verification: problems, counts, and the parts that could not be verified."""
+"""The report of a verification: problems, counts, and the parts that could not be verified."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from shardmerge.errors import VerifyError
-from shardmerge.reporting.text import human_bytes, human_seconds, labelled, table
+from shardmerge.reporting.text import count, human_bytes, human_seconds, labelled, table
 from shardmerge.spec.plans import jsonable
 from shardmerge.system.memory_use import peak_memory
 from shardmerge.system.terminal_text import one_line
@@ -28,7 +28,7 @@ STRUCTURE, CHECKSUMS, UNTOUCHED, TOUCHED = "structure", "checksums", "untouched"
 #: Receives the bytes of the shards that are done, their total, the shard's name, its number, the number of shards.
 Advanced = Callable[[int, int, str, int, int], None]
 
-#: What is compared of a tensor that no adapter touches, by the output's format.
+#: How the tensors that no adapter touches are compared, by the output's format.
 _COMPARED = {"safetensors": ", the bytes of the base", "gguf": " of their rows, the base's numbers"}
 
 
@@ -56,10 +56,10 @@ class VerifyReport:
     """What was verified of an output, and what is wrong with it.
 
     Sizes are bytes. ``checksums`` counts shards, ``other_files`` the files beside them whose checksums were compared.
-    ``worst`` is the largest error of a touched value as a multiple of what is allowed, in ``worst_tensor``.
-    ``added`` are all files that the merge did not write. ``unverified`` says what could not be compared, and why;
-    ``notes`` what is not a fault of the output. ``problems`` has the first of every kind; ``counts`` their number.
-    ``record_checksum`` is the record's own, which identifies the merge; records of older versions have none.
+    ``worst`` is the largest error of a touched value, as a multiple of the error allowed, and is in ``worst_tensor``.
+    ``added`` lists all files that the merge did not write. ``unverified`` lists what could not be compared, and why;
+    ``notes`` lists remarks that are not faults of the output. ``problems`` holds the first of every kind, ``counts``
+    their number. ``record_checksum`` is the record's own, which identifies the merge; older records have none.
     """
 
     output: str
@@ -93,7 +93,7 @@ class VerifyReport:
 
     @property
     def complete(self) -> bool:
-        """Whether all could be verified that there is to verify."""
+        """Whether everything could be verified."""
         return not self.unverified
 
     def raise_for_status(self, *, partial: bool = False) -> VerifyReport:
@@ -140,12 +140,26 @@ class Findings:
     started: float = field(default_factory=time.monotonic)
 
     def problem(self, kind: str, text: str, **where: Any) -> None:
-        self.counts[kind] += 1
-        if self.counts[kind] <= LISTED:
-            self.problems.append(Problem(kind, text, **where))
+        self._add(Problem(kind, text, **where))
+
+    def wrong_value(self, problem: Problem, columns: str = "") -> None:
+        """Add a problem with a value of a tensor; its text is completed by the place and the error.
+
+        ``columns`` names the place in the row, where that is more than one column.
+        """
+        where = f"{problem.tensor}, row {problem.row}, {columns or f'column {problem.column}'}"
+        text = f"{where}: {problem.text}"
+        if problem.error is not None:
+            text += f"; that is off by {problem.error:.3g}, where {problem.allowed:.3g} is allowed"
+        self._add(replace(problem, text=f"{text} ({problem.file})"))
+
+    def _add(self, problem: Problem) -> None:
+        self.counts[problem.kind] += 1
+        if self.counts[problem.kind] <= LISTED:
+            self.problems.append(problem)
 
     def take(self, other: Findings) -> None:
-        """The problems of a second look, which counts nothing else."""
+        """Add the problems of a second pass; its other counts are dropped."""
         self.problems += other.problems
         self.counts.update(other.counts)
 
@@ -172,7 +186,7 @@ def describe(report: VerifyReport) -> str:
 
 
 def verdict(report: VerifyReport) -> str:
-    """One line: whether the output is what its record says."""
+    """The verdict in one line."""
     if not report.ok:
         return f"{report.output}: NOT what base and adapter make of it: {count_of_problems(report)}"
     if not report.complete:
@@ -181,7 +195,7 @@ def verdict(report: VerifyReport) -> str:
 
 
 def summary(report: VerifyReport) -> str:
-    """The verdict with the first problems, as an error says it; without any, what could not be verified."""
+    """The text of an error: the first problems, or if there are none, what could not be verified."""
     if report.ok:
         lines = [f"  - {one_line(text)}" for text in report.unverified]
         return "\n".join([f"{report.output}: nothing wrong was found, but {_NOT_ALL}:", *lines, _IF_THAT_IS_ENOUGH])
@@ -191,24 +205,28 @@ def summary(report: VerifyReport) -> str:
 
 def count_of_problems(report: VerifyReport) -> str:
     """``"1 problem"``, ``"12 problems"``."""
-    count = sum(report.counts.values())
-    return "1 problem" if count == 1 else f"{count} problems"
+    return count(sum(report.counts.values()), "problem")
 
 
 def _rows(report: VerifyReport) -> Sequence[tuple[str, str, str]]:
-    checked = f"{report.untouched} tensors, {human_bytes(report.untouched_bytes)}{_COMPARED[report.format]}"
+    checked = f"{count(report.untouched, 'tensor')}, {human_bytes(report.untouched_bytes)}{_COMPARED[report.format]}"
     sampled = "all rows" if report.rows == report.all_rows else f"{report.rows:,} of {report.all_rows:,} rows"
     seeded = "" if report.rows == report.all_rows else f" (seed {report.seed})"
     within = ", all within the rounding of their dtypes"
     worst = within if report.worst <= 1 else f", the largest error is {report.worst:.3g} times what rounding explains"
     worst = worst if report.worst_tensor else ""
-    touched = f"{report.touched} tensors, {sampled}{seeded} computed again in float64{worst}"
+    touched = f"{count(report.touched, 'tensor')}, {sampled}{seeded} computed again in float64{worst}"
     return [
-        (STRUCTURE, _word(report, STRUCTURE, True), f"{report.files} files, {report.tensors} tensors"),
+        (
+            STRUCTURE,
+            _word(report, STRUCTURE, True),
+            f"{count(report.files, 'file')}, {count(report.tensors, 'tensor')}",
+        ),
         (
             CHECKSUMS,
             _word(report, CHECKSUMS, report.checksums > 0),
-            f"{report.checksums} shards, {human_bytes(report.checksum_bytes)}; {report.other_files} other files",
+            f"{count(report.checksums, 'shard')}, {human_bytes(report.checksum_bytes)}; "
+            f"{count(report.other_files, 'other file')}",
         ),
         (UNTOUCHED, _word(report, UNTOUCHED, report.untouched > 0), checked if report.untouched else ""),
         (TOUCHED, _word(report, TOUCHED, report.touched > 0), touched if report.touched else ""),
@@ -223,9 +241,9 @@ def _word(report: VerifyReport, kind: str, looked: bool) -> str:
 
 def _problem_lines(report: VerifyReport) -> list[str]:
     lines = []
-    for kind, count in report.counts.items():
+    for kind, total in report.counts.items():
         listed = [problem for problem in report.problems if problem.kind == kind]
         lines += [f"wrong ({kind}): {one_line(problem.text)}" for problem in listed]
-        if count > len(listed):
-            lines.append(f"wrong ({kind}): … and {count - len(listed)} more")
+        if total > len(listed):
+            lines.append(f"wrong ({kind}): … and {total - len(listed)} more")
     return lines

@@ -1,11 +1,11 @@
-"""B and A of the updates that add s · B A, by the family's name: straight from the definitions.
+"""B and A of the updates that add s · B A, by the family's name, from their definitions.
 
-No code of the families is called: a mistake there must not repeat itself here.
+No code of the families is called, so a mistake there cannot repeat itself here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,15 +47,15 @@ class PlainFactors:
 
     def kept(self, name: str, build: Callable[[], Tensor]) -> Tensor:
         if name not in self._kept:
-            # A decomposition's bits depend on the threads; the merge makes them with all that torch takes by itself.
+            # The bits of a decomposition depend on the number of threads; the merge uses torch's default.
             with threads(self._threads):
                 self._kept[name] = build()
         return self._kept[name]
 
     def matrix_rows(self, rows: RowRange) -> Tensor:
-        """The matrix's rows at these places, which count stored rows from the place's start.
+        """The matrix's rows that these rows, counted from the start of the update's place, hold.
 
-        Stored rows seen as (g, a, b) are the matrix's rows seen as (g, b, a).
+        Stored rows viewed as (g, a, b) are the matrix's rows viewed as (g, b, a).
         """
         region = self._update.region
         if region.shuffle is None:
@@ -70,15 +70,16 @@ def _matrices(factors: PlainFactors, update: Update, window: Window) -> tuple[Te
 
 
 def _of_blocks(factors: PlainFactors, update: Update, window: Window) -> tuple[Tensor, Tensor]:
-    """One of the two is block-diagonal; its blocks are stored one below the other."""
-    of, unfolded = BlockSettings.of(update), {role: factors.whole(role) for role in "AB"}
-    unfolded[of.diagonal] = _block_diagonal(unfolded[of.diagonal].chunk(of.blocks))
+    """One of A and B is block-diagonal; its blocks are stored one below the other."""
+    settings, unfolded = BlockSettings.of(update), {role: factors.whole(role) for role in "AB"}
+    blocks = unfolded[settings.diagonal].chunk(settings.blocks)
+    unfolded[settings.diagonal] = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
     rows = factors.matrix_rows(window.rows)
     return unfolded["B"][rows], unfolded["A"][:, window.columns.start : window.columns.stop]
 
 
 def _of_expert(factors: PlainFactors, update: Update, window: Window) -> tuple[Tensor, Tensor]:
-    """A's rows e·r and following; B's columns, of PEFT every E-th from the e-th, of unsloth's r from the e·r-th."""
+    """Expert e of E: A's rows from e·r; B's columns e, e + E, … in PEFT's layout, and from e·r in unsloth's."""
     rank = update.rank
     first = window.expert * rank
     a = factors.plain_rows("A", RowRange(first, first + rank))[:, window.columns.start : window.columns.stop]
@@ -89,7 +90,7 @@ def _of_expert(factors: PlainFactors, update: Update, window: Window) -> tuple[T
 
 
 def _of_two(factors: PlainFactors, update: Update, window: Window) -> tuple[Tensor, Tensor]:
-    """Gate's A above up's; B with a row of gate's, then one of up's, each beside zeros."""
+    """A of gate above A of up; the rows of B are of gate and up in turn, each padded with zeros."""
     pairs = [(offset, end) for offset, end in ((0, ""), (1, "_up")) if update.has(f"A{end}")]
     a = torch.cat([factors.whole(f"A{end}") for _, end in pairs])
     b = torch.zeros(update.rows, len(a), dtype=a.dtype)
@@ -102,25 +103,20 @@ def _of_two(factors: PlainFactors, update: Update, window: Window) -> tuple[Tens
 
 
 def _of_bias(factors: PlainFactors, update: Update, window: Window) -> tuple[Tensor, Tensor]:
-    """The vector itself, which nothing is multiplied with."""
+    """The bias, as a product with 1."""
     bias = factors.rows("bias", window.rows).view(-1, 1)
     return bias, torch.ones(1, 1, dtype=bias.dtype)
 
 
-def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
-    whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-    return whole
-
-
 @dataclass(frozen=True, slots=True)
 class Formula:
-    """How a family's B A is made."""
+    """B A of a family."""
 
     #: B (rows, r) and A (r, columns) of a window of the matrix.
     matrices: Callable[[PlainFactors, Update, Window], tuple[Tensor, Tensor]]
-    #: Whether the elements of B A are sums, which have errors of their own.
+    #: Whether the elements of B A are sums, which have rounding errors.
     sums: bool = True
-    #: Whether rows are brought to a trained length afterwards, as DoRA does it.
+    #: Whether rows are then scaled to a trained length, as in DoRA.
     rescales: bool = False
 
 

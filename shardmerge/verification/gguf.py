@@ -1,13 +1,13 @@
-"""Prove a GGUF output: its header, its checksum, and sampled rows of every tensor.
+"""Verify a GGUF output: its header, its checksum, and sampled rows of every tensor.
 
-- *Structure*: an independent reader parses the header. Tensors, their shapes, types and places, and the key-values must
-  be those of the plan. Tensors follow each other, each at a multiple of the alignment, with zeros between them, and the
+- *Structure*: an independent reader parses the header. Tensors (shapes, types, offsets) and key-values must be those of
+  the plan. Each tensor follows the one before at the next multiple of the alignment, with zeros between them, and the
   file ends after the last. Key-values that state shapes must fit the tensors and config.json.
-- *Rows* of every tensor, touched or not, since all are stored in another way than in the base: a seeded sample, or all
-  rows. A row of the source is computed again in float64. Its place in the file follows from how heads are permuted and
-  parts are stacked. `shardmerge.verification.gguf_blocks` states the bound.
+- *Rows* of every tensor, touched or not, since the base stores none of them in the same way: a seeded sample, or all
+  rows. A row of the source is computed again in float64. Its place in the file follows from the permutation of heads
+  and the stacking of parts. `shardmerge.verification.gguf_blocks` states the bound.
 
-The plan says, here as in the merge, which tensor of the file a stored tensor becomes, and how its rows are permuted.
+The plan decides, as in the merge, which tensor of the file a stored tensor becomes, and how its rows are permuted.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from shardmerge.system import json_text
 from shardmerge.verification.exact import Exact
 from shardmerge.verification.files import check_added, check_files, find_weights
 from shardmerge.verification.findings import CHECKSUMS, STRUCTURE, Advanced, Findings
-from shardmerge.verification.gguf_header import GgufHeader, read_header
+from shardmerge.verification.gguf_header import GgufHeader, contradictions, read_header
 from shardmerge.verification.gguf_rows import Piece, RowCheck
-from shardmerge.verification.gguf_values import contradictions
 from shardmerge.verification.reading import Files, threads
 from shardmerge.verification.record import Again, files_of, plan_of_base
-from shardmerge.verification.shards import ShardCheck, ShardFile
-from shardmerge.verification.structure import tensor_differences
+from shardmerge.verification.shards import ShardCheck
+from shardmerge.verification.structure import Stored, tensor_differences
 
 
 def check(output: Path, record: Record, again: Again, findings: Findings, rows: int | None, progress: Advanced) -> None:
@@ -74,13 +73,13 @@ def _check_file(
         exact = None if plan is None else Exact(files, plan, again.adapters)
         with threads(1):
             before = findings.counts[CHECKSUMS]
-            ShardCheck(files, None, findings, None).run(ShardFile(name, file, 0, (), recorded), advance)
+            ShardCheck(files, None, findings, None).run(Stored(name, file, 0, (), {}), {}, recorded, advance)
             changed = findings.counts[CHECKSUMS] > before
             if plan is not None and exact is not None:
                 row_check = RowCheck(files, exact, name, file)
                 row_check.run(pieces, rows, findings, advance)
                 if changed and rows is not None and set(findings.counts) == {CHECKSUMS}:
-                    # Something has changed that the sample has not seen: look for it in every row.
+                    # Only the checksum is wrong: the change is in a row outside the sample, so search all rows for it.
                     aside = Findings(findings.output, findings.seed)
                     row_check.run(pieces, None, aside, lambda count: None)
                     findings.take(aside)
@@ -103,7 +102,7 @@ def _header(name: str, file: SourceFile, files: Files, findings: Findings) -> Gg
 
 def _planned(plan: MergePlan) -> GgufHeader:
     shard = plan.shards[0]
-    # What would be data is not looked at.
+    # The reader never looks at data, so zeros will do.
     return read_header(lambda at, size: shard.head[at : at + size].ljust(size, b"\0"), shard.nbytes, "the plan")
 
 
@@ -128,7 +127,7 @@ def _differences(found: GgufHeader, wanted: GgufHeader) -> Iterator[str]:
 
 
 def check_places(name: str, file: SourceFile, header: GgufHeader, files: Files, findings: Findings) -> None:
-    """Tensors must follow each other with zeros between them, and the file must end after the last."""
+    """Check that tensors follow each other with zeros between them, and that the file ends after the last."""
     end = 0
     for tensor, info in sorted(header.tensors.items(), key=lambda entry: entry[1].data_offsets):
         start, stop = info.data_offsets
@@ -157,13 +156,13 @@ def _check_values(name: str, header: GgufHeader, plan: MergePlan | None, files: 
 
 
 def _pieces(header: GgufHeader, plan: MergePlan) -> list[Piece]:
-    """Every tensor's parts, where the file has them; left out are tensors of another shape or type."""
+    """The parts of every tensor, located in the file; tensors of another shape or type than planned are left out."""
     planned = _planned(plan)
     starts = {info.data_offsets[0]: name for name, info in planned.tensors.items()}
     pieces, name = [], ""
     for tensor in plan.shards[0].tensors:
         at = tensor.out.data_offsets[0]
-        name = starts.get(at, name)  # else it is a further part of the tensor before
+        name = starts.get(at, name)  # else it is another part of the same tensor
         found, wanted = header.tensors.get(name), planned.tensors[name]
         if found is not None and (found.dtype, found.shape) == (wanted.dtype, wanted.shape):
             before = at - wanted.data_offsets[0]

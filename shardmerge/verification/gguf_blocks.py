@@ -1,8 +1,8 @@
-"""Stored rows of a GGUF tensor → numbers, and what those may be, given what base and adapter make.
+"""Decode stored rows of a GGUF tensor, and bound the numbers that they may hold, given base and adapter.
 
-Written from the format's definition, and not with the code that quantises. A block is 32 elements of a row: d and m as
-float16, and a whole number q of each element. Byte i of the 16 after them holds the low four bits of q[i] and, above
-them, those of q[i + 16]; bit i of the four bytes h is the fifth bit of q[i].
+Written from the format's definition, without the code that quantises. A block is 32 elements of a row: d and m as
+float16, and an integer q for each element. Byte i of 16 bytes holds the low four bits of q[i] and, above them, those of
+q[i + 16]; bit i of the four bytes h is the fifth bit of q[i].
 
     Q8_0  d, 32 × q as int8        y = d · q           q from -127 to 127, d = max|x| / 127
     Q4_0  d, 16 × 2 q              y = d · (q - 8)     d = x̂ / -8, x̂ being the element of the largest magnitude
@@ -10,18 +10,17 @@ them, those of q[i + 16]; bit i of the four bytes h is the fifth bit of q[i].
     Q4_1  d, m, 16 × 2 q           y = d · q + m       m = min, d = (max - min) / 15
     Q5_1  d, m, h, 16 × 2 q        y = d · q + m       m = min, d = (max - min) / 31
 
-**What a value may be.** Base and adapter make W' ± e in float64 (see `shardmerge.verification.exact`). What follows
-is defined to the bit and never turns the order of two numbers around: rounding to the dtype that a checkpoint in
-between would have, adding 1 to a norm, rounding to the type of the file. So done to W' - e and to W' + e it gives the
-least and the largest number that may be stored, which mostly are the same one. Where rounding is stochastic, the one
-end is rounded down and the other up.
+**The bound.** Base and adapter make W' ± e in float64 (see `shardmerge.verification.exact`). The steps after that are
+exactly defined and monotonic: rounding to the dtype of the checkpoint that would be converted, adding 1 to a norm,
+rounding to the file's type. Applied to W' - e and to W' + e they give the least and the largest number that may be
+stored, which are mostly the same. Stochastic rounding rounds the first down and the second up.
 
-For blocks these two, a and b, are what the quantiser was given, and
+For blocks, these are the bounds of the quantiser's input x, and
 
-- d and m are float16 of what the definition makes of them; two float32 roundings before that, 2⁻²² of each;
-- |y - x| ≤ ½ |D| + r, D being d before its rounding to float16, of which the definition makes least and largest, too.
-  The highest level of Q4_0 and Q5_0 also holds what is up to a whole step above it: x̂ = -8 D has its opposite at
-  8 D, and levels end at 7 D. r is what rounding d and m costs: |d - D| times the largest |q|, and |m - min|;
+- d and m are the definition's values, rounded to float16; two float32 roundings before that make 2⁻²² of each;
+- |y - x| ≤ ½ |D| + r, where D is d before its rounding to float16, with its own least and largest value. The highest
+  level of Q4_0 and Q5_0 also holds values up to a whole step above it: with x̂ = -8 D, the opposite value is 8 D, but
+  levels end at 7 D. r is the cost of rounding d and m: |d - D| times the largest |q|, and |m - min|;
 - float32 errors in x / d: 2⁻²² of D for every level.
 """
 
@@ -34,7 +33,7 @@ import torch
 from torch import Tensor
 
 from shardmerge.codecs.rounding import NUMBER_DTYPES
-from shardmerge.verification.rounding import rounded
+from shardmerge.verification.decoders import rounded
 
 _BLOCK = 32
 _FLOAT32 = 2.0**-22
@@ -43,7 +42,7 @@ VALUE = "value"
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """Bytes of d (and m), whether there are fifth bits, the number that q counts from, and the range of q - zero."""
+    """Bytes of d (and m), whether q has a fifth bit, the q that means 0, and the range of q - zero."""
 
     scales: int
     fifth: bool
@@ -67,9 +66,9 @@ _KINDS: Mapping[str, _Kind] = {
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """Numbers of one sort as they are found, with the least and the largest that each may be.
+    """Stored numbers, each with its least and largest allowed value.
 
-    ``what`` they are: values, or of every block its scale or minimum. ``step``: elements of a row for each.
+    ``what`` names them: values, or the scale or minimum of each block. ``step`` is the elements of a row for each.
     """
 
     what: str
@@ -81,9 +80,9 @@ class Numbers:
 
 
 def between(value: Tensor, error: Tensor, through: str, addend: float, is_stochastic: bool) -> tuple[Tensor, Tensor]:
-    """(least, largest) number that a file in float32 would hold of W' ± e.
+    """The least and the largest number for W' ± e before the file's type rounds it.
 
-    ``through`` is the dtype of a checkpoint in between; ``addend`` is added after it.
+    ``through`` is the dtype of the checkpoint that would be converted; ``addend`` is added after it.
     """
     ends = []
     for end, direction in ((value - error, -1), (value + error, 1)):
@@ -95,9 +94,9 @@ def between(value: Tensor, error: Tensor, through: str, addend: float, is_stocha
 
 
 def compare(data: Tensor, kind: str, least: Tensor, largest: Tensor) -> list[Numbers]:
-    """What rows (rows, bytes) of a file hold and may hold; ``least`` and ``largest`` (rows, columns) as `between` says.
+    """The numbers in rows (rows, bytes) of a file; ``least`` and ``largest``, (rows, columns), are from `between`.
 
-    What is not finite has no right quantised value: such blocks come out as they are.
+    A block with a value that is not finite has no correct quantisation: whatever it holds is allowed.
     """
     if kind not in _KINDS:
         found = data.view(NUMBER_DTYPES[kind]).double()

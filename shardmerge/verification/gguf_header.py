@@ -1,9 +1,9 @@
-"""The header of a GGUF file, read by the format's definition and without the code that writes it.
+"""Read the header of a GGUF file by the format's definition, without the code that writes it, and check its key-values.
 
     "GGUF", version (u32), number of tensors (u64), number of key-values (u64)
     each key-value:  key, type (u32), value
     each tensor:     name, number of dimensions (u32), dimensions (u64, columns first), type (u32), offset (u64)
-    padding to ``general.alignment`` (32 where it is not said); then the tensors' data, at offsets counted from here
+    padding to ``general.alignment`` (32 by default); then the tensors' data, at offsets counted from here
 
 A string is its length (u64) and its bytes; an array the type of its items (u32), their number (u64) and the items.
 Little-endian throughout. Source: ggml's docs/gguf.md.
@@ -16,24 +16,25 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from shardmerge.errors import FormatError
 from shardmerge.gguf.cursor import ARRAY, BOOL, CHUNK, SCALARS, STRING, Cursor, Read
 from shardmerge.spec.tensors import TensorInfo
 from shardmerge.system.checksums import Checksums
 
-#: What a header may take: the largest vocabularies with their merges take 20 MB.
+#: Limits of a header; the largest vocabularies with their merges take 20 MB.
 _MOST_BYTES = 256 << 20
 _MOST_TENSORS, _MOST_KEYS = 1 << 20, 1 << 16
 _MOST_ITEMS = 1 << 24
-#: A name's bytes: what llama.cpp takes, and what the format allows a key.
+#: Bytes of a tensor's name (llama.cpp's limit) and of a key (the format's).
 _NAME, _KEY = 64, (1 << 16) - 1
 #: Strings up to this length are kept.
 _KEPT = 4096
 _DIMENSIONS = 4
-#: Type of a tensor → what we call it, and the elements and bytes of a block.
+#: Type of a tensor → its name, and the elements and bytes of a block.
 _TYPES: Mapping[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -48,7 +49,7 @@ _TYPES: Mapping[int, tuple[str, int, int]] = {
 
 @dataclass(frozen=True, slots=True)
 class Long:
-    """An array or a long string: the type of its items, how many there are, and a checksum of their bytes."""
+    """An array or a long string: the type and number of its items, and a checksum of their bytes."""
 
     item: int
     count: int
@@ -63,7 +64,7 @@ Value = int | float | bool | str | Long
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """Values by key; of tensors by name the kind, the shape as torch has it, and where they are in the data."""
+    """Key-values, and tensors by name: type, shape in torch's order, and offsets in the data."""
 
     values: Mapping[str, tuple[int, Value]]
     tensors: Mapping[str, TensorInfo]
@@ -71,7 +72,7 @@ class GgufHeader:
     data_start: int
 
     def whole(self, key: str) -> int | None:
-        """A value that is a whole number; None where there is none."""
+        """The integer of a key; None where there is none."""
         value = self.values.get(key, (0, None))[1]
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
@@ -111,8 +112,6 @@ def read_header(read: Read, size: int, where: str) -> GgufHeader:
 
 
 class _Cursor(Cursor):
-    """Reads names and checksums, too."""
-
     def name(self, most: int) -> str:
         (length,) = self.unpack("<Q")
         if not 0 < length <= most:
@@ -194,3 +193,121 @@ def _info(cursor: _Cursor, name: str, size: int) -> TensorInfo:
     if offset > size or nbytes > size:
         raise FormatError(f"{cursor.where}: {name} takes {nbytes} bytes at {offset}, the whole file has {size}")
     return TensorInfo(kind, shape, (offset, offset + nbytes))
+
+
+# --- key-values against the tensors and config.json -------------------------------------------------------------------
+
+#: Without these, programs refuse the file or guess. ``{}`` is the architecture.
+_REQUIRED = (
+    "general.file_type",
+    "general.quantization_version",
+    "{}.block_count",
+    "{}.context_length",
+    "{}.embedding_length",
+    "{}.feed_forward_length",
+    "{}.attention.head_count",
+    "{}.attention.head_count_kv",
+    "{}.attention.layer_norm_rms_epsilon",
+    "tokenizer.ggml.model",
+    "tokenizer.ggml.tokens",
+)
+#: A key without the architecture → its names in config.json; the first that exists counts.
+_CONFIG: Mapping[str, tuple[str, ...]] = {
+    "block_count": ("num_hidden_layers",),
+    "context_length": ("max_position_embeddings",),
+    "embedding_length": ("hidden_size",),
+    "feed_forward_length": ("intermediate_size",),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "attention.head_count": ("num_attention_heads",),
+    "attention.head_count_kv": ("num_key_value_heads",),
+    "attention.key_length": ("head_dim",),
+    "attention.value_length": ("head_dim",),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
+    "attention.sliding_window": ("sliding_window",),
+    "expert_count": ("num_local_experts", "num_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+}
+#: The relative error of a float32.
+_FLOAT32 = 2.0**-24
+
+
+def contradictions(header: GgufHeader, config: Mapping[str, Any]) -> Iterator[str]:
+    """A message for missing keys, and for every key that contradicts the tensors or the config."""
+    architecture = header.values.get("general.architecture", (0, None))[1]
+    if not isinstance(architecture, str):
+        yield "there is no general.architecture"
+        return
+    missing = [key for key in (key.format(architecture) for key in _REQUIRED) if key not in header.values]
+    if missing:
+        yield f"there is no {', '.join(missing)}"
+        return
+    yield from _against_config(header, architecture, config)
+    layers = {name.split(".")[1] for name in header.tensors if name.startswith("blk.") and name.count(".") > 1}
+    count = header.whole(f"{architecture}.block_count")
+    if layers != {str(layer) for layer in range(len(layers))} or len(layers) != count:
+        yield f"{architecture}.block_count is {count}, but there are tensors of {len(layers)} layers"
+    shapes = _shapes(header, architecture)
+    for name, info in header.tensors.items():
+        wanted = shapes.get(_kind(name))
+        if wanted is not None and None not in wanted and info.shape != wanted:
+            yield f"{name} has shape {list(info.shape)}; the key-values make it {list(wanted)}"
+
+
+def _against_config(header: GgufHeader, architecture: str, config: Mapping[str, Any]) -> Iterator[str]:
+    text = config.get("text_config")
+    settings = {**config, **(text if isinstance(text, dict) else {})}
+    for key, names in _CONFIG.items():
+        found = header.values.get(f"{architecture}.{key}", (0, None))[1]
+        name = next((name for name in names if settings.get(name) is not None), None)
+        if name is None or not isinstance(found, (int, float)) or not isinstance(settings[name], (int, float)):
+            continue
+        if abs(found - settings[name]) > abs(settings[name]) * _FLOAT32:
+            yield f"{architecture}.{key} is {found}, but config.json says {name} {settings[name]}"
+
+
+def _kind(name: str) -> str:
+    """``blk.3.attn_q.weight`` → ``attn_q.weight``."""
+    return name.split(".", 2)[2] if name.startswith("blk.") and name.count(".") > 1 else name
+
+
+def _shapes(header: GgufHeader, architecture: str) -> dict[str, tuple[int | None, ...]]:
+    """Expected shapes in torch's order, by `_kind`; None for a dimension that no key states."""
+
+    def of(key: str) -> int | None:
+        return header.whole(f"{architecture}.{key}")
+
+    width, inner, experts = of("embedding_length"), of("feed_forward_length"), of("expert_count")
+    heads, groups = of("attention.head_count"), of("attention.head_count_kv")
+    vocabulary = header.count("tokenizer.ggml.tokens")
+    each = of("attention.key_length")
+    if each is None and width and heads:
+        each = width // heads
+    queries, keys = _times(heads, each), _times(groups, each)
+    both = queries + 2 * keys if queries is not None and keys is not None else None
+    expert_inner = of("expert_feed_forward_length") or inner
+    up = _times(2, inner) if architecture == "phi3" else inner  # Phi-3 has gate and up in one
+    shapes: dict[str, tuple[int | None, ...]] = {
+        "token_embd.weight": (vocabulary, width),
+        "output.weight": (vocabulary, width),
+        "attn_q.weight": (queries, width),
+        "attn_k.weight": (keys, width),
+        "attn_v.weight": (keys, width),
+        "attn_qkv.weight": (both, width),
+        "attn_output.weight": (width, queries),
+        "ffn_gate.weight": (inner, width),
+        "ffn_up.weight": (up, width),
+        "ffn_down.weight": (width, inner),
+        "ffn_gate_inp.weight": (experts, width),
+        "ffn_gate_exps.weight": (experts, expert_inner, width),
+        "ffn_up_exps.weight": (experts, expert_inner, width),
+        "ffn_down_exps.weight": (experts, width, expert_inner),
+        "attn_q_norm.weight": (each,),
+        "attn_k_norm.weight": (each,),
+    }
+    norms = ("output_norm", "attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
+    shapes |= {f"{name}.weight": (width,) for name in norms}
+    return shapes | {f"{name.removesuffix('weight')}bias": shape[:1] for name, shape in shapes.items()}
+
+
+def _times(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one * other

@@ -1,6 +1,6 @@
-"""Bytes of files → tensors, by plain reads, without the engine's direct I/O, tiles and cache of factors.
+"""Read files into tensors with plain reads, without the engine's direct I/O, tiles and cache of factors.
 
-Numbers are float64, whole numbers int64.
+Floats are widened to float64, integers to int64.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHUNK = 4 << 20
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Have torch use ``count`` threads in the block. With one, small work waits for no other on a busy machine."""
+    """Set torch's threads in the block. With one, small operations do not wait for each other on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -36,20 +36,20 @@ class Files(OpenReaders):
     """The files of the base, the adapters and the output, opened when they are first read."""
 
     def read(self, uri: str, offset: int, size: int) -> bytearray:
-        """So many of the file's bytes. `SourceError` if it ends before."""
+        """``size`` bytes of a file. `SourceError` if it ends before that."""
         data = bytearray(size)
         self.get(uri).read_into(offset, memoryview(data))
         return data
 
     def rows(self, ref: TensorRef, rows: RowRange, row_elements: int) -> Tensor:
-        """Rows of a dense tensor seen as (…, row_elements), as stored."""
+        """Rows of a dense tensor viewed as (…, row_elements), in its own dtype."""
         row = row_elements * DTYPE_BITS[ref.dtype] // 8
         return decode(self.read(ref.uri, ref.offset + rows.start * row, len(rows) * row), ref.dtype, row_elements)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
-    """A weight in a file, by its parts: the values have the weight's shape, whatever the file says."""
+    """A weight in a file, by its parts. ``columns`` is the weight's row length, whatever shape the file states."""
 
     values: TensorRef
     columns: int
@@ -57,26 +57,26 @@ class StoredWeight:
     parts: Mapping[str, TensorRef] = field(default_factory=dict)
 
 
-#: Rows of a weight as (rows, columns) of float64. Bytes are read by the files' `read`.
+#: Decodes rows of a weight to float64, (rows, columns).
 Decoder = Callable[[Files, StoredWeight, RowRange], Tensor]
 
 
 def decode(data: bytearray, dtype: str, row_elements: int) -> Tensor:
-    """Bytes seen as (rows, row_elements) of their own dtype; no copy."""
+    """View bytes as (rows, row_elements) of ``dtype``."""
     if not data:
         return torch.empty(0, row_elements, dtype=NUMBER_DTYPES[dtype])
     return torch.frombuffer(data, dtype=NUMBER_DTYPES[dtype]).view(-1, row_elements)
 
 
 def wide(values: Tensor) -> Tensor:
-    """float64, or int64 of whole numbers."""
+    """Widen floats to float64, and integers to int64."""
     return values.to(torch.float64 if values.dtype.is_floating_point else torch.int64)
 
 
 class Factor:
-    """One factor: all of it, or rows or columns of it."""
+    """One factor of an update, read whole, by rows or by columns."""
 
-    #: Up to this size a factor is read once and kept, while its tensor is worked on.
+    #: A factor of up to so many bytes is read once and kept.
     _KEPT = 4 << 20
 
     def __init__(self, files: Files, ref: TensorRef) -> None:
@@ -97,7 +97,7 @@ class Factor:
         return wide(self._files.rows(ref, rows, width)).view(len(rows), *ref.shape[1:])
 
     def columns(self, columns: RowRange) -> Tensor:
-        """Columns of a matrix; of a large one they are read row by row."""
+        """Columns of a matrix; those of a large one are read row by row."""
         ref = self.ref
         height, width = ref.shape[0], math.prod(ref.shape[1:])
         if self._whole is not None or ref.strides is not None or ref.nbytes <= self._KEPT or len(columns) == width:

@@ -1,4 +1,4 @@
-"""The merge planned again from its record. Nothing is written."""
+"""Plan a merge again from its record, and compare the plan with the record. Nothing is written."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from shardmerge.file_formats.checkpoint import Checkpoint, open_checkpoint
 from shardmerge.planning.fingerprint import with_contents
 from shardmerge.planning.layouts import LAYOUTS
 from shardmerge.planning.planner import make_plan
+from shardmerge.reporting.origin import open_recorded
+from shardmerge.reporting.record import targets
 from shardmerge.sources.source import open_source
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.plans import MergePlan, digest_of
 from shardmerge.spec.tensors import SourceFile
-from shardmerge.spec.updates import Update
 from shardmerge.verification.findings import STRUCTURE, TOUCHED, Findings
 from shardmerge.verification.scaling import ScaledBy
 from shardmerge.version import __version__
@@ -30,9 +31,9 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """The merge planned again. ``plan`` is None where base or adapter are gone; then ``base`` may still be there.
+    """The merge planned again; ``config`` has the places of base and adapters.
 
-    ``config`` has the places where both were looked for.
+    ``plan`` is None where one of those is missing; then ``base`` may still be available.
     """
 
     plan: MergePlan | None = None
@@ -70,37 +71,37 @@ def plan_again(record: Record, output: Path, base: str | None, adapters: Sequenc
     except ShardmergeError as error:
         findings.unverified.append(f"touched tensors: base or adapter cannot be read: {error}")
         return Again(base=_base_alone(config, findings), config=config)
-    scaled = [ScaledBy.of(entry) for entry in config.adapters]
-    for kind, text in _differences(record, plan) or _of_digest(record, plan):
-        if kind == "note":
-            findings.notes.append(text)
-        else:
-            findings.problem(kind, text)
-    return Again(plan, tuple(scaled))
+    scaled = tuple(ScaledBy.of(entry) for entry in config.adapters)
+    problems = [*_shard_differences(record, plan), *_target_differences(record, plan)]
+    for kind, text in problems:
+        findings.problem(kind, text)
+    notes = list(_source_differences(record, plan))
+    findings.notes += notes or ([] if problems else _digest_difference(record, plan))
+    return Again(plan, scaled)
 
 
 def _in_a_line(error: ShardmergeError) -> str:
-    """What an error says, which may be a list."""
+    """The message of an error, which may be a list, in one line."""
     return " ".join(line.strip() for line in str(error).splitlines())
 
 
 def _located(
     config: MergeConfig, record: Record, output: Path, base: str | None, adapters: Sequence[str]
 ) -> MergeConfig:
-    """The config with the places that the merge found its files at, or those given now."""
+    """The config with the places where the merge found its files, or those given now."""
     config = relocated(config, record.values, base, adapters)
-    # What files were called, and are called in them, does not change as their folder is moved.
+    # Names of files, which depend on the output's name, do not change when its folder is moved.
     output = LAYOUTS[config.output.format].path(output, list(record.shards), config.output)
     changes = {
         "output": config.output.model_copy(update={"path": str(output)}),
-        # How much memory and how many threads there were does not matter here.
+        # Limits of memory and threads of the merge's machine do not matter here.
         "compute": config.compute.model_copy(update={"max_memory": "auto", "threads": "auto"}),
     }
     return config.model_copy(update=changes)
 
 
 def plan_of_base(again: Again, findings: Findings) -> MergePlan | None:
-    """The base written as the merge would be, without an adapter; None where it cannot be."""
+    """A plan to write the base alone, in the merge's format; None where that is not possible."""
     if again.config is None or again.base is None:
         return None
     try:
@@ -111,13 +112,13 @@ def plan_of_base(again: Again, findings: Findings) -> MergePlan | None:
 
 
 def _missing(config: MergeConfig) -> Iterator[str]:
-    """Base and adapters that are not there, and why."""
-    places = [("base", "base=", config.base), *(("adapter", "adapters=", entry.path) for entry in config.adapters)]
-    for what, parameter, place in places:
+    """A message for the base and each adapter that cannot be opened."""
+    places = [("base", "base", config.base), *(("adapter", "adapters", entry.path) for entry in config.adapters)]
+    for place in places:
         try:
-            open_source(place)
+            open_recorded(*place)
         except SourceError as error:
-            yield f"the {what} is not there: {error}; if it was moved, {parameter} says where it is now"
+            yield str(error)
 
 
 def _base_alone(config: MergeConfig, findings: Findings) -> Checkpoint | None:
@@ -131,13 +132,8 @@ def _base_alone(config: MergeConfig, findings: Findings) -> Checkpoint | None:
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
-def _differences(record: Record, plan: MergePlan) -> list[tuple[str, str]]:
-    """(kind of problem or ``note``, text): in what the plan of now is not the recorded one."""
-    return [*_shard_differences(record, plan), *_target_differences(record, plan), *_source_differences(record, plan)]
-
-
-def _of_digest(record: Record, plan: MergePlan) -> Iterator[tuple[str, str]]:
-    """Whether the digest is another where sizes, times, targets and shards are the same."""
+def _digest_difference(record: Record, plan: MergePlan) -> Iterator[str]:
+    """A note where only the digest is another: sizes, times, targets and shards are the same."""
     now = with_contents(plan, str(record.values.get("torch")))
     if digest_of(now) == record.values.get("digest"):
         return
@@ -149,13 +145,11 @@ def _of_digest(record: Record, plan: MergePlan) -> Iterator[tuple[str, str]]:
         if values.get(name) != now.get(part, {}).get(name)
     ]
     what = f"different are: {', '.join(parts[:_SHOWN])}" if parts else "an adapter's bytes, or files beside the weights"
-    yield (
-        "note",
-        Warned(f"base and adapters have the sizes and times of the merge's, but its digest is another: {what}"),
-    )
+    yield Warned(f"base and adapters have the sizes and times of the merge's, but its digest is another: {what}")
 
 
-def _source_differences(record: Record, plan: MergePlan) -> Iterator[tuple[str, str]]:
+def _source_differences(record: Record, plan: MergePlan) -> Iterator[str]:
+    """Notes on files that have changed since the merge, and on the version of this program."""
     infos = record.values.get("adapters")
     recorded = [record.values.get("base"), *(infos if isinstance(infos, list) else [])]
     now = [plan.base.files, *(info.files for info in plan.adapters)]
@@ -163,9 +157,9 @@ def _source_differences(record: Record, plan: MergePlan) -> Iterator[tuple[str, 
     for name, before, files in zip(names, recorded, now, strict=False):
         if texts := list(_file_differences(before, files)):
             more = f", and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
-            yield "note", Warned(f"{name} is not as the merge found it: {', '.join(texts[:_SHOWN])}{more}")
+            yield Warned(f"{name} is not as the merge found it: {', '.join(texts[:_SHOWN])}{more}")
     if record.version != __version__:
-        yield "note", f"it was merged by shardmerge {record.version}; this is {__version__}"
+        yield f"it was merged by shardmerge {record.version}; this is {__version__}"
 
 
 def _shard_differences(record: Record, plan: MergePlan) -> Iterator[tuple[str, str]]:
@@ -178,32 +172,21 @@ def _shard_differences(record: Record, plan: MergePlan) -> Iterator[tuple[str, s
 
 
 def _target_differences(record: Record, plan: MergePlan) -> list[tuple[str, str]]:
-    """Shard by shard, as the targets of a large model take 100 MB together."""
     found: list[tuple[str, str]] = []
     another = "the adapter or the config is another"
     before = dict(record.targets.items())
     compared: set[str] = set()
-    for shard in plan.shards:
-        for tensor in shard.tensors:
-            # Of a source that several tensors of the output are parts of, each has all updates.
-            if not tensor.updates or (name := tensor.source.name) in compared:
-                continue
-            compared.add(name)
-            now = [_entry(update) for update in tensor.updates]
-            if name not in before:
-                found.append((name, f"would now be updated, but was not by the merge: {another}"))
-            elif (then := before.pop(name)) != now:
-                change = next((_change(*pair) for pair in zip(_entries(then), now, strict=False)), "") or "their number"
-                found.append((f"{name}:", f"its updates are not those recorded ({change}): the adapter is another"))
+    for name, now in targets(plan):
+        if name in compared:
+            continue
+        compared.add(name)
+        if name not in before:
+            found.append((name, f"would now be updated, but was not by the merge: {another}"))
+        elif (then := before.pop(name)) != now:
+            change = next((_change(*pair) for pair in zip(_entries(then), now, strict=False)), "") or "their number"
+            found.append((f"{name}:", f"its updates are not those recorded ({change}): the adapter is another"))
     found += [(name, f"was updated by the merge, but would not be now: {another}") for name in before]
     return [(TOUCHED, f"{name} {text}") for name, text in sorted(found)]
-
-
-def _entry(update: Update) -> dict[str, Any]:
-    """An update as the record has it."""
-    module = f"{update.module}.{update.parameter}"
-    entry = {"adapter": update.adapter, "module": module, "family": update.family}
-    return entry | {"rank": update.rank, "scaling": update.scaling}
 
 
 def _entries(value: Any) -> list[Mapping[str, Any]]:

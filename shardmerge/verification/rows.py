@@ -1,8 +1,8 @@
-"""Chooses the rows of a touched tensor that are computed again.
+"""Choose the rows of a touched tensor that are computed again.
 
-Rows are those of the stored tensor. Of every run of rows (an expert's, those of one of several modules that are stored
-as one tensor) at least one is taken, and of the whole tensor the first and the last. Some families update groups of
-rows together; then whole groups are taken.
+Rows are those of the stored tensor. The sample has at least one row of every run (an expert's rows, or those of one of
+several modules that are stored as one tensor), and the first and the last of the tensor. Where a family updates groups
+of rows together, the sample consists of whole groups.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.windows import boundaries, locate, reaching
 
-#: float64 numbers that are worked on at a time; a group of rows that is larger is worked on whole.
+#: float64 numbers in a window; a larger group of rows is one window.
 ELEMENTS = 1 << 17
 
 
 def all_rows(tensor: TensorPlan, together: int = 1) -> list[RowRange]:
-    """Every row, in windows within a run that hold whole groups.
+    """All rows, in windows of whole groups; a window is within one run.
 
-    ``together`` are rows that a codec stores as one; the last of a run may be fewer.
+    ``together`` is the number of rows that a codec stores as one unit; the last of a run may have fewer.
     """
     most = max(1, ELEMENTS // max(1, tensor.row_elements))
     windows = []
@@ -36,10 +36,10 @@ def all_rows(tensor: TensorPlan, together: int = 1) -> list[RowRange]:
 
 
 def sampled(tensor: TensorPlan, count: int, seed: int, together: int = 1) -> list[RowRange]:
-    """``count`` rows or some more, in windows of whole groups; the same for the same seed and name.
+    """At least ``count`` rows, in windows of whole groups; the same for the same seed and name.
 
-    Those of a run that follow each other are one window: a small tensor, of which all rows are taken, is one. A vector
-    is taken whole: it is small, and what is added to it may show only in its length.
+    Adjacent groups of a run are one window. A vector is taken whole: it is small, and an update may show only in its
+    length.
     """
     if tensor.row_elements == 1:
         return all_rows(tensor, together)
@@ -70,7 +70,7 @@ def sampled(tensor: TensorPlan, count: int, seed: int, together: int = 1) -> lis
 
 
 def _runs(tensor: TensorPlan, together: int) -> Iterator[tuple[RowRange, int]]:
-    """Runs of rows that belong to the same matrices, and how many rows of each are updated or stored together."""
+    """Runs of rows of the same matrices, each with the number of rows that are updated or stored together."""
     if not tensor.rows:
         return
     of = reaching(tensor)

@@ -1,19 +1,19 @@
-"""The scaling of LoRA's updates, worked out once more from the adapter's own files.
+"""The scaling of LoRA's updates, computed a second time from the adapter's own files.
 
-On purpose no code that reads adapters for a merge is called: a mistake there must not repeat itself here. The
-definitions, by the adapter's format:
+No code that reads adapters for a merge is called, so a mistake there cannot repeat itself here. The definitions, by the
+adapter's format ("our config" is the merge's):
 
-- PEFT: α / r, or α / √r with ``use_rslora``. α and r are ``lora_alpha`` and ``r``, or the value of the first key of
-  ``alpha_pattern`` and ``rank_pattern`` that, as a regular expression, matches the end of the module's name (of a
-  parameter in ``target_parameters``: the module's and the parameter's). The out_proj of an nn.MultiheadAttention that
-  is a target gets its update twice, and its α and r by the name of that. An ``lora_alpha`` of 0 is our config's
-  ``alpha``.
-- Without a config, whatever the keys: our config's ``scaling``, or α / r. α is our config's ``alpha``, else a number
-  beside the factors, else what the header's metadata says: PEFT's config as JSON, read as above, by its part of the
-  pipeline if it has several, or a number. Where nothing says it, the scale is 1.
+- PEFT: α / r, or α / √r with ``use_rslora``. α is ``lora_alpha``, or the value of the first key of ``alpha_pattern``
+  that, as a regular expression, matches the end of the module's name (for a parameter in ``target_parameters``, of the
+  module's and the parameter's name); r likewise by ``r`` and ``rank_pattern``. Where an nn.MultiheadAttention is a
+  target, its out_proj gets the update twice, with α and r of the attention's name. Our config's ``alpha`` replaces a
+  ``lora_alpha`` of 0.
+- Any file without a config: our config's ``scaling``, or α / r. α is our config's ``alpha``; otherwise a number stored
+  beside the factors; otherwise the value in the header's metadata, which is a number, or PEFT's config as JSON, read as
+  above (with one section for each part of a pipeline). Without any of these, the scale is 1.
 - MLX: ``lora_parameters.scale``.
 
-All of them times the adapter's ``weight`` in our config.
+Each is multiplied by the adapter's ``weight`` in our config.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from shardmerge.key_mapping.naming import module_name, unwrapped
 from shardmerge.sources.source import open_source
 from shardmerge.spec.updates import Update
 
-#: How a factor's key ends, in any of the formats.
+#: The end of a factor's key, in any of the formats.
 _FACTOR = re.compile(r"(\.lora_[A-Za-z_]+(\..*)?|[._]lora(_linear_layer)?\.(down|up)\.weight|\.[AB])$")
 _ALPHAS = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")
 
 
 @dataclass(frozen=True, slots=True)
 class ScaledBy:
-    """What an adapter's scalings depend on: its files, and what our config says of it."""
+    """An adapter's files and its entry in our config, which determine its scalings."""
 
     adapter: AdapterFile
     entry: AdapterConfig
@@ -50,7 +50,7 @@ class ScaledBy:
 
     @classmethod
     def of(cls, entry: AdapterConfig) -> ScaledBy:
-        """Of an entry's adapter; without its tensors where its config says all: those of 45,000 targets take 40 MB."""
+        """Open an entry's adapter; without tensors if its config suffices: those of 45,000 targets take 40 MB."""
         adapter = open_adapter(open_source(entry.path), entry.ignore_files)
         form = adapter.format(entry.format)
         if adapter.config is not None and form in _BY_CONFIG:
@@ -58,25 +58,25 @@ class ScaledBy:
         return cls(adapter, entry, form)
 
     def scaling(self, update: Update) -> float:
-        """The whole multiplier of an update of one of the families that `exact` has a formula for.
+        """The multiplier of an update of a family in `formulas.FORMULAS`.
 
-        That of an adapter of a format which is not defined here is the plan's.
+        For a format that is not defined here, it is the plan's.
         """
         defined = _BY_FORMAT.get(self.format)
         return update.scaling if defined is None else defined(self, update) * self.entry.weight
 
     def mlx(self, update: Update) -> float:
-        """The scale that MLX's config states for all modules."""
+        """The scale in MLX's config, which holds for all modules."""
         return float((self.adapter.config or {})["lora_parameters"]["scale"])
 
     def peft(self, update: Update) -> float:
-        """By PEFT's config; without one as of any file, but twice for the out_proj of an nn.MultiheadAttention."""
+        """By PEFT's config; without one as `bare`, but twice for the out_proj of an nn.MultiheadAttention."""
         if self.adapter.config is not None:
             return self._peft(update, self.adapter.config)
         return self.bare(update, twice=2 if _attention(_owner(update), {}) else 1)
 
     def bare(self, update: Update, twice: int = 1) -> float:
-        """By our config, by the file's numbers and by its metadata."""
+        """By our config, the file's numbers and its metadata."""
         entry = self.entry
         if entry.scaling is not None:
             return entry.scaling
@@ -104,14 +104,14 @@ class ScaledBy:
         return twice * float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     def _rank(self, update: Update) -> int:
-        """Rows of A; a factor that is stored transposed is seen the right way round. A bias has its A beside it."""
+        """Rows of A as (r, in), however it is stored. The A of a bias is another tensor of its module."""
         if update.has("A"):
             return update.factor("A").shape[0]
         first = next(name for name in self.adapter.tensors if unwrapped(name).startswith(f"{_owner(update)}.lora_A"))
         return self.adapter.tensors[first].shape[0]
 
     def _config_in_header(self, update: Update) -> Mapping[str, Any] | None:
-        """The config that diffusers writes; ``transformer.r`` is said of modules that begin with ``transformer.``."""
+        """The config that diffusers writes; ``transformer.r`` applies to modules that begin with ``transformer.``."""
         said = _parsed(self.adapter.metadata.get("lora_adapter_metadata", "{}"))
         module = module_name(_owner(update))
         parts = [key.removesuffix("lora_alpha") for key in said if key == "lora_alpha" or key.endswith(".lora_alpha")]
@@ -122,19 +122,19 @@ class ScaledBy:
         return {**config, "part": part}
 
 
-#: How the scaling follows from files, by the format's name.
+#: The scaling by the format's name.
 _BY_FORMAT: Mapping[str, Callable[[ScaledBy, Update], float]] = {
     "kohya": ScaledBy.bare,
     "mlx": ScaledBy.mlx,
     "peft": ScaledBy.peft,
     "pure-pytorch": ScaledBy.bare,
 }
-#: Formats whose config, where there is one, says it by itself.
+#: Formats whose config, where there is one, determines the scaling alone.
 _BY_CONFIG = frozenset({"mlx", "peft"})
 
 
 def alpha_said(adapter: AdapterFile, beside: str) -> float | None:
-    """α of a module by the adapter's file: the number of that name, or else the metadata's."""
+    """α of a module by the adapter's file: the tensor named ``beside``, or the metadata's number."""
     if (ref := adapter.tensors.get(beside)) is not None:
         return adapter.read_number(ref)
     return next((float(adapter.metadata[key]) for key in _ALPHAS if key in adapter.metadata), None)
@@ -147,14 +147,14 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def _owner(update: Update) -> str:
-    """What stands before the factor's name in the adapter's key."""
+    """The part of the adapter's key before the factor's name."""
     return _FACTOR.sub("", unwrapped(update.factors[0][1].name))
 
 
 def _attention(module: str, config: Mapping[str, Any]) -> str:
-    """The nn.MultiheadAttention whose wrapper a module, by its name in the file, is below; empty where there is none.
+    """The nn.MultiheadAttention that wraps the module of this name in the file; empty where none does.
 
-    A module whose own parameters are in ``target_parameters`` is wrapped, too, but is not a target itself.
+    A module whose own parameters are in ``target_parameters`` is wrapped too, but is not a target itself.
     """
     around, _, inside = module.rpartition(".base_layer.")
     targets = config.get("target_modules")

@@ -1,4 +1,4 @@
-"""One pass over a shard of the output: its checksum, and the bytes or the rows of every tensor.
+"""Verify a shard of the output in one pass: its checksum, and the bytes or the rows of every tensor.
 
 The file is read once, from its first byte to its last. An untouched tensor is compared with the bytes of the base. The
 sampled rows of a touched tensor are computed again.
@@ -6,10 +6,8 @@ sampled rows of a touched tensor are computed again.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,41 +15,20 @@ from torch import Tensor
 from shardmerge.codecs.registry import encoder
 from shardmerge.codecs.rounding import NUMBER_DTYPES, half_unit
 from shardmerge.spec.plans import TensorPlan
-from shardmerge.spec.tensors import DTYPE_BITS, RowRange, SourceFile, TensorInfo
+from shardmerge.spec.tensors import DTYPE_BITS, RowRange, TensorInfo
 from shardmerge.system.checksums import Checksums
-from shardmerge.verification.decoders import bound_of, numbers, output_of
+from shardmerge.verification.decoders import bound_of, is_stochastic, numbers, output_of, rounded
 from shardmerge.verification.exact import Exact, is_copied
-from shardmerge.verification.findings import CHECKSUMS, TOUCHED, UNTOUCHED, Findings
+from shardmerge.verification.findings import CHECKSUMS, TOUCHED, UNTOUCHED, Findings, Problem
 from shardmerge.verification.reading import CHUNK, Files, StoredWeight, decode, wide
-from shardmerge.verification.rounding import is_stochastic, rounded
 from shardmerge.verification.rows import all_rows, sampled
+from shardmerge.verification.structure import Stored
 
 Advance = Callable[[int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A tensor of an output file. ``plan`` says what it must be; it is None where that is not known."""
-
-    name: str
-    info: TensorInfo
-    plan: TensorPlan | None
-
-
-@dataclass(frozen=True, slots=True)
-class ShardFile:
-    """A file of the output as it was found, and its recorded checksums."""
-
-    name: str
-    file: SourceFile
-    data_start: int
-    pieces: tuple[Piece, ...]
-    #: Checksums by the name of their kind; empty where none were recorded.
-    recorded: Mapping[str, str]
-
-
 class ShardCheck:
-    """Verifies one shard after the other. With ``rows`` None, it computes all rows again."""
+    """Verify one shard after the other. With ``rows`` None, all rows are computed again."""
 
     def __init__(self, files: Files, exact: Exact | None, findings: Findings, rows: int | None) -> None:
         self._files = files
@@ -59,54 +36,56 @@ class ShardCheck:
         self._findings = findings
         self._rows = rows
         self._buffers = bytearray(CHUNK), bytearray(CHUNK)
-        self._infos: Mapping[str, TensorInfo] = {}
 
-    def run(self, shard: ShardFile, advance: Advance) -> None:
-        """Everything there is to know of a shard. ``advance`` receives the bytes done."""
+    def run(
+        self, shard: Stored, plans: Mapping[str, TensorPlan], recorded: Mapping[str, str], advance: Advance
+    ) -> None:
+        """Verify a shard.
+
+        ``plans`` say what its tensors must be, by name; of others only the checksum is compared. ``recorded`` are the
+        shard's checksums by kind, empty where none were recorded. ``advance`` receives the bytes done.
+        """
         before = sum(self._findings.counts.values())
-        if self._pass(shard, advance) or sum(self._findings.counts.values()) > before + 1:
+        if self._pass(shard, plans, recorded, advance) or sum(self._findings.counts.values()) > before + 1:
             return
         if self._rows is not None and self._exact is not None:
-            # Something has changed that the sample has not seen: look for it in every row.
+            # Only the checksum is wrong: the change is in a row outside the sample, so search all rows for it.
             aside = Findings(self._findings.output, self._findings.seed)
-            again = ShardCheck(self._files, self._exact, aside, None)
-            again._pass(dataclasses.replace(shard, recorded={}), lambda count: None)
+            ShardCheck(self._files, self._exact, aside, None)._pass(shard, plans, {}, lambda count: None)
             self._findings.take(aside)
 
-    def _pass(self, shard: ShardFile, advance: Advance) -> bool:
+    def _pass(
+        self, shard: Stored, plans: Mapping[str, TensorPlan], recorded: Mapping[str, str], advance: Advance
+    ) -> bool:
         """Whether the checksums are those recorded, or none are."""
-        checksums = Checksums("sha256" in shard.recorded)
-        self._infos = {piece.name: piece.info for piece in shard.pieces}
+        checksums = Checksums("sha256" in recorded)
         for offset, size in _chunks(0, shard.data_start):
             self._read(shard, offset, size, checksums)
         end = 0
-        for piece in shard.pieces:
-            self._tensor(shard, piece, checksums, advance)
-            end = piece.info.data_offsets[1]
+        for name, info in shard.tensors.items():
+            self._tensor(shard, info, plans.get(name), checksums, advance)
+            end = info.data_offsets[1]
         for offset, size in _chunks(shard.data_start + end, shard.file.size):
             self._read(shard, offset, size, checksums)
             advance(size)
-        return self._agrees(shard, checksums.hex())
-
-    def _agrees(self, shard: ShardFile, found: Mapping[str, str]) -> bool:
-        wrong = [kind for kind, value in shard.recorded.items() if found.get(kind) != value]
-        if shard.recorded:
+        if recorded:
             self._findings.checksums += 1
             self._findings.checksum_bytes += shard.file.size
-        if wrong:
-            kind = wrong[0]
+        found = checksums.hex()
+        wrong = next((kind for kind, value in recorded.items() if found.get(kind) != value), None)
+        if wrong is not None:
             self._findings.problem(
                 CHECKSUMS,
-                f"{shard.name}: its {kind} is {found.get(kind)}, but {shard.recorded[kind]} was recorded: the file has "
+                f"{shard.name}: its {wrong} is {found.get(wrong)}, but {recorded[wrong]} was recorded: the file has "
                 "changed since the merge",
                 file=shard.name,
-                found=found.get(kind),
-                expected=shard.recorded[kind],
+                found=found.get(wrong),
+                expected=recorded[wrong],
             )
-        return not wrong
+        return wrong is None
 
-    def _read(self, shard: ShardFile, offset: int, size: int, checksums: Checksums) -> bytearray:
-        """The next bytes of the file, which its checksums get, too."""
+    def _read(self, shard: Stored, offset: int, size: int, checksums: Checksums) -> bytearray:
+        """Read the next bytes of the file, and add them to its checksums."""
         data = self._buffers[0] if size == CHUNK else bytearray(size)
         self._files.get(shard.file.uri).read_into(offset, memoryview(data))
         checksums.update(memoryview(data))
@@ -114,24 +93,26 @@ class ShardCheck:
 
     # --- one tensor ---------------------------------------------------------------------------------------------------
 
-    def _tensor(self, shard: ShardFile, piece: Piece, checksums: Checksums, advance: Advance) -> None:
-        start, stop = (shard.data_start + offset for offset in piece.info.data_offsets)
-        plan = piece.plan
-        if plan is not None and not is_copied(plan) and self._exact is not None:
+    def _tensor(
+        self, shard: Stored, info: TensorInfo, plan: TensorPlan | None, checksums: Checksums, advance: Advance
+    ) -> None:
+        start, stop = (shard.data_start + offset for offset in info.data_offsets)
+        copied = None if plan is None or not is_copied(plan) else plan
+        if plan is not None and copied is None and self._exact is not None:
             self._touched(shard, plan, start, self._exact, checksums, advance)
             return
-        if plan is not None and is_copied(plan):
+        if copied is not None:
             self._findings.untouched += 1
-            self._findings.untouched_bytes += piece.info.nbytes
+            self._findings.untouched_bytes += info.nbytes
         wrong = False
         for offset, size in _chunks(start, stop):
             data = self._read(shard, offset, size, checksums)
-            if plan is not None and is_copied(plan) and not wrong:
-                wrong = self._differs(shard, plan, offset - start, data)
+            if copied is not None and not wrong:
+                wrong = self._differs(shard, copied, offset - start, data)
             advance(size)
 
-    def _differs(self, shard: ShardFile, plan: TensorPlan, at: int, data: bytearray) -> bool:
-        """Whether bytes ``at`` of an untouched tensor are not the source's; says where."""
+    def _differs(self, shard: Stored, plan: TensorPlan, at: int, data: bytearray) -> bool:
+        """Report the first byte of ``data``, at byte ``at`` of an untouched tensor, that is not the source's."""
         source, out = plan.source, plan.out
         width = DTYPE_BITS[out.dtype] // 8 or 1
         if source.dtype == out.dtype:
@@ -143,7 +124,7 @@ class ShardCheck:
         else:
             stored = self._files.rows(source, RowRange(at // width, (at + len(data)) // width), 1)
             expected = bytearray(len(data))
-            # Torch rounds a float64 to 16 bits by way of float32, the merge does so once.
+            # torch rounds float64 to 16 bits in two steps, through float32; the merge rounds once.
             decode(expected, out.dtype, 1).copy_(rounded(stored, out.dtype) if source.dtype == "F64" else stored)
             if data == expected:
                 return False
@@ -154,23 +135,15 @@ class ShardCheck:
         row, column = divmod(at // width + index, max(1, math.prod(out.shape[1:])))
         found, wanted = (_shown(of[index * width : (index + 1) * width], out.dtype) for of in (data, expected))
         owner = "the adapter's" if plan.updates else "the base's"
-        self._findings.problem(
-            UNTOUCHED,
-            f"{source.name}, row {row}, column {column}: holds {found}, {owner} is {wanted} ({shard.name})",
-            file=shard.name,
-            tensor=source.name,
-            row=row,
-            column=column,
-            found=found,
-            expected=wanted,
-        )
+        text = f"holds {found}, {owner} is {wanted}"
+        self._findings.wrong_value(Problem(UNTOUCHED, text, shard.name, source.name, row, column, found, wanted))
         return True
 
     def _unlike(self, plan: TensorPlan, found: bytearray, expected: bytearray, stored: Tensor) -> Tensor:
-        """Which numbers of another dtype than the source's are not the source's, rounded."""
+        """Which numbers are not the source's rounded to the output's dtype."""
         numbers, nearest = (decode(of, plan.out.dtype, 1) for of in (found, expected))
         like = (numbers == nearest) | (numbers.isnan() & nearest.isnan())
-        if self._is_stochastic(plan):  # both neighbours are right
+        if self._is_stochastic(plan):  # both neighbours are correct
             exact = stored.double()
             like |= (numbers.double() - exact).abs() <= self._rounding(plan, exact.abs())
         return ~like
@@ -179,26 +152,26 @@ class ShardCheck:
         return self._exact is not None and is_stochastic(plan, self._exact.compute_dtype, plan.out.dtype)
 
     def _rounding(self, plan: TensorPlan, magnitude: Tensor) -> Tensor:
-        """What one rounding may change: half a unit of the last place, or a whole one where it is stochastic."""
+        """The most that one rounding moves: half a unit in the last place, or a whole one if stochastic."""
         half = half_unit(magnitude, plan.out.dtype)
         return half.mul_(2) if self._is_stochastic(plan) else half
 
     # --- one touched tensor -------------------------------------------------------------------------------------------
 
     def _touched(
-        self, shard: ShardFile, plan: TensorPlan, start: int, exact: Exact, checksums: Checksums, advance: Advance
+        self, shard: Stored, plan: TensorPlan, start: int, exact: Exact, checksums: Checksums, advance: Advance
     ) -> None:
         findings = self._findings
         together = encoder(plan).row_unit(plan.encoding) if plan.encoding else 1
         windows = all_rows(plan, together) if self._rows is None else sampled(plan, self._rows, findings.seed, together)
-        is_plain = encoder(plan).is_plain  # its numbers can be looked at as they come by
-        stored = output_of(plan, shard.file, shard.data_start, self._infos)
+        is_plain = encoder(plan).is_plain  # its numbers are in the bytes of this pass
+        stored = output_of(plan, shard.file, shard.data_start, shard.tensors)
         exact.begin(plan)
         findings.touched += 1
         findings.rows += sum(map(len, windows))
         findings.all_rows += plan.rows
         row_bytes = plan.write_row
-        wrong = stored is None  # a part is missing, which the header says already
+        wrong = stored is None  # a missing part is already reported from the header
         for rows, window in _blocks(windows, plan.rows):
             for offset, size in _chunks(rows.start * row_bytes, rows.stop * row_bytes, None if window else CHUNK):
                 data = self._read(shard, start + offset, size, checksums)
@@ -212,10 +185,10 @@ class ShardCheck:
                     wrong = not self._window(shard, stored, plan, rows, found, *exact.rows(rows))
                 advance(size)
 
-    def _finite(self, shard: ShardFile, plan: TensorPlan, data: bytearray, at: int) -> bool:
-        """Whether elements from the one ``at`` on are numbers, or infinities that the base holds, too."""
+    def _finite(self, shard: Stored, plan: TensorPlan, data: bytearray, at: int) -> bool:
+        """Whether the elements from ``at`` on are finite, or infinities that the base holds too."""
         values = decode(data, plan.out.dtype, 1)
-        # The sum is the cheapest look; it may be infinite by itself.
+        # The sum is the cheapest test, but finite numbers may have an infinite sum.
         if math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all()):
             return True
         wrong = ~torch.isfinite(values) & ~self._of_the_base(plan, values, at)
@@ -224,19 +197,12 @@ class ShardCheck:
         index = int(wrong.nonzero()[0][0])
         row, column = divmod(at + index, plan.row_elements)
         value = float(values[index])
-        self._findings.problem(
-            TOUCHED,
-            f"{plan.source.name}, row {row}, column {column}: holds {value} ({shard.name})",
-            file=shard.name,
-            tensor=plan.source.name,
-            row=row,
-            column=column,
-            found=str(value),
-        )
+        problem = Problem(TOUCHED, f"holds {value}", shard.name, plan.source.name, row, column, str(value))
+        self._findings.wrong_value(problem)
         return False
 
     def _of_the_base(self, plan: TensorPlan, values: Tensor, at: int) -> Tensor:
-        """Which elements, from the one ``at`` on, are infinities that stand there in the base."""
+        """Which elements, from ``at`` on, are infinities that the base holds at the same place."""
         base = plan.base or plan.source
         same = torch.zeros_like(values, dtype=torch.bool)
         there = max(0, min(len(values), math.prod(base.shape) - at))
@@ -250,7 +216,7 @@ class ShardCheck:
 
     def _window(
         self,
-        shard: ShardFile,
+        shard: Stored,
         stored: StoredWeight,
         plan: TensorPlan,
         rows: RowRange,
@@ -258,14 +224,14 @@ class ShardCheck:
         value: Tensor,
         error: Tensor,
     ) -> bool:
-        """Compare rows as found with W'; says where they are off by more than is allowed."""
+        """Whether rows as found are W' within what is allowed; the first value that is not is reported."""
         extreme = value + error * value.sign()
         if encoder(plan).is_plain:
             allowed = self._rounding(plan, extreme.abs()) + error
         else:
             allowed = bound_of(self._files, stored, extreme, rows) + error
         difference = (found - value).abs()
-        # An infinity that is copied is itself, and minus itself it is NaN.
+        # The difference of two equal infinities is NaN.
         ratio = torch.where(found == value, 0.0, difference / allowed)
         worst = int(ratio.argmax()) if ratio.numel() else 0
         largest = float(ratio.flatten()[worst]) if ratio.numel() else 0.0
@@ -275,32 +241,22 @@ class ShardCheck:
             return True
         first = int((~(ratio <= 1.0)).flatten().nonzero()[0])
         row, column = divmod(first, plan.row_elements)
-        at = {name: float(of[row, column]) for name, of in (("found", found), ("expected", value))}
-        off, bound = float(difference[row, column]), float(allowed[row, column])
-        self._findings.problem(
-            TOUCHED,
-            f"{plan.source.name}, row {rows.start + row}, column {column}: holds {at['found']:.9g}, base and adapter "
-            f"make {at['expected']:.9g} of it; that is off by {off:.3g}, where {bound:.3g} is allowed ({shard.name})",
-            file=shard.name,
-            tensor=plan.source.name,
-            row=rows.start + row,
-            column=column,
-            error=off,
-            allowed=bound,
-            **at,
-        )
+        holds, wanted, off, bound = (float(of[row, column]) for of in (found, value, difference, allowed))
+        text = f"holds {holds:.9g}, base and adapter make {wanted:.9g} of it"
+        place = (shard.name, plan.source.name, rows.start + row, column)
+        self._findings.wrong_value(Problem(TOUCHED, text, *place, holds, wanted, off, bound))
         return False
 
 
 def _chunks(start: int, stop: int, size: int | None = CHUNK) -> Iterator[tuple[int, int]]:
-    """(offset, size) of parts of a range of bytes; with ``size`` None it is one part."""
+    """(offset, size) of parts of a range of bytes; one part with ``size`` None."""
     step = size or max(1, stop - start)
     for offset in range(start, stop, step):
         yield offset, min(step, stop - offset)
 
 
 def _blocks(windows: Sequence[RowRange], rows: int) -> Iterator[tuple[RowRange, bool]]:
-    """Windows, and the rows between them, in order."""
+    """The windows and the rows between them, in order, each with whether it is a window."""
     at = 0
     for window in windows:
         if window.start > at:
@@ -312,13 +268,12 @@ def _blocks(windows: Sequence[RowRange], rows: int) -> Iterator[tuple[RowRange, 
 
 
 def _first_difference(one: bytearray, other: bytearray) -> int:
-    """The first byte in which two runs of bytes differ."""
     first, second = (torch.frombuffer(of, dtype=torch.uint8) for of in (one, other))
     return int((first != second).nonzero()[0])
 
 
 def _shown(element: bytearray, dtype: str) -> float | str:
-    """An element as a number; in hexadecimal where its dtype is not one of numbers."""
+    """An element as a number, or in hexadecimal where torch has no such dtype."""
     if dtype not in NUMBER_DTYPES:
         return element.hex()
     value = torch.frombuffer(bytearray(element), dtype=NUMBER_DTYPES[dtype])[0].item()

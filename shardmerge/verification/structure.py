@@ -16,6 +16,7 @@ from shardmerge.file_formats.checkpoint_files import MAX_INDEX_BYTES, is_index
 from shardmerge.file_formats.model_config import sections, vocabulary_size
 from shardmerge.key_mapping.names import Names
 from shardmerge.sources.local import LocalSource
+from shardmerge.spec.notices import Warned
 from shardmerge.spec.plans import MergePlan, ShardPlan
 from shardmerge.spec.tensors import DTYPE_NAMES, FLOAT_DTYPES, SourceFile, TensorInfo
 from shardmerge.system import json_text
@@ -23,13 +24,13 @@ from shardmerge.system.regular_files import why_not_readable
 from shardmerge.verification.files import find_weights
 from shardmerge.verification.findings import STRUCTURE, Findings
 
-#: What input embeddings and output heads of language models are called; of others, rows count something else.
+#: Names of input embeddings and output heads, whose rows are the vocabulary.
 _VOCABULARY = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "lm_head", "embed_out"})
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A file of the output as it is found: where its data begins, and its tensors in the order of their data."""
+    """A file of the output as found: where its data begins, and its tensors in the order of their data."""
 
     name: str
     file: SourceFile
@@ -39,7 +40,7 @@ class Stored:
 
 
 def read_shards(output: Path, record: Record, findings: Findings) -> list[Stored]:
-    """Sizes and headers of the recorded shards. The list has those that can be read, also where they are malformed."""
+    """Check the sizes and headers of the recorded shards. A shard that is malformed is listed without tensors."""
     source, found = LocalSource(str(output)), []
     for name, (size, _) in record.shards.items():
         file = find_weights(output, name, size, findings)
@@ -64,9 +65,9 @@ def check_structure(
     called: Mapping[str, str],
     findings: Findings,
 ) -> None:
-    """Headers and index against each other and the plan: problems go to ``findings``.
+    """Compare headers, index and plan with each other; problems go to ``findings``.
 
-    ``called`` are weights whose values have another name in a file.
+    ``called`` maps weights to the stored names of their values, where those differ.
     """
     _check_tensors(shards, findings)
     _check_index(output, record, shards, findings)
@@ -135,7 +136,7 @@ def _header_difference(shard: Stored, plan: ShardPlan) -> str:
 
 
 def tensor_differences(found: Mapping[str, TensorInfo], wanted: Mapping[str, TensorInfo]) -> Iterator[str]:
-    """In what the tensors of a header are not the planned ones, by name."""
+    """The differences between the tensors of a header and the planned ones, by name."""
     for name in sorted({*found, *wanted}):
         here, there = found.get(name), wanted.get(name)
         if here is None or there is None:
@@ -148,15 +149,56 @@ def _described(info: TensorInfo) -> str:
     return f"{info.dtype} {list(info.shape)} at {info.data_offsets[0]}"
 
 
+# --- a second opinion on a header, from the format's own library ------------------------------------------------------
+
+
+def ask_library(path: Path, name: str, tensors: Mapping[str, TensorInfo], findings: Findings) -> None:
+    """Report to ``findings`` where the safetensors library reads other tensors than ``tensors`` from a shard.
+
+    The library maps the file, and touches only the pages of the header. Its versions before 0.7 take time that grows
+    with the square of the number of tensors.
+    """
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            difference = _read_otherwise(file, tensors)
+    except safetensors.SafetensorError as error:
+        if "unknown variant" in str(error):  # a dtype of a later version of the format
+            text = f"{name}: safetensors {safetensors.__version__} cannot give a second opinion on it: {error!s:.200}"
+            findings.notes.append(Warned(text))
+            return
+        difference = f"refuses it: {error!s:.200}"
+    except (OSError, MemoryError) as error:  # a limit of the address space, for example
+        findings.notes.append(Warned(f"{name}: the safetensors library cannot open it: {error!s:.200}"))
+        return
+    if difference:
+        findings.problem(STRUCTURE, f"{name}: the safetensors library {difference}", file=name)
+
+
+def _read_otherwise(file: Any, tensors: Mapping[str, TensorInfo]) -> str:
+    """What the library reads differently; empty where it agrees."""
+    if odd := set(file.keys()) ^ tensors.keys():
+        one = min(odd)
+        return f"{'does not find' if one in tensors else 'finds'} the tensor {one}"
+    for name, info in tensors.items():
+        part = file.get_slice(name)
+        dtype, shape = part.get_dtype(), tuple(part.get_shape())
+        if (dtype, shape) != (info.dtype, info.shape):
+            return f"reads {name} as {dtype} {list(shape)}, expected {info.dtype} {list(info.shape)}"
+    return ""
+
+
 # --- config.json against what is stored -------------------------------------------------------------------------------
 
 
 def check_config(
     output: Path, shards: Iterable[Stored], base: Mapping[str, str] | None, merged_dtype: bool, findings: Findings
 ) -> None:
-    """Contradictions between config.json and the tensors. ``base`` has those of the base itself, None if it is gone.
+    """Report contradictions between config.json and the tensors.
 
-    ``merged_dtype``: the merge was given a dtype, so config.json must name it.
+    ``base`` are those of the base itself, by kind; None where the base is not available. With ``merged_dtype`` the
+    merge was given a dtype, so config.json must name it.
     """
     try:
         config = json_text.read_object(output / "config.json")
@@ -169,13 +211,13 @@ def check_config(
         if base is not None and key in base:
             findings.notes.append(f"{text}; so it is in the base")
         elif key == "dtype" and base is None and not merged_dtype:
-            findings.notes.append(text)  # many bases say so themselves, and it does no harm
+            findings.notes.append(text)  # many bases have the same contradiction, which does no harm
         else:
             findings.problem(STRUCTURE, text, file="config.json")
 
 
 def contradictions(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str]]:
-    """(what, text): ``dtype``, ``vocab_size`` or ``tie_word_embeddings`` against the tensors."""
+    """(kind, text) where ``dtype``, ``vocab_size`` or ``tie_word_embeddings`` contradicts the tensors."""
     yield from _dtype(config, tensors)
     size = vocabulary_size(config)
     for name, info in tensors.items():

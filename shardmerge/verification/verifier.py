@@ -1,8 +1,8 @@
-"""Prove an output from its record, its base and its adapters, without the code that wrote it.
+"""Verify an output against its record, its base and its adapters, without the code that wrote it.
 
-- *Structure*: every recorded file exists, and no other file that a program may load. Headers tile their files and agree
-  with the index. No tensor is missing, new or stored twice. The files beside the weights are those of base and adapter,
-  and config.json fits the tensors.
+- *Structure*: every recorded file exists, and no other file that a program may load. Headers cover their files, and
+  agree with the index. No tensor is missing, new or stored twice. The files beside the weights are those of base and
+  adapter, and config.json fits the tensors.
 - *Checksums* of the record, of the files beside the weights, and of whole shards. A record whose own checksum is wrong
   is not used. Each shard is read once, for its checksum and for its tensors.
 - *Untouched* tensors hold the source's bytes, all of them, or its numbers rounded to the output's dtype.
@@ -34,11 +34,11 @@ from shardmerge.verification.record import plan_again
 
 __all__ = ["ROWS", "Problem", "VerifyReport", "describe", "summary", "verify_output"]
 
-#: Rows of a touched tensor that are computed again, if nothing else is asked for.
+#: Rows of a touched tensor that are computed again by default.
 ROWS = 16
 
-#: The module whose ``check`` proves an output, by its layout (`shardmerge.planning.layouts`). Both import torch, so
-#: they are imported once the plan is made and the record is read: the memory of those is free again by then.
+#: The module whose ``check`` verifies an output, by its layout (`shardmerge.planning.layouts`). They import torch, so
+#: they are imported after the record was read and the plan was made, whose temporary memory is free again by then.
 FORMATS: Mapping[str, str] = {
     "safetensors": "shardmerge.verification.checkpoint",
     "gguf": "shardmerge.verification.gguf",
@@ -54,11 +54,11 @@ def verify_output(
     seed: int = 0,
     progress: Advanced = lambda done, total, name, number, shards: None,
 ) -> VerifyReport:
-    """Verify an output; the report holds what is wrong.
+    """Verify an output; the report holds every problem.
 
-    ``base`` and ``adapters`` (all of them, in their order) are the places where those are now, if they were moved.
-    ``rows`` None computes all rows again. Raises `VerifyError` where there is nothing to verify, `ConfigError` for
-    wrong arguments, `SourceError` where reading fails.
+    ``base`` and ``adapters`` (all of them, in their order) are where those are now, if they were moved. ``rows`` None
+    computes all rows again. Raises `VerifyError` where there is nothing to verify, `ConfigError` for wrong arguments,
+    `SourceError` where reading fails.
     """
     watch = Stopwatch()
     try:

@@ -452,5 +452,5 @@ def test_verify_finds_that_it_was_trained_anew(place: Place) -> None:
 
 def test_inspect_names_them(place: Place) -> None:
     put(place.adapter / "value_head.safetensors", VALUE_HEAD)
-    assert inspect_path(str(place.adapter))["trained beside it"] == ["value_head.safetensors (1 tensors)"]
-    assert "# value_head.safetensors (1 tensors): trained with it" in starter_config(str(place.adapter), "config.yaml")
+    assert inspect_path(str(place.adapter))["trained beside it"] == ["value_head.safetensors (1 tensor)"]
+    assert "# value_head.safetensors (1 tensor): trained with it" in starter_config(str(place.adapter), "config.yaml")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from shardmerge.cli.main import cli
-from shardmerge.cli.printing import count, with_options
+from shardmerge.cli.printing import with_options
+from shardmerge.reporting.text import count
 from tests.support.builders import contents, make_place
 from tests.support.command_line import invoke, invoke_json
 

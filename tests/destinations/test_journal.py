@@ -20,10 +20,9 @@ from xxhash import xxh3_128_hexdigest
 import shardmerge
 from shardmerge import FormatError, OutputError, ResumeError, ShardmergeError, SourceError
 from shardmerge.cli.main import cli
-from shardmerge.destinations.local import journal, stage
-from shardmerge.destinations.local.commit import Commit
-from shardmerge.destinations.local.directory import LocalDirectory
-from shardmerge.destinations.local.stage import Stage
+from shardmerge.destinations.local import journal
+from shardmerge.destinations.local.directory import Commit, LocalDirectory
+from shardmerge.destinations.local.journal import Stage
 from shardmerge.system.directory import Entry
 from tests.support.peft_oracle import make_config, random, weight_bytes, write_adapter, write_base
 from tests.support.tampering import sealed
@@ -118,7 +117,7 @@ def test_what_the_journal_says_is_read_once(place: Place, monkeypatch: pytest.Mo
     place.stop_in_shard(4)
     plan = shardmerge.plan(place.config())
     read: list[str] = []
-    original = stage.read_json
+    original = journal.read_json
 
     def noting(file: Entry) -> Any:
         read.append(file.name)

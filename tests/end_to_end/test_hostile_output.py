@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import shardmerge
 from shardmerge import OutputError, PlanError, ResumeError, ShardmergeError
 from shardmerge.cli.main import cli
-from shardmerge.destinations.local.commit import Commit
+from shardmerge.destinations.local.directory import Commit
 from tests.support.builders import (
     Place,
     contents,

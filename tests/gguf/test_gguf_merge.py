@@ -169,7 +169,7 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path, gguf_models: Gg
 
 
 def test_a_killed_merge_is_taken_up(gguf_models: GgufModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shardmerge.destinations.local.commit import Commit
+    from shardmerge.destinations.local.directory import Commit
 
     base, adapter = gguf_models("llama-spm")
     whole = as_gguf(base, adapter, tmp_path / "whole" / "Model", "q8_0")

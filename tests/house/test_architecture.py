@@ -50,7 +50,7 @@ COMPUTES = frozenset(
 #: Never needed to merge: the base's own code is not run, and PEFT is an oracle of the tests. ``hf`` imports them.
 FOREIGN = ("transformers", "peft", "accelerate", "safetensors", "numpy", "gguf", "sentencepiece")
 #: Who else may import them: the one has PEFT's generator, the other asks the format's library about an output.
-_ALSO = {"numpy": ("adapters.methods.unilora",), "safetensors": ("verification.second_opinion",)}
+_ALSO = {"numpy": ("adapters.methods.unilora",), "safetensors": ("verification.structure",)}
 #: What `__init__` may import eagerly; all else it finds when it is asked for.
 EAGER = frozenset({"version"})
 

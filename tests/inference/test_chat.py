@@ -295,7 +295,7 @@ def test_tensors_that_are_left_out_are_told(tmp_path: Path, capsys: pytest.Captu
     tensors = load_file(tmp_path / "model.safetensors") | {"model.layers.0.lora_A.weight": torch.ones(2)}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     chat.load(str(tmp_path))
-    assert "1 tensors are not part of this model and unused, such as model.layers.0.lora_A" in capsys.readouterr().err
+    assert "not part of this model and unused: 1 tensor, such as model.layers.0.lora_A" in capsys.readouterr().err
 
 
 def test_without_transformers_the_extra_is_named(plain_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,17 +419,17 @@ def test_an_error_is_survived_on_a_terminal_only(
 def test_where_history_is_kept(monkeypatch: pytest.MonkeyPatch, state: str, expected: str | None) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", state)
     monkeypatch.setenv("HOME", "/home/someone")
-    assert str(chat.history.history_file()) == (expected or "/home/someone/.local/state/shardmerge/chat_history")
+    assert str(chat.terminal.history_file()) == (expected or "/home/someone/.local/state/shardmerge/chat_history")
 
 
 def test_history_is_the_users_own_and_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readline = pytest.importorskip("readline")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    file = chat.history.history_file()
-    chat.history.History()
+    file = chat.terminal.history_file()
+    chat.terminal.History()
     assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
     file.write_text("".join(f"line {number}\n" for number in range(1500)))
-    history = chat.history.History()
+    history = chat.terminal.History()
     readline.add_history("the last")
     history.keep()
     history.keep()
@@ -441,9 +441,9 @@ def test_history_is_the_users_own_and_does_not_grow_for_ever(tmp_path: Path, mon
 def test_without_a_place_for_history_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    chat.history.History().keep()
+    chat.terminal.History().keep()
     monkeypatch.setitem(sys.modules, "readline", None)
-    chat.history.History().keep()
+    chat.terminal.History().keep()
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

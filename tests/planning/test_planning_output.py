@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import shardmerge
-from shardmerge.destinations.local.commit import Commit
+from shardmerge.destinations.local.directory import Commit
 from shardmerge.errors import PlanError
 from shardmerge.spec.tensors import BUFFER_SLACK, LIBRARY_BYTES
 from tests.support.builders import Place, make_place, snapshot, write_json, write_pure

@@ -29,12 +29,12 @@ from shardmerge.codecs.ggml_blocks import quantize_into
 from shardmerge.errors import FormatError
 from shardmerge.sources.local import LocalSource
 from shardmerge.spec.tensors import Encoding, TensorInfo
+from shardmerge.verification.decoders import rounded
 from shardmerge.verification.findings import Findings
 from shardmerge.verification.gguf import check_places
 from shardmerge.verification.gguf_blocks import compare
 from shardmerge.verification.gguf_header import GgufHeader, read_header
 from shardmerge.verification.reading import Files
-from shardmerge.verification.rounding import rounded
 from tests.support.builders import growth_of_verify, read_tensors, write_json
 from tests.support.command_line import invoke, invoke_json
 from tests.support.gguf_merges import GgufModels, as_gguf, config, write_adapter

@@ -32,7 +32,7 @@ from shardmerge.verification.formulas import FORMULAS, PlainFactors
 from shardmerge.verification.reading import Factor, Files
 from shardmerge.verification.rows import all_rows, sampled
 from shardmerge.verification.scaling import ScaledBy
-from shardmerge.verification.second_opinion import ask_library
+from shardmerge.verification.structure import ask_library
 from tests.support.builders import (
     DOWN1,
     GATE0,

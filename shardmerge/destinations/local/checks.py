@@ -1,7 +1,7 @@
-"""What can be known about an output directory before anything is written to it.
+"""Checks of an output directory before anything is written to it.
 
-Whoever prepared a directory may have put anything there. A merge makes folders and regular files, so anything else is
-refused by name, and so is a folder of the output that is a link where a file would be written or removed.
+Its content is untrusted. A merge makes folders and regular files, so anything else is refused by name, and so is a link
+in place of a folder in which a file would be written or removed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shardmerge.destinations.contents import files_of
-from shardmerge.destinations.local.stage import RECEIPTS, STAGE, model_bytes, read_state, work_bytes
+from shardmerge.destinations.local.journal import RECEIPTS, STAGE, model_bytes, read_state, work_bytes
 from shardmerge.destinations.record import (
     FOLDER,
     RECORD_NAME,
@@ -35,7 +35,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 def all_problems(output: Path, plan: MergePlan, overwrite: bool) -> list[str]:
-    """Everything that forbids to write a plan's files to ``output``."""
+    """Every reason why a plan's files cannot be written to ``output``."""
     if problems := _attempt(output, lambda: _check_place(output, plan, overwrite)):
         return problems
     names = [name for name in files_of(plan) if name != RECORD_NAME]
@@ -44,14 +44,14 @@ def all_problems(output: Path, plan: MergePlan, overwrite: bool) -> list[str]:
 
 
 def problems_alone(output: Path, overwrite: bool) -> list[str]:
-    """What forbids to write to ``output``, whatever base and adapters are."""
+    """Every reason why nothing can be written to ``output``, whatever base and adapters are."""
     return _attempt(output, lambda: _check_itself(output, overwrite))
 
 
 def _attempt(output: Path, check: Callable[[], list[str]]) -> list[str]:
     try:
         return check()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, below a file, not to be looked at, a zero byte
+    except (OSError, RuntimeError, ValueError) as error:  # too long, below a file, no permission, a zero byte
         return [f"output.path {output} cannot be used: {_reason(error)}"]
 
 
@@ -82,8 +82,8 @@ def _check_itself(output: Path, overwrite: bool) -> list[str]:
 
 
 def _overlap(output: Path, what: str, location: str) -> list[str]:
-    """Whether a source, which may be a directory or a file, is in the output or the output in it."""
-    if not os.path.isabs(location):  # it is not of this machine
+    """A problem where a source, a directory or a file, is in the output or the output in it."""
+    if not os.path.isabs(location):  # it is on another machine
         return []
     is_directory = os.path.isdir(location)
     target, root = output.resolve(), Path(location if is_directory else os.path.dirname(location)).resolve()
@@ -97,7 +97,7 @@ def _overlap(output: Path, what: str, location: str) -> list[str]:
 
 
 def _linked_into(output: Path, what: str, files: Sequence[SourceFile]) -> list[str]:
-    """Weights may be links to anywhere, so to the output as well, which would be replaced while they are read."""
+    """A problem where weights of a source are links into the output, which would be replaced while they are read."""
     target = output.resolve()
     found = [file.uri for file in files if os.path.islink(file.uri) and target in Path(file.uri).resolve().parents]
     if not found:
@@ -141,11 +141,11 @@ def _not_empty(output: Path, overwrite: bool) -> list[str]:
     return []
 
 
-# --- links and what else must not be there ----------------------------------------------------------------------------
+# --- links, and anything else that no merge makes ---------------------------------------------------------------------
 
 
 def _check_links(output: Path, names: Collection[str]) -> list[str]:
-    """A link, FIFO or folder where a merge would write or remove a file or look for one: somebody has put it there."""
+    """Problems with links, FIFOs and folders where a merge would write, remove or look for a file."""
     try:
         with Directory(output) as root:
             mine = [
@@ -164,7 +164,7 @@ def _check_links(output: Path, names: Collection[str]) -> list[str]:
 
 
 def _odd(folder: Entry) -> Iterator[tuple[Entry, str]]:
-    """What in the work folder no merge has put there: links, FIFOs, devices, folders in the place of files."""
+    """Entries of the work folder that no merge makes: links, FIFOs, devices, folders in the place of files."""
     status = folder.status()
     if status is None:
         return
@@ -182,9 +182,9 @@ def _odd(folder: Entry) -> Iterator[tuple[Entry, str]]:
 
 
 def _place_problems(root: Directory, names: Collection[str]) -> list[str]:
-    """Why files of these names cannot be written or removed, nor those that the journal and the record there name.
+    """Why files of these names, or those that journal and record name, cannot be written or removed.
 
-    A folder on the way to one may be a link or a file, and a folder may be in its place.
+    A folder in their path may be a link or a file, and a folder may be in their place.
     """
     state: dict[str, Any] = read_state(root)
     own = [*own_names(state.get("places")), *own_names(state.get("stale")), *files_of_merge(root.path)]
@@ -206,7 +206,7 @@ def _place_problem(file: Entry) -> str:
 
 
 def check_space(output: Path, needed: int) -> list[str]:
-    """Whether ``needed`` bytes fit on the output's file system, work of an earlier run already counted."""
+    """A problem where ``needed`` bytes, less those that an earlier run wrote, do not fit on the file system."""
     place = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not os.access(place, os.W_OK | os.X_OK):
         return [f"output.path {output}: {place} cannot be written to"]
@@ -221,7 +221,7 @@ def check_space(output: Path, needed: int) -> list[str]:
     )
     old = model_bytes(output)
     if missing <= old:
-        # Never of its own accord: until the new model is complete, the old one may be the only one there is.
+        # It is not removed automatically: until the new model is complete, the old one may be the only one.
         problem += (
             f". The model that is there takes {old:,} and is kept until the new one is complete; if you can do without "
             f"it, remove {output} yourself, and there is enough space"

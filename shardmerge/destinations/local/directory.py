@@ -1,46 +1,46 @@
-"""A directory of this machine as a destination.
+"""A local directory as a destination.
 
-What is unfinished is in a folder of its own in it (`stage`), so that nobody takes it for a model. What is resumed is
-read once and compared with its checksum: after a crash, a disk may not have what it said it had. Reading a shard takes
-a fraction of the time of making it again.
+An unfinished merge is in a folder of its own inside it (`journal`), so that nobody takes it for a model. Finished
+shards of an earlier run are read once and compared with their checksums, since a disk may lose writes in a crash.
+Reading a shard takes a fraction of the time of making it again.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from shardmerge.destinations.contents import files_of
+from shardmerge.destinations import contents
 from shardmerge.destinations.local.checks import all_problems, problems_alone
-from shardmerge.destinations.local.commit import Commit
-from shardmerge.destinations.local.journal import Journal
-from shardmerge.destinations.local.stage import Stage
-from shardmerge.destinations.record import FOLDER, believed_record
+from shardmerge.destinations.local.journal import Journal, Stage
+from shardmerge.destinations.record import FOLDER, RECORD_NAME, believed_record
 from shardmerge.errors import OutputError, PlanError, ResumeError, SourceError
 from shardmerge.sources.source import open_reader
-from shardmerge.spec.plans import Fingerprint, MergePlan, digest_of
+from shardmerge.spec.plans import AuxFile, Fingerprint, MergePlan, ShardPlan, digest_of
 from shardmerge.spec.receipts import Receipt
 from shardmerge.spec.tensors import SourceFile
 from shardmerge.system import checksums, durable
+from shardmerge.system.checksums import Checksums
 from shardmerge.system.directory import Directory, Entry
 
 LOCK, HOLDER = "lock", "holder"
-#: Bytes of the file that names who holds the lock.
+#: The most bytes of the file that names the holder of the lock.
 _HOLDER_BYTES = 1000
 
 
 class LocalDirectory:
-    """See `destination.Destination`. The directory is held open while this is entered: nothing is done by its path."""
+    """See `destination.Destination`. Within its block the directory is held open, and not accessed by its path."""
 
     def __init__(self, location: str, overwrite: bool) -> None:
-        """`PlanError` where ``~`` is the home of nobody."""
+        """`PlanError` where ``~`` names no home directory."""
         try:
             self.path = Path(location).expanduser().absolute()
         except RuntimeError as error:
@@ -52,8 +52,8 @@ class LocalDirectory:
         self._journal = Journal(self._folder)
         self._plan: MergePlan | None = None
         self._stage: Stage | None = None
-        #: Of the output and the folders around it, those that this run has made, the innermost first; whether it has
-        #: made the work folder; and which of the former were made for this merge by it or an earlier run.
+        #: The output and folders around it that this run made, the innermost first; whether it made the work folder;
+        #: and those of the former that were made for this merge by this or an earlier run.
         self._new: list[Path] = []
         self._is_new = False
         self._made: list[Path] = []
@@ -75,7 +75,7 @@ class LocalDirectory:
             self._is_new = durable.make_folder(self._folder)
             self._lock.acquire()
         except BaseException as error:
-            self._leave(undo=not isinstance(error, ResumeError))  # what is there is another's
+            self._leave(undo=not isinstance(error, ResumeError))  # another process works there
             raise
         return self
 
@@ -85,7 +85,7 @@ class LocalDirectory:
         self._leave(undo=self._stage is None)
 
     def _leave(self, undo: bool) -> None:
-        """Where nothing was begun, ``undo`` leaves no trace, unless it was there before."""
+        """With ``undo`` remove everything that this run made."""
         if undo:
             if self._is_new:
                 with suppress(OSError):
@@ -103,7 +103,7 @@ class LocalDirectory:
         stage = self._stage
         self._made = self._journal.made() or self._new
         if is_resumed:
-            durable.fsync_directory(self._folder)  # an earlier run may have been killed before it came to that
+            durable.fsync_directory(self._folder)  # an earlier run may have been killed before its fsync
         else:
             for leftover in (stage.shards, stage.receipts):
                 durable.remove_tree(leftover)
@@ -127,7 +127,7 @@ class LocalDirectory:
         return Receipt(receipt.shard, receipt.nbytes, found, receipt.active_adapters, receipt.fidelity)
 
     def _file(self, receipt: Receipt) -> SourceFile | None:
-        """Where a finished shard is, as it is now: a link that takes its place is not read."""
+        """The file of a finished shard; a link in its place is not followed."""
         places = [self.handle.shards / receipt.shard]
         if self._journal.is_committing:
             places.append(self._root / receipt.shard)
@@ -145,19 +145,19 @@ class LocalDirectory:
 
     def finish(self, record: Mapping[str, Any]) -> None:
         assert self._plan is not None, "the merge is not begun"
-        self._journal.begin_commit(files_of(self._plan))
+        self._journal.begin_commit(contents.files_of(self._plan))
         Commit(self._plan, self.handle.shards, self._root).run(record)
         self._is_complete = True
         self._clean_up()
 
     def _clean_up(self) -> None:
-        # First what says that the merge is unfinished, or a crash in between would have it all done again.
+        # The journal first: after a crash in between, it would have the whole merge run again.
         self._journal.remove()
         durable.remove_tree(self._folder)
         durable.fsync_directory(self._root.here)
 
     def abort(self) -> None:
-        """Remove also the directories that were made for the merge."""
+        """Also remove the directories that were made for the merge."""
         for name in reversed(self._journal.placed):
             durable.remove(self._root / name)
         durable.remove_tree(self._folder)
@@ -183,23 +183,76 @@ class LocalDirectory:
         return "The model that was there before is still whole"
 
 
+# --- the commit -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Moves shards from the ``stage`` into the ``output`` and writes the files beside them.
+
+    No crash leaves what looks like a model but is none: until the last step ``from_pretrained`` finds no weights. Run
+    again after a crash, it continues where it stopped.
+    """
+
+    plan: MergePlan
+    stage: Entry
+    output: Directory
+
+    def run(self, record: Mapping[str, Any]) -> None:
+        """The index, or the only shard, makes the output a model: it comes last."""
+        plan = self.plan
+        *first, last = plan.shards
+        for shard in first:
+            self._place(shard)
+        others = {aux.name: self._copy(aux) for aux in plan.aux}
+        if plan.index_name is None:
+            self._write(RECORD_NAME, contents.record_of(record, others))
+            self._place(last)
+        else:
+            self._place(last)
+            index = contents.index_of(plan)
+            others[plan.index_name] = contents.entry_of(index, plan.sha256)
+            self._write(RECORD_NAME, contents.record_of(record, others))
+            self._write(plan.index_name, [index])
+
+    def _place(self, shard: ShardPlan) -> None:
+        staged, place = self.stage / shard.name, self.output / shard.name
+        if staged.file_status() is not None:
+            durable.rename(staged, place)
+            return
+        # An earlier run moved it, and was perhaps killed before this fsync.
+        durable.fsync_directory(self.output.here)
+        if (status := place.file_status()) is None or status.st_size != shard.nbytes:
+            raise OutputError(f"{staged}: was finished, and is no longer there")
+
+    def _copy(self, aux: AuxFile) -> dict[str, Any]:
+        """Write a file beside the shards. Returns its entry in the record."""
+        target, checksums = self.output / aux.name, Checksums(self.plan.sha256)
+        durable.make_folder(target.parent)
+        durable.write_file(target, contents.aux_chunks(aux, checksums))
+        return contents.entry(aux.nbytes, checksums)
+
+    def _write(self, name: str, content: Iterable[bytes]) -> None:
+        durable.write_file(self.output / name, content)
+
+
 # --- the lock ---------------------------------------------------------------------------------------------------------
 
 
 class _Lock:
-    """Held by the process that drives a merge, from `acquire` to `release`, and given back when that process ends."""
+    """Held by the process that drives a merge, from `acquire` to `release` or to the end of the process."""
 
     def __init__(self, folder: Entry) -> None:
         self._folder = folder
         self._lock: FileLock | None = None
-        #: A descriptor of the folder, as long as the lock is held.
+        #: A descriptor of the folder while the lock is held.
         self._locked_in = -1
 
     def acquire(self) -> None:
         """`ResumeError` where another process holds it."""
         output, lock = self._folder.root.path, self._folder / LOCK
         with durable.reported(output, "locking"):
-            # filelock opens it by a path, and empties it: it must be a file with no other name, in our own folder.
+            # filelock opens it by path and truncates it: it must be a file in our own folder with no other name.
             if lock.ensure_file().st_nlink > 1:
                 raise OutputError(f"{lock}: has another name, and to lock it could change that file; remove it")
             with self._folder.descriptor() as folder:
@@ -214,7 +267,7 @@ class _Lock:
         self._name_holder()
 
     def _name_holder(self) -> None:
-        """Write down which process holds the lock, for the message of one that cannot have it."""
+        """Write down which process holds the lock, for the message of one that cannot get it."""
         holder = self._folder / HOLDER
         with durable.reported(holder, "writing"):
             descriptor = holder.create()
@@ -238,6 +291,6 @@ class _Lock:
 
 
 def _path_of(folder: int, path: Path) -> Path:
-    """A path to an open folder that stays the folder's, whatever is put into its place; else its own ``path``."""
+    """A path that leads to an open folder even if another takes its place; where there is none, its ``path``."""
     held = Path(f"/proc/self/fd/{folder}")
     return held if held.is_dir() else path

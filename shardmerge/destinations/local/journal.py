@@ -1,29 +1,135 @@
-"""``journal.json``: whose merge an unfinished output is, and how far its commit has come."""
+"""The folder of an unfinished merge, ``OUTPUT/.shardmerge``: its journal, its finished shards and their receipts.
+
+It holds the lock, ``journal.json`` (which merge this is, and how far its commit has come), ``stage/`` (shards, each
+under its own name once it is durable) and ``receipts/`` (one for each shard, written after it). The folder is removed
+when the output is complete.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardmerge.destinations.local.stage import placed, read_json
 from shardmerge.destinations.record import (
+    FOLDER,
     JOURNAL,
     RECORD_NAME,
     damaged_record,
     files_of_merge,
     has_damaged_record,
+    json_object,
     own_names,
 )
+from shardmerge.destinations.shard_writer import ShardWriter
 from shardmerge.errors import OutputError, ResumeError
-from shardmerge.spec.plans import Fingerprint
+from shardmerge.spec.plans import Fingerprint, ShardPlan
+from shardmerge.spec.receipts import Fidelity, Receipt
 from shardmerge.system import durable
-from shardmerge.system.directory import Entry
+from shardmerge.system.directory import Directory, Entry
+
+STAGE, RECEIPTS = "stage", "receipts"
+#: The most bytes of a journal or a receipt.
+_LARGEST = 64 << 20
+
+
+def read_json(file: Entry) -> dict[str, Any] | None:
+    """A journal or a receipt; None where none can be read."""
+    try:
+        return json_object(file.read_small(_LARGEST))
+    except OSError:
+        return None
+
+
+def read_state(root: Directory) -> dict[str, Any]:
+    """The content of an output's journal; empty where there is none."""
+    return read_json(root / FOLDER / JOURNAL) or {}
+
+
+def placed(state: dict[str, Any]) -> list[str]:
+    """The files that a commit has put, or was about to put, into the output."""
+    return own_names(state.get("places")) if state.get("committing") else []
+
+
+def work_bytes(output: Path) -> int:
+    """The bytes of an unfinished merge that are on the disk already, staged or in place."""
+    try:
+        with Directory(output) as root:
+            stage = root / FOLDER / STAGE
+            staged = stage.names() if stage.status() is not None else []
+            return _sizes([*(stage / name for name in staged), *(root / name for name in placed(read_state(root)))])
+    except OSError:  # nothing that could be resumed
+        return 0
+
+
+def model_bytes(output: Path) -> int:
+    """The bytes of the finished merge in a directory; 0 where there is none."""
+    try:
+        with Directory(output) as root:
+            return _sizes(root / name for name in files_of_merge(output))
+    except OSError:
+        return 0
+
+
+def _sizes(files: Iterable[Entry]) -> int:
+    return sum(status.st_size for file in files if (status := file.file_status()) is not None)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The stage of one merge, which the ``digest`` of its fingerprint identifies.
+
+    Other processes get a pickled copy. Each writes its own shards, and a receipt after each, so that no two processes
+    write the same file.
+    """
+
+    root: Directory
+    digest: str
+    sha256: bool
+
+    @property
+    def shards(self) -> Entry:
+        return self.root / FOLDER / STAGE
+
+    @property
+    def receipts(self) -> Entry:
+        return self.root / FOLDER / RECEIPTS
+
+    @contextmanager
+    def writer(self, shard: ShardPlan) -> Iterator[ShardWriter]:
+        """See `destination.Handle`. A finished shard has a receipt."""
+        with (
+            durable.held(self.root),
+            ShardWriter(self.shards / shard.name, shard, self.sha256, self._write_receipt) as writer,
+        ):
+            yield writer
+
+    def _write_receipt(self, receipt: Receipt) -> None:
+        value = {"digest": self.digest, **receipt.entry(), "active_adapters": [*receipt.active_adapters]}
+        value["fidelity"] = {name: dataclasses.astuple(sums) for name, sums in receipt.fidelity.items()}
+        durable.write_file(self.receipts / f"{receipt.shard}.json", [json.dumps(value).encode()])
+
+    def receipt(self, shard: ShardPlan) -> Receipt | None:
+        """The receipt of a shard, if it belongs to this merge. Whether the shard has those bytes is not checked."""
+        value: dict[str, Any] = read_json(self.receipts / f"{shard.name}.json") or {}
+        if value.get("digest") != self.digest or value.get("bytes") != shard.nbytes:
+            return None
+        try:
+            fidelity = {name: Fidelity(*sums) for name, sums in value.get("fidelity", {}).items()}
+            active = tuple(value.get("active_adapters", ()))
+        except (TypeError, AttributeError):
+            return None
+        checksum = value.get("xxh3_128")
+        known = isinstance(checksum, str)
+        return Receipt(shard.name, shard.nbytes, {"xxh3_128": str(checksum)}, active, fidelity) if known else None
 
 
 class Journal:
-    """The journal of an output that is locked. It is read once, and from then on what it says is known."""
+    """The journal of a locked output. It is read once, by `open`."""
 
     def __init__(self, folder: Entry) -> None:
         self._file = folder / JOURNAL
@@ -38,7 +144,7 @@ class Journal:
 
     @property
     def digest(self) -> str:
-        """Of the merge that this is; empty where it is none."""
+        """The digest of the merge; empty where there is none."""
         return str(self._state.get("digest") or "")
 
     @property
@@ -47,7 +153,7 @@ class Journal:
         return placed(self._state)
 
     def open(self, digest: str, fingerprint: Fingerprint, overwrite: bool) -> bool:
-        """Read the journal; whether it is of this very merge.
+        """Read the journal. Returns whether it belongs to this merge.
 
         `ResumeError` where the output holds other work and may not be overwritten; then nothing is changed.
         """
@@ -69,7 +175,7 @@ class Journal:
         return state is not None and state.get("digest") == digest
 
     def made(self) -> list[Path]:
-        """Of the output and the folders around it, those that were made for this merge, the innermost first."""
+        """The output and folders around it that were made for this merge, the innermost first."""
         found, known = [], self._state.get("made")
         places = [self._root.path, *self._root.path.parents]
         for path, before in zip(places, known if isinstance(known, list) else (), strict=False):
@@ -79,20 +185,21 @@ class Journal:
         return found
 
     def begin(self, digest: str, fingerprint: Fingerprint, made: Sequence[Path]) -> None:
-        """Write down that the output is now of this merge.
+        """Write down that the output now belongs to this merge.
 
-        The files that another merge's commit has put into the output or was about to remove stay until this merge
-        commits: they may be all of a model that is still good.
+        Files that another merge's commit has put into the output or was about to remove stay until this merge commits:
+        they may be a whole model.
         """
         stale = [*reversed(self.placed), *own_names(self._state.get("stale"))]
         merge = {"digest": digest, "fingerprint": fingerprint, "made": [_identity(path) for path in made]}
         self._write(merge, False, (), stale)
 
     def begin_commit(self, new_files: Sequence[str]) -> None:
-        """From here on finished shards may be in the output itself. ``new_files`` ends with what makes it a model.
+        """Write down that finished shards may now be in the output itself, and remove the files of an older merge.
 
-        A merge that is being replaced stops being a model first: its index, or its only shard, is removed before its
-        other files. That they were removed is written down before the new files come, which may have the same names.
+        ``new_files`` ends with the file that makes the output a model. The older merge stops being a model first: its
+        index, or its only shard, is removed before its other files. Their removal is written down before the new files
+        come, which may have the same names.
         """
         output, stale = self._root.path, own_names(self._state.get("stale"))
         if not self.is_committing:
@@ -108,9 +215,9 @@ class Journal:
             self._write(self._state, True, new_files, ())
 
     def _finished_merge(self) -> tuple[str, list[str]]:
-        """What is wrong with the record of a finished merge that is there (empty if nothing), and the merge's files.
+        """What is wrong with the record of a finished merge (empty if nothing), and that merge's files.
 
-        The record is read again only if it is another: that of a large model takes 100 MB while it is read.
+        The record is read again only if it has changed: reading that of a large model takes 100 MB.
         """
         output = self._root.path
         status = (self._root / RECORD_NAME).status()
@@ -121,7 +228,7 @@ class Journal:
         return self._finished[1:]
 
     def remove(self) -> None:
-        """The output is complete; nothing is left to resume."""
+        """Remove the journal: the output is complete."""
         durable.remove(self._file)
 
     def _write(
@@ -134,7 +241,7 @@ class Journal:
 
 
 def _identity(path: Path) -> list[int]:
-    """Of a directory. Whoever prepares an output elsewhere cannot know those of the folders around it here."""
+    """A directory's device and inode, which nobody who prepares an output elsewhere can know."""
     try:
         status = path.stat()
     except OSError:
@@ -142,7 +249,7 @@ def _identity(path: Path) -> list[int]:
     return [status.st_dev, status.st_ino]
 
 
-# --- in what two merges differ ----------------------------------------------------------------------------------------
+# --- the differences between two merges -------------------------------------------------------------------------------
 
 _PARTS: Mapping[str, str] = {
     "base": "the base",
@@ -152,12 +259,12 @@ _PARTS: Mapping[str, str] = {
     "program": "the program",
     "work": "what the program makes of them",
 }
-#: Differences of a part that are named.
+#: The most differences of a part that are named.
 _NAMED = 4
 
 
 def _difference(before: Any, now: Fingerprint) -> str:
-    """In what the unfinished merge differs from this one, by the names in their fingerprints."""
+    """The differences between the unfinished merge and this one, by the names in their fingerprints."""
     if not isinstance(before, dict):
         return "What it was begun with is not known (another version of shardmerge?)"
     found: list[str] = []

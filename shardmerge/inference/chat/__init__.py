@@ -1,9 +1,9 @@
-"""Talk to a finished model, to see with one's own eyes what a merge did to it.
+"""Chat with a finished model, to see what a merge did to it.
 
-Answers are greedy, so that two runs can be compared, and go to stdout; prompts and notices go to stderr. An answer
-cannot give commands to a terminal; a pipe gets its characters as they are. `transformers` is an extra, imported when it
-is needed; it pushes tokens into `Streamer` from the caller's own thread, so that Ctrl-C is an ordinary
-``KeyboardInterrupt`` out of ``generate`` and nothing is left running.
+Answers are greedy, so that two runs can be compared. They go to stdout; prompts and notices go to stderr. On a terminal
+control characters in an answer are escaped; a pipe gets them unchanged. transformers is an optional dependency, and is
+imported when it is needed. It pushes tokens into `Streamer` in the caller's own thread, so that Ctrl-C is an ordinary
+``KeyboardInterrupt`` from ``generate``, and nothing is left running.
 """
 
 from __future__ import annotations

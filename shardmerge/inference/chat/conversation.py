@@ -1,4 +1,4 @@
-"""Questions from stdin or a person, and answers as they come."""
+"""Ask a model one question, or hold a conversation on stdin."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from typing import TextIO
 
 from shardmerge.errors import ConfigError, ShardmergeError
-from shardmerge.inference.chat.history import History
 from shardmerge.inference.chat.model import Chat
-from shardmerge.inference.chat.terminal import Terminal
+from shardmerge.inference.chat.terminal import History, Terminal
 from shardmerge.inference.hf import Message
 from shardmerge.system.terminal_text import one_line, shown, shown_answer
 
@@ -38,9 +37,9 @@ def once(
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     quiet: bool = False,
 ) -> tuple[str, str]:
-    """Write the answer to ``prompt`` to stdout, unless ``quiet``; returns both.
+    """Write the answer to ``prompt`` to stdout, unless ``quiet``. Returns prompt and answer.
 
-    The prompt ``-`` stands for what is on stdin.
+    The prompt ``-`` is read from stdin.
     """
     try:
         text = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
@@ -51,15 +50,15 @@ def once(
     history = _opening(system)
     muted = contextlib.nullcontext() if quiet or not sys.stdout.isatty() else Terminal(sys.stdin).muted()
     with muted:
-        _exchange(chat, history, text, max_new_tokens, _unheard if quiet else _say)
+        _exchange(chat, history, text, max_new_tokens, (lambda piece: None) if quiet else _say)
     return text, history[-1]["content"] if history[-1:] and history[-1]["role"] == "assistant" else ""
 
 
 def loop(chat: Chat, *, system: str | None = None, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS) -> None:
-    """Answer line after line of stdin until it ends or says ``/exit`` or ``/quit``.
+    """Answer the lines of stdin until it ends or a line is ``/exit`` or ``/quit``.
 
-    On a terminal Ctrl-C stops the answer or drops the line, and an error is reported and survived; elsewhere both end
-    it. What is typed during an answer is not shown: a terminal that edits lines has it as the next, another drops it.
+    On a terminal Ctrl-C stops the answer or drops the line, and the conversation goes on after an error; elsewhere both
+    end it. Text typed during an answer is not shown: with line editing it becomes the next line, without it is dropped.
     """
     talk = _Conversation(chat, system, max_new_tokens)
     survived: tuple[type[BaseException], ...] = ()
@@ -79,8 +78,6 @@ def loop(chat: Chat, *, system: str | None = None, max_new_tokens: int = DEFAULT
 
 @dataclass
 class _Conversation:
-    """What was said so far, and with whom."""
-
     chat: Chat
     system: str | None
     max_new_tokens: int
@@ -90,17 +87,17 @@ class _Conversation:
         self.history = _opening(self.system)
         self.terminal = Terminal(sys.stdin)
         self.interactive = sys.stdin.isatty()
-        # readline must write the prompt itself to know where the cursor is, and writes it to stdout.
+        # readline writes the prompt itself, to stdout, so that it knows the cursor's position.
         self.editing = self.interactive and sys.stdout.isatty()
         self.lines = History() if self.editing else None
 
     def step(self) -> bool:
-        """One line and what follows from it; False where it was the last."""
+        """Read a line and act on it. Returns False for the last."""
         try:
             line = self._line()
         except EOFError:
             if self.interactive:
-                _notice("")  # Ctrl-D leaves the cursor behind the prompt
+                _notice("")  # Ctrl-D leaves the cursor after the prompt
             return False
         said = command(line)
         if said is not None:
@@ -111,7 +108,7 @@ class _Conversation:
         return True
 
     def _line(self) -> str:
-        self.terminal.restore()  # also where Ctrl-C came just when an answer had ended
+        self.terminal.restore()  # needed where Ctrl-C came just after an answer
         if self.interactive and not self.editing:
             print("> ", end="", file=sys.stderr, flush=True)
         try:
@@ -144,7 +141,7 @@ class _Conversation:
 def _exchange(
     chat: Chat, history: list[Message], prompt: str, max_new_tokens: int, stream_to: Callable[[str], object]
 ) -> None:
-    """One question and its answer, which join ``history`` as far as they came."""
+    """Ask a question. It is added to ``history`` with its answer, as far as that came."""
     asked = {"role": "user", "content": prompt}
     heard: list[str] = []
 
@@ -155,7 +152,7 @@ def _exchange(
     try:
         chat.answer([*history, asked], max_new_tokens, hear)
     finally:
-        if heard:  # an answer stopped before its first word leaves nothing that a template could show
+        if heard:  # a template may not accept an empty answer
             stream_to("\n")
             history += [asked, {"role": "assistant", "content": "".join(heard)}]
 
@@ -168,16 +165,12 @@ def _say(piece: str) -> None:
     _write(sys.stdout, shown_answer(piece) if sys.stdout.isatty() else piece)
 
 
-def _unheard(piece: str) -> None:
-    pass
-
-
 def _notice(text: str) -> None:
     _write(sys.stderr, shown(text) + "\n")
 
 
 def _write(stream: TextIO, text: str) -> None:
-    """Print; characters that the stream's encoding lacks, halves of surrogate pairs among them, as escapes."""
+    """Print; characters that the stream's encoding lacks, such as lone surrogates, are escaped."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), end="", file=stream, flush=True)
 
@@ -188,7 +181,7 @@ def _write(stream: TextIO, text: str) -> None:
 def command(line: str) -> tuple[str, str] | None:
     """The command in a line and the text after it; None where the line is for the model.
 
-    `ConfigError` where it begins with a slash and is not a command: a mistyped command is not sent.
+    `ConfigError` for an unknown command, which may be a mistyped one.
     """
     text = line.strip()
     if not text.startswith("/") or text.startswith("//"):
@@ -208,5 +201,5 @@ def command(line: str) -> tuple[str, str] | None:
 
 
 def for_model(line: str) -> str:
-    """What the model gets of a line that is not a command."""
+    """The text that the model gets of a line that is not a command."""
     return line.replace("//", "/", 1) if line.lstrip().startswith("//") else line

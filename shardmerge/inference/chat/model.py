@@ -18,13 +18,13 @@ class Chat:
 
     tokenizer: Any
     model: Any
-    #: The plain template in use, which has room for the last prompt only; ``None``: the tokenizer's chat template.
+    #: The plain template in use, which has room for the last prompt only; None for the tokenizer's chat template.
     template: str | None
 
     def answer(self, messages: Sequence[Message], max_new_tokens: int, stream_to: Callable[[str], object]) -> str:
-        """The greedy continuation of ``messages``, the last of which is the user's.
+        """The greedy answer to ``messages``, the last of which is the user's.
 
-        ``stream_to`` is called with each piece of text as soon as it is certain; the pieces add up to what is returned.
+        ``stream_to`` receives each piece of text as soon as it is certain; together they are the returned text.
         """
         if max_new_tokens < 1:
             raise ConfigError(f"max new tokens is {max_new_tokens}; expected 1 or more")
@@ -32,11 +32,8 @@ class Chat:
         with hf.quiet():
             encoded = hf.encode(self.tokenizer, self.template, messages)
             inputs = {name: tensor.to(self.model.device) for name, tensor in encoded.items()}
-            limits = {"max_new_tokens": max_new_tokens, "eos_token_id": hf.stop_ids(self.model, self.tokenizer)}
-            try:
-                self.model.generate(**inputs, **limits, **hf.GREEDY, streamer=streamer)
-            except IndexError as error:  # learned position embeddings end where the context does
-                raise ConfigError("prompt and answer are longer than the model's context") from error
+            stop = hf.stop_ids(self.model, self.tokenizer)
+            hf.generate(self.model, inputs, max_new_tokens, stop, streamer=streamer)
         return streamer.text
 
     def _decode(self, ids: list[int]) -> str:
@@ -46,7 +43,7 @@ class Chat:
 
 @dataclass
 class Streamer:
-    """What ``generate`` pushes tokens into: the prompt first, then each new token, then ``end``."""
+    """The streamer of ``generate``, which puts the prompt first, then each new token, and then calls ``end``."""
 
     decode: Callable[[list[int]], str]
     stream_to: Callable[[str], object]
@@ -69,10 +66,10 @@ class Streamer:
 
 
 def load(path: str, template: str | None = None, device: str = "auto") -> Chat:
-    """The model in the directory ``path``, in its stored dtype; never from the network, never running its code.
+    """Load the model in the directory ``path``, in its stored dtype, without network and without running its code.
 
-    ``device`` is where it answers: cpu, cuda or cuda:1; auto is the CPU.
-    ``template`` replaces the tokenizer's chat template; ``\\n`` in it, typed as two characters, is a newline.
+    ``device`` is cpu, cuda or cuda:1; auto is the CPU. ``template`` replaces the tokenizer's chat template; ``\\n`` in
+    it, typed as two characters, is a newline.
     """
     hf.check_template(template)
     place = hf.device_named(device, "the chat")

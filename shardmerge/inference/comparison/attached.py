@@ -1,10 +1,10 @@
-"""Base + adapter, not merged: what a merged model is compared with.
+"""Attach adapters to a base without merging, for comparison with a merged model.
 
-PEFT's adapters are PEFT's own to load; of a pickle it takes tensors alone, after `file_formats.torch_pickle` has.
-Those that have no config for it are rebuilt from the formula of the layer that trained them, on every module's output:
-y = base(x) + x A B · scale, with A (in, r) and B (r, out). Formats and methods say as data how their factors are named
-and what PEFT can do with them; no code that reads them for a merge is called, nor any of the engine: a mistake there
-must not repeat itself here.
+PEFT loads its own adapters; of a pickle it takes only tensors, after `file_formats.torch_pickle` has checked it.
+Adapters without a config for PEFT are rebuilt from the formula of the layer that trained them, on the module's output:
+y = base(x) + x A B · scale, with A (in, r) and B (r, out). Formats and methods describe as data how their factors are
+named and what PEFT supports. No code that reads adapters for a merge is called, and none of the engine, so a mistake
+there cannot repeat itself here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _VERIFY = "`shardmerge verify` checks such a merge without loading the model"
 
 @dataclass
 class Whole:
-    """A weight of the base that was trained in full, and what it was before."""
+    """A weight that was trained in full, and the base's own values."""
 
     parameter: nn.Parameter
     trained: Tensor
@@ -47,7 +47,7 @@ class Whole:
 
 @dataclass
 class Attached:
-    """A base with adapters on it, which can be put aside."""
+    """A base with adapters, which can be switched off."""
 
     #: Answers as base + adapters do.
     model: Any
@@ -63,7 +63,7 @@ class Attached:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Within, the model is the base alone."""
+        """Switch the adapters off in the block."""
         with self._peft.disable_adapter() if self._peft is not None else contextlib.nullcontext():
             self._switch(on=False)
             try:
@@ -80,7 +80,7 @@ class Attached:
 
 @dataclass
 class Formula:
-    """One pair of factors, added to what a module puts out."""
+    """A forward hook that adds a pair of factors to a module's output."""
 
     a: Tensor
     b: Tensor
@@ -92,12 +92,12 @@ class Formula:
 
 
 def attach(model: Any, adapters: Sequence[tuple[AdapterFile, AdapterConfig]], vocabulary: int) -> Attached:
-    """Put the adapters on a base, in place. ``vocabulary`` is the merged model's number of tokens.
+    """Attach the adapters to a base, in place. ``vocabulary`` is the merged model's number of tokens.
 
-    `ConfigError` for what neither PEFT nor the formula can load or compose.
+    `ConfigError` for adapters that neither PEFT nor the formula can load or compose.
     """
     if model.get_input_embeddings().weight.shape[0] < vocabulary:
-        # The adapter brings its own rows; PEFT only has to find room for them.
+        # The adapter has its own rows; PEFT only needs a tensor of that size.
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
     wholes = [whole for of in adapters for whole in put_wholes(model, *of)]
     by_peft = [of for of in adapters if _is_pefts(*of)]
@@ -110,12 +110,12 @@ def _is_pefts(adapter: AdapterFile, entry: AdapterConfig) -> bool:
     return FORMATS[adapter.format(entry.format)].is_loaded_by_peft(adapter.config)
 
 
-# --- what PEFT does not load by itself: sharded adapters, and whole weights in files beside them ----------------------
+# --- what PEFT does not load: sharded adapters, and whole weights in files beside them --------------------------------
 
 
 @contextlib.contextmanager
 def folder_for_peft(adapter: AdapterFile) -> Iterator[str]:
-    """A folder from which PEFT loads the adapter: its own, or of one in shards a copy in one file."""
+    """A folder from which PEFT can load the adapter: its own, or for a sharded one a copy in one file."""
     config = adapter.source.fetch(CONFIG_NAME)
     paths = [adapter.source.fetch(file.uri.rpartition("/")[2]) for file in adapter.files]
     if len(paths) == 1:
@@ -130,7 +130,7 @@ def folder_for_peft(adapter: AdapterFile) -> Iterator[str]:
 
 
 def put_wholes(model: Any, adapter: AdapterFile, entry: AdapterConfig) -> list[Whole]:
-    """Put the weights of the files beside an adapter into a base. `ConfigError` where one has no place of its own."""
+    """Put the weights of the files beside an adapter into a base. `ConfigError` where one is missing or tied there."""
     wholes = [whole for beside in adapter.beside for whole in _of_file(model, adapter, beside, entry.prefix or "")]
     for whole in wholes:
         whole.put(trained=True)
@@ -159,11 +159,11 @@ def _of_file(model: Any, adapter: AdapterFile, beside: Beside, prefix: str) -> I
 
 
 def _check_composition(adapters: Sequence[tuple[AdapterFile, AdapterConfig]], count: int) -> None:
-    """Several adapters are only the same in PEFT and in a merge where each adds to the base's own weight."""
+    """Refuse adapters that PEFT applies differently from a merge: several must each add to the base's own weight."""
     for adapter, entry in adapters:
         config, where = adapter.config or {}, adapter.source.location
         if config.get("megatron_config"):
-            # An untrusted module name, which may match a file in the working directory.
+            # The name is untrusted, and may match a file in the working directory.
             module = f"{config.get('megatron_core')!r:.80}"
             raise ConfigError(
                 f"{where}: PEFT would import the module that its megatron_core names, {module}; {_VERIFY}"
@@ -194,7 +194,7 @@ def _with_peft(model: Any, adapters: Sequence[tuple[AdapterFile, AdapterConfig]]
             with quiet(), folder_for_peft(adapter) as folder:
                 if wrapped is None:
                     wrapped = peft.PeftModel.from_pretrained(model, folder, adapter_name=name)
-                # Once more for the first, as only this says what was loaded.
+                # The first is loaded a second time: only this call reports what was loaded.
                 found = wrapped.load_adapter(folder, name, torch_device="cpu")
         except Exception as error:  # PEFT has no error class of its own
             raise ConfigError(f"{where}: PEFT cannot load this adapter: {reason(error)}. {_VERIFY}") from error
@@ -251,7 +251,7 @@ def _formulas(model: Any, adapter: AdapterFile, entry: AdapterConfig) -> list[Fo
 
 
 def _scale(adapter: AdapterFile, entry: AdapterConfig, module: str, rank: int) -> float:
-    """s of a module, by our config or the file; where nothing says it, the merge took 1."""
+    """The scale of a module by our config or the file; 1 without either, as in the merge."""
     if entry.scaling is not None:
         return entry.scaling
     alpha = entry.alpha if entry.alpha is not None else alpha_said(adapter, f"{module}.alpha")

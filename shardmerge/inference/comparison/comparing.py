@@ -1,11 +1,12 @@
-"""Compare a merged model with its base + adapter as both answer: the same text, and how far apart the logits are.
+"""Compare the answers and logits of a merged model with those of its base + adapter.
 
-Base + adapter is loaded first, writes its greedy answers and gives its logits on them, with the adapter and without;
-then it is freed, and the merged model is asked the same. Never are both in memory. `verification.verifier` proves
-every number of a merge; this shows what it comes to, by code that shares nothing with the merge.
+Base + adapter is loaded first. Its greedy answers are recorded, and its logits on them with the adapter and without.
+Then it is freed, and the merged model gets the same prompts: the two are never in memory together.
+`verification.verifier` verifies the numbers of a merge; this shows their effect, with code that shares nothing with the
+merge.
 
-Computing in float32 leaves one difference between the two: the merged weights were rounded once to the output's dtype.
-In bfloat16 every layer rounds, and base + adapter otherwise than merged.
+In float32 the two differ only because the merged weights were rounded once to the output's dtype. In bfloat16 every
+layer rounds, in base + adapter and in the merged model at different points.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ PROMPTS = (
 )
 MAX_NEW_TOKENS = 32
 
-#: Of a longer sequence, logits of the last positions are compared (of answers all): a row may be half a megabyte.
+#: The last positions whose logits are compared, of answers all: a row of logits may take half a megabyte.
 _POSITIONS = 256
-# What generation_config.json may ask for beside sampling; with it the next token is not the likeliest.
-_PLAIN = {**hf.GREEDY, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+# Settings that generation_config.json may have beside sampling, with which the next token is not the likeliest.
+_PLAIN = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 
 def compare(
@@ -61,11 +62,11 @@ def compare(
 ) -> Comparison:
     """Compare the merged model in ``output`` with the base and adapters that its record names.
 
-    ``base`` and ``adapters`` (all of them, in their order) say where those are now; ``template`` replaces the chat
-    template; ``device`` says where the models compute.
+    ``base`` and ``adapters`` (all of them, in their order) are where those are now; ``template`` replaces the chat
+    template; the models compute on ``device``.
 
     Raises `ConfigError` where transformers or PEFT is missing or cannot load or compose the adapters, `PlanError` where
-    there is no such device, `FormatError` and `SourceError` where files are not what they must be.
+    there is no such device, `FormatError` or `SourceError` for malformed or missing files.
     """
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ConfigError("a prompt is empty" if prompts else "there is no prompt")
@@ -78,7 +79,7 @@ def compare(
     asked = [hf.encode(tokenizer, template, [{"role": "user", "content": prompt}])["input_ids"] for prompt in prompts]
     speaker = _Speaker(tokenizer, dtype, place, max_new_tokens)
     references = speaker.references(origin, hf.vocabulary_size(str(output)), prompts, asked)
-    gc.collect()  # the modules of a model refer to each other in circles
+    gc.collect()  # the modules of a model form reference cycles
     give_back()
     answers, sums = zip(*speaker.answers(output, references), strict=True)
     stored = stored_dtypes(output, origin.targets)
@@ -95,8 +96,6 @@ def compare(
 
 @dataclass
 class _Speaker:
-    """Loads one model after the other and has it answer."""
-
     tokenizer: Any
     dtype: str
     device: torch.device
@@ -106,7 +105,7 @@ class _Speaker:
     def references(
         self, origin: Origin, vocabulary: int, prompts: Sequence[str], asked: Sequence[Tensor]
     ) -> list[Reference]:
-        """What base + adapter say. Nothing of the model is kept."""
+        """The answers and logits of base + adapter. The model is not kept."""
         folder = origin.base_folder()
         hf.check_directory(folder)
         model = hf.load_model(str(folder), self.dtype)
@@ -123,7 +122,7 @@ class _Speaker:
         return found
 
     def answers(self, output: Path, references: Sequence[Reference]) -> Iterator[tuple[Answer, Sums]]:
-        """What the merged model says to the same."""
+        """The answers of the merged model to the same prompts."""
         model = hf.load_model(str(output), self.dtype).to(self.device)
         for reference in references:
             tokens = self._generate(model, reference.tokens[None, : reference.asked])
@@ -141,16 +140,12 @@ class _Speaker:
         """Prompt and greedy answer, (n)."""
         ids = ids.to(self.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        limits = {"max_new_tokens": self.max_new_tokens, "eos_token_id": self.stop_ids}
-        try:
-            with hf.quiet(), torch.inference_mode():
-                tokens: Tensor = model.generate(**inputs, **limits, **_PLAIN)[0]
-        except IndexError as error:  # learned position embeddings end where the context does
-            raise ConfigError("prompt and answer are longer than the model's context") from error
+        with hf.quiet(), torch.inference_mode():
+            tokens: Tensor = hf.generate(model, inputs, self.max_new_tokens, self.stop_ids, **_PLAIN)[0]
         return tokens.cpu()
 
     def _logits(self, model: Any, tokens: Tensor) -> Tensor:
-        """(k, vocabulary) of the last positions in float32, but for the last, which nothing follows."""
+        """Logits of the last positions but the very last, which no token follows: (k, vocabulary) in float32."""
         count = max(_POSITIONS, self.max_new_tokens)
         with hf.quiet(), torch.inference_mode():
             logits: Tensor = model(input_ids=tokens[None, :-1].to(self.device)).logits[0, -count:]

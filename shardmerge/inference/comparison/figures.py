@@ -1,15 +1,15 @@
-"""How far a merged model is from base + adapter, in figures, and when that is a difference.
+"""Figures for the distance between a merged model and base + adapter, and limits for it.
 
 Both see the same tokens, so that positions correspond. At every position, with distributions over the vocabulary P of
 base + adapter, Q of the merged model and P₀ of the base alone:
 
-- KL(P‖Q) = Σ P (log P − log Q), in nats. Its measure is KL(P‖P₀), what the adapter does at all.
-- *effect*: 1 + Σ Cov_P(log Q − log P, log P − log P₀) / Σ Var_P(log P − log P₀), sums over all positions: how much of
-  the adapter's effect the merged model has, as a share. Noise of roundings hardly moves it; a wrong scaling does.
+- KL(P‖Q) = Σ P (log P − log Q), in nats. It is compared with KL(P‖P₀), the whole effect of the adapter.
+- *effect*: 1 + Σ Cov_P(log Q − log P, log P − log P₀) / Σ Var_P(log P − log P₀), sums over all positions: the share of
+  the adapter's effect that the merged model has. Rounding noise hardly changes it; a wrong scaling does.
 
-Weights that are rounded to 16 bits differ from W + ΔW a little, so logits do too, and where two tokens are almost as
-likely the text may go another way. That is no difference as long as the models are close by both measures; `LIMITS`
-says how close. Where nothing is rounded, what float32 leaves is far below any of it.
+Weights that are rounded to 16 bits differ slightly from W + ΔW, and so do logits. Where two tokens are almost equally
+likely, the texts may part. The models still count as the same if both measures are within `LIMITS`. Without rounding to
+16 bits, the errors of float32 are far below those limits.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from torch import Tensor
 from shardmerge.reporting.text import labelled, table
 from shardmerge.spec.notices import Warned
 
-#: A mean KL below this is no difference, whatever the adapter does: to see one takes a million tokens.
+#: A mean KL below this is not a difference, whatever the adapter does: it takes a million tokens to see one.
 INVISIBLE = 1e-6
-#: An adapter whose own KL is below this hardly shows on the prompts.
+#: An adapter whose own KL is below this has hardly any effect on the prompts.
 HARDLY = 1e-4
-#: Positions that are worked on at a time; a row of the vocabulary in float64 is a megabyte.
+#: Positions in a batch; a row of the vocabulary in float64 takes a megabyte.
 _ROWS = 16
 _LEAST = -1e4
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What is still the same."""
+    """Limits within which two models count as the same."""
 
     #: The merged model's KL over the adapter's own.
     share: float
     #: How far the effect may be from 1.
     effect: float
-    #: A text may part where base + adapter's own token is ahead of the other by so many nats.
+    #: Texts may part where base + adapter prefers its own token by at most so many nats.
     tie: float
 
 
-#: By whether anything was rounded to 16 bits. A right merge in bfloat16 of an update that is well above its resolution
-#: has a share of 1e-5 to 1e-3; one that loses a quarter of its smallest updates, 0.01 and an effect of 0.94.
+#: By whether anything was rounded to 16 bits. A correct merge in bfloat16 has a share of 1e-5 to 1e-3 if the update is
+#: well above bfloat16's resolution, and 0.01 with an effect of 0.94 if a quarter of its smallest updates are lost.
 LIMITS = {True: Limits(share=0.05, effect=0.1, tie=0.25), False: Limits(share=1e-4, effect=0.01, tie=1e-3)}
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What base + adapter say: a prompt's tokens and their greedy answer, (n), and logits on it, (k, vocabulary).
+    """An answer of base + adapter: the tokens of prompt and greedy answer, (n), and logits on them, (k, vocabulary).
 
-    The logits are those of the k positions before the last.
+    ``asked`` is the number of the prompt's tokens. The logits are of the k positions before the last.
     """
 
     prompt: str
@@ -66,7 +66,7 @@ class Reference:
 
 @dataclass(slots=True)
 class Sums:
-    """Over positions. Variances and covariances are under P."""
+    """Sums over positions. Variances and covariances are under P."""
 
     positions: int = 0
     kl: float = 0.0
@@ -109,7 +109,7 @@ def measure(reference: Reference, logits: Tensor) -> Sums:
 
 
 def _measure(wanted: Tensor, found: Tensor, base: Tensor) -> Sums:
-    # What a model rules out with -inf, it rules out in all three.
+    # A token that a model excludes with -inf is excluded in all three.
     log_p, log_q, log_base = (torch.log_softmax(of, -1).clamp(min=_LEAST) for of in (wanted, found, base))
     p = log_p.exp()
     off, effect = log_q - log_p, log_p - log_base
@@ -144,21 +144,23 @@ class Answer:
 
 
 def parting(reference: Reference, tokens: Tensor) -> tuple[int | None, float | None]:
-    """Where two token sequences (n) part, counted from the prompt's end, and the gap there."""
+    """The position where two token sequences (n) part, counted from the prompt's end, and the gap there."""
     mine, its = reference.tokens.tolist(), tokens.tolist()
     if mine == its:
         return None, None
-    # Under one limit, none can go on where the other ends: that is a token, too.
+    # Both have the same limit, and the end of an answer is a token too, so none is a prefix of the other.
     at = next(i for i, (one, other) in enumerate(zip(mine, its, strict=False)) if one != other)
-    # The last row is that before the last token.
+    # The last row of logits is for the last token.
     row = reference.logits[at - len(mine) + len(reference.logits)]
     return at - reference.asked, float(row[mine[at]] - row[its[at]])
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A merged model against base + adapter. ``dtype`` is what both computed in, ``rounded`` if that or the merged
-    weights have 16 bits."""
+    """The comparison of a merged model with base + adapter.
+
+    Both computed in ``dtype``. ``rounded`` is True where that, or the dtype of the merged weights, has 16 bits.
+    """
 
     output: str
     base: str
@@ -170,7 +172,7 @@ class Comparison:
 
     @property
     def differences(self) -> list[str]:
-        """Every reason to call the two different; none if they are the same."""
+        """Every reason why the two count as different."""
         limits, of = LIMITS[self.rounded], self.figures
         found = [
             f"the text on {answer.prompt!r} parts after {answer.parts_at} tokens, where base + adapter prefer their "
@@ -200,7 +202,7 @@ class Comparison:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know who relies on this."""
+        """Remarks on how far the comparison can be relied on."""
         if self.figures["adapter_kl"] >= HARDLY:
             return []
         return [Warned("the adapter hardly shows on these prompts; give some that it was trained for with prompts=")]
@@ -210,7 +212,7 @@ class Comparison:
 
 
 def describe(comparison: Comparison) -> str:
-    """The comparison as a person reads it."""
+    """The text of a comparison."""
     of, answers = comparison.figures, comparison.answers
     lines = [
         f"{comparison.output}: merged against base + adapter, both in {comparison.dtype}, {of['positions']} positions",
@@ -240,7 +242,7 @@ def _closeness(of: dict[str, Any]) -> str:
 
 
 def difference(comparison: Comparison) -> str:
-    """Why the two are different, and what to run next."""
+    """The text of an error: why the two are different, and what to run next."""
     lines = "\n".join(f"  - {text}" for text in comparison.differences)
     return (
         f"{comparison.output} does not answer as base + adapter:\n{lines}\n"
