@@ -62,7 +62,7 @@ def settings(data: bytes) -> None:
     """An adapter_config.json, and what is claimed by it."""
     (FOLDER / CONFIG_NAME).write_bytes(data)
     source = LocalSource(str(FOLDER))
-    config = read_json(source, [CONFIG_NAME], CONFIG_NAME)
+    config = read_json(source, CONFIG_NAME)
     shapes = {f"{MODULE}.lora_A.weight": (4, 8), f"{MODULE}.lora_B.weight": (6, 4)}
     tensors = {name: TensorRef(name, "fuzzed", "F32", shape, 0, 96) for name, shape in shapes.items()}
     adapter = AdapterFile(source, (SourceFile("fuzzed", 96),), None, config, tensors, {})

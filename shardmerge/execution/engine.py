@@ -21,7 +21,7 @@ from shardmerge.errors import ShardmergeError
 from shardmerge.execution import pipeline
 from shardmerge.execution.jobs import Job, jobs
 from shardmerge.execution.pipeline import Buffer, Worked
-from shardmerge.sources.open_readers import OpenReaders
+from shardmerge.sources.source import OpenReaders
 from shardmerge.spec.plans import MergePlan, ShardPlan, TensorPlan
 from shardmerge.spec.receipts import Receipt
 from shardmerge.spec.tensors import BUFFER_SLACK

@@ -28,7 +28,7 @@ def open_adapter(source: Source, ignore: Sequence[str] = ()) -> AdapterFile:
     directory, named = _directory(source)
     names = directory.names()
     folder = adapter_folder.look(source.location, names, named, ignore)
-    config = read_json(directory, names, CONFIG_NAME) if CONFIG_NAME in names else None
+    config = read_json(directory, CONFIG_NAME) if CONFIG_NAME in names else None
     if config is not None and len(config) > _MAX_SETTINGS:
         raise FormatError(
             f"{directory.location}: {CONFIG_NAME} has {len(config):,} settings; expected {_MAX_SETTINGS:,} at most"

@@ -68,7 +68,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
     names = source.names()
     if names and directory is not source and is_index(names[0]):
         raise FormatError(f"{source.location}: an index alone is not a model; give the directory {directory.location}")
-    config = read_json(directory, directory.names(), "config.json")
+    config = read_json(directory, "config.json") if "config.json" in directory.names() else {}
     choice = choose(source, names, None if directory is not source else config.get("transformers_weights"))
     _refuse_unfinished(source, directory.names(), choice)
     shards = tuple(read_shard(source, name) for name in choice.files)

@@ -1,12 +1,12 @@
-"""Reads the headers, indexes and configs of a checkpoint: no tensor data, and nothing without a bound."""
+"""Reads the headers, indexes and configs of a checkpoint. Every read is bounded, and no tensor data is read."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from shardmerge.errors import FormatError
 from shardmerge.file_formats import recognise
@@ -15,19 +15,16 @@ from shardmerge.sources.source import Source
 from shardmerge.spec.tensors import SourceFile, TensorRef
 from shardmerge.system import json_text
 
-T = TypeVar("T")
-
-#: Of an index, which has an entry for every tensor; the largest of well-known models has 27 MB.
+#: An index has an entry for every tensor; the largest of well-known models has 27 MB.
 MAX_INDEX_BYTES = 60_000_000
-INDEX_SUFFIX = ".safetensors.index.json"
-#: With a variant (``fp16``) transformers and diffusers write it before the last ending.
+#: transformers and diffusers write a variant (``fp16``) before the last ending.
 _INDEX = re.compile(r"(?P<stem>[^/]+)\.safetensors\.index(\.(?P<variant>[\w-]+))?\.json")
-#: A stem of theirs with a variant: ``model.fp16``.
+#: A stem with a variant: ``model.fp16``.
 _VARIANT = re.compile(r"(?P<stem>model|diffusion_pytorch_model)\.(?P<variant>[\w-]+)")
 
 
 def is_index(name: str) -> bool:
-    """Whether a file of a checkpoint's own folder is an index of shards, by its name."""
+    """Whether a name without folders is that of an index of shards."""
     return _INDEX.fullmatch(name) is not None
 
 
@@ -39,10 +36,10 @@ def stem_of_index(name: str) -> str:
 
 
 def index_of_stem(stem: str) -> str:
-    """The name of the index of shards ``stem-00001-of-….safetensors``, as the libraries look for it."""
+    """The name under which libraries look for the index of shards ``stem-00001-of-….safetensors``."""
     if match := _VARIANT.fullmatch(stem):
         return f"{match['stem']}.safetensors.index.{match['variant']}.json"
-    return stem + INDEX_SUFFIX
+    return f"{stem}.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +53,7 @@ class Shard:
 
 
 def read_shard(source: Source, name: str, most: int = MAX_TENSORS) -> Shard:
-    """The header of one safetensors file, which may name ``most`` tensors."""
+    """The header of one safetensors file of at most ``most`` tensors. Raises `FormatError` or `SourceError`."""
     file = source.stat(name)
     metadata, tensors, data_start = read_header(partial(source.read, name), file.size, file.uri, most)
     refs = tuple(
@@ -66,15 +63,16 @@ def read_shard(source: Source, name: str, most: int = MAX_TENSORS) -> Shard:
     return Shard(name, file, metadata, refs)
 
 
-def read_json(source: Source, names: Collection[str], name: str) -> dict[str, Any]:
-    """A JSON object of a source; empty if there is no such file. `FormatError` if it is something else."""
-    return read_json_value(source, name, json_text.parse_object) if name in names else {}
+def read_json(
+    source: Source,
+    name: str,
+    limit: int = json_text.MAX_BYTES,
+    parse: Callable[[bytes, int], Any] = json_text.parse_object,
+) -> Any:
+    """The object in a JSON file of at most ``limit`` bytes. Raises `FormatError` or `SourceError`.
 
-
-def read_json_value(
-    source: Source, name: str, parse: Callable[[bytes, int], T] = json_text.parse, limit: int = json_text.MAX_BYTES
-) -> T:
-    """What ``parse`` makes of a JSON file of ``limit`` bytes at most. Raises `FormatError`."""
+    ``parse`` is a function of `json_text` with other rules.
+    """
     text = source.read(name, 0, limit + 1)
     try:
         return parse(text, limit)
@@ -92,18 +90,18 @@ def read_index(source: Source, name: str) -> tuple[Mapping[str, Any], Mapping[st
     """The metadata of an index, and tensor → file. Raises `FormatError`."""
     where = f"{source.location}: {name}"
     parse = partial(json_text.parse_object, constant=_no_constant)
-    index = read_json_value(source, name, parse, MAX_INDEX_BYTES)
+    index = read_json(source, name, MAX_INDEX_BYTES, parse)
     weight_map, metadata = index.get("weight_map"), index.get("metadata") or {}
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
         raise FormatError(f'{where}: expected {{"metadata": {{…}}, "weight_map": {{tensor: file}}}}')
-    known: set[str] = set()  # few files hold all tensors
+    checked: set[str] = set()  # there are far fewer files than tensors
     for tensor, file in weight_map.items():
-        if isinstance(file, str) and file in known:
+        if isinstance(file, str) and file in checked:
             continue
         if not isinstance(file, str) or not file.isprintable() or not re.fullmatch(r"[^/\\]+\.safetensors", file):
             raise FormatError(
-                f"{where}: it puts {tensor!r:.200} into {file!r:.200}, which is not the name of a .safetensors file in "
+                f"{where}: it maps {tensor!r:.200} to {file!r:.200}, which is not the name of a .safetensors file in "
                 "this directory"
             )
-        known.add(file)
+        checked.add(file)
     return metadata, weight_map

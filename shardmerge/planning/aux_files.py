@@ -19,7 +19,7 @@ from shardmerge.planning.other_weights import is_adapter, is_below, is_weights, 
 from shardmerge.planning.special_files import is_of_another, linked_folders, unfit_in_adapter, unfit_in_base
 from shardmerge.planning.tied import without_ties
 from shardmerge.planning.tokenizer import Files, take_tokenizer, without_template
-from shardmerge.sources.source import Source, read_whole
+from shardmerge.sources.source import Source, read_file
 from shardmerge.spec.plans import AuxFile
 from shardmerge.system import json_text
 
@@ -68,11 +68,11 @@ def collect(
     for name, (source, stored) in sorted(chosen.items()):
         content = None
         if name == "config.json" and changes:
-            content = _with_changes(read_whole(source, stored, json_text.MAX_BYTES), checkpoint.config, changes)
+            content = _with_changes(read_file(source.stat(stored), json_text.MAX_BYTES), checkpoint.config, changes)
         elif name == MODELOPT_SETTINGS and "dense_modules" in changes:
-            content = _with_dense(read_json(source, [stored], stored), changes["dense_modules"])
+            content = _with_dense(read_json(source, stored), changes["dense_modules"])
         elif name in _HOLD_TEMPLATES and has_own_template and source is base:
-            content = without_template(read_json(base, [stored], stored))
+            content = without_template(read_json(base, stored))
         result.files.append(AuxFile(name, source.stat(stored), content))
     result.problems = _pointers(chosen)
     return result
@@ -122,7 +122,7 @@ def _model_directory(checkpoint: Checkpoint) -> Source | None:
     return None if alone else directory
 
 
-def _with_changes(text: bytes, config: Mapping[str, Any], changes: Mapping[str, Any]) -> str | None:
+def _with_changes(text: bytes | bytearray, config: Mapping[str, Any], changes: Mapping[str, Any]) -> str | None:
     """config.json with the changes made; None where they change nothing, so that the bytes stay."""
     changed = dict(config)
     if "dtype" in changes:

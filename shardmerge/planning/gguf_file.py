@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from shardmerge.config.schema import OutputConfig
 from shardmerge.errors import SourceError
 from shardmerge.gguf import layout as gguf_layout
-from shardmerge.gguf.files import too_large, wanted
+from shardmerge.gguf.files import MAX_BYTES, too_large, wanted
 from shardmerge.gguf.formats import ALIGNMENT, QUANTIZATIONS
 from shardmerge.gguf.generated import values_of
 from shardmerge.gguf.layout import OutputTensor, Part
@@ -108,7 +108,7 @@ def _content(file: AuxFile) -> bytes:
     if file.content is not None:
         return file.content.encode()
     try:
-        return bytes(read_file(file.source))
+        return bytes(read_file(file.source, MAX_BYTES))
     except SourceError as error:
         raise type(error)(f"{error}. Nothing was written") from None
 

@@ -15,9 +15,10 @@ from typing import Any
 from shardmerge.destinations.record import RECORD_NAME
 from shardmerge.errors import FormatError
 from shardmerge.file_formats.checkpoint import Checkpoint
-from shardmerge.file_formats.checkpoint_files import is_index, read_index, read_json_value, read_shard
+from shardmerge.file_formats.checkpoint_files import is_index, read_index, read_json, read_shard
 from shardmerge.sources.source import Source
 from shardmerge.spec.notices import Warned
+from shardmerge.system import json_text
 
 _WEIGHTS = re.compile(
     r".*(\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data|h5|msgpack|ot|npz|pickle|pkl|tflite|mlmodel|nemo)"
@@ -62,9 +63,8 @@ def is_adapter(name: str) -> bool:
 
 def needed_folders(base: Source, names: Sequence[str]) -> set[str]:
     """Folders that the files which describe a model of several parts name, and that are there."""
-    named = {
-        folder.strip("/") for name in _MANIFESTS if name in names for folder in _folders_of(read_json_value(base, name))
-    }
+    manifests = [read_json(base, name, parse=json_text.parse) for name in _MANIFESTS if name in names]
+    named = {folder.strip("/") for manifest in manifests for folder in _folders_of(manifest)}
     return {folder for folder in named if folder and any(name.startswith(f"{folder}/") for name in names)}
 
 

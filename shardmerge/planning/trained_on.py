@@ -68,7 +68,7 @@ def _difference(path: str, checkpoint: Checkpoint) -> str:
     """In what the config.json of a directory differs from the base's; empty where it cannot be read."""
     try:
         source = open_source(path)
-        theirs = read_json(source, ["config.json"], "config.json")
+        theirs = read_json(source, "config.json")
     except ShardmergeError:
         return ""
     ours = checkpoint.config

@@ -1,25 +1,20 @@
-"""Bytes that a plan carries itself, of no file: a ``data:`` URI (RFC 2397)."""
+"""Bytes that a plan contains itself: a ``data:`` URI (RFC 2397)."""
 
 from __future__ import annotations
 
 import base64
 
 from shardmerge.errors import MissingError, SourceError
-from shardmerge.sources.source import Reader, Source
+from shardmerge.sources.source import INLINE, Reader, Source
 from shardmerge.spec.tensors import SourceFile
 
 IS_PINNED = True
-_HEAD = "data:;base64,"
+_HEAD = f"{INLINE};base64,"
 
 
 def inline_file(content: bytes) -> SourceFile:
-    """A file that holds ``content``."""
+    """A file with this content."""
     return SourceFile(_HEAD + base64.b64encode(content).decode(), len(content))
-
-
-def is_inline(uri: str) -> bool:
-    """Whether a uri holds the bytes themselves."""
-    return uri.startswith(_HEAD)
 
 
 class InlineReader(Reader):
@@ -36,7 +31,7 @@ class InlineReader(Reader):
 
 
 def open_source(location: str) -> Source:
-    """Nobody can name inline bytes as a place."""
+    """Inline bytes cannot be named as a place."""
     raise MissingError(f"{location}: is not a place")
 
 

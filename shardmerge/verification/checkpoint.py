@@ -71,7 +71,7 @@ def _contradictions_of_base(again: Again) -> dict[str, str] | None:
     if aux is None:
         return None
     try:
-        config = json_text.parse_object(read_file(aux.source))
+        config = json_text.parse_object(read_file(aux.source, json_text.MAX_BYTES))
     except (SourceError, json_text.JsonError):
         return None
     tensors = {

@@ -147,7 +147,8 @@ def _json_difference(path: Path, aux: AuxFile) -> str:
         return ""
     try:
         found = json_text.read_object(path, _CHUNK)
-        wanted = json_text.parse_object(aux.content.encode() if aux.content is not None else read_file(aux.source))
+        content = aux.content.encode() if aux.content is not None else read_file(aux.source, _CHUNK)
+        wanted = json_text.parse_object(content)
         keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
     except (OSError, json_text.JsonError):
         return ""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shardmerge.codecs.rounding import NUMBER_DTYPES
-from shardmerge.sources.open_readers import OpenReaders
+from shardmerge.sources.source import OpenReaders
 from shardmerge.spec.tensors import DTYPE_BITS, Encoding, RowRange, TensorRef
 
 #: Bytes that are read at a time.

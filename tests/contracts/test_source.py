@@ -24,7 +24,6 @@ from shardmerge.sources.source import (
     open_reader,
     open_source,
     read_file,
-    read_whole,
 )
 from shardmerge.spec.tensors import PAGE, SourceFile
 from tests.support import memory_source
@@ -115,9 +114,10 @@ def test_files_are_read_in_ranges(case: Case) -> None:
 
 
 def test_a_file_is_read_whole_up_to_a_limit(case: Case) -> None:
-    assert read_whole(case.source, "config.json", 8) == FILES["config.json"]
-    with pytest.raises(SourceError, match=r"config\.json is over 7 bytes"):
-        read_whole(case.source, "config.json", 7)
+    file = case.source.stat("config.json")
+    assert read_file(file, 8) == FILES["config.json"]
+    with pytest.raises(SourceError, match=r"config\.json: is over 7 bytes"):
+        read_file(file, 7)
 
 
 def test_fetch_gives_a_file_of_this_machine(case: Case) -> None:
@@ -146,7 +146,7 @@ def test_the_version_is_the_same_until_the_file_changes(case: Case) -> None:
     if is_pinned(before):
         assert case.source.revision is not None and case.source.revision in before.uri
         assert case.source.stat(SHARD) == before
-        assert read_file(before) == FILES[SHARD]
+        assert read_file(before, before.size) == FILES[SHARD]
     else:
         assert case.source.stat(SHARD) != before
         with pytest.raises(ChangedError, match="changed since the plan was made"):
@@ -155,7 +155,7 @@ def test_the_version_is_the_same_until_the_file_changes(case: Case) -> None:
 
 def test_a_plan_carries_files_as_data(case: Case) -> None:
     file = pickle.loads(pickle.dumps(case.source.stat(SHARD)))
-    assert read_file(file) == FILES[SHARD]
+    assert read_file(file, file.size) == FILES[SHARD]
 
 
 # --- readers ----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from shardmerge.execution.factors import LazyFactors
 from shardmerge.execution.fidelity import Sampler
 from shardmerge.execution.worker import ComputeThreads
 from shardmerge.planning import tiling
-from shardmerge.sources.open_readers import OpenReaders
+from shardmerge.sources.source import OpenReaders
 from shardmerge.system import torch_devices
 from tests.support.builders import slow_but
 from tests.support.device_cases import NAMES, TALL, _of, config_of, files

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from shardmerge.errors import FormatError, SourceError
 from shardmerge.file_formats.checkpoint import Checkpoint, open_checkpoint
-from shardmerge.file_formats.checkpoint_files import read_json
 from shardmerge.sources.local import LocalSource
 from shardmerge.sources.source import open_source
 from shardmerge.spec.tensors import DTYPE_BITS
@@ -337,8 +336,10 @@ def test_many_missing_shards_are_not_all_listed(tmp_path: Path) -> None:
     assert shard_names(8)[6] not in message
 
 
-def test_json_that_is_not_there_is_empty(tmp_path: Path) -> None:
-    assert read_json(LocalSource(str(tmp_path)), [], "config.json") == {}
+def test_a_config_that_is_not_there_is_empty(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    (base / "config.json").unlink()
+    assert open_checkpoint(LocalSource(str(base))).config == {}
 
 
 def test_a_tensor_that_the_index_leaves_out_is_named(tmp_path: Path) -> None:
