@@ -1,12 +1,11 @@
-"""Repos of the Hugging Face Hub, through huggingface_hub's own client: its cache, token, endpoint and offline mode.
+"""Repos of the Hugging Face Hub, read with huggingface_hub: its cache, token, endpoint and offline mode apply.
 
-The revision that a person wrote is resolved to a commit once, and everything after that asks for the commit, so a
-branch that moves changes nothing. Headers are read as byte ranges, so a plan downloads no shard; a shard is downloaded
-into the library's cache when its reader is opened; small files stay in the cache when they are read, so that a later
-run works offline. File names are untrusted, whether the Hub or an index gives them.
+A revision is resolved to a commit once; every later request is for the commit, so a branch may move. A plan reads
+headers as byte ranges. Opening a reader downloads the shard into the cache. Small files are cached when they are read,
+so that a later run works offline. File names are untrusted.
 
-This is the only module that imports huggingface_hub. Every version from 0.30 on works: it uses requests before 1.0,
-then httpx, and now httpx2.
+Only this module imports huggingface_hub. It works with every version from 0.30 on: they use requests, then httpx, then
+httpx2.
 """
 
 from __future__ import annotations
@@ -39,8 +38,9 @@ T = TypeVar("T")
 
 IS_PINNED = True
 _SCHEME = "hub://"
-_SMALL = 1_000_000  # bytes; a file below that is worth keeping for an offline run
-_CHUNK = 1 << 16  # bytes
+#: Bytes; smaller files are cached for an offline run.
+_SMALL = 1_000_000
+_CHUNK = 1 << 16
 _ATTEMPTS = 3
 _BUSY = (408, 429, 500, 502, 503, 504)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -55,14 +55,11 @@ _SECRETS = (
 
 _CLIENT: dict[str, Any] = {"library_name": "shardmerge", "library_version": __version__}
 _API = HfApi(**_CLIENT)
-_UTILS: Any = huggingface_hub.utils  # its exports are lazy, which mypy does not see through
+_UTILS: Any = huggingface_hub.utils  # mypy does not see its lazy exports
 
 
 class HubSource:
-    """A model repo at one commit.
-
-    ``note`` is set where the local cache is used in place of the Hub, and says why.
-    """
+    """A model repo at one commit. ``note`` says why the local cache is used instead of the Hub, if it is."""
 
     local_path: Path | None = None
 
@@ -73,18 +70,17 @@ class HubSource:
         self.revision: str = commit
         self.note: str | None = None
         if unreachable:
-            stand_in = f"the cache stands in, with commit {commit} and the {len(sizes)} files it has of it"
-            self.note = f"{repo}: {unreachable}; {stand_in}"
+            self.note = f"{repo}: {unreachable}; the cache is used, with commit {commit} and {len(sizes)} of its files"
         self._sizes = dict(sizes)
         self._asked = asked
         self._unreachable = unreachable
 
     @classmethod
     def open(cls, location: str) -> HubSource:
-        """The repo that ``org/name`` or ``org/name@revision`` names; a revision is a branch, a tag or a commit.
+        """The repo ``org/name`` or ``org/name@revision``; a revision is a branch, a tag or a commit.
 
-        Where the Hub cannot be reached, or may not be (``HF_HUB_OFFLINE``), the commit that the cache has of it, with
-        the files that are there. Raises `SourceError`.
+        If the Hub cannot be reached, or may not be (``HF_HUB_OFFLINE``), the cached commit with the files that are
+        there. Raises `SourceError`.
         """
         repo, _, asked = location.partition("@")
         asked = asked or constants.DEFAULT_REVISION
@@ -101,7 +97,7 @@ class HubSource:
             raise kind(f"{location}: {where}, and on the Hub: {_reason(error)}") from None
         commit = info.sha or ""
         if not _COMMIT.fullmatch(commit):
-            raise SourceError(f"{location}: the Hub names {commit!r} where a commit was expected")
+            raise SourceError(f"{location}: the Hub answers with {commit!r}; expected a commit")
         siblings = info.siblings or []
         return cls(repo, commit, {file.rfilename: file.size for file in siblings if _is_visible(file.rfilename)}, asked)
 
@@ -113,7 +109,7 @@ class HubSource:
             where = f"no local file or directory{looked_in(location)}, not in the cache ({constants.HF_HUB_CACHE})"
             raise MissingError(f"{location}: {where}, and {why}. {_to_cache(repo, asked)}") from None
         files = LocalSource(str(folder))
-        # A blob may be missing of what is linked to it.
+        # The blob that a link points to may be missing.
         sizes = {name: files.stat(name).size for name in files.names() if (folder / name).exists()}
         return cls(repo, folder.name, sizes, asked=folder.name, unreachable=why)
 
@@ -143,14 +139,12 @@ class HubSource:
         return SourceFile(uri=_SCHEME + what, size=size)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        """Up to ``size`` bytes from ``offset``: from the cache, or as a byte range that leaves no file behind.
-
-        An index, and a file below 1 MB that is asked for whole, comes into the cache.
-        """
+        """See `Source.read`. An index, and a small file that is read whole, is cached; any other read is a range."""
         total = self.stat(name).size
         size = max(0, min(size, total - offset))
         if name.endswith(".index.json") or (offset == 0 and size == total < _SMALL):
-            path: Path | None = self._keep(name)
+            path: Path | None = self.fetch(name)
+            self._name_commit(name)
         else:
             path = _cached(self.location, name, self.revision)
         if path is not None:
@@ -167,23 +161,19 @@ class HubSource:
         self.stat(name)
         return _download(self.location, name, self.revision, self.revision)
 
-    def _keep(self, name: str) -> Path:
-        path = self.fetch(name)
-        if self._asked != self.revision:
-            self._name_commit(name)
-            self._asked = self.revision
-        return path
-
     def _name_commit(self, name: str) -> None:
-        """Have the cache note which commit the name that the person used stands for.
+        """Have the cache note the commit of the revision that the person named, for offline runs.
 
-        That is all that an offline run has to go by, and the client only notes it when it is asked for a file by that
-        name. Nothing is lost if it fails, or if the branch has moved since.
+        The client notes it only when a file is requested by that revision. A failure, or a branch that has moved since,
+        does no harm.
         """
+        if self._asked == self.revision:
+            return
         known = _cached(self.location, name, self._asked)
         if known is None or self.revision not in known.parts:
             with suppress(SourceError):
                 _download(self.location, name, self._asked, self.revision)
+        self._asked = self.revision
 
 
 def open_source(location: str) -> HubSource:
@@ -191,7 +181,7 @@ def open_source(location: str) -> HubSource:
 
 
 def open_reader(file: SourceFile) -> LocalReader:
-    """A reader over the cached copy of a file of a plan; the first reader downloads it. Raises `SourceError`."""
+    """A reader of the cached copy of a file, which the first reader downloads. Raises `SourceError`."""
     match = _URI.fullmatch(file.uri)
     if match is None or not _is_safe(match[3]):
         raise SourceError(f"{file.uri!r} is not of the form {_SCHEME}org/name@commit/file")
@@ -214,11 +204,11 @@ def _cached(repo: str, name: str, revision: str) -> Path | None:
 
 
 def _cached_snapshot(repo: str, asked: str) -> Path:
-    """The cache's folder of the commit that ``asked`` was when it was last looked up; files may be missing in it."""
+    """The cached folder of the last known commit of a revision. Files may be missing in it."""
     try:
         folder = Path(_API.snapshot_download(repo, revision=asked, local_files_only=True))
     except LocalEntryNotFoundError as error:
-        # Newer versions refuse a snapshot that lacks files, but say where it is.
+        # Newer versions refuse an incomplete snapshot, but report its path.
         folder = Path(getattr(error, "snapshot_path", ""))
     if not _COMMIT.fullmatch(folder.name):
         raise SourceError(f"{repo}@{asked}: not in the cache")
@@ -226,7 +216,7 @@ def _cached_snapshot(repo: str, asked: str) -> Path:
 
 
 def _download(repo: str, name: str, revision: str, commit: str) -> Path:
-    """The cached copy of a file, downloaded if it must be. A `SourceError` speaks of ``commit``."""
+    """The cached copy of a file, downloaded if necessary. A `SourceError` names ``commit``."""
     try:
         path = Path(_persistently(partial(_API.hf_hub_download, repo, name, revision=revision)))
     except Exception as error:
@@ -234,11 +224,11 @@ def _download(repo: str, name: str, revision: str, commit: str) -> Path:
         if isinstance(error, LocalEntryNotFoundError):
             problem = f"it is not in the cache, and {problem}. {_to_cache(repo, commit, name)}"
         raise SourceError(f"{repo}@{commit}/{name}: {problem}") from None
-    return LocalSource(str(path.parent)).fetch(path.name)  # somebody else may have made the cache
+    return LocalSource(str(path.parent)).fetch(path.name)  # the cache is untrusted
 
 
 def _persistently(ask: Callable[[], T]) -> T:
-    """What ``ask`` returns, asked again where the connection breaks: the client mends that only in some places."""
+    """The result of ``ask``, repeated if the connection breaks: the client does that only in some places."""
     for _ in range(_ATTEMPTS - 1):
         try:
             return ask()
@@ -249,17 +239,14 @@ def _persistently(ask: Callable[[], T]) -> T:
 
 
 def _get_range(url: str, offset: int, size: int) -> bytes:
-    """The bytes from ``offset`` of what is at ``url``; a server that ignores ranges is cut off after them.
-
-    A busy server is asked again, as late as it wishes.
-    """
+    """A byte range of ``url``. Busy servers are asked again; a server that ignores ranges is cut off after it."""
     # A compressed answer would not be a range of the file.
     wanted = {"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
     options = {
         "headers": _UTILS.build_hf_headers(**_CLIENT) | wanted,
         "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT,
         "retry_on_status_codes": _BUSY,
-        # The client cannot ask again once the body is being read, but would try to.
+        # The client would retry while the body is being read, which cannot work.
         "retry_on_exceptions": (),
     }
     if hasattr(_UTILS, "http_stream_backoff"):
@@ -276,7 +263,7 @@ def _get_range(url: str, offset: int, size: int) -> bytes:
             if len(data) > end:
                 break
     if len(data) < end:
-        raise OSError(f"{len(data)} bytes arrived where {end} were asked for")
+        raise OSError(f"{len(data)} bytes arrived, {end} were requested")
     return bytes(data[end - size : end])
 
 
@@ -289,7 +276,7 @@ def _to_cache(repo: str, revision: str, name: str = "") -> str:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an error, where there was an answer."""
+    """The HTTP status behind an error, if there was an answer."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
@@ -299,14 +286,14 @@ def _is_broken_connection(error: BaseException) -> bool:
 
 
 def _is_unreachable(error: BaseException) -> bool:
-    """Whether the Hub gave no answer, or only that it is down."""
+    """Whether the Hub did not answer, or answered that it is down."""
     if (status := _status(error)) is not None:
         return status >= 500
     return _is_broken_connection(error) or isinstance(error, (ConnectionError, TimeoutError))
 
 
 def _reason(error: BaseException) -> str:
-    """Why the client failed, in words for a person, with nothing secret in them."""
+    """Why the client failed, for a person; without secrets."""
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     status, text = _status(error), _redacted(": ".join(filter(None, (type(error).__name__, str(error)))))

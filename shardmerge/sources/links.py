@@ -1,11 +1,10 @@
-"""Where a name of a directory leads: links in an untrusted directory must not make us read or copy what is outside.
+"""Resolves links in an untrusted directory, which must not lead to files outside of it.
 
-A link is followed where it ends inside the directory; where the directory is a snapshot in the Hub's cache, also in the
-``blobs`` of the same entry (``models--org--name/snapshots/<commit>`` has links to ``models--org--name/blobs``), and in
-the store of blobs that all entries of a cache share (``<cache>/blobs/<2 hex digits>/<64 hex digits>``, huggingface_hub
-2.0 and later, ``utils/_shared_blobs.py``). What counts is the real path at the end, whatever the links lead through on
-their way. Weights may be links to anywhere: large files are commonly stored elsewhere, and what is read as weights is
-checked to be weights. Hard links cannot be recognised: such a file is as much inside as it is elsewhere.
+A link may point into the directory. In a snapshot of the Hub's cache it may also point into the ``blobs`` of the same
+entry (``models--org--name/snapshots/<commit>`` links to ``models--org--name/blobs``) and into the blobs that all
+entries share (``<cache>/blobs/<2 hex digits>/<64 hex digits>``, huggingface_hub 2.0, ``utils/_shared_blobs.py``). Only
+the final real path counts. Weights may be links to anywhere: large files are commonly stored elsewhere, and a file that
+is read as weights must be valid weights. Hard links cannot be recognised.
 """
 
 from __future__ import annotations
@@ -16,29 +15,27 @@ import re
 
 from shardmerge.errors import SourceError
 
-#: Endings of files that are read as weights, and so may be links to anywhere.
+#: Endings of weights, which may be links to anywhere.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
-#: A directory that is called so stands where a file is looked for by its name.
+#: A directory with such an ending is in the place of a file.
 FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
-#: The folder of an entry of the cache, by its name, or by a commit where it was copied under another.
+#: An entry of the cache, recognised by its name or, if it was renamed, by a snapshot of a commit.
 _ENTRY = re.compile(
     r"(?P<cache>.*)/((models|datasets|spaces)--[^/]+(?=/snapshots/[^/]+(/|$))|[^/]+(?=/snapshots/[0-9a-f]{40}(/|$)))",
     re.DOTALL,
 )
-#: The way out is safe to follow: a file is only taken along where a person has said that it belongs there.
-_WAY_OUT = "If what it leads to belongs here, put a copy of it in the link's place; if not, remove the link"
+_WAY_OUT = "If its target belongs here, replace the link by a copy of it; if not, remove the link"
 _RULE = (
-    "Links are followed to files inside the directory or in the blobs of the same entry of the Hub's cache, and those "
-    f"of weights to anywhere. {_WAY_OUT}"
+    "A link may point to a file in the directory or in the blobs of the same entry of the Hub's cache; a link to "
+    f"weights may point anywhere. {_WAY_OUT}"
 )
 _SHARED = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 
 
 def real_path(root: str, name: str) -> str:
-    """The path without links of what ``name`` in the directory ``root`` is, or leads to.
+    """The path without links of the file ``name`` in the directory ``root``.
 
-    Raises `SourceError` where a link leads nowhere, in a circle or to a folder, and where anything but weights leads
-    outside.
+    Raises `SourceError` if a link leads nowhere, in a circle or to a folder, or leads outside and is not to weights.
     """
     path = os.path.join(root, name)
     if os.path.isabs(name) or ".." in name.split("/"):
@@ -52,12 +49,12 @@ def real_path(root: str, name: str) -> str:
 
 
 def leads_out(root: str, name: str) -> bool:
-    """Whether a name leads out of its directory; `SourceError` where it leads nowhere."""
+    """Whether a name is a link out of its directory. `SourceError` if it leads nowhere."""
     return not is_inside(root, _resolved(os.path.join(root, name)))
 
 
 def is_inside(root: str, real: str) -> bool:
-    """Whether a path without links is where links of the directory ``root`` may lead."""
+    """Whether links of the directory ``root`` may lead to ``real``, a path without links."""
     folder = os.path.realpath(root)
     if real == folder or _is_below(folder, real):
         return True
@@ -78,10 +75,10 @@ def _resolved(path: str) -> str:
     try:
         return os.path.realpath(path, strict=True)
     except OSError as error:
-        raise SourceError(f"{path}: {_why_not(path, error)}") from None
+        raise SourceError(f"{path}: {_problem(path, error)}") from None
 
 
-def _why_not(path: str, error: OSError) -> str:
+def _problem(path: str, error: OSError) -> str:
     reason = error.strerror or str(error)
     try:
         target = os.readlink(path)

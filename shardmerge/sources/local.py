@@ -1,4 +1,4 @@
-"""Files of this machine, read by ``pread``: no mmap (its pages would count as resident memory), no shared position."""
+"""Local files, read by ``pread``: there is no shared position, and pages of an mmap would count as resident memory."""
 
 from __future__ import annotations
 
@@ -21,22 +21,21 @@ def _problem(path: str, error: OSError) -> SourceError:
     return SourceError(f"{path}: {what if isinstance(error, NotRegularError) else f'cannot be read: {what}'}")
 
 
-#: What else identifies a file beside its size; 0 where the plan did not see it.
+#: With the size, these identify a version of a file; 0 is unknown.
 _VERSION = ("mtime_ns", "inode", "device", "ctime_ns")
 
 
 def _seen(path: str, status: os.stat_result) -> SourceFile:
-    """A file with its version: a file that was written to, cut or replaced has another.
+    """A file with its version, which changes when the file is written to, cut or replaced.
 
-    A program can put the time of writing back, but not the time of change. The latter also changes with the file's
-    mode, owner, name and number of hard links; nobody can say afterwards which it was. Reading a file, or sharing its
-    blocks, changes none of these.
+    A program can reset mtime, but not ctime. A change of the mode, owner, name or number of hard links changes ctime,
+    too, and cannot be distinguished. Reading a file or sharing its blocks changes neither.
     """
     return SourceFile(path, status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev, status.st_ctime_ns)
 
 
 def _changed(before: SourceFile, after: SourceFile) -> str:
-    """How a file changed, as far as ``before`` says what it was; empty where it did not."""
+    """How a file changed, as far as ``before`` is known; empty if it did not."""
     changed = {key for key in _VERSION if getattr(before, key) not in (0, getattr(after, key))}
     if before.size != after.size:
         return f"it was {before.size:,} bytes, it is {after.size:,}"
@@ -46,17 +45,13 @@ def _changed(before: SourceFile, after: SourceFile) -> str:
         return "another file has taken its place"
     if not changed:
         return ""
-    return (
-        "its time of change is another, so it was written to and its time of writing put back, or its mode, owner, "
-        "name or number of links was changed"
-    )
+    return "its ctime changed: it was written to and its mtime reset, or its mode, owner, name or links changed"
 
 
 class LocalSource:
-    """A directory, or a single file seen as a directory that holds just that file (``only``).
+    """A directory, or a single file (``only``), seen as a directory with just that file.
 
-    `links` says where the links in it may lead. ``stat``, ``read`` and ``fetch`` refuse any other, and whatever is not
-    a regular file, with a `SourceError` that names it.
+    ``stat``, ``read`` and ``fetch`` refuse everything but regular files, and every link that `links` does not allow.
     """
 
     revision: str | None = None
@@ -81,7 +76,7 @@ class LocalSource:
         return LocalSource(self.root) if self.only else self
 
     def names(self) -> list[str]:
-        """See `Source.names`. What is not a file is listed too: it is refused where it is used, and never "missing"."""
+        """See `Source.names`. Other entries are listed, too: they are refused when they are used, not "missing"."""
         if self.only:
             return [self.only]
         found = []
@@ -101,7 +96,7 @@ class LocalSource:
         return not folder.endswith(links.FILES) and os.path.islink(self._path(folder))
 
     def _unreadable(self, error: OSError) -> None:
-        # A folder further down may well be none of our business, as lost+found is.
+        # Unreadable folders further down, such as lost+found, do not matter.
         if error.filename == self.root:
             raise _problem(self.root, error) from None
 
@@ -109,13 +104,13 @@ class LocalSource:
         return os.path.join(self.root, name)
 
     def leads_out(self, name: str) -> bool:
-        """Whether a name is a link to a file outside of the directory, as only weights may be."""
+        """See `Source.leads_out`. Only weights may."""
         return name != self.only and links.leads_out(self.root, name)
 
     def _real(self, name: str) -> str:
-        """The path without links of a file; `SourceError`."""
+        """The path without links of a file. `SourceError`."""
         if name == self.only and os.path.exists(self._path(name)):
-            return os.path.realpath(self._path(name))  # a person gave this very path
+            return os.path.realpath(self._path(name))  # a person named this very path
         return links.real_path(self.root, name)
 
     def stat(self, name: str) -> SourceFile:
@@ -131,7 +126,7 @@ class LocalSource:
     def read(self, name: str, offset: int, size: int) -> bytes:
         file = self.stat(name)
         data = bytearray(max(0, min(size, file.size - offset)))
-        with LocalReader(file) as reader:  # the file that was found, wherever a link leads meanwhile
+        with LocalReader(file) as reader:  # it notices if a link leads elsewhere by now
             reader.read_into(offset, memoryview(data))
         return bytes(data)
 
@@ -141,7 +136,7 @@ class LocalSource:
 
 
 class LocalReader(Reader):
-    """One open local file, checked against what the plan saw of it."""
+    """One open local file, checked against its version in the plan."""
 
     def __init__(self, file: SourceFile, path: str | None = None) -> None:
         self.path = path or file.uri
@@ -153,7 +148,7 @@ class LocalReader(Reader):
         except OSError as error:
             self.close()
             raise _problem(self.path, error) from None
-        # A link that leads elsewhere than it did leads to a file of another version.
+        # If a link leads elsewhere by now, the version differs.
         self._opened = _seen(self.path, status)
         if how := _changed(file, self._opened):
             self.close()
@@ -168,13 +163,13 @@ class LocalReader(Reader):
                 raise _problem(self.path, error) from None
             if count == 0:
                 raise SourceError(
-                    f"{self.path}: ends at byte {offset + done}, {len(view) - done} bytes short of what its header "
-                    "promises; it was cut while it was being read"
+                    f"{self.path}: ends at byte {offset + done}, {len(view) - done} bytes short; it was cut while it "
+                    "was being read"
                 )
             done += count
 
     def read_block(self, memory: memoryview, position: int, offset: int, size: int) -> None:
-        """See `Reader.read_block`. Bytes that are in the page cache come from there; others do not go there."""
+        """See `Reader.read_block`. Bytes that are not in the page cache are read past it."""
         before = offset % PAGE
         if self._direct is None:
             self._direct = open_direct(self.path, os.O_RDONLY | os.O_NONBLOCK)
@@ -193,7 +188,7 @@ class LocalReader(Reader):
                 count = 0
             done += count
             if count == 0 or count % PAGE:
-                break  # the file's end, or what this file system cannot do
+                break  # the end of the file, or not supported by this file system
         if done < before + size:
             done = max(done, before)
             self.read_into(offset - before + done, pages[done : before + size])

@@ -79,7 +79,7 @@ def test_merge_by_name(hub: HubStub, place: Place, tmp_path: Path) -> None:
     again = shardmerge(hub, home, "run", "config.yaml", "-s", "output.path=offline", "--json", offline=True)
     assert again.returncode == 0, again.stderr
     assert contents(home / "offline") == contents(home / "merged")
-    assert any("the cache stands in" in warning for warning in json.loads(again.stdout)["warnings"])
+    assert any("the cache is used" in warning for warning in json.loads(again.stdout)["warnings"])
 
 
 def test_another_base_than_the_adapters_is_said(hub: HubStub, place: Place, tmp_path: Path) -> None:

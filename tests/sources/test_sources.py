@@ -327,7 +327,7 @@ result = dict(
         assert got["names"] == ["config.json", "model.safetensors.index.json"]
         assert got["uri"] == f"hub://{REPO}@{commit}/config.json"
         assert said in got["note"]
-        assert f"the cache stands in, with commit {commit} and the 2 files" in got["note"]
+        assert f"the cache is used, with commit {commit} and 2 of its files" in got["note"]
         assert f"{SHARD}: it is not in the cache" in got["miss"]
         assert f"`hf download {REPO} {SHARD} --revision {commit}`" in got["miss"]
 
