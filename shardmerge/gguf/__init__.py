@@ -1,6 +1,5 @@
 """GGUF, llama.cpp's file format: what a merged model's file looks like, and its bytes.
 
-``model`` and ``layout`` say which tensors there are and what they are made of, ``metadata`` the key-values, ``writer``
-the bytes before the data; none of them needs torch. ``generated`` makes the tensors that no checkpoint stores, in
-torch. How tensors' data is stored is for `shardmerge.codecs.ggml`.
+``model`` and ``layout`` describe the tensors, ``metadata`` the key-values, ``writer`` the header; none of them needs
+torch. ``generated`` computes the tensors that no checkpoint stores. `shardmerge.codecs.ggml` encodes tensor data.
 """

@@ -1,8 +1,6 @@
-"""The architectures that can be written, and what llama.cpp calls their tensors.
+"""The architectures that can be written, and llama.cpp's names of their tensors.
 
-A row of the table is what llama.cpp and its converter agree on for one class of transformers: the name in the file,
-which stored tensor becomes which, which of them are permuted or shifted, and which must be there. All else is refused
-by name: a model that loads and talks nonsense is worse than none.
+Every other architecture or tensor is refused by name: a model that loads and talks nonsense is worse than none.
 Source: gguf-py's tensor_mapping.py, and the converter's class of each architecture.
 """
 
@@ -10,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-#: Tensors outside the layers, as transformers names them → as GGUF does, both without ``.weight``.
+#: Tensors outside the layers: transformers' names → GGUF's, both without ``.weight``.
 _MODEL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _ATTENTION = {
     "input_layernorm": "attn_norm",
@@ -32,68 +31,67 @@ _GEMMA_NORMS = {
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """How a layer's experts are stored: one by one, and maybe also all of them in tensors of three dimensions."""
+    """How a layer's experts are stored: one by one, or also fused in tensors of three dimensions."""
 
-    #: Before an expert's number, within a layer.
+    #: The part of a tensor's name in a layer before the expert's number.
     prefix: str
-    #: Projection of an expert → GGUF's stack of them, in the order in which the converter writes these.
+    #: Projection of an expert → GGUF's stack, in the converter's order.
     stacks: Mapping[str, str]
-    #: (E, 2 f, d) and (E, d, f): gate and up in one tensor, and down.
+    #: Whether (E, 2 f, d), gate and up, and (E, d, f), down, may be stored.
     fused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One class of transformers as llama.cpp has it."""
+    """One class of transformers, in llama.cpp's terms."""
 
-    #: transformers' class, the first of ``architectures`` in config.json.
+    #: The first of ``architectures`` in config.json.
     hf_class: str
-    #: ``model_type`` in config.json (of its text part where there is one).
+    #: ``model_type`` in config.json, or in its text part.
     model_type: str
     #: ``general.architecture``.
     name: str
-    #: A layer's tensors → GGUF's, both without ``.weight`` or ``.bias`` and the layer's number.
+    #: A layer's tensors → GGUF's names, both without ``.weight`` or ``.bias`` and the layer's number.
     layer: Mapping[str, str]
     experts: Experts | None = None
-    #: Tensors of a layer whose rows are turned from halves into pairs within each head: rotary embeddings.
+    #: Tensors of a layer whose rows are reordered from halves to pairs within each head (rotary embeddings).
     permuted: frozenset[str] = frozenset()
-    #: 1 is added to every norm's weight: what the model multiplies with is 1 + weight.
+    #: Whether 1 is added to every norm's weight, because the model multiplies by 1 + weight.
     shifts_norms: bool = False
-    #: Whether there may be an output head of its own.
+    #: Whether there may be a separate output head.
     has_head: bool = True
-    #: Rope types beside ``default`` that the file can say.
+    #: Rope types beside ``default`` that a file can express.
     rope_types: frozenset[str] = frozenset()
-    #: llama.cpp's names of the pre-tokenizers that were tested with it. transformers may give a tokenizer.json of
-    #: another family the pre-tokenizer of the architecture's own, so that what a name means depends on both.
+    #: llama.cpp's names of the pre-tokenizers that were tested with it. transformers may replace the pre-tokenizer of a
+    #: tokenizer.json by the architecture's own, so the meaning of a name depends on both.
     pre_tokenizers: frozenset[str] = frozenset()
-    #: Whether a tokenizer.model counts, where there is one.
+    #: Whether a tokenizer.model is used if there is one.
     sentencepiece: bool = True
-    #: Vision and sound are left out; the text model's tensors have this in their names.
+    #: Whether it has vision or audio parts, which are left out.
     multimodal: bool = False
     #: Tensors outside the layers.
     model: Mapping[str, str] = field(default_factory=lambda: _MODEL)
 
 
-_LLAMA_ROPE = frozenset({"linear", "yarn", "llama3"})
-_QWEN_ROPE = frozenset({"linear", "yarn"})
 _LLAMA_LAYER = {**_ATTENTION, **_NORM, **_MLP}
-_GEMMA3 = {**_ATTENTION, **_HEAD_NORMS, **_GEMMA_NORMS, **_MLP}
-_QWEN_PRE = frozenset({"qwen2"})
-_QK = frozenset({"self_attn.q_proj", "self_attn.k_proj"})
+_LLAMA_PRE = frozenset({"smollm", "llama-bpe", "smaug-bpe"})
+#: Arguments of `Architecture` that several rows share.
+_LLAMA: Mapping[str, Any] = {
+    "permuted": frozenset({"self_attn.q_proj", "self_attn.k_proj"}),
+    "rope_types": frozenset({"linear", "yarn", "llama3"}),
+}
+_QWEN: Mapping[str, Any] = {"rope_types": frozenset({"linear", "yarn"}), "pre_tokenizers": frozenset({"qwen2"})}
+_GEMMA3: Mapping[str, Any] = {
+    "layer": {**_ATTENTION, **_HEAD_NORMS, **_GEMMA_NORMS, **_MLP},
+    "shifts_norms": True,
+    "rope_types": frozenset({"linear"}),
+}
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     architecture.hf_class: architecture
     for architecture in (
-        Architecture(
-            "LlamaForCausalLM",
-            "llama",
-            "llama",
-            _LLAMA_LAYER,
-            permuted=_QK,
-            rope_types=_LLAMA_ROPE,
-            pre_tokenizers=frozenset({"smollm", "llama-bpe", "smaug-bpe"}),
-        ),
-        Architecture("MistralForCausalLM", "mistral", "llama", _LLAMA_LAYER, permuted=_QK, rope_types=_LLAMA_ROPE),
+        Architecture("LlamaForCausalLM", "llama", "llama", _LLAMA_LAYER, **_LLAMA, pre_tokenizers=_LLAMA_PRE),
+        Architecture("MistralForCausalLM", "mistral", "llama", _LLAMA_LAYER, **_LLAMA),
         Architecture(
             "MixtralForCausalLM",
             "mixtral",
@@ -102,20 +100,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             experts=Experts(
                 "block_sparse_moe.experts", {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
             ),
-            permuted=_QK,
-            rope_types=_LLAMA_ROPE,
+            **_LLAMA,
         ),
-        Architecture(
-            "Qwen2ForCausalLM", "qwen2", "qwen2", _LLAMA_LAYER, rope_types=_QWEN_ROPE, pre_tokenizers=_QWEN_PRE
-        ),
-        Architecture(
-            "Qwen3ForCausalLM",
-            "qwen3",
-            "qwen3",
-            {**_LLAMA_LAYER, **_HEAD_NORMS},
-            rope_types=_QWEN_ROPE,
-            pre_tokenizers=_QWEN_PRE,
-        ),
+        Architecture("Qwen2ForCausalLM", "qwen2", "qwen2", _LLAMA_LAYER, **_QWEN),
+        Architecture("Qwen3ForCausalLM", "qwen3", "qwen3", {**_LLAMA_LAYER, **_HEAD_NORMS}, **_QWEN),
         Architecture(
             "Qwen3MoeForCausalLM",
             "qwen3_moe",
@@ -126,8 +114,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
                 {"down_proj": "ffn_down_exps", "gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps"},
                 fused=True,
             ),
-            rope_types=_QWEN_ROPE,
-            pre_tokenizers=_QWEN_PRE,
+            **_QWEN,
             sentencepiece=False,
         ),
         Architecture(
@@ -138,18 +125,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             shifts_norms=True,
             has_head=False,
         ),
-        Architecture(
-            "Gemma3ForCausalLM", "gemma3_text", "gemma3", _GEMMA3, shifts_norms=True, rope_types=frozenset({"linear"})
-        ),
-        Architecture(
-            "Gemma3ForConditionalGeneration",
-            "gemma3_text",
-            "gemma3",
-            _GEMMA3,
-            shifts_norms=True,
-            rope_types=frozenset({"linear"}),
-            multimodal=True,
-        ),
+        Architecture("Gemma3ForCausalLM", "gemma3_text", "gemma3", **_GEMMA3),
+        Architecture("Gemma3ForConditionalGeneration", "gemma3_text", "gemma3", **_GEMMA3, multimodal=True),
         Architecture(
             "Phi3ForCausalLM",
             "phi3",

@@ -1,7 +1,7 @@
-"""The tensors of a GGUF file that no checkpoint stores: what rotary frequencies are divided by, in float32.
+"""The tensors of a GGUF file that no checkpoint stores: divisors of rotary frequencies, in float32.
 
-Llama 3.1 divides a rotary frequency f of wavelength λ = 2π / f by 1 where λ is short, by ``factor`` where it is long,
-and in between by 1 / ((1 - s) / factor + s), s = (context / λ - low) / (high - low).
+Llama 3.1 divides a rotary frequency f of wavelength λ = 2π / f by 1 if λ is short, by ``factor`` if it is long, and in
+between by 1 / ((1 - s) / factor + s), s = (context / λ - low) / (high - low).
 Source: transformers' rope type ``llama3``.
 """
 
@@ -16,7 +16,7 @@ from shardmerge.gguf.model import Model
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """What the divisors of Llama 3.1's rope frequencies depend on."""
+    """The parameters of Llama 3.1's divisors."""
 
     theta: float
     dimensions: int
@@ -30,7 +30,7 @@ Values = tuple[float, ...] | RopeScaling
 
 
 def generated(model: Model) -> Iterator[tuple[str, int, Values]]:
-    """Name, number of elements, and what `values_of` makes them of."""
+    """Name, number of elements, and the argument of `values_of`."""
     rope, name = model.rope, model.architecture.name
     if name == "llama" and rope.kind == "llama3":
         scaling = RopeScaling(
@@ -49,13 +49,13 @@ def generated(model: Model) -> Iterator[tuple[str, int, Values]]:
 
 
 def values_of(values: Values) -> list[float]:
-    """The elements, each a float32. Llama 3.1's are computed as transformers does, in torch."""
+    """The elements, each a float32. Llama 3.1's are computed in torch, as transformers does."""
     if not isinstance(values, RopeScaling):
         return list(values)
     import torch
 
     scaling = values
-    # The exponents as one tensor: torch's power of one number has other bits than that of many.
+    # One tensor of exponents: torch's power of a single number has other bits.
     exponents = torch.arange(0, scaling.dimensions, 2, dtype=torch.float32) / scaling.dimensions
     wavelengths = 2 * math.pi / (1.0 / scaling.theta**exponents)
     smooth = (scaling.context / wavelengths - scaling.low) / (scaling.high - scaling.low)

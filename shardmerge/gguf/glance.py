@@ -1,12 +1,12 @@
-"""A summary of any GGUF file, from its header: version, short values, and how many tensors there are of each type.
+"""A summary of any GGUF file from its header: version, short values, and the tensors of each type.
 
     "GGUF", version (u32), number of tensors (u64), number of key-values (u64)
     each key-value:  key, type (u32), value
     each tensor:     name, number of dimensions (u32), dimensions (u64), type (u32), offset (u64)
 
-Strings are a length (u64) and bytes; arrays the type of their items (u32), a number (u64) and the items; little-endian.
-Source: ggml's docs/gguf.md and, for the numbers of types, ggml.h. The file is untrusted: its header is read in pieces,
-no memory is reserved for items that have not been read, and long values are skipped.
+A string is its length (u64) and its bytes; an array is the type of its items (u32), their number (u64) and the items;
+little-endian. Source: ggml's docs/gguf.md. The file is untrusted: its header is read in chunks, no memory is reserved
+for items that have not been read, and long values are skipped.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardmerge.errors import FormatError
-from shardmerge.gguf.cursor import ARRAY, STRING, Cursor, Read
-from shardmerge.gguf.formats import TYPES
+from shardmerge.gguf.formats import ARRAY, STRING, TYPES, Cursor, Read
 
-#: Bytes and items that a header may have: the largest vocabularies, with their merges, take 20 MB and a million.
+#: Bytes and items of a header. The largest vocabularies, with their merges, take 20 MB and a million items.
 _MOST_BYTES, _MOST_ITEMS = 128 << 20, 4 << 20
 _MOST_TENSORS, _MOST_KEYS, _MOST_DIMENSIONS = 1 << 18, 1 << 14, 8
-#: Strings up to this length are kept; a name may be no longer.
+#: Bytes of the longest string that is kept, and of the longest name.
 _KEPT = 4096
 
 Value = int | float | bool | str
@@ -31,7 +30,7 @@ Value = int | float | bool | str
 
 @dataclass(frozen=True, slots=True)
 class Glance:
-    """Short values by key; the number of tensors and the bytes of their data (with padding) by type of tensor."""
+    """Short values by key; the number of tensors, and the bytes of their data with padding, by type."""
 
     version: int
     values: Mapping[str, Value]
@@ -44,7 +43,7 @@ class Glance:
 
 
 def glance(read: Read, size: int, where: str) -> Glance:
-    """Read the header of a file of ``size`` bytes. `FormatError` where it is not a GGUF file's."""
+    """Read the header of a file of ``size`` bytes. Raises `FormatError`."""
     cursor = _Cursor(read, min(size, _MOST_BYTES), where)
     if cursor.take(4) != b"GGUF":
         raise FormatError(f"{where}: is not a GGUF file")
@@ -63,7 +62,7 @@ def glance(read: Read, size: int, where: str) -> Glance:
 
 
 def _sizes(places: list[tuple[int, str]], data_bytes: int) -> Counter[str]:
-    """Bytes by type: every tensor ends where the next begins."""
+    """Bytes by type. Every tensor ends where the next begins."""
     sizes: Counter[str] = Counter()
     ordered = sorted(places)
     for (start, kind), end in zip(ordered, [*(start for start, _ in ordered[1:]), data_bytes], strict=True):
@@ -87,14 +86,14 @@ class _Cursor(Cursor):
         return self.take(self.length(_KEPT)).decode(errors="backslashreplace")
 
     def count(self, items: int) -> None:
-        """Refuse a header of more items than any has."""
+        """Refuse a header of too many items."""
         self._items += items
         if self._items > _MOST_ITEMS:
             raise FormatError(f"{self.where}: its header has over {_MOST_ITEMS} items; expected less")
 
 
 def _value(cursor: _Cursor) -> Value | None:
-    """A value; None for a long one, which is skipped."""
+    """The next value. A long one is skipped: None."""
     (kind,) = cursor.unpack("<I")
     if kind == STRING:
         length = cursor.length()

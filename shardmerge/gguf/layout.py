@@ -1,11 +1,10 @@
-"""config.json and the stored tensors' names, shapes and dtypes → the tensors of a GGUF file, as data.
+"""Lays out the tensors of a GGUF file: from stored names, shapes and dtypes to output tensors, as data.
 
-What the official converter would write for the merged checkpoint, tensor by tensor and in its order: files by name, a
-file's tensors by name, a layer's experts where the last of them has been seen, generated tensors first.
+Tensors and order are the official converter's for the merged checkpoint: generated tensors first, then files by name,
+the tensors of a file by name, and a layer's experts at the last of them.
 
-Every output tensor is rows of stored ones, one after the other, maybe turned within heads, maybe with 1 added; rows are
-those of the matrix that a tensor of any shape is when its last dimension counts columns. So a tile of output rows is
-made of a tile of stored rows, or of few.
+An output tensor is a sequence of stored rows, perhaps reordered within heads, perhaps with 1 added. A row is one of the
+last dimension. So a tile of output rows is made of one tile of stored rows, or of few.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from shardmerge.gguf.generated import RopeScaling, generated
 from shardmerge.gguf.model import Model
 from shardmerge.spec.tensors import FLOAT_DTYPES, Encoding, RowRange
 
-#: Tensors that checkpoints have and no model needs.
+#: Tensors of checkpoints that no model needs.
 _UNUSED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
-#: Parts of a multimodal model that are not its text model. Source: the converter's filter.
+#: Tensors of a multimodal model that are not its text model's. Source: the converter's filter.
 _OTHER_SENSES = ("vision_", "vision.", "audio_", "audio.", "visual.", "projector.", "image_newline")
-#: Low precision loses most where logits are made: like llama-quantize, which takes Q6_K there, the output head gets a
-#: finer type. 8 bits are the least above 5 that can be written here.
+#: Low precision costs most in the output head. llama-quantize writes Q6_K there; the next type that can be written here
+#: has 8 bits.
 _HEAD_TYPES: Mapping[str, str] = {"Q4_0": "Q8_0", "Q4_1": "Q8_0", "Q5_0": "Q8_0", "Q5_1": "Q8_0"}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
@@ -46,7 +45,7 @@ class Stored(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows of a stored tensor, of the matrix that it is when its last dimension counts columns."""
+    """Rows of a stored tensor, along its last dimension."""
 
     tensor: str
     rows: RowRange
@@ -54,23 +53,22 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """A tensor of the file, and how it is made.
+    """A tensor of the file: the rows of its ``parts`` in order, or else its ``values``.
 
-    ``parts`` one after the other are its rows; where it is made of nothing stored, ``values`` are what it is made of.
-    Shapes are as in torch, the last dimension being a row; the file has them the other way round.
+    Shapes are torch's, the last dimension being a row; the file has them reversed.
     """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...] = ()
-    #: The stored dtype, which a merged value is rounded to before anything else is done with it.
+    #: The stored dtype, to which a merged value is rounded first.
     dtype: str = "F32"
-    #: (g, a, b): the parts' rows seen as (g, a, b) are the file's rows seen as (g, b, a).
+    #: (g, a, b): the parts' rows viewed as (g, a, b) are the file's rows viewed as (g, b, a).
     shuffle: tuple[int, int, int] | None = None
-    #: Added to every element, in float32; in float16 where ``dtype`` is F16, as the converter does it.
+    #: Added to every element, in float32, or like the converter in float16 if ``dtype`` is F16.
     addend: float = 0.0
     values: tuple[float, ...] | RopeScaling = ()
-    #: A key of `ggml.BLOCKS`, and from where the file's tensor data begins: decided when all tensors are known.
+    #: A key of `ggml.BLOCKS`, and the offset in the tensor data; set when all tensors are known.
     kind: str = "F32"
     offset: int = 0
 
@@ -80,7 +78,7 @@ class OutputTensor:
 
     @property
     def encoding(self) -> Encoding:
-        """How the parts are stored in the file: see `shardmerge.codecs.ggml`."""
+        """The parts' encoding in the file; see `shardmerge.codecs.ggml`."""
         settings: dict[str, Any] = {"through": self.dtype}
         if self.shuffle:
             settings["shuffle"] = self.shuffle
@@ -102,33 +100,30 @@ class OutputTensor:
 
     @property
     def group(self) -> int:
-        """Rows that a tile must hold a multiple of, because they change places with each other; 1 if none do.
-
-        Of a vector, whose elements do, its elements: it is one row.
-        """
+        """A tile must have a multiple of so many rows, which change places with each other; a vector is one row."""
         return self.shuffle[1] * self.shuffle[2] if self.shuffle and len(self.shape) > 1 else 1
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The tensors in the file's order, and what else there was."""
+    """The tensors in the file's order, and problems."""
 
     tensors: tuple[OutputTensor, ...]
-    #: Stored tensors that are in no tensor of the file, on purpose: nothing may update them.
+    #: Stored tensors that the file leaves out on purpose: nothing may update them.
     dropped: tuple[str, ...]
     problems: tuple[str, ...]
 
     @property
     def data_bytes(self) -> int:
-        """From where tensor data begins to the end of the file, with the padding of the last tensor."""
+        """Bytes of all tensors, with padding."""
         return padded(self.tensors[-1].offset + self.tensors[-1].nbytes) if self.tensors else 0
 
 
 def lay_out(model: Model, shards: Sequence[Sequence[Stored]], quantization: str) -> Layout:
-    """Lay out the file for a merged model whose tensors have these names, shapes and dtypes.
+    """Lay out the file of a merged model.
 
-    ``shards`` are the checkpoint's files in the order of their names; ``quantization`` is a key of
-    `formats.QUANTIZATIONS` in upper case, that is of `ggml.BLOCKS`.
+    ``shards`` are the tensors of the checkpoint's files, in the order of their names; ``quantization`` is a key of
+    `ggml.BLOCKS`.
     """
     maker = _Maker(model)
     drafts = [OutputTensor(name, (count,), values=values) for name, count, values in generated(model)]
@@ -146,10 +141,9 @@ def lay_out(model: Model, shards: Sequence[Sequence[Stored]], quantization: str)
 
 
 def _type_of(draft: OutputTensor, quantization: str, tied: bool) -> str:
-    """The converter's rules: vectors, norms and routers stay exact, rows that are not whole blocks become F16."""
-    if len(draft.shape) <= 1 or draft.name.endswith(("_norm.weight", "ffn_gate_inp.weight")):
-        return "F32"
-    if not draft.name.endswith(".weight"):
+    """The converter's rules: vectors, norms and routers stay exact; rows that are not whole blocks become F16."""
+    exact = draft.name.endswith(("_norm.weight", "ffn_gate_inp.weight")) or not draft.name.endswith(".weight")
+    if exact or len(draft.shape) <= 1:
         return "F32"
     head = "token_embd.weight" if tied else "output.weight"
     kind = _HEAD_TYPES.get(quantization, quantization) if draft.name == head else quantization
@@ -157,13 +151,13 @@ def _type_of(draft: OutputTensor, quantization: str, tied: bool) -> str:
 
 
 class _Maker:
-    """Takes stored tensors one by one, and returns the output tensors that each completes."""
+    """Takes stored tensors one by one and returns the output tensors that each completes."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
         self._architecture = model.architecture
         self._seen: set[str] = set()
-        #: Of each layer, experts' tensors by (projection, expert).
+        #: Layer → experts' tensors by (projection, expert).
         self._experts: dict[int, dict[tuple[str, int], Stored]] = {}
         self.problems: list[str] = []
         self.dropped: list[str] = []
@@ -219,7 +213,7 @@ class _Maker:
         return self._left_over(stored)
 
     def _one(self, stored: Stored, name: str, stem: str) -> list[OutputTensor]:
-        """A tensor of the file that is one stored tensor."""
+        """An output tensor that is one stored tensor."""
         model = self._model
         shape, shuffle = stored.shape, None
         if name in self._seen:
@@ -246,7 +240,7 @@ class _Maker:
     def _embedding_shape(self, stored: Stored) -> tuple[int, ...]:
         rows, *rest = stored.shape or (0,)
         if self._architecture.name == "gemma3" and rows > self._model.vocab_size:
-            rows = self._model.vocab_size  # as the converter cuts off what no token means
+            rows = self._model.vocab_size  # like the converter, without rows that have no token
         if rows != self._model.vocab_size:
             self.problems.append(
                 f"{stored.name}: it has {rows} rows; config.json's vocab_size is {self._model.vocab_size}"
@@ -299,7 +293,7 @@ class _Maker:
         return drafts
 
     def finish(self, drafts: Sequence[OutputTensor]) -> None:
-        """Report the tensors that are missing, after all stored tensors were taken."""
+        """Report missing tensors, after all stored ones were taken."""
         architecture, experts = self._architecture, self._architecture.experts
         required = [f"{name}.weight" for name in architecture.model.values() if name != "output"]
         stacks = list(experts.stacks.values()) if experts else []

@@ -1,7 +1,7 @@
-"""config.json → the numbers that a GGUF file needs, with transformers' defaults for what a config leaves out.
+"""Reads the settings of a model from config.json, with transformers' defaults, without transformers.
 
-The official converter reads a config through transformers, which fills in what is missing and moves rope settings into
-one dictionary. So do we, for the architectures of the table, without transformers.
+The official converter reads a config with transformers, which adds defaults and moves rope settings into one
+dictionary. This module does the same for the supported architectures.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from shardmerge.gguf.architectures import ARCHITECTURES, Architecture
 
-#: The most that settings may be. A larger value is wrong, and would need memory without bound.
+#: Largest values of settings. A larger one is wrong, and would take unbounded memory.
 _MOST = (1 << 31) - 1
 _LIMITS: Mapping[str, int] = {
     "num_hidden_layers": 1 << 13,
@@ -27,7 +27,7 @@ _LIMITS: Mapping[str, int] = {
     "num_local_experts": 1 << 13,
     "num_experts": 1 << 13,
 }
-#: What transformers' config class of a ``model_type`` assumes. Source: its configuration_*.py; a test compares.
+#: ``model_type`` → transformers' defaults. Source: configuration_*.py; a test compares.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = json.loads(
     resources.files("shardmerge.gguf").joinpath("defaults.json").read_text(encoding="utf-8")
 )
@@ -37,7 +37,7 @@ _GEMMA3_THETA = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary embeddings: ``settings`` as transformers 5 has them in ``rope_parameters``, ``kind`` their type."""
+    """Rotary embeddings: ``settings`` are transformers 5's ``rope_parameters``, ``kind`` is their type."""
 
     kind: str
     theta: float
@@ -48,7 +48,7 @@ class Rope:
         return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else default
 
     def numbers(self, name: str) -> tuple[float, ...]:
-        """A list of numbers; empty where there is none."""
+        """A list of numbers; empty if there is none."""
         value = self.settings.get(name)
         if not isinstance(value, list) or not all(isinstance(item, (int, float)) for item in value):
             return ()
@@ -57,7 +57,7 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The settings of a config that go into the file or decide how tensors are laid out."""
+    """The settings that are written to the file or determine the layout of tensors."""
 
     architecture: Architecture
     vocab_size: int
@@ -66,12 +66,12 @@ class Model:
     layers: int
     heads: int
     kv_heads: int
-    #: None where neither the config nor transformers has it; see `rope_dimensions`.
+    #: None if neither the config nor transformers has it; see `rope_dimensions`.
     head_dim: int | None
     context: int
     rms_eps: float
     rope: Rope
-    #: Theta of Gemma 3's layers with a sliding window; None for other models.
+    #: Theta of Gemma 3's layers with a sliding window.
     local_theta: float | None
     original_context: int | None
     experts: int | None
@@ -81,21 +81,21 @@ class Model:
     attention_softcap: float | None
     final_softcap: float | None
     causal: bool
-    #: Tensors of a layer that have a bias, by their names in transformers.
+    #: Tensors of a layer with a bias: transformers' names.
     biases: frozenset[str]
-    #: The config's own, or its text part's, with transformers' defaults.
+    #: All settings, with those of the text part and transformers' defaults.
     settings: Mapping[str, Any]
 
     @property
     def rope_dimensions(self) -> int:
-        """Elements of a head that are rotated (where the file says so: Llama's family, and Phi-3)."""
+        """Elements of a head that are rotated."""
         if self.architecture.name == "phi3":
             return int(self.rope.number("partial_rotary_factor", 1.0) * self.hidden) // self.heads
         return self.hidden // self.heads if self.head_dim is None else self.head_dim
 
 
 def read_model(config: Mapping[str, Any]) -> tuple[Model | None, tuple[str, ...]]:
-    """The model that config.json describes, or every reason why it cannot be written."""
+    """The model of config.json, or None and every reason why it cannot be written."""
     architecture, problem = _architecture(config)
     if architecture is None:
         return None, (problem,)
@@ -110,8 +110,7 @@ def read_model(config: Mapping[str, Any]) -> tuple[Model | None, tuple[str, ...]
     if config.get("quantization_config"):
         problems.append("config.json: the base is quantised (quantization_config); a GGUF file is made of full weights")
     settings = {**DEFAULTS[architecture.model_type], **settings}
-    reader = _Reader(settings, problems)
-    model = _read(architecture, settings, reader)
+    model = _read(architecture, settings, _Reader(settings, problems))
     if model is not None and not problems:
         problems += _unsupported(model, settings)
     return (None if problems else model), tuple(problems)
@@ -123,7 +122,7 @@ def _architecture(config: Mapping[str, Any]) -> tuple[Architecture | None, str]:
     declared = declared or config.get("architectures")
     name = declared[0] if isinstance(declared, list) and declared else None
     if not isinstance(name, str):
-        return None, "config.json: architectures does not name a class, so the meaning of the tensors is not known"
+        return None, "config.json: architectures does not name a class, so the meaning of the tensors is unknown"
     if name in ARCHITECTURES:
         return ARCHITECTURES[name], ""
     return None, (
@@ -133,14 +132,14 @@ def _architecture(config: Mapping[str, Any]) -> tuple[Architecture | None, str]:
 
 
 class _Reader:
-    """Takes numbers from a config and collects the problems with them."""
+    """Reads numbers of a config and collects problems."""
 
     def __init__(self, settings: Mapping[str, Any], problems: list[str]) -> None:
         self._settings = settings
         self.problems = problems
 
     def whole(self, *names: str, required: bool = True) -> int | None:
-        """The first of ``names`` that is there, as a positive whole number."""
+        """The first of ``names`` that is set, as a positive whole number."""
         for name in names:
             value = self._settings.get(name)
             if value is None:
@@ -220,7 +219,7 @@ _MLP = frozenset({f"mlp.{name}_proj" for name in ("gate", "up", "down")})
 
 
 def _biases(model_type: str, settings: Mapping[str, Any]) -> frozenset[str]:
-    """The layers' biases that transformers makes and llama.cpp adds."""
+    """The biases of a layer that both transformers and llama.cpp have."""
     if model_type == "qwen2":
         return _ATTENTION - {"self_attn.o_proj"}
     if model_type != "llama":
@@ -230,10 +229,8 @@ def _biases(model_type: str, settings: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _rope(model_type: str, settings: Mapping[str, Any], context: int) -> tuple[Rope | None, float | None]:
-    """Rope settings in transformers 5's form, from its own or an older one; for Gemma 3 the local theta too."""
-    old = settings.get("rope_scaling")
-    new = settings.get("rope_parameters")
-    theta = settings.get("rope_theta")
+    """Rope settings in transformers 5's form, from that or an older form; and Gemma 3's local theta."""
+    old, new, theta = (settings.get(key) for key in ("rope_scaling", "rope_parameters", "rope_theta"))
     if model_type == "gemma3_text":
         nested: dict[str, Any] = copy.deepcopy(new) if isinstance(new, dict) else {}
         full, local = nested.get("full_attention"), nested.get("sliding_attention")
@@ -252,8 +249,7 @@ def _rope(model_type: str, settings: Mapping[str, Any], context: int) -> tuple[R
     if rope is None:
         return None, None
     if model_type == "phi3":
-        # What transformers calls longrope was called su, and yarn, before. The context it was trained with stands
-        # beside the rope settings.
+        # transformers' longrope was called su, and yarn, before. Its original context is beside the rope settings.
         kind = "longrope" if rope.kind in ("su", "yarn") else rope.kind
         trained = settings.get("original_max_position_embeddings")
         if kind == "longrope" or "original_max_position_embeddings" not in flat:
@@ -272,13 +268,13 @@ def _made(settings: dict[str, Any]) -> Rope | None:
     return Rope(kind, float(theta), settings)
 
 
-#: Model types whose heads make up the hidden size in llama.cpp; and those with attention biases only in transformers.
+#: Model types whose heads fill the hidden size in llama.cpp; and those with attention biases only in transformers.
 _OF_WHOLE_WIDTH = frozenset({"qwen2", "phi3"})
 _WITHOUT_BIASES = frozenset({"qwen3", "qwen3_moe", "gemma2", "gemma3_text"})
 
 
 def _unsupported(model: Model, settings: Mapping[str, Any]) -> list[str]:
-    """Why llama.cpp would not load a file of this model, or why the file could not hold its numbers."""
+    """Reasons why llama.cpp would not load a file of this model, or why a file cannot express it."""
     architecture, rope, problems = model.architecture, model.rope, []
     if any(key in rope.settings for key in ("full_attention", "sliding_attention")):
         problems.append(f"config.json: rope settings by kind of layer are not supported for {architecture.hf_class}")
@@ -300,10 +296,9 @@ def _unsupported(model: Model, settings: Mapping[str, Any]) -> list[str]:
             f"config.json: attention_bias is true; llama.cpp's {architecture.hf_class} has no biases, and would not "
             "load the file"
         )
-    if architecture.model_type == "qwen3_moe":
-        sparse = settings.get("decoder_sparse_step", 1) == 1 and not settings.get("mlp_only_layers")
-        if not sparse:
-            problems.append("config.json: dense layers among those with experts; llama.cpp's Qwen3-MoE has none")
+    is_dense = settings.get("decoder_sparse_step", 1) != 1 or settings.get("mlp_only_layers")
+    if architecture.model_type == "qwen3_moe" and is_dense:
+        problems.append("config.json: dense layers among those with experts; llama.cpp's Qwen3-MoE has none")
     return problems
 
 

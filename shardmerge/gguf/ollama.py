@@ -1,8 +1,8 @@
-"""Ollama's Modelfile for a GGUF file: the name of the file, the chat template, the texts at which answers stop.
+"""Writes Ollama's Modelfile for a GGUF file: the file's name, the chat template, the texts at which answers stop.
 
-A model's chat template is a Jinja program; Ollama's is in Go's template language. The program is not translated. It
-renders a few conversations, and where it renders the same text as one of the `FORMATS`, the Modelfile gets the template
-of that format. Otherwise the Modelfile has none, and Ollama uses the template in the GGUF file as far as it can.
+A model's chat template is a Jinja program; Ollama's is in Go's template language. The program is not translated, but
+run: if it renders a few conversations as one of the `FORMATS` does, the Modelfile gets the template of that format.
+Otherwise the Modelfile has none, and Ollama uses the template in the GGUF file as far as it can.
 Source: Ollama's docs/modelfile.md and docs/template.md.
 """
 
@@ -25,13 +25,13 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """The text of a turn of each role; ``{}`` stands for its content."""
+    """The text of a turn of each role, with ``{}`` for its content."""
 
     name: str
     user: str
     assistant: str
     system: str
-    #: What an answer begins with.
+    #: The text before an answer.
     generation: str
     stops: tuple[str, ...]
 
@@ -40,7 +40,7 @@ class Format:
         return "".join(turns[turn["role"]].replace("{}", turn["content"]) for turn in messages) + self.generation
 
     def template(self) -> str:
-        """The same in Go's template language."""
+        """The format in Go's template language."""
         branches = []
         for word, role in (("if", "system"), ("else if", "user"), ("else if", "assistant")):
             text = getattr(self, role).replace("{}", "{{ .Content }}")
@@ -48,49 +48,30 @@ class Format:
         return "{{- range .Messages }}" + "".join(branches) + "{{ end }}{{ end }}" + self.generation
 
 
+def _tagged(
+    name: str, head: str, end: str, stops: tuple[str, ...], model: str = "assistant", system: str = "system"
+) -> Format:
+    """A format in which each turn is ``head``, with the role in place of ``@``, the content, and ``end``."""
+    user, assistant, instructions = (f"{head.replace('@', role)}{{}}{end}" for role in ("user", model, system))
+    return Format(name, user, assistant, instructions, head.replace("@", model), stops)
+
+
+_INST = ("[INST]", "[/INST]", "</s>")
 FORMATS = (
-    Format(
-        "ChatML",
-        "<|im_start|>user\n{}<|im_end|>\n",
-        "<|im_start|>assistant\n{}<|im_end|>\n",
-        "<|im_start|>system\n{}<|im_end|>\n",
-        "<|im_start|>assistant\n",
-        ("<|im_start|>", "<|im_end|>"),
-    ),
-    Format(
+    _tagged("ChatML", "<|im_start|>@\n", "<|im_end|>\n", ("<|im_start|>", "<|im_end|>")),
+    _tagged(
         "Llama 3",
-        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
-        "<|start_header_id|>assistant<|end_header_id|>\n\n{}<|eot_id|>",
-        "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|start_header_id|>@<|end_header_id|>\n\n",
+        "<|eot_id|>",
         ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     ),
-    Format(
-        "Gemma",
-        "<start_of_turn>user\n{}<end_of_turn>\n",
-        "<start_of_turn>model\n{}<end_of_turn>\n",
-        "<start_of_turn>user\n{}<end_of_turn>\n",
-        "<start_of_turn>model\n",
-        ("<start_of_turn>", "<end_of_turn>"),
+    _tagged(
+        "Gemma", "<start_of_turn>@\n", "<end_of_turn>\n", ("<start_of_turn>", "<end_of_turn>"), "model", system="user"
     ),
-    Format(
-        "Phi-3",
-        "<|user|>\n{}<|end|>\n",
-        "<|assistant|>\n{}<|end|>\n",
-        "<|system|>\n{}<|end|>\n",
-        "<|assistant|>\n",
-        ("<|end|>", "<|user|>", "<|assistant|>"),
-    ),
-    Format(
-        "Zephyr",
-        "<|user|>\n{}</s>\n",
-        "<|assistant|>\n{}</s>\n",
-        "<|system|>\n{}</s>\n",
-        "<|assistant|>\n",
-        ("</s>", "<|user|>", "<|assistant|>"),
-    ),
-    Format("Mistral", "[INST] {}[/INST]", " {}</s>", "[INST] {}[/INST]", "", ("[INST]", "[/INST]", "</s>")),
-    Format("Llama 2", "<s>[INST] {} [/INST]", " {} </s>", "<s>[INST] {} [/INST]", "", ("[INST]", "[/INST]", "</s>")),
+    _tagged("Phi-3", "<|@|>\n", "<|end|>\n", ("<|end|>", "<|user|>", "<|assistant|>")),
+    _tagged("Zephyr", "<|@|>\n", "</s>\n", ("</s>", "<|user|>", "<|assistant|>")),
+    Format("Mistral", "[INST] {}[/INST]", " {}</s>", "[INST] {}[/INST]", "", _INST),
+    Format("Llama 2", "<s>[INST] {} [/INST]", " {} </s>", "<s>[INST] {} [/INST]", "", _INST),
 )
 
 #: Limits of the process that renders a template: seconds of CPU time, bytes of memory.
@@ -102,17 +83,16 @@ _SYSTEM = {"role": "system", "content": "Esto brevis."}
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A format, and the system message that the template writes of its own accord."""
+    """A format, and the system message that the template adds by itself."""
 
     format: Format
     system: str | None
 
 
 def recognise(template: str, special: Mapping[str, str]) -> Known | None:
-    """The format that a chat template writes, or None. ``special`` are texts that it may use: ``bos_token``, …
+    """The format of a chat template, or None. ``special`` are the texts of special tokens: ``bos_token``, …
 
-    It is an untrusted program, so it runs in Jinja's sandbox, in a process of its own that is bounded in time and
-    memory.
+    A template is an untrusted program: it runs in Jinja's sandbox, in a process with limits of time and memory.
     """
     try:
         done = subprocess.run(
@@ -126,7 +106,7 @@ def recognise(template: str, special: Mapping[str, str]) -> Known | None:
     except (subprocess.SubprocessError, OSError, UnicodeError):
         return None
     found = json.loads(done.stdout)
-    # These quotes end a text in the Modelfile; a template could write any command after them.
+    # These quotes end a text in the Modelfile. A template could add any command after them.
     if found is None or '"""' in (found["system"] or ""):
         return None
     return Known(FORMATS[found["format"]], found["system"])
@@ -136,10 +116,10 @@ def _tried_out(template: str, special: Mapping[str, str]) -> Known | None:
     compiled = _compiled(template)
 
     def rendered(messages: Sequence[Message]) -> str | None:
-        """The text of a conversation, up to where the answer begins; None where the template refuses it."""
+        """A conversation up to the answer; None if the template refuses it."""
         try:
             return str(compiled.render(messages=messages, add_generation_prompt=True, **special))
-        except Exception:  # it is a program of the model's own, and may raise anything
+        except Exception:  # a template may raise anything
             return None
 
     asked, twice = rendered(_ASKED), rendered(_TWICE)
@@ -149,11 +129,11 @@ def _tried_out(template: str, special: Mapping[str, str]) -> Known | None:
         start, end = asked.find(format_.render(_ASKED)), format_.render(_ASKED)
         if start < 0 or not asked.endswith(end) or twice != asked[:start] + format_.render(_TWICE):
             continue
-        # The token that begins a text is put there by the tokenizer, too.
+        # The tokenizer, too, adds the token that begins a text.
         said, bos = asked[:start], special.get("bos_token", "")
         if said in ("", bos):
             return Known(format_, None)
-        # What else comes before by itself must be a turn of the system, or Ollama could not say it.
+        # Any other text before the first turn must be a system message, or Ollama could not express it.
         before, _, after = format_.system.partition("{}")
         system = rendered((_SYSTEM, *_ASKED))
         speaks = system is not None and system.endswith(format_.render((_SYSTEM, *_ASKED)))
@@ -164,7 +144,7 @@ def _tried_out(template: str, special: Mapping[str, str]) -> Known | None:
 
 
 def _compiled(template: str) -> Any:
-    """A chat template in Jinja's sandbox, with what transformers gives it; None where it cannot be compiled."""
+    """A chat template in Jinja's sandbox, with transformers' functions; None if it cannot be compiled."""
     try:
         from jinja2.exceptions import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -184,9 +164,9 @@ def _refuse(message: str) -> None:
 
 
 def modelfile(file_name: str, values: Sequence[KeyValue], contents: Mapping[str, bytes]) -> str:
-    """The whole Modelfile, for a GGUF file of these key-values that is beside it.
+    """The Modelfile for a GGUF file with these key-values beside it.
 
-    ``contents`` are the small files that it was made of, of which tokenizer_config.json names the special tokens.
+    ``contents`` are the small files that the GGUF file was made from: tokenizer_config.json names the special tokens.
     """
     found = {value.key: value.value for value in values}
     template = found.get("tokenizer.chat_template")
@@ -204,7 +184,7 @@ def modelfile(file_name: str, values: Sequence[KeyValue], contents: Mapping[str,
 
 
 def main() -> None:
-    """The process that renders a template. It prints the format's number in `FORMATS` and the system message."""
+    """Run a template, in a process of its own. Print the format's index in `FORMATS` and the system message."""
     resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     given = json.loads(sys.stdin.read())

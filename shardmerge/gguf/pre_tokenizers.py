@@ -1,7 +1,6 @@
-"""Which pre-tokenizer of llama.cpp a byte-level tokenizer has: llama.cpp knows them by name only.
+"""Finds llama.cpp's name of a byte-level tokenizer's pre-tokenizer, by the ids that it gives for a text.
 
-The name follows from what the tokenizer makes of a text. Only tokenizers that a test has seen are named, as a wrong
-name gives quietly worse text.
+Only tokenizers that a test covers are named: with a wrong name, llama.cpp silently tokenizes otherwise.
 """
 
 from __future__ import annotations
@@ -10,14 +9,14 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-#: What pre-tokenizers cut differently: digits, contractions, case, blanks, line ends, scripts, marks, emoji.
+#: Pre-tokenizers split these differently: digits, contractions, case, blanks, line ends, scripts, marks, emoji.
 PROBE = (
     "It's 1 12 123 1234 12345678 o'clock, we'LL I'M they'Ve\n\n\n  \t two  three   four\r\n end. ... !!! -- ==> {}();//"
     "\nЗдравствуй, мир42 नमस्ते 你好世界2024年 こんにちは สวัสดี שלום 🚀🙂‍↔️ é e\u0301 naïve_snake camelCase $3.14 x²\n\t\t"
     "if (a!=b) {return\u00a0'n';}  "
 )
-#: SHA-256 of the ids that a tokenizer makes of `PROBE` → llama.cpp's name of its pre-tokenizer. Each was compared with
-#: what the official converter says of the same tokenizer (tests/gguf/test_gguf_conversion.py).
+#: SHA-256 of a tokenizer's ids of `PROBE` → llama.cpp's name of its pre-tokenizer. tests/gguf/test_gguf_conversion.py
+#: compares each with the official converter's.
 PRE_TOKENIZERS: Mapping[str, str] = {
     "de4bc19b86f9a2fcd6f59afac33e78b8c9c203f2a5c4106484018688af360fd5": "smollm",  # SmolLM, SmolLM2
     "bbf38b538da7e4498bc40588098417d713bdc0c03d4690d98280e1b451ccea3e": "smaug-bpe",  # Llama 3, at first
@@ -32,7 +31,7 @@ class _Encoding(Protocol):
 
 
 class Tokenizer(Protocol):
-    """What is used of `tokenizers.Tokenizer`."""
+    """The methods of `tokenizers.Tokenizer` that are used here."""
 
     def get_vocab(self, with_added_tokens: bool = True) -> dict[str, int]: ...
     def get_added_tokens_decoder(self) -> dict[int, Any]: ...
@@ -41,7 +40,7 @@ class Tokenizer(Protocol):
 
 
 def open_tokenizer(content: bytes, problems: list[str]) -> Tokenizer | None:
-    """What ``tokenizer.json`` describes; None where that is a problem."""
+    """The tokenizer of ``tokenizer.json``; None, and a problem, if it cannot be used."""
     try:
         from tokenizers import Tokenizer as Opened
     except ImportError:
@@ -56,6 +55,6 @@ def open_tokenizer(content: bytes, problems: list[str]) -> Tokenizer | None:
 
 
 def pre_tokenizer(tokenizer: Tokenizer) -> str | None:
-    """llama.cpp's name of the pre-tokenizer, by the ids that the tokenizer makes of `PROBE`; None if it is unknown."""
+    """llama.cpp's name of the pre-tokenizer; None if it is unknown."""
     ids = tokenizer.encode(PROBE, add_special_tokens=True).ids
     return PRE_TOKENIZERS.get(hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest())

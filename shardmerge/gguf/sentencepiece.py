@@ -1,4 +1,4 @@
-"""tokenizer.model → pieces. The file is a protobuf message of which only the pieces matter here.
+"""Reads the pieces of a tokenizer.model, which is a protobuf message.
 
     ModelProto:     1: repeated SentencePiece
     SentencePiece:  1: string piece   2: float score   3: enum type, NORMAL (1) if it is missing
@@ -25,10 +25,10 @@ class Piece:
 
 
 def read_pieces(content: bytes) -> list[Piece]:
-    """Every piece, in the order of its id. ``ValueError`` where this is not a SentencePiece model."""
+    """Every piece, by id. ``ValueError`` if this is not a SentencePiece model."""
     pieces = [_piece(value) for number, value in _fields(content) if number == 1 and isinstance(value, bytes)]
     if not pieces:
-        raise ValueError("it holds no pieces")
+        raise ValueError("it has no pieces")
     return pieces
 
 
@@ -46,7 +46,7 @@ def _piece(message: bytes) -> Piece:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Fields of a message: numbers as int, all else as bytes."""
+    """Fields of a message by number: integers as int, all others as bytes."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)

@@ -1,16 +1,14 @@
-"""What transformers reads in a config.json, and whether llama.cpp computes the same with it.
+"""Finds the settings of a config.json with which llama.cpp would compute something else than transformers.
 
-llama.cpp has its own code for every architecture, in which many settings are constants: a GGUF file may load and still
-compute something else. So every key of a config.json is classified by architecture, and an unclassified key is refused
-by name:
+In llama.cpp's code of an architecture many settings are constants. So every key of a config.json is classified by
+architecture, and an unclassified key is refused by name:
 
-- *written*: it goes into the file, or decides how tensors are laid out, and llama.cpp does as it says;
-- *checked*: llama.cpp computes one value of it, or some, and all others are a loss;
-- *inert*: transformers' code of the class does not read it, or not when it computes logits: training, generation,
-  bookkeeping.
+- *written*: the file expresses it, and llama.cpp follows it;
+- *checked*: llama.cpp supports some values; all others are a loss;
+- *inert*: transformers' code of the class does not read it, or not when it computes logits.
 
-A *loss* is a setting without which the file computes something else. It is reported with its key and its value; the
-config key ``output.allow_config_loss`` has the file written without it.
+A *loss* is a setting without which the file computes something else. It is reported with key and value;
+``output.allow_config_loss`` writes the file without it.
 
 Sources: transformers' modeling_*.py and configuration_*.py of each class, 5.23; llama.cpp's src/llama-model.cpp and
 src/models/. The tests compare logits of both, setting by setting.
@@ -28,7 +26,7 @@ from shardmerge.gguf.inert import INERT, MULTIMODAL, OF_CLASS
 from shardmerge.gguf.model import Model
 from shardmerge.spec.notices import Warned
 
-#: Returns what llama.cpp does instead of what a value asks for; "" where llama.cpp does the same.
+#: Returns how llama.cpp differs from a value; "" if it does not.
 Check = Callable[[Any, Model, Mapping[str, Any]], str]
 
 _short = reprlib.repr
@@ -46,33 +44,33 @@ def losses(model: Model) -> tuple[str, ...]:
                 found.append(f"config.json: {key} is {_short(value)}: {reason}")
         elif key not in reads.written and key not in allowed and key not in _OF_ANY_CLASS:
             found.append(
-                f"config.json: {key} is {_short(value)}: its meaning for {model.architecture.hf_class} is not known, "
-                "so a GGUF file would not have it"
+                f"config.json: {key} is {_short(value)}: its meaning for {model.architecture.hf_class} is unknown, so "
+                "a GGUF file would not have it"
             )
     return (*found, *(f"config.json: {problem}" for problem in _rope_losses(model)))
 
 
 def notes(model: Model) -> tuple[str, ...]:
-    """Settings that the file does express, but that llama.cpp applies in another way than transformers."""
+    """Settings that the file expresses, but llama.cpp applies otherwise than transformers."""
     if model.rope.kind != "longrope":
         return ()
     return (
         Warned(
-            f"longrope: llama.cpp takes the long factors for every prompt where its context is larger than "
-            f"{model.original_context} tokens, transformers for prompts that are; for the short ones, run it with -c "
-            f"{model.original_context}"
+            f"longrope: with a context of over {model.original_context} tokens, llama.cpp uses the long factors for "
+            f"every prompt; transformers uses them for prompts of that length. For shorter prompts, run it with "
+            f"-c {model.original_context}"
         ),
     )
 
 
-#: Every sixth layer of Gemma 3 attends to everything.
+#: Every sixth layer of Gemma 3 has full attention.
 _PERIOD = 6
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def _only(*allowed: Any) -> Check:
-    """The values that llama.cpp has as a constant."""
+    """Only these values: in llama.cpp they are a constant."""
 
     def check(value: Any, model: Model, settings: Mapping[str, Any]) -> str:
         if any(type(value) is type(one) and value == one for one in allowed):
@@ -88,17 +86,17 @@ def _nothing(value: Any, model: Model, settings: Mapping[str, Any]) -> str:
 
 
 def _window(value: Any, model: Model, settings: Mapping[str, Any]) -> str:
-    """A sliding window of every layer, which attends to the last ``value`` tokens."""
+    """A sliding window of ``value`` tokens in every layer."""
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= model.context):
         return ""
     return (
-        f"llama.cpp's {model.architecture.hf_class} has no sliding window, so that prompts longer than that are "
-        f"computed otherwise (its context is {model.context} tokens)"
+        f"llama.cpp's {model.architecture.hf_class} has no sliding window, so it computes longer prompts otherwise "
+        f"(its context is {model.context} tokens)"
     )
 
 
 def _window_if_used(value: Any, model: Model, settings: Mapping[str, Any]) -> str:
-    """Qwen's switch for the window: of layers from ``max_window_layers`` on, or of those that ``layer_types`` names."""
+    """Qwen's switch for the window of layers from ``max_window_layers`` on, or of those in ``layer_types``."""
     kinds, every = settings.get("layer_types"), model.architecture.model_type == "qwen3_moe"
     if isinstance(kinds, list) and not every:
         slides = any(kind != "full_attention" for kind in kinds)
@@ -110,7 +108,7 @@ def _window_if_used(value: Any, model: Model, settings: Mapping[str, Any]) -> st
 
 
 def _layer_types(period: int) -> Check:
-    """Every ``period``-th layer attends to everything, the others within the window."""
+    """Every ``period``-th layer has full attention, the others a window."""
 
     def check(value: Any, model: Model, settings: Mapping[str, Any]) -> str:
         usual = ["sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(model.layers)]
@@ -120,19 +118,17 @@ def _layer_types(period: int) -> Check:
 
 
 def _pattern(value: Any, model: Model, settings: Mapping[str, Any]) -> str:
-    """Gemma 3's period, which applies where ``layer_types`` does not name the layers one by one."""
+    """Gemma 3's period, which applies if there is no ``layer_types``."""
     return "" if value == _PERIOD or settings.get("layer_types") is not None else _every(_PERIOD, model)
 
 
 def _every(period: int, model: Model) -> str:
     of = model.architecture.hf_class
-    return f"layers of llama.cpp's {of} attend within the window, but for every {period}th, which attends to everything"
+    return f"in llama.cpp's {of} every {period}th layer has full attention, and the others have a sliding window"
 
 
 def _attention_scale(largest: int) -> Check:
-    """1/√ of this scales attention: in llama.cpp a head's width; in the largest model, known by its layers, the
-    width that heads would have if they made up the hidden size.
-    """
+    """The s of attention's scale 1/√s: a head's width, or hidden / heads in llama.cpp's model of ``largest`` layers."""
 
     def check(value: Any, model: Model, settings: Mapping[str, Any]) -> str:
         width = model.hidden // model.heads if model.layers == largest else model.head_dim
@@ -149,7 +145,7 @@ def _is_causal(value: Any, model: Model, settings: Mapping[str, Any]) -> str:
 
 # --- rotary embeddings ------------------------------------------------------------------------------------------------
 
-#: What may stand among rope settings. ``finetuned`` stood beside YaRN's first ones, and nothing reads it.
+#: Known rope settings. Nothing reads ``finetuned``, which was beside YaRN's first ones.
 _ROPE_KEYS = frozenset(
     {"rope_theta", "rope_type", "type", "partial_rotary_factor", "factor", "original_max_position_embeddings"}
     | {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "finetuned"}
@@ -161,7 +157,7 @@ _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 def _rope_losses(model: Model) -> list[str]:
     rope, of = model.rope, model.architecture.hf_class
     found = [
-        f"{key} is {_short(value)} among the rope settings, and its meaning is not known"
+        f"{key} is {_short(value)} among the rope settings, and its meaning is unknown"
         for key, value in rope.settings.items()
         if key not in _ROPE_KEYS
     ]
@@ -190,12 +186,12 @@ def _rope_losses(model: Model) -> list[str]:
 
 
 def _local_losses(model: Model) -> list[str]:
-    """A file has only the theta of the rope settings of Gemma 3's layers with a window."""
+    """Of the rope settings of Gemma 3's layers with a window, a file has only theta."""
     nested = model.settings.get("rope_parameters")
     local = nested.get("sliding_attention") if isinstance(nested, dict) else None
     usual = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
     return [
-        f"{key} is {_short(value)} among the rope settings of layers with a window, of which llama.cpp has only a theta"
+        f"{key} is {_short(value)} among the rope settings of layers with a window; llama.cpp has only their theta"
         for key, value in (local.items() if isinstance(local, dict) else ())
         if key != "rope_theta" and value != usual.get(key)
     ]
@@ -234,8 +230,8 @@ def _yarn_mscale(factor: float, by: float) -> float:
 
 
 def _yarn_range(model: Model, settings: Mapping[str, Any]) -> object:
-    """The dimensions between which YaRN goes from the one frequency to the other; of settings that are left out, 32, 1
-    and true. Sources: transformers' modeling_rope_utils.py, ggml_rope_yarn_corr_dims in ggml.c."""
+    """The dimensions between which YaRN interpolates. Sources: transformers' modeling_rope_utils.py, and
+    ggml_rope_yarn_corr_dims in ggml.c, whose defaults are 32, 1 and true."""
     fast, slow = settings.get("beta_fast") or 32, settings.get("beta_slow") or 1
     if not (_is_number(fast) and _is_number(slow) and fast > 0 and slow > 0 and model.original_context):
         return settings.get("beta_fast"), settings.get("beta_slow")
@@ -263,7 +259,7 @@ def _longrope_losses(model: Model) -> list[str]:
 
 
 def longrope_factor(factor: float, original: int) -> float:
-    """What longrope scales attention by, √(1 + ln s / ln c), for a context of s times c tokens."""
+    """Longrope's scale of attention for a context of s times c tokens: √(1 + ln s / ln c)."""
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
@@ -272,7 +268,7 @@ def longrope_factor(factor: float, original: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """The settings that transformers' code of a class reads: those that are written, and those that are checked."""
+    """The settings that transformers' code of a class reads."""
 
     written: frozenset[str]
     checked: Mapping[str, Check]

@@ -1,9 +1,8 @@
-"""Which tokens begin and end a text, and the chat template: tokenizer.json, tokenizer_config.json, config.json.
+"""Finds the special tokens and the chat template in tokenizer.json, tokenizer_config.json and config.json.
 
-A token's role is found in tokenizer_config.json by its text, whose id is that of tokenizer.json's added tokens; what is
-missing there is taken from config.json's ids. Whether a tokenizer adds the beginning and the end by itself is read from
-the template of its post-processor, which only works for plain ones; tokenizer_config.json has the last word.
-Source: SpecialVocab in gguf-py's vocab.py, whose values these are.
+tokenizer_config.json has the text of a role's token, and the added tokens of tokenizer.json its id; missing ids are
+those of config.json. The template of the post-processor shows whether a tokenizer adds its first and last token itself;
+tokenizer_config.json takes precedence. Source: SpecialVocab in gguf-py's vocab.py.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from shardmerge.gguf.files import ModelFiles, items, mapping
 from shardmerge.gguf.formats import KeyValue
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-#: Role → the part of the key that says it; roles that are not here have no key.
+#: Role → the end of its key; other roles have no key.
 _ID_KEYS: Mapping[str, str] = {
     "bos": "bos_token_id",
     "eos": "eos_token_id",
@@ -33,13 +32,13 @@ _ADDED_ROLES = ("bos", "eos", "sep")
 
 @dataclass(slots=True)
 class SpecialTokens:
-    """Ids and flags by role, in the order in which they were found."""
+    """Ids and flags by role, in the order of finding them."""
 
     ids: dict[str, int] = field(default_factory=dict)
     adds: dict[str, bool] = field(default_factory=dict)
     #: One template, or several as (name, template).
     template: str | tuple[tuple[str, str], ...] | None = None
-    #: Of the normaliser: whether it makes letters small, or strips accents.
+    #: What the normalizer does.
     lowercases: bool | None = None
     strips_accents: bool | None = None
 
@@ -55,10 +54,9 @@ class SpecialTokens:
             if role in _ADDED_ROLES
         ]
         found += _template_values(self.template)
-        if self.lowercases is not None:
-            found.append(KeyValue("tokenizer.ggml.normalizer.lowercase", "bool", self.lowercases))
-        if self.strips_accents is not None:
-            found.append(KeyValue("tokenizer.ggml.normalizer.strip_accents", "bool", self.strips_accents))
+        for name, value in (("lowercase", self.lowercases), ("strip_accents", self.strips_accents)):
+            if value is not None:
+                found.append(KeyValue(f"tokenizer.ggml.normalizer.{name}", "bool", value))
         return found
 
 
@@ -75,7 +73,7 @@ def _template_values(template: str | tuple[tuple[str, str], ...] | None) -> list
             if text:
                 found.append(KeyValue(f"tokenizer.chat_template.{name}", "str", text))
     if names:
-        # The converter keeps them in a set, so they have no order there.
+        # In the converter's file they have no order.
         found.append(KeyValue("tokenizer.chat_templates", "str", tuple(sorted(set(names)))))
     if default:
         found.append(KeyValue("tokenizer.chat_template", "str", default))
@@ -83,7 +81,7 @@ def _template_values(template: str | tuple[tuple[str, str], ...] | None) -> list
 
 
 def read_special_tokens(files: ModelFiles, tokens: int | None = None) -> SpecialTokens:
-    """The special tokens of a model's files. Ids from ``tokens`` on are left out; None: no id is."""
+    """The special tokens of a model's files, with ids below ``tokens`` if it is given."""
     special = SpecialTokens()
     tokenizer, settings = files.json("tokenizer.json"), files.json("tokenizer_config.json")
     settings = dict(settings) if settings is not None else None
@@ -103,7 +101,7 @@ def read_special_tokens(files: ModelFiles, tokens: int | None = None) -> Special
 
 
 def _set(special: SpecialTokens, role: str, token: Any, tokens: int | None) -> None:
-    """The first id of a role counts."""
+    """Set a role's id, unless it has one."""
     limit = 1 << 32 if tokens is None else tokens
     if isinstance(token, int) and not isinstance(token, bool) and 0 <= token < limit:
         special.ids.setdefault(role, token)
@@ -125,12 +123,12 @@ def _read_roles(
 
 
 def text_of(token: Any) -> Any:
-    """The text of a token in tokenizer_config.json, which is an object or the text itself."""
+    """The text of a token in tokenizer_config.json, which is a text or an object with it."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _template(files: ModelFiles, settings: Mapping[str, Any]) -> str | tuple[tuple[str, str], ...] | None:
-    """tokenizer_config.json's, or that of a file beside it."""
+    """The chat template of tokenizer_config.json, or of another file."""
     template = settings["chat_template"] if "chat_template" in settings else _template_of_file(files)
     if isinstance(template, list):
         named = [(item.get("name"), item.get("template")) for item in template if isinstance(item, dict)]
@@ -161,9 +159,9 @@ def _read_normalizer(special: SpecialTokens, normalizer: Any) -> None:
 def _read_post_processor(
     special: SpecialTokens, tokenizer: Mapping[str, Any], settings: dict[str, Any] | None
 ) -> list[str]:
-    """Which special tokens the tokenizer adds; changes ``settings`` where its tokens are others. Returns the roles."""
+    """Find the special tokens that the tokenizer adds, and adjust ``settings`` to them. Returns the roles."""
     roles = list(ROLES)
-    # Only tokenizers of encoders have no bos_token and no eos_token but these.
+    # Tokenizers of encoders have these instead of bos_token and eos_token.
     if settings:
         for role, instead in (("bos", "cls"), ("eos", "sep")):
             if not settings.get(f"{role}_token") and settings.get(f"{instead}_token"):
@@ -179,7 +177,7 @@ def _read_post_processor(
 
 
 def _token(piece: Any) -> str | None:
-    """The text of a template's special token."""
+    """The text of a special token in a template."""
     text = mapping(mapping(piece).get("SpecialToken")).get("id")
     return text if isinstance(text, str) and text else None
 
@@ -191,7 +189,7 @@ def _text(settings: Mapping[str, Any] | None, role: str) -> Any:
 def _read_single(
     special: SpecialTokens, single: Sequence[Any], settings: dict[str, Any] | None, roles: list[str]
 ) -> None:
-    """The template of one text: what stands before and after it."""
+    """The template of one text: the tokens before and after it."""
     if len(single) < 2:
         return
     if first := _token(single[0]):
@@ -202,7 +200,7 @@ def _read_single(
         special.adds["bos"] = not settings or first in (_text(settings, "bos"), _text(settings, "cls"))
     if last := _token(single[-1]):
         if settings and last != _text(settings, "eos"):
-            # What was said to be the end is then the end of a turn, or of a message.
+            # eos_token is then the end of a turn, or of a message.
             for role in ("eot", "eom"):
                 if role not in roles:
                     roles.append(role)
@@ -213,7 +211,7 @@ def _read_single(
 
 
 def _read_pair(special: SpecialTokens, step: Mapping[str, Any], settings: dict[str, Any] | None) -> None:
-    """The template of two texts: whether a separator stands between them."""
+    """The template of two texts: whether there is a separator between them."""
     single, pair = items(step.get("single")), items(step.get("pair"))
     first = _token(single[0]) if len(single) > 1 else None
     last = _token(single[-1]) if len(single) > 1 else None

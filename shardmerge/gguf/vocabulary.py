@@ -1,7 +1,7 @@
-"""Tokenizer files → a list of tokens with their types and scores, and the name of the pre-tokenizer.
+"""Reads the vocabulary: tokens with their types and scores, and the name of the pre-tokenizer.
 
-Three kinds, as llama.cpp has them: SentencePiece from ``tokenizer.model``; SentencePiece from a ``tokenizer.json`` of
-byte fallback, where scores are lost; and byte-level BPE, whose pre-tokenizer llama.cpp knows by name only.
+There are three kinds: SentencePiece from ``tokenizer.model``; SentencePiece from a ``tokenizer.json`` with byte
+fallback, which has no scores; and byte-level BPE, whose pre-tokenizer llama.cpp knows by name only.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Vocabulary:
 
 @dataclass(slots=True)
 class _Pieces:
-    """Tokens by id, while they are put together."""
+    """Tokens by id, in the making."""
 
     tokens: list[bytes] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
@@ -63,7 +63,7 @@ class _Pieces:
 
 
 def tokenizer_values(model: Model, files: ModelFiles, problems: list[str], warnings: list[str]) -> list[KeyValue]:
-    """The key-values of the tokenizer, as the converter's class of the architecture chooses them."""
+    """The key-values of the tokenizer: those of the converter's class of the architecture."""
     name, settings = model.architecture.name, files.json("tokenizer_config.json") or {}
     before: list[KeyValue] = []
     after: list[KeyValue] = []
@@ -72,7 +72,7 @@ def tokenizer_values(model: Model, files: ModelFiles, problems: list[str], warni
             before.append(KeyValue("tokenizer.ggml.add_space_prefix", "bool", space))
         if model.vocab_size == 32016:
             problems.append("vocab_size 32016 is CodeLlama's, whose tokens for filling in are not supported in GGUF")
-        if model.vocab_size == 49152:  # the converter takes every model of this size for one of Granite's or SmolLM's
+        if model.vocab_size == 49152:  # to the converter, this size means Granite or SmolLM
             after.append(KeyValue("tokenizer.ggml.add_bos_token", "bool", False))
     elif name in ("gemma2", "gemma3"):
         after.append(KeyValue("tokenizer.ggml.add_space_prefix", "bool", False))
@@ -86,7 +86,7 @@ def tokenizer_values(model: Model, files: ModelFiles, problems: list[str], warni
         )
     limit = len(vocabulary.tokens) if vocabulary.kind == "llama" else None
     special = read_special_tokens(files, limit).key_values()
-    # A key that occurs twice has the later value, at the earlier place.
+    # A repeated key has the later value at the earlier place.
     return list({value.key: value for value in (*before, *vocabulary.key_values(), *special, *after)}.values())
 
 
@@ -126,7 +126,7 @@ def _sentencepiece(model: Model, files: ModelFiles, problems: list[str]) -> Voca
         return None
     size = model.vocab_size
     found = _Pieces([f"[PAD{index}]".encode() for index in range(size)], [_PADDING_SCORE] * size, [UNUSED] * size)
-    # User-defined pieces are normal ones to the converter; what the files beside say of them comes later.
+    # To the converter, user-defined pieces are normal; other files may set their type below.
     for index, piece in enumerate(pieces[:size]):
         found.tokens[index], found.scores[index] = piece.text, piece.score
         found.types[index] = NORMAL if piece.kind == USER_DEFINED else piece.kind
@@ -140,7 +140,7 @@ def _sentencepiece(model: Model, files: ModelFiles, problems: list[str]) -> Voca
 
 
 def _added_tokens(files: ModelFiles, of_tokenizer: bool) -> list[tuple[int, Mapping[str, Any]]]:
-    """(id, token) of tokenizer_config.json, then with ``of_tokenizer`` of tokenizer.json."""
+    """(id, token) of tokenizer_config.json, then, with ``of_tokenizer``, of tokenizer.json."""
     decoder = (files.json("tokenizer_config.json") or {}).get("added_tokens_decoder")
     found = list(decoder.items()) if isinstance(decoder, dict) else []
     if of_tokenizer:
@@ -162,14 +162,14 @@ def _set_added(found: _Pieces, index: int, token: Mapping[str, Any], plainly: bo
 
 
 def _looks_special(text: str) -> bool:
-    """Some models mark their control tokens as ordinary ones: the converter decides by the text."""
+    """Some models do not mark their control tokens as special: the converter decides by the text."""
     bars = (text.startswith("<|") and text.endswith("|>")) or (text.startswith("<｜") and text.endswith("｜>"))
     unused = text.startswith("<unused") and text.endswith(">")
     return bars or unused or text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 
 
 def _has_byte_fallback(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer.json is one that was made of a SentencePiece model."""
+    """Whether a tokenizer.json was made of a SentencePiece model."""
     model, decoder = tokenizer.get("model"), tokenizer.get("decoder")
     if not isinstance(model, dict) or not isinstance(decoder, dict):
         return False
@@ -177,7 +177,7 @@ def _has_byte_fallback(tokenizer: Mapping[str, Any]) -> bool:
 
 
 def _of_llama(tokenizer: Mapping[str, Any], files: ModelFiles, problems: list[str]) -> Vocabulary | None:
-    """From tokenizer.json alone: no scores, special tokens by their roles in tokenizer_config.json."""
+    """A SentencePiece vocabulary from tokenizer.json, without scores."""
     vocab = _vocab_of(tokenizer, problems)
     if vocab is None:
         return None
@@ -206,7 +206,7 @@ def _of_llama(tokenizer: Mapping[str, Any], files: ModelFiles, problems: list[st
 
 
 def _special_texts(settings: Mapping[str, Any]) -> set[str]:
-    """What transformers calls special of a Llama tokenizer: tokens with a role, and those listed as special."""
+    """transformers' special tokens of a Llama tokenizer: those with a role, and those listed as special."""
     defaults = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     found = [settings.get(f"{role}_token", defaults.get(f"{role}_token")) for role in ROLES]
     for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -266,7 +266,7 @@ def _bpe_token(tokenizer: Tokenizer, text: str | None, index: int, added: Any) -
     if added is None:
         return text, NORMAL
     if not added.normalized:
-        # llama.cpp takes such tokens as if they were normalised already.
+        # llama.cpp expects such tokens to be normalised.
         text = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
     if added.special or _looks_special(text):
         return text, CONTROL
@@ -274,7 +274,7 @@ def _bpe_token(tokenizer: Tokenizer, text: str | None, index: int, added: Any) -
 
 
 def _roles_without_tokens(settings: Mapping[str, Any], vocab: Mapping[str, int]) -> list[str]:
-    """transformers would give such a token an id of its own, after all others."""
+    """Problems with tokens to which transformers would give a new id, after all others."""
     problems = []
     for role in ROLES:
         text = text_of(settings.get(f"{role}_token"))
@@ -284,8 +284,8 @@ def _roles_without_tokens(settings: Mapping[str, Any], vocab: Mapping[str, int])
 
 
 def _merges(tokenizer: Mapping[str, Any], files: ModelFiles) -> tuple[str, ...]:
-    """Pairs joined by a blank. A blank within a token is written as byte-level BPE writes one."""
-    if merges := items(mapping(tokenizer.get("model")).get("merges")):  # whose form tokenizers has checked
+    """Pairs joined by a blank. Blanks within a token are written as in byte-level BPE."""
+    if merges := items(mapping(tokenizer.get("model")).get("merges")):  # tokenizers has checked their form
         blank = chr(ord(" ") + 256)
         return tuple(
             pair if isinstance(pair, str) else " ".join(part.replace(" ", blank) for part in pair) for pair in merges

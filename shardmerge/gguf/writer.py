@@ -1,11 +1,11 @@
-"""Key-values and tensors → everything in a GGUF file before its tensor data; version 3, little-endian.
+"""Writes the header of a GGUF file, version 3, little-endian.
 
     magic, version, number of tensors, number of key-values
     each key-value:  key, type, value
     each tensor:     name, number of dimensions, dimensions (columns first), type, offset
     padding to 32 bytes; then the data of each tensor at its offset, padded to 32 bytes
 
-A string is its length (u64) and its bytes, an array its items' type, their number and the items.
+A string is its length (u64) and its bytes; an array is the type of its items, their number and the items.
 Source: ggml's docs/gguf.md.
 """
 
@@ -14,19 +14,18 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 
-from shardmerge.gguf.formats import TYPE_CODES, KeyValue, Scalar, padded
+from shardmerge.gguf.formats import ARRAY, SCALARS, STRING, TYPE_CODES, KeyValue, Scalar, padded
 from shardmerge.gguf.layout import OutputTensor
 
 _MAGIC, _VERSION = b"GGUF", 3
-#: Types of values → (number in the file, format of `struct`).
-_SCALARS: Mapping[str, tuple[int, str]] = {"u32": (4, "I"), "i32": (5, "i"), "f32": (6, "f"), "bool": (7, "?")}
-_STRING, _ARRAY = 8, 9
+#: `KeyValue.kind` → number of the type.
+_KINDS: Mapping[str, int] = {"u32": 4, "i32": 5, "f32": 6, "bool": 7, "str": STRING}
 
 
 def encode_header(values: Sequence[KeyValue], tensors: Sequence[OutputTensor]) -> bytes:
-    """All bytes up to where tensor data begins, padding included; `OutputTensor.offset` counts from there.
+    """All bytes before the tensor data, padding included.
 
-    ``ValueError`` where a value does not fit its type, or two tensors or keys have one name.
+    ``ValueError`` if a value does not fit its type, or if two tensors or keys have one name.
     """
     _check_names("key", [value.key for value in values])
     _check_names("tensor", [tensor.name for tensor in tensors])
@@ -43,7 +42,7 @@ def encode_header(values: Sequence[KeyValue], tensors: Sequence[OutputTensor]) -
 
 
 def unencodable(values: Sequence[KeyValue]) -> list[str]:
-    """What is wrong with the values that `encode_header` would refuse."""
+    """Problems with the values that `encode_header` would refuse."""
     problems = []
     for value in values:
         try:
@@ -60,12 +59,12 @@ def _check_names(what: str, names: Sequence[str]) -> None:
 
 
 def _value(value: KeyValue) -> bytes:
-    code = _STRING if value.kind == "str" else _SCALARS[value.kind][0]
+    code = _KINDS[value.kind]
     try:
         if not isinstance(value.value, tuple):
             return struct.pack("<I", code) + _items(value.kind, (value.value,))
         items = value.value
-        return struct.pack("<IIQ", _ARRAY, code, len(items)) + _items(value.kind, items)
+        return struct.pack("<IIQ", ARRAY, code, len(items)) + _items(value.kind, items)
     except (struct.error, OverflowError, UnicodeEncodeError) as error:
         raise ValueError(f"{value.key}: a value is not a valid {value.kind}: {error}") from None
 
@@ -73,7 +72,7 @@ def _value(value: KeyValue) -> bytes:
 def _items(kind: str, items: Sequence[Scalar]) -> bytes:
     if kind == "str":
         return b"".join(_string(item) for item in items if isinstance(item, (str, bytes)))
-    return struct.pack(f"<{len(items)}{_SCALARS[kind][1]}", *items)
+    return struct.pack(f"<{len(items)}{SCALARS[_KINDS[kind]]}", *items)
 
 
 def _string(text: str | bytes) -> bytes:

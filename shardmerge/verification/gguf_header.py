@@ -8,8 +8,8 @@
 A string is its length (u64) and its bytes; an array the type of its items (u32), their number (u64) and the items.
 Little-endian throughout. Source: ggml's docs/gguf.md.
 
-Files are untrusted, so a header is read in chunks (`gguf.cursor`). Of arrays and long strings only the length and a
-checksum are kept.
+Files are untrusted, so a header is read in chunks (`gguf.formats.Cursor`). Of arrays and long strings only the length
+and a checksum are kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardmerge.errors import FormatError
-from shardmerge.gguf.cursor import ARRAY, BOOL, CHUNK, SCALARS, STRING, Cursor, Read
+from shardmerge.gguf.formats import ARRAY, BOOL, CHUNK, SCALARS, STRING, Cursor, Read
 from shardmerge.spec.tensors import TensorInfo
 from shardmerge.system.checksums import Checksums
 
