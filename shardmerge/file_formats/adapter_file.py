@@ -1,4 +1,4 @@
-"""An adapter as it is stored: its config, and its tensors as `TensorRef`s."""
+"""A stored adapter: its config, and its tensors as `TensorRef`s."""
 
 from __future__ import annotations
 
@@ -21,15 +21,13 @@ from shardmerge.system import bounded_regex
 
 CONFIG_NAME = "adapter_config.json"
 _STRUCT_CODES = {"F16": "e", "F32": "f", "F64": "d", "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}
-
-
-#: Three (DoRA's) for each of three matrices of each of 384 experts in 61 layers are 210,816.
+#: DoRA of three matrices of 384 experts in 61 layers has 210,816.
 MAX_TENSORS = 250_000
 
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """A file of weights beside the adapter's own. ``problem`` says why it has no tensors that could be read."""
+    """A file of other trained weights. ``problem`` is why its tensors cannot be read."""
 
     name: str
     file: SourceFile
@@ -39,30 +37,29 @@ class Beside:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
-    """An adapter as it is stored. ``config`` is None where there is no adapter_config.json."""
+    """A stored adapter. ``config`` is None if there is no adapter_config.json."""
 
     source: Source
-    #: Of its weights: one file, or all shards.
+    #: Its weights: one file, or all shards.
     files: tuple[SourceFile, ...]
     config_file: SourceFile | None
     config: Mapping[str, Any] | None
     tensors: Mapping[str, TensorRef]
-    #: The metadata of its safetensors header, of all shards'; empty for a pickle.
+    #: The metadata of its safetensors headers; empty for a pickle.
     metadata: Mapping[str, str]
-    #: Files of weights that were trained with it.
     beside: tuple[Beside, ...] = ()
-    #: What is wrong with its folder, and what is to be said of it.
+    #: Problems with its folder, and notes.
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def file(self) -> SourceFile:
-        """The file of its weights, of several the first."""
+        """The first file of its weights."""
         return self.files[0]
 
     @property
     def name(self) -> str:
-        """What that file is called."""
+        """The name of that file."""
         return self.file.uri.rpartition("/")[2]
 
     @property
@@ -72,7 +69,7 @@ class AdapterFile:
         return (*self.files, *config, *(beside.file for beside in self.beside))
 
     def apart_from(self, files: Collection[str]) -> AdapterFile:
-        """The same without those files beside it that are another's, the base's, by uri."""
+        """The adapter without other weights in these files, by uri: they are the base's."""
         return dataclasses.replace(self, beside=tuple(of for of in self.beside if of.file.uri not in files))
 
     @property
@@ -84,15 +81,15 @@ class AdapterFile:
 
     @property
     def family(self) -> str:
-        """The method that made it, by PEFT's name where it has one."""
+        """The method that made it, by PEFT's name if it has one."""
         return detect_format(self.tensors, self.config).method(self.tensors, self.config)
 
     def format(self, wanted: str = "auto") -> str:
-        """The name of its format: the one that is ``wanted``, or that which its files show."""
+        """The name of its format: ``wanted``, or the one that its files show."""
         return detect_format(self.tensors, self.config).name if wanted == "auto" else wanted
 
     def claims(self, config: AdapterConfig, base: BaseView = NO_BASE) -> Claims:
-        """Its updates and problems, as ``config`` says; the reader asks ``base`` what the files leave open."""
+        """Its updates and problems with this config. ``base`` resolves what the adapter's files leave open."""
         claims = self._own_claims(config, base)
         claims.problems += self.problems
         claims.warnings += self.notes
@@ -103,8 +100,8 @@ class AdapterFile:
             twice = [name for name in tensors if name in self.tensors]
             if twice:
                 claims.problems.append(
-                    f"{beside.name} is beside the adapter and holds {len(twice)} tensors that {self.name} holds, too, "
-                    f"such as {twice[0]} {list(tensors[twice[0]].shape)}; if it is of another adapter, "
+                    f"{beside.name} is beside the adapter and has {len(twice)} tensors that {self.name} has, too, such "
+                    f"as {twice[0]} {list(tensors[twice[0]].shape)}; if it is of another adapter, "
                     f"{way_out(beside.name)}"
                 )
             claim_beside(claims, beside.name, {name: ref for name, ref in tensors.items() if name not in twice})
@@ -150,7 +147,7 @@ class AdapterFile:
 
 
 def way_out(name: str) -> str:
-    """What leaves a file out."""
+    """Advice on how to ignore a file."""
     return f"ignore_files: [{name}] in the adapter's entry of the config merges without it"
 
 

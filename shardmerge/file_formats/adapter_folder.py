@@ -1,8 +1,8 @@
-"""Which of a folder's files are an adapter's: its weights, what was trained beside it, the trainer's own state.
+"""Sorts the files of an adapter's folder by name: its weights, other trained weights, the trainer's state.
 
-Trainers write what was trained in full into files of its own beside the adapter (``non_lora_state_dict.bin``,
-``vit.safetensors``, ``value_head.safetensors``). So every file of weights at the top of the folder is a part of what
-was trained, unless it is known to be a trainer's state. Only names are looked at here.
+Trainers store weights that were trained in full in other files beside the adapter (``non_lora_state_dict.bin``,
+``vit.safetensors``, ``value_head.safetensors``). So every file of weights at the top of the folder counts, unless it is
+known to be a trainer's state.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shardmerge.file_formats import recognise
 #: PEFT's names and MLX's.
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-#: What transformers calls the index of a sharded adapter: as a model's, or by the adapter's own name.
+#: transformers' names of the index of a sharded adapter.
 INDEXES = ("adapter_model.safetensors.index.json", "model.safetensors.index.json")
 _SHARD = re.compile(r"adapter_model-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _READABLE = (".safetensors", *PICKLES)
@@ -26,7 +26,7 @@ _HOLDS_WEIGHTS = re.compile(
     r"|distcp|pdparams)",
     re.IGNORECASE | re.DOTALL,
 )
-#: What trainers keep to go on from: transformers, accelerate, DeepSpeed, torchtune; and mlx-lm's earlier steps.
+#: Checkpoints of trainers: transformers, accelerate, DeepSpeed, torchtune; and mlx-lm's earlier steps.
 _TRAINING_STATE = re.compile(
     r"(optimizer|scheduler|lr_scheduler|rng_state|random_states|scaler|sampler|dl_state_dict|recipe_state).*"
     r"|training_args\.bin|.*_states\.pt|\d{7}_adapters\.safetensors"
@@ -39,34 +39,35 @@ _RUN_FOLDERS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """Names of files. ``weights`` are the adapter's own: one, or all its shards."""
+    """Names of files of weights."""
 
+    #: The adapter's own: one file, or all shards.
     weights: tuple[str, ...]
-    #: Files of weights beside those, which are accounted for as the adapter is.
+    #: Other trained weights, which must be accounted for, too.
     beside: tuple[str, ...]
-    #: Files of weights in folders further down, which are not part of this adapter.
+    #: Files in folders further down, which are not part of this adapter.
     below: tuple[str, ...]
-    #: Of those that were to be ignored, the ones that are there.
+    #: Files that the config ignores.
     ignored: tuple[str, ...]
-    #: Files of weights at the top, training state as well.
+    #: All files at the top, with training state.
     known: tuple[str, ...]
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file is called as one shard of an adapter."""
+    """Whether a name is that of a shard of an adapter."""
     return _SHARD.fullmatch(name) is not None
 
 
 def is_readable(name: str) -> bool:
-    """Whether tensors of a file that is called so can be read."""
+    """Whether the tensors of a file of this name can be read."""
     return name.endswith(_READABLE)
 
 
 def look(location: str, names: Collection[str], named: str | None, ignored: Collection[str]) -> Folder:
-    """What the files of an adapter's folder are.
+    """Sort the files of an adapter's folder.
 
-    ``named`` is the file that was asked for by itself, if one was; ``ignored`` are files that the config leaves out.
-    Raises `FormatError` where it is not clear which file is the adapter, or where shards are missing.
+    ``named`` is the file that a person named, if it was not the folder; ``ignored`` are files that the config ignores.
+    Raises `FormatError` if the adapter cannot be determined, or if shards are missing.
     """
     top = [name for name in names if "/" not in name]
     known = [name for name in top if _HOLDS_WEIGHTS.fullmatch(name)]
@@ -94,11 +95,11 @@ def _weights(location: str, counted: Sequence[str], names: Collection[str], name
     if shards:
         _check_shards(location, shards)
         return tuple(shards)
-    # Only a sole candidate is certain. Of a pickle and its safetensors twin, libraries load the latter.
+    # Only a single candidate is certain. Of a pickle and its safetensors twin, libraries load the latter.
     candidates = [name for name in counted if is_readable(name) and twin_of(name) not in counted]
     if len(candidates) == 1:
         return (candidates[0],)
-    # PEFT saves an adapter that is not called "default" into a folder of its name.
+    # PEFT saves an adapter that is not named "default" in a folder of its name.
     nested = [name for name in names if "/" in name and name.endswith(WEIGHTS)]
     found = ", ".join(candidates or nested) or "none of that kind"
     if "adapter_config.json" not in names and (known := recognise.what_is_no_adapter(sorted(names))):
@@ -115,7 +116,7 @@ def _check_shards(location: str, shards: Sequence[str]) -> None:
     if len(counts) > 1:
         raise FormatError(
             f"{location}: shards of several adapters, of {' and of '.join(map(str, counts))} files each: "
-            f"{', '.join(shards[:4])}; expected those of one"
+            f"{', '.join(shards[:4])}; expected one adapter"
         )
     there = {int(part["number"]) for part in parts}
     if missing := [number for number in range(1, counts[0] + 1) if number not in there]:
@@ -128,6 +129,6 @@ def _check_shards(location: str, shards: Sequence[str]) -> None:
 
 
 def twin_of(name: str) -> str | None:
-    """The safetensors file of the same name as a pickle; None for another kind of file."""
+    """The safetensors file of the same name as a pickle; None for any other file."""
     stem, dot, ending = name.rpartition(".")
     return f"{stem}.safetensors" if f"{dot}{ending}" in PICKLES else None

@@ -1,8 +1,8 @@
-"""Opening an adapter: find its weights and its config, and read the headers. No tensor data is read."""
+"""Opens an adapter: finds its weights and its config, and reads the headers. No tensor data is read."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from shardmerge.errors import FormatError
 from shardmerge.file_formats import adapter_folder
@@ -14,16 +14,16 @@ from shardmerge.sources.source import Source
 from shardmerge.spec.notices import Warned
 from shardmerge.spec.tensors import TensorRef
 
-#: Settings of a config; PEFT's classes have sixty.
+#: Settings of a config. PEFT's classes have sixty.
 _MAX_SETTINGS = 5_000
-#: Files further down that are named one by one.
+#: Names that a message lists.
 _SHOWN = 5
 
 
 def open_adapter(source: Source, ignore: Sequence[str] = ()) -> AdapterFile:
-    """Find the weights and the config, and read the headers. Raises `FormatError` or `SourceError`.
+    """Open an adapter. ``ignore`` are files of weights in its folder that are not part of it.
 
-    ``ignore`` are names of files of weights in the adapter's folder that are not part of it.
+    Raises `FormatError` or `SourceError`.
     """
     directory, named = _directory(source)
     names = directory.names()
@@ -44,6 +44,12 @@ def open_adapter(source: Source, ignore: Sequence[str] = ()) -> AdapterFile:
     _check_index(directory, names, parts)
     own = {part.name: _by_name(part) for part in parts}
     beside, problems, notes = _beside(directory, folder, own)
+    there = ", ".join(folder.known) or "none"
+    unknown = [
+        f"ignore_files names {name!r:.200}, which is not a file of weights in its folder; there are {there}"
+        for name in ignore
+        if name not in folder.known
+    ]
     return AdapterFile(
         directory,
         tuple(part.file for part in parts),
@@ -52,15 +58,15 @@ def open_adapter(source: Source, ignore: Sequence[str] = ()) -> AdapterFile:
         tensors,
         _metadata(directory, parts),
         tuple(beside),
-        (*_no_such_files(folder, ignore), *problems),
+        (*unknown, *problems),
         (*notes, *_notes(folder)),
     )
 
 
 def _directory(source: Source) -> tuple[Source, str | None]:
-    """Where an adapter's files are, and which of them was named by itself.
+    """The place of an adapter's files, and the file that a person named, if it was not the folder.
 
-    By one of the usual names it still has its folder around it, with the config that PEFT wrote. Any other file is all.
+    A file with one of the usual names has its folder around it, with PEFT's config. Any other file is a whole adapter.
     """
     directory = source.directory()
     if directory is source:
@@ -85,7 +91,6 @@ def _by_name(part: Shard) -> dict[str, TensorRef]:
 
 
 def _together(source: Source, parts: Sequence[Shard]) -> dict[str, TensorRef]:
-    """The tensors of all shards."""
     tensors: dict[str, TensorRef] = {}
     for part in parts:
         for ref in part.tensors:
@@ -104,14 +109,14 @@ def _metadata(source: Source, parts: Sequence[Shard]) -> dict[str, str]:
         for key, value in part.metadata:
             if metadata.setdefault(key, value) != value:
                 raise FormatError(
-                    f"{source.location}: the metadata of its shards differ: {key!r:.80} is {metadata[key]!r:.80}, and "
-                    f"in {part.name} {value!r:.80}"
+                    f"{source.location}: the metadata of its shards differ: {key!r:.80} is {metadata[key]!r:.80}, but "
+                    f"{value!r:.80} in {part.name}"
                 )
     return metadata
 
 
 def _check_index(source: Source, names: Sequence[str], parts: Sequence[Shard]) -> None:
-    """Refuse shards that are not those of their index. An index of other files is that of a model beside them."""
+    """Refuse shards that do not agree with their index. An index of other files is a model's."""
     if not adapter_folder.is_shard(parts[0].name):
         return
     there = {ref.name: part.name for part in parts for ref in part.tensors}
@@ -124,40 +129,35 @@ def _check_index(source: Source, names: Sequence[str], parts: Sequence[Shard]) -
             if found != expected:
                 raise FormatError(
                     f"{source.location}: {index} puts {tensor!r:.200} into {expected or 'no file'}, but "
-                    f"{f'it is in {found}' if found else 'it is not there'}; index and shards are not of one adapter"
+                    f"{f'it is in {found}' if found else 'it is not there'}; index and shards are of different adapters"
                 )
 
 
-# --- files beside it --------------------------------------------------------------------------------------------------
+# --- other weights ----------------------------------------------------------------------------------------------------
 
 
 def _beside(
     source: Source, folder: Folder, own: Mapping[str, Mapping[str, TensorRef]]
 ) -> tuple[list[Beside], list[str], list[str]]:
-    """Files of weights beside the adapter's; what is wrong with them, and what is to be said of them."""
+    """Other trained weights in the folder, problems with them, and notes."""
     found = {name: _read_beside(source, name) for name in folder.beside}
     known = {**own, **{name: of.tensors for name, of in found.items()}}
     problems: list[str] = []
     notes: list[str] = []
     for name in folder.beside:
-        read = _read_in_its_place(name, known, own)
+        # Of a pickle and a safetensors file of one name, libraries load one.
+        twin = adapter_folder.twin_of(name)
+        read = twin if twin in known else next((of for of in own if adapter_folder.twin_of(of) == name), None)
         if read is None or found[name].problem:
             continue
         if _shapes(found.pop(name).tensors) == _shapes(known[read]):
-            notes.append(f"{name} holds the same tensors as {read}, which is read; {name} is not")
+            notes.append(f"{name} has the same tensors as {read}, which is read; {name} is not")
         else:
             problems.append(
-                f"{name} holds other tensors than {read}, which is read in its place; if it is of another adapter, "
+                f"{name} has other tensors than {read}, which is read instead; if it is of another adapter, "
                 f"{way_out(name)}"
             )
     return list(found.values()), problems, notes
-
-
-def _read_in_its_place(name: str, known: Collection[str], own: Collection[str]) -> str | None:
-    """The file of the same name in the other format, safetensors or pickle, that libraries load in place of this."""
-    if (twin := adapter_folder.twin_of(name)) in known:
-        return twin
-    return next((other for other in own if adapter_folder.twin_of(other) == name), None)
 
 
 def _shapes(tensors: Mapping[str, TensorRef]) -> dict[str, tuple[int, ...]]:
@@ -165,27 +165,15 @@ def _shapes(tensors: Mapping[str, TensorRef]) -> dict[str, tuple[int, ...]]:
 
 
 def _read_beside(source: Source, name: str) -> Beside:
-    said = f"{name} is beside the adapter, where trained weights are stored"
-    if not adapter_folder.is_readable(name):
-        return Beside(name, source.stat(name), {}, f"{said}, in a format that is not read here; {_unless(name)}")
-    try:
-        part = _read(source, name)
-    except FormatError as error:
-        return Beside(name, source.stat(name), {}, f"{said}, and cannot be read: {error}; {_unless(name)}")
-    return Beside(name, part.file, _by_name(part))
-
-
-def _unless(name: str) -> str:
-    return f"if the model needs none of it, {way_out(name)}"
-
-
-def _no_such_files(folder: Folder, ignore: Sequence[str]) -> list[str]:
-    return [
-        f"ignore_files names {name!r:.200}, which is not a file of weights in its folder; there are "
-        f"{', '.join(folder.known) or 'none'}"
-        for name in ignore
-        if name not in folder.known
-    ]
+    why = "in a format that is not supported"
+    if adapter_folder.is_readable(name):
+        try:
+            part = _read(source, name)
+            return Beside(name, part.file, _by_name(part))
+        except FormatError as error:
+            why = f"and cannot be read: {error}"
+    problem = f"{name} is beside the adapter, where trained weights are stored, {why}"
+    return Beside(name, source.stat(name), {}, f"{problem}; if the model needs none of it, {way_out(name)}")
 
 
 def _notes(folder: Folder) -> list[str]:

@@ -1,4 +1,4 @@
-"""Index and headers of a base → weights, as `TensorRef`s. No tensor data is read."""
+"""Reads the index and the headers of a base as weights. No tensor data is read."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from shardmerge.spec.tensors import Weight
 
 #: Names that a message lists of many.
 _SHOWN = 5
-#: Endings of files that are beside a file while it is downloaded.
+#: Endings of files that exist during a download.
 _UNFINISHED = (".aria2", ".part", ".crdownload", ".incomplete")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A base model as it is stored."""
+    """A stored base model."""
 
     source: Source
     shards: tuple[Shard, ...]
     weights: Mapping[str, Weight]
     index_name: str | None
     index_metadata: Mapping[str, Any]
-    #: config.json, or an empty dictionary where there is none.
+    #: config.json; empty if it does not exist.
     config: Mapping[str, Any]
-    #: How it is quantised, as config.json or a file beside it says; empty where neither does.
+    #: How it is quantised, by config.json or a file beside it; empty if neither says so.
     quantization: Mapping[str, Any] = field(default_factory=dict)
-    #: What a person should know about which files were taken for the base.
+    #: Notes on the choice of files.
     notes: tuple[str, ...] = ()
-    #: Why weights cannot be read that are not stored plainly.
+    #: Why encoded weights cannot be read.
     problems: tuple[str, ...] = ()
 
     @property
@@ -87,7 +87,7 @@ def _settings_beside(directory: Source) -> Mapping[str, Any]:
 
 
 def _refuse_unfinished(source: Source, names: Sequence[str], choice: Choice) -> None:
-    """aria2 and browsers write a file at its full size, with holes, and another beside it until it is done."""
+    """aria2 and browsers write a file with holes at its full size, and another beside it until it is complete."""
     marks = [name + ending for name in choice.files for ending in _UNFINISHED]
     if found := sorted(set(marks).intersection(names)):
         raise FormatError(f"{source.location}: {found[0]} is there: the download of that file is incomplete; resume it")
@@ -100,14 +100,14 @@ def _weights(source: Source, shards: tuple[Shard, ...]) -> dict[str, Weight]:
             if ref.name in weights:
                 raise FormatError(
                     f"{source.location}: the tensor {ref.name!r} is stored twice, in {weights[ref.name].shard} and in "
-                    f"{shard.name}; if these are two models, give the path of the one to use"
+                    f"{shard.name}; if these are two models, give the path of one"
                 )
             weights[ref.name] = Weight(ref.name, (("weight", ref),), shard.name)
     return weights
 
 
 def _logical(stored: Mapping[str, Weight], config: Mapping[str, Any]) -> tuple[Mapping[str, Weight], tuple[str, ...]]:
-    """The weights of which stored tensors are parts, in the place of these; and why some cannot be read."""
+    """The weights, with those of codecs instead of their parts; and why some cannot be read."""
     tensors = {name: weight.tensor for name, weight in stored.items()}
     claims = [claim for codec in CODECS.values() for claim in codec.claims(tensors, config)]
     claimed = [claim for claim in claims if isinstance(claim, Weight)]
@@ -120,13 +120,13 @@ def _logical(stored: Mapping[str, Weight], config: Mapping[str, Any]) -> tuple[M
 
 
 def _check_index(source: Source, choice: Choice, weights: Mapping[str, Weight]) -> list[str]:
-    """Notes on what an index leaves out; `FormatError` where it names what is not there."""
+    """Notes on tensors that an index leaves out; `FormatError` for tensors that it names and that are not there."""
     weight_map = choice.weight_map
     wrong = [name for name, file in weight_map.items() if name not in weights or weights[name].shard != file]
     if wrong:
         raise FormatError(
-            f"{source.location}: {choice.index_name} names {len(wrong)} tensors that are not in the file it gives for "
-            f"them, for example {wrong[0]!r:.200} in {weight_map[wrong[0]]}"
+            f"{source.location}: {choice.index_name} names {len(wrong)} tensors that are not in the file that it names,"
+            f" for example {wrong[0]!r:.200} in {weight_map[wrong[0]]}"
         )
     left_out = [name for name in weights if name not in weight_map] if weight_map else []
     if not left_out:

@@ -1,9 +1,8 @@
-"""Which of a directory's files of weights are the model.
+"""Chooses the files of the model among a directory's files of weights.
 
-Programs differ: transformers loads ``model.safetensors`` before an index, diffusers and vLLM the shards of an index
-before a file beside it. Where that makes a difference, none of them can be followed in silence. Sources:
-transformers 5.23 ``modeling_utils._get_resolved_checkpoint_files``; diffusers ``ModelMixin.from_pretrained``; vLLM
-``filter_duplicate_safetensors_files``.
+transformers prefers ``model.safetensors`` to an index; diffusers and vLLM prefer the index. If that makes a difference,
+the directory is refused. Sources: transformers 5.23 ``modeling_utils._get_resolved_checkpoint_files``; diffusers
+``ModelMixin.from_pretrained``; vLLM ``filter_duplicate_safetensors_files``.
 """
 
 from __future__ import annotations
@@ -22,19 +21,18 @@ from shardmerge.spec.notices import Warned
 from shardmerge.spec.tensors import TensorRef
 
 SUFFIX = ".safetensors"
-#: The whole model in one file, by the names that transformers and diffusers give it.
+#: transformers' and diffusers' names of a model in one file.
 _WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
-#: Weights in the top folder that are not part of the model itself, and their indexes: an adapter, the state of an
-#: optimizer, and the same model as its maker's own programs read it.
+#: Weights that are not the model, and their indexes: an adapter, an optimizer's state, the model in its maker's format.
 _NOT_THE_MODEL = re.compile(r"(adapter_model|consolidated|optimizer)\b.*\.safetensors(\.index.*\.json)?")
-#: Bytes of each of two files that are compared at a time.
+#: Bytes that are compared at a time.
 _BLOCK = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The files of the model, and its index where it has one."""
+    """The files of the model, and its index if it has one."""
 
     files: tuple[str, ...]
     index_name: str | None = None
@@ -44,15 +42,15 @@ class Choice:
 
 
 def choose(source: Source, names: Sequence[str], named: Any = None) -> Choice:
-    """The model among a source's files. ``named`` is what config.json says that transformers shall load, or None.
+    """The model among a source's files. ``named`` is ``transformers_weights`` of config.json, or None.
 
-    Raises `FormatError` where there is no model, where it is not whole, and where there is more than one.
+    Raises `FormatError` if there is no model, an incomplete one, or more than one.
     """
     top = [name for name in names if "/" not in name]
     stored = [name for name in top if name.endswith(SUFFIX) or is_index(name)]
     if named is not None:
         return _named(source, top, named)
-    # What is not the model counts only where there is nothing else.
+    # Other weights count only if there is nothing else.
     proper = [name for name in stored if not _NOT_THE_MODEL.fullmatch(name)] or stored
     files = [name for name in proper if name.endswith(SUFFIX)]
     index = _index_among([name for name in proper if is_index(name)], files, source)
@@ -63,22 +61,22 @@ def choose(source: Source, names: Sequence[str], named: Any = None) -> Choice:
 
 
 def _named(source: Source, top: Sequence[str], named: Any) -> Choice:
-    """transformers loads what ``transformers_weights`` of config.json names, whatever is beside it."""
+    """transformers loads the file that config.json names, and ignores all others."""
     if named not in top or not (named.endswith(SUFFIX) or is_index(named)):
         raise FormatError(
-            f"{source.location}: config.json says that its transformers_weights are {named!r:.200}, which is not a "
-            f".safetensors file of this directory, nor an index; expected one"
+            f"{source.location}: transformers_weights in config.json is {named!r:.200}; expected a .safetensors file "
+            "of this directory, or an index"
         )
     choice = _of_index(source, [], named, top) if is_index(named) else Choice((named,))
     others = [name for name in top if name.endswith(SUFFIX) and name not in choice.files]
     if not others:
         return choice
-    note = f"{source.location}: config.json names {named} as the model's weights, so that is read, and not "
+    note = f"{source.location}: config.json names {named} as the model's weights, so other files are not read: "
     return Choice(choice.files, choice.index_name, choice.index_metadata, choice.weight_map, (note + listed(others),))
 
 
 def _index_among(indexes: Sequence[str], files: Sequence[str], source: Source) -> str | None:
-    """The index to go by. One of a variant (fp16) counts only where the model itself is not there."""
+    """The index of the model. That of a variant (fp16) counts only if there is no other."""
     plain = [name for name in indexes if stem_of_index(name) == name.partition(SUFFIX)[0]]
     if not plain and any(name.partition(SUFFIX)[0] + SUFFIX in files for name in indexes):
         return None
@@ -87,13 +85,13 @@ def _index_among(indexes: Sequence[str], files: Sequence[str], source: Source) -
     if len(indexes) <= 1 or len(usual) == 1:
         return next(iter(usual or indexes), None)
     raise FormatError(
-        f"{source.location}: several indexes, and nothing says which is the model's: {', '.join(indexes)}; put the "
-        "model that is meant into a directory of its own"
+        f"{source.location}: several indexes may be the model's: {', '.join(indexes)}; move the intended model into a "
+        "directory of its own"
     )
 
 
 def _is_of_another(source: Source, index: str, files: Sequence[str]) -> bool:
-    """Whether an index is of something beside the model: of another name, and of other tensors."""
+    """Whether an index is not the model's: its name and all its tensors are others."""
     whole = next((name for name in _WHOLE if name in files), None)
     if whole is None or stem_of_index(index) + SUFFIX in _WHOLE:
         return False
@@ -105,7 +103,7 @@ def _is_of_another(source: Source, index: str, files: Sequence[str]) -> bool:
 
 
 def _of_index(source: Source, top: Sequence[str], index: str, there: Sequence[str] | None = None) -> Choice:
-    """The shards of ``index``; ``top`` are the files among which another model may be, ``there`` those that exist."""
+    """The shards of ``index``. ``top`` may contain another model; ``there`` are the files that exist."""
     metadata, weight_map = read_index(source, index)
     files = sorted(set(weight_map.values()))
     rivals = [name for name in dict.fromkeys((stem_of_index(index) + SUFFIX, *_WHOLE)) if name in top]
@@ -128,27 +126,27 @@ def _or_take(source: Source, rivals: Sequence[str]) -> str:
 
 
 def _take(source: Source, name: str) -> str:
-    """How to name one file of a source as the base."""
+    """Advice on how to give one file of a source as the base."""
     if source.local_path is not None:
         return f"give the path {source.location}/{name}"
     return f"download {source.location} and give the path of its {name}"
 
 
 def _stale(source: Source, index: str, weight_map: Mapping[str, str], whole: str) -> Choice:
-    """All of an index's shards are gone, and the whole model is in one file: what an earlier save has left."""
+    """All shards of an index are gone, and one file has the whole model: the index is of an earlier save."""
     tensors = {ref.name for ref in read_shard(source, whole).tensors}
     if absent := [name for name in weight_map if name not in tensors]:
         raise FormatError(
-            f"{source.location}: none of the shards that {index} names is there, and {whole} does not hold all of the "
-            f"model that it describes: {len(absent)} tensors are missing, for example {absent[0]!r:.200}. Download the "
-            f"shards, or, if {index} is of another model, {_take(source, whole)}"
+            f"{source.location}: none of the shards that {index} names is there, and {whole} lacks {len(absent)} of "
+            f"their tensors, for example {absent[0]!r:.200}. Download the shards, or, if {index} is of another model, "
+            f"{_take(source, whole)}"
         )
     note = Warned(f"{source.location}: {index} is stale: none of its shards is there; the model is {whole}")
     return Choice((whole,), notes=(note,))
 
 
 def _same_or_refused(source: Source, what: str, shards: Sequence[Shard], whole: str, is_all: bool = True) -> str:
-    """A note that ``whole`` holds the same model as the shards of ``what``; a `FormatError` where it does not."""
+    """A note that ``whole`` is the same model as the shards of ``what``; `FormatError` if it is not."""
     difference = _difference(source, shards, read_shard(source, whole), is_all)
     if difference:
         raise FormatError(
@@ -156,11 +154,11 @@ def _same_or_refused(source: Source, what: str, shards: Sequence[Shard], whole: 
             f"loads {whole}, vLLM the shards. To use {whole}, {_take(source, whole)}; to use the shards, "
             f"move {whole} out of the directory"
         )
-    return f"{source.location}: {whole} holds the same tensors as the shards of {what}, and is not copied"
+    return f"{source.location}: {whole} has the same tensors as the shards of {what}, and is not copied"
 
 
 def _difference(source: Source, shards: Sequence[Shard], whole: Shard, is_all: bool) -> str:
-    """In what shards and a whole file differ, by their headers and then by their bytes; empty where they are equal.
+    """How shards and a whole file differ, in headers or else in bytes; empty if they are equal.
 
     Without ``is_all`` the file may have more tensors.
     """
@@ -193,7 +191,7 @@ def _equal_bytes(source: Source, file: str, ref: TensorRef, other_file: str, oth
 
 
 def _refuse_what_is_no_model(source: Source, names: Sequence[str], files: Sequence[str]) -> None:
-    """A pipeline's or an adapter's directory, or one without safetensors: say what it is, and what to give instead."""
+    """Refuse a pipeline, an adapter or a directory without safetensors, with advice."""
     is_pipeline = "model_index.json" in names and recognise.parts_with_weights(names) and not set(files) & set(_WHOLE)
     is_adapter = "adapter_config.json" in names and all(_NOT_THE_MODEL.fullmatch(name) for name in files)
     if not files or is_pipeline or is_adapter:
@@ -222,7 +220,7 @@ def _without_index(source: Source, files: Sequence[str]) -> Choice:
 
 
 def _beside(source: Source, files: Sequence[str], whole: str) -> tuple[str, ...]:
-    """Shards of the same name without their index: programs that load every file would load them over the whole one."""
+    """Shards of the same name without an index. Programs that load every file would load them over the whole one."""
     names = [name for name in files if (match := _NUMBERED.fullmatch(name)) and f"{match['stem']}{SUFFIX}" == whole]
     if not names:
         return ()
@@ -236,7 +234,7 @@ def _stem(name: str) -> str:
 
 
 def _is_variant(stem: str, stems: Iterable[str]) -> bool:
-    """Whether ``model.fp16`` is the same model as another file, ``model``, in another precision."""
+    """Whether ``model.fp16`` is another precision of a file ``model``."""
     plain, dot, variant = stem.rpartition(".")
     return bool(dot) and plain in stems and variant.isidentifier()
 

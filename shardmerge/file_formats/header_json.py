@@ -1,6 +1,6 @@
-"""The JSON of a safetensors header: its entries one after the other, in bounded memory, and none of them lost.
+"""Reads the entries of a safetensors header's JSON, in bounded memory and without losing duplicates.
 
-A header is untrusted, and may have 100 MB. Python's objects take up to thirty times the JSON that they are read from.
+A header is untrusted and may have 100 MB. Python's objects take up to thirty times the memory of their JSON.
 """
 
 from __future__ import annotations
@@ -14,34 +14,33 @@ from typing import Any
 from shardmerge.system.json_text import unique_keys
 
 METADATA = "__metadata__"
-#: Characters of a tensor's name and entry together. Real ones have two hundred.
+#: Characters of a tensor's name and entry. Real ones have two hundred.
 MAX_ENTRY = 2_000_000
-#: Characters of ``__metadata__``, in which some keep a picture.
+#: Characters of ``__metadata__``, which may contain a picture.
 MAX_METADATA = 10_000_000
 #: Header bytes that are decoded at a time.
 _PART = 1 << 20
 #: Characters of entries that are read at once.
 _AT_ONCE = 1 << 18
-#: How far from where text was cut JSON may see something else wrong with it: the length of ``-Infinity``.
+#: Within so many characters of the end of a part (``-Infinity``), a JSON error may be due to the cut.
 _NEAR = 9
 _SPACES = re.compile(r"[ \t\n\r]*")
 
 
 class TooLongError(Exception):
-    """An entry is longer than it may be; the limit is the message."""
+    """An entry is too long; the message is the limit."""
 
 
 def entries(data: bytes) -> Iterable[tuple[str, Any]]:
     """Keys and values of a header's JSON.
 
-    Raises `ValueError` where it is not an object in JSON, or has a key twice; `RecursionError`; and `TooLongError`.
+    Raises `ValueError` if it is not a JSON object or has a key twice, `RecursionError`, or `TooLongError`.
     """
     return _entries(data) if len(data) <= MAX_ENTRY else _entries_of_many(data)
 
 
 def _entries(data: bytes) -> Iterable[tuple[str, Any]]:
-    """Keys and values of an object in JSON. Raises `ValueError` for anything else, or `RecursionError`."""
-    # Decoded here, since json would take UTF-16 as well.
+    # Decoded here, since json would accept UTF-16.
     entries = _without_duplicates(data.decode())
     if b"\\u" in data:
         _check_surrogates(entries)
@@ -50,10 +49,10 @@ def _entries(data: bytes) -> Iterable[tuple[str, Any]]:
 
 
 def _without_duplicates(text: str) -> Any:
-    """What JSON says. Raises `DuplicateKeyError` for an object with a key twice.
+    """The value of a JSON text. Raises `DuplicateKeyError` for an object with a key twice.
 
-    Each key has a colon: where there are no more of them than keys were read, no key was lost. Only otherwise is
-    Python asked for every object, which takes 4 % of a plan of 45,000 targets.
+    Each key has a colon. If there are no more colons than keys, no key was lost; otherwise each object is checked,
+    which takes 4 % of a plan of 45,000 targets.
     """
     value = json.loads(text)
     if isinstance(value, dict):
@@ -64,15 +63,12 @@ def _without_duplicates(text: str) -> Any:
 
 
 def _check_surrogates(value: Any) -> None:
-    """`ValueError` for half a pair, which cannot be stored again."""
+    """`ValueError` for half of a surrogate pair, which cannot be stored again."""
     json.dumps(value, ensure_ascii=False).encode()
 
 
 def _entries_of_many(data: bytes) -> Iterator[tuple[str, Any]]:
-    """What `_entries` gives, with one entry at a time in memory: Python's objects take thirty times their JSON.
-
-    Raises `TooLongError`, too, which a header that is shorter than `MAX_ENTRY` cannot cause.
-    """
+    """`_entries` with few entries at a time in memory."""
     has_escapes = b"\\u" in data
     parts = _Parts(data)
     index = parts.next(parts.reach(0, MAX_ENTRY), "{") + 1
@@ -98,10 +94,10 @@ def _entries_of_many(data: bytes) -> Iterator[tuple[str, Any]]:
 
 
 def _whole_entries(parts: _Parts, index: int, has_escapes: bool) -> tuple[Iterable[tuple[str, Any]], int]:
-    """The entries behind a comma at ``index`` that are whole in this part, and where they end; perhaps none.
+    """The complete entries after a comma at ``index`` in this part, perhaps none, and their end.
 
-    They are cut off where one looks to be whole. If that was inside a text or an entry, what was cut off is not JSON,
-    and goes entry by entry, as all that is wrong does. One by one, 90,000 entries take 8 % of a plan of 45,000 targets.
+    The text is cut at an apparent end of an entry. If the cut is not JSON, its entries are read one by one. Reading all
+    90,000 entries one by one would take 8 % of a plan of 45,000 targets.
     """
     end = parts.text.rfind('},"', index, index + _AT_ONCE)
     if end < 0 or not parts.text.startswith(',"', index):
@@ -116,9 +112,9 @@ def _whole_entries(parts: _Parts, index: int, has_escapes: bool) -> tuple[Iterab
 
 
 def _entry(parts: _Parts, index: int) -> tuple[str, Any, int]:
-    """The key and the value at ``index``, and where they end."""
+    """The key and the value at ``index``, and their end."""
     limit, scan = MAX_ENTRY, _any_value
-    # Room for the entry, and for what stands between it and the next.
+    # The entry, and the text up to the next.
     start = index = parts.reach(index, 2 * limit)
     try:
         name, index = scan(parts.text, parts.next(index, '"'))
@@ -128,7 +124,7 @@ def _entry(parts: _Parts, index: int) -> tuple[str, Any, int]:
             start = index = parts.reach(index, limit + 1)
         value, index = scan(parts.text, index)
     except json.JSONDecodeError as error:
-        # An entry that is not complete in this part is too long, whatever else JSON finds wrong with it.
+        # An entry that is not complete in this part is too long, whatever the JSON error.
         if not parts.is_last and (error.msg.startswith("Unterminated") or error.pos > len(parts.text) - _NEAR):
             raise TooLongError(f"{limit:,}") from None
         raise parts.wrong(error.msg, error.pos) from None
@@ -138,7 +134,7 @@ def _entry(parts: _Parts, index: int) -> tuple[str, Any, int]:
 
 
 class _Parts:
-    """UTF-8 of which a part at a time is decoded; as one string it could take four times its bytes."""
+    """UTF-8 that is decoded in parts: one string could take four times its bytes."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -150,7 +146,7 @@ class _Parts:
         self.is_last = False
 
     def reach(self, index: int, size: int) -> int:
-        """Have ``size`` characters from ``index`` on in this part, or all there are; where the first of them is now."""
+        """Have ``size`` characters from ``index`` on, or all, in this part. Returns the new index of the first."""
         while not self.is_last and len(self.text) - index < size:
             data = self._data[self._at : self._at + _PART]
             self._at += len(data)
@@ -161,7 +157,7 @@ class _Parts:
         return index
 
     def begin_again(self, index: int) -> int:
-        """Let go of a part that has become long: what is behind ``index`` is decoded anew."""
+        """Drop a part that has become long, and decode the text after ``index`` again."""
         self._at -= len(self.text[index:].encode()) + len(self._decoder.getstate()[0])
         self._decoder.reset()
         self._before += index
@@ -169,12 +165,12 @@ class _Parts:
         return self.reach(0, MAX_ENTRY)
 
     def skip(self, index: int) -> int:
-        """Where the next character is that is not a space."""
+        """The index of the next character that is not a space."""
         found = _SPACES.match(self.text, index)
         return found.end() if found else index
 
     def next(self, index: int, wanted: str) -> int:
-        """Where the next character is, which must be ``wanted``."""
+        """The index of the next character, which must be ``wanted``."""
         index = self.skip(index)
         if not self.text.startswith(wanted, index):
             raise self.wrong(f"expecting {wanted!r}", index)
@@ -185,7 +181,7 @@ class _Parts:
 
 
 def _strings_alone(pairs: list[tuple[str, Any]]) -> dict[str, Any] | None:
-    """None for an object of something else than strings, so that it takes no memory."""
+    """None, which takes no memory, for an object that has other values than strings."""
     return unique_keys(pairs) if all(isinstance(value, str) for _, value in pairs) else None
 
 

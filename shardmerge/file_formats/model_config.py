@@ -1,4 +1,4 @@
-"""What a config.json says of the model. Of a composite model the text part may say it; any value may be anything."""
+"""Reads settings of a config.json, which is untrusted. In a composite model they may be those of the text part."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 def sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The config itself and, where it has one, its ``text_config``."""
+    """The config itself, and its ``text_config`` if it has one."""
     inner = config.get("text_config")
     return [config, inner] if isinstance(inner, dict) else [config]
 
 
 def setting(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a key, in the first section that has it; None where none has."""
+    """The value of a key in the first section that has it; None if none has."""
     return next((section[key] for section in sections(config) if key in section), None)
 
 

@@ -1,8 +1,8 @@
-"""A pickle of tensors, followed without running it.
+"""Follows a pickle of tensors without unpickling it.
 
-A pickle is a program for a stack machine. Python's pickletools splits it into instructions without running them. Those
-that describe tensors are followed here, of the protocols 2 to 5: none of them calls anything, names stay names, and
-what they make has a bound in memory. Any other is refused. Source: torch/_utils.py and torch/storage.py, 2.13.
+A pickle is a program for a stack machine; pickletools splits it into instructions. This machine executes only those of
+protocols 2 to 5 that describe tensors: it calls nothing, looks up no name, and bounds its memory. It refuses any other
+instruction. Source: torch/_utils.py and torch/storage.py, 2.13.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: Bytes of all objects that a pickle makes: those of a hundred thousand tensors.
+#: Bytes of all objects that a pickle makes. A hundred thousand tensors take less.
 MAX_OBJECT_BYTES = 150_000_000
-#: Beside its own bytes: an object's place on the stack or in the memo, an item's in a list, an entry's in a dictionary.
+#: Bytes beside an object's own: of a reference (on the stack, in the memo, in a list), and of a dictionary's entry.
 _PLACE, _ENTRY = 8, 100
 _INT_BYTES = 32
-#: What torch's functions take, and dimensions that torch's tensors have, at most.
+#: Limits of torch: arguments of its functions, dimensions of its tensors.
 _MOST_ARGUMENTS, _MOST_DIMENSIONS = 16, 64
 _TOO_LARGE = 1 << 63
 DTYPES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64"}
-#: What else torch calls the type of a storage's numbers; a message names it.
+#: Other types of storages, for messages.
 _OTHER_DTYPES = {
     "BoolStorage": "bool",
     "ByteStorage": "uint8",
@@ -37,16 +37,16 @@ _OTHER_DTYPES = {
 
 
 class RefusedError(Exception):
-    """What a pickle asks for and does not get."""
+    """A pickle needs something that is not supported."""
 
 
 class TooLargeError(Exception):
-    """A pickle makes more than a state dict has."""
+    """A pickle makes larger objects than a state dict has."""
 
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """Something of a module, which is not looked up."""
+    """The name of a module's attribute, which is not looked up."""
 
     name: str
 
@@ -69,10 +69,10 @@ class Tensor:
 
 
 def follow(text: bytes) -> Any:
-    """What the pickle leaves on the stack.
+    """The object that the pickle describes.
 
-    Raises `RefusedError`, `TooLargeError`, or what a damaged one makes Python raise: ``ValueError``, ``TypeError``,
-    ``LookupError`` or ``struct.error``.
+    Raises `RefusedError` or `TooLargeError`, and for a damaged pickle ``ValueError``, ``TypeError``, ``LookupError`` or
+    ``struct.error``.
     """
     machine = _Machine()
     for opcode, argument, _ in pickletools.genops(text):
@@ -86,7 +86,7 @@ def follow(text: bytes) -> Any:
 
 
 class _Machine:
-    """A stack, marks in it, and the memo: a list, since every pickler counts from 0 on."""
+    """The stack with its marks, and the memo: a list, since every pickler counts from 0."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -122,9 +122,9 @@ class _Machine:
         self.memo.append(self.stack[-1])
 
     def top(self, count: int) -> list[Any]:
-        """Take so many objects off the stack."""
+        """Take objects off the stack."""
         if count > len(self.stack):
-            raise ValueError("it takes more than there is")
+            raise ValueError("it takes more objects than there are")
         start = len(self.stack) - count
         items = self.stack[start:]
         del self.stack[start:]
@@ -152,14 +152,13 @@ class _Machine:
 
     def name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise ValueError(f"the name of something is a {type(name).__name__} of a {type(module).__name__}")
+            raise ValueError(f"a name is a {type(name).__name__} of a {type(module).__name__}")
         found = Name(f"{module}.{name}")
         self.spend(sys.getsizeof(found.name))
         self.push(found)
 
 
-#: By their names in pickletools. BUILD gives a dictionary attributes, such as the versions of its modules, which mean
-#: nothing here.
+#: Instructions by their names in pickletools. BUILD sets attributes of a dictionary, which have no meaning here.
 _INSTRUCTIONS: Mapping[str, Callable[[_Machine, Any], object]] = {
     "PROTO": lambda m, _: None,
     "FRAME": lambda m, _: None,
@@ -191,7 +190,7 @@ _INSTRUCTIONS: Mapping[str, Callable[[_Machine, Any], object]] = {
 }
 
 
-# --- what is described ------------------------------------------------------------------------------------------------
+# --- storages and tensors ---------------------------------------------------------------------------------------------
 
 
 def _storage(reference: Any) -> Storage:
@@ -202,12 +201,12 @@ def _storage(reference: Any) -> Storage:
     module, _, name = kind.name.rpartition(".")
     if module not in ("torch", "torch.storage") or not name.endswith("Storage"):
         raise RefusedError(kind.name)
-    # One text for all of a kind, however many there are.
+    # One string for all storages of a type.
     return Storage(key, DTYPES.get(name) or sys.intern(f"torch.{_OTHER_DTYPES.get(name, name)}"))
 
 
 def _built(called: Any, arguments: Any) -> Any:
-    """What one of the functions by which torch pickles tensors would return."""
+    """The result of one of torch's functions for pickled tensors."""
     if not isinstance(called, Name) or not isinstance(arguments, tuple) or len(arguments) > _MOST_ARGUMENTS:
         raise ValueError(f"a call of a {type(called).__name__}")
     if called.name == "collections.OrderedDict" and not arguments:

@@ -1,7 +1,7 @@
-"""safetensors headers: bytes ↔ `TensorInfo`, and the one place that says whether a header is valid.
+"""Reads, validates and writes safetensors headers.
 
-The format: 8 bytes of little-endian length N, N bytes of JSON (padded with spaces), then the data. Source: the
-safetensors README, and its `Metadata::validate`.
+The format: a little-endian length N of 8 bytes, N bytes of JSON (padded with spaces), then the data.
+Source: the safetensors README and its `Metadata::validate`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from shardmerge.key_mapping.naming import fault
 from shardmerge.spec.tensors import DTYPE_BITS, TensorInfo, tensor_nbytes
 from shardmerge.system.json_text import DuplicateKeyError
 
-#: What the safetensors library accepts.
+#: The safetensors library's limit.
 MAX_HEADER_BYTES = 100_000_000
-#: Of one file. Whole models have a third of them at most.
+#: Tensors of one file. Whole models have at most a third of it.
 MAX_TENSORS = 500_000
-#: Of a tensor, as in torch.
+#: torch's limit.
 MAX_DIMENSIONS = 64
-#: Header bytes that one read usually brings whole.
+#: Bytes of the first read, which usually includes the whole header.
 FIRST_READ = 1 << 16
 LENGTH_BYTES = 8
 ALIGNMENT = 8
@@ -38,10 +38,10 @@ Metadata = tuple[tuple[str, str], ...]
 def read_header(
     read: Callable[[int, int], bytes], file_size: int, where: str, most: int = MAX_TENSORS
 ) -> tuple[Metadata, dict[str, TensorInfo], int]:
-    """Read and validate the header of one file.
+    """Read and validate the header of one file of at most ``most`` tensors.
 
-    ``read(offset, size)`` gives bytes of the file, which may name ``most`` tensors. Returns the metadata, the tensors
-    in the order of their data, and the offset at which data begins. Raises `FormatError`, naming ``where``.
+    ``read(offset, size)`` returns bytes of the file. Returns the metadata, the tensors in the order of their data, and
+    the offset of the data. Raises `FormatError`, which names ``where``.
     """
     head = read(0, FIRST_READ)
     length = int.from_bytes(head[:LENGTH_BYTES], "little")
@@ -64,14 +64,14 @@ def read_header(
     if data_start > len(head):
         text += read(len(head), data_start - len(head))
     metadata, tensors = decode(text, where, most)
-    del text  # a long one is as large as what was made of it
+    del text  # a long header is as large as its tensors
     return metadata, validate(tensors, file_size - data_start, where), data_start
 
 
 def decode(text: bytes, where: str, most: int = MAX_TENSORS) -> tuple[Metadata, dict[str, TensorInfo]]:
-    """Header JSON → metadata and tensors, each entry well formed; `validate` checks their offsets.
+    """Header JSON → metadata and well-formed tensors; `validate` checks their offsets.
 
-    Memory is bounded by a small multiple of the header's bytes, whatever they say.
+    Memory is bounded by a small multiple of the header's bytes.
     """
     if not text.startswith(b"{"):
         raise FormatError(f"{where}: the header is not {'a JSON object' if text.strip() else 'JSON: it is empty'}")
@@ -88,7 +88,7 @@ def decode(text: bytes, where: str, most: int = MAX_TENSORS) -> tuple[Metadata, 
                 raise FormatError(f"{where}: the header names over {most:,} tensors; expected fewer")
             else:
                 dtype, shape, offsets = _checked(name, entry, where)
-                # Layers have the same shapes, so there are few; one of each is kept.
+                # Layers share shapes; one tuple of each is kept.
                 tensors[name] = TensorInfo(dtype, shapes.setdefault(shape, shape), offsets)
     except DuplicateKeyError as error:
         raise FormatError(f"{where}: the header names {error} twice") from None
@@ -99,7 +99,7 @@ def decode(text: bytes, where: str, most: int = MAX_TENSORS) -> tuple[Metadata, 
     return metadata or (), tensors
 
 
-# --- what an entry must be --------------------------------------------------------------------------------------------
+# --- entries ----------------------------------------------------------------------------------------------------------
 
 
 def _metadata(value: Any, where: str) -> Metadata:
@@ -109,14 +109,14 @@ def _metadata(value: Any, where: str) -> Metadata:
 
 
 def _are_counts(values: Any) -> bool:
-    # No all(): this runs for every number of every header.
+    # Without all(): this runs for every number of every header.
     if type(values) is not list or not _INTEGERS.issuperset(map(type, values)):
         return False
     return not values or (min(values) >= 0 and max(values) < _TOO_LARGE)
 
 
 def _checked(name: str, entry: Any, where: str) -> tuple[str, tuple[int, ...], tuple[int, int]]:
-    """A tensor's dtype, shape and data_offsets, each of which is what it must be."""
+    """A tensor's valid dtype, shape and data_offsets."""
     if wrong := fault(name):
         raise FormatError(f"{where}: {wrong}")
     if not isinstance(entry, dict) or not entry.keys() >= _KEYS:
@@ -138,10 +138,7 @@ def _checked(name: str, entry: Any, where: str) -> tuple[str, tuple[int, ...], t
 
 
 def validate(tensors: Mapping[str, TensorInfo], data_bytes: int, where: str) -> dict[str, TensorInfo]:
-    """Check that the tensors tile the data from its first byte to its last, each as large as its shape says.
-
-    Returns them in the order of their data.
-    """
+    """Check that the tensors fill the data, each as large as its shape. Returns them in the order of their data."""
     ordered = dict(sorted(tensors.items(), key=lambda item: item[1].data_offsets))
     end = 0
     for name, info in ordered.items():
@@ -168,9 +165,9 @@ def validate(tensors: Mapping[str, TensorInfo], data_bytes: int, where: str) -> 
 
 
 def encode(metadata: Metadata, tensors: Mapping[str, TensorInfo], length: int = 0) -> bytes:
-    """Length, JSON and padding: all that comes before the data, which then starts at a multiple of 8.
+    """Length, JSON and padding; the data after them is aligned to 8 bytes.
 
-    ``length`` is what it must at least be: the format allows any number of spaces at its end.
+    With spaces at its end, the result has at least ``length`` bytes.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for name, info in tensors.items():

@@ -1,8 +1,8 @@
-"""Pickled tensor files (``.bin``, ``.pt``) → `TensorRef`s, without running what is in them and without their data.
+"""Reads the tensors of a pickled file (``.bin``, ``.pt``) as `TensorRef`s, without unpickling and without their data.
 
-What torch.save writes is a zip archive: a pickle, and beside it the bytes of every storage. The pickle is followed and
-not run (`file_formats.pickle_reader`). So factors of a pickle are read lazily by byte range like those of a
-safetensors file, and a plan needs no torch. Source: torch/serialization.py, 2.13.
+torch.save writes a zip archive: a pickle, and the bytes of every storage. `pickle_reader` follows the pickle. So the
+tensors are read lazily by byte range, as those of a safetensors file, and without torch.
+Source: torch/serialization.py, 2.13.
 """
 
 from __future__ import annotations
@@ -22,29 +22,26 @@ from shardmerge.key_mapping.naming import fault
 from shardmerge.spec.tensors import DTYPE_BITS, TensorRef, tensor_nbytes
 from shardmerge.system.regular_files import open_regular
 
-#: Bytes of the pickle proper, without the tensors' data: a hundred thousand entries need less.
+#: Bytes of the pickle without the tensors' data. A hundred thousand entries take less.
 MAX_PICKLE_BYTES = 20_000_000
-#: Of the archive's directory, which has about a hundred for each tensor.
+#: Bytes of the archive's directory, which has about a hundred for each tensor.
 MAX_DIRECTORY_BYTES = 20_000_000
 _LOCAL_HEADER_BYTES = 30
 
 
 def read_pickled(path: Path, uri: str) -> dict[str, TensorRef]:
-    """The tensors of a state dict saved by ``torch.save``.
-
-    Raises `FormatError` for anything else, `SourceError` if the file cannot be read.
-    """
+    """The tensors of a state dict saved by ``torch.save``. Raises `FormatError`, or `SourceError`."""
     text, records = _read_archive(path)
     try:
         state = pickle_reader.follow(text)
     except pickle_reader.RefusedError as error:
         raise FormatError(
-            f"{path}: the pickle asks for more than tensors, so it was not loaded: {str(error)[:300]} could run code"
+            f"{path}: the pickle needs more than tensors, so it was not loaded: {str(error)[:300]} could run code"
         ) from None
     except pickle_reader.TooLargeError:
         raise FormatError(
-            f"{path}: its pickle makes objects of over {pickle_reader.MAX_OBJECT_BYTES:,} bytes; expected a state dict"
-            ", of which a hundred thousand tensors take less. Save it again as safetensors"
+            f"{path}: its pickle makes objects of over {pickle_reader.MAX_OBJECT_BYTES:,} bytes, more than a hundred "
+            "thousand tensors take. Save it again as safetensors"
         ) from None
     except (ValueError, TypeError, LookupError, struct.error) as error:
         raise FormatError(f"{path}: its pickle is damaged: {str(error)[:300]}") from None
@@ -58,7 +55,7 @@ def read_pickled(path: Path, uri: str) -> dict[str, TensorRef]:
 
 
 class _Archive(io.FileIO):
-    """A file of which zipfile gets no more at once than the directory may take: it believes the sizes in the file."""
+    """A file with a limit for a read: zipfile trusts the size of the directory in the file."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > MAX_DIRECTORY_BYTES:
@@ -67,7 +64,7 @@ class _Archive(io.FileIO):
 
 
 def _read_archive(path: Path) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The pickle, and where the data of each storage is: offset and size by its key."""
+    """The pickle, and key → offset and size of each storage."""
     try:
         with _Archive(open_regular(path)[0]) as file, zipfile.ZipFile(file) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
@@ -80,7 +77,7 @@ def _read_archive(path: Path) -> tuple[bytes, dict[str, tuple[int, int]]]:
                 if name.startswith(prefix)
             }
             if order in entries and archive.read(order) != b"little":
-                raise FormatError(f"{path}: was saved on a machine of the other byte order; save it again on this one")
+                raise FormatError(f"{path}: was saved on a big-endian machine; save it again on this one")
             end = file.seek(0, io.SEEK_END)
             if any(offset + size > end for offset, size in records.values()):
                 raise zipfile.BadZipFile
@@ -89,17 +86,16 @@ def _read_archive(path: Path) -> tuple[bytes, dict[str, tuple[int, int]]]:
         raise
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except Exception:  # of a damaged directory, zipfile lets pass through what struct, str and int raise
-        if known := _recognised(path):
-            raise FormatError(f"{path}: {known}") from None
-        raise FormatError(
-            f"{path}: not the zip archive that torch.save writes since PyTorch 1.6, or it was cut. Load it where it "
-            "came from and save it again, best as safetensors"
-        ) from None
+    except Exception:  # for a damaged directory, zipfile raises errors of struct, str and int
+        known = _recognised(path) or (
+            "is not a zip archive of torch.save (PyTorch 1.6 or later), or it was cut. Load it where it came from and "
+            "save it again, best as safetensors"
+        )
+        raise FormatError(f"{path}: {known}") from None
 
 
 def _recognised(path: Path) -> str | None:
-    """What a file is that no archive of torch.save is; None for one that was cut, or is older than the archive."""
+    """What a file is that is not an archive; None if it was cut, or is older than torch's archives."""
     try:
         with open(open_regular(path)[0], "rb") as file:
             head = file.read(recognise.HEAD_BYTES)
@@ -122,7 +118,7 @@ def _check_entries(path: Path, archive: zipfile.ZipFile, pickle: str) -> None:
 
 
 def _data_offset(file: io.FileIO, entry: zipfile.ZipInfo) -> int:
-    """Where an entry's data begins: after its own header, whose two last fields are the lengths of what follows it."""
+    """The offset of an entry's data: after its header, which ends with the lengths of a name and an extra field."""
     file.seek(entry.header_offset + _LOCAL_HEADER_BYTES - 4)
     name, extra = struct.unpack("<HH", file.read(4))
     return entry.header_offset + _LOCAL_HEADER_BYTES + int(name) + int(extra)
@@ -149,7 +145,7 @@ def _ref(path: Path, uri: str, name: Any, value: Any, records: Mapping[str, tupl
     extent = 0
     if 0 not in value.shape:
         extent = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.strides, strict=True))
-    # The pickle says how large a storage is; what counts is how much the file has of it.
+    # The archive's size of the storage counts, not the pickle's.
     offset, available = records.get(value.storage.key, (0, -1))
     if (value.start + extent) * size > available:
         raise FormatError(f"{path}: {name!r} reaches outside its storage")
@@ -165,7 +161,7 @@ def _ref(path: Path, uri: str, name: Any, value: Any, records: Mapping[str, tupl
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether its elements are stored one after the other; the stride of a single one means nothing."""
+    """Whether the elements are contiguous. The stride of a dimension of size 1 has no meaning."""
     expected = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
         if size != 1 and stride != expected and 0 not in tensor.shape:

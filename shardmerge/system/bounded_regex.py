@@ -1,13 +1,12 @@
-"""Untrusted regular expressions, matched as `re` matches them, in bounded time and memory.
+"""Matches untrusted regular expressions with `re`, in bounded time and memory.
 
-PEFT's configs hold some (``target_modules``, the keys of ``rank_pattern``), and PEFT passes them to `re`, so no other
-engine may decide. But `re` tries one way to match after the other: against forty letters ``(a+)+x`` has 10¹² of them,
-and only a signal to the main thread ends a match that has begun. So the ways are counted first, generously. What people
-write has few of them and is matched here; the rest is matched by a process of its own, which can be ended.
+PEFT passes patterns of its configs (``target_modules``, the keys of ``rank_pattern``) to `re`, so the engine must be
+`re`. It tries one way to match after the other: against forty letters, ``(a+)+x`` has 10¹², and only a signal to the
+main thread ends a match. So an upper bound of the ways is computed first. Usual patterns have few ways and are matched
+here; the others are matched by a process of their own, which can be killed.
 
-The `regex` package (2026.11) was tried in the process's place, for its timeouts, and is not used: the timeout does not
-cover compiling, where ``(?:(?:(?:a?){1000}){1000}){1000}`` takes 25 s and 7.7 GB; and it reads some patterns otherwise
-than `re`, even as VERSION0: ``a{e}`` allows errors, ``[[:alpha:]]`` is a class, and ``\\w`` matches other characters.
+The `regex` package (2026.11) has timeouts, but not for compiling: ``(?:(?:(?:a?){1000}){1000}){1000}`` takes 25 s and
+7.7 GB. And it interprets some patterns otherwise, even with VERSION0: ``a{e}``, ``[[:alpha:]]``, ``\\w``.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ from typing import Any, Literal
 
 How = Literal["match", "fullmatch", "search"]
 
-#: What may be done here, in steps from letter to letter, of which `re` does some hundred million a second.
+#: Steps from letter to letter that are allowed here; `re` takes some hundred million a second.
 _STEPS = 1e9
-#: Seconds that the process may take for all questions, and its memory in bytes, the interpreter's included.
+#: Seconds of the process for all questions, and bytes of its memory, with the interpreter.
 SECONDS = 5.0
 _BYTES = 160 << 20
-#: Steps to compile a set of characters, at the worst.
+#: Most steps to compile a set of characters.
 _STEPS_OF_SET = 1e6
 _MOST_CHARACTERS = 1_000_000
 _MOST_PATTERNS = 10_000
 
-#: A repeated group has no useful bound; in a comment of a verbose pattern the repetition may be hidden.
+#: A repeated group has no useful bound. A comment of a verbose pattern may hide the repetition.
 _ENDLESS = re.compile(r"\)\s*[*+{]|#")
 
 _HELPER = """
@@ -67,7 +66,7 @@ class SlowPatternError(ValueError):
 
 @dataclass(slots=True)
 class _Patterns:
-    """Regular expressions that are tried in turn, and what is known of them."""
+    """Regular expressions that are tried in order."""
 
     texts: tuple[str, ...]
     how: How
@@ -80,7 +79,7 @@ class _Patterns:
 
 
 class _Session:
-    """All matching of one block: the steps that were spent, and the process for what takes too many."""
+    """All matching of one block: the steps so far, and the process for patterns that take too many."""
 
     def __init__(self) -> None:
         self._spent = 0.0
@@ -89,7 +88,7 @@ class _Session:
         self._known: dict[tuple[tuple[str, ...], How], _Patterns] = {}
 
     def first(self, texts: tuple[str, ...], name: str, how: How) -> Any:
-        """The first that matches: (its index, its named groups), or None; a text where one is not a pattern."""
+        """The first match: (index, named groups), or None; an error message if one is not a pattern."""
         patterns = self._known.get((texts, how))
         if patterns is None:
             ways = [_ways(text) for text in texts]
@@ -97,7 +96,7 @@ class _Session:
             logarithm = max(of for _, of in ways) + math.log(len(texts) + 1)
             patterns = _Patterns(texts, how, len(self._known), exponent, logarithm)
             self._known[texts, how] = patterns
-        # A step more for each letter, since what follows a repetition is compared letter by letter.
+        # One more step for each letter: the text after a repetition is compared letter by letter.
         steps = patterns.logarithm + (patterns.exponent + 1) * math.log(len(name) + 1)
         if steps >= math.log(_STEPS) or not self._affords(math.exp(steps)):
             return self._ask(patterns, name)
@@ -118,7 +117,7 @@ class _Session:
         return True
 
     def _ask(self, patterns: _Patterns, name: str) -> Any:
-        """The process's answer. `SlowPatternError` where there is none in time."""
+        """The process's answer. `SlowPatternError` if it is late."""
         if self._helper is None:
             command = [sys.executable, "-I", "-S", "-c", _HELPER, str(math.ceil(SECONDS)), str(_BYTES)]
             self._helper = subprocess.Popen(
@@ -142,7 +141,7 @@ class _Session:
             shown, more_texts = reprlib.repr(patterns.texts[0]), len(patterns.texts) - 1
             raise SlowPatternError(
                 f"{shown}{f' and {more_texts:,} more' if more_texts else ''} cannot be matched against module names in "
-                f"{SECONDS:.0f} s; expected fewer, and none that repeats what itself repeats, as (a+)+ does"
+                f"{SECONDS:.0f} s; expected fewer, and no nested repetition such as (a+)+"
             )
         return json.loads(answer)
 
@@ -157,7 +156,7 @@ _session: ContextVar[_Session | None] = ContextVar("session", default=None)
 
 @contextmanager
 def bounded() -> Iterator[_Session]:
-    """All matching within the block takes a bounded time together; a block within another is part of it."""
+    """Bound the time of all matching in the block together. An inner block is part of the outer."""
     session = _session.get()
     if session is not None:
         yield session
@@ -187,17 +186,14 @@ def first_match(texts: Sequence[str], name: str, how: How = "match") -> int | No
 
 
 def first_captured(texts: Sequence[str], name: str, group: str) -> str | None:
-    """What a named group holds in the first regular expression that matches; None where there is nothing.
-
-    Raises `SlowPatternError`.
-    """
+    """The named group of the first regular expression that matches, or None. Raises `SlowPatternError`."""
     found = _first(texts, name, "match")
     captured: str | None = None if found is None else found[1].get(group)
     return captured
 
 
 def problems(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Those that are not regular expressions, and why. Raises `SlowPatternError`, also where there are too many."""
+    """Texts that are not regular expressions, and why. Raises `SlowPatternError`, also for too many texts."""
     if len(texts) > _MOST_PATTERNS or sum(map(len, texts)) > _MOST_CHARACTERS:
         raise SlowPatternError(
             f"{len(texts):,} regular expressions of {sum(map(len, texts)):,} characters; expected at most "
@@ -211,15 +207,15 @@ def problems(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _compile(text: str) -> re.Pattern[str]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # [[ may mean something else one day; an untrusted pattern is not ours to mend
+        warnings.simplefilter("ignore")  # [[ may change its meaning one day
         return re.compile(text)
 
 
 def _ways(text: str) -> tuple[int, float]:
-    """At most how many ways a regular expression has to match n letters: the e of (n + 1)ᵉ f, and log f.
+    """e and log f of (n + 1)ᵉ f, an upper bound of the ways of a regular expression to match n letters.
 
-    Every repetition of a character may end at any letter, every optional thing may be there or not, and every group may
-    be each of the alternatives. Brackets and escapes are not looked at, which counts too many.
+    Every repetition of a character may end at any letter, every optional part may be present, and every group may be
+    any alternative. Brackets and escapes are ignored, which counts too many.
     """
     if _ENDLESS.search(text):
         return 0, math.inf

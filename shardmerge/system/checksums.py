@@ -1,4 +1,4 @@
-"""Checksums of files: xxh3_128 always, as it costs next to nothing; sha256 where it is asked for."""
+"""Checksums of files: xxh3_128 always, as it is almost free, and optionally sha256."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _BLOCK = 4 << 20
 
 
 class Blocks(Protocol):
-    """A file that is read in blocks; see `sources.Reader.read_block`."""
+    """A file that is read in blocks; a `Reader` is one."""
 
     def read_block(self, memory: memoryview, position: int, offset: int, size: int) -> None: ...
 
 
 class Checksums:
-    """Of bytes as they come. xxhash and hashlib let go of the interpreter's lock while they work on a block."""
+    """Checksums of a stream of bytes. xxhash and hashlib release the interpreter's lock."""
 
     def __init__(self, sha256: bool = False) -> None:
         self._hashes: dict[str, Any] = {"xxh3_128": xxhash.xxh3_128()}
@@ -39,7 +39,7 @@ class Checksums:
 def of_file(
     file: Blocks, size: int, sha256: bool = False, advance: Callable[[int], None] = lambda count: None
 ) -> dict[str, str]:
-    """The checksums of a file's first ``size`` bytes, by name; ``advance`` gets the number of bytes of each step."""
+    """The checksums of a file's first ``size`` bytes, by name; ``advance`` is called with the bytes of each step."""
     checksums = Checksums(sha256)
     memory = pages(_BLOCK)
     for offset in range(0, size, _BLOCK):

@@ -1,9 +1,8 @@
-"""A directory that we write to, held open, and the names in it. No link in it leads what is done outside of it.
+"""An output directory, held open, and its entries. No link in it leads outside.
 
-Whoever prepared a directory may have put links into it, and whoever may write to it can swap a folder for a link
-between a check and what follows. So nothing is done by a path: every step names one entry of a directory that is
-already open, and a link on the way is an error. Files are created, never opened to be written over: what is there under
-another name (a hard link) keeps its bytes.
+A directory may contain links, and another process may replace a folder by a link between a check and its use. So paths
+are not used: every step names one entry of an open directory, and a link on the way is an error. Files are created
+anew, never overwritten, so other hard links to a file keep its bytes.
 """
 
 from __future__ import annotations
@@ -20,31 +19,28 @@ from types import TracebackType
 from shardmerge.system.regular_files import open_regular, read_small
 
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-#: How deep the folders are that `Entry.remove_tree` empties. Ours are two deep.
+#: Depth of the folders that `Entry.remove_tree` empties. Ours are two deep.
 _DEEPEST = 16
 
 
 class LinkError(OSError):
-    """A link is in a directory of ours where a folder or a file of ours was expected."""
+    """A link is in the place of a folder or a file of ours."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(errno.ELOOP, f"{path.name} is a link, and none is followed there", os.fspath(path))
 
 
 class Directory:
-    """A directory by its descriptor: it stays this one, whatever takes the place of its path.
-
-    The path itself may be a link to a directory, or lead through one: that is the choice of who named it.
-    """
+    """A directory by its descriptor, whatever its path leads to by now. The path itself may lead through links."""
 
     def __init__(self, path: Path, inode: int | None = None) -> None:
-        """``inode`` is that of the only directory that `open` takes, where it is known."""
+        """``inode``: that of the only directory that `open` accepts, if it is known."""
         self.path = path
         self._inode = inode
         self._fd = -1
 
     def __reduce__(self) -> tuple[type[Directory], tuple[Path, int | None]]:
-        # In another process it is closed, and must be the same one when it is opened there.
+        # Another process gets it closed, and must open the same directory.
         return Directory, (self.path, self._inode)
 
     @property
@@ -64,7 +60,7 @@ class Directory:
         return self.here / name
 
     def open(self) -> Directory:
-        """Open it. `OSError` if it is not there, or is another directory than it was when it was opened before."""
+        """Open it. `OSError` if it is missing, or is not the directory that was opened before."""
         self._fd = os.open(self.path, _OPEN_DIRECTORY)
         inode = os.fstat(self._fd).st_ino
         if self._inode not in (None, inode):
@@ -74,7 +70,7 @@ class Directory:
         return self
 
     def close(self) -> None:
-        """Closing it twice does no harm."""
+        """Close it. A second call does nothing."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -90,9 +86,9 @@ class Directory:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file or folder by its name in an open `Directory`, perhaps in a folder of it. All methods raise `OSError`.
+    """A file or folder in an open `Directory`, by name. All methods raise `OSError`.
 
-    A link on the way to it is a `LinkError`. Where it is itself one, it may be removed or replaced, and nothing else.
+    A link on the way to it is a `LinkError`. If it is a link itself, it can only be removed or replaced.
     """
 
     root: Directory
@@ -109,7 +105,7 @@ class Entry:
 
     @property
     def path(self) -> Path:
-        """For messages, and for reading what nobody else is expected to change."""
+        """For messages, and for reading files that nobody is expected to change."""
         return self.root.path.joinpath(*self.parts)
 
     @property
@@ -128,7 +124,7 @@ class Entry:
 
     @contextmanager
     def descriptor(self) -> Iterator[int]:
-        """A descriptor of the folder that this is."""
+        """A descriptor of this folder."""
         fd = self.root.fd
         try:
             for number, part in enumerate(self.parts, 1):
@@ -142,7 +138,7 @@ class Entry:
                 os.close(fd)
 
     def status(self) -> os.stat_result | None:
-        """Of itself and not of what it may link to; None where it, or a folder on the way, is not there."""
+        """Its own status, not a link's target's; None if it, or a folder on the way, does not exist."""
         try:
             with self.parent.descriptor() as folder:
                 return os.stat(self.name, dir_fd=folder, follow_symlinks=False)
@@ -150,14 +146,14 @@ class Entry:
             return None
 
     def file_status(self) -> os.stat_result | None:
-        """`status` where it is a regular file, or None."""
+        """`status` if it is a regular file, else None."""
         with suppress(OSError):
             status = self.status()
             return status if status is not None and stat.S_ISREG(status.st_mode) else None
         return None
 
     def names(self) -> list[str]:
-        """The names in the folder that this is, sorted."""
+        """The names in this folder, sorted."""
         with self.descriptor() as fd:
             return sorted(os.listdir(fd))
 
@@ -169,10 +165,7 @@ class Entry:
     # --- changing -----------------------------------------------------------------------------------------------------
 
     def create(self) -> int:
-        """A descriptor, for reading and writing, of a new and empty file in the place of what was there.
-
-        Its mode follows the umask.
-        """
+        """A descriptor for reading and writing of a new, empty file, which replaces any other. umask applies."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with self.parent.descriptor() as folder:
             try:
@@ -182,7 +175,7 @@ class Entry:
             return os.open(self.name, flags, 0o666, dir_fd=folder)
 
     def ensure_file(self) -> os.stat_result:
-        """The status of a regular file, which is made if nothing is there. Its content is left alone."""
+        """The status of a regular file, which is created if it does not exist."""
         with self.parent.descriptor() as folder:
             with suppress(FileExistsError):
                 os.close(os.open(self.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder))
@@ -191,7 +184,7 @@ class Entry:
             return status
 
     def replace(self, target: Entry) -> None:
-        """Take the name ``target``, in the place of what was there."""
+        """Rename it to ``target``, which is replaced."""
         with self.parent.descriptor() as source, target.parent.descriptor() as folder:
             os.replace(self.name, target.name, src_dir_fd=source, dst_dir_fd=folder)
 
@@ -208,7 +201,7 @@ class Entry:
             os.rmdir(self.name, dir_fd=folder)
 
     def remove_tree(self) -> None:
-        """Remove a folder and all that is in it; links there are removed, and not followed."""
+        """Remove a folder and everything in it. Links are removed, not followed."""
         with self.parent.descriptor() as folder:
             _remove_tree(self.name, folder, self.path, _DEEPEST)
 
@@ -217,7 +210,7 @@ def _open_folder(name: str, folder: int, path: Path) -> int:
     try:
         return os.open(name, _OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
     except OSError as error:
-        # Of a link, Linux says that it is not a directory, and others that there are too many of them.
+        # For a link, Linux reports ENOTDIR, other systems ELOOP.
         if error.errno in (errno.ENOTDIR, errno.ELOOP) and _is_link(name, folder):
             raise LinkError(path) from None
         raise
@@ -229,7 +222,7 @@ def _is_link(name: str, folder: int) -> bool:
 
 def _remove_tree(name: str, folder: int, path: Path, deepest: int) -> None:
     if not deepest:
-        raise OSError(errno.ENOTEMPTY, "its folders are too deep to be ours", os.fspath(path))
+        raise OSError(errno.ENOTEMPTY, "its folders are too deep", os.fspath(path))
     fd = _open_folder(name, folder, path)
     try:
         for inner in sorted(os.listdir(fd)):

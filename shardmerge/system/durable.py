@@ -1,9 +1,8 @@
-"""Files that are either there, whole and on the disk, or not there.
+"""Durable changes of files: a file is either complete and on the disk, or absent.
 
-A file is written under another name, fsynced, renamed into place, and the directory that now holds its name is fsynced
-too. fsync cannot make a disk honest that acknowledges writes which are only in its cache.
-
-All but the directory itself is named by an `Entry` of it, so that no link in it leads outside.
+A file is written under another name, fsynced and renamed; then its directory is fsynced. A disk that acknowledges
+writes which are only in its cache can still lose them. Every name in the directory is an `Entry`, so that no link leads
+outside.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 def output_error(path: Path | Entry | str, doing: str, error: OSError) -> OutputError:
-    """An `OutputError` that names the file and what was being done to it."""
+    """An `OutputError` that names the file and the step that failed."""
     return OutputError(f"{path}: {doing} failed: {error.strerror or error}")
 
 
 @contextmanager
 def reported(path: Path | Entry, doing: str) -> Iterator[None]:
-    """An `OSError` within is an `output_error`."""
+    """Turn an `OSError` in the block into an `output_error`."""
     try:
         yield
     except OSError as error:
@@ -38,13 +37,13 @@ def reported(path: Path | Entry, doing: str) -> Iterator[None]:
 
 
 def make_directory(path: Path) -> list[Path]:
-    """Create a directory and its parents, durably; those that were missing, innermost first. On failure none stays."""
+    """Create a directory and its parents durably, or none. Returns those that were missing, innermost first."""
     made: list[Path] = []
     try:
         with reported(path, "making the directory"):
             missing = [folder for folder in (path, *path.parents) if not folder.exists()]
             for folder in reversed(missing):
-                with suppress(FileExistsError):  # somebody else was as quick
+                with suppress(FileExistsError):  # another process made it
                     folder.mkdir()
                     made.insert(0, folder)
                 with Directory(folder.parent) as parent:
@@ -65,7 +64,7 @@ def open_directory(directory: Directory) -> None:
 
 @contextmanager
 def held(directory: Directory) -> Iterator[None]:
-    """The directory is open within; it is closed afterwards where it was closed before."""
+    """Have the directory open in the block."""
     if directory.is_open:
         yield
         return
@@ -77,17 +76,17 @@ def held(directory: Directory) -> Iterator[None]:
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
-    """Remove directories that are empty, in this order, up to the first that is not or that cannot be removed."""
+    """Remove empty directories, in this order, up to the first that cannot be removed."""
     with suppress(OSError):
         for folder in folders:
             folder.rmdir()
 
 
-# --- what is in it ----------------------------------------------------------------------------------------------------
+# --- its entries ------------------------------------------------------------------------------------------------------
 
 
 def fsync_directory(folder: Entry) -> None:
-    """Make the names in a folder durable. Some file systems refuse to fsync a directory; that is not an error."""
+    """Make the names in a folder durable. Some file systems cannot fsync a directory; that is not an error."""
     with reported(folder, "fsync"), folder.descriptor() as descriptor:
         try:
             os.fsync(descriptor)
@@ -97,16 +96,16 @@ def fsync_directory(folder: Entry) -> None:
 
 
 def make_folder(folder: Entry) -> bool:
-    """Create a folder, and those around it, durably; whether it was missing. A link is not taken for one."""
+    """Create a folder and its parents durably. Returns whether it was missing. A link is an error."""
     if not folder.parts:
         return False
     make_folder(folder.parent)
     with reported(folder, "making the directory"):
         is_missing = folder.status() is None
         if is_missing:
-            with suppress(FileExistsError):  # somebody else was as quick
+            with suppress(FileExistsError):  # another process made it
                 folder.mkdir()
-            try:  # the name of a new and empty folder is durable, or the folder goes
+            try:  # if its name cannot be made durable, the new folder is removed
                 fsync_directory(folder.parent)
             except BaseException:
                 with suppress(OSError):
@@ -126,14 +125,14 @@ def rename(source: Entry, target: Entry) -> None:
 
 
 def write_all(descriptor: int, data: bytes) -> None:
-    """Write all of ``data``, though the system may take only a part of it at a time."""
+    """Write all of ``data``; one system call may write only a part."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
 def write_file(file: Entry, chunks: Iterable[bytes]) -> None:
-    """Write a file durably, all or nothing. Its mode follows the umask."""
+    """Write a file durably, all or nothing. umask applies."""
     temporary = file.with_ending(TEMPORARY_SUFFIX)
     try:
         with reported(file, "writing"):
@@ -155,7 +154,7 @@ def _write_temporary(file: Entry, chunks: Iterable[bytes]) -> None:
 
 
 def remove_leftover(file: Entry) -> None:
-    """Remove a temporary file if that can be done. It hurts nobody, and another error may be on its way."""
+    """Remove a temporary file if possible. A failure is ignored: another error may be the cause."""
     with suppress(OSError):
         file.unlink()
 

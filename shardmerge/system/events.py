@@ -1,8 +1,8 @@
-"""What is done, step by step, as records of Python's ``logging``: the logger is called ``shardmerge``.
+"""Logs each step with Python's ``logging``, to the logger ``shardmerge``.
 
-A program that uses the library gets them as from any other (``logging.basicConfig(level="INFO")``); without that
-nothing is printed. A record has a text, and as attributes ``event``, a word, and ``facts``, what JSON can hold: sizes
-in bytes, times in seconds. There is one for a step or a shard; those for single tensors are of level DEBUG.
+Nothing is printed unless a program configures logging. A record has a text, and the attributes ``event``, a word, and
+``facts``, a JSON object with sizes in bytes and times in seconds. Steps and shards are logged as INFO, single tensors
+as DEBUG.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from shardmerge.spec.notices import severity
 from shardmerge.system.terminal_text import one_line
 
 LOG = logging.getLogger("shardmerge")
-LOG.addHandler(logging.NullHandler())  # or warnings would be printed where nobody has asked for any
+LOG.addHandler(logging.NullHandler())  # without a handler, Python would print warnings
 
 
 def event(name: str, text: str, *, level: int = logging.INFO, **facts: Any) -> None:
-    """Record one step."""
+    """Log one step."""
     if LOG.isEnabledFor(level):
         LOG.log(level, "%s", one_line(text), extra={"event": name, "facts": facts})
 
 
 def notices(texts: Sequence[str]) -> None:
-    """Record warnings and notes."""
+    """Log warnings and notes."""
     for text in texts:
         kind = severity(text)
         event(kind, text, level=logging.WARNING if kind == "warning" else logging.INFO)
 
 
 class Stopwatch:
-    """Seconds since it was made, or asked last."""
+    """Measures the seconds between two calls of `lap`."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()
 
     def lap(self) -> float:
-        """Seconds, to the millisecond; begins anew."""
+        """Seconds since the last call or the start, to the millisecond."""
         before, self._since = self._since, time.monotonic()
         return round(self._since - before, 3)

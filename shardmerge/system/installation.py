@@ -1,7 +1,7 @@
-"""Whether the torch that is installed fits the machine, judged by its files: importing it would take a second.
+"""Finds out whether the installed torch fits the machine, without importing it, which takes a second.
 
-On Linux ``pip install torch`` brings the build for CUDA, several times as large as the one for the CPU. Both
-work; a note says once that the smaller one is enough on a machine without a GPU.
+On Linux ``pip install torch`` installs the CUDA build, several times as large as the CPU build. A note recommends the
+latter once on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 from shardmerge.system.regular_files import read_small
 
 CPU_BUILD = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
-#: NVIDIA's driver, and a GPU of the host's under WSL.
+#: NVIDIA's driver, and the host's GPU under WSL.
 _DEVICES = ("/dev/nvidiactl", "/dev/dxg")
 _CUDA = re.compile(r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", re.MULTILINE)
 _LARGEST = 100_000
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed package, which is not imported; None where it is not installed."""
+    """The version of a package, without importing it; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -43,7 +43,7 @@ def cuda_of_torch() -> str | None:
 
 
 def needless_cuda(devices: Sequence[str] = _DEVICES) -> str | None:
-    """A note for a Linux machine that has torch's build for CUDA and no GPU."""
+    """A note for a Linux machine with torch's CUDA build and without a GPU."""
     if sys.platform != "linux" or any(os.path.exists(device) for device in devices):
         return None
     version = cuda_of_torch()
@@ -56,7 +56,7 @@ def needless_cuda(devices: Sequence[str] = _DEVICES) -> str | None:
 
 
 def first_time(note: str) -> bool:
-    """Whether this user was not shown ``note`` before; then it is remembered, where the home may be written to."""
+    """Whether ``note`` is new to this user. It is then remembered, if the home is writable."""
     marker = state_folder() / "notes"
     with suppress(OSError):
         if note in read_small(marker, _LARGEST).decode(errors="replace").splitlines():
@@ -69,8 +69,8 @@ def first_time(note: str) -> bool:
 
 
 def state_folder() -> Path:
-    """Where what is remembered between runs is kept: a state of the user's, by the XDG base directories."""
+    """The folder of the user's state between runs, by the XDG base directories."""
     state = os.environ.get("XDG_STATE_HOME", "")
-    # Only absolute paths count there.
+    # The specification ignores relative paths.
     folder = Path(state) if os.path.isabs(state) else Path(os.path.expanduser("~")) / ".local" / "state"
     return folder / "shardmerge"

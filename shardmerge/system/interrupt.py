@@ -1,9 +1,8 @@
-"""A signal ends the process within two seconds, whatever it is doing.
+"""Ends the process within two seconds of a signal, whatever it is doing.
 
-SIGINT and SIGTERM become a `KeyboardInterrupt` in the main thread, which cleans up on its way out. But it is raised
-only between two steps of the interpreter: not while a large product is being computed, nor while a disk that has died
-keeps a write waiting; and code that is not ours may swallow it. As an unfinished merge can be resumed from any state,
-the process then simply exits.
+SIGINT and SIGTERM become a `KeyboardInterrupt` in the main thread, which cleans up. But Python raises it only between
+two of its own steps, not during a long computation or a blocked write, and other code may swallow it. The process then
+exits: an unfinished merge can be resumed from any state.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from typing import Any, NoReturn
 
 INTERRUPTED = 130
 ADVICE = "interrupted; run the same command again to resume it"
-#: Seconds that tidying up may take.
+#: Seconds for cleaning up.
 _GRACE = 1.5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _State:
-    """Whether a signal to stop has come, and what the process says when it exits."""
+    """Whether a signal to stop has arrived, and the message at exit."""
 
     stopping = False
     message = "shardmerge: interrupted"
@@ -34,9 +33,9 @@ class _State:
 
 
 def interrupt_on_signals() -> None:
-    """From now on the first such signal is a `KeyboardInterrupt`, and the second ends the process.
+    """From now on the first such signal is a `KeyboardInterrupt`; the second, or `_GRACE` seconds, end the process.
 
-    So does the first where the interrupt has come to nothing after `_GRACE` seconds. Signals that are ignored stay so.
+    Signals that are ignored stay ignored.
     """
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -45,7 +44,7 @@ def interrupt_on_signals() -> None:
 
 
 def is_stopping() -> bool:
-    """Whether such a signal has come."""
+    """Whether such a signal has arrived."""
     return _State.stopping
 
 
@@ -53,13 +52,13 @@ def _on_signal(number: int, frame: Any) -> NoReturn:
     if _State.stopping:
         _leave()
     _State.stopping = True
-    with suppress(RuntimeError):  # where no thread can be had, a second signal has to do
+    with suppress(RuntimeError):  # without another thread, a second signal must do
         threading.Thread(target=_leave_in_time, name="shardmerge-leave", daemon=True).start()
     raise KeyboardInterrupt
 
 
 def _unraisable(found: Any) -> None:
-    """Python shows what is raised where nothing can be, as in ``__del__``; an interrupt need not be shown."""
+    """Do not print an interrupt that was raised in ``__del__``."""
     if not isinstance(found.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(found)
 
@@ -70,7 +69,7 @@ def _leave_in_time() -> None:
 
 
 def _leave() -> NoReturn:
-    if _State.leaving.acquire(blocking=False):  # one thread alone says so
+    if _State.leaving.acquire(blocking=False):  # only one thread prints it
         os.write(2, f"\n{_State.message}\n".encode())
         os._exit(INTERRUPTED)
     while True:
@@ -79,9 +78,9 @@ def _leave() -> NoReturn:
 
 @contextmanager
 def stopping_in_time() -> Iterator[None]:
-    """Within the block, the process ends `_GRACE` seconds after the first such signal, and at once after the second.
+    """In the block, the process ends `_GRACE` seconds after the first such signal, at once after the second.
 
-    Its exit code then is `INTERRUPTED`. Only the main thread may enter; elsewhere this does nothing.
+    Its exit code is `INTERRUPTED`. In other threads than the main one this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -100,7 +99,7 @@ def stopping_in_time() -> Iterator[None]:
 
 
 def _watch(signals: int) -> None:
-    """Read the numbers of signals, which the interpreter writes even where no handler gets to run, up to the end."""
+    """Read the numbers of signals until the pipe closes; Python writes them even if no handler gets to run."""
     stopping = False
     while True:
         ready, _, _ = select.select([signals], [], [], _GRACE if stopping else None)

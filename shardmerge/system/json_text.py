@@ -1,4 +1,4 @@
-"""The one reader of JSON in untrusted files: bytes, memory and nesting are bounded, contradictions are refused."""
+"""Parses JSON of untrusted files: bytes, memory and nesting are bounded, contradictions are refused."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import Any
 
 from shardmerge.system.regular_files import read_small
 
-#: Bytes of a config; a million token numbers fit.
+#: Bytes of a config. A million token ids fit.
 MAX_BYTES = 10_000_000
-#: Bytes of memory that reading takes, estimated; a million numbers fit, and 300,000 names with a file for each.
+#: Estimated bytes of memory for parsing. A million numbers fit, and 300,000 names with a file for each.
 MAX_MEMORY = 200_000_000
-#: Objects and lists inside each other. Real files have five; code that walks through them may recurse for each.
+#: Depth of nested objects and lists. Real files have five; other code may recurse.
 MAX_DEPTH = 100
-#: Bytes of memory for each byte of text: the text itself, the decoded text, and its strings (wider where not ASCII).
+#: Bytes of memory for each byte of text: the text, the decoded text, and its strings (wider if not ASCII).
 _ASCII, _WIDE = 3, 6
-#: The same for each item, key, and list or object; measured with Python 3.11.
+#: Bytes of memory for each item, key, and list or object; measured with Python 3.11.
 _ITEM, _KEY, _INSIDE = 65, 165, 20
 
 
 class JsonError(ValueError):
-    """What is wrong with a text; the message follows the name of its file."""
+    """A problem with a text; its message follows the name of the file."""
 
 
 class NotJsonError(JsonError):
-    """The text is not JSON at all."""
+    """The text is not JSON."""
 
 
 class DuplicateKeyError(ValueError):
-    """A JSON object has a key twice; the key is the message."""
+    """A JSON object has a key twice; the message is the key."""
 
 
 def parse(
@@ -41,10 +41,10 @@ def parse(
     memory: int = MAX_MEMORY,
     constant: Callable[[str], Any] | None = None,
 ) -> Any:
-    """The value of a JSON text of at most ``limit`` bytes, which takes about ``memory`` bytes at most. `JsonError`.
+    """The value of a JSON text of at most ``limit`` bytes that takes about ``memory`` bytes at most.
 
-    ``NaN`` and ``Infinity`` are not JSON, but Python writes them, and real configs have them. ``constant`` converts
-    them, or raises a `ValueError`; without it they are floats. A key may be repeated with the same value only.
+    ``NaN`` and ``Infinity`` are not JSON, but real configs have them. ``constant`` converts them, or raises a
+    `ValueError`; without it they are floats. A key may be repeated only with the same value. Raises `JsonError`.
     """
     if len(text) > limit:
         raise JsonError(f"is over {limit:,} bytes long; expected less")
@@ -55,14 +55,14 @@ def parse(
         )
     try:
         value = json.loads(text, object_pairs_hook=_without_contradiction, parse_constant=constant)
-        if b"\\u" in text:  # it may hold half of a surrogate pair, which cannot be stored again
+        if b"\\u" in text:  # half of a surrogate pair could not be stored again
             json.dumps(value, ensure_ascii=False).encode()
     except DuplicateKeyError as error:
         raise JsonError(f"has the key {error} twice, and not with the same value; remove one") from None
     except (ValueError, RecursionError) as error:
         raise NotJsonError(f"is not JSON: {error}") from None
     if _depth(value) > MAX_DEPTH:
-        raise JsonError(f"has over {MAX_DEPTH} objects and lists inside each other; expected less")
+        raise JsonError(f"has objects and lists nested over {MAX_DEPTH} deep; expected less")
     return value
 
 
@@ -72,23 +72,23 @@ def parse_object(
     memory: int = MAX_MEMORY,
     constant: Callable[[str], Any] | None = None,
 ) -> dict[str, Any]:
-    """The same of a text that must be a JSON object."""
+    """`parse` for a text that must be a JSON object."""
     value = parse(text, limit, memory, constant)
     if not isinstance(value, dict):
-        raise JsonError("holds no JSON object")
+        raise JsonError("is not a JSON object")
     return value
 
 
 def read_object(path: Path, limit: int = MAX_BYTES) -> dict[str, Any]:
-    """The JSON object in a file of this machine. `JsonError`, or `OSError` where the file cannot be read."""
+    """The JSON object of a local file. Raises `JsonError`, or `OSError` if it cannot be read."""
     return parse_object(read_small(path, limit), limit)
 
 
 def bytes_in_memory(text: bytes | bytearray) -> int:
-    """About the most that reading this JSON takes, the text itself included.
+    """About the most bytes that parsing takes, with the text itself.
 
-    Python's objects take up to thirty times the text that they were read from. They are counted by what stands between
-    values; the same characters inside strings count too, which is little in what people write.
+    Python's objects take up to thirty times their text. They are counted by the characters between values; the same
+    characters inside of strings count, too.
     """
     keys, inside = text.count(b":"), text.count(b"{") + text.count(b"[")
     return (
@@ -100,7 +100,7 @@ def bytes_in_memory(text: bytes | bytearray) -> int:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For ``object_pairs_hook``: of a key that is given twice, ``json`` would drop one silently."""
+    """For ``object_pairs_hook``: ``json`` would silently drop a duplicate key."""
     result = dict(pairs)
     if len(result) < len(pairs):
         keys = Counter(key for key, _ in pairs)
@@ -116,7 +116,7 @@ def _without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _depth(value: Any) -> int:
-    """How many objects and lists are inside each other, `MAX_DEPTH` + 1 at most."""
+    """The depth of nested objects and lists, up to `MAX_DEPTH` + 1."""
     depth, level = 0, [value] if isinstance(value, (dict, list)) else []
     while level and depth <= MAX_DEPTH:
         depth += 1

@@ -1,7 +1,7 @@
-"""What the system allows this process: memory, threads, open files, the size of a file (``ulimit``).
+"""The system's limits of this process (``ulimit``): memory, threads, open files, the size of a file.
 
-Where one of these runs out, Python and torch say so in many ways, and torch at times ends the process without a word of
-why. So what torch needs is looked for before it is imported, and what went wrong is put down to the limit in force.
+Python and torch report an exceeded limit in many ways, and torch may end the process without a message. So its needs
+are checked before it is imported, and errors are explained by the limit in force.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from shardmerge.errors import LimitError, ShardmergeError
 from shardmerge.system.memory_use import status_bytes
 
 _MB = 1_000_000
-#: What torch's import and its first product take beside the files of its libraries, with Python's modules for them: of
-#: the address space, and of data. Measured with torch 2.13 for the CPU; with less it ends the process without a word.
+#: Address space and data for torch's import and its first product, without the files of its libraries. Measured with
+#: torch 2.13 for the CPU; with less it ends the process without a message.
 _SPACE, _DATA = 280 * _MB, 190 * _MB
-#: What the smallest of plans takes.
+#: Needs of the smallest plan.
 _PROGRAM = {resource.RLIMIT_AS: 64 * _MB, resource.RLIMIT_DATA: 48 * _MB}
-#: How little of a limit is left, of it all or in bytes, where an error that says nothing of memory is put down to it: a
-#: module that was half imported lacks names, a file's status that there was no memory for is None.
+#: If less of a limit is left (a share, or bytes), any error is attributed to it: a half-imported module lacks names.
 _SHARE_LEFT, _LEFT = 0.2, 32 * _MB
 _MEMORY = re.compile(
     r"failed to map segment|cannot (allocate|map|create).*memory|can't allocate memory|not enough memory|bad_alloc"
@@ -33,7 +32,7 @@ _MEMORY = re.compile(
     re.IGNORECASE,
 )
 _THREADS = re.compile(r"can't start new thread|Resource temporarily unavailable", re.IGNORECASE)
-#: What counts against each limit of memory, and how a person sets it, in KiB.
+#: Limit of memory → its use in /proc, its name, and the command that sets it in KiB.
 _OF_MEMORY = {
     resource.RLIMIT_AS: ("VmPeak", "address space", "ulimit -v"),
     resource.RLIMIT_DATA: ("VmData", "data", "ulimit -d"),
@@ -41,9 +40,9 @@ _OF_MEMORY = {
 
 
 def check_room() -> None:
-    """`LimitError` where the program itself does not fit into the limits of memory in force.
+    """`LimitError` if the program itself does not fit into the limits of memory.
 
-    With less, some of the libraries that it is made of end the process, or print what nobody understands.
+    With less, some libraries end the process or print confusing messages.
     """
     for kind, needed in _PROGRAM.items():
         limit = _limit(kind)
@@ -52,7 +51,7 @@ def check_room() -> None:
 
 
 def check_room_for_torch(working_set: int = 0) -> None:
-    """`LimitError` where torch and so many bytes of work do not fit into the limits of memory in force."""
+    """`LimitError` if torch and ``working_set`` bytes do not fit into the limits of memory."""
     needs = {resource.RLIMIT_AS: _SPACE + _library_bytes() + working_set, resource.RLIMIT_DATA: _DATA + working_set}
     for kind, needed in needs.items():
         limit, used = _limit(kind), status_bytes("VmSize" if kind == resource.RLIMIT_AS else "VmData")
@@ -63,7 +62,7 @@ def check_room_for_torch(working_set: int = 0) -> None:
 
 
 def explained(error: BaseException) -> str | None:
-    """Which limit made an error, in words for a person; None where it was none."""
+    """The limit that caused an error, for a person; None if it was none."""
     if isinstance(error, LimitError):
         return str(error)
     text, number = str(error), getattr(error, "errno", None)
@@ -81,14 +80,14 @@ def explained(error: BaseException) -> str | None:
 
 
 def explained_while_loading(error: BaseException) -> str | None:
-    """The same of an error of an import: where memory is limited at all, half a module may lead to any."""
+    """`explained` for an error of an import: if memory is limited, a half-imported module may raise any."""
     is_limited = any(_limit(kind) is not None for kind in _OF_MEMORY)
     return explained(error) or (_memory() if is_limited else None)
 
 
 @contextmanager
 def within(state: str) -> Iterator[None]:
-    """Errors within that a limit explains become a `LimitError`, which also says the ``state`` of the output."""
+    """Turn errors in the block that a limit explains into a `LimitError` with the ``state`` of the output."""
     try:
         yield
     except LimitError as error:
@@ -102,20 +101,20 @@ def within(state: str) -> Iterator[None]:
 
 
 def hint(text: str) -> str:
-    """What else is to be said of a message that the system's words for a limit are in; empty of any other."""
+    """An explanation to add to a message with the system's words for a limit; empty for any other."""
     said = {errno.EMFILE: _files, errno.EFBIG: _file_size, errno.ENOMEM: _memory}
     return next((f". {say()}" for number, say in said.items() if os.strerror(number) in text), "")
 
 
 def cores() -> int:
-    """Cores that this process may use: in a container, or under taskset, fewer than the machine has."""
+    """Cores that this process may use; a container or taskset may limit them."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS
         return os.cpu_count() or 1
 
 
-# --- in words ---------------------------------------------------------------------------------------------------------
+# --- messages ---------------------------------------------------------------------------------------------------------
 
 
 def _memory() -> str:
@@ -154,7 +153,7 @@ def _shown(size: int) -> str:
     return f"{size / _MB:,.0f} MB"
 
 
-# --- what is in force -------------------------------------------------------------------------------------------------
+# --- limits in force --------------------------------------------------------------------------------------------------
 
 
 def _limit(kind: int) -> int | None:
@@ -168,7 +167,7 @@ def _is_near(kind: int) -> bool:
 
 
 def _library_bytes() -> int:
-    """The files of torch's libraries: each is mapped whole."""
+    """Bytes of torch's libraries, which are mapped whole."""
     with suppress(ImportError, ValueError, OSError):
         spec = importlib.util.find_spec("torch")
         if spec is not None and spec.origin is not None:

@@ -1,4 +1,4 @@
-"""Which bytes of a file are in the page cache: those are read from there, and the others past it."""
+"""Finds the bytes of a file that are in the page cache; others are read past it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import sys
 
 from shardmerge.spec.tensors import PAGE
 
-#: Of the byte that the kernel gives for a page, the lowest bit says whether it is in the cache.
+#: In the kernel's byte for a page, the lowest bit is set if it is in the cache.
 _CACHED = bytes(range(1, 256, 2))
 
 
 class Residency:
-    """Asks the kernel (mincore) about a file, through a mapping that is never touched, so takes no memory.
+    """Asks the kernel (mincore) about a file, through a mapping that is never touched and takes no memory.
 
-    Where it cannot be asked, nothing counts as cached. For files of other users the kernel reports every page as
-    cached; that costs some speed. With a disk that is limited to 500 MB/s, a merge of 2.2 GB whose base is in the cache
-    takes 1.6 times as long without it (5.1 s and 3.1 s, medians of 3 alternating runs); with one of 2 GB/s it is even.
+    If that fails, nothing counts as cached. For files of other users the kernel reports every page as cached, which
+    costs some speed. With a disk of 500 MB/s, a merge of 2.2 GB whose base is in the cache takes 1.6 times as long
+    without it (5.1 s and 3.1 s, medians of 3 alternating runs); with one of 2 GB/s it is even.
     """
 
     def __init__(self, fd: int, size: int) -> None:
@@ -27,10 +27,7 @@ class Residency:
         self._libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" and size else None
         if self._libc is not None:
             self._libc.mmap.restype = ctypes.c_void_p
-            self._libc.mmap.argtypes = (
-                *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int),
-                ctypes.c_long,
-            )
+            self._libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
             self._libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
             self._libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
             address = self._libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
@@ -54,7 +51,7 @@ class Residency:
 
 
 def open_direct(path: str, flags: int, dir_fd: int | None = None) -> int:
-    """A descriptor whose reads and writes go past the page cache, or -1 where the file system does not support it.
+    """A descriptor that bypasses the page cache, or -1 if the file system does not support it.
 
     Without it a merge of 2.2 GB on ext4 takes 1.9 times as long (median of 5 alternating runs, base in the page cache).
     """

@@ -1,7 +1,7 @@
-"""Files of this machine that somebody else may have put there, opened so that none can make us wait or read for ever.
+"""Opens untrusted local files so that none can block the reader or be read without end.
 
-A FIFO keeps its reader waiting until somebody writes, a device may have no end, and a file may be larger than memory.
-Whatever reads a file by its path opens it here, and small files (configs, records, journals) are read whole here.
+A FIFO blocks until somebody writes, a device may be endless, and a file may be larger than memory. All code that reads
+a file by its path opens it here; small files (configs, records, journals) are read whole here.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _KINDS = {
 
 
 def kind_of(mode: int) -> str:
-    """What a status' ``st_mode`` says that something is: ``"a link"``, ``"a FIFO"`` and so on."""
+    """The kind of a file with this ``st_mode``: ``"a link"``, ``"a FIFO"`` and so on."""
     return _KINDS.get(stat.S_IFMT(mode), "a special file")
 
 
 class NotRegularError(OSError):
-    """A FIFO, a device, a socket or a directory is where a file was expected. ``mode`` is its status' ``st_mode``."""
+    """A FIFO, a device, a socket or a directory is in the place of a file. ``mode`` is its ``st_mode``."""
 
     def __init__(self, path: str | os.PathLike[str], mode: int = 0) -> None:
         kind = _KINDS.get(stat.S_IFMT(mode), "a socket or a device")
@@ -49,8 +49,8 @@ def open_regular(
     ``follow_link`` False refuses a path whose last part is a link (`OSError` with ``ELOOP``). Raises `OSError`, among
     them `NotRegularError`.
     """
-    # To open a device may already do something. If one takes the file's place after this, O_NONBLOCK lets nothing wait;
-    # to a regular file the flag means nothing.
+    # Opening a device may have effects. If one replaces the file after this check, O_NONBLOCK prevents waiting; for a
+    # regular file the flag has no effect.
     _check_kind(path, os.stat(path, dir_fd=dir_fd, follow_symlinks=follow_link))
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_link else os.O_NOFOLLOW)
     try:
@@ -69,7 +69,7 @@ def open_regular(
 
 
 def _check_kind(path: str | os.PathLike[str], status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode) and not stat.S_ISLNK(status.st_mode):  # to open a link says ELOOP
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISLNK(status.st_mode):  # opening a link reports ELOOP
         raise NotRegularError(path, status.st_mode)
 
 
@@ -78,8 +78,8 @@ def read_small(
 ) -> bytes:
     """The content of a regular file of at most ``limit`` bytes.
 
-    Raises `OSError`, among them `NotRegularError` and `TooLargeError`; at most ``limit`` + 1 bytes are read, whatever
-    the file does meanwhile.
+    Raises `OSError`, among them `NotRegularError` and `TooLargeError`. At most ``limit`` + 1 bytes are read, even if
+    the file grows.
     """
     fd, _ = open_regular(path, follow_link=follow_link, dir_fd=dir_fd)
     with open(fd, "rb", buffering=0) as file:
@@ -93,7 +93,7 @@ def read_small(
 
 
 def why_not_readable(path: str | os.PathLike[str]) -> str:
-    """Why a file cannot be read, to be said behind its name; empty where it can."""
+    """Why a file cannot be read, to follow its name in a message; empty if it can."""
     try:
         os.close(open_regular(path)[0])
     except NotRegularError as error:

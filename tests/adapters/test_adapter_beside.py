@@ -276,7 +276,7 @@ def test_the_same_name_in_both_files(place: Place) -> None:
     write_peft(place.adapter, {**peft_tensors(), f"{P}{NORM}": trained(NORM)}, config=peft_config())
     put(place.adapter / "trained.bin", {f"{P}{NORM}": trained(NORM, 3)})
     told = refusal(place)
-    assert "trained.bin is beside the adapter and holds 1 tensors that adapter_model.safetensors holds, too" in told
+    assert "trained.bin is beside the adapter and has 1 tensors that adapter_model.safetensors has, too" in told
     assert f"{P}{NORM} belongs to no update" in told
 
 
@@ -338,14 +338,14 @@ def test_the_same_adapter_in_both_formats(place: Place, first: str) -> None:
     path = place.adapter if first.endswith(".safetensors") else place.adapter / first
     plan = shardmerge.plan(place.config(adapters=[str(path)]))
     (note,) = [warning for warning in plan.warnings if "adapter_model.bin" in warning]
-    assert f"holds the same tensors as {first}" in note
+    assert f"has the same tensors as {first}" in note
     assert {file.uri.rpartition("/")[2] for file in plan.adapters[0].files} == {first, "adapter_config.json"}
 
 
 def test_another_adapter_in_the_other_format(place: Place) -> None:
     torch.save(peft_tensors((Q0,)), place.adapter / "adapter_model.bin")
     told = refusal(place)
-    assert "adapter_model.bin holds other tensors than adapter_model.safetensors" in told
+    assert "adapter_model.bin has other tensors than adapter_model.safetensors" in told
     assert "ignore_files: [adapter_model.bin]" in told
     shardmerge.plan(entry(place, ignore_files=["adapter_model.bin"]))
 
@@ -355,7 +355,7 @@ def test_a_file_beside_it_in_both_formats(place: Place) -> None:
         put(place.adapter / f"trained.{ending}", {NORM: trained(NORM)})
     report = shardmerge.merge(place.config())
     assert torch.equal(read_tensors(place.output)[NORM], trained(NORM))
-    assert any("trained.bin holds the same tensors as trained.safetensors" in warning for warning in report.warnings)
+    assert any("trained.bin has the same tensors as trained.safetensors" in warning for warning in report.warnings)
 
 
 def test_folders_below_it_are_named(place: Place) -> None:

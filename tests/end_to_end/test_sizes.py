@@ -164,7 +164,7 @@ def adapter_tensors(count: int) -> Callable[[Place], None]:
 QUICK: Mapping[str, Large] = {
     "two-tokenizers": Large(two_tokenizers),
     "gguf-tokenizer.json": Large(tokenizer("tokenizer.json"), 3, ("is 2,000,000,000 bytes long",), {"format": "gguf"}),
-    "gguf-tokenizer.model": Large(tokenizer("tokenizer.model"), 3, ("up to 50,000,000 bytes",), {"format": "gguf"}),
+    "gguf-tokenizer.model": Large(tokenizer("tokenizer.model"), 3, ("may have 50,000,000 bytes",), {"format": "gguf"}),
     "config-lists": Large(config_json("[" + "[]," * 3_000_000 + "[]]"), 4, ("config.json would take about", "200 MB")),
     "index-of-700-thousand": Large(index(700_000), 4, ("index.json would take about", "the limit is 200 MB")),
     "adapters": Large(adapters(9_000), 2, ("9,000 adapters; at most 256 are merged at once",)),

@@ -156,14 +156,14 @@ def test_code_is_not_run(tmp_path: Path, beside: bool) -> None:
 def test_code_in_a_bare_pickle_is_not_run(tmp_path: Path) -> None:
     witness, path = tmp_path / "witness", tmp_path / "x.pt"
     path.write_bytes(pickle.dumps(Touch(witness)))
-    assert "not the zip archive" in refusal(path)
+    assert "not a zip archive" in refusal(path)
     assert not witness.exists()
 
 
 def test_legacy_format(tmp_path: Path) -> None:
     torch.save({"a": numbers(2)}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
     message = refusal(tmp_path / "x.pt")
-    assert "not the zip archive that torch.save writes since PyTorch 1.6" in message
+    assert "is not a zip archive of torch.save (PyTorch 1.6 or later)" in message
     assert "save it again" in message
 
 
@@ -334,7 +334,7 @@ def _check_bomb(tmp_path: Path, bomb: str) -> None:
 
 def test_other_byte_order(tmp_path: Path) -> None:
     path = rewrite(write_pure(tmp_path / "x.pt"), byteorder=b"big")
-    assert "the other byte order" in refusal(path)
+    assert "big-endian" in refusal(path)
 
 
 def test_two_entries_of_a_name(tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_archive_with_a_name_that_is_no_text(tmp_path: Path) -> None:
         archive.writestr("x/é.pkl", b"")
     raw = (tmp_path / "x.pt").read_bytes()
     (tmp_path / "x.pt").write_bytes(raw.replace("é".encode(), b"\xce\xce"))
-    assert "not the zip archive" in refusal(tmp_path / "x.pt")
+    assert "not a zip archive" in refusal(tmp_path / "x.pt")
 
 
 def test_archive_of_something_else(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_an_equal_whole_file_is_named_and_not_copied(
     beside(place.base)
     plan = shardmerge.plan(place.config())
     assert [shard.name for shard in plan.shards] == shard_names(2)
-    assert [note for note in plan.warnings if f"{WHOLE} holds the same tensors as the shards of {INDEX}" in note]
+    assert [note for note in plan.warnings if f"{WHOLE} has the same tensors as the shards of {INDEX}" in note]
     assert WHOLE not in {aux.name for aux in plan.aux}
 
 
@@ -301,7 +301,7 @@ def pipeline_beside_files(folder: Path) -> Path:
 
 
 DIRECTORIES: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
-    "pipeline": (pipeline, ["pipeline of diffusers", "transformer/, vae/"]),
+    "pipeline": (pipeline, ["diffusers pipeline", "transformer/, vae/"]),
     "pipeline beside its single files": (pipeline_beside_files, ["pipeline", "transformer/", "flux1.safetensors"]),
     "pipeline of pickles": (pickled_pipeline, ["pipeline", "unet/, vae/"]),
     "sentence-transformers": (sentence_transformer, ["sentence-transformers", "0_Transformer/"]),

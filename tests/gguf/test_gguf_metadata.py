@@ -221,7 +221,7 @@ def test_the_order_and_some_values() -> None:
     [
         ({}, {}, "no tokenizer.json and no tokenizer.model"),
         ({"tokenizer.json": "{"}, {}, "tokenizer.json is not JSON"),
-        ({"tokenizer.json": "[]"}, {}, "tokenizer.json holds no JSON object"),
+        ({"tokenizer.json": "[]"}, {}, "tokenizer.json is not a JSON object"),
         ({"tokenizer.json": {"model": {"type": "BPE"}}}, {}, "tokenizer.json cannot be used"),
         ({"tokenizer.model": b""}, {"vocab_size": 32016}, "CodeLlama"),
         ({"tokenizer.model": spm_model(), "generation_config.json": {"top_k": "5"}}, {}, "top_k is '5'"),

@@ -286,7 +286,7 @@ def test_nobody_unpickles_what_a_bin_holds(merged: Path, adapter: Path, tmp_path
     folder, witness = as_bin(adapter, tmp_path / "bin"), tmp_path / "witness"
     bomb(folder, witness)
     result = CliRunner().invoke(cli, ["compare", str(merged), "--adapter", str(folder), "--prompt", "word1"])
-    assert result.exit_code == FormatError.exit_code and "asks for more than tensors" in result.stderr, result.output
+    assert result.exit_code == FormatError.exit_code and "needs more than tensors" in result.stderr, result.output
     assert not witness.exists()
 
 
