@@ -124,7 +124,7 @@ def test_no_single_candidate(tmp_path: Path, names: list[str], found: str) -> No
     assert str(raised.value) == f"{tmp_path}: {found}"
 
 
-@pytest.mark.parametrize(("text", "part"), [("{", "is not JSON"), ("[]", "no JSON object"), ("\xff", "is not JSON")])
+@pytest.mark.parametrize(("text", "part"), [("{", "is not JSON"), ("[]", "not a JSON object"), ("\xff", "is not JSON")])
 def test_malformed_config(tmp_path: Path, text: str, part: str) -> None:
     write_peft(tmp_path)
     (tmp_path / "adapter_config.json").write_bytes(text.encode("latin-1"))

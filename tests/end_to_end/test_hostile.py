@@ -353,7 +353,7 @@ HOSTILE: dict[str, Hostile] = {
         settings(base_model_name_or_path="x" * 10_000_001), (SETTINGS, "over 10,000,000 bytes long"), 4
     ),
     "settings are rather deep": Hostile(
-        settings(corda_config=json.loads("[" * 150 + "]" * 150)), (SETTINGS, "over 100 objects and lists inside each")
+        settings(corda_config=json.loads("[" * 150 + "]" * 150)), (SETTINGS, "objects and lists nested over 100 deep")
     ),
     "half a character": Hostile(settings(corda_config="\ud800"), (SETTINGS, "is not JSON", "surrogates")),
     "name of 2,000 letters": Hostile(

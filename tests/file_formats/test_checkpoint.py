@@ -293,7 +293,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "a shard is cut": (lambda base: os.truncate(base / FIRST, 2000), [FIRST, "cut"]),
     "config.json is not JSON": (lambda base: (base / "config.json").write_text("{,}"), ["config.json is not"]),
-    "config.json is a list": (lambda base: (base / "config.json").write_text("[]"), ["config.json holds no"]),
+    "config.json is a list": (lambda base: (base / "config.json").write_text("[]"), ["config.json is not a"]),
 }
 
 
