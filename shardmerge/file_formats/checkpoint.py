@@ -82,7 +82,9 @@ def open_checkpoint(source: Source) -> Checkpoint:
 
 def _settings_beside(directory: Source) -> Mapping[str, Any]:
     """Settings of a quantisation that config.json does not have: those of older files of modelopt."""
-    found = read_json(directory, directory.names(), MODELOPT_SETTINGS).get("quantization")
+    if MODELOPT_SETTINGS not in directory.names():
+        return {}
+    found = read_json(directory, MODELOPT_SETTINGS).get("quantization")
     return {"quant_method": "modelopt", **found} if isinstance(found, dict) and found else {}
 
 
