@@ -73,7 +73,7 @@ class AdaLora(PeftFamily):
         "fan_in_fan_out": FLAG,
         "trainable_token_indices": token_problems,
     }
-    # AdaLoRA inherits LoRA's settings; those that are here, it does not read.
+    # AdaLoRA inherits LoRA's settings, but does not read these.
     inert = LoraMethod.inert | {
         *("alpha_pattern", "beta1", "beta2", "deltaT", "ensure_weight_tying", "kasa_config", "lora_bias"),
         *("monteclora_config", "orth_reg_weight", "r", "target_r", "tfinal", "tinit", "total_step", "use_rslora"),
@@ -123,7 +123,7 @@ class AdaLora(PeftFamily):
         if len(window.columns) < update.columns:
             right = right[:, window.columns.start : window.columns.stop]
         torch.mm(factors.rows("B", window.rows), right, out=scratch)
-        # The sum first, as PEFT makes it, in the dtype of the work.
+        # The sum first, as in PEFT, in the compute dtype.
         rank = torch.full((1,), AdaLoraSettings.of(update).init_r, dtype=tile.dtype, device=tile.device) + _EPS
         tile.add_(scratch.mul_(update.scaling).div_(rank))
 
@@ -132,12 +132,12 @@ class AdaLora(PeftFamily):
 
 
 def _empty_shape(role: str, ref: TensorRef) -> tuple[int, ...]:
-    """A factor's shape as it is when no rank is left."""
+    """A factor's shape when no rank is left."""
     return (*ref.shape[:1], 0) if role == "B" else (0, *ref.shape[1:2])
 
 
 def _kept(config: Config, module: str) -> list[bool] | None:
-    """Which of the ranks that a module began with are left, if the config says so."""
+    """Which of a module's initial ranks are left, if the config says so."""
     for key, value in (config.get("rank_pattern") or {}).items():
         owner, found, _ = module_name(key).rpartition(".lora_E")
         if found and owner == module:

@@ -1,6 +1,6 @@
 """BEFT: b' = b + v, a trained addition to the bias; the weight stays.
 
-b is (out), v (1, out) in the file. A layer without a bias has no place for it: PEFT cannot merge that either. Zhu et
+b is (out), v (1, out) in the file. PEFT cannot merge it into a layer without a bias either. Zhu et
 al. 2025, arXiv:2509.15974. Source: peft/tuners/beft/layer.py, 0.21. The bits are those of PEFT's merge, for every
 dtype of the base.
 """
@@ -14,7 +14,7 @@ from shardmerge.adapters.methods.lora import LoraBias
 
 
 class Beft(LoraBias, PeftMethod):
-    """``peft_type: BEFT``; a bias is added as that of LoRA's B is."""
+    """``peft_type: BEFT``; the bias is added like that of LoRA's B."""
 
     name = "beft"
     scales_by_alpha = False

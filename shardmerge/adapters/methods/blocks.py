@@ -1,26 +1,26 @@
-"""Rotations in blocks along W's columns, R = diag(R₁, …, R_n), each (b, b): what OFT, BOFT and PSOFT have in common.
+"""Rotations in blocks along W's columns, R = diag(R₁, …, R_n), each (b, b), for OFT, BOFT, PSOFT and RoAd.
 
-PEFT multiplies by the whole of R, (in, in), nearly all of which is zeros. Block by block the sums have the same terms
-in the same order without the zeros, so the bits are the same, except where a block is so large, or so placed, that
-the matrix product of the whole is cut within it (MKL cuts at a few hundred columns). Small blocks would go through
-another kernel, which rounds otherwise; so they are put together to blocks of some width.
+PEFT multiplies by all of R, (in, in), which is nearly all zeros. Block by block the sums have the same terms in the
+same order without the zeros, so the bits are the same, except where the product of the whole is cut within a block (MKL
+cuts at a few hundred columns). Small blocks would go through another kernel, which rounds differently; so they are
+joined to wider ones.
 """
 
 from __future__ import annotations
 
 from shardmerge.adapters.lazy_torch import Tensor, torch
 
-#: How wide blocks are made, where they can be.
+#: The width that blocks are joined to, where possible.
 _WIDTH = 64
 
 
 def together(count: int, size: int) -> int:
-    """How many of ``count`` blocks of some size are put together to one."""
+    """How many of ``count`` blocks of this size are joined to one."""
     return max(many for many in range(1, max(1, _WIDTH // size) + 1) if count % many == 0)
 
 
 def widened(blocks: Tensor, count: int) -> Tensor:
-    """``count`` blocks (n, b, b) as fewer and wider ones; a block that is repeated becomes one that is, too."""
+    """``count`` blocks (n, b, b) joined to fewer and wider ones; a repeated block stays a repeated one."""
     size, many = blocks.shape[1], together(count, blocks.shape[1])
     if many == 1:
         return blocks
@@ -88,6 +88,6 @@ def neumann(skew: Tensor, terms: int) -> Tensor:
 
 
 def block_bytes(count: int, repeated: int, size: int, itemsize: int) -> int:
-    """The most that ``count`` blocks, each ``repeated`` times, take while they are built and when they are widened."""
+    """The most bytes of ``count`` blocks, each ``repeated`` times, while they are built and when they are widened."""
     elements, many = count * size * size, together(count * repeated, size)
     return elements * 7 * max(itemsize, 4) + elements * many * (many if repeated > 1 else 1) * itemsize

@@ -28,7 +28,7 @@ from shardmerge.spec.updates import Settings, Update, Window
 
 @dataclass(frozen=True, slots=True)
 class BoftSettings(Settings):
-    """b and n as the config has them, 0 where it leaves them open, and m."""
+    """b and n in the config, or 0, and m."""
 
     size: int
     count: int
@@ -71,7 +71,7 @@ class Boft(PeftFamily):
     def misfits(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
         wanted, columns = BoftSettings.of(update), math.prod(shape[1:])
         many = wanted.butterflies
-        # Clipped, as a hostile count takes a power long; more butterflies than columns fit no shape.
+        # Clipped: the power of a hostile count takes long, and more butterflies than columns fit no shape.
         reach = 1 << min(many - 1, columns.bit_length())
         size = wanted.size or columns // wanted.count
         if not size or columns % size or (many > 1 and (columns % (size * reach) or size % 2)):
@@ -101,7 +101,7 @@ class Boft(PeftFamily):
 
 
 def _rotations(blocks: Tensor) -> Tensor:
-    """The rotations of all butterflies, (m·n, b, b), some within each put together."""
+    """The rotations of all butterflies, (m·n, b, b), joined within each; see `widened`."""
     _, count, size, _ = blocks.shape
     rotations = blocks.view(-1, size, size)
     return widened(cayley(0.5 * (rotations - rotations.transpose(1, 2))), count)

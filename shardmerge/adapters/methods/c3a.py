@@ -55,7 +55,6 @@ class C3a(PeftFamily):
     def apply(self, tile: Tensor, factors: Factors, update: Update, window: Window, scratch: Tensor) -> None:
         size, rows = C3aSettings.of(update).size, window.rows
         first = rows.start // size
-        # As many blocks as rows at most.
         kernel = factors.rows("kernel", RowRange(first, -(-rows.stop // size)))
         for row in range(rows.start, rows.stop):
             block, shift = divmod(row, size)

@@ -1,4 +1,4 @@
-"""DEFT: W' = W + Q (s · R − P⁺ᵀ W): what W does in a subspace of the outputs is taken out, and R put in its place.
+"""DEFT: W' = W + Q (s · R − P⁺ᵀ W): W is replaced by R in a subspace of the outputs.
 
 W is (out, in), P (out, r), R (r, in). With ``decomposition_method: relu`` Q is P and P⁺ is P without its negative
 numbers; with ``qr`` both are the orthonormal Q of P's QR decomposition. s = α / r, or 1 without α. With ``para``
@@ -24,7 +24,7 @@ from shardmerge.spec.updates import Settings, Update
 
 @dataclass(frozen=True, slots=True)
 class DeftSettings(Settings):
-    """α, and whether P's QR decomposition takes P's place."""
+    """α, and whether P is replaced by its QR decomposition."""
 
     alpha: float | None
     orthogonal: bool

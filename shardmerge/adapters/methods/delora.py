@@ -30,7 +30,7 @@ class Delora(PeftFamily):
     updates = "matrices"
     paper = "arXiv:2503.18225"
     roles = {"delora_A": "A", "delora_B": "B", "delora_lambda": "lambda", "delora_w_norm": "w"}
-    # λ in the config is where training began.
+    # λ in the config is the initial one.
     settings = {
         "r": RANK,
         "rank_pattern": RANK_PATTERN,
@@ -48,7 +48,7 @@ class Delora(PeftFamily):
         def left() -> Tensor:
             a, b = factors.whole("A"), factors.whole("B")
             lengths = torch.clamp(a.norm(dim=1), min=_LEAST) * torch.clamp(b.norm(dim=0), min=_LEAST)
-            # A product with a diagonal matrix, as PEFT has it, adds nothing but zeros to this.
+            # PEFT's product with a diagonal matrix only adds zeros to this.
             return b * (factors.whole("lambda") / update.rank / lengths)
 
         scaled = factors.kept("B D", left)

@@ -25,7 +25,7 @@ class Factored(Family):
 
     @abstractmethod
     def right(self, factors: Factors, update: Update) -> Tensor:
-        """R; kept while the weight is worked on."""
+        """R, kept for the weight."""
 
     def inner(self, update: Update) -> int:
         """k."""
@@ -40,12 +40,12 @@ class Factored(Family):
         add_scaled(tile, scratch, update.scaling)
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        # R, what it is made of on the way, and a part of its columns; some rows of L, made in two steps.
+        # R, what it is made of, and a part of its columns; some rows of L, made in two steps.
         return self.inner(update) * (3 * update.columns + 3 * 2 * PART_ROWS) * itemsize
 
 
 class TwoPass(Factored):
-    """W' = W + s · L f(V W), where V (k, out) looks at whole columns of W: R is made of what it sees.
+    """W' = W + s · L f(V W), where V is (k, out): R is made of V W.
 
     Where tiles are rows, a first pass adds up V W. Where W is stored transposed, tiles have whole columns. All of it is
     computed in float64 and rounded once.

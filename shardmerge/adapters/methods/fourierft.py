@@ -1,11 +1,11 @@
 """FourierFT: W' = W + s · Re F⁻¹(S), F⁻¹ the inverse Fourier transform in two dimensions of a sparse spectrum S.
 
-W is (out, in). S, (out, in), is zero but at n places, where the file's n numbers stand. The places are not in the
-file: they are the first n of a random order of all of W's elements, which the config's ``random_loc_seed`` fixes. Gao
-et al. 2024, arXiv:2405.03003. Source: peft/tuners/fourierft/layer.py, 0.21.
+W is (out, in). S, (out, in), has the file's n numbers at n positions, and zeros elsewhere. The positions are not in
+the file: they are the first n of a random order of all of W's elements, by the config's ``random_loc_seed``. Gao et al.
+2024, arXiv:2405.03003. Source: peft/tuners/fourierft/layer.py, 0.21.
 
-Every element of the delta depends on every number, so the whole delta is made when a weight's first tile is worked
-on, and kept until its last. The bits are those of PEFT's merge, for every dtype of the base.
+Every element of the delta depends on every number, so the whole delta is made for a weight's first tile, and kept
+until its last. The bits are those of PEFT's merge, for every dtype of the base.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shardmerge.spec.updates import Settings, Update, Window
 
 @dataclass(frozen=True, slots=True)
 class SpectrumSettings(Settings):
-    """How many numbers there are, where the config says it, and the seed of their places."""
+    """The number of coefficients, if the config says it, and the seed of their positions."""
 
     count: int | None
     seed: int
@@ -68,26 +68,25 @@ class FourierFt(PeftFamily):
     def delta(self, spectrum: Tensor, update: Update) -> Tensor:
         """Re F⁻¹(S), (out, in)."""
         rows, columns = positions(update, len(spectrum))
-        # PEFT's spectrum is float32, whatever the dtype of the merge.
+        # PEFT's spectrum is float32 in any case.
         dense = torch.zeros(update.rows, update.columns, device=spectrum.device)
         dense[rows.to(spectrum.device), columns.to(spectrum.device)] = spectrum.float()
         delta: Tensor = torch.fft.ifft2(dense).real.to(spectrum.dtype)
         return delta.contiguous()
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        # The delta; on the way to it the spectrum, real and complex, and what it is transformed to. Before, the
-        # order of all elements, which takes less.
+        # The delta; before it the spectrum, real and complex, and its transform. The order of all elements takes less.
         return update.rows * update.columns * (itemsize + 4 + 3 * 8)
 
 
 def spectrum_of(config: Config, module: Module) -> tuple[int | None, int]:
-    """The number of a module's numbers, where the config says it, and the seed of their places."""
+    """The fields of `SpectrumSettings` for a module."""
     count = pattern_value(config.get("n_frequency_pattern"), module.name, config["n_frequency"])
     return None if config.get("proportional_parameters") else count, config["random_loc_seed"]
 
 
 def positions(update: Update, count: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the numbers, as the seed has them."""
+    """Rows and columns of the numbers, by the seed."""
     generator = torch.Generator().manual_seed(SpectrumSettings.of(update).seed)
     order = torch.randperm(update.rows * update.columns, generator=generator)[:count]
     return order // update.columns, order % update.columns

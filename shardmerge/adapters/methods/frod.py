@@ -1,8 +1,8 @@
 """FRoD: W' = U (S + diag(λ)) Vᵀ: W in a basis that modules of one kind share, with some of its entries trained.
 
-W is (out, in). V (in, in) is in the file, one for all modules of a category, as are the places (2, n) of S's numbers;
-λ (in) and the n numbers are the module's own. U (out, in) is not in the file: its columns are those of W V⁻ᵀ brought
-to length one, rounded to W's dtype. Source: peft/tuners/frod/layer.py and model.py, 0.21. AAAI 2026, doi
+W is (out, in). V (in, in) is in the file, one for all modules of a category, as are the positions (2, n) of S's
+numbers; λ (in) and the n numbers are the module's own. U (out, in) is not in the file: its columns are those of W V⁻ᵀ
+brought to length one, rounded to W's dtype. Source: peft/tuners/frod/layer.py and model.py, 0.21. AAAI 2026, doi
 10.1609/aaai.v40i31.39813.
 
 The lengths need all rows of W, so a first pass adds up their squares, in float64, in which PEFT computes U, too. In
@@ -90,13 +90,13 @@ class Frod(PeftFamily):
             part.add_(new.sub_(part))  # two steps, as PEFT takes them
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        # V in float64, decomposed, and as the solver wants it; S + diag(λ) and its summands; some rows on their way.
+        # V in float64, decomposed, and for the solver; S + diag(λ) and its summands; some rows in each step.
         columns, rows = update.columns, 2 * PART_ROWS
         return columns * (columns * (5 * 8 + 3 * itemsize) + rows * 4 * (8 + itemsize) + 16)
 
 
 def category_of(module: str) -> str:
-    """The kind of module, by the last parts of its name, as PEFT distinguishes them."""
+    """PEFT's category of a module, by the last parts of its name."""
     parts = module.split(".")
     if len(parts) == 1 or parts[-2].isdigit():
         return parts[-1]
@@ -115,7 +115,7 @@ def _in_basis(rows: Tensor, factors: Factors) -> Tensor:
 
 
 def _decomposed(basis: Tensor) -> Tensor:
-    """V's LU decomposition, the pivots as its last row; or V⁻¹, if V has none, where PEFT takes the pseudo-inverse."""
+    """V's LU decomposition, the pivots as its last row; if there is none, the pseudo-inverse, as in PEFT."""
     lu, pivots, failed = torch.linalg.lu_factor_ex(basis)
     inverse: Tensor = torch.linalg.pinv(basis, rtol=1e-6) if int(failed) else torch.cat((lu, pivots.double()[None]))
     return inverse

@@ -23,14 +23,14 @@ from shardmerge.adapters.methods.lora import add_product
 from shardmerge.spec.tensors import MIN_TILE_ROWS, RowRange
 from shardmerge.spec.updates import Settings, Update, Window
 
-#: Rows of W that are read at once for W C.
+#: Rows of W that are read at a time for W C.
 _ROWS = 64
 _PARTS = ("Xd", "Xu", "X", "zeros")
 
 
 @dataclass(frozen=True, slots=True)
 class GloraSettings(Settings):
-    """The letters of the factors that are vectors, rather than one number."""
+    """The letters of the factors that are vectors, not single numbers."""
 
     vectors: str
 
@@ -83,7 +83,7 @@ class Glora(PeftFamily):
                 continue
             update = self.update(module, context, family=family, factors=factors, settings=settings)
             if parameter == "bias":
-                # Zeros are there whether or not the layer has a bias.
+                # The file has zeros for a layer without a bias, too.
                 update = update.changed(parameter=parameter, optional=not has_bias)
             if any(role[0] == "C" for role, _ in factors):
                 update = update.changed(of_base=(("W", "weight"),))
@@ -149,13 +149,13 @@ class GloraBias(Family):
             return 0
         weight = update.factor("W")
         columns = weight.shape[1]
-        # Of a W that is stored transposed the bytes are kept whole.
+        # A W that is stored transposed is kept whole.
         stored = weight.nbytes if weight.strides is not None else 4 * _ROWS * columns
         return stored + (_ROWS + 1) * columns * itemsize
 
 
 def _value(factors: Factors, update: Update, letter: str, tile: Tensor, rows: RowRange | None) -> Tensor:
-    """A factor that is not a product: numbers of these rows (of all, where it does not go by rows), or one number."""
+    """A factor that is not a product: its numbers for these rows, for all rows if it has none, or one number."""
     if update.has(f"{letter}.X"):
         value = factors.whole(f"{letter}.X")
     elif not update.has(f"{letter}.zeros"):

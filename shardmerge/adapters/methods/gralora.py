@@ -118,18 +118,18 @@ class Gralora(PeftFamily):
                 out[down + rows.start : down + rows.stop, right + columns.start : right + columns.stop] = block
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        # Some rows of a block, and of the whole's product.
+        # Some rows of a block, and of B_g A_g.
         return 2 * 2 * PART_ROWS * update.columns * itemsize
 
 
 def _in_blocks(span: RowRange, size: int) -> Iterator[tuple[int, RowRange]]:
-    """The blocks that rows or columns are in, and which of the block's own they are."""
+    """The blocks that rows or columns are in, and their numbers within each."""
     for index in range(span.start // size, -(-span.stop // size)):
         first = index * size
         yield index, RowRange(max(span.start - first, 0), min(span.stop - first, size))
 
 
 def _wide_enough(span: RowRange, size: int) -> RowRange:
-    """At least so many rows or columns as go through the usual kernel, where the block has them."""
+    """At least `MIN_TILE_ROWS` rows or columns, where the block has them."""
     start = max(0, min(span.start, size - MIN_TILE_ROWS))
     return RowRange(start, max(span.stop, min(size, start + MIN_TILE_ROWS)))

@@ -40,7 +40,7 @@ class Hira(Lora, PeftFamily):
             claims.half(module.first, module.key(f"hira_{missing[0]}"))
             return
         a, b = (module.factors[role] for role in wanted)
-        # PEFT reads rank_pattern only where a module has an adapter already, so r is as good.
+        # PEFT reads rank_pattern only where a module has an adapter already, so r may hold, too.
         rank = rank_of(context.config, module.name)
         factors = (("A", a), ("B", b))
         claims.updates.append(self.update(module, context, factors=factors, orientation=transposed_if(infix)))
@@ -53,11 +53,7 @@ class Hira(Lora, PeftFamily):
             )
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        """As for LoRA, but where only the setting could say it, it does not.
-
-        Other methods of PEFT save ``fan_in_fan_out`` as the layers turned out to be; HiRA saves what was asked for, and
-        goes by the layer's class.
-        """
+        """As for LoRA, but without ``fan_in_fan_out``, which PEFT's HiRA saves as it was asked for, not as it is."""
         square = len(parameter.shape) == 2 and parameter.shape[0] == parameter.shape[1]
         unclear = square and parameter.in_memory is Orientation.UNKNOWN and update.orientation is Orientation.SAME
         if unclear and update.in_memory is Orientation.TRANSPOSED:

@@ -20,7 +20,7 @@ from shardmerge.adapters.lazy_torch import Tensor, torch
 from shardmerge.adapters.methods.base import Factors, misshaped
 from shardmerge.spec.updates import Settings, Update, Window
 
-#: Rows of H that are reflected at once.
+#: Rows of H that are reflected at a time.
 _ROWS = 256
 
 

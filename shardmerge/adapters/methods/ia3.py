@@ -108,7 +108,7 @@ class Ia3(PeftFamily):
 
 
 def _is_feedforward(module: str, config: Config) -> bool | None:
-    """Whether the config says so, by any end of the name as PEFT compares it; None if it says nothing."""
+    """Whether the config says so, by ends of names as in PEFT; None if it does not say."""
     named = config.get("feedforward_modules")
     if named is None:
         return None

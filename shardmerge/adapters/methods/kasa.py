@@ -22,7 +22,7 @@ from shardmerge.spec.updates import Update, Window
 
 
 class Kasa(Lora):
-    """LoRA on a matrix that is cut first."""
+    """LoRA on T(W)."""
 
     name = "kasa"
     builds = True
@@ -33,7 +33,7 @@ class Kasa(Lora):
     rows_are_independent = False
     adds = False
     stacks_vectors = False
-    #: As OSF's (see `osf`), but here it is W itself that is rounded: the larger entries of a row move by a whole unit.
+    #: As for OSF, but W itself is rounded: the larger entries of a row move by a whole unit.
     sum_units = 4096
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
@@ -55,7 +55,7 @@ class Kasa(Lora):
         add_scaled(tile, scratch, update.scaling)
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        # U S; T(W), for a moment in three dtypes; some rows of B diag(d), a tile's at most.
+        # U S; T(W), in three dtypes for a moment; rows of B diag(d).
         elements = update.rows * update.columns
         left = update.rows * min(update.rows, update.columns)
         return svd_bytes(update) + 4 * left + elements * (4 + 2 + itemsize) + update.rows * update.rank * itemsize

@@ -24,7 +24,7 @@ from shardmerge.spec.updates import Update, Window
 
 
 class LycorisFamily(PeftFamily):
-    """What LyCORIS' two methods have in common; s = α / r."""
+    """LoHa and LoKr: s = α / r."""
 
     adds = True
     settings = {
@@ -84,7 +84,7 @@ class Loha(LycorisFamily):
         add_scaled(tile, scratch, update.scaling)
 
     def multiply(self, which: str, factors: Factors, rows: RowRange, out: Tensor | None = None) -> Tensor:
-        """Rows of the first or the second of the products."""
+        """Rows of the first or the second product."""
         return torch.mm(factors.rows(f"w{which}_a", rows), factors.whole(f"w{which}_b"), out=out)
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
@@ -92,7 +92,7 @@ class Loha(LycorisFamily):
 
 
 class LohaTucker(Loha):
-    """The same for a convolution with a core of its own."""
+    """The same with Tucker's factors."""
 
     name = "loha-tucker"
     builds = True
@@ -110,7 +110,7 @@ class LohaTucker(Loha):
 
     def multiply(self, which: str, factors: Factors, rows: RowRange, out: Tensor | None = None) -> Tensor:
         def build() -> Tensor:
-            # In this order of dimensions, and multiplied from this side, the bits are those of PEFT's one einsum.
+            # This order of dimensions, multiplied from this side, has the bits of PEFT's one einsum.
             core, inputs = factors.whole(f"t{which}"), factors.whole(f"w{which}_b")
             return torch.einsum("u v k l, v i -> i k l u", core, inputs).reshape(-1, len(core))
 
@@ -119,5 +119,5 @@ class LohaTucker(Loha):
         return product if out is None else out.copy_(product)
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        # Both cores and what the making of one takes, and a slab of either product.
+        # Both cores, what one is made of, and a slab of either product.
         return (4 * update.rank * update.columns + 2 * slab_elements(update.columns)) * itemsize

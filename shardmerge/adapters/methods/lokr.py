@@ -27,13 +27,13 @@ from shardmerge.adapters.methods.loha import LycorisFamily
 from shardmerge.spec.tensors import KEPT_WHOLE_BYTES, RowRange
 from shardmerge.spec.updates import Settings, Update, Window
 
-#: Rows of w2_a w2_b that are at least made at once, so that the bits are those of the whole.
+#: The fewest rows of w2_a w2_b with the bits of the whole.
 _LEAST_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class LokrSettings(Settings):
-    """Whether the update is Kronecker's product on a convolution of one dimension, too."""
+    """Whether the update is Kronecker's product on convolutions of one dimension, too."""
 
     kronecker: bool = False
 
@@ -103,7 +103,7 @@ class Lokr(LycorisFamily):
             out = scratch[part.start - window.rows.start : part.stop - window.rows.start]
             rows = torch.arange(part.start, part.stop, device=tile.device)
             if mixed:
-                # Columns are (d, c, k): either factor has dimensions of its own among them.
+                # Columns are (d, c, k), with dimensions of both factors.
                 kernel = update.shape[2]
                 ours, theirs = first[rows % a].view(-1, 1, c, 1), factors.whole("w2")[rows // a].unsqueeze(2)
                 torch.mul(ours, theirs, out=out.view(len(rows), rest // kernel, c, kernel))
@@ -126,7 +126,7 @@ class Lokr(LycorisFamily):
 
 
 def _second(factors: Factors, update: Update, rows: RowRange) -> tuple[Tensor, int]:
-    """Rows of w2, kernels flattened, that some rows of W need, and which is the first of them."""
+    """The rows of w2, kernels flattened, that rows of W need, and the number of the first."""
 
     def tucker() -> Tensor:
         core, outputs, inputs = (factors.whole(role) for role in ("t2", "w2_a", "w2_b"))
@@ -145,12 +145,12 @@ def _second(factors: Factors, update: Update, rows: RowRange) -> tuple[Tensor, i
 
 
 def _is_large(update: Update) -> bool:
-    """Whether w2 = w2_a w2_b, which with a ``decompose_factor`` of 1 is as large as W, is made row by row."""
+    """Whether w2 = w2_a w2_b, as large as W for a ``decompose_factor`` of 1, is made row by row."""
     return not update.has("w2") and not update.has("t2") and math.prod(_sizes(update)[2:]) * 4 > KEPT_WHOLE_BYTES
 
 
 def _parts(rows: RowRange, update: Update) -> Iterator[RowRange]:
-    """Slabs; where w2 is large such that their rows of it are adjacent."""
+    """Slabs; if w2 is large, slabs whose rows of it are adjacent."""
     b = _sizes(update)[2]
     for _, slab in slabs(rows, update.columns):
         start = slab.start
@@ -161,7 +161,7 @@ def _parts(rows: RowRange, update: Update) -> Iterator[RowRange]:
 
 
 def _misfits(update: ModuleUpdate) -> list[str]:
-    """What does not fit among the factors."""
+    """Why the factors do not fit each other."""
     rank, roles = update.rank, {"w1": 2, "w2": 0, "t2": 4}
     problems = []
     for role, ref in update.factors:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from shardmerge.adapters.claims import ModuleUpdate, shown
 from shardmerge.adapters.lazy_torch import Tensor, torch
-from shardmerge.adapters.methods.base import Factors, Family, add_scaled, oriented
+from shardmerge.adapters.methods.base import Factors, Family, add_scaled, misshaped, oriented
 from shardmerge.spec.tensors import MIN_TILE_ROWS, Orientation, RowRange, TensorRef, even_rows, transposed_if
 from shardmerge.spec.updates import Parameter, Settings, Update, Window
 
@@ -84,14 +84,14 @@ def _matrix(factor: Tensor) -> Tensor:
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A convolution of one point is a Linear layer, and at times its LoRA is stored as one."""
+    """The shape of a convolution of one point as that of a Linear layer, as which LoRA may store it."""
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     return shape
 
 
 class Dora(Lora):
-    """LoRA whose rows are then brought to a trained length.
+    """LoRA, after which rows are scaled to a trained length.
 
     Where W is stored transposed a tile has a part of every row, so a first pass adds up the squares, in float64: there
     the last bit can differ from PEFT's float32 norm, which is the less exact of the two.
@@ -104,13 +104,8 @@ class Dora(Lora):
     adds = False
 
     def check(self, update: ModuleUpdate, shape: tuple[int, ...]) -> list[str]:
-        magnitude = update.factor("magnitude")
-        problems = super().check(update, shape)
-        if not problems and magnitude.shape != (shape[0],):
-            problems = [
-                f"{magnitude.name} is {list(magnitude.shape)}; expected [{shape[0]}], a length for every output"
-            ]
-        return problems
+        lengths = (update.factor("magnitude"), (shape[0],), "a length for every output")
+        return super().check(update, shape) or misshaped(*lengths)
 
     def needs_prepass(self, update: Update) -> bool:
         return update.by_columns
@@ -139,7 +134,7 @@ class Dora(Lora):
 
 @dataclass(frozen=True, slots=True)
 class BlockSettings(Settings):
-    """How many blocks there are, and the factor, A or B, that has them."""
+    """The number of blocks, and the factor that has them, A or B."""
 
     blocks: int
     diagonal: str
@@ -164,7 +159,7 @@ class LoraBlocks(Lora):
         stored = update.factor(diagonal)
         whole = (stored.shape[0], stored.shape[1] * blocks)
         if whole[0] % blocks:
-            return [f"{stored.name} is {list(stored.shape)}, whose rows are no {blocks} blocks"]
+            return [f"{stored.name} is {list(stored.shape)}, whose rows are not {blocks} blocks"]
         unfolded = tuple(
             (role, dataclasses.replace(ref, shape=whole) if role == diagonal else ref) for role, ref in update.factors
         )
@@ -187,7 +182,7 @@ class LoraBlocks(Lora):
 
 
 def _unfolded(part: Tensor, first: int, rows: int, blocks: int) -> Tensor:
-    """Rows of a block-diagonal matrix from the same rows of its blocks, which are stored one below the other."""
+    """Rows of a block-diagonal matrix, made of the same rows of its stored blocks."""
     width = part.shape[1]
     whole = part.new_zeros(part.shape[0], blocks, width)
     for block in range(blocks):
@@ -222,7 +217,7 @@ def add_product(out: Tensor, b: Tensor, a: Tensor) -> None:
 
 
 def no_factors(a: TensorRef, b: TensorRef) -> str:
-    """What is wrong with the dimensions of A and B, whatever their weight is; empty where they may be a pair."""
+    """The problem of the dimensions of A and B, whatever the weight; empty where they may be a pair."""
     if len(a.shape) >= 2 and len(b.shape) == len(a.shape) and all(size == 1 for size in b.shape[2:]):
         return ""
     shapes = "(r, in) and (out, r), or of a convolution (r, in, k…) and (out, r, 1…)"

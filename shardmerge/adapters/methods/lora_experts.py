@@ -19,7 +19,7 @@ from shardmerge.spec.updates import Parameter, Settings, Update, Window
 
 @dataclass(frozen=True, slots=True)
 class ExpertSettings(Settings):
-    """How B's columns are laid out, ``peft`` or ``unsloth``, and the PEFT that saved the adapter ("" if unknown)."""
+    """The layout of B's columns, ``peft`` or ``unsloth``, and the PEFT that saved the adapter, or ""."""
 
     layout: str
     peft_version: str
@@ -40,10 +40,7 @@ class LoraExperts(Family):
     adds = True
 
     def orient(self, update: ModuleUpdate, parameter: Parameter) -> ModuleUpdate | str:
-        """A parameter of two dimensions is one expert, (out, in) as it is in memory. Of three, see `_orientation`.
-
-        A Conv1D's weight is (in, out) in memory: what PEFT takes for its outputs are its inputs.
-        """
+        """A parameter of two dimensions is a matrix as PEFT sees it in memory; of three, see `_orientation`."""
         if len(parameter.shape) == 2:
             return update.changed(family=Lora.name, orientation=parameter.in_memory.assumed)
         if len(parameter.shape) != 3:
@@ -78,7 +75,7 @@ class LoraExperts(Family):
 
 
 def _orientation(update: ModuleUpdate, parameter: Parameter) -> Orientation | str:
-    """Transposed if A takes the outputs and B the inputs. PEFT has changed its mind on that twice.
+    """Transposed if A takes the outputs and B the inputs. PEFT has changed it twice.
 
     Up to 0.18.1 A took the parameter's second dimension, whatever it was; in 0.19.0 it took the outputs; since 0.19.1
     it takes the inputs. The shapes show which, except where they are square.
@@ -105,7 +102,7 @@ def _version(text: str) -> tuple[int, int, int] | None:
 
 
 class LoraGated(Lora):
-    """LoRA on two matrices, gate and up, whose rows are stored in turn: gate's first, up's first, gate's second, …
+    """LoRA on two matrices, gate and up, whose rows are interleaved: gate's first, up's first, gate's second, …
 
     Gate has A (r, in) and B (out / 2, r), up has A_up and B_up; either may be missing, and its rows then stay.
     """

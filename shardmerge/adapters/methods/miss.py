@@ -77,7 +77,7 @@ class Miss(PeftFamily):
 
 
 class Bone(Miss):
-    """``peft_type: BONE``, as MiSS was called before."""
+    """``peft_type: BONE``, the former name of MiSS."""
 
     peft_type = "BONE"
     title = "Bone"
@@ -90,7 +90,7 @@ class Bone(Miss):
 
 
 class MissBat(Miss):
-    """The variant that multiplies, too."""
+    """``init_weights: bat``."""
 
     name = "miss-bat"
     mixes_weight = True  # W times blocks

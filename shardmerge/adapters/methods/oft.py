@@ -40,7 +40,7 @@ _EPS = 6e-5
 
 @dataclass(frozen=True, slots=True)
 class OftSettings(Settings):
-    """The config's number of blocks and their size (0 where it leaves one open), and how R is made of Q."""
+    """The number of blocks and their size in the config, or 0, and how R is made of Q."""
 
     blocks: int
     size: int
@@ -76,7 +76,7 @@ class Oft(PeftFamily):
         "use_cayley_neumann": FLAG,
         "num_cayley_neumann_terms": up_to(1000),
     }
-    # alpha_pattern was a setting of all that LyCORIS made up to PEFT 0.14, and OFT has no alpha.
+    # alpha_pattern was a setting of all LyCORIS methods up to PEFT 0.14; OFT has no alpha.
     inert = frozenset({"alpha_pattern", "init_weights", "module_dropout"})
     refused = {
         "rank_pattern": "OFT of PEFT 0.14 and older, with another number of blocks for some modules; it means other "
@@ -147,7 +147,7 @@ class Oft(PeftFamily):
 
 
 def nearest_divisor(columns: int, wanted: int) -> int:
-    """The divisor of ``columns`` that PEFT takes in place of a number that does not divide them."""
+    """The divisor of ``columns`` that PEFT takes for a number that does not divide them."""
     if wanted >= columns:
         return columns
     higher = next(number for number in range(wanted, columns + 1) if columns % number == 0)
@@ -161,7 +161,7 @@ def _block_size(numbers: int) -> int:
 
 
 def _rotations(numbers: Tensor, update: Update) -> Tensor:
-    """R₁, …, R_n, (n, b, b), some of them put together."""
+    """R₁, …, R_n, (n, b, b), joined; see `widened`."""
     size, of = _block_size(numbers.shape[1]), OftSettings.of(update)
     rows, columns = torch.triu_indices(size, size, 1, device=numbers.device)
 

@@ -45,7 +45,7 @@ def _check_patterns(key: str, value: Any) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class OsfSettings(Settings):
-    """How many singular values are kept, or a share of them; None where the config leaves it open."""
+    """How many singular values are kept, or their share, if the config says it."""
 
     kept: float | None
 
@@ -59,8 +59,8 @@ class Osf(PeftFamily):
     title = "OSF"
     updates = "Linear layers"
     mixes_weight = True  # the smaller part of W is taken away
-    #: The factors of W's decomposition are rounded to W's 16 bits. Where LAPACK gives another last bit than it gave the
-    #: merge (another CPU, another number of threads), some of them are rounded to the other side.
+    #: The factors of W's decomposition are rounded to W's 16 bits. On another CPU, or with another number of threads,
+    #: LAPACK may differ from the merge in a last bit, and then some are rounded to the other side.
     sum_units = 1024
     paper = "arXiv:2504.07097"
     note = "makes a weight's whole update at once, in memory that grows with the weight"
@@ -97,19 +97,19 @@ class Osf(PeftFamily):
 
 
 def svd_bytes(update: Update) -> int:
-    """What it takes to decompose W in float32: a copy, the three factors, and LAPACK's work space."""
+    """Bytes to decompose W in float32: a copy, the three factors, and LAPACK's work space."""
     smaller = min(update.rows, update.columns)
     both = (update.rows + update.columns) * smaller
     return 4 * (2 * update.rows * update.columns + both + 6 * smaller * smaller)
 
 
 def stored_dtype(update: Update) -> torch.dtype:
-    """The dtype in which PEFT keeps what it makes of W: W's own."""
+    """The dtype in which PEFT keeps factors of W: W's own."""
     return {"F16": torch.float16, "BF16": torch.bfloat16}.get(update.factor("W").dtype, torch.float32)
 
 
 def _wanted(config: Config, module: str) -> float | None:
-    """The config's word on how many singular values are kept."""
+    """`OsfSettings.kept` of a module."""
     pattern = config.get("rank_pattern") or {}
     found = first_match(list(pattern), module, "search")
     value = config.get("effective_rank") if found is None else list(pattern.values())[found]

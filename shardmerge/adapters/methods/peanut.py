@@ -30,7 +30,7 @@ def _tanh_gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh())
 
 
-#: Activations, by the names that transformers gives them.
+#: Activations by their names in transformers.
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda x: 0.5 * x * (1 + (x / math.sqrt(2)).erf()),
     "gelu_fast": _tanh_gelu,
@@ -121,6 +121,6 @@ class Peanut(TwoPass, PeftFamily):
         return hidden
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        # What the encoders made, for the decoders.
+        # The results of the encoders, for the decoders.
         steps = PeanutSettings.of(update).depth + 2
         return super().kept_bytes(update, itemsize) + steps * update.rank * update.columns * 8

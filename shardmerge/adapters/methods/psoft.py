@@ -36,7 +36,7 @@ class PsoftSettings(Settings):
     orthogonal: bool
     #: Terms of the series; 0 for Cayley's formula itself.
     terms: int
-    #: The most that Q's length may be.
+    #: The largest length of Q.
     most: float | None
     #: Whether A and B both get the root of S_r.
     even: bool
@@ -127,7 +127,7 @@ class Psoft(Factored, PeftFamily):
 def _main_directions(weight: Tensor, update: Update) -> Tensor:
     """B (out, r), and below it Aᵀ (in, r)."""
     rank, of = update.rank, PsoftSettings.of(update)
-    # On the CPU wherever the rest is computed: which of two opposite directions is found, and what is drawn, differs.
+    # Always on the CPU: another device may find the opposite directions, and draws other numbers.
     wide = weight.float().cpu()
     if of.steps:
         with torch.random.fork_rng(devices=[]):

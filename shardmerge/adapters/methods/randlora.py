@@ -42,7 +42,7 @@ from shardmerge.spec.updates import Update, Window
 
 @dataclass(frozen=True, slots=True)
 class RandLoraSettings(ProjectionSettings):
-    """And how few of A's and B's numbers are not zero: "", "sparse" or "very"."""
+    """And the sparsity of A and B: "", "sparse" or "very"."""
 
     sparse: str = ""
 
@@ -152,21 +152,21 @@ class RandLoraSeeded(RandLora):
         of, sizes = RandLoraSettings.of(update), RandLoraSettings.of(update).sizes
         large, small = max(sizes), min(sizes)
         row = math.ceil(small / update.rank) * update.rank
-        # Of sparse ones there are, for a moment, the numbers drawn, a mask, and what they make.
+        # Sparse numbers are drawn, masked and made, for a moment all at once.
         number = 12 if of.sparse else 2
         smaller = update.rank * small * (itemsize + 12)
         return large * row * number + smaller + _working_bytes(update, itemsize, row) + 3 * 4 * PART_ROWS * row
 
 
 def _working_bytes(update: Update, itemsize: int, row: int) -> int:
-    """Rows of B, columns of A' and what it is made of, and their product."""
+    """Bytes of rows of B, columns of A' and its factors, and their product."""
     inner = max(1, math.ceil(min(update.rows, update.columns) / update.rank) * update.rank)
     slab = slab_elements(inner)
     return (2 * PART_ROWS * row + 2 * slab + 2 * PART_ROWS * slab // inner) * itemsize
 
 
 def _draw(update: Update, *, with_large: bool) -> Tensor:
-    """A, or B; either is drawn after A."""
+    """A, or B, which is drawn after A."""
     rank, of = update.rank, RandLoraSettings.of(update)
     sizes, sparse = of.sizes, of.sparse
     small, large = min(sizes), max(sizes)

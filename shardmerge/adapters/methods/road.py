@@ -24,9 +24,9 @@ from shardmerge.adapters.methods.blocks import rotate_rows, widened
 from shardmerge.spec.tensors import RowRange
 from shardmerge.spec.updates import Settings, Update, Window
 
-#: Rows that are rotated at once, if a group has no more.
+#: Rows that are rotated at a time, or a group if that has more.
 _ROWS = 256
-#: How many halves of an output's number of angles there are.
+#: Angles, in halves of the number of outputs.
 _VARIANTS = {"road_1": 1, "road_2": 2, "road_4": 4}
 
 
@@ -61,7 +61,6 @@ class Road(PeftFamily):
 
     def claim_module(self, claims: Claims, module: Module, context: Context) -> None:
         update = self.update(module, context)
-        # The bias is rotated where there is one.
         claims.updates += [update, update.changed(parameter="bias", optional=True)]
 
     def row_unit(self, update: Update | ModuleUpdate) -> int:
@@ -86,7 +85,7 @@ class Road(PeftFamily):
             rotate_rows(tile[rows], blocks, scratch[rows])
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        # The blocks of some rows, as they are and put together, and the angles on the way.
+        # The blocks of some rows, by themselves and joined, and their angles.
         group = RoadSettings.of(update).group
         return max(_ROWS, group) * (group + max(64, group) + 8) * itemsize
 

@@ -1,7 +1,7 @@
-"""SHiRA: W'[i, j] = W[i, j] + v at a few places (i, j), chosen once and for all before training.
+"""SHiRA: W'[i, j] = W[i, j] + v at a few positions (i, j), chosen before training.
 
-W is (out, in), v (n), the places (2, n) whole numbers, rows above columns; n = r (out + in). On Windows PEFT saves
-the places as floats. Where a place is there twice, both numbers count.
+W is (out, in), v (n), the positions (2, n) whole numbers, rows above columns; n = r (out + in). On Windows PEFT saves
+the positions as floats. Where a position occurs twice, both numbers count.
 Bhardwaj et al. 2024, arXiv:2406.13175. Source: peft/tuners/shira/layer.py and model.py, 0.21.
 The bits are those of PEFT's merge.
 """
@@ -46,5 +46,5 @@ class Shira(PeftFamily):
         tile.index_put_(chosen, factors.whole("numbers")[here] * update.scaling, accumulate=True)
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        # The places as whole numbers, what is compared, and what is chosen, once as it is and once while it is put.
+        # The positions as whole numbers, masks, and the chosen numbers twice.
         return update.factor("numbers").shape[0] * (16 + 4 + 2 * (16 + itemsize))

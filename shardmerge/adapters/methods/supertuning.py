@@ -1,9 +1,9 @@
 """Super-Tuning: W' = W + S, S sparse; as a hybrid ("Supra") W' = W + S + (α / r) · B A.
 
-W is (out, in). S is zero but at n places, the file's ``indices`` (n) into W's elements row by row, where its
-``values`` (n) stand; A is (r, in) and B (out, r). arXiv:2607.09287. Source: peft/tuners/supertuning/layer.py, 0.21.
+W is (out, in). S has the file's ``values`` (n) at its ``indices`` (n) into W's elements row by row, and zeros
+elsewhere; A is (r, in) and B (out, r). arXiv:2607.09287. Source: peft/tuners/supertuning/layer.py, 0.21.
 
-Without ``save_precomputed_indices`` the places are those of W's largest elements, among which equal ones are many on
+Without ``save_precomputed_indices`` the positions are those of W's largest elements, among which equal ones are many on
 a 16-bit base, and PEFT's choice depends on where it runs. Such adapters are refused. In float32 the bits are those of
 PEFT's merge. On a 16-bit base PEFT rounds the values, and B A too; we round once.
 """
@@ -89,12 +89,12 @@ class SuperTuning(PeftFamily):
             tile.add_(scratch.mul_(SuperTuningSettings.of(update).lora * update.scaling))
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        # The order, and while it is made the sorted indices and two masks; and the part that is in a tile.
+        # The order, with the sorted indices and two masks while it is made; and a tile's part.
         return update.factor("indices").shape[0] * (5 * 8 + 2 * itemsize)
 
 
 def _order(factors: Factors, update: Update) -> Tensor:
-    """The indices' order by where they lead."""
+    """The order that sorts the indices."""
     indices = factors.whole("indices")
     check_indices(update, "indices", indices, update.rows * update.columns)
     return indices.argsort(stable=True)

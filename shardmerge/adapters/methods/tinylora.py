@@ -1,9 +1,9 @@
 """TinyLoRA: W' = W + B R A, R = Σᵢ vᵢ Pᵢ: a handful of numbers v choose among random mixtures of W's main directions.
 
 W is (out, in), or of an embedding (V, D). A (r, in) and B (out, r) are W's largest singular vectors and are in the
-file; so is P (u, r, r), random. v (u) is shared by a group of modules, and stands under the group's number. Which
-group a module is of follows from its place among all targets in the order of the model, which no file has; but P
-was drawn from the config's ``projection_seed`` plus that place, so P itself shows it. Morris et al. 2026,
+file; so is P (u, r, r), random. v (u) is shared by a group of modules, and stands under the group's number. The
+group of a module follows from its number among all targets in the order of the model, which no file has; but P was
+drawn from the config's ``projection_seed`` plus that number, so P itself shows it. Morris et al. 2026,
 arXiv:2602.04118. Source: peft/tuners/tinylora/layer.py and model.py, 0.21.
 
 Without ``save_projection`` P is not in the file, and such adapters are refused. The bits are those of PEFT's merge,
@@ -27,13 +27,13 @@ from shardmerge.spec.tensors import RowRange, TensorRef
 from shardmerge.spec.updates import Settings, Update
 
 _VECTOR = re.compile(r"(?:base_model\.)?(?:model\.)?tinylora_v(?:\.[^.]+)?\.(?P<group>\d{1,9})")
-#: Modules times groups; more would be no model's, but a file made to keep us busy.
+#: Modules times groups; only a hostile file has more.
 _MOST = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
 class TinyLoraSettings(Settings):
-    """u, the config's seed, and how many modules and groups there are."""
+    """u, the seed, and the numbers of modules and groups."""
 
     numbers: int
     seed: int

@@ -34,7 +34,7 @@ from shardmerge.spec.tensors import DTYPE_NAMES, RowRange, TensorRef
 from shardmerge.spec.updates import Settings, Update
 
 _SAVE = "load it with PEFT, set save_indices in the adapter's config, and save it again"
-#: What the names of the classes end in that PEFT's task types are for.
+#: PEFT's task types → the ends of the names of their classes.
 _CLASSES: Mapping[str, tuple[str, ...]] = {
     "CAUSAL_LM": ("ForCausalLM", "LMHeadModel"),
     "SEQ_2_SEQ_LM": ("ForConditionalGeneration",),
@@ -136,7 +136,7 @@ def _picked(factors: Factors, update: Update, indices: Tensor, role: str) -> Ten
 
 @dataclass(frozen=True, slots=True)
 class UniLoraSeededSettings(Settings):
-    """Where a module's indices begin in the list, the dtype of its weight, D, d, and the seed."""
+    """The first of a module's indices in the list, the dtype of its weight, D, d, and the seed."""
 
     first: int
     dtype: str
@@ -166,13 +166,13 @@ class UniLoraSeeded(Factored):
         return _numbers(factors, update, first, first + update.rank * update.columns).view(update.rank, update.columns)
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        # While the list is made there are two of 64 bits and one of 32; of A's and some rows of B's indices, 64 bits.
+        # The list, twice in 64 bits and once in 32 while it is made; indices of A and some rows of B, in 64 bits.
         of, dealt = UniLoraSeededSettings.of(update), update.rank * (update.columns + update.rows)
         return super().kept_bytes(update, itemsize) + 20 * of.count + 24 * of.length + dealt * (8 + 2 * itemsize)
 
 
 def _numbers(factors: Factors, update: Update, start: int, stop: int) -> Tensor:
-    """The elements that the list's indices from ``start`` on make: θ's numbers, scaled."""
+    """The elements by some of the list's indices: θ's numbers, scaled."""
     of = UniLoraSeededSettings.of(update)
     indices, scales = _list(of.count, of.length, of.seed)
     theta, part = factors.whole("theta"), indices[start:stop].long()
@@ -214,7 +214,7 @@ def _deal(theta: TensorRef, context: Context, covers: Callable[[str], bool]) -> 
 
 
 def _other_class(config: Config, architecture: str) -> str | None:
-    """Why the model that was trained may be of another class than the base."""
+    """Why the trained model may be of another class than the base; None if it is not."""
     mapping, task = config.get("auto_mapping"), config.get("task_type")
     named = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
     if named is not None:

@@ -73,7 +73,7 @@ class VbLora(PeftFamily):
         assert bank is not None  # else there was a problem
         most = config["topk"]
         if most == 1:
-            # One vector has all the weight, and the rest of its weights is saved as nothing.
+            # One vector has all the weight, so the saved weights are empty.
             claims.account_for(found[role] for role in _WEIGHTS if role in found)
         factors = (("bank", bank), *((role, ref) for role, ref in found.items() if most > 1 or role not in _WEIGHTS))
         update = self.update(module, context, factors=factors, settings=VbLoraSettings(most))
@@ -116,13 +116,13 @@ class VbLora(PeftFamily):
         count, length = update.factor("bank").shape
         most = VbLoraSettings.of(update).topk
         sizes = [update.rank * size for size in (update.rows, update.columns)]
-        # Of the larger, its k vectors, weighed, and summed up; and before, the logits twice.
+        # For the larger: its k vectors, weighted and summed up; before that, the logits twice.
         making = max(sizes) * (2 * most + 2) + 3 * max(sizes) // length * count
         return (sum(sizes) + making) * itemsize + 2 * 8 * max(sizes) // length * most
 
 
 def _incomplete(module: Module, only_top: bool, has_bank: bool) -> str:
-    """What is missing among a module's factors and the bank, or too much."""
+    """The problem of a module's factors and the bank, if one is missing or too many."""
     found = module.factors
     wanted = (*_INDICES, *_WEIGHTS) if found.keys() - set(_LOGITS) else _LOGITS
     first = next(iter(found.values())).name
@@ -141,7 +141,7 @@ def _incomplete(module: Module, only_top: bool, has_bank: bool) -> str:
 
 
 def _pieces(letter: str, factors: Factors, update: Update) -> Tensor:
-    """Sums of weighed vectors of the bank, (…, …, b)."""
+    """Weighted sums of vectors of the bank, (…, …, b)."""
     bank = factors.whole("bank")
     logits = factors.whole(f"logits_{letter}") if update.has(f"logits_{letter}") else _logits(letter, factors, update)
     highest, indices = logits.topk(VbLoraSettings.of(update).topk, dim=-1)
@@ -151,7 +151,7 @@ def _pieces(letter: str, factors: Factors, update: Update) -> Tensor:
 
 
 def _logits(letter: str, factors: Factors, update: Update) -> Tensor:
-    """Logits whose softmax are the weights that were saved."""
+    """Logits whose softmax are the saved weights."""
     count = len(factors.whole("bank"))
     indices = factors.whole(f"indices_{letter}")
     check_indices(update, f"indices_{letter}", indices, count)

@@ -109,11 +109,11 @@ class VeraSeeded(Vera):
         return self._drawn(factors, update)[update.rank * columns :].view(-1, update.rank)[rows.start : rows.stop]
 
     def _drawn(self, factors: Factors, update: Update) -> Tensor:
-        """A and B behind one another."""
+        """A, then B."""
         return factors.kept("projections", lambda: _draw(update).to(factors.rows("lambda_b", RowRange(0, 1))))
 
     def kept_bytes(self, update: Update, itemsize: int) -> int:
-        # In the dtype of the work, in float32, and once more while they are rounded.
+        # In the compute dtype, in float32, and once more while they are rounded.
         numbers = update.rank * sum(ProjectionSettings.of(update).sizes)
         return super().kept_bytes(update, itemsize) + numbers * (itemsize + 8)
 
@@ -129,16 +129,16 @@ def _draw(update: Update) -> Tensor:
 
 
 def rounded(numbers: Tensor, update: Update) -> Tensor:
-    """As numbers are that were kept in the dtypes of the modules' weights."""
+    """Numbers rounded to the dtypes of the modules' weights, one after the other."""
     for name in ProjectionSettings.of(update).dtypes:
         numbers = numbers.to(getattr(torch, DTYPE_NAMES[name])).to(numbers.dtype)
     return numbers
 
 
 def shared_projections(claims: Claims, module: Module, context: Context, *names: str) -> dict[str, TensorRef] | None:
-    """A and B as the file has them, the module's own copies or those of all modules; empty where a seed makes them.
+    """A and B of the file, the module's own copies or those of all modules; empty where a seed makes them.
 
-    None: one is missing, which is reported once.
+    None if one is missing, which is reported once.
     """
     roles, there = dict(zip(("A", "B"), names, strict=True)), {**context.shared, **module.factors}
     found = {role: there[role] for role in roles if role in there}
@@ -155,7 +155,7 @@ def shared_projections(claims: Claims, module: Module, context: Context, *names:
 
 
 def sized(claims: Claims, family: Family, context: Context) -> Claims:
-    """A family's updates with the largest out and in of all of them among their settings, and their weights' dtypes."""
+    """The claims, with the largest out and in and the dtypes of a family's weights in its settings."""
     rows, columns = 0, 0
     dtypes: dict[str, None] = {}
     for update in claims.updates:

@@ -1,13 +1,13 @@
 """WaveFT: W' = W + s · D⁻¹(S), D⁻¹ one step of an inverse wavelet transform in two dimensions of a sparse spectrum S.
 
-W is (out, in). S is zero but where the file's n numbers stand, at places that the config's seed has chosen, as for
-FourierFT (see `adapters.methods.fourierft`). Of a wavelet of L taps S has L − 2 rows and columns more than W, and
+W is (out, in). S has the file's n numbers at positions that the config's seed chooses, as for FourierFT (see
+`adapters.methods.fourierft`), and zeros elsewhere. Of a wavelet of L taps S has L − 2 rows and columns more than W, and
 one more where that is odd; its quarters are the averages and the three kinds of details. The transform is a
 transposed convolution of stride 2 with the outer products of the wavelet's two filters; its middle is the delta.
 Without ``use_idwt`` S itself is. Bilican et al. 2025, arXiv:2505.12532. Source: peft/tuners/waveft/layer.py and
 waverec2d.py, 0.21.
 
-The whole delta is made when a weight's first tile is worked on, and kept until its last. The bits are those of PEFT's
+The whole delta is made for a weight's first tile, and kept until its last. The bits are those of PEFT's
 merge, for every dtype of the base.
 """
 
