@@ -1,4 +1,4 @@
-"""F64, F32, F16 and BF16: numbers as they are, rounded once, to nearest (ties to even) or stochastically."""
+"""F64, F32, F16 and BF16, rounded once, to nearest (ties to even) or stochastically."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OVERFLOW: Mapping[str, float] = {
     "BF16": 2.0**128 - 2.0**119,
 }
 _LARGEST_FINITE: Mapping[str, float] = {"F32": 2.0**128 - 2.0**104, "F16": 65504.0, "BF16": 2.0**128 - 2.0**120}
-#: What a thread allocates to round a tile of 512 KiB from float64 to 16 bits, or stochastically. Measured with 1 to 8.
+#: Allocated by a thread to round a tile of 512 KiB from float64 to 16 bits, or stochastically. Measured with 1 to 8.
 _BETWEEN_BYTES = 1 << 20
 _STOCHASTIC_BYTES = 3 << 19
 
@@ -75,17 +75,14 @@ class Float(Codec):
 
 
 class StochasticFloat(Float):
-    """A dtype of floats, rounded stochastically where that is narrower than the tile.
-
-    Setting: ``seed``.
-    """
+    """A dtype of floats, rounded stochastically where it is narrower than the tile. Setting: ``seed``."""
 
     def __init__(self, dtype: str) -> None:
         super().__init__(dtype)
         self.name = f"stochastic-{dtype}"
 
     def largest(self, tensor: TensorPlan) -> float:
-        """What is above the largest finite number may be rounded up from there, to an infinity."""
+        """A value above the largest finite number may be rounded up to an infinity."""
         return math.nextafter(_LARGEST_FINITE[self.values], math.inf)
 
     def memory(self, tensor: TensorPlan, tile_dtype: str) -> CodecMemory:

@@ -1,10 +1,10 @@
 """GGML's types, as GGUF files hold them: output formats only.
 
-They are made of what a checkpoint in between would hold: so a file is the one that converting that checkpoint would
-give. Settings of an encoding:
+Values are rounded first as in a merged checkpoint: so the file is the one that converting that checkpoint would make.
+Settings of an encoding:
 
-- ``through``: the codec of floats that values are rounded by first;
-- ``shuffle`` (g, a, b): rows seen as (g, a, b) are the file's rows seen as (g, b, a); where it is missing, they stay;
+- ``through``: the codec of that checkpoint's floats;
+- ``shuffle`` (g, a, b): rows seen as (g, a, b) are the file's rows seen as (g, b, a);
 - ``addend``: added in float32, or in float16 where values go through F16;
 - ``seed``, of stochastic rounding.
 """
@@ -35,7 +35,7 @@ BLOCKS: Mapping[str, tuple[int, int]] = {
     "Q5_1": (32, 24),
     "Q8_0": (32, 34),
 }
-#: What a thread allocates to make blocks of a tile of 512 KiB. Measured with 1 to 4 threads.
+#: Allocated by a thread to make blocks of a tile of 512 KiB. Measured with 1 to 4 threads.
 _BETWEEN_BYTES = 1 << 20
 #: d is a fraction of the largest magnitude of a block. m, which Q4_1 and Q5_1 have too, is not.
 _LEVELS = {"Q8_0": 127, "Q4_0": 8, "Q5_0": 16}
@@ -56,7 +56,7 @@ def fits(kind: str, shape: tuple[int, ...]) -> bool:
 
 
 def size_in(kind: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor in a file of this type: vectors stay exact, and rows that are not whole blocks become F16."""
+    """Bytes of a tensor in a file of this type, in which vectors are F32, and rows that are not whole blocks F16."""
     if len(shape) < 2:
         return tensor_nbytes("F32", shape)
     return nbytes(kind if fits(kind, shape) else "F16", shape)
@@ -103,7 +103,7 @@ class Ggml(Codec):
         limit = overflow_limit(self.kind)
         if limit >= OVERFLOW[through.values]:
             return through.largest(tensor)
-        # The limit as it is before values are rounded: some below it may become it.
+        # The limit before values are rounded, which may round some up to it.
         return _least_that_rounds_up(limit, through.values, is_stochastic=through.name != through.values)
 
     def too_large(self, tensor: TensorPlan, value: float) -> tuple[str, str]:
@@ -117,10 +117,7 @@ class Ggml(Codec):
         return CodecMemory(element, between + through.memory(tensor, tile_dtype).between)
 
     def encode(self, slot: TileSlot, tile: Tensor, target: Tensor) -> bool:
-        """When the updates are done with the scratch it is free, and so is the tile as soon as it is rounded.
-
-        Each step is made in that half of the memory that the step before has not filled.
-        """
+        """Each step writes to the half of the memory that the step before has not filled: the scratch is free now."""
         import torch
 
         from shardmerge.codecs import ggml_blocks

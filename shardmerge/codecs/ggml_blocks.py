@@ -44,8 +44,8 @@ def quantize_into(out: Tensor, tile: Tensor, kind: str, scratch: Tensor | None =
     """Write a tile (rows, columns) of finite float32 as GGML type ``kind`` into ``out``.
 
     ``out`` is uint8, flat, dense and of `ggml.nbytes` bytes; of types that are not blocks it must be aligned to an
-    element. What is not finite, or too large for the type's float16 (see `ggml.overflow_limit`), gives a block that is
-    not finite either: the caller looks for that.
+    element. A value that is not finite, or too large for the type's float16 (see `ggml.overflow_limit`), makes a block
+    that is not finite; the caller checks for such values.
 
     With ``scratch``, another tile of dense float32, the tile is overwritten, and what is allocated does not grow with
     it. Without, both are made here.
@@ -60,7 +60,6 @@ def quantize_into(out: Tensor, tile: Tensor, kind: str, scratch: Tensor | None =
     if scratch is None:
         tile = tile.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         scratch = torch.empty_like(tile)
-    # Blocks know nothing of rows.
     blocks, values, space = out.view(-1, BLOCKS[kind][1]), tile.view(-1, _BLOCK), scratch.view(-1, _BLOCK)
     for part in even_rows(len(blocks), max(1, -(-tile.numel() // _SLAB))):
         here = slice(part.start, part.stop)
@@ -91,7 +90,7 @@ def arrange(encoding: Encoding | None, tile: Tensor, space: Tensor | None = None
     return space.add_(addend) if addend else space
 
 
-# Of each: blocks (n, bytes) to write, their values x (n, 32), and scratch s of the same size; x and s are overwritten.
+# Blocks (n, bytes) to write, their values x (n, 32), and scratch s of the same size. x and s are overwritten.
 
 
 def _q8_0(out: Tensor, x: Tensor, s: Tensor) -> None:
@@ -144,7 +143,7 @@ def _symmetric(x: Tensor, s: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """d, and q below 2 · ``levels``, which is stored in ``s``."""
     low, high = x.amin(-1), x.amax(-1)
     largest = torch.where(high > -low, high, low)
-    # Of two of one magnitude the first counts, also of two zeros. They are rare enough to look for one by one.
+    # Of two of one magnitude, also of two zeros, the first counts. They are rare, so each is looked for by itself.
     for tied in torch.split((high == -low).nonzero().squeeze(-1), _TIED):
         among = x[tied]
         largest[tied] = among.gather(-1, among.abs().argmax(-1, keepdim=True)).squeeze(-1)
@@ -169,7 +168,7 @@ def _bytes(q: Tensor, s: Tensor) -> Tensor:
 
 
 def _nibbles(q: Tensor) -> Tensor:
-    """q (n, 32) → 16 bytes: of each the low four bits of q[i] and of q[i + 16]. They take q's place."""
+    """q (n, 32) → 16 bytes: of each the low four bits of q[i] and of q[i + 16]. They overwrite q."""
     eight = q.view(torch.int64).bitwise_and_(0x0F0F0F0F0F0F0F0F)
     return eight[:, :2].bitwise_or_(eight[:, 2:].bitwise_left_shift_(4)).view(torch.uint8)
 

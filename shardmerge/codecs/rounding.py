@@ -77,10 +77,9 @@ def _round_to_odd(value: Tensor) -> Tensor:
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether every value is sure to be finite.
+    """Whether every value is finite; False only means that one may not be.
 
-    A sum is the cheapest pass there is, and not finite if a part of it is not. Of large numbers it may be infinite by
-    itself, so False says only that one must look.
+    A sum is the cheapest pass, and is not finite if a value is not. The sum of large numbers may be infinite, too.
     """
     return math.isfinite(float(values.sum()))
 

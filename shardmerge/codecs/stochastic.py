@@ -5,8 +5,8 @@ update far below half a unit of the weights, which rounding to nearest would dro
 of them by a unit. Source: Croci et al., "Stochastic rounding: implementation, error analysis and applications",
 Royal Society Open Science 9, 2022.
 
-Random bits are a hash of the seed, the tensor's name and the element's place, and no stream of random numbers: so the
-result is the same whatever the tiles, the threads and the device are, and where a merge was resumed.
+Random bits are a hash of the seed, the tensor's name and the element's index, not a stream of random numbers: so the
+result does not depend on tiles, threads, devices or a resume.
 """
 
 from __future__ import annotations
