@@ -42,9 +42,6 @@ def needs_work(tensor: TensorPlan) -> bool:
     return bool(tensor.updates) and tensor.source.dtype in FLOAT_DTYPES
 
 
-# --- the dtype --------------------------------------------------------------------------------------------------------
-
-
 def decoded_dtype(tensor: TensorPlan) -> str:
     """The dtype of the source's decoded values."""
     return tensor.source.dtype if tensor.decoding is None else decoder(tensor).values
@@ -105,9 +102,6 @@ def _copied_dtypes(tensor: TensorPlan) -> list[str]:
 
 def _widest(*dtypes: str) -> str:
     return max(dtypes, key=lambda dtype: DTYPE_BITS[dtype])
-
-
-# --- what must be done ------------------------------------------------------------------------------------------------
 
 
 def elements_for(tensor: TensorPlan, update: Update) -> int:

@@ -10,9 +10,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from shardmerge.adapters.work import missing
@@ -58,7 +57,7 @@ def merge_shard(
     return receipt
 
 
-class Engine:
+class Engine(AbstractContextManager["Engine"]):
     """Buffers and workspace of a process for a merge, which its shards use one after the other."""
 
     def __init__(self, plan: MergePlan) -> None:
@@ -79,12 +78,7 @@ class Engine:
         if plan.compute_device not in ("auto", "cpu"):
             self._compute()  # a device that is missing is an error before anything is written
 
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:

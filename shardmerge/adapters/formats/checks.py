@@ -106,9 +106,6 @@ def one_or_other(config: Config, one: str, other: str) -> list[str]:
     return []
 
 
-# --- settings by module -----------------------------------------------------------------------------------------------
-
-
 def pattern_value(pattern: Any, module: str, default: Any) -> Any:
     """The value of the first key, in the file's order, that matches the end of the module's name, as PEFT does it."""
     if not pattern:

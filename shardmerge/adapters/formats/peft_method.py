@@ -285,9 +285,6 @@ def contradiction(roles: Mapping[str, str], module: Module, role: str, setting: 
     return ""
 
 
-# --- a method that is a family, too -----------------------------------------------------------------------------------
-
-
 class PeftFamily(Family, PeftMethod):
     """A method that makes one update of each module's weight, by a family of its own."""
 

@@ -90,9 +90,6 @@ def _layer_patterns(config: Config) -> list[str]:
     return [rf"(?:^|.*?\.){of}\.(?P<idx>\d+)\." for of in ([named] if isinstance(named, str) else named)]
 
 
-# --- checks -----------------------------------------------------------------------------------------------------------
-
-
 def target_problems(config: Config) -> Iterator[str]:
     """The problems of the settings themselves."""
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")

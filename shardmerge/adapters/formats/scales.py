@@ -172,9 +172,6 @@ def _is_off(value: object, off: tuple[object, ...]) -> bool:
     return (value.lower() if isinstance(value, str) else value) in off
 
 
-# --- PEFT's config in the metadata ------------------------------------------------------------------------------------
-
-
 def config_said(metadata: Mapping[str, str], modules: list[str]) -> dict[str, Any] | str | None:
     """PEFT's config of the part that has all ``modules``; None where there is none, a string is a problem.
 

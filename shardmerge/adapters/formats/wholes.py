@@ -97,9 +97,6 @@ def _is_saved(module: str, config: Config) -> bool:
     return any(path.endswith(tuple(saved)) for path in paths)
 
 
-# --- rows of trained tokens -------------------------------------------------------------------------------------------
-
-
 def claim_tokens(
     claims: Claims, tensors: Mapping[str, TensorRef], indices: Any, *, for_both_sides: bool = False
 ) -> None:
