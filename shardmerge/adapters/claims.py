@@ -134,5 +134,5 @@ class Claims:
         self.updates[-1] = self.updates[-1].changed(fits=False)
 
     def leftovers(self, tensors: Mapping[str, TensorRef]) -> list[str]:
-        used = self.accounted | {ref.name for update in self.updates for _, ref in update.factors}
-        return [name for name in tensors if name not in used]
+        used = {ref.name for update in self.updates for _, ref in update.factors}
+        return [name for name in tensors if name not in used and name not in self.accounted]

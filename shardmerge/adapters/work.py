@@ -36,8 +36,9 @@ def needs_work(tensor: TensorPlan) -> bool:
     is_plain = tensor.encoding is None and tensor.decoding is None
     if tensor.source.dtype != tensor.out.dtype if is_plain else not encoder(tensor).keeps(tensor):
         return True
-    if any(not FAMILIES[update.family].is_source for update in tensor.updates):
-        return True
+    for update in tensor.updates:
+        if not FAMILIES[update.family].is_source:
+            return True
     # An adapter's whole tensor may hold NaN. Numbers that are not floats cannot.
     return bool(tensor.updates) and tensor.source.dtype in FLOAT_DTYPES
 

@@ -56,11 +56,11 @@ def read_shard(source: Source, name: str, most: int = MAX_TENSORS) -> Shard:
     """The header of one safetensors file of at most ``most`` tensors. Raises `FormatError` or `SourceError`."""
     file = source.stat(name)
     metadata, tensors, data_start = read_header(partial(source.read, name), file.size, file.uri, most)
-    refs = tuple(
-        TensorRef(tensor, file.uri, info.dtype, info.shape, data_start + info.data_offsets[0], info.nbytes)
-        for tensor, info in tensors.items()
-    )
-    return Shard(name, file, metadata, refs)
+    refs = []
+    for tensor, info in tensors.items():
+        start, stop = info.data_offsets
+        refs.append(TensorRef(tensor, file.uri, info.dtype, info.shape, data_start + start, stop - start))
+    return Shard(name, file, metadata, tuple(refs))
 
 
 def read_json(

@@ -99,8 +99,10 @@ def _whole_entries(parts: _Parts, index: int, has_escapes: bool) -> tuple[Iterab
     The text is cut at an apparent end of an entry. If the cut is not JSON, its entries are read one by one. Reading all
     90,000 entries one by one would take 8 % of a plan of 45,000 targets.
     """
+    if not parts.text.startswith(',"', index):
+        return (), index
     end = parts.text.rfind('},"', index, index + _AT_ONCE)
-    if end < 0 or not parts.text.startswith(',"', index):
+    if end < 0:
         return (), index
     try:
         entries = _without_duplicates("{" + parts.text[index + 1 : end + 1] + "}")

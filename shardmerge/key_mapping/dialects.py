@@ -12,7 +12,8 @@ Source: ``AutoModelForCausalLM`` of transformers 5, which makes the text-only cl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -105,29 +106,32 @@ def _inner_model(architecture: Architecture) -> tuple[str, str]:
     return held[0] if len(held) == 1 else ("", architecture.name)
 
 
-@cache
-def _classes_of(model: str) -> tuple[Architecture, ...]:
+def _classes_of(model: str) -> Sequence[Architecture]:
     """The classes that hold a text model of that class and no other: with an output head, a classifier, …
 
-    Those with an output head come first, as it is they that are trained.
+    Those with an output head come first, since they are the ones that are trained.
     """
-    known = tables.table().architectures
-    found = [
-        holder
-        for holder in known.values()
-        if [(name, key) for _, name, key in holder.parts] == [(model, "")]
-        and holder.model_type == known[model].model_type
-    ]
-    return tuple(sorted(found, key=lambda holder: not holder.output))
+    return _holders().get(model, ())
 
 
 @cache
+def _holders() -> Mapping[str, Sequence[Architecture]]:
+    """`_classes_of` every model."""
+    known = tables.table().architectures
+    found: defaultdict[str, list[Architecture]] = defaultdict(list)
+    for holder in sorted(known.values(), key=lambda holder: not holder.output):
+        if [key for _, _, key in holder.parts] == [""]:
+            model = holder.parts[0][1]
+            if holder.model_type == known[model].model_type:
+                found[model].append(holder)
+    return dict(found)
+
+
 def _is_decoder(model: str) -> bool:
     """Whether an output head for the next token is put on that model."""
     return any(holder.name.endswith("ForCausalLM") for holder in _classes_of(model))
 
 
-@cache
 def _stands_alone(model: str) -> bool:
     """Whether it is a decoder not made for one multimodal class: a class around Llama may be around others, too."""
     made_for_one = "_text" in tables.table().architectures[model].model_type

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from shardmerge.key_mapping.rules import Image, Rule, Rules
 
@@ -62,18 +62,18 @@ def number_in(image: Image) -> int | None:
 class Images:
     """What names become by some rules, as `Rules.forward` says it of one name for each template."""
 
-    def __init__(self, rules: Rules, spoken: frozenset[str] = frozenset()) -> None:
-        """``spoken`` are numbers that are not like others, besides those that the rules name."""
+    def __init__(self, rules: Rules, numbers: frozenset[str] = frozenset()) -> None:
+        """``numbers`` are not like others, besides those that the rules name."""
         self._rules = rules
-        # Where a rule adds to a number, no two numbers are alike.
-        self._spoken = None if any(rule.offset for rule in rules.rules) else numbers_in(rules.rules) | spoken
+        #: None where a rule adds to a number: then no two numbers are alike.
+        self.numbers = None if any(rule.offset for rule in rules.rules) else numbers_in(rules.rules) | numbers
         self._known: dict[str, Callable[[str, list[str]], Image]] = {}
 
     def template(self, name: str) -> tuple[str, list[str]] | None:
         """The template of a name, and its numbers; None where a name has to be looked at by itself."""
-        if self._spoken is None or "9000" in name or _ANY in name:  # it could be taken for an example, or a template
+        if self.numbers is None or "9000" in name or _ANY in name:  # it could be taken for an example, or a template
             return None
-        return template_of(name, self._spoken)
+        return template_of(name, self.numbers)
 
     def of(self, name: str) -> Image:
         """What a name becomes."""
@@ -139,38 +139,82 @@ class Group:
     unclear: bool = False
 
 
-@dataclass
 class Index:
-    """Names in memory → where they come from."""
+    """Names in memory → the stored tensors that they come from.
 
-    rules: Rules
-    names: Collection[str]
-    renamed: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    groups: dict[str, Group] = field(default_factory=dict)
-    #: Name in memory → its conversion's first target, and which target it is.
-    targets: dict[str, tuple[str, int]] = field(default_factory=dict)
+    A template's names are read when a name is looked up that they may become. That is rare: an adapter mostly names
+    tensors as they are stored, and `makers` shows that those come from no others.
+    """
 
-    def __post_init__(self) -> None:
-        # Group renamings count only if their first source occurs, so all names are looked at twice.
-        if any(rule.is_group for rule in self.rules.rules):
-            self.rules.active, self.rules.seen = set(), set()
-            look = Images(self.rules)
-            for name in self.names:
-                look.of(name)
-            self.rules.active = set(self.rules.seen)
-        images = Images(self.rules)
-        for name in self.names:
-            self._add(name, images.of(name))
+    def __init__(self, rules: Rules, templates: Mapping[str, str], numbers: frozenset[str]) -> None:
+        """``templates`` are those of all stored names, made with ``numbers`` as `Images` makes them."""
+        self._names = templates.keys()
+        self._images = Images(rules, numbers)
+        #: Stored names that are not read yet, by template.
+        self._unread: defaultdict[str, list[str]] = defaultdict(list)
+        for name, template in templates.items():
+            self._unread[template].append(name)
+        if any(rule.is_group for rule in rules.rules):
+            # Group renamings count only if their first source occurs, so all templates are looked at twice.
+            rules.active, rules.seen = set(), set()
+            for names in self._unread.values():
+                rules.forward(names[0])
+            rules.active = set(rules.seen)
+        #: By template of a name in memory, the templates of the stored names that become such; None: of any name.
+        self._makers: defaultdict[str | None, list[str]] = defaultdict(list)
+        for template in self._unread:
+            image = rules.forward(_example(template)[0])
+            for name in image.targets or (image.name,):
+                self._makers[self._template_of_image(name)].append(template)
+        self._renamed: defaultdict[str, list[str]] = defaultdict(list)
+        self._groups: dict[str, Group] = {}
+        self._targets: dict[str, tuple[str, int]] = {}
+
+    def _template_of_image(self, example: str) -> str | None:
+        """The template of what an example became; None where a stand-in is only a part of a segment."""
+        template = template_of(example, self._images.numbers or ())[0]
+        return None if _STAND_INS.search(template) else template
+
+    def makers(self, template: str) -> list[str]:
+        """The templates of the stored names that may become a name of that template."""
+        return [*self._makers.get(template, ()), *self._makers.get(None, ())]
+
+    def sources(self, name: str) -> Sequence[str]:
+        """The stored tensors that have the name in memory after renamings alone."""
+        self._read_makers_of(name)
+        return self._renamed.get(name, ())
+
+    def target(self, name: str) -> tuple[str, int] | None:
+        """Of a name in memory that a conversion makes, the conversion's first target, and which target it is."""
+        self._read_makers_of(name)
+        return self._targets.get(name)
+
+    def group(self, first: str) -> Group:
+        """The stored tensors of the conversion whose first target that is."""
+        self._read_makers_of(first)
+        return self._groups[first]
+
+    def in_memory(self) -> list[str]:
+        """All names in memory: those after renamings alone come first."""
+        images = [self._images.of(name) for name in self._names]
+        renamed = (image.name for image in images if image.rule is None)
+        return list(dict.fromkeys((*renamed, *(target for image in images for target in image.targets))))
+
+    def _read_makers_of(self, name: str) -> None:
+        found = self._images.template(name)
+        for template in list(self._unread) if found is None else self.makers(found[0]):
+            for stored in self._unread.pop(template, ()):
+                self._add(stored, self._images.of(stored))
 
     def _add(self, name: str, image: Image) -> None:
         if image.rule is None:
-            self.renamed[image.name].append(name)
+            self._renamed[image.name].append(name)
             return
-        group = self.groups.get(image.name)
+        group = self._groups.get(image.name)
         if group is None:
-            group = self.groups[image.name] = Group(image.rule, image.targets, [{} for _ in image.rule.sources])
+            group = self._groups[image.name] = Group(image.rule, image.targets, [{} for _ in image.rule.sources])
             for i, target in enumerate(image.targets):
-                self.targets.setdefault(target, (image.name, i))
+                self._targets.setdefault(target, (image.name, i))
         number = number_in(image)
         if number is None or group.rule is not image.rule or number in group.sources[image.source]:
             group.unclear = True

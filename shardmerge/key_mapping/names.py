@@ -124,5 +124,4 @@ class Names(Resolver):
     def module_order(self) -> ModuleOrder | str:
         """The Linear layers in the order in which transformers registers them; a string says why it is not known."""
         classes = {part.path: part.architecture.name for part in self.parts}
-        in_memory = (*self._index.renamed, *self._index.targets)
-        return order.module_order(classes, in_memory, self.resolve, self._with_other_prefix)
+        return order.module_order(classes, self._index.in_memory(), self.resolve, self._with_other_prefix)

@@ -52,8 +52,8 @@ class Resolver:
         self._architecture = tables.find(config)
         self._views: dict[str, list[View] | RefusalError] = {}
         self._kinds: dict[str, _Kind] = {}
-        #: By template, whether the rules leave a name as it is; None where they make others of it and that, too.
-        self._kept: dict[str, bool | None] = {}
+        #: By template, whether stored names of it can mean nothing but the tensor of that name.
+        self._plain: dict[str, bool] = {}
 
     @property
     def known(self) -> bool:
@@ -95,7 +95,13 @@ class Resolver:
 
     @cached_property
     def _index(self) -> Index:
-        return Index(Rules(self._rules.rules), self.stored)
+        return Index(Rules(self._rules.rules), self._templates, self._numbers_in_paths)
+
+    @cached_property
+    def _templates(self) -> Mapping[str, str]:
+        """The templates of the stored names; one that has to be looked at by itself is its own."""
+        found = ((name, self._images.template(name)) for name in self.stored)
+        return {name: template[0] if template else name for name, template in found}
 
     @cached_property
     def _prefixes(self) -> tuple[str, ...]:
@@ -111,6 +117,11 @@ class Resolver:
             for part in self.parts
             for module, names in part.architecture.experts.items()
         }
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a module of the model has parameters (E, out, in) of its own, as far as the table knows."""
+        return bool(self._experts)
 
     @cached_property
     def output(self) -> str:
@@ -153,16 +164,17 @@ class Resolver:
         What such names mean, `resolve` finds alike for those of the same template, where the tensors' shapes are the
         same.
         """
-        found = self._images.template(name) if name in self.stored else None
-        if found is None or self._is_plain:
-            return None if found is None else found[0]
-        template, sources = found[0], self._index.renamed.get(name)
-        if template not in self._kept:
+        template = self._templates.get(name)
+        if template is None:
+            return None
+        if template not in self._plain:
             image = self._images.of(name)
-            self._kept[template] = None if name in image.targets else name == image.name
-        kept = self._kept[template]
-        stands = sources == [name] if kept else kept is False and not sources
-        return template if stands and name not in self._index.targets else None
+            # It becomes itself, or another name, and no other tensor becomes it.
+            makers = [template] if name == image.name else []
+            self._plain[template] = self._is_plain or (
+                name not in image.targets and self._index.makers(template) == makers
+            )
+        return template if self._plain[template] else None
 
     def other_names(self, module: str) -> Iterator[str]:
         """What else a module may be called: see `_OTHER_NAMES`, and ``unembed_tokens``, which is the output head."""
@@ -196,7 +208,7 @@ class Resolver:
         """What a name can mean: a name in memory; a name on disk that stands; a name on disk by what it becomes."""
         image = self._images.of(name)
         stands = name in self.stored and name != image.name and name not in image.targets
-        if not stands or name in self._index.targets or name in self._index.renamed:
+        if not stands or self._index.target(name) or self._index.sources(name):
             in_memory = self._view(name)
             if in_memory is not None:
                 yield self._parameter(name, name, in_memory)
@@ -229,14 +241,13 @@ class Resolver:
 
     def _view(self, name: str) -> View | None:
         """The tensor of that name in memory, if the checkpoint has it."""
-        index = self._index
-        if name in index.targets:
-            first, i = index.targets[name]
+        if target := self._index.target(name):
+            first, i = target
             views = self._converted(first)
             if isinstance(views, RefusalError):
                 raise views
             return views[i]
-        sources = index.renamed.get(name, [])
+        sources = self._index.sources(name)
         if len(sources) > 1:
             raise RefusalError(f"it could be any of {', '.join(sorted(sources))}")
         if sources:
@@ -246,7 +257,7 @@ class Resolver:
     def _converted(self, first: str) -> list[View] | RefusalError:
         if first not in self._views:
             try:
-                self._views[first] = conversions.convert_group(self._index.groups[first], self.stored, self.config)
+                self._views[first] = conversions.convert_group(self._index.group(first), self.stored, self.config)
             except RefusalError as error:
                 self._views[first] = error
         return self._views[first]

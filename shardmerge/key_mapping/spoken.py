@@ -130,8 +130,7 @@ def examples_of(targets: Iterable[Target]) -> list[Target]:
     highest: dict[Target, tuple[list[int], Target]] = {}
     for module, parameter in targets:
         template, texts = template_of(module, ())
-        numbers = [int(text[:9]) for text in texts]
-        key = template, parameter
+        numbers, key = list(map(int, texts)), (template, parameter)
         if key not in highest or numbers > highest[key][0]:
             highest[key] = numbers, (module, parameter)
     return [target for _, target in highest.values()]

@@ -13,10 +13,11 @@ from importlib import resources
 from typing import Any
 
 from shardmerge.key_mapping.rules import Rule
+from shardmerge.spec.light import light_dataclass
 from shardmerge.spec.tensors import Orientation, transposed_if
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass(frozen=True, slots=True)
 class Architecture:
     """A model class."""
 

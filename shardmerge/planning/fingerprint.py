@@ -17,7 +17,7 @@ from shardmerge.file_formats.checkpoint_files import Shard
 from shardmerge.sources.source import is_pinned, open_reader
 from shardmerge.spec.plans import AuxFile, Fingerprint, MergePlan, digest_of, digest_of_list, jsonable
 from shardmerge.spec.tensors import Orientation, SourceFile
-from shardmerge.spec.updates import Region, Update
+from shardmerge.spec.updates import Update
 from shardmerge.system import checksums
 from shardmerge.version import __version__
 
@@ -37,16 +37,14 @@ def fingerprint_of(plan: MergePlan, checkpoint: Checkpoint, made_of: Mapping[str
     def stamp(file: SourceFile) -> list[Any]:
         return [file.uri, file.size, file.mtime_ns]
 
-    def where(region: Region) -> list[Any]:
-        is_transposed = region.orientation is Orientation.TRANSPOSED
-        return [region.rows, region.start, region.stored_start, region.expert, is_transposed, region.shuffle]
-
     updates = (
         [
             *[tensor.source.name, update.adapter, update.family, update.module, update.scaling, update.rank],
-            *[update.orientation is Orientation.TRANSPOSED, *where(update.region), _settings_of(update)],
+            *[update.orientation is Orientation.TRANSPOSED, region.rows, region.start, region.stored_start],
+            *[region.expert, region.orientation is Orientation.TRANSPOSED, region.shuffle, _settings_of(update)],
         ]
         for tensor, update in plan.updates()
+        for region in [update.region]
     )
     output = [
         [[shard.name, shard.nbytes] for shard in plan.shards],

@@ -49,16 +49,40 @@ def output_dtype(stored: str, wanted: str) -> str:
 
 
 @light_dataclass(frozen=True, slots=True)
-class Outgoing:
-    """A weight of the output: where its data is, the base's tensor in whose place it is, and what it becomes."""
+class Plain:
+    """A weight that the output stores by its dtype: where its data is, and the base's tensor in whose place it is."""
 
     source: TensorRef
     base: TensorRef
-    outputs: tuple[Output, ...]
-    #: How the base and the output store it, where that is not plainly.
-    weight: Weight | None = None
-    encoding: Encoding | None = None
+    dtype: str
+    nbytes: int
     updates: Sequence[Update] = ()
+
+    def plan(self, start: int) -> TensorPlan:
+        """The weight's plan, with its data from ``start`` on."""
+        info = TensorInfo(self.dtype, self.source.shape, (start, start + self.nbytes))
+        base = None if self.source is self.base else self.base
+        return TensorPlan(self.source, info, tuple(self.updates), base=base)
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """A weight that the base stores by a codec and that is worked on: what it becomes."""
+
+    weight: Weight
+    outputs: tuple[Output, ...]
+    encoding: Encoding
+    updates: Sequence[Update]
+
+    @property
+    def base(self) -> TensorRef:
+        """The values that the base stores."""
+        return self.weight.tensor
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the values."""
+        return self.outputs[0].dtype
 
     @property
     def nbytes(self) -> int:
@@ -73,16 +97,18 @@ class Outgoing:
         small = zip(self.outputs[1:], infos[1:], strict=True)
         name = self.outputs[0].name
         return TensorPlan(
-            self.source,
+            self.weight.tensor,
             infos[0],
             tuple(self.updates),
-            decoding=self.weight.stored_as if self.weight else None,
+            decoding=self.weight.stored_as,
             encoding=self.encoding,
-            parts=self.weight.parts[1:] if self.weight else (),
+            parts=self.weight.parts[1:],
             made=tuple(SmallPart(output.role, output.name, info) for output, info in small),
-            values_name=name if name != self.source.name else None,
-            base=None if self.source is self.base else self.base,
+            values_name=name if name != self.weight.name else None,
         )
+
+
+Outgoing = Plain | Coded
 
 
 def lay_out(
@@ -139,7 +165,7 @@ class _Outgoing:
             if (encoding := encodings.get(weight.name)) is None:
                 continue
             outgoing = self._worked(weight, encoding, updates.get(weight.name, ()))
-            made = {output.role for output in outgoing.outputs}
+            made = {output.role for output in outgoing.outputs} if isinstance(outgoing, Coded) else {"values"}
             is_same = weight.stored_as is not None and encoding.codec == weight.stored_as.codec
             leaving = [ref for role, ref in weight.parts if role in made or not is_same]
             self._coded |= dict.fromkeys([ref.extent for ref in leaving], outgoing)
@@ -148,25 +174,22 @@ class _Outgoing:
         """A weight in another encoding, or an adapter's whole one in its place."""
         if (whole := self._replaced.get(weight.name)) is not None:
             dtype = CODECS[encoding.codec].values
-            plain = (Output("values", whole.name, dtype, whole.shape, tensor_nbytes(dtype, whole.shape)),)
-            return Outgoing(whole, weight.tensor, plain, updates=updates)
+            return Plain(whole, weight.tensor, dtype, tensor_nbytes(dtype, whole.shape), updates)
         outputs = CODECS[encoding.codec].outputs(weight.name, weight.tensor.shape, encoding)
-        return Outgoing(weight.tensor, weight.tensor, outputs, weight, encoding, updates)
+        return Coded(weight, outputs, encoding, updates)
 
     def of(self, ref: TensorRef) -> Outgoing | None:
         """What a stored tensor is in the output; None if it is a part that is laid out elsewhere, or left out."""
-        if (coded := self._coded.get(ref.extent)) is None:
+        if not self._coded or (coded := self._coded.get(ref.extent)) is None:
             return self.plain(ref)
         return coded if coded.base.extent == ref.extent else None
 
-    def plain(self, ref: TensorRef) -> Outgoing:
+    def plain(self, ref: TensorRef) -> Plain:
         """A tensor that is stored plainly, or an adapter's whole one in its place."""
         source, dtype = self._replaced.get(ref.name, ref), ref.dtype
-        if ref.extent not in self._parts:
+        if not self._parts or ref.extent not in self._parts:
             dtype = output_dtype(dtype, self._dtype)
-        size = tensor_nbytes(dtype, source.shape)
-        outputs = (Output("values", source.name, dtype, source.shape, size),)
-        return Outgoing(source, ref, outputs, updates=self._updates.get(ref.name, ()))
+        return Plain(source, ref, dtype, tensor_nbytes(dtype, source.shape), self._updates.get(ref.name, ()))
 
 
 def _replaced(updates: Mapping[str, Sequence[Update]]) -> dict[str, TensorRef]:
@@ -182,7 +205,7 @@ def _replaced(updates: Mapping[str, Sequence[Update]]) -> dict[str, TensorRef]:
 def _shard(name: str, metadata: safetensors_header.Metadata, group: Sequence[Outgoing], dtype: str) -> ShardPlan:
     if dtype != "same" or any(map(_is_recoded, group)):
         # Widths have changed, so the base's order may leave tensors unaligned; the widest first never does.
-        group = sorted(group, key=lambda tensor: -DTYPE_BITS[tensor.outputs[0].dtype])
+        group = sorted(group, key=lambda tensor: -DTYPE_BITS[tensor.dtype])
     ends = list(itertools.accumulate((tensor.nbytes for tensor in group), initial=0))
     tensors = [tensor.plan(start) for tensor, start in zip(group, ends, strict=False)]
     stored = {name: info for tensor in tensors for name, info in tensor.outputs()}
@@ -192,8 +215,9 @@ def _shard(name: str, metadata: safetensors_header.Metadata, group: Sequence[Out
 
 def _is_recoded(tensor: Outgoing) -> bool:
     """Whether a quantised weight has become one of another format."""
-    before = tensor.weight.stored_as if tensor.weight else None
-    return before is not None and tensor.encoding is not None and before.codec != tensor.encoding.codec
+    if not isinstance(tensor, Coded) or tensor.weight.stored_as is None:
+        return False
+    return tensor.weight.stored_as.codec != tensor.encoding.codec
 
 
 def _like_source(header_bytes: int, tensors: Sequence[TensorPlan]) -> int:

@@ -28,7 +28,7 @@ from shardmerge.planning.quantised import has_packed, scaled
 from shardmerge.planning.several import compare_copies, in_order, list_some, order_of, overlaps, read_too_late
 from shardmerge.planning.unplaced import Unplaced, already_there, beside_of, first_of, named
 from shardmerge.spec.notices import Warned, prefixed
-from shardmerge.spec.tensors import TensorRef
+from shardmerge.spec.tensors import TensorRef, Weight
 from shardmerge.spec.updates import Parameter, Region, Update
 
 #: What an update says besides names and factors.
@@ -99,7 +99,8 @@ class _Matching:
         if claims.refused:
             return problems
         tensors = self.adapter.chosen(self.config)
-        beside = {ref.name: ref for update in claims.updates if beside_of(update) for _, ref in update.factors}
+        from_files = (update for update in claims.updates if update.settings is not None and beside_of(update))
+        beside = {ref.name: ref for update in from_files for _, ref in update.factors}
         problems += list_some(_empty({**tensors, **beside}, claims.accounted))
         problems += list_some([partial(self._leftover, name) for name in claims.leftovers(tensors)])
         if not claims.updates:
@@ -144,35 +145,34 @@ class _Matching:
         return claims, [unclear] if unclear else []
 
     def _match(self, update: ModuleUpdate) -> None:
-        """Place an update. Layers and experts repeat: of updates that differ in names only, one is looked at."""
-        name = f"{update.module}.{update.parameter}"
-        kind = self._kind(update, name)
-        if kind is None:
+        """Place an update. Layers and experts repeat: of updates that differ in names only, one is checked."""
+        stored = self.checkpoint.weights.get(f"{update.module}.{update.parameter}")
+        kind = None if stored is None else self._kind(update, stored)
+        if stored is None or kind is None:
             self._place(update)
         elif (first := self.firsts.get(kind)) is None:
             self.firsts[kind] = self._place(update)
-        elif not self._place_like(update, first, name):
+        elif not self._place_like(update, first, stored.name):
             self._place(update)
 
-    def _kind(self, update: ModuleUpdate, name: str) -> object | None:
-        """The same for updates that are placed alike, each on a stored tensor ``name`` that is named as its parameter.
+    def _kind(self, update: ModuleUpdate, stored: Weight) -> object | None:
+        """The same for updates that are placed alike, each on the ``stored`` weight that is named as its parameter.
 
         `Family.check` and all other checks of an update depend on its shapes, dtypes and settings, never on names. None
         where an update has to be checked by itself.
         """
-        template = self.names.stands(name)
-        if template is None or update.of_base or FAMILIES[update.family].is_source or name in self.resized:
+        template = self.names.stands(stored.name)
+        if template is None or update.of_base or FAMILIES[update.family].is_source or stored.name in self.resized:
             return None
-        stored = self.checkpoint.weights[name]
         if stored.stored_as is not None or update.module in self.scaled:
             return None
         ref, parts = stored.tensor, [(role, of.dtype, of.shape, of.strides) for role, of in update.factors]
         return (template, ref.dtype, ref.shape, *parts, _SAID(update))
 
-    def _place_like(self, update: ModuleUpdate, first: Update | None, name: str) -> bool:
+    def _place_like(self, update: ModuleUpdate, first: Update, name: str) -> bool:
         """Place an update on ``name`` as the ``first`` of its kind was placed; whether that is possible."""
         key = name, min(order_of(update), Effect.REPLACES_ROWS)
-        if first is None or key in self.taken or self.matches.updates.get(name):
+        if key in self.taken or self.matches.updates.get(name):
             return False
         self.taken[key] = update
         self.fit.fitting.append(update)

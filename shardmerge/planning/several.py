@@ -38,6 +38,8 @@ def replaces_rows(update: Update | ModuleUpdate) -> bool:
 
 def in_order(updates: Sequence[Update]) -> list[Update]:
     """As they are applied: a frozen copy is compared with the base, so it comes before anything has been added."""
+    if len(updates) == 1:
+        return list(updates)
     return sorted(updates, key=lambda update: (order_of(update) > 0, update.adapter, order_of(update)))
 
 
@@ -127,7 +129,7 @@ def _other_size(update: Update, of: Sequence[Update], adapters: Sequence[Adapter
 def undone(updates: Mapping[str, Sequence[Update]], adapters: Sequence[AdapterConfig]) -> list[str]:
     """A whole tensor, or trained rows, in place of the base's would undo what an adapter before did to them."""
     problems = []
-    for target, of_target in updates.items():
+    for target, of_target in updates.items() if len(adapters) > 1 else ():
         lost = (
             (before, update)
             for update in of_target

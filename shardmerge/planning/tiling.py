@@ -77,9 +77,12 @@ def tile_all(
     shards = tuple(shards)
     worked = [_workable(tensor) for shard in shards for tensor in shard.tensors if needs_work(tensor)]
     # Layers repeat: the work is done once for each kind of tensor.
-    numbers: dict[tuple[object, ...], Kind] = {}
-    kind_of = {id(tensor): numbers.setdefault(_described(tensor), len(numbers)) for tensor in worked}
-    kinds = {kind_of[id(tensor)]: tensor for tensor in worked}
+    kinds_by_description: dict[tuple[object, ...], Kind] = {}
+    kind_of: dict[int, Kind] = {}
+    kinds: dict[Kind, TensorPlan] = {}
+    for tensor in worked:
+        kind = kind_of[id(tensor)] = kinds_by_description.setdefault(_described(tensor), len(kinds))
+        kinds.setdefault(kind, tensor)
     neighbours = set(itertools.pairwise(kind_of.values()))
     budget = AUTO_MEMORY if max_memory is None else max_memory
     shared = min(_MOST_SHARED_BYTES, _shared_bytes(worked))

@@ -37,9 +37,12 @@ def totals_of(shards: Iterable[ShardPlan]) -> Totals:
 def bytes_read(shards: Iterable[ShardPlan]) -> int:
     """Bytes of tensors and factors that are read to make these shards."""
     read = 0
-    for tensor in (tensor for shard in shards for tensor in shard.tensors):
-        # A whole tensor of an adapter's is the tensor's source already.
-        factors = (update.factors for update in tensor.updates if not FAMILIES[update.family].is_source)
-        refs = itertools.chain(tensor.parts, *factors)
-        read += tensor.source.nbytes + sum(ref.nbytes for _, ref in refs)
+    for tensor in itertools.chain.from_iterable(shard.tensors for shard in shards):
+        read += tensor.source.nbytes
+        for _, ref in tensor.parts:
+            read += ref.nbytes
+        for update in tensor.updates:
+            if not FAMILIES[update.family].is_source:  # else it is the tensor's source already
+                for _, ref in update.factors:
+                    read += ref.nbytes
     return read

@@ -6,7 +6,6 @@ latter once on a machine without a GPU.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -26,6 +25,8 @@ _LARGEST = 100_000
 
 def installed_version(package: str) -> str | None:
     """The version of a package, without importing it; None if it is not installed."""
+    import importlib.metadata  # takes 18 ms, which most commands can do without
+
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

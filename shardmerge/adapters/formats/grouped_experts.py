@@ -54,9 +54,9 @@ def names_of(module: str) -> list[str]:
 
 def is_stacked(module: str, factors: Mapping[str, TensorRef]) -> bool:
     """Whether a module's factors A and B are of all experts, (E, r, in) and (E, out, r)."""
-    return _STACKED.fullmatch(module) is not None and all(
-        role in factors and len(factors[role].shape) == 3 for role in "AB"
-    )
+    a, b = factors.get("A"), factors.get("B")
+    are_stacks = a is not None and b is not None and len(a.shape) == len(b.shape) == 3
+    return are_stacks and _STACKED.fullmatch(module) is not None
 
 
 def claim_stacked(
@@ -108,7 +108,8 @@ def _in_turn(claims: Claims, updates: list[ModuleUpdate], experts: str, part: st
 def claim_grouped(claims: Claims, tensors: Mapping[str, TensorRef], scaled: Scaled, weight: Weight) -> None:
     """NeMo AutoModel's ``lora_gate_and_up_A``, …: updates of every expert's gate, up and down."""
     pairs: dict[tuple[str, str], dict[str, TensorRef]] = {}
-    for name in claims.leftovers(tensors):
+    likely = {name: ref for name, ref in tensors.items() if name.endswith(("_A", "_B"))}
+    for name in claims.leftovers(likely) if likely else ():
         if match := _GROUPED.fullmatch(name):
             pairs.setdefault((match["module"], match["part"]), {})[match["role"]] = tensors[name]
     for (prefix, part), pair in pairs.items():

@@ -78,13 +78,21 @@ def claim_matrix(claims: Claims, module: Module, config: Config) -> None:
     if has_blocks:
         _claim_blocks(claims, module, config["use_bdlora"], update)
         return
-    update = _with_magnitude(claims, module, config, update)
-    claims.updates.append(_with_diagonal(claims, module, config, update))
+    is_plain = len(module.factors) == 2 and not _has_more(config)
+    if not is_plain:
+        update = _with_diagonal(claims, module, config, _with_magnitude(claims, module, config, update))
+    claims.updates.append(update)
     if problem := no_factors(a, b):
         claims.misfit(problem)
-    else:
+    elif a.shape[0] != b.shape[1] or a.shape[0] != rank:
         _check_ranks(claims, a, b, rank, module.name)
-    _claim_bias(claims, module, config, scaling)
+    if not is_plain:
+        _claim_bias(claims, module, config, scaling)
+
+
+def _has_more(config: Config) -> bool:
+    """Whether modules have more factors than A and B."""
+    return bool(config.get("use_dora") or config.get("lora_bias") or config.get("kasa_config") is not None)
 
 
 def _claim_blocks(claims: Claims, module: Module, blocks: Mapping[str, Any], update: ModuleUpdate) -> None:

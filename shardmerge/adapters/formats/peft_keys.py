@@ -88,15 +88,14 @@ def key_reader(roles: tuple[tuple[str, str], ...]) -> Callable[[str], tuple[str,
         return match["module"], match[f"adapter{index}"] or "", names[index]
 
     @cache
-    def read_end(end: str) -> tuple[str, str] | None:
+    def read_end(factor: str, end: str) -> tuple[str, str] | None:
         """Adapter and role by the last two segments of a key, if the module is all that is before them."""
-        found = read(f"_.{end}")
+        found = read(f"_.{factor}.{end}")
         return None if found is None or found[0] != "_" else found[1:]
 
     def read_fast(key: str) -> tuple[str, str, str] | None:
-        module, _, end = key.rpartition(".")
-        module, _, factor = module.rpartition(".")
-        found = read_end(f"{factor}.{end}") if module else None
+        module, *ends = key.rsplit(".", 2)
+        found = read_end(*ends) if module and len(ends) == 2 else None
         return read(key) if found is None else (module, *found)
 
     return read_fast

@@ -123,16 +123,17 @@ class LoraMethod(PeftMethod):
     def left_out(self, module: str, context: Context) -> str:
         """A target is a module, one with targeted parameters, or an output head that was tied to a target."""
         name = peft_parameters.bare(module)[0]
-        if peft_parameters.targeted(name, context):
+        parameters_alone = context.config.get("target_parameters") and not context.config.get("target_modules")
+        why = NOT_COVERED if parameters_alone else super().left_out(name, context)
+        if not why or peft_parameters.targeted(name, context):
             return ""
         if context.config.get("ensure_weight_tying") and is_embedding(name):
             return ""
-        if context.config.get("target_parameters") and not context.config.get("target_modules"):
-            return NOT_COVERED
-        why = super().left_out(name, context)
         # Other trainers' targets may be the experts as a whole, or a part of them by its usual name.
-        by_other_names = why == NOT_COVERED and any(
-            not super(LoraMethod, self).left_out(other, context) for other in grouped_experts.names_of(name)
+        by_other_names = (
+            not parameters_alone
+            and why == NOT_COVERED
+            and any(not super(LoraMethod, self).left_out(other, context) for other in grouped_experts.names_of(name))
         )
         return "" if by_other_names else why
 

@@ -9,6 +9,7 @@ Source: peft/utils/save_and_load.py and peft/tuners/tuners_utils.py, 0.21.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import reprlib
 from abc import ABC, abstractmethod
@@ -23,7 +24,7 @@ from shardmerge.adapters.formats.peft_keys import FOREIGN, GENERAL, ignored_prob
 from shardmerge.adapters.formats.peft_targets import SELECTORS, left_out, target_problems
 from shardmerge.adapters.formats.wholes import claim_wholes
 from shardmerge.adapters.methods.base import Family
-from shardmerge.key_mapping.naming import module_name, peeled, unwrapped
+from shardmerge.key_mapping.naming import PEFT_PREFIX, peeled, unwrapped
 from shardmerge.spec.light import light_dataclass
 from shardmerge.spec.tensors import TensorRef, transposed_if
 from shardmerge.spec.updates import Settings
@@ -121,11 +122,8 @@ class PeftMethod(ABC):
         return left_out(module, context.config)
 
     def asked_name(self, module: Module, context: Context) -> tuple[str, str]:
-        """The module whose name decides the settings, or why it is unknown: one of the two."""
-        if BELOW_WRAPPERS.search(module.prefix):
-            what = f"what its .base_layer stands for is not known: {self.peft_type} has no layers below wrapped ones"
-            return "", what
-        return module.asked, ""
+        """The module whose name decides the settings of one below wrapped modules, or why it is unknown."""
+        return "", f"what its .base_layer stands for is not known: {self.peft_type} has no layers below wrapped ones"
 
     def weighs(self, config: Config) -> bool:
         """Whether ΔW is linear in the ``scaling`` of PEFT's layers, so that it can take our weight."""
@@ -165,21 +163,21 @@ class PeftMethod(ABC):
         return claims
 
     def _claim_one(self, claims: Claims, module: Module, context: Context) -> None:
-        asked, why = self.asked_name(module, context)
-        if why:
-            claims.reject(module.refs, f"{module.first.name}: {why}")
-            return
-        if asked != module.asked:
+        if ".base_layer" in module.prefix and BELOW_WRAPPERS.search(module.prefix):
+            asked, why = self.asked_name(module, context)
+            if why:
+                claims.reject(module.refs, f"{module.first.name}: {why}")
+                return
             module = dataclasses.replace(module, asked=asked)
         if self._complete(claims, module):
             self.claim_module(claims, module, context)
         # The config was written before wrappers came before PEFT's prefix.
-        reasons = [self.left_out(name, context) for name in peeled(module.asked)]
-        if all(reasons):
-            claims.problems.append(
-                f"adapter_config.json's {reasons[-1]} {module.name}, for which the adapter has tensors; PEFT would "
-                "ignore them"
-            )
+        for name in peeled(module.asked):
+            if not (reason := self.left_out(name, context)):
+                return
+        claims.problems.append(
+            f"adapter_config.json's {reason} {module.name}, for which the adapter has tensors; PEFT would ignore them"
+        )
 
     def grouped(self, tensors: Mapping[str, TensorRef]) -> tuple[list[Module], dict[str, TensorRef]]:
         """Modules with their factors, in the file's order, and the tensors that all of them share."""
@@ -188,19 +186,20 @@ class PeftMethod(ABC):
         shared: dict[str, TensorRef] = {}
         for written, ref in tensors.items():
             name = unwrapped(written)
-            if role := self._shared_role(name):
+            if self.shared_roles and (role := self._shared_role(name)):
                 shared[role] = ref
             elif (found := role_of(name)) is not None:
                 prefix, infix, role = found
-                plain = module_name(prefix)
-                if ".base_layer" in plain:
-                    plain = BELOW_WRAPPERS.sub("", plain)
                 key = (prefix, infix, 0)
-                while key in modules and role in modules[key].factors:
+                while (module := modules.get(key)) is not None and role in module.factors:
                     key = (prefix, infix, key[2] + 1)  # the same key but for its wrappers: a second update
-                if key not in modules:
-                    modules[key] = Module(plain, prefix, infix, {}, plain)
-                modules[key].factors[role] = ref
+                if module is None:
+                    # What is below a wrapped module has the wrapper in its name.
+                    plain = prefix.removeprefix(PEFT_PREFIX)
+                    if ".base_layer" in plain:
+                        plain = BELOW_WRAPPERS.sub("", plain)
+                    module = modules[key] = Module(plain, prefix, infix, {}, plain)
+                module.factors[role] = ref
         return list(modules.values()), shared
 
     def _shared_role(self, name: str) -> str | None:
@@ -260,13 +259,12 @@ def _anchored(config: Config, modules: Collection[Module]) -> list[str]:
     # Methods that do not read the patterns have not checked their type.
     patterns = [of for key in ("rank_pattern", "alpha_pattern") if isinstance(of := config.get(key), dict)]
     anchored = [key for of in patterns for key in of if str(key).startswith("^")]
-    wrapped = [module for module in modules if len(list(peeled(module.asked))) > 1]
-    if not anchored or not wrapped:
-        return []
+    wrapped = (module for module in modules if len(list(peeled(module.asked))) > 1)
     return [
-        f"{wrapped[0].prefix} has a wrapper's name before the module's, and adapter_config.json's pattern "
+        f"{module.prefix} has a wrapper's name before the module's, and adapter_config.json's pattern "
         f"{reprlib.repr(anchored[0])} is of whole names, so what it matches is unknown; save the adapter with "
         "PEFT's save_pretrained"
+        for module in itertools.islice(wrapped if anchored else (), 1)
     ]
 
 

@@ -31,7 +31,8 @@ def left_out(module: str, config: Config) -> str:
     excluded = config.get("exclude_modules")
     if excluded and matches(excluded, module):
         return "exclude_modules leave out"
-    if any(_holds(saved, module) for saved in config.get("modules_to_save") or ()):
+    saved = config.get("modules_to_save")
+    if saved and any(_holds(item, module) for item in saved):
         return "modules_to_save hold"
     targets = config.get("target_modules")
     if isinstance(targets, str):

@@ -38,8 +38,9 @@ def claim_wholes(claims: Claims, tensors: Mapping[str, TensorRef], config: Confi
     Where the vocabulary was resized, PEFT writes the copy under ``modules_to_save`` and the untrained original of a
     trained embedding beside the tensor itself. Neither is read, by PEFT or here.
     """
-    known = {unwrapped(name) for name in tensors}
-    for written in claims.leftovers(tensors):
+    leftovers = claims.leftovers(tensors)
+    known = {unwrapped(name) for name in tensors} if leftovers else set()
+    for written in leftovers:
         name = unwrapped(written)
         if ".original_module." in name and _SAVED.sub("", name.replace(".original_module.", ".")) in known:
             claims.accounted.add(written)

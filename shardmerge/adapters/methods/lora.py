@@ -218,7 +218,7 @@ def add_product(out: Tensor, b: Tensor, a: Tensor) -> None:
 
 def no_factors(a: TensorRef, b: TensorRef) -> str:
     """The problem of the dimensions of A and B, whatever the weight; empty where they may be a pair."""
-    if len(a.shape) >= 2 and len(b.shape) == len(a.shape) and all(size == 1 for size in b.shape[2:]):
+    if len(a.shape) >= 2 and len(b.shape) == len(a.shape) and {1}.issuperset(b.shape[2:]):
         return ""
     shapes = "(r, in) and (out, r), or of a convolution (r, in, k…) and (out, r, 1…)"
     return f"{shown(a, b)} are not factors: expected {shapes}"
