@@ -1,4 +1,4 @@
-"""A conversion's operations on views: from disk to memory, and for names on disk from memory back."""
+"""transformers' conversions, applied to views: from stored tensors to tensors in memory, and back."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from shardmerge.key_mapping.index import Group
 from shardmerge.key_mapping.pieces import RefusalError, View
 from shardmerge.key_mapping.rules import Rule
 
-#: Views by source or by target, several where a source stands for one tensor per expert.
+#: Views by source or by target; several where a source stands for one tensor per expert.
 _State = list[list[View]]
 
 
 def convert_group(group: Group, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> list[View]:
-    """The tensors in memory, one per target, from all stored tensors that a conversion takes together."""
+    """The tensors in memory, one per target, from all stored tensors of one conversion. Raises `RefusalError`."""
     if group.unclear:
         raise RefusalError("it is not clear how its stored parts belong together")
     sources: list[list[View]] = []
@@ -32,13 +32,13 @@ def convert_group(group: Group, shapes: Mapping[str, tuple[int, ...]], config: M
 
 
 def _is_stack(rule: Rule, ndim: int) -> bool:
-    """Whether a stored tensor of that many dimensions, a source of the rule, is (E, …): the rule works inside of it."""
+    """Whether a source with ``ndim`` dimensions is a stack (E, …), inside of which the rule works."""
     name, *arguments = rule.operations[0]
     return ndim == 3 and name in ("concat", "chunk", "interleave", "transpose") and arguments[0] >= 1
 
 
 def convert(rule: Rule, sources: Sequence[Sequence[View]], config: Mapping[str, Any]) -> list[View]:
-    """The tensors in memory, one per target, from the stored ones, a list per source."""
+    """The tensors in memory, one per target, from the stored ones, a list per source. Raises `RefusalError`."""
     state: _State = [list(views) for views in sources]
     for name, *arguments in rule.operations:
         if name == "merge":
@@ -61,13 +61,13 @@ def convert(rule: Rule, sources: Sequence[Sequence[View]], config: Mapping[str, 
 
 
 def revert(rule: Rule, targets: Sequence[View], source: int, member: int | None, config: Mapping[str, Any]) -> View:
-    """A tensor as it would be on disk, the conversion's given source (of its experts the given one)."""
+    """One source of the conversion, or one expert of it, from its targets. Raises `RefusalError`."""
     state: _State = [[view] for view in targets]
     for name, *arguments in reversed(rule.operations):
         if name == "merge":
             state = [[pieces.unstack(view, _number(member)) for view in views] for views in state]
         elif name == "concat":
-            # Two parts are gate and up, which are multiplied with each other. More (q, k, v) may differ in size.
+            # Two parts are gate and up, of equal size. More parts (q, k, v) may differ in size.
             if len(rule.sources) != 2:
                 raise RefusalError("the base joins what it is a part of, and the sizes of the parts are not known")
             state = [[part] for part in pieces.chunk(_only(state), 2, arguments[0])]
@@ -93,7 +93,7 @@ def _number(member: int | None) -> int:
 
 
 def _one_by_one(state: _State, name: str, arguments: list[Any], config: Mapping[str, Any], *, forward: bool) -> _State:
-    """Operations that take every tensor by itself."""
+    """Apply an operation to each tensor by itself."""
     if name == "rope":
         key, chosen = arguments
         return [
@@ -126,7 +126,7 @@ def _rope(view: View, key: str | None, config: Mapping[str, Any], *, forward: bo
 def _transpose(
     view: View, axis: int, other: int, checked: int | None, *, config: Mapping[str, Any], forward: bool
 ) -> View:
-    """Swap two dimensions; with ``checked`` only if that dimension in memory, of hidden_size, shows the need."""
+    """Swap two dimensions; with ``checked``, only if that dimension is not the hidden size already."""
     if checked is None:
         return pieces.transpose(view, axis, other)
     if not forward:
@@ -139,7 +139,7 @@ def _transpose(
 
 
 def _sizes(rows: int, fields: Sequence[str], config: Mapping[str, Any]) -> list[int]:
-    """Rows in the proportions that the config's fields give."""
+    """Split a number of rows in the proportions of the config's fields."""
     text = config.get("text_config")
     weights = [_integer(text if isinstance(text, Mapping) else config, field) for field in fields]
     if rows % sum(weights):
@@ -148,7 +148,7 @@ def _sizes(rows: int, fields: Sequence[str], config: Mapping[str, Any]) -> list[
 
 
 def _fuse_kinds(state: _State, kinds: int) -> _State:
-    """Every source's experts cut into kinds (text, vision), stacked; the sources of a kind joined by rows."""
+    """Split each source's experts into kinds (text, vision), stack them, and join the sources of a kind by rows."""
     size = -(-len(state[0]) // kinds)
     return [
         [pieces.concatenate([pieces.stack(views[kind * size : (kind + 1) * size]) for views in state], 1)]

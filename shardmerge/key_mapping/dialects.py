@@ -1,10 +1,10 @@
-"""How another class of the same model calls the modules of this checkpoint.
+"""Names that another class of the same model has for the modules of a checkpoint.
 
-A multimodal checkpoint holds a text model that has a class of its own. Its modules are ``model.layers.0…`` where the
-multimodal class says ``model.language_model.layers.0…``, and older checkpoints ``language_model.model.layers.0…``. An
-adapter of either class fits a checkpoint of the other. A `Dialect` is one such naming, made from the table: the
-path of the text model in one class ↔ its path in the other, the one's output head ↔ the other's. Nothing else is
-translated, so the name of a text model's module never becomes one of a vision or audio tower, nor the other way round.
+A multimodal checkpoint contains a text model that also has a class of its own. That class names a module
+``model.layers.0…`` which the multimodal class names ``model.language_model.layers.0…``, and older checkpoints
+``language_model.model.layers.0…``. An adapter of either class fits a checkpoint of the other. A `Dialect` is one such
+naming, made from the table: it translates the path of the text model and the output head, and nothing else. So a module
+of the text model never becomes one of a vision or audio tower, nor the other way round.
 
 Source: ``AutoModelForCausalLM`` of transformers 5, which makes the text-only class from a multimodal config
 (``text_config``) and reads the multimodal checkpoint into it.
@@ -24,24 +24,24 @@ from shardmerge.key_mapping.table import Architecture, Part
 
 @dataclass(frozen=True)
 class Dialect:
-    """Modules as another class calls them → as this checkpoint's class calls them, both in memory."""
+    """Another class's names of modules → the names of this checkpoint's class, both in memory."""
 
-    #: The class whose names these are, for messages.
-    speaker: str
-    #: The path of the text model: theirs, and ours; "" is the model itself.
+    #: The other class, for messages.
+    class_name: str
+    #: The path of the text model in the other class and in ours; "" is the model itself.
     text: tuple[str, str]
-    #: The output head: theirs, and ours; "" where there is none.
+    #: The output head in the other class and in ours; "" where there is none.
     head: tuple[str, str] = ("", "")
-    #: What transformers does to names of the class's older checkpoints.
+    #: transformers' renamings for older checkpoints of the class.
     renamings: tuple[Rule, ...] = ()
-    #: Whether it names a part other than the text model. Such a dialect is never chosen, but it makes the names that it
-    #: explains ambiguous.
+    #: Whether it names a part other than the text model. Such a dialect is never chosen, but names that it explains are
+    #: ambiguous.
     is_other: bool = False
-    #: Whether it was guessed from the names: then it must explain all of them.
+    #: Whether it was guessed from the names; then it must explain all of them.
     is_guess: bool = False
 
     def ours(self, module: str) -> Iterator[str]:
-        """What this checkpoint's class calls the module; nothing where it is of neither text model nor head."""
+        """The checkpoint's names of a module; none where it is in neither the text model nor the head."""
         # Rules are of tensors' names, and some look at their ends.
         renamed = Rules(self.renamings).forward(f"{module}.weight").name.removesuffix(".weight")
         for theirs in dict.fromkeys((module, renamed)):
@@ -52,7 +52,7 @@ class Dialect:
 
 
 def of(parts: Sequence[Part]) -> list[Dialect]:
-    """Every dialect for a checkpoint whose class is made of these parts, the class itself first."""
+    """Every dialect for a checkpoint whose class consists of these parts, the class itself first."""
     found: dict[object, Dialect] = {}
     for dialect in (*_of_text_classes(parts), *_of_multimodal_classes(parts)):
         found.setdefault((dialect.text, dialect.head, dialect.renamings, dialect.is_other), dialect)
@@ -60,15 +60,15 @@ def of(parts: Sequence[Part]) -> list[Dialect]:
 
 
 def _of_text_classes(parts: Sequence[Part]) -> Iterator[Dialect]:
-    """For a multimodal checkpoint: the names of its text model's class, or of a part that contains it."""
+    """Dialects for a multimodal checkpoint: of its text model's class, and of parts around it."""
     texts = [part for part in parts if part.is_text]
     for text in texts:
         head = _head_around(parts, text.path)
-        speakers = _classes_of(text.architecture.name)
-        for speaker in speakers:
-            yield Dialect(speaker.name, (speaker.parts[0][0], text.path), (speaker.output, head))
-        if head and not any(speaker.output for speaker in speakers):
-            # transformers has no such class; other trainers do, by the usual names.
+        holders = _classes_of(text.architecture.name)
+        for holder in holders:
+            yield Dialect(holder.name, (holder.parts[0][0], text.path), (holder.output, head))
+        if head and not any(holder.output for holder in holders):
+            # transformers has no such class, but other trainers do, with the usual names.
             yield Dialect("a text-only class", ("model", text.path), ("lm_head", head))
     for part in parts if texts else ():
         if not part.path:
@@ -88,26 +88,26 @@ def _head_around(parts: Sequence[Part], path: str) -> str:
 
 
 def _of_multimodal_classes(parts: Sequence[Part]) -> Iterator[Dialect]:
-    """For a checkpoint of a text model alone: the names of classes that contain it, or one like it."""
+    """Dialects for a checkpoint of a text model alone: of classes that contain it, or one like it."""
     root = parts[0].architecture if parts else None
     if root is None or any(part.is_text for part in parts):
         return
     ours, name = _inner_model(root)
-    for speaker, model, theirs, head, renamings in sorted(_multimodal(), key=lambda found: found[1] != name):
+    for class_name, model, theirs, head, renamings in sorted(_multimodal(), key=lambda found: found[1] != name):
         if model == name:
-            yield Dialect(speaker, (theirs, ours), (head, root.output), renamings)
+            yield Dialect(class_name, (theirs, ours), (head, root.output), renamings)
         elif _stands_alone(model) and _is_decoder(name):
-            yield Dialect(f"a class such as {speaker}", (theirs, ours), (head, root.output), renamings)
+            yield Dialect(f"a class such as {class_name}", (theirs, ours), (head, root.output), renamings)
 
 
 def _inner_model(architecture: Architecture) -> tuple[str, str]:
-    """The model of the same config that a class with a head holds, path and class; or the class itself."""
+    """Path and class of the model inside a class with a head, of the same config; or the class itself."""
     held = [(path, name) for path, name, key in architecture.parts if key == ""]
     return held[0] if len(held) == 1 else ("", architecture.name)
 
 
 def _classes_of(model: str) -> Sequence[Architecture]:
-    """The classes that hold a text model of that class and no other: with an output head, a classifier, …
+    """The classes whose only part is a model of that class: with an output head, a classifier, …
 
     Those with an output head come first, since they are the ones that are trained.
     """
@@ -128,19 +128,19 @@ def _holders() -> Mapping[str, Sequence[Architecture]]:
 
 
 def _is_decoder(model: str) -> bool:
-    """Whether an output head for the next token is put on that model."""
+    """Whether there is a class with that model and an output head for the next token."""
     return any(holder.name.endswith("ForCausalLM") for holder in _classes_of(model))
 
 
 def _stands_alone(model: str) -> bool:
-    """Whether it is a decoder not made for one multimodal class: a class around Llama may be around others, too."""
+    """Whether it is a decoder that was not made for one multimodal class. What contains Llama may contain others."""
     made_for_one = "_text" in tables.table().architectures[model].model_type
     return _is_decoder(model) and not made_for_one
 
 
 @cache
 def _multimodal() -> tuple[tuple[str, str, str, str, tuple[Rule, ...]], ...]:
-    """Every class that contains a text model: its name, that model's class and path, the head, the renamings."""
+    """Every class that contains a text model: its name, the text model's class and path, the head, the renamings."""
     found: dict[tuple[str, str, str, tuple[Rule, ...]], str] = {}
     for architecture in tables.table().architectures.values():
         parts = list(tables.parts(architecture, {}))
@@ -159,7 +159,7 @@ def _renamings(architecture: Architecture, around: Iterable[Part]) -> tuple[Rule
 
 
 def below(module: str, path: str) -> str | None:
-    """What is left of a module's name below a path, "" for the path itself; None where it is elsewhere."""
+    """The rest of a module's name below a path, "" for the path itself; None where the module is elsewhere."""
     if not path:
         return module
     if module == path:

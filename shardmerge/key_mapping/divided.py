@@ -1,12 +1,12 @@
-"""Parts of a parameter that a trainer has as modules of their own.
+"""Parts of a parameter that some trainers train as modules of their own.
 
-- The projections of a gated delta net. Qwen3.5 keeps q, k and v in ``in_proj_qkv``, one below the other; Qwen3-Next
-  keeps them with z in ``in_proj_qkvz``, and b and a in ``in_proj_ba``, head by head of the keys. Tinker trains each by
+- The projections of a gated delta net. Qwen3.5 stores q, k and v one below the other in ``in_proj_qkv``. Qwen3-Next
+  stores them with z in ``in_proj_qkvz``, and b and a in ``in_proj_ba``, by heads of the keys. Tinker trains each by
   itself (``in_proj_q``, ``in_proj_k``, ``in_proj_v``).
-- A Linear per expert (``gate_up_projs.<i>``, ``down_projs.<i>``), as unsloth's 4-bit gpt-oss has them, of a parameter
-  (E, in, out): Δ of expert i is the transpose's, rows in the order in which they are stored.
-- A matrix per expert (``<i>.gate_proj``, ``<i>.up_proj``, ``<i>.down_proj``; also ``w1``, ``w3``, ``w2``), where the
-  model keeps (E, 2 · out, in), the gate above, and no conversion of transformers says so.
+- A Linear per expert (``gate_up_projs.<i>``, ``down_projs.<i>``) of a parameter (E, in, out), as in unsloth's 4-bit
+  gpt-oss: Δ of expert i is that of the transpose, with rows in their stored order.
+- A matrix per expert (``<i>.gate_proj``, ``<i>.up_proj``, ``<i>.down_proj``; also ``w1``, ``w3``, ``w2``) where the
+  model has a parameter (E, 2 · out, in), the gate above, without a conversion of transformers.
 
 Source: transformers 5.23, models/qwen3_next/modeling_qwen3_next.py (fix_query_key_value_ordering),
 models/qwen3_5/modeling_qwen3_5.py and integrations/moe.py; unsloth-zoo, temporary_patches/gpt_oss.py.
@@ -33,7 +33,7 @@ _PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 class Experts:
     """What the table says of a module of experts."""
 
-    #: Its parameters in order of registration.
+    #: Its parameters, in order of registration.
     parameters: tuple[str, ...]
     #: Of the matrices (out, in) against the parameters, (E, in, out) if it is transposed.
     in_memory: Orientation = Orientation.SAME
@@ -44,17 +44,17 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is known of a checkpoint."""
+    """Lookups in a checkpoint."""
 
     #: The tensor of that name in memory, if the checkpoint has it.
     view: Callable[[str], View | None]
     experts: Callable[[str], Experts | None]
-    #: The config of the model that a module is in.
+    #: The config of the model that contains a module.
     config: Callable[[str], Mapping[str, Any]]
 
 
 def part(module: str, parameter: str, known: Known) -> View | None:
-    """The part, in matrix orientation; None where the name is not of a part. Raises `RefusalError`."""
+    """The part with that name, in matrix orientation; None where there is none. Raises `RefusalError`."""
     if match := _PROJECTION.fullmatch(module):
         return _projection(match["at"], match["parts"], parameter, known)
     if found := _linear(module, parameter, known):
@@ -65,13 +65,13 @@ def part(module: str, parameter: str, known: Known) -> View | None:
 
 
 def is_interleaved(module: str, known: Known) -> bool:
-    """Whether a Linear per expert has the rows of gate and of up in turn."""
+    """Whether the rows of gate and up alternate in a Linear per expert."""
     found = _linear(module, "weight", known)
     return found is not None and found[0].endswith(".gate_up_proj") and found[2].gates == "interleaved"
 
 
 def _linear(module: str, parameter: str, known: Known) -> tuple[str, int, Experts] | None:
-    """The parameter of all experts that a Linear per expert is of, which expert it is, and what is known of them."""
+    """The parameter of all experts behind a Linear per expert, the expert's number, and the experts."""
     match = _LINEAR.fullmatch(module)
     experts = known.experts(match["at"]) if match else None
     if match is None or experts is None:
@@ -94,7 +94,7 @@ def _projection(at: str, parts: str, parameter: str, known: Known) -> View | Non
             wide = _number(config, "linear_value_head_dim")
             sizes = dict.fromkeys("qk", _number(config, "linear_key_head_dim")) | {"v": wide, "z": wide}
         per_key = {name: size if name in "qk" else size * (values // keys) for name, size in sizes.items()}
-        # Qwen3.5's are one below the other, Qwen3-Next's go head by head.
+        # Qwen3.5 stores them one below the other, Qwen3-Next head by head.
         rounds, factor = (1, keys) if kept == "qkv" else (keys, 1)
         cut = pieces.split(view, [per_key[name] * factor for name in kept] * rounds, view.row_axis)
         return pieces.concatenate([of for name in parts for of in cut[kept.index(name) :: len(kept)]], view.row_axis)

@@ -1,7 +1,7 @@
-"""What a checkpoint's names become in memory, for all of them at once.
+"""The names in memory of all tensors of a checkpoint, and the stored tensors behind each name in memory.
 
-Layers have the same names but for their numbers, so a name is taken apart into a template and its numbers, and the
-rules see one name per template: 67,000 names of a mixture of experts are some fifty templates.
+The names of layers differ only in numbers. So a name is split into a template and its numbers, and the rules are
+applied once per template: the 67,000 names of a mixture of experts have some fifty templates.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from shardmerge.key_mapping.rules import Image, Rule, Rules
 
 _NUMBER = re.compile(r"(?<![A-Za-z0-9])(\d+)(?![A-Za-z0-9])")
 _DIGITS = re.compile(r"\d+")
-#: Stands for a number that no rule names, the first in a name; the others count on from it.
+#: Stands for the first number in a name that no rule contains; the stand-ins of further numbers count up from it.
 _STAND_IN = 900_000_000
 _STAND_INS = re.compile(r"9000\d{5}")
-#: In a template, what stands for such a number. No tensor's name has it: names are printable.
+#: Stands for such a number in a template. No tensor's name contains it, since names are printable.
 _ANY = "\0"
 
-#: From a name's numbers, as text, to another name with the same numbers in it.
+#: The numbers of a name, as text, → another name with the same numbers.
 _Format = Callable[[list[str]], str]
 
 
-def template_of(name: str, spoken: Collection[str]) -> tuple[str, list[str]]:
-    """What a name shares with all that differ from it only in numbers that are not ``spoken``; and its numbers."""
+def template_of(name: str, kept: Collection[str]) -> tuple[str, list[str]]:
+    """A name's template, which it shares with names that differ only in numbers other than ``kept``; its numbers."""
     segments, numbers = name.split("."), []
     for i, segment in enumerate(segments):
         if segment.isdecimal():
             numbers.append(segment)
-            if segment not in spoken:
+            if segment not in kept:
                 segments[i] = _ANY
     return ".".join(segments), numbers
 
 
 def numbers_in(rules: Iterable[Rule]) -> frozenset[str]:
-    """The numbers that the patterns of some rules name."""
+    """The numbers in the patterns of some rules."""
     numbers: set[str] = set()
     for rule in rules:
         for source in rule.sources:
@@ -49,7 +49,7 @@ def numbers_in(rules: Iterable[Rule]) -> frozenset[str]:
 
 
 def number_in(image: Image) -> int | None:
-    """The number of the expert in a name that a conversion took; −1: it has none; None: it is not clear."""
+    """The expert's number in a name that was converted; −1 where it has none, None where it is ambiguous."""
     if image.rule is None or "*" not in image.rule.sources[image.source]:
         return -1
     found = _NUMBER.findall(image.replaced)
@@ -60,23 +60,23 @@ def number_in(image: Image) -> int | None:
 
 
 class Images:
-    """What names become by some rules, as `Rules.forward` says it of one name for each template."""
+    """`Rules.forward` for many names; it is called once per template."""
 
     def __init__(self, rules: Rules, numbers: frozenset[str] = frozenset()) -> None:
-        """``numbers`` are not like others, besides those that the rules name."""
+        """``numbers`` are kept in templates, besides those in the rules."""
         self._rules = rules
-        #: None where a rule adds to a number: then no two numbers are alike.
+        #: The kept numbers; None where a rule adds to a number, so that all of them matter.
         self.numbers = None if any(rule.offset for rule in rules.rules) else numbers_in(rules.rules) | numbers
         self._known: dict[str, Callable[[str, list[str]], Image]] = {}
 
     def template(self, name: str) -> tuple[str, list[str]] | None:
-        """The template of a name, and its numbers; None where a name has to be looked at by itself."""
+        """The template of a name, and its numbers; None where the rules must be applied to the name itself."""
         if self.numbers is None or "9000" in name or _ANY in name:  # it could be taken for an example, or a template
             return None
         return template_of(name, self.numbers)
 
     def of(self, name: str) -> Image:
-        """What a name becomes."""
+        """The image of a name."""
         found = self.template(name)
         if found is None:
             return self._rules.forward(name)
@@ -88,7 +88,7 @@ class Images:
 
 
 def _image_of_all(rules: Rules, template: str) -> Callable[[str, list[str]], Image]:
-    """From a name of that template and its numbers to its image."""
+    """A function from a name of that template and its numbers to its image."""
     example, positions = _example(template)
     image = rules.forward(example)
     if image == Image(example):
@@ -104,7 +104,7 @@ def _image_of_all(rules: Rules, template: str) -> Callable[[str, list[str]], Ima
 
 
 def _example(template: str) -> tuple[str, dict[str, int]]:
-    """A name of a template, and for each of its stand-ins which of the name's numbers it stands for."""
+    """A name of a template with stand-ins for numbers, and the position among the numbers of each stand-in."""
     segments, positions = template.split("."), {}
     counted = [i for i, segment in enumerate(segments) if segment == _ANY or segment.isdecimal()]
     for position, i in enumerate(counted):
@@ -115,7 +115,7 @@ def _example(template: str) -> tuple[str, dict[str, int]]:
 
 
 def _format(text: str, positions: dict[str, int]) -> _Format:
-    """``text`` with a name's numbers in the place of their stand-ins."""
+    """A function that puts a name's numbers in the place of the stand-ins in ``text``."""
     which = [positions[stand_in] for stand_in in _STAND_INS.findall(text)]
     if not which:
         return lambda numbers: text
@@ -128,14 +128,14 @@ def _format(text: str, positions: dict[str, int]) -> _Format:
 
 @dataclass
 class Group:
-    """Stored tensors that a conversion takes together."""
+    """The stored tensors that one conversion combines."""
 
     rule: Rule
     #: Names in memory, one per target.
     targets: tuple[str, ...]
-    #: Per source of the rule: number of the expert (or −1) → stored name.
+    #: Per source of the rule, the number of the expert (or −1) → the stored name.
     sources: list[dict[int, str]]
-    #: More numbers in a name than the conversion can have meant.
+    #: Whether it is unclear which expert a name belongs to.
     unclear: bool = False
 
 

@@ -60,11 +60,11 @@ class Names(Resolver):
         return dict(sorted((other, tie.main) for tie in self.ties for other in tie.others))
 
     @cached_property
-    def tied_as_spoken(self) -> Mapping[str, str]:
+    def tied_by_name(self) -> Mapping[str, str]:
         """Other names of weights, in the checkpoint and in memory → those in the checkpoint."""
         return {
             **{name: name for name in self.tied},
-            **{spoken: name for tie in self.ties for spoken, name in tie.spoken},
+            **{in_memory: name for tie in self.ties for in_memory, name in tie.in_memory},
         }
 
     @cached_property

@@ -23,7 +23,7 @@ class Node:
     """A module; without children it is a Linear layer, or a part that is a model itself."""
 
     children: dict[str, Node] = field(default_factory=dict)
-    #: Names of children in order, of modules that differ in which they have.
+    #: Names of children in order; a sequence for each set of children that such a module can have.
     sequences: list[list[str]] = field(default_factory=lambda: [[]])
     is_part: bool = False
 
@@ -32,7 +32,7 @@ Part = Callable[[str], "Node | None"]
 
 
 def parse(text: str) -> Node:
-    """A tree from its text."""
+    """Parse the text of a tree."""
     root = Node()
     open_nodes, last = [root], root
     for token in _TOKEN.findall(text):
@@ -65,12 +65,12 @@ def tree_of(architecture: str) -> Node | None:
 
 
 def child_of(segment: str) -> str:
-    """What stands for a part of a name in a tree."""
+    """The child that a segment of a name is in a tree."""
     return "#" if segment.isdecimal() else segment
 
 
 def has(tree: Node, name: str, part: Part) -> bool:
-    """Whether a model has a Linear layer of that name; ``part`` has the tree of a part of it, by the part's path."""
+    """Whether a model has a Linear layer of that name. ``part`` gives the tree of a part by its path."""
     segments = name.split(".")
     for index, segment in enumerate(segments):
         inner = part(".".join(segments[:index])) if tree.is_part else tree
@@ -81,9 +81,9 @@ def has(tree: Node, name: str, part: Part) -> bool:
 
 
 def arranged(tree: Node, names: Sequence[str], part: Part, path: str = "") -> list[str] | None:
-    """Layers that a model `has`, below ``path``, in its order; None where that is not known.
+    """Sort layers that a model `has` below ``path`` into its order; None where that is not known.
 
-    No module was seen then that has all the children which one of these has, so that some are in no known order.
+    It is not known where no class has a module with all the children that one of these modules has.
     """
     if tree.is_part:
         tree = part(path) or tree
@@ -106,7 +106,7 @@ def arranged(tree: Node, names: Sequence[str], part: Part, path: str = "") -> li
 
 
 def single(tree: Node, part: Part, path: str = "") -> Iterator[str]:
-    """The Linear layers that a model has once, not one for every number."""
+    """The Linear layers of a model that are not numbered."""
     if tree.is_part and (inner := part(path)) is not None:
         tree = inner
     elif not tree.children:
@@ -122,10 +122,10 @@ def module_order(
     resolve: Callable[[str, str], Parameter | str],
     other_names: Callable[[str], Iterable[str]],
 ) -> ModuleOrder | str:
-    """The Linear layers of a model in its order; a string says why that is not known.
+    """The Linear layers of a model in the order of registration; a string says why that is not known.
 
-    ``classes`` are those of the model and of its parts by their paths, ``in_memory`` the names of its parameters, which
-    ``resolve`` finds by module and parameter. ``other_names`` of a module are those that it may have in the model.
+    ``classes`` are those of the model and its parts, by path. ``in_memory`` are the names of its parameters, which
+    ``resolve`` finds by module and parameter. ``other_names`` gives further names of a module in the model.
     """
     part: Part = {path: tree_of(name) for path, name in classes.items() if path}.get
     tree = tree_of(classes.get("", ""))
@@ -143,7 +143,7 @@ def module_order(
             others.append(module)
         else:
             layers[name] = None
-    # Layers whose weight is packed, or made of two others, are in no less.
+    # These include layers whose weight is packed, or made of two others.
     others += [found for module in _ancestors(in_memory) if (found := layer(module)) and found not in layers]
     modules = arranged(tree, list(layers), part)
     if modules is None:
@@ -162,7 +162,7 @@ def _with_matrices(in_memory: Sequence[str], resolve: Callable[[str, str], Param
 
 
 def _ancestors(in_memory: Sequence[str]) -> Iterator[str]:
-    """The modules of which there is any parameter, and those around them."""
+    """The modules that have a parameter, and the modules around them."""
     seen: set[str] = set()
     for name in in_memory:
         while (name := name.rpartition(".")[0]) and name not in seen:

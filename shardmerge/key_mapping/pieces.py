@@ -1,7 +1,7 @@
-"""Tensors as pieces of stored tensors, and what transformers' conversions do to them.
+"""Tensors as pieces of stored tensors, and the operations of transformers' conversions on them.
 
-Nothing is read here: a ``View`` says of every row of a tensor where it is stored, and the conversions rearrange that.
-What a `Region` cannot say is refused, with the reason, and never approximated.
+No data is read: a `View` maps every row of a tensor to where it is stored, and an operation rearranges that map.
+What a `Region` cannot express is refused with the reason, and never approximated.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from shardmerge.spec.updates import Region
 
 
 class RefusalError(Exception):
-    """Why a parameter's places cannot be said."""
+    """Why the regions of a parameter cannot be determined."""
 
 
 class Piece(NamedTuple):
@@ -24,9 +24,9 @@ class Piece(NamedTuple):
     rows: int
     start: int = 0
     stored_start: int = 0
-    #: The stack's member that these rows belong to; None: the piece holds the rows of all members.
+    #: The member of the stack that these rows belong to; None: the piece has the rows of all members.
     member: int | None = None
-    #: The stored tensor's own member which holds them; None: the stored tensor is a matrix, or all of it is meant.
+    #: The member of the stored tensor that has them; None: the stored tensor is a matrix, or all of it is meant.
     slot: int | None = None
     orientation: Orientation = Orientation.SAME
     shuffle: tuple[int, int, int] | None = None
@@ -53,7 +53,7 @@ def _is_row_axis(view: View, axis: int) -> bool:
 
 
 def stored(name: str, shape: tuple[int, ...], stacked: bool) -> View:
-    """A stored tensor as it stands."""
+    """A view of a whole stored tensor."""
     axis = int(stacked)
     return View(shape, (Piece(name, shape[axis] if len(shape) > axis else 1),), stacked)
 
@@ -175,7 +175,7 @@ def shuffle(view: View, groups: int, a: int, b: int, axis: int) -> View:
 
 
 def regions(view: View) -> tuple[Region, ...]:
-    """The pieces as others see them: neighbours joined, in the order of expert and row."""
+    """The regions of a view, by expert and row; adjacent pieces are joined."""
     joined: list[Piece] = []
     for piece in sorted(view.pieces, key=lambda piece: (-1 if piece.member is None else piece.member, piece.start)):
         before = joined[-1] if joined else None
@@ -205,7 +205,7 @@ def _follows(before: Piece, piece: Piece) -> bool:
 
 
 def _kept(piece: Piece) -> object:
-    """What pieces that are joined have in common."""
+    """The fields that joined pieces have in common."""
     return piece.tensor, piece.member, piece.slot, piece.orientation, piece.shuffle and piece.shuffle[1:]
 
 

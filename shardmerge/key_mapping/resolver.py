@@ -1,4 +1,4 @@
-"""What an adapter calls a parameter → the places where the checkpoint keeps it."""
+"""An adapter's name of a parameter → the regions of stored tensors that hold it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from shardmerge.spec.updates import Parameter
 _COMMON_PREFIXES = ("model", "transformer")
 #: The rules that every model has, for names of old checkpoints.
 LEGACY = "legacy"
-#: What trainers call modules that transformers calls otherwise, tried where the base has no such module: gpt-oss's
-#: attention in Tinker, and its router in unsloth's 4-bit model.
+#: Trainers' own names for modules, tried where the base has no module of that name: gpt-oss's attention in Tinker, and
+#: its router in unsloth's 4-bit model.
 _OTHER_NAMES = (
     (re.compile(r"(?<=\.)attn(?=\.[qkvo]_proj$)"), "self_attn"),
     (re.compile(r"(?<=\.mlp\.router)\.linear$"), ""),
@@ -34,7 +34,7 @@ _OTHER_NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What the table says of a module: its experts, if it has any, and whether its weight is (in, out)."""
+    """A module in the table: its experts, if it has any, and whether its weight is (in, out)."""
 
     experts: Experts | None
     is_conv1d: bool
@@ -52,7 +52,7 @@ class Resolver:
         self._architecture = tables.find(config)
         self._views: dict[str, list[View] | RefusalError] = {}
         self._kinds: dict[str, _Kind] = {}
-        #: By template, whether stored names of it can mean nothing but the tensor of that name.
+        #: Template → whether a stored name of it can only mean the tensor of that name.
         self._plain: dict[str, bool] = {}
 
     @property
@@ -62,14 +62,14 @@ class Resolver:
 
     @property
     def lacks_text(self) -> bool:
-        """Whether the config speaks of a text model that the table does not know."""
+        """Whether the config has a text model that is not in the table."""
         return isinstance(self.config.get("text_config"), Mapping) and not any(part.is_text for part in self.parts)
 
-    # --- what the table says of this model ---
+    # --- the table's entries for this model ---
 
     @cached_property
     def parts(self) -> list[tables.Part]:
-        """The model and the models that it is made of, parents first; none where the table does not know it."""
+        """The model and the models inside it, parents first; none where it is not in the table."""
         return list(tables.parts(self._architecture, self.config)) if self._architecture else []
 
     @cached_property
@@ -85,12 +85,12 @@ class Resolver:
 
     @cached_property
     def numbers(self) -> frozenset[str]:
-        """The numbers that the rules for this checkpoint's names speak of; all others are alike."""
+        """The numbers in the rules for this checkpoint's names."""
         return numbers_in(self._rules.rules)
 
     @cached_property
     def _is_plain(self) -> bool:
-        """No rules but those for the LayerNorms of old checkpoints."""
+        """Whether the only rules are those for the LayerNorms of old checkpoints."""
         return len(self._rules.rules) == len(tables.table().rules[LEGACY])
 
     @cached_property
@@ -99,7 +99,7 @@ class Resolver:
 
     @cached_property
     def _templates(self) -> Mapping[str, str]:
-        """The templates of the stored names; one that has to be looked at by itself is its own."""
+        """Stored name → its template; a name without one is its own template."""
         found = ((name, self._images.template(name)) for name in self.stored)
         return {name: template[0] if template else name for name, template in found}
 
@@ -111,7 +111,7 @@ class Resolver:
 
     @cached_property
     def _experts(self) -> dict[str, Experts]:
-        """Modules of experts, numbers as # → what the table says of them."""
+        """Modules of experts, with # for numbers → their entry in the table."""
         return {
             join(part.path, module): Experts(names, part.architecture.experts_in_memory, part.architecture.gates)
             for part in self.parts
@@ -120,7 +120,7 @@ class Resolver:
 
     @property
     def has_experts(self) -> bool:
-        """Whether a module of the model has parameters (E, out, in) of its own, as far as the table knows."""
+        """Whether the table has a module of this model with parameters (E, out, in)."""
         return bool(self._experts)
 
     @cached_property
@@ -137,7 +137,7 @@ class Resolver:
     # --- resolving ---
 
     def resolve(self, module: str, parameter: str = "weight") -> Parameter | str:
-        """The parameter's places; else why there are none, "" where nothing of that name is in the base.
+        """The parameter and its regions; else why there are none, "" where the base has nothing of that name.
 
         Names in memory go first, then names on disk, then both with the base model's prefix added or removed. Where a
         name means different places, it is refused.
@@ -159,17 +159,16 @@ class Resolver:
         return ""
 
     def stands(self, name: str) -> str | None:
-        """The template of a stored tensor's name that can mean nothing but all of that tensor; else None.
+        """The template of a stored tensor's name, if the name can only mean all of that tensor; else None.
 
-        What such names mean, `resolve` finds alike for those of the same template, where the tensors' shapes are the
-        same.
+        For names of one template and tensors of one shape, `resolve` finds the same but for the names.
         """
         template = self._templates.get(name)
         if template is None:
             return None
         if template not in self._plain:
             image = self._images.of(name)
-            # It becomes itself, or another name, and no other tensor becomes it.
+            # No other stored tensor has that name in memory.
             makers = [template] if name == image.name else []
             self._plain[template] = self._is_plain or (
                 name not in image.targets and self._index.makers(template) == makers
@@ -177,7 +176,7 @@ class Resolver:
         return template if self._plain[template] else None
 
     def other_names(self, module: str) -> Iterator[str]:
-        """What else a module may be called: see `_OTHER_NAMES`, and ``unembed_tokens``, which is the output head."""
+        """Further names of a module: `_OTHER_NAMES`, and the output head for ``unembed_tokens``."""
         if module.rpartition(".")[2] == "unembed_tokens" and self.output:
             yield self.output
         for pattern, name in _OTHER_NAMES:
@@ -189,7 +188,7 @@ class Resolver:
         return divided.Known(self._view_with_any_prefix, self._experts_of, self._config_around)
 
     def _config_around(self, module: str) -> Mapping[str, Any]:
-        """The config of the innermost model that a module is in, with what those around it say besides."""
+        """The config of the innermost model around a module, completed by the configs of the models around that."""
         names = (module, *self._with_other_prefix(module))
         inside = [part.config for part in self.parts if any(below(name, part.path) is not None for name in names)]
         text = self.config.get("text_config")
@@ -205,7 +204,7 @@ class Resolver:
             yield f"{prefix}.{name}"
 
     def _readings(self, name: str) -> Iterator[Parameter]:
-        """What a name can mean: a name in memory; a name on disk that stands; a name on disk by what it becomes."""
+        """The parameters that a name can mean: as a name in memory, as a stored name, or after the rules."""
         image = self._images.of(name)
         stands = name in self.stored and name != image.name and name not in image.targets
         if not stands or self._index.target(name) or self._index.sources(name):
@@ -293,7 +292,7 @@ class Resolver:
         return self._kind(module).experts
 
     def _kind(self, module: str) -> _Kind:
-        """What the table says of a module in memory; of modules that differ only in numbers, one is looked up."""
+        """A module in memory in the table; of modules that differ only in numbers, one is looked up."""
         template, _ = template_of(module, self._numbers_in_paths)
         kind = self._kinds.get(template)
         if kind is None:
@@ -328,12 +327,12 @@ class Resolver:
         return Parameter(name, view.shape, pieces.regions(view), orientation, view.stacked)
 
     def in_memory(self, stored: str) -> str:
-        """What a stored tensor is called in memory, without the base model's prefix."""
+        """A stored tensor's name in memory, without the base model's prefix."""
         name = self._images.of(stored).name
         return next((name.removeprefix(f"{prefix}.") for prefix in self._prefixes), name)
 
     def registered_parameters(self, module: str) -> tuple[str, ...]:
-        """Of a module with parameters (E, out, in) of its own, all of two and more dimensions as they are registered.
+        """Parameters of two and more dimensions, as registered, of a module that has parameters (E, out, in).
 
         PEFT nests the wrappers of ``target_parameters`` in that order. () where the module is not in the table.
         """

@@ -39,8 +39,8 @@ def of(stored: Collection[str], modules: Sequence[str]) -> Iterator[Dialect]:
         beside = segments[: len(segments) - (len(anchor) - number + 1)]
         if _CONTAINERS.issuperset(theirs) and _is_text(stored, ".".join(beside)):
             change = ".".join(theirs), ".".join(ours)
-            speaker = f"{change[1] or 'the top'} in the place of {change[0] or 'nothing'}"
-            yield Dialect(speaker, change, _head(stored, modules, beside), is_guess=True)
+            class_name = f"{change[1] or 'the top'} in the place of {change[0] or 'nothing'}"
+            yield Dialect(class_name, change, _head(stored, modules, beside), is_guess=True)
 
 
 def _number(segments: Sequence[str]) -> int:

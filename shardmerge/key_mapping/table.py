@@ -1,4 +1,4 @@
-"""What transformers does to names, per architecture, as ``shardmerge/key_mapping/names.json`` has it.
+"""The table of what transformers does to names, per architecture: ``shardmerge/key_mapping/names.json``.
 
 The file is baked by ``tools/bake_names.py``, which says what its keys mean.
 """
@@ -49,7 +49,7 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Everything in the file."""
+    """The contents of the file."""
 
     version: str
     architectures: Mapping[str, Architecture]
@@ -70,7 +70,7 @@ _AROUND_TEXT = frozenset({"thinker_config", "vlm_config"})
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A model class at its place in a model."""
+    """A model class inside a model."""
 
     path: str
     architecture: Architecture
@@ -80,7 +80,7 @@ class Part:
 
     @property
     def is_text(self) -> bool:
-        """Whether it is the text model of the whole; what speaks or listens may have a ``text_config``, too."""
+        """Whether it is the main text model; models for speech may have a ``text_config`` of their own."""
         *around, own = self.key.split(".")
         return own == "text_config" and _AROUND_TEXT.issuperset(around)
 
@@ -158,7 +158,7 @@ def find(config: Mapping[str, Any]) -> Architecture | None:
 def parts(
     architecture: Architecture, config: Mapping[str, Any], path: str = "", depth: int = 0, key: str = ""
 ) -> Iterator[Part]:
-    """The model itself and its parts, parents first; a part's class follows the type that its config says."""
+    """The model itself and its parts, parents first. The model type in a part's config decides the part's class."""
     yield Part(path, architecture, config, key)
     if depth > 8:
         return
@@ -180,7 +180,7 @@ def _inner(config: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
 
 
 def _class_for(name: str, config: Mapping[str, Any], key: str | None) -> Architecture | None:
-    """The class of a part, of the config's model type if that is not the usual one; None: it is not in the table."""
+    """The class of a part, by the config's model type where that is not the usual one; None if it is not known."""
     known = table()
     usual = known.architectures[name]
     model_type = config.get("model_type")
@@ -198,7 +198,7 @@ def _roles(config: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 def ties(part: Part) -> bool:
-    """Whether a part's config, or its default where the config says nothing, ties its weights to its embedding."""
+    """Whether a part's weights are tied to its embedding, by its config or else by the default of its model type."""
     mode = table().ties.get(part.architecture.model_type, False)
     top = part.config.get("tie_word_embeddings")
     top = top if isinstance(top, bool) else None

@@ -53,7 +53,7 @@ class Tie:
     #: The other names, stored or not; empty where the name of the head is not known.
     others: tuple[str, ...]
     #: (name in memory, name in the checkpoint) of the others whose names differ.
-    spoken: tuple[tuple[str, str], ...] = ()
+    in_memory: tuple[tuple[str, str], ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -161,5 +161,5 @@ def tie_of(
     named = {name: found or style(name) for name, found in members.items()}
     main = named[there[0]]
     others = dict.fromkeys(name for name in named.values() if name != main)
-    spoken = tuple((name, here) for name, here in named.items() if here in others and here != name)
-    return Tie(named[source], main, tuple(others), spoken) if others else None
+    in_memory = tuple((name, here) for name, here in named.items() if here in others and here != name)
+    return Tie(named[source], main, tuple(others), in_memory) if others else None

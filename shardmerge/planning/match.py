@@ -17,10 +17,10 @@ from shardmerge.adapters.registry import FAMILIES
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.file_formats.checkpoint import Checkpoint
+from shardmerge.key_mapping.class_names import ModelClasses, NamesOfClass, examples_of
 from shardmerge.key_mapping.heads import head_for
 from shardmerge.key_mapping.names import Names
 from shardmerge.key_mapping.naming import nearest
-from shardmerge.key_mapping.spoken import Speakers, Spoken, examples_of
 from shardmerge.planning.another_model import Fit, another_model
 from shardmerge.planning.fitting import Fitting, StoredWeights, as_matrix, as_stack, has_experts, is_refused, shape_of
 from shardmerge.planning.modules import KnownBase, Modules
@@ -77,9 +77,9 @@ class _Matching:
     matches: Matches
 
     def __post_init__(self) -> None:
-        self.speakers = Speakers(self.names)
-        self.modules = Modules(self.names, self.speakers, self.checkpoint.weights, self.config.prefix)
-        self.spoken = self.speakers.own
+        self.classes = ModelClasses(self.names)
+        self.modules = Modules(self.names, self.classes, self.checkpoint.weights, self.config.prefix)
+        self.class_names = self.classes.own
         head = head_for(self.checkpoint.config, (self.adapter.config or {}).get("task_type"))
         self.stored = StoredWeights(self.checkpoint, self.names)
         self.fitting = Fitting(self.stored, self.config.weight, head)
@@ -126,22 +126,22 @@ class _Matching:
 
     def _understood(self) -> tuple[Claims, list[str]]:
         """The adapter's claims, once it is known whose names it has; and why that is not certain."""
-        asked = self._base_view(self.speakers.own)
+        asked = self._base_view(self.classes.own)
         claims = self.adapter.claims(self.config, asked)
         # A head that was made for training, and files beside the adapter, may have no place in any class's names.
         of_head = self.fitting.head_shapes
-        telling = (
+        targeted = (
             (update.module, update.parameter)
             for update in claims.updates
             if not (update.flattened or update.optional or (update.settings and beside_of(update)))
             and not (of_head and of_head.get(f"{update.module}.{update.parameter}"))
         )
-        targets = [(self.modules.plain(*target), target[1]) for target in examples_of(telling)]
-        self.spoken, unclear = self.speakers.chosen(targets, self.modules.exists)
-        if self.spoken.note:
-            if not asked.agrees_with(chosen := self._base_view(self.spoken)):
+        targets = [(self.modules.plain(*target), target[1]) for target in examples_of(targeted)]
+        self.class_names, unclear = self.classes.chosen(targets, self.modules.exists)
+        if self.class_names.note:
+            if not asked.agrees_with(chosen := self._base_view(self.class_names)):
                 claims = self.adapter.claims(self.config, chosen)
-            self.matches.warnings.append(prefixed(self._who, self.spoken.note))
+            self.matches.warnings.append(prefixed(self._who, self.class_names.note))
         return claims, [unclear] if unclear else []
 
     def _match(self, update: ModuleUpdate) -> None:
@@ -186,7 +186,7 @@ class _Matching:
     def _place(self, update: ModuleUpdate) -> Update | None:
         """Place an update; what became of it if others of its kind become the same, each on its own tensor."""
         wanted = update.module, update.parameter, update.family, update.factors
-        found = self.modules.find(update, self.spoken)
+        found = self.modules.find(update, self.class_names)
         if isinstance(found, str):
             if found or not update.optional:
                 self._place_nowhere(update, found)
@@ -255,7 +255,7 @@ class _Matching:
     def _with_base(self, update: ModuleUpdate) -> ModuleUpdate | str:
         """The update with the base's own tensors that it needs among its factors; a string says why not."""
         for role, name in update.of_base:
-            parameter = self.spoken.resolve(update.module, name)
+            parameter = self.class_names.resolve(update.module, name)
             ref = None if isinstance(parameter, str) else self.stored.as_factor(parameter)
             if isinstance(parameter, str) or ref is None:
                 return (
@@ -289,8 +289,8 @@ class _Matching:
         self.misfits.append(f"{names} both update {parameter.name}; a weight is updated once by an adapter")
         return True
 
-    def _base_view(self, spoken: Spoken) -> KnownBase:
-        return KnownBase(self.names, self.modules, self.speakers, self.stored.decoded, spoken)
+    def _base_view(self, class_names: NamesOfClass) -> KnownBase:
+        return KnownBase(self.names, self.modules, self.classes, self.stored.decoded, class_names)
 
     def _leftover(self, name: str) -> str:
         return f"{name} belongs to no update{self._near(name)}"

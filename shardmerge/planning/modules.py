@@ -14,9 +14,9 @@ from functools import cached_property, lru_cache
 
 from shardmerge.adapters.claims import BaseView, ModuleUpdate
 from shardmerge.adapters.formats import parts
+from shardmerge.key_mapping.class_names import ModelClasses, NamesOfClass
 from shardmerge.key_mapping.names import Names
 from shardmerge.key_mapping.naming import module_name, peeled
-from shardmerge.key_mapping.spoken import Speakers, Spoken
 from shardmerge.planning.tied import tied_parameter
 from shardmerge.spec.tensors import TensorRef
 from shardmerge.spec.updates import ModuleOrder, Parameter
@@ -25,26 +25,26 @@ from shardmerge.spec.updates import ModuleOrder, Parameter
 class Modules:
     """The modules of one base, as one adapter calls them."""
 
-    def __init__(self, names: Names, speakers: Speakers, stored: Collection[str], prefix: str | None) -> None:
+    def __init__(self, names: Names, classes: ModelClasses, stored: Collection[str], prefix: str | None) -> None:
         """``stored`` are the names of the base's tensors, ``prefix`` what chose the adapter's."""
         self._names = names
-        self._speakers = speakers
+        self._classes = classes
         self._stored = stored
         self._prefix = module_name(prefix) if prefix else ""
         #: Parts of pipelines that were taken off names.
         self._taken_off: set[str] = set()
 
-    def find(self, update: ModuleUpdate, spoken: Spoken) -> tuple[ModuleUpdate, Parameter] | str:
+    def find(self, update: ModuleUpdate, of_class: NamesOfClass) -> tuple[ModuleUpdate, Parameter] | str:
         """The update by the name that led to a parameter, and that; else why not, "" where nothing is known."""
         if update.flattened:
             names = self._unflattened(update.module)
             if len(names) > 1:
                 return f"{update.module} may be any of {', '.join(names[:3])}"
             update = update.changed(module=names[0]) if names else update
-        found = self._named(update, spoken)
+        found = self._named(update, of_class)
         if found != "":
             return found
-        others = [(other, self._named(update.changed(module=other), spoken)) for other in self.others(update.module)]
+        others = [(other, self._named(update.changed(module=other), of_class)) for other in self.others(update.module)]
         known = [(other, found) for other, found in others if found != ""]
         refused = [found for _, found in known if isinstance(found, str)]
         if refused or not known:
@@ -74,10 +74,10 @@ class Modules:
 
     # --- one name ---
 
-    def _named(self, update: ModuleUpdate, spoken: Spoken) -> tuple[ModuleUpdate, Parameter] | str:
-        """What the base has under a module's unchanged name, in the dialect ``spoken``."""
+    def _named(self, update: ModuleUpdate, of_class: NamesOfClass) -> tuple[ModuleUpdate, Parameter] | str:
+        """What the base has under a module's unchanged name, as the class of ``of_class`` names it."""
         for read in self._readings(update):
-            for name in spoken.ours(read.module):
+            for name in of_class.ours(read.module):
                 found, parameter = self._found(name, read.parameter)
                 if found != "":
                     if isinstance(found, str):
@@ -164,37 +164,42 @@ class Modules:
 
 
 class KnownBase(BaseView):
-    """The base as the readers of one adapter see it: by the names of ``spoken``, or of whoever knows a module."""
+    """The base as an adapter's readers see it: by the names of one class, or of any class that has a module."""
 
     is_known = True
 
     def __init__(
-        self, names: Names, modules: Modules, speakers: Speakers, stored: Callable[[str], TensorRef], spoken: Spoken
+        self,
+        names: Names,
+        modules: Modules,
+        classes: ModelClasses,
+        stored: Callable[[str], TensorRef],
+        of_class: NamesOfClass,
     ) -> None:
         """``stored`` finds a stored tensor by its name."""
         self._names = names
         self._modules = modules
-        self._template = lru_cache(maxsize=8)(speakers.template)  # a module is asked for several times in a row
+        self._template = lru_cache(maxsize=8)(classes.template)  # a module is asked for several times in a row
         self._stored = stored
-        self._spoken = speakers if spoken is speakers.own else spoken
+        self._class_names = classes if of_class is classes.own else of_class
         #: What was asked, and the answers. Of modules that differ in numbers only, one is looked up.
         self._orders: dict[str, tuple[str, tuple[str, ...]]] = {}
         self._found: dict[tuple[str, str], tuple[Parameter, str] | None] = {}
 
     def registered(self, module: str) -> tuple[str, ...]:
         """See `BaseView`: by any of the module's names."""
-        if not self._names.has_experts:  # by none of them, which takes 60 ms to find out of all classes
+        if not self._names.has_experts:  # saves the search through all classes, which takes 60 ms
             return ()
         key = self._template(module)
         if key not in self._orders:
             names = (module, *self._modules.others(module))
-            self._orders[key] = module, next(filter(None, map(self._spoken.registered_parameters, names)), ())
+            self._orders[key] = module, next(filter(None, map(self._class_names.registered_parameters, names)), ())
         return self._orders[key][1]
 
     def stored(self, module: str, parameter: str) -> tuple[Parameter, str] | None:
         """See `BaseView`: by the module's name, unchanged or without the wrappers before it."""
         if (module, parameter) not in self._found:
-            found = (self._spoken.resolve(name, parameter) for name in peeled(module))
+            found = (self._class_names.resolve(name, parameter) for name in peeled(module))
             known = next((item for item in found if isinstance(item, Parameter)), None)
             answer = None if known is None else (known, self._stored(known.regions[0].tensor).dtype)
             self._found[module, parameter] = answer

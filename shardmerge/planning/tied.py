@@ -15,9 +15,9 @@ TIES_KEY = "tie_word_embeddings"
 
 def tied_parameter(names: Names, module: str, parameter: str) -> Parameter | None:
     """The parameter of a module that is tied and so not stored: the stored one's, by the module's name."""
-    target, spoken = f"{module}.{parameter}", names.tied_as_spoken
-    alike = {of for name, of in spoken.items() if target.endswith(f".{name}") or name.endswith(f".{target}")}
-    name = spoken.get(target) or (alike.pop() if len(alike) == 1 else None)
+    target, tied = f"{module}.{parameter}", names.tied_by_name
+    alike = {of for name, of in tied.items() if target.endswith(f".{name}") or name.endswith(f".{target}")}
+    name = tied.get(target) or (alike.pop() if len(alike) == 1 else None)
     if name is None and not names.knows_ties and stands_for(names, target):
         name = target
     main = None if name is None else stands_for(names, name)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from shardmerge.key_mapping.class_names import ModelClasses, NamesOfClass
 from shardmerge.key_mapping.names import Names
-from shardmerge.key_mapping.spoken import Speakers, Spoken
 from shardmerge.spec.tensors import Orientation, transposed_if
 from shardmerge.spec.updates import Parameter, Region
 from tests.support.names_zoo import State, matrix
@@ -343,10 +343,10 @@ def checkpoint(
     return {**shapes, f"{text}.{embedding}.weight": (50, 8), f"{head}.weight": (50, 8)}
 
 
-def spoken(base: Mapping[str, Any], shapes: Shapes, *modules: str) -> tuple[Spoken, str]:
+def spoken(base: Mapping[str, Any], shapes: Shapes, *modules: str) -> tuple[NamesOfClass, str]:
     names = Names(base, shapes)
     targets = [(module, "weight") for module in modules]
-    return Speakers(names).chosen(targets, lambda module, parameter: names.resolve(module, parameter) != "")
+    return ModelClasses(names).chosen(targets, lambda module, parameter: names.resolve(module, parameter) != "")
 
 
 UNKNOWN = config("MyVlm", model_type="mine", text_config={"model_type": "mine_text"})
@@ -496,7 +496,7 @@ def test_a_tied_head_is_spoken_of_as_it_is_called_in_memory() -> None:
         config("MistralLarge4ForConditionalGeneration", tie_word_embeddings=True), {"tok_embeddings.weight": (50, 8)}
     )
     assert names.tied == {"output.weight": "tok_embeddings.weight"}
-    assert names.tied_as_spoken["lm_head.weight"] == "output.weight"
+    assert names.tied_by_name["lm_head.weight"] == "output.weight"
 
 
 def test_ties_of_biases_of_layers_and_across_numbers() -> None:
@@ -543,7 +543,7 @@ def test_a_config_of_wrong_types_is_no_bug(base: dict[str, Any]) -> None:
     targets = [
         (module, "weight") for module in ("a.layers.0.b", "layers.99999999999999999999.b", "", "0", "..", "lm_head")
     ]
-    who, _ = Speakers(names).chosen(targets, lambda module, parameter: names.resolve(module, parameter) != "")
+    who, _ = ModelClasses(names).chosen(targets, lambda module, parameter: names.resolve(module, parameter) != "")
     assert all(who.resolve(*target) is not None for target in targets)
 
 

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import shardmerge
+from shardmerge.key_mapping.class_names import ModelClasses, NamesOfClass
 from shardmerge.key_mapping.names import Names
-from shardmerge.key_mapping.spoken import Speakers, Spoken
 from tests.support import names_zoo, text_zoo
 from tests.support.names_zoo import State
 from tests.support.peft_oracle import assert_same_bits, merge_to, stored
@@ -75,9 +75,11 @@ def names_of(config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> Na
     return Names(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
 
 
-def chosen(names: Names, spoken: Mapping[str, Any]) -> Spoken:
+def chosen(names: Names, spoken: Mapping[str, Any]) -> NamesOfClass:
     targets = [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in spoken]
-    found, unclear = Speakers(names).chosen(targets, lambda module, parameter: names.resolve(module, parameter) != "")
+    found, unclear = ModelClasses(names).chosen(
+        targets, lambda module, parameter: names.resolve(module, parameter) != ""
+    )
     assert not unclear
     return found
 
@@ -130,7 +132,7 @@ def test_what_is_no_text_never_becomes_text(name: str) -> None:
         for key in names_zoo.weights(of.around)
         if not any(path and key.startswith(f"{path}.") for path in (of.model[1], of.head[1]))
     }
-    for speaker in Speakers(names).others:
+    for speaker in ModelClasses(names).others:
         for key in others:
             module, _, parameter = key.rpartition(".")
             assert speaker.resolve(module, parameter) == "", (key, speaker.dialect)

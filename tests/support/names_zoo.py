@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from shardmerge.key_mapping.class_names import NamesOfClass
 from shardmerge.key_mapping.names import Names
-from shardmerge.key_mapping.spoken import Spoken
 from shardmerge.spec.tensors import Orientation
 from shardmerge.spec.updates import Parameter
 
@@ -157,7 +157,7 @@ class Outcome:
         return Counter(right=self.right, refused=len(self.refused), missing=len(self.missing), wrong=len(self.wrong))
 
 
-def check(names: Names | Spoken, stored: State, spoken: State) -> Outcome:
+def check(names: Names | NamesOfClass, stored: State, spoken: State) -> Outcome:
     """Resolve every name of ``spoken`` and put its tensor together from ``stored``."""
     outcome = Outcome()
     for name, tensor in spoken.items():
