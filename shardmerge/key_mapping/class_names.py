@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from shardmerge.key_mapping import dialects, suffixes
+from shardmerge.key_mapping import dialects
 from shardmerge.key_mapping.dialects import Dialect
 from shardmerge.key_mapping.index import numbers_in, template_of
 from shardmerge.key_mapping.names import Names
@@ -122,7 +122,7 @@ class ModelClasses:
         """Dialects guessed from the names, where the checkpoint's text model is not in the table."""
         if self._names.known and not self._names.lacks_text:
             return []
-        return [NamesOfClass(self._names, dialect) for dialect in suffixes.of(self._names.stored, modules)]
+        return [NamesOfClass(self._names, dialect) for dialect in dialects.guessed(self._names.stored, modules)]
 
 
 def examples_of(targets: Iterable[Target]) -> list[Target]:
