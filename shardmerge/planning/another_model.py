@@ -1,7 +1,7 @@
-"""Whether an adapter that does not fit was trained on another model: said first, before every tensor is named.
+"""Detect an adapter that was trained on another model, to report that before single tensors.
 
-Each update either fits, has a place of another shape, or has none. One that has none because of its layer's number is
-of a deeper model; where most do not fit, sizes or names are another model's.
+Each update fits, finds a parameter of another shape, or finds none. Layer numbers beyond the base's show a deeper
+model. Where most updates do not fit, the adapter has the sizes or the names of another model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Fit:
 
 
 def another_model(fit: Fit, checkpoint: Checkpoint, trained_on: str | None) -> list[str]:
-    """One sentence, or none where nothing speaks for another model."""
+    """The problem as one message; empty where nothing indicates another model."""
     problem = _deeper(fit, checkpoint) or _most_misfit(fit, checkpoint)
     says = f"; it says that it was trained on {trained_on}" if trained_on else ""
     return [f"{problem}: this base is another model than it was trained on{says}"] if problem else []

@@ -1,4 +1,4 @@
-"""What adapters change of a base: its weights, which tensors there are, and keys of its config.json."""
+"""Everything that adapters change in a base: weights, added and removed tensors, keys of config.json."""
 
 from __future__ import annotations
 

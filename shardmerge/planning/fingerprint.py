@@ -1,9 +1,9 @@
-"""Whose work is this? The fingerprint of a plan, and that of a merge, with the bytes of its adapters in it.
+"""The fingerprints of a plan and of a merge, which identify what an output's bytes depend on.
 
-A plan has read headers only, and so knows an adapter by size and time. Whether an unfinished output may be resumed is
-asked by a merge alone, and so answered there: an adapter that was fetched again, or copied, has other times but may be
-the same; one that was trained anew may have the same size. The base is too large to be read for that, and is known by
-its headers, sizes and times.
+A plan reads headers only, so its fingerprint identifies an adapter by size and time. A merge, which decides whether an
+unfinished output may be resumed, includes the adapters' bytes: a copied adapter has another time and the same bytes, a
+retrained one may have the same size. The base is too large to be read for that. Its headers, sizes and times identify
+it.
 """
 
 from __future__ import annotations

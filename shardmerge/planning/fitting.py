@@ -1,4 +1,4 @@
-"""Whether an update fits the parameter that it is of, and what that parameter is to it."""
+"""Check whether updates fit the parameters of the base."""
 
 from __future__ import annotations
 

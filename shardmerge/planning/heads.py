@@ -1,9 +1,9 @@
-"""Heads made for training: a classifier's score over the checkpoint of a language model, say.
+"""Heads that were created for training, such as a classifier on the checkpoint of a language model.
 
-The model that was trained is another class than the base (``LlamaForSequenceClassification`` of a
-``LlamaForCausalLM``), and PEFT saves the head that only it has whole, by ``modules_to_save``. The output is then what
-that class would save: the head is written, the heads that it does not have (``lm_head``) are left out, and config.json
-names the class and its labels.
+The trained model then has another class than the base (``LlamaForSequenceClassification`` instead of
+``LlamaForCausalLM``), and PEFT saves its new head whole, by ``modules_to_save``. The output is what that class would
+save: it contains the new head, leaves out heads that the class does not have (``lm_head``), and its config.json names
+the class and its labels.
 """
 
 from __future__ import annotations

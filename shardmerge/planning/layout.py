@@ -1,4 +1,4 @@
-"""A checkpoint as output: which weight goes into which file, at which offset. Sizes are known before any data is."""
+"""Lay out a checkpoint as output: the file and the offset of every weight, from headers alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layouts of an output by ``output.format``: which files there are, and what is in them."""
+"""The layouts of an output, by ``output.format``: its files and their contents."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The names that an adapter may use for a module → the one that the base knows.
+"""An adapter's names for a module → the base's name.
 
-An adapter's names carry what stood around the model in training: wrappers, PEFT's prefix twice, the part of a pipeline.
-Any of that may also be the name of a module of the base (GPT-2 calls itself ``transformer``, some models have a
-``module``), so a name is first looked up unchanged. Only where the base does not have it are the others tried, all of
-them, and those that are known must mean the same.
+An adapter's names may contain what was around the model in training: wrappers, PEFT's prefix twice, the part of a
+pipeline. Each of these may also be a module of the base (GPT-2 has a ``transformer``, some models a ``module``), so a
+name is first looked up unchanged. If the base does not have it, all other readings are tried, and those that the base
+has must mean the same parameter.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The base and the adapters that a config names, opened: or every reason why not, and what else is known already."""
+"""Open the base and the adapters of a config, or report every reason known by then why they cannot be merged."""
 
 from __future__ import annotations
 

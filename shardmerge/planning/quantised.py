@@ -1,8 +1,8 @@
-"""Weights that the base stores quantised: under which names, as what, and by which method config.json says.
+"""Recognise weights that the base stores quantised, by their names and by config.json, and explain the refusal.
 
-A quantised module has no ``weight`` of floats: it has packed numbers with their scales beside them (``weight_packed``
-and ``weight_scale`` of compressed-tensors, ``qweight`` of GPTQ and AWQ, ``weight.absmax`` of bitsandbytes,
-``…_blocks`` of MXFP4). To say that ``weight`` is missing would name the wrong cause.
+A quantised module has no ``weight`` of floats. It has packed numbers and scales (``weight_packed`` and ``weight_scale``
+of compressed-tensors, ``qweight`` of GPTQ and AWQ, ``weight.absmax`` of bitsandbytes, ``…_blocks`` of MXFP4), so a
+message that ``weight`` is missing would name the wrong cause.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Several adapters on one tensor: in which order, and what the one would undo of the other."""
+"""Several adapters on one tensor: their order, and conflicts where one would undo another."""
 
 from __future__ import annotations
 

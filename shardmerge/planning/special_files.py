@@ -1,8 +1,8 @@
-"""Refuses what is among a base's or an adapter's files and is not one of them: links that lead out, FIFOs, devices.
+"""Refuse special files in the folders of a base or an adapter: links that lead out of them, FIFOs, devices.
 
-Each is refused by its name: at the top of base and adapter whether it is used or not, further down where the folder is
-copied. Folders of training runs and of other models are not looked into, and so not judged. A link to a folder is never
-followed: where it leads out, or where its files are needed, it is refused, elsewhere it is named.
+At the top of a folder each is refused by name, used or not; further down it is refused where the folder is copied.
+Folders of training runs and of other models are not read. A link to a folder is never followed. It is refused where it
+leads out or its files are needed, and reported elsewhere.
 """
 
 from __future__ import annotations

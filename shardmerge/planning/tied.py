@@ -1,4 +1,4 @@
-"""Weights that are one in memory: which parameter a tied name is, and a config.json that ties nothing."""
+"""Tied weights: the parameter behind a tied name, and a config.json without ties."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Chooses the output's tokenizer, base's or adapter's, whole: files of both, mixed, would be an untrained third one.
+"""Choose the output's tokenizer: all of the base's or all of the adapter's, since a mixture would be an untrained one.
 
-Which file wins over which, in transformers 5.23 (tokenization_utils_base, processing_utils): ``chat_template.jinja``
+The precedence of files in transformers 5.23 (tokenization_utils_base, processing_utils): ``chat_template.jinja``
 and ``additional_chat_templates/`` over a template in ``tokenizer_config.json``; ``chat_template.json`` over all of them
 for a processor; ``special_tokens_map.json`` and ``added_tokens.json`` over ``tokenizer_config.json`` where that has no
 ``added_tokens_decoder``; ``tokenizer.json`` over ``tokenizer.model``, ``vocab.json`` and ``merges.txt``, which slow

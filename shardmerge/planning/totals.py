@@ -1,4 +1,4 @@
-"""What a plan says of all its tensors together."""
+"""Totals over all tensors of a plan."""
 
 from __future__ import annotations
 

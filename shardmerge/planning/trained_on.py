@@ -1,9 +1,8 @@
-"""Whether what an adapter says of its base speaks for another model than the one at hand.
+"""Detect from the base that an adapter names whether it was trained on another model than the base at hand.
 
-A local copy may be called anything, so that a name alone says nothing, and a plan that goes through has shown that the
-shapes fit. What does say something: the base's own name, where it has one (a repo of the Hub, its folder in the Hub's
-cache, ``_name_or_path`` in its config.json), and the config.json of the model that the adapter names, where that is a
-directory of this machine.
+A local copy may have any name, and a successful plan has shown that the shapes fit. So only these count: the base's own
+name, where it has one (a repo of the Hub, its folder in the Hub's cache, ``_name_or_path`` in its config.json), and the
+config.json of the model that the adapter names, where that is a local directory.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _COMPARED = (
 
 
 def another_than(trained_on: str, checkpoint: Checkpoint) -> str:
-    """What speaks for another model than ``trained_on``; empty where nothing does."""
+    """Why the base is another model than ``trained_on``; empty where nothing indicates that."""
     if os.path.isdir(os.path.expanduser(trained_on)):
         return _difference(trained_on, checkpoint)
     names = list(_names(checkpoint))

@@ -1,4 +1,4 @@
-"""Whole tensors of an adapter, or of a file beside it: those without a place, and those that are there already."""
+"""Whole tensors of an adapter, or of a file beside it, that have no place in the base or duplicate an update."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Weights that are one in memory: what an update of one of them means.
+"""Decide what an update of a tied weight does to the weights that are tied to it.
 
-transformers stores such a tensor once, and ties the others to it on loading: an output head to the input embedding, its
-bias to another, encoders' embeddings to decoders'. All that a class ties hangs on one key, ``tie_word_embeddings``. In
+transformers stores tied weights once and ties them on loading: an output head to the input embedding, its bias to
+another, encoders' embeddings to decoders'. One key, ``tie_word_embeddings``, controls all ties of a class. In
 training, an adapter on one module does not change the others. ``tied: untie`` keeps that: every tied tensor is written
 and the config says that they are no longer tied, so the merged model computes what base and adapter computed.
 ``tied: peft`` does what PEFT's merge does: everything is added to the one tensor, and it stays tied. ``tied: auto``

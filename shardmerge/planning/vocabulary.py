@@ -1,4 +1,4 @@
-"""A resized vocabulary: embedding and head with another number of rows, and what config.json says of it."""
+"""Resized vocabularies: embeddings and heads with another number of rows, and the size in config.json."""
 
 from __future__ import annotations
 
