@@ -42,7 +42,7 @@ def warn_of_unknown() -> None:
 
 
 def compute_defaults() -> dict[str, Any]:
-    """What the environment says of the section ``compute``. `ConfigError` where a value is wrong."""
+    """The environment's settings for the section ``compute``. Raises `ConfigError` where a value is wrong."""
     from shardmerge.config.schema import checked_compute
 
     found: dict[str, Any] = {}

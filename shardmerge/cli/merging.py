@@ -140,7 +140,7 @@ def _load(config: Path, overrides: tuple[str, ...]) -> MergeConfig:
 
 
 def _stdin() -> bytes:
-    """What is on stdin, or as much of it as shows that it is too long."""
+    """Read stdin, up to one byte more than a config may have."""
     from shardmerge.config.yaml_text import MAX_CONFIG_BYTES
 
     if sys.stdin is None:  # as in a process that was started without

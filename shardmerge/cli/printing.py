@@ -1,4 +1,4 @@
-"""What every command shares: how results and errors are printed, and which exit code an error has."""
+"""Print results and errors, with the exit codes of errors, for every command."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def reported(ctx: click.Context) -> Iterator[None]:
 
 
 def _message(error: ShardmergeError) -> str:
-    """What an error says, with lines only where it has them by itself."""
+    """An error's message; line breaks only where the error itself has them."""
     if isinstance(error, PlanError):
         return "\n".join([str(error).partition("\n")[0], *(f"  - {one_line(text)}" for text in error.problems)])
     # Of these two, lists are of what stands in the user's own config, and of what was made one line each.
@@ -112,12 +112,12 @@ def say(text: str, *, err: bool = False) -> None:
 
 
 def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What Python prints of an error that nobody handles, whose message may hold untrusted words, too."""
+    """Print the traceback of an unhandled error, whose message may contain untrusted text."""
     say("".join(traceback.format_exception(kind, error, trace)).rstrip(), err=True)
 
 
 def show_usage(error: click.ClickException) -> None:
-    """What click prints of a wrong command line, in which a shell may have put names of files."""
+    """Print click's message about a wrong command line, in which a shell may have put names of files."""
     text = io.StringIO()
     error.show(file=text)
     say(text.getvalue().rstrip(), err=True)

@@ -1,4 +1,4 @@
-"""What the config and the command line let one choose from; apart, since `--help` must not wait for pydantic."""
+"""The choices of the config and the command line, in a module of their own: `--help` must not wait for pydantic."""
 
 from __future__ import annotations
 

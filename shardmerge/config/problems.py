@@ -1,4 +1,4 @@
-"""What is wrong with a config, in our words: pydantic's errors, and settings that would do nothing.
+"""Messages about a wrong config: pydantic's errors in our words, and settings that would have no effect.
 
 Every error of pydantic is put into words here by its type. One of a type that is not in the table is "not valid", with
 what was found: pydantic's own text, which speaks of its types and not of a config, is never printed.
@@ -86,7 +86,7 @@ def _of_these(value: object, allowed: tuple[str, ...], place: str) -> str:
 
 
 def _allowed(location: tuple[str | int, ...], model: type[BaseModel]) -> tuple[str, ...]:
-    """What a key may be: its words, or the devices; empty where that is any text."""
+    """The allowed words of a key, or the devices; empty where any text is allowed."""
     field = _section(location[:-1], model).model_fields.get(str(location[-1])) if location else None
     if field is None:
         return ()

@@ -1,4 +1,4 @@
-"""What somebody who wrote an unknown value probably meant: the names that other programs have for the same thing.
+"""Suggestions for unknown values, from the names that other programs have for the same thing.
 
 A guess is printed and never acted upon. A dtype or a quantization that is known, but not allowed at its place, gets no
 guess by its letters: float16 is not a misspelt bfloat16.

@@ -75,7 +75,7 @@ def _construct_float(loader: _UniqueKeyLoader, node: yaml.ScalarNode) -> float:
 
 
 def _not_decimal(text: str) -> str:
-    """What is said of 0777, 0x1F, 1_000, 1:30 and .inf, which are other numbers, or texts, to other readers of YAML."""
+    """The message about 0777, 0x1F, 1_000, 1:30 and .inf, which YAML readers take for different numbers or texts."""
     return f"{brief.repr(text)} is not a plain decimal number; write one, or put it into quotes if it is a text"
 
 

@@ -31,7 +31,7 @@ _PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """What the table says of a module of experts."""
+    """A module of experts in the table."""
 
     #: Its parameters, in order of registration.
     parameters: tuple[str, ...]

@@ -86,7 +86,7 @@ class Names(Resolver):
         return tying.numbers_of(name for stored in self.stored for name in self._in_memory(stored))
 
     def _in_memory(self, stored: str) -> Iterator[str]:
-        """What a stored tensor can be called in memory."""
+        """The names that a stored tensor can have in memory."""
         image = self._images.of(stored)
         for name in image.targets or (image.name,):
             yield name
@@ -105,7 +105,7 @@ class Names(Resolver):
         return tensor if math.prod(self.stored[tensor]) == math.prod(found.shape) else None
 
     def _style(self, name: str, stored: str) -> Callable[[str], str]:
-        """What this checkpoint does to names in memory, by the example of one."""
+        """The renaming from names in memory to this checkpoint's names, by the example of one."""
         rules = Rules(self._rules.rules[: -len(tables.table().rules[LEGACY])])
         renamings: tuple[Callable[[str], str], ...] = (
             lambda name: name,

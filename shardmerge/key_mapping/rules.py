@@ -83,7 +83,7 @@ class Rule:
 
 
 class Image(NamedTuple):
-    """What a name becomes: the name in memory; behind a conversion, of all its targets."""
+    """The result of the rules for a name: the name in memory, or those of all targets of a conversion."""
 
     name: str
     rule: Rule | None = None

@@ -96,7 +96,7 @@ def grouped(pairs: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _said(config: Mapping[str, Any], key: str, kind: type) -> list[Any]:
-    """What config.json and its text part have under a key, of that type exactly."""
+    """The values of a key in config.json and its text part that have exactly that type."""
     inner = config.get("text_config")
     sections = (config, inner if isinstance(inner, Mapping) else {})
     return [value for section in sections if type(value := section.get(key)) is kind]
@@ -108,7 +108,7 @@ def is_head(module: str) -> bool:
 
 
 def guessed(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Tie]:
-    """What may be tied in a model of which only names, shapes and the config are known."""
+    """The weights that may be tied in a model of which only names, shapes and the config are known."""
     tied = next(iter(_said(config, "tie_word_embeddings", bool)), None)
     if tied is False:
         return

@@ -28,7 +28,7 @@ _MOST_READ = 100_000_000
 
 
 def fingerprint_of(plan: MergePlan, checkpoint: Checkpoint, made_of: Mapping[str, str]) -> Fingerprint:
-    """What the output's bytes depend on: the sources, as far as headers show them, and how they are computed.
+    """Everything that the output's bytes depend on: the sources, as far as headers show them, and the computation.
 
     ``made_of`` are checksums of files whose contents the plan has put into the output's headers. Where the output goes
     and what memory may be taken are not part of it.
@@ -75,7 +75,7 @@ def _header(shard: Shard) -> list[Any]:
 
 
 def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What the config says of the output's bytes, by dotted path."""
+    """The config's settings that affect the output's bytes, by dotted path."""
     for number, adapter in enumerate(config["adapters"]):
         yield from ((f"adapters.{number}.{key}", value) for key, value in adapter.items() if key != "path")
     yield from ((f"output.{key}", value) for key, value in config["output"].items() if key not in ("path", "sha256"))

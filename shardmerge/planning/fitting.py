@@ -62,7 +62,7 @@ class StoredWeights:
 
 @dataclass(frozen=True)
 class Fitting:
-    """What does not fit between one adapter's updates and the base.
+    """Checks of one adapter's updates against the base.
 
     ``weight`` is the adapter's in the config, ``head`` the one of its task.
     """

@@ -145,7 +145,7 @@ def _plan(
 
 
 def _generated(tensor: OutputTensor) -> TensorPlan:
-    """What is made of the config alone is a source like any other, its bytes in its name."""
+    """The source of a tensor that is made of the config alone; its bytes are in its name."""
     values = values_of(tensor.values)
     file = inline_file(struct.pack(f"<{len(values)}f", *values))
     ref = TensorRef(tensor.name, file.uri, "F32", tensor.shape, 0, file.size)

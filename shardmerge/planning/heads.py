@@ -33,7 +33,7 @@ Adapters = Sequence[tuple[AdapterConfig, AdapterFile]]
 
 @dataclass(slots=True)
 class Heads:
-    """What comes of new heads: tensors that the base does not store, stored ones that go, and what config.json says."""
+    """The changes for new heads: tensors to add, tensors to leave out, and keys of config.json."""
 
     #: The class that the output is, where it is not the base's.
     architecture: str | None = None
@@ -202,7 +202,7 @@ def _labels(head: Head, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int | No
 
 
 def _label_changes(config: Mapping[str, Any], labels: int) -> dict[str, Any]:
-    """What config.json must say of the labels. Their names are the base's if it has as many."""
+    """The keys of config.json for the labels. The base's names of labels stay if it has as many."""
     names = config.get("id2label")
     changes: dict[str, Any] = {}
     if not isinstance(names, dict) or len(names) != labels:

@@ -179,7 +179,7 @@ class _Outgoing:
         return Coded(weight, outputs, encoding, updates)
 
     def of(self, ref: TensorRef) -> Outgoing | None:
-        """What a stored tensor is in the output; None if it is a part that is laid out elsewhere, or left out."""
+        """The weight that a stored tensor becomes; None for a part that is laid out elsewhere, or left out."""
         if not self._coded or (coded := self._coded.get(ref.extent)) is None:
             return self.plain(ref)
         return coded if coded.base.extent == ref.extent else None

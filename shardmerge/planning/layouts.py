@@ -41,7 +41,7 @@ class OutputLayout(ABC):
         return folder
 
     def next_steps(self, plan: MergePlan) -> str:
-        """What to run now, where the output is not simply loaded."""
+        """Commands to run next, if the output needs any before it can be loaded."""
         return ""
 
 

@@ -253,7 +253,7 @@ class _Matching:
             self.fit.absent += [update] if not why else []
 
     def _with_base(self, update: ModuleUpdate) -> ModuleUpdate | str:
-        """The update with the base's own tensors that it needs among its factors; a string says why not."""
+        """Add the base's own tensors that an update needs to its factors; a string says why that is impossible."""
         for role, name in update.of_base:
             parameter = self.class_names.resolve(update.module, name)
             ref = None if isinstance(parameter, str) else self.stored.as_factor(parameter)

@@ -69,13 +69,13 @@ class Modules:
         return next((name for name in names if self.exists(name, parameter)), inner)
 
     def problem(self) -> str:
-        """What is wrong with an adapter from whose names several parts were taken off."""
+        """The problem of an adapter whose names lost the prefixes of several parts."""
         return parts.said_of_several(self._taken_off)
 
     # --- one name ---
 
     def _named(self, update: ModuleUpdate, of_class: NamesOfClass) -> tuple[ModuleUpdate, Parameter] | str:
-        """What the base has under a module's unchanged name, as the class of ``of_class`` names it."""
+        """The base's parameter for a module's unchanged name in ``of_class``."""
         for read in self._readings(update):
             for name in of_class.ours(read.module):
                 found, parameter = self._found(name, read.parameter)

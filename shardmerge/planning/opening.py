@@ -105,7 +105,7 @@ def _base(location: str) -> Checkpoint:
 
 
 def _or_unfinished(source: Source, opening: Callable[[], Opened]) -> Opened:
-    """What is opened; where that fails because a merge into the directory was not finished, that is said."""
+    """The result of ``opening``; an unfinished merge in the directory is reported as the cause if that fails."""
     try:
         return opening()
     except FormatError as error:

@@ -1,4 +1,4 @@
-"""Weights beside the model's own: copied, or left out and named. None disappears without a word.
+"""Weights beside the model's own: they are copied, or left out with a note.
 
 A model may need more weights than its index names: layers that only some programs load (``mtp.safetensors``), a head
 that is stored by itself, modules of sentence-transformers in folders. They are copied byte for byte. Left out are the
@@ -69,7 +69,7 @@ def needed_folders(base: Source, names: Sequence[str]) -> set[str]:
 
 
 def _folders_of(manifest: Any) -> Iterator[str]:
-    """Of ``modules.json`` the paths; of ``router_config.json`` the types; of ``model_index.json`` the parts."""
+    """The paths in ``modules.json``, the types in ``router_config.json``, the parts in ``model_index.json``."""
     if isinstance(manifest, list):
         paths = (entry.get("path") for entry in manifest if isinstance(entry, dict))
         yield from (path for path in paths if isinstance(path, str))
@@ -88,7 +88,7 @@ def is_below(name: str, folders: Collection[str]) -> bool:
 def sort_out(
     checkpoint: Checkpoint, base: Source, names: Sequence[str], needed: Collection[str], copies: bool = True
 ) -> OtherWeights:
-    """What becomes of every file of the base that holds weights and is not a shard of the model.
+    """Decide what to do with each file of the base that holds weights and is not a shard of the model.
 
     ``needed`` are the folders that are copied whole. Without ``copies`` the output has no room for other weights.
     """

@@ -84,7 +84,7 @@ def _last(ref: TensorRef) -> str:
 
 
 def _below(checkpoint: Checkpoint, module: str, parameter: str) -> Sequence[TensorRef]:
-    """What the base stores of a module, found by the longest end of its name that is in the base.
+    """The stored tensors of a module, found by the longest end of its name that is in the base.
 
     Trainers and checkpoints disagree on prefixes, and the rules for names know of ``weight`` only. Of a module with
     several parameters, those that begin as this one are taken, where there are any.

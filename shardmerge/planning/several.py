@@ -22,7 +22,7 @@ _LISTED = 10
 
 
 def order_of(update: Update | ModuleUpdate) -> Effect:
-    """What an update does to a weight, by which those of one adapter are ordered."""
+    """The effect of an update; an adapter's updates of a weight are ordered by it."""
     return FAMILIES[update.family].effect
 
 
@@ -105,7 +105,7 @@ def compare_copies(
 
 
 def _is_replaced(updates: Sequence[Update], copy: Update) -> bool:
-    """Whether an adapter before has trained the whole weight, which then is lost: `undone` says so."""
+    """Whether an earlier adapter trained the whole weight, which would be lost; `undone` reports that."""
     return any(
         update.adapter < copy.adapter and replaces(update) and not whole_settings(update).copy for update in updates
     )

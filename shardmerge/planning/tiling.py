@@ -129,7 +129,7 @@ def _workable(tensor: TensorPlan) -> TensorPlan:
 
 
 def _described(tensor: TensorPlan) -> tuple[object, ...]:
-    """What the tiles and the memory of a tensor depend on."""
+    """Everything that a tensor's tiles and memory depend on."""
     updates = tuple(map(_described_update, tensor.updates)) if tensor.updates else ()
     stored_as = (tensor.source.dtype, tensor.out.dtype, tensor.decoding, tensor.encoding)
     return (*stored_as, tensor.source.shape, tensor.part, updates)

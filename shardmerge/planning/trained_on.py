@@ -56,7 +56,7 @@ def _names(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _bare(name: str) -> str:
-    """The last part of a name, without what only says how a copy is stored."""
+    """The last part of a name, without words for how a copy is stored."""
     last = name.rstrip("/").rpartition("/")[2].partition("@")[0].lower()
     while match := _COPY.search(last):
         last = last[: match.start()]

@@ -37,7 +37,7 @@ Updates = defaultdict[str, list[Update]]
 
 @dataclass(slots=True)
 class Untied:
-    """What comes of the ties: tensors that the base does not store, changes to config.json, and what to say."""
+    """The changes for ties: tensors to add, keys of config.json, notes and problems."""
 
     added: list[TensorRef] = field(default_factory=list)
     changes: dict[str, Any] = field(default_factory=dict)
@@ -57,7 +57,7 @@ def resolve_ties(
 
 @dataclass
 class _Resolving:
-    """What comes of a tie is one of: keep (one tensor was trained for all its names), peft, untie, or refused."""
+    """The outcome of a tie is keep (one tensor was trained for all its names), peft, untie, or refused."""
 
     checkpoint: Checkpoint
     names: Names
@@ -97,7 +97,7 @@ class _Resolving:
         return ties
 
     def _trained(self, name: str) -> list[Update]:
-        """What changes a weight; a copy that is compared does not."""
+        """The updates that change a weight; a copy that is compared does not."""
         return [update for update in self.updates.get(name, ()) if order_of(update)]
 
     def _joined(self, tie: Tie) -> list[str]:
@@ -138,7 +138,7 @@ class _Resolving:
         return False
 
     def _is_shared(self, update: Update) -> bool:
-        """Whether it is of the one tensor rather than of one module's."""
+        """Whether the update is meant for the tied tensor, not for one module."""
         if replaces_rows(update):
             return True
         saved = whole_settings(update).saved
@@ -227,7 +227,7 @@ class _Resolving:
         return Names(without_ties(self.names.config), self.names.stored)
 
     def _falls(self, tie: Tie) -> bool:
-        """Whether it is undone when config.json says so."""
+        """Whether transformers unties the weights when config.json asks for it."""
         return not self.names.knows_ties or not self._after.tied.keys() & set(tie.others)
 
     def _decide_across(self) -> None:
@@ -290,7 +290,7 @@ class _Resolving:
                 self.result.added.append(dataclasses.replace(main.tensor, name=name))
 
     def _seen(self, name: str, tie: Tie, joined: Sequence[str], own: Mapping[str, list[Update]]) -> list[Update]:
-        """What reaches a name through the tie, of updates of the other names.
+        """The updates of the other names that reach a name through the tie.
 
         Trained tokens of the source are seen by all, for which PEFT asks the class and not the values. A whole tensor
         that PEFT saved for one name says what the one tensor was in training.
