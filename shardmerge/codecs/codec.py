@@ -12,7 +12,7 @@ that compute import it when they are called. To add a format: one file with its 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -43,6 +43,19 @@ class CodecMemory:
     element: int = 0
     #: Allocated by a thread while it encodes a tile.
     between: int = 0
+
+
+class StoredTensors(dict[str, TensorRef]):
+    """The tensors of a checkpoint by name, and the contents of small ones that hold settings."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorRef],
+        read: Callable[[Sequence[TensorRef]], Mapping[str, bytes]] = lambda refs: {},
+    ) -> None:
+        super().__init__(tensors)
+        #: Reads the bytes of tensors, by name. A caller asks for all at once, as each may be a request to a server.
+        self.contents = read
 
 
 #: Reads rows of a small part, by its role, as stored.
@@ -93,7 +106,7 @@ class Codec(ABC):
 
     # --- planning: no torch -------------------------------------------------------------------------------------------
 
-    def claims(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Iterator[Weight | str]:
+    def claims(self, tensors: StoredTensors, config: Mapping[str, Any]) -> Iterator[Weight | str]:
         """The weights of a checkpoint in this format, by the config and the tensors, never by a name alone.
 
         A weight's first part is its values, with the weight's name and shape, and `Weight.stored_as` is set. All rows

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from shardmerge.codecs.bitsandbytes import BITSANDBYTES_INT8
+from shardmerge.codecs.bitsandbytes_4bit import BITSANDBYTES_4BIT
 from shardmerge.codecs.codec import Codec
 from shardmerge.codecs.floats import FLOATS
 from shardmerge.codecs.fp8 import FP8
 from shardmerge.codecs.ggml import GGML
 from shardmerge.spec.plans import TensorPlan
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (*FLOATS, *GGML, *FP8)}
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (*FLOATS, *GGML, *FP8, BITSANDBYTES_4BIT, BITSANDBYTES_INT8)}
 
 
 def decoder(tensor: TensorPlan) -> Codec:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from shardmerge.codecs.codec import StoredTensors
 from shardmerge.codecs.quantization import MODELOPT_SETTINGS, quantization
 from shardmerge.codecs.registry import CODECS
 from shardmerge.errors import FormatError
@@ -14,12 +18,16 @@ from shardmerge.file_formats.checkpoint_files import Shard, is_index, read_json,
 from shardmerge.file_formats.model_config import setting
 from shardmerge.sources.source import Source
 from shardmerge.spec.plans import CheckpointInfo
-from shardmerge.spec.tensors import Weight
+from shardmerge.spec.tensors import TensorRef, Weight
 
 #: Names that a message lists of many.
 _SHOWN = 5
 #: Endings of files that exist during a download.
 _UNFINISHED = (".aria2", ".part", ".crdownload", ".incomplete")
+#: Bytes of a tensor that holds settings, such as the JSON of bitsandbytes.
+MAX_SMALL_BYTES = 4096
+#: Of these tensors so many are read at a time.
+_REQUESTS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +83,8 @@ def open_checkpoint(source: Source) -> Checkpoint:
     weights = _weights(source, shards)
     notes = (*choice.notes, *_check_index(source, choice, weights))
     settings = quantization(config) or _settings_beside(directory)
-    logical, problems = _logical(weights, {**config, "quantization_config": settings} if settings else config)
+    said = {**config, "quantization_config": settings} if settings else config
+    logical, problems = _logical(weights, said, partial(_read_small, source, shards))
     index = choice.index_name, choice.index_metadata
     return Checkpoint(source, shards, logical, *index, config, settings, notes, problems)
 
@@ -108,16 +117,37 @@ def _weights(source: Source, shards: tuple[Shard, ...]) -> dict[str, Weight]:
     return weights
 
 
-def _logical(stored: Mapping[str, Weight], config: Mapping[str, Any]) -> tuple[Mapping[str, Weight], tuple[str, ...]]:
-    """The weights, with those of codecs instead of their parts; and why some cannot be read."""
-    tensors = {name: weight.tensor for name, weight in stored.items()}
+def _read_small(source: Source, shards: Sequence[Shard], refs: Sequence[TensorRef]) -> Mapping[str, bytes]:
+    """The bytes of small tensors, by name. From the Hub each is a request, so several are made at a time."""
+    if large := [ref.name for ref in refs if ref.nbytes > MAX_SMALL_BYTES]:
+        raise ValueError(f"{large[0]} is over {MAX_SMALL_BYTES:,} bytes")
+    names = {shard.file.uri: shard.name for shard in shards}
+    with ThreadPoolExecutor(_REQUESTS) as threads:
+        contents = threads.map(lambda ref: source.read(names[ref.uri], ref.offset, ref.nbytes), refs)
+        return {ref.name: content for ref, content in zip(refs, contents, strict=True)}
+
+
+def _logical(
+    stored: Mapping[str, Weight],
+    config: Mapping[str, Any],
+    read: Callable[[Sequence[TensorRef]], Mapping[str, bytes]],
+) -> tuple[Mapping[str, Weight], tuple[str, ...]]:
+    """The weights, with those of codecs instead of their parts; and why some cannot be read.
+
+    ``read`` gives the contents of small tensors.
+    """
+    tensors = StoredTensors({name: weight.tensor for name, weight in stored.items()}, read)
     claims = [claim for codec in CODECS.values() for claim in codec.claims(tensors, config)]
     claimed = [claim for claim in claims if isinstance(claim, Weight)]
     if not claims:
         return stored, ()
     parts = {ref.extent: weight.name for weight in claimed for _, ref in weight.parts}
+    twice = [name for name, count in Counter(weight.name for weight in claimed).items() if count > 1]
     plain = {name: weight for name, weight in stored.items() if weight.tensor.extent not in parts}
-    problems = tuple(claim for claim in claims if isinstance(claim, str))
+    problems = (
+        *(claim for claim in claims if isinstance(claim, str)),
+        *(f"{name} is stored in several quantised formats at once; expected is one" for name in twice),
+    )
     return {**plain, **{weight.name: weight for weight in claimed}}, problems
 
 

@@ -18,10 +18,11 @@ from shardmerge.codecs.rounding import half_unit
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import DTYPE_BITS, RowRange, SourceFile, TensorInfo, TensorRef
 from shardmerge.verification.quantised import QUANTISED
+from shardmerge.verification.quantised_bnb import BITSANDBYTES
 from shardmerge.verification.reading import Decoder, Files, StoredWeight, wide
 
 #: By the codec's name.
-DECODERS: dict[str, Decoder] = {**QUANTISED}
+DECODERS: dict[str, Decoder] = {**QUANTISED, **BITSANDBYTES}
 
 
 def numbers(files: Files, stored: StoredWeight, rows: RowRange) -> Tensor:

@@ -21,6 +21,7 @@ from shardmerge.codecs.rounding import NUMBER_DTYPES, TORCH_DTYPES
 from shardmerge.spec.plans import SmallPart, TensorPlan
 from shardmerge.spec.tensors import Encoding, RowRange, TensorInfo, TensorRef
 from shardmerge.verification.decoders import DECODERS
+from tests.support import quantised_bnb
 from tests.support.toy_codec import ROWS, TOYS
 
 #: The parts of a weight as a file has them, by role.
@@ -100,6 +101,36 @@ def fp8_scales(shape: tuple[int, int]) -> Parts:
     return {"scale": blocks.abs().amax((1, 3)) / 448}
 
 
+def of_bnb4(parts: Parts, shape: tuple[int, int]) -> Tensor:
+    named: Parts = {"": parts["values"], STATE: parts["quant_state"], **parts}
+    named = {end: part for end, part in named.items() if end not in ("values", "quant_state")}
+    return quantised_bnb.values_of(named).double()
+
+
+def bnb4_base(kind: str, nested: bool) -> Callable[[tuple[int, int]], Parts]:
+    def base(shape: tuple[int, int]) -> Parts:
+        parts = quantised_bnb.four_bits(numbers(shape, seed=9), kind, nested)
+        state = parts.pop(f"quant_state.bitsandbytes__{kind}")
+        return {**{end: part for end, part in parts.items() if end}, "quant_state": _padded(state)}
+
+    return base
+
+
+def _padded(state: Tensor) -> Tensor:
+    """JSON of a weight of any shape in as many bytes: the settings of a case say how many."""
+    return torch.cat([state, torch.full((STATE_BYTES - len(state),), ord(" "), dtype=torch.uint8)])
+
+
+def bnb4_case(kind: str, nested: bool, **settings: object) -> Case:
+    given = {"kind": kind, "block": 64, "nested": 256 * nested, "dtype": "U8", "state": STATE_BYTES, **settings}
+    return Case(CODECS["bnb-4bit"], of_bnb4, tuple(given.items()), base=bnb4_base(kind, nested))
+
+
+def of_bnb8(parts: Parts, shape: tuple[int, int]) -> Tensor:
+    return quantised_bnb.values_of_eight({"weight": parts["values"].view(shape), "SCB": parts["scale"]}).double()
+
+
+STATE, STATE_BYTES = "quant_state.bitsandbytes__of_case", 256
 FP8_BLOCK = (32, 48)
 FLOATS = ("F64", "F32", "F16", "BF16")
 CASES = (
@@ -116,6 +147,9 @@ CASES = (
         may_be_ragged=False,
     ),
     Case(CODECS["fp8"], of_fp8, (("block", FP8_BLOCK), ("height", 1 << 20)), base=fp8_scales),
+    *(bnb4_case(kind, nested) for kind in ("nf4", "fp4") for nested in (False, True)),
+    bnb4_case("nf4", True, dtype="BF16"),
+    Case(CODECS["bnb-int8"], of_bnb8, base=lambda shape: {"scale": numbers(shape, seed=9).abs().amax(1)}),
     *(Case(codec, of_toy) for codec in TOYS),
 )
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
