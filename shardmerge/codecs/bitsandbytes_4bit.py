@@ -25,7 +25,6 @@ from shardmerge.spec.tensors import DTYPE_BITS, Encoding, RowRange, TensorRef, W
 from shardmerge.system import json_text
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 #: The name of the tensor with the JSON is the weight's, this, and the type.
@@ -145,20 +144,20 @@ class Bnb4(Codec):
         """The nearest code on the base's own grid; of two that are as near the one of the lower value."""
         import torch
 
-        from shardmerge.codecs import rounding
+        from shardmerge.codecs import nearest, rounding
 
         if not slot.is_checked and not rounding.is_finite(tile):
             return False
         encoding = slot.tensor.encoding
         assert encoding is not None
-        values, codes = _grid(self._table(slot, encoding), tile.dtype, tile.device)
-        middles = (values[1:] + values[:-1]) / 2
-        blocks = _Blocks.of(encoding, slot.rows, tile.shape[1], slot.part)
+        if slot.is_checked:
+            tile.nan_to_num_()
+        values, codes = _in_order(self._table(slot, encoding))
+        bounds, blocks = nearest.middles(values, tile.dtype), _Blocks.of(encoding, slot.rows, tile.shape[1], slot.part)
         out = target.view(torch.uint8)
         for here, rows in slabs(slot.rows, tile.shape[1]):
             blocks.scale(divide, tile[here], rows)
-            found = codes[torch.bucketize(tile[here], middles, out_int32=True)].view(-1, 2)
-            out[here] = found[:, 0].bitwise_left_shift(4).bitwise_or_(found[:, 1]).view(out[here].shape)
+            _pack(nearest.count_below(bounds, tile[here]), codes, out[here])
         return True
 
     def rounding_bound(self, encoding: Encoding, values: Tensor, rows: RowRange, part: ReadPart) -> Tensor:
@@ -166,7 +165,7 @@ class Bnb4(Codec):
         import torch
 
         table = part("quant_map", RowRange(0, len(TABLES[encoding.setting("kind")]))).tolist()
-        grid, _ = _grid(tuple(table), torch.float64, values.device)
+        grid = torch.tensor(_in_order(tuple(table))[0], dtype=torch.float64, device=values.device)
         blocks, scaled = _Blocks.of(encoding, rows, values.shape[1], part), values.clone()
         blocks.scale(divide, scaled, rows)
         above = torch.bucketize(scaled, grid).clamp_(1, len(grid) - 1)
@@ -278,14 +277,22 @@ def _offset(state: bytes) -> float:
 
 
 @lru_cache(maxsize=64)
-def _grid(table: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _in_order(table: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[int, ...]]:
     """The values of a table in order, each once, and their codes."""
+    code_of = {value: code for code, value in reversed(list(enumerate(table)))}  # 0 and -0 are the same key
+    values = tuple(sorted(code_of))
+    return values, tuple(code_of[value] for value in values)
+
+
+def _pack(places: Tensor, codes: tuple[int, ...], out: Tensor) -> None:
+    """Places in a table's order (uint8: rows, columns) → bytes of two codes, the first in the upper half."""
     import torch
 
-    code_of = {value: code for code, value in reversed(list(enumerate(table)))}  # 0 and -0 are the same key
-    values = sorted(code_of)
-    codes = torch.tensor([code_of[value] for value in values], dtype=torch.uint8, device=device)
-    return torch.tensor(values, dtype=dtype, device=device), codes
+    if codes != tuple(range(len(codes))):
+        of_place = torch.tensor(codes, dtype=torch.uint8, device=places.device)
+        places = torch.index_select(of_place, 0, places.view(-1).to(torch.int32)).view(places.shape)
+    two = places.view(torch.int16)  # the first is in the lower byte
+    out.copy_(two.bitwise_and(15).bitwise_left_shift_(4).bitwise_or_(two.bitwise_right_shift_(8)))
 
 
 BITSANDBYTES_4BIT = Bnb4()

@@ -33,6 +33,7 @@ LEVEL = levels()
 COMPUTES = frozenset(
     {
         "codecs.ggml_blocks",
+        "codecs.nearest",
         "codecs.rounding",
         "codecs.stochastic",
         "codecs.tables",

@@ -48,7 +48,8 @@ def nearest(values: np.ndarray, table: np.ndarray) -> np.ndarray:
     order = np.argsort(table, kind="stable")
     order = order[np.concatenate([[True], np.diff(table[order]) != 0])]
     middles = (table[order][1:] + table[order][:-1]) / np.float32(2)
-    return order[np.searchsorted(middles, values, side="left")]
+    found: np.ndarray = order[np.searchsorted(middles, values, side="left")]
+    return found
 
 
 def _in_blocks(flat: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -107,11 +108,13 @@ def as_weight(name: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def absmax_of(parts: Mapping[str, Tensor]) -> np.ndarray:
     """absmax of each block, in float32."""
     if "nested_absmax" not in parts:
-        return parts["absmax"].numpy()
+        single: np.ndarray = parts["absmax"].numpy()
+        return single
     state = state_of(parts)
     of_code = parts["nested_quant_map"].numpy()[parts["absmax"].numpy()]
     scale = parts["nested_absmax"].numpy().repeat(state["nested_blocksize"])[: len(of_code)]
-    return (of_code * scale + np.float32(state["nested_offset"])).astype(np.float32)
+    absmax: np.ndarray = of_code * scale + np.float32(state["nested_offset"])
+    return absmax
 
 
 def state_of(parts: Mapping[str, Tensor]) -> dict[str, Any]:

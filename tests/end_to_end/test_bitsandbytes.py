@@ -1,0 +1,170 @@
+"""Bases of bitsandbytes: merged into in their own format and into 16 bits, and verified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import shardmerge
+from shardmerge import FormatError, NonFiniteError
+from tests.support import quantised_bnb
+from tests.support.peft_oracle import (
+    bits,
+    least_memory,
+    make_config,
+    random,
+    stored,
+    write_adapter,
+    write_base,
+)
+
+Q, DOWN, NORM = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.norm.weight"
+RANK, ALPHA = 4, 8.0
+KINDS = ("nf4", "nf4-single", "fp4", "int8")
+each = pytest.mark.parametrize("kind", KINDS)
+
+
+class Scene:
+    """Two quantised modules, of which an adapter updates one, with its absmax in another shard than its codes."""
+
+    def __init__(self, folder: Path, kind: str, shape: tuple[int, int] = (96, 80), scale: float = 0.05) -> None:
+        self.folder, self.kind = folder, kind
+        self.parts, self.other = (
+            self._parts(random(*size, seed=seed, scale=0.02)) for size, seed in ((shape, 1), ((40, 192), 2))
+        )
+        self.named = self._named(Q, self.parts)
+        names = list(self.named)
+        first = {name: self.named[name] for name in names[:1]}
+        second = {name: self.named[name] for name in names[1:]}
+        self.base = write_base(
+            folder / "base",
+            [first, {**second, **self._named(DOWN, self.other), NORM: torch.ones(80, dtype=torch.bfloat16)}],
+            quantization_config={"quant_method": "bitsandbytes", f"load_in_{8 if kind == 'int8' else 4}bit": True},
+            torch_dtype="bfloat16",
+        )
+        self.a, self.b = random(RANK, shape[1], seed=5), random(shape[0], RANK, seed=6, scale=scale)
+        self.adapter = write_adapter(folder / "adapter", {Q: (self.a, self.b)}, ALPHA)
+
+    def _parts(self, values: Tensor) -> dict[str, Tensor]:
+        if self.kind == "int8":
+            return quantised_bnb.eight_bits(values)
+        kind, _, single = self.kind.partition("-")
+        return quantised_bnb.four_bits(values, kind, nested=not single)
+
+    def _named(self, module: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.kind == "int8":
+            return {f"{module}.{name}": part for name, part in parts.items()}
+        return quantised_bnb.as_weight(f"{module}.weight", parts)
+
+    def values(self, parts: dict[str, Tensor]) -> Tensor:
+        return quantised_bnb.values_of_eight(parts) if self.kind == "int8" else quantised_bnb.values_of(parts)
+
+    @property
+    def merged(self) -> Tensor:
+        """W + s · B A in float64."""
+        return self.values(self.parts).double() + (self.b.double() @ self.a.double()) * (ALPHA / RANK)
+
+    def nearest(self) -> Tensor:
+        """The codes of that on the base's own grid, in float64."""
+        merged = self.merged.numpy()
+        if self.kind == "int8":
+            scaled = torch.from_numpy(merged) / self.parts["SCB"].double()[:, None] * 127
+            return scaled.round().clamp(-128, 127).to(torch.int8)
+        table = self.parts["quant_map"].double().numpy()
+        absmax = quantised_bnb.absmax_of(self.parts).astype(np.float64).repeat(64)[: merged.size]
+        codes = quantised_bnb.nearest(merged.reshape(-1) / absmax, table).astype(np.uint8)
+        return torch.from_numpy(codes[::2] << 4 | codes[1::2]).view(-1, 1)
+
+    def config(self, output: str, **options: Any) -> dict[str, Any]:
+        return make_config(self.folder / output, self.base, [self.adapter], **options)
+
+
+@each
+def test_in_its_own_format_only_codes_change(tmp_path: Path, kind: str) -> None:
+    scene = Scene(tmp_path, kind)
+    shardmerge.merge(scene.config("out"))
+    before, after = stored(scene.base), stored(tmp_path / "out")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if bits(before[name]) != bits(after[name])}
+    assert changed == {f"{Q}.weight"}
+    # Where float32 and float64 fall on either side of a tie, the codes are neighbours.
+    assert float((after[f"{Q}.weight"] != scene.nearest()).double().mean()) < 1e-3
+    report = shardmerge.verify(tmp_path / "out", rows=None)
+    assert report.ok and report.touched == 1 and 0.5 < report.worst <= 1, report.problems
+
+
+@each
+def test_an_update_of_zero_changes_no_code(tmp_path: Path, kind: str) -> None:
+    scene = Scene(tmp_path, kind, scale=0.0)
+    shardmerge.merge(scene.config("out"))
+    before, after = stored(scene.base), stored(tmp_path / "out")
+    assert all(bits(before[name]) == bits(after[name]) for name in before)
+
+
+@each
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_in_floats_it_is_decoded_added_to_and_rounded_once(tmp_path: Path, kind: str, dtype: str) -> None:
+    scene, to = Scene(tmp_path, kind), getattr(torch, dtype)
+    shardmerge.merge(scene.config("out", dtype=dtype))
+    found = stored(tmp_path / "out")
+    assert found.keys() == {f"{Q}.weight", f"{DOWN}.weight", NORM}
+    assert bits(found[f"{DOWN}.weight"]) == bits(scene.values(scene.other).to(to))
+    update = (scene.b @ scene.a) * (ALPHA / RANK)  # float32: what PEFT computes
+    assert bits(found[f"{Q}.weight"]) == bits((scene.values(scene.parts) + update).to(to))
+    report = shardmerge.verify(tmp_path / "out", rows=None)
+    assert report.ok and report.worst <= 1, report.problems
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("dtype", ["same", "bfloat16"])
+def test_the_same_bytes_in_little_memory(tmp_path: Path, kind: str, dtype: str) -> None:
+    """Rows of 80 begin within blocks of 64, of which many then reach from one tile into the next."""
+    scene = Scene(tmp_path, kind, (5000, 80))
+    shardmerge.merge(scene.config("out", dtype=dtype))
+    little = scene.config("little", dtype=dtype, max_memory=least_memory(scene.config("x", dtype=dtype)))
+    (tensor,) = (tensor for tensor, _ in shardmerge.plan(little).updates())
+    assert tensor.tiles > 2
+    shardmerge.merge(little)
+    one, other = stored(tmp_path / "out"), stored(tmp_path / "little")
+    assert all(bits(one[name]) == bits(other[name]) for name in one)
+
+
+def poisoned(scene: Scene, name: str, change: Callable[[Tensor], object]) -> None:
+    part = scene.named[name]
+    change(part)
+    first, *rest = scene.named
+    shards = [{first: scene.named[first]}, {name: scene.named[name] for name in rest}]
+    write_base(scene.base, shards, quantization_config={"quant_method": "bitsandbytes"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "error", "text"),
+    [
+        ("nf4-single", "weight.absmax", NonFiniteError, "weight.absmax holds nan at [7]"),
+        ("nf4", "weight.nested_absmax", NonFiniteError, "weight.nested_absmax holds nan at [0]"),
+        ("nf4", "weight.quant_map", NonFiniteError, "weight.quant_map holds nan at [7]"),
+        ("int8", "SCB", NonFiniteError, "SCB holds nan at [7]"),
+    ],
+)
+def test_what_is_no_number_stops_the_merge(
+    tmp_path: Path, kind: str, part: str, error: type[Exception], text: str
+) -> None:
+    scene = Scene(tmp_path, kind)
+    poisoned(scene, f"{Q}.{part}", lambda of: of[min(7, len(of) - 1)].fill_(float("nan")))
+    with pytest.raises(error) as raised:
+        shardmerge.merge(scene.config("out"))
+    assert text in str(raised.value)
+
+
+def test_another_table_stops_the_merge(tmp_path: Path) -> None:
+    """bitsandbytes' kernels do not look at it, so weights would be others than they compute with."""
+    scene = Scene(tmp_path, "nf4")
+    poisoned(scene, f"{Q}.weight.quant_map", lambda of: of[2].mul_(1.01))
+    with pytest.raises(FormatError, match=r"quant_map holds .* which is not nf4's table"):
+        shardmerge.merge(scene.config("out"))
