@@ -49,6 +49,9 @@ class Exceptions:
     names_experts_together: bool = True
     #: Whether transformers (5.23) leaves experts out that are not quantised, where those of another layer are.
     loses_experts: bool = False
+    #: What programs leave out by themselves only where there is no list: a new list names it, with all other modules
+    #: that have a matrix and are not quantised.
+    left_out_without_list: tuple[str, ...] = ()
 
 
 #: By ``quant_method``.
@@ -58,6 +61,7 @@ EXCEPTIONS: Mapping[str, Exceptions] = {
     "fbgemm_fp8": Exceptions(("modules_to_not_convert",)),
     "compressed-tensors": Exceptions(("ignore",), names_experts_together=False, loses_experts=True),
     "modelopt": Exceptions(("ignore", "exclude_modules")),
+    "bitsandbytes": Exceptions(("llm_int8_skip_modules",), left_out_without_list=("lm_head",)),
     "": Exceptions(()),  # ComfyUI's: tensors alone say what is quantised
 }
 
@@ -100,8 +104,20 @@ def quantised_output(checkpoint: Checkpoint, updated: Collection[str], output: O
         config["quantization"] = None
     elif becoming and exceptions is not None and exceptions.keys:
         config["dense_modules"] = modules = modules_of(becoming, exceptions)
+        if exceptions.left_out_without_list and not isinstance(settings.get(exceptions.keys[0]), list):
+            modules = [*_plain_modules(checkpoint, exceptions), *modules]
         config["quantization"] = with_exceptions(settings, exceptions, modules)
     return QuantisedOutput(encodings, left_out, config, tuple(problems), notes)
+
+
+def _plain_modules(checkpoint: Checkpoint, exceptions: Exceptions) -> Iterator[str]:
+    """The modules that have a matrix and are not quantised, and those that may be tied to one of them."""
+    yield from exceptions.left_out_without_list
+    for name, weight in checkpoint.weights.items():
+        module = name.removesuffix(".weight")
+        is_plain_matrix = weight.stored_as is None and module != name and len(weight.tensor.shape) == 2
+        if is_plain_matrix and module not in exceptions.left_out_without_list:
+            yield module
 
 
 def _unfit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tests.support.peft_oracle import (
 )
 
 Q, DOWN, NORM = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.norm.weight"
+EMBED = "model.embed_tokens.weight"
 RANK, ALPHA = 4, 8.0
 KINDS = ("nf4", "nf4-single", "fp4", "int8")
 each = pytest.mark.parametrize("kind", KINDS)
@@ -40,11 +42,12 @@ class Scene:
         )
         self.named = self._named(Q, self.parts)
         names = list(self.named)
+        self.plain = {NORM: torch.ones(80, dtype=torch.bfloat16), EMBED: random(32, 80, seed=3, dtype=torch.bfloat16)}
         first = {name: self.named[name] for name in names[:1]}
         second = {name: self.named[name] for name in names[1:]}
         self.base = write_base(
             folder / "base",
-            [first, {**second, **self._named(DOWN, self.other), NORM: torch.ones(80, dtype=torch.bfloat16)}],
+            [first, {**second, **self._named(DOWN, self.other), **self.plain}],
             quantization_config={"quant_method": "bitsandbytes", f"load_in_{8 if kind == 'int8' else 4}bit": True},
             torch_dtype="bfloat16",
         )
@@ -81,8 +84,10 @@ class Scene:
         codes = quantised_bnb.nearest(merged.reshape(-1) / absmax, table).astype(np.uint8)
         return torch.from_numpy(codes[::2] << 4 | codes[1::2]).view(-1, 1)
 
-    def config(self, output: str, **options: Any) -> dict[str, Any]:
-        return make_config(self.folder / output, self.base, [self.adapter], **options)
+    def config(self, output: str, quantized: str = "same", **options: Any) -> dict[str, Any]:
+        config = make_config(self.folder / output, self.base, [self.adapter], **options)
+        config["output"]["quantized"] = quantized
+        return config
 
 
 @each
@@ -111,9 +116,9 @@ def test_an_update_of_zero_changes_no_code(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_in_floats_it_is_decoded_added_to_and_rounded_once(tmp_path: Path, kind: str, dtype: str) -> None:
     scene, to = Scene(tmp_path, kind), getattr(torch, dtype)
-    shardmerge.merge(scene.config("out", dtype=dtype))
+    shardmerge.merge(scene.config("out", "dense", dtype=dtype))
     found = stored(tmp_path / "out")
-    assert found.keys() == {f"{Q}.weight", f"{DOWN}.weight", NORM}
+    assert found.keys() == {f"{Q}.weight", f"{DOWN}.weight", NORM, EMBED}
     assert bits(found[f"{DOWN}.weight"]) == bits(scene.values(scene.other).to(to))
     update = (scene.b @ scene.a) * (ALPHA / RANK)  # float32: what PEFT computes
     assert bits(found[f"{Q}.weight"]) == bits((scene.values(scene.parts) + update).to(to))
@@ -122,12 +127,12 @@ def test_in_floats_it_is_decoded_added_to_and_rounded_once(tmp_path: Path, kind:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.parametrize("dtype", ["same", "bfloat16"])
-def test_the_same_bytes_in_little_memory(tmp_path: Path, kind: str, dtype: str) -> None:
+@pytest.mark.parametrize("mode", ["same", "dense"])
+def test_the_same_bytes_in_little_memory(tmp_path: Path, kind: str, mode: str) -> None:
     """Rows of 80 begin within blocks of 64, of which many then reach from one tile into the next."""
     scene = Scene(tmp_path, kind, (5000, 80))
-    shardmerge.merge(scene.config("out", dtype=dtype))
-    little = scene.config("little", dtype=dtype, max_memory=least_memory(scene.config("x", dtype=dtype)))
+    shardmerge.merge(scene.config("out", mode))
+    little = scene.config("little", mode, max_memory=least_memory(scene.config("x", mode)))
     (tensor,) = (tensor for tensor, _ in shardmerge.plan(little).updates())
     assert tensor.tiles > 2
     shardmerge.merge(little)
@@ -168,3 +173,58 @@ def test_another_table_stops_the_merge(tmp_path: Path) -> None:
     poisoned(scene, f"{Q}.weight.quant_map", lambda of: of[2].mul_(1.01))
     with pytest.raises(FormatError, match=r"quant_map holds .* which is not nf4's table"):
         shardmerge.merge(scene.config("out"))
+
+
+# --- mixed ------------------------------------------------------------------------------------------------------------
+
+
+@each
+@pytest.mark.parametrize("listed", [None, ["lm_head", "vision"]])
+def test_mixed_lists_what_is_not_quantised(tmp_path: Path, kind: str, listed: list[str] | None) -> None:
+    """Without a list transformers leaves out the head by itself; with one it does not."""
+    scene = Scene(tmp_path, kind)
+    config = json.loads((scene.base / "config.json").read_text())
+    config["quantization_config"]["llm_int8_skip_modules"] = listed
+    (scene.base / "config.json").write_text(json.dumps(config))
+    shardmerge.merge(scene.config("out", "mixed"))
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert settings["llm_int8_skip_modules"] == [*(listed or ["lm_head", "model.embed_tokens"]), Q]
+    before, after = stored(scene.base), stored(tmp_path / "out")
+    assert {name for name in after if name.startswith(Q)} == {f"{Q}.weight"}
+    assert after[f"{Q}.weight"].dtype == torch.bfloat16
+    assert all(bits(after[name]) == bits(before[name]) for name in after if not name.startswith(Q))
+    assert shardmerge.verify(tmp_path / "out", rows=None).ok
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_loads_what_is_merged(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    of_four = {"load_in_4bit": True, "bnb_4bit_quant_type": kind[:3], "bnb_4bit_use_double_quant": kind == "nf4"}
+    settings = BitsAndBytesConfig(**({"load_in_8bit": True} if kind == "int8" else of_four))
+    AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=settings, dtype=torch.bfloat16, device_map="cpu"
+    ).save_pretrained(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "adapter", {Q: (random(4, 64, seed=5), random(64, 4, seed=6))}, ALPHA)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map="cpu").dequantize().state_dict()
+    for mode in ("dense", "mixed", "same"):
+        given = make_config(tmp_path / mode, tmp_path / "base", [adapter])
+        given["output"]["quantized"] = mode
+        shardmerge.merge(given)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            tmp_path / mode, device_map="cpu", output_loading_info=True, dtype=torch.bfloat16
+        )
+        assert not any(info.values()), info
+        found = (model if mode == "dense" else model.dequantize()).state_dict()
+        assert found.keys() == dense.keys()
+        differing = {name for name in dense if not torch.equal(found[name], dense[name].to(found[name].dtype))}
+        assert differing == {f"{Q}.weight"}, mode
+        if mode != "same":
+            assert bits(found[f"{Q}.weight"]) == bits(stored(tmp_path / mode)[f"{Q}.weight"])
