@@ -237,6 +237,12 @@ class MergeConfig(_Section):
         "peft adds everything to the one tensor, as PEFT's merge; auto unties, and where the architecture is not known "
         "refuses until one is chosen, unless the right one is certain.",
     )
+    base_rounding: Literal["none", "nf4", "nf4-single"] = Field(
+        default="none",
+        description="For adapters that were trained with QLoRA on a base that was loaded in 4 bits: every updated "
+        "weight that training had quantised is rounded through NF4 before the update is added, as bitsandbytes did it. "
+        "nf4 is with double quantization (bnb_4bit_use_double_quant: true), nf4-single without.",
+    )
     compute: ComputeConfig = Field(default_factory=lambda: ComputeConfig.model_validate({}))
 
     @model_validator(mode="before")

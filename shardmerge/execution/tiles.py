@@ -60,12 +60,14 @@ class WeightTiles:
     def merge(self, lane: Lane, tile: Tile, stored: Tensor, target: Tensor) -> None:
         """Decode ``stored``, update it, and encode it into ``target``, which may be the same memory."""
         slot = _Slot(self, lane, tile.rows)
-        here = self._decode(slot, stored)
-        sample = self._sampler.before(here) if tile.rows.start in self._sampled else None
+        here, values, sample = self._decode(slot, stored), self._space(slot)[0], None
+        if tile.rows.start in self._sampled:
+            sample = self._sampler.before(here)
         for update, position in tile.positions:
             self._give(slot, update, position, FAMILIES[update.family].apply)
             lane.given[id(self.tensor), id(update)] += len(tile.rows) * len(position.columns)
-        values = self._space(slot)[0]
+            if sample is not None and not FAMILIES[update.family].is_of_adapter:
+                sample = self._sampler.before(values)  # what the adapters are added to
         if sample is None:
             self._encode(slot, tile, target)
         elif self._is_on_grid:  # encoding uses the tile up

@@ -121,6 +121,24 @@ class Names(Resolver):
                     return lambda name, rename=rename, prefix=prefix: rename(name).removeprefix(f"{prefix}.")  # type: ignore[misc]
         return renamings[0]
 
+    def is_linear(self, stored: str) -> bool | None:
+        """Whether a stored tensor is the weight of a Linear layer; None where the model's class is not known."""
+        classes = {part.path: part.architecture.name for part in self.parts}
+        tree = order.tree_of(classes.get("", ""))
+        if tree is None:
+            return None
+        part: order.Part = {path: order.tree_of(name) for path, name in classes.items() if path}.get
+        return any(
+            name.endswith(".weight") and order.has(tree, name.removesuffix(".weight"), part)
+            for name in self._in_memory(stored)
+        )
+
+    def is_output(self, stored: str) -> bool:
+        """Whether a stored tensor is the weight of the model's output head."""
+        found = ((part.path, part.architecture.output) for part in self.parts)
+        heads = {f"{path}.{output}".lstrip(".") for path, output in found if output}
+        return any(name.removesuffix(".weight") in heads for name in self._in_memory(stored))
+
     def module_order(self) -> ModuleOrder | str:
         """The Linear layers in the order in which transformers registers them; a string says why it is not known."""
         classes = {part.path: part.architecture.name for part in self.parts}

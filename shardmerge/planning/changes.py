@@ -10,6 +10,7 @@ from shardmerge.config.schema import AdapterConfig, MergeConfig
 from shardmerge.file_formats.adapter_file import AdapterFile
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.key_mapping.names import Names
+from shardmerge.planning.base_rounding import BaseRounding
 from shardmerge.planning.heads import resolve_heads
 from shardmerge.planning.match import match
 from shardmerge.planning.several import undone
@@ -44,13 +45,15 @@ def changes_of(
     untied = resolve_ties(checkpoint, names, matches.updates, settings, config.tied)
     vocabulary, misfits = resized(checkpoint, matches.updates, untied.added, heads.left_out)
     lost = undone(matches.updates, config.adapters)
+    rounding = BaseRounding(checkpoint, names, matches.updates, config)
+    problems = [*checkpoint.problems, *matches.problems, *heads.problems, *lost, *untied.problems]
     return Changes(
-        matches.updates,
+        rounding.updates,
         [*untied.added, *heads.added],
         heads.left_out,
         {**untied.changes, **heads.changes, **({} if vocabulary is None else {"vocab_size": vocabulary})},
-        [*checkpoint.problems, *matches.problems, *heads.problems, *lost, *untied.problems, *misfits],
-        [*heads.notes, *untied.notes, *matches.warnings],
+        [*problems, *misfits, *rounding.problems],
+        [*heads.notes, *untied.notes, *matches.warnings, *rounding.notes],
     )
 
 

@@ -20,7 +20,7 @@ def totals_of(shards: Iterable[ShardPlan]) -> Totals:
         kinds[tensor.out.dtype, tensor.out.shape, tensor.out.nbytes] += 1
         updated += bool(tensor.updates)
         for update in tensor.updates:
-            if FAMILIES[update.family].changes_weight:
+            if FAMILIES[update.family].changes_weight and FAMILIES[update.family].is_of_adapter:
                 changed.add(tensor.source.name)
                 kind = update.module.rpartition(".")[2]
                 kind += "" if update.parameter == "weight" else f".{update.parameter}"

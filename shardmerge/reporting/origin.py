@@ -27,6 +27,8 @@ class Origin:
     adapters: tuple[AdapterConfig, ...]
     #: The weights that the merge updated, by their names in the output.
     targets: frozenset[str]
+    #: What the base's weights were rounded through before they were updated, or ``none``.
+    base_rounding: str = "none"
 
     def base_folder(self) -> Path:
         """The base's directory; of a Hub repo, its folder in the cache. Raises `SourceError` or `ConfigError`."""
@@ -64,7 +66,7 @@ def read_origin(output: Path, base: str | None = None, adapters: Sequence[str] =
     except ConfigError as error:
         raise FormatError(f"{output}: the config in {RECORD_NAME} is damaged: {error}") from None
     config = relocated(config, record.values, base, adapters)
-    return Origin(config.base, config.adapters, frozenset(record.targets))
+    return Origin(config.base, config.adapters, frozenset(record.targets), config.base_rounding)
 
 
 def stored_dtypes(output: Path, names: frozenset[str]) -> set[str]:

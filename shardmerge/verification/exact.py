@@ -17,6 +17,7 @@ last place of the output's dtype. Before that rounding, the computed value may d
 - Other families: 4·u·(|W| + |W'|) for operations on single elements; and, for the sums that made ΔW, ``sum_units`` of
   the family times u·‖ΔW‖ of the row, since terms of a sum may cancel. Where a family ``mixes_weight``, entries of W are
   terms of the sums, and ‖W‖ of the row replaces ‖ΔW‖: then parts of W cancel, and the rotation itself was computed.
+- The base that ``base_rounding`` rounds has no error: `shardmerge.verification.base_rounding` computes the same bits.
 - A copy has no error, and neither has a row that no update reaches: neither goes through the compute dtype.
 - A weight that an update computes with is first rounded to the compute dtype: u·|W| where its own dtype is wider.
 
@@ -37,6 +38,7 @@ from shardmerge.spec.plans import MergePlan, TensorPlan
 from shardmerge.spec.tensors import RowRange, dtype_code
 from shardmerge.spec.updates import Update
 from shardmerge.spec.windows import Position, locate, reaching
+from shardmerge.verification.base_rounding import RoundedBase
 from shardmerge.verification.decoders import numbers, source_of
 from shardmerge.verification.formulas import FORMULAS, PlainFactors
 from shardmerge.verification.reading import Files
@@ -65,11 +67,12 @@ class Exact:
         self._reaching: Callable[[RowRange], Sequence[Update]] = lambda rows: ()
         self._factors: dict[int, PlainFactors] = {}
         self._lengths: dict[int, tuple[Tensor, Tensor]] = {}
+        self._rounded: dict[int, RoundedBase] = {}
 
     def begin(self, tensor: TensorPlan) -> None:
         """Select a tensor, and run the passes over all of its rows that some updates need first."""
         self._tensor, self._reaching = tensor, reaching(tensor)
-        self._factors, self._lengths = {}, {}
+        self._factors, self._lengths, self._rounded = {}, {}, {}
         for update in tensor.updates:
             if self._needs_prepass(update):
                 for rows in all_rows(tensor):
@@ -102,6 +105,9 @@ class Exact:
         view, bound, fresh = value[:, columns], error[:, columns], loose[:, columns]
         if not FAMILIES[update.family].computes:
             self._copy(update, part, view, bound, fresh)
+            return
+        if not FAMILIES[update.family].is_of_adapter:
+            view.copy_(self._round(update).rows(view, part.window.rows.start))
             return
         if bool(fresh.any()):
             bound += torch.where(fresh, view.abs() * self._unit, 0.0)
@@ -151,7 +157,15 @@ class Exact:
 
     # --- updates that need all rows first -----------------------------------------------------------------------------
 
+    def _round(self, update: Update) -> RoundedBase:
+        key = id(update)
+        if key not in self._rounded:
+            self._rounded[key] = RoundedBase(update)
+        return self._rounded[key]
+
     def _needs_prepass(self, update: Update) -> bool:
+        if not FAMILIES[update.family].is_of_adapter:
+            return self._round(update).must_see_all
         if (formula := FORMULAS.get(update.family)) is not None:
             return formula.rescales and update.by_columns
         return FAMILIES[update.family].needs_prepass(update)
@@ -163,6 +177,9 @@ class Exact:
         value, error = self._updated(tensor, rows, update)
         columns = slice(part.columns.start, part.columns.stop)
         view, bound = (part.orientation.view(of[:, columns]) for of in (value, error))
+        if not FAMILIES[update.family].is_of_adapter:
+            self._round(update).see(view, part.window.rows.start)
+            return
         if update.family not in FORMULAS:
             FAMILIES[update.family].prepass(view, self._of(update), update, part.window, view.new_empty(view.shape))
             return

@@ -16,15 +16,15 @@ from shardmerge.adapters.registry import FAMILIES
 from shardmerge.spec.plans import jsonable
 from shardmerge.spec.tensors import Orientation, RowRange
 from shardmerge.spec.updates import Window
-from tests.support import toy_method
+from tests.support import base_roundings, toy_method
 from tests.support.builders import slow_but
 from tests.support.device_cases import NAMES
 from tests.support.method_cases import Given, Subject, subjects
 
 #: Cases whose adapters have updates of every family.
-CASES = (*NAMES, toy_method.CASE)
+CASES = (*NAMES, toy_method.CASE, base_roundings.CASE)
 #: Those that the ordinary suite runs: a plain one, one that looks at all rows first, one that copies, one of groups.
-QUICK = ("LoRA", "LoRA, transposed", "LoRA, tokens", "DEFT", "RoAd", "VeRA", toy_method.CASE)
+QUICK = ("LoRA", "LoRA, transposed", "LoRA, tokens", "DEFT", "RoAd", "VeRA", toy_method.CASE, base_roundings.CASE)
 
 #: Families whose last bit depends on the tiles, as their docstrings say: W C is multiplied some rows at a time.
 BITS_BY_TILE = ("glora-bias",)
@@ -42,7 +42,8 @@ def toy() -> Iterator[None]:
 def every(request: pytest.FixtureRequest) -> tuple[Subject, ...]:
     """The subjects of one case."""
     name: str = request.param
-    return toy_method.subjects() if name == toy_method.CASE else subjects(name)
+    of_ours = {toy_method.CASE: toy_method.subjects, base_roundings.CASE: base_roundings.subjects}
+    return of_ours[name]() if name in of_ours else subjects(name)
 
 
 def computing(every: tuple[Subject, ...]) -> list[Subject]:
@@ -173,6 +174,6 @@ def test_declared_memory_holds_what_is_kept(every: tuple[Subject, ...]) -> None:
 
 @pytest.mark.slow
 def test_every_family_has_a_case() -> None:
-    cases = [toy_method.subjects(), *(subjects(name) for name in NAMES)]
+    cases = [toy_method.subjects(), base_roundings.subjects(), *(subjects(name) for name in NAMES)]
     seen = {subject.update.family for every in cases for subject in every}
     assert seen == FAMILIES.keys()

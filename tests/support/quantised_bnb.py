@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,6 +71,7 @@ def four_bits(
     flat = values.float().numpy().reshape(-1)
     absmax, scaled = _in_blocks(flat, block)
     codes = nearest(scaled, TABLES[kind]).astype(np.uint8)
+    codes = np.concatenate([codes, np.zeros(len(codes) % 2, dtype=np.uint8)])
     packed = torch.from_numpy(codes[::2] << 4 | codes[1::2])
     state: dict[str, Any] = {
         "quant_type": kind,
@@ -127,8 +129,9 @@ def values_of(parts: Mapping[str, Tensor]) -> Tensor:
     state = state_of(parts)
     packed = parts[""].contiguous().view(torch.uint8).numpy().reshape(-1)
     codes = np.stack([packed >> 4, packed & 15], 1).reshape(-1)
-    absmax = absmax_of(parts).repeat(state["blocksize"])[: len(codes)]
-    return torch.from_numpy(parts["quant_map"].numpy()[codes] * absmax).view(state["shape"])
+    count = math.prod(state["shape"])
+    absmax = absmax_of(parts).repeat(state["blocksize"])[:count]
+    return torch.from_numpy(parts["quant_map"].numpy()[codes[:count]] * absmax).view(state["shape"])
 
 
 def values_of_eight(parts: Mapping[str, Tensor]) -> Tensor:

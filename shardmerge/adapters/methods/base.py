@@ -67,6 +67,8 @@ class Family(ABC):
 
     name: ClassVar[str]
     effect: ClassVar[Effect] = Effect.COMPUTES
+    #: Whether an adapter has it. What our config asks for is done to the base, and is no update of an adapter's.
+    is_of_adapter: ClassVar[bool] = True
     #: Factors of which only a tile's rows are in memory, and of which only its columns where W is stored transposed.
     #: All others are kept whole while a weight is merged.
     by_rows: ClassVar[frozenset[str]] = frozenset()
