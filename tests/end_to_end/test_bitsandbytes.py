@@ -15,6 +15,7 @@ from torch import Tensor
 import shardmerge
 from shardmerge import FormatError, NonFiniteError
 from tests.support import quantised_bnb
+from tests.support.builders import slow_but
 from tests.support.peft_oracle import (
     bits,
     least_memory,
@@ -29,7 +30,7 @@ Q, DOWN, NORM = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj
 EMBED = "model.embed_tokens.weight"
 RANK, ALPHA = 4, 8.0
 KINDS = ("nf4", "nf4-single", "fp4", "int8")
-each = pytest.mark.parametrize("kind", KINDS)
+each = pytest.mark.parametrize("kind", slow_but(KINDS, "nf4", "int8"))
 
 
 class Scene:

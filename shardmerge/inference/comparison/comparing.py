@@ -75,8 +75,8 @@ def compare(
     origin = read_origin(output, base, adapters)
     if origin.base_rounding != "none":
         raise ConfigError(
-            f"{output}: the merge rounded its base first (base_rounding: {origin.base_rounding}), which cannot be done to "
-            "the base and adapter that are loaded here; `shardmerge verify` checks such a merge without loading the model"
+            f"{output}: the merge rounded its base first (base_rounding: {origin.base_rounding}), and the base is not "
+            "rounded when it is loaded here; `shardmerge verify` checks such a merge without loading the model"
         )
     hf.check_directory(output)
     tokenizer = hf.load_tokenizer(str(output))
