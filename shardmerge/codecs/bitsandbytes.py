@@ -6,14 +6,15 @@ in float32. Sources: bitsandbytes' ``int8_vectorwise_dequant``; Dettmers et al. 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from shardmerge.codecs.codec import Codec, Output, ReadPart, StoredTensors, TileSlot
+from shardmerge.codecs.codec import Codec, CodecMemory, Output, ReadPart, StoredTensors, TileSlot
 from shardmerge.codecs.quantization import quantization
 from shardmerge.spec.plans import TensorPlan
-from shardmerge.spec.tensors import Encoding, RowRange, TensorRef, Weight, even_rows, tensor_nbytes
+from shardmerge.spec.tensors import Encoding, RowRange, TensorRef, Weight, tensor_nbytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,17 +22,17 @@ if TYPE_CHECKING:
 METHOD = "bitsandbytes"
 #: Models whose layers are ``Conv1D``, which are transposed before they are quantised.
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+#: What a thread allocates to encode a tile, with slabs of `grids`. Measured.
+BETWEEN_BYTES = 1 << 20
 #: float32(1 / 127).
 _BY_127 = 0.007874015718698502
 _LOWEST, _HIGHEST = -128, 127
-#: Elements at a time, so that what is in between takes little memory.
-_SLAB = 1 << 16
-#: What the roundings of decoding and encoding may move a value, relative to the largest that has its scale.
-ROUNDINGS = 2.0**-22
+#: How far float32 may put a code from a whole number.
+_EXACT = 2.0**-15
 
 
 class Int8(Codec):
-    """LLM.int8: one scale a row. It has no settings."""
+    """LLM.int8: one scale a row. Its only setting is the ``seed`` of stochastic rounding."""
 
     name = "bnb-int8"
     on_device = True
@@ -69,6 +70,12 @@ class Int8(Codec):
         """The codes; scales stay as they are."""
         return (Output("values", name, "I8", shape, tensor_nbytes("I8", shape)),)
 
+    def stochastic(self, encoding: Encoding, seed: int) -> Encoding:
+        return with_seed(encoding, seed)
+
+    def memory(self, tensor: TensorPlan, tile_dtype: str) -> CodecMemory:
+        return CodecMemory(between=BETWEEN_BYTES)
+
     def largest(self, tensor: TensorPlan) -> float:
         """What is beyond the largest code becomes that."""
         return math.inf
@@ -76,28 +83,39 @@ class Int8(Codec):
     def decode(self, slot: TileSlot, stored: Tensor, tile: Tensor) -> None:
         import torch
 
+        from shardmerge.codecs import grids
+
         scale = slot.part("scale", slot.rows)[:, None]
-        for here, _ in slabs(slot.rows, tile.shape[1]):
-            values = float32_like(tile[here]).copy_(stored[here].view(torch.int8)).mul_(scale[here]).mul_(_BY_127)
+        for here in grids.slabs(tile):
+            values = grids.float32_like(tile[here]).copy_(stored[here].view(torch.int8)).mul_(scale[here]).mul_(_BY_127)
             if values.dtype != tile.dtype:
                 tile[here] = values
 
     def encode(self, slot: TileSlot, tile: Tensor, target: Tensor) -> bool:
-        """The nearest code on the base's own grid, ties to even."""
-        from shardmerge.codecs import rounding
+        """The nearest code on the base's own grid, ties to even; or one of the two neighbours."""
+        from shardmerge.codecs import grids, rounding
 
         if not slot.is_checked and not rounding.is_finite(tile):
             return False
-        divide(tile, slot.part("scale", slot.rows)[:, None].to(tile.dtype))
-        target.copy_(tile.mul_(_HIGHEST).round_().clamp_(_LOWEST, _HIGHEST))
+        divide(tile, slot.part("scale", slot.rows)[:, None].to(tile.dtype)).mul_(_HIGHEST)
+        for here, share in grids.shares(tile, slot):
+            target[here] = grids.whole(tile[here], share, _EXACT).clamp_(_LOWEST, _HIGHEST)
         return True
 
     def rounding_bound(self, encoding: Encoding, values: Tensor, rows: RowRange, part: ReadPart) -> Tensor:
-        """Half a step, and all of what is beyond the last."""
+        """Half a step, and all of what is beyond the last; stochastically a whole one."""
+        from shardmerge.codecs import grids
+
         step = part("scale", rows).view(-1, 1).double().abs().mul_(_BY_127)
         size = values.abs()
-        half = (step * (0.5 * (1 + 2.0**-20))).expand_as(size)
-        return half + size * ROUNDINGS + (size - _HIGHEST * step).clamp_(min=0)
+        share = 0.5 if encoding.setting("seed") is None else 1.0
+        within = (step * (share * (1 + 2.0**-20))).expand_as(size)
+        return within + size * grids.ROUNDINGS + (size - _HIGHEST * step).clamp_(min=0)
+
+
+def with_seed(encoding: Encoding, seed: int) -> Encoding:
+    """The same with stochastic rounding."""
+    return dataclasses.replace(encoding, settings=(*encoding.settings, ("seed", seed)))
 
 
 def refusal(config: Mapping[str, Any], name: str) -> str:
@@ -124,20 +142,6 @@ def vector(tensors: Mapping[str, TensorRef], name: str, dtype: str, size: int) -
 
 def shard_of(ref: TensorRef) -> str:
     return ref.uri.rpartition("/")[2]
-
-
-def slabs(rows: RowRange, columns: int) -> Iterator[tuple[slice, RowRange]]:
-    """Some rows after the other: where they are in a tile, and in the weight."""
-    pieces = max(1, min(len(rows), -(-len(rows) * columns // _SLAB)))
-    for part in even_rows(len(rows), pieces):
-        yield slice(part.start, part.stop), RowRange(rows.start + part.start, rows.start + part.stop)
-
-
-def float32_like(tile: Tensor) -> Tensor:
-    """The tile, or float32 of its shape."""
-    import torch
-
-    return tile if tile.dtype == torch.float32 else torch.empty_like(tile, dtype=torch.float32)
 
 
 def divide(values: Tensor, by: Tensor) -> Tensor:

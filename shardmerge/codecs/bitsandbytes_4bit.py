@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from shardmerge.codecs.bitsandbytes import METHOD, ROUNDINGS, divide, float32_like, refusal, shard_of, slabs, vector
+from shardmerge.codecs.bitsandbytes import BETWEEN_BYTES, METHOD, divide, refusal, shard_of, vector, with_seed
 from shardmerge.codecs.codec import Codec, CodecMemory, Output, ReadPart, StoredTensors, TileSlot
 from shardmerge.errors import FormatError
 from shardmerge.spec.plans import TensorPlan
@@ -47,8 +47,6 @@ _BLOCKS = tuple(1 << power for power in range(5, 13))
 _NESTED_CODES = 256
 #: What the codes of 4 bits may be stored as.
 _STORAGE = ("U8", "I8", "F16", "BF16", "F32")
-#: What a thread allocates to encode a tile. Measured with slabs of that size.
-_BETWEEN_BYTES = 1 << 20
 
 #: Multiplies or divides values by others, in place.
 Scale = Callable[["Tensor", "Tensor"], object]
@@ -57,7 +55,8 @@ Scale = Callable[["Tensor", "Tensor"], object]
 class Bnb4(Codec):
     """Settings: the ``kind`` of 4 bits, the values in a ``block``, the ``dtype`` that codes are stored as.
 
-    ``nested`` are how many absmax share a nested_absmax, 0 where they are float32; ``state`` the bytes of quant_state.
+    ``nested`` are how many absmax share a nested_absmax, 0 where they are float32; ``state`` the bytes of quant_state;
+    ``seed`` is that of stochastic rounding.
     """
 
     name = "bnb-4bit"
@@ -115,36 +114,42 @@ class Bnb4(Codec):
         dtype = encoding.setting("dtype")
         return (Output("values", name, dtype, _stored_shape(dtype, shape), math.prod(shape) // 2),)
 
+    def stochastic(self, encoding: Encoding, seed: int) -> Encoding:
+        return with_seed(encoding, seed)
+
+    def rounds_to(self, tensor: TensorPlan) -> str:
+        return "U8"  # whatever the file calls these bytes
+
     def largest(self, tensor: TensorPlan) -> float:
         """What is beyond the largest code becomes that."""
         return math.inf
 
     def memory(self, tensor: TensorPlan, tile_dtype: str) -> CodecMemory:
-        return CodecMemory(between=_BETWEEN_BYTES)
+        return CodecMemory(between=BETWEEN_BYTES)
 
     # --- computing ----------------------------------------------------------------------------------------------------
 
     def decode(self, slot: TileSlot, stored: Tensor, tile: Tensor) -> None:
         import torch
 
-        from shardmerge.codecs import tables
+        from shardmerge.codecs import grids, tables
 
         encoding = slot.tensor.decoding
         assert encoding is not None
         table, blocks = self._table(slot, encoding), _Blocks.of(encoding, slot.rows, tile.shape[1], slot.part)
         codes = stored.view(torch.uint8)
-        for here, rows in slabs(slot.rows, tile.shape[1]):
-            values = float32_like(tile[here])
+        for here in grids.slabs(tile):
+            values = grids.float32_like(tile[here])
             tables.look_up_halves(codes[here], table, values, high_first=True)
-            blocks.scale(torch.Tensor.mul_, values, rows)
+            blocks.scale(torch.Tensor.mul_, values, slot.rows.start + here.start)
             if values.dtype != tile.dtype:
                 tile[here] = values
 
     def encode(self, slot: TileSlot, tile: Tensor, target: Tensor) -> bool:
-        """The nearest code on the base's own grid; of two that are as near the one of the lower value."""
+        """The nearest code on the base's own grid, of two as near the lower; or one of the two neighbours."""
         import torch
 
-        from shardmerge.codecs import nearest, rounding
+        from shardmerge.codecs import grids, nearest, rounding
 
         if not slot.is_checked and not rounding.is_finite(tile):
             return False
@@ -155,23 +160,29 @@ class Bnb4(Codec):
         values, codes = _in_order(self._table(slot, encoding))
         bounds, blocks = nearest.middles(values, tile.dtype), _Blocks.of(encoding, slot.rows, tile.shape[1], slot.part)
         out = target.view(torch.uint8)
-        for here, rows in slabs(slot.rows, tile.shape[1]):
-            blocks.scale(divide, tile[here], rows)
-            _pack(nearest.count_below(bounds, tile[here]), codes, out[here])
+        for here, share in grids.shares(tile, slot):
+            blocks.scale(divide, tile[here], slot.rows.start + here.start)
+            places = nearest.count_below(bounds, tile[here])
+            if share is not None:
+                places = _neighbours(values, tile[here], share, places)
+            _pack(places, codes, out[here])
         return True
 
     def rounding_bound(self, encoding: Encoding, values: Tensor, rows: RowRange, part: ReadPart) -> Tensor:
-        """Half of what the two neighbours are apart, and all of what is beyond the last."""
+        """Half of what the two neighbours are apart, stochastically all of it; and all of what is beyond the last."""
         import torch
+
+        from shardmerge.codecs import grids
 
         table = part("quant_map", RowRange(0, len(TABLES[encoding.setting("kind")]))).tolist()
         grid = torch.tensor(_in_order(tuple(table))[0], dtype=torch.float64, device=values.device)
         blocks, scaled = _Blocks.of(encoding, rows, values.shape[1], part), values.clone()
-        blocks.scale(divide, scaled, rows)
+        blocks.scale(divide, scaled, rows.start)
         above = torch.bucketize(scaled, grid).clamp_(1, len(grid) - 1)
-        bound = (grid[above] - grid[above - 1]).mul_(0.5 * (1 + 2.0**-20)).add_(ROUNDINGS)
+        share = 0.5 if encoding.setting("seed") is None else 1.0
+        bound = (grid[above] - grid[above - 1]).mul_(share * (1 + 2.0**-20)).add_(grids.ROUNDINGS)
         bound.add_((scaled - grid[-1]).clamp_(min=0)).add_((grid[0] - scaled).clamp_(min=0))
-        dataclasses.replace(blocks, absmax=blocks.absmax.abs()).scale(torch.Tensor.mul_, bound, rows)
+        dataclasses.replace(blocks, absmax=blocks.absmax.abs()).scale(torch.Tensor.mul_, bound, rows.start)
         # Where absmax is 0, so is every code.
         return bound.add_(torch.where(scaled == 0, values.abs(), 0.0))
 
@@ -256,9 +267,9 @@ class _Blocks:
             absmax = values[absmax.long()].mul_(of_group[group]).add_(offset)
         return cls(absmax, blocks.start, block)
 
-    def scale(self, by: Scale, values: Tensor, rows: RowRange) -> None:
-        """Multiply or divide the values of these rows by their absmax, in place."""
-        flat, start = values.view(-1), rows.start * values.shape[1]
+    def scale(self, by: Scale, values: Tensor, first_row: int) -> None:
+        """Multiply or divide the values of rows from the first on by their absmax, in place."""
+        flat, start = values.view(-1), first_row * values.shape[1]
         absmax = self.absmax[start // self.block - self.first :].to(values.dtype)
         head = min(len(flat), -start % self.block)  # of a block that begins in a row before
         if head:
@@ -282,6 +293,24 @@ def _in_order(table: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[int, .
     code_of = {value: code for code, value in reversed(list(enumerate(table)))}  # 0 and -0 are the same key
     values = tuple(sorted(code_of))
     return values, tuple(code_of[value] for value in values)
+
+
+def _neighbours(values: tuple[float, ...], scaled: Tensor, share: Tensor, places: Tensor) -> Tensor:
+    """Of the two values around each number the upper one where its share is below how far the number is up.
+
+    ``places`` are those of the nearest, which a number that is one of the values, but for what float32 has rounded,
+    keeps: a weight without a change keeps its codes.
+    """
+    import torch
+
+    from shardmerge.codecs import grids, nearest
+
+    grid = torch.tensor(values, dtype=scaled.dtype, device=scaled.device)
+    above = nearest.count_below(values, scaled).clamp_(1, len(values) - 1)
+    low, high = (torch.index_select(grid, 0, at.view(-1).to(torch.int32)).view(at.shape) for at in (above - 1, above))
+    chosen = above - ((scaled - low) / (high - low) <= share).to(torch.uint8)
+    at_nearest = torch.index_select(grid, 0, places.view(-1).to(torch.int32)).view(places.shape)
+    return torch.where((scaled - at_nearest).abs_() <= grids.ROUNDINGS, places, chosen)
 
 
 def _pack(places: Tensor, codes: tuple[int, ...], out: Tensor) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -20,7 +21,12 @@ from torch import Tensor
 from shardmerge.spec.tensors import RowRange, even_rows
 
 #: Whole numbers that have as many bits.
-_BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+_BITS = {
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float8_e4m3fn: torch.int8,
+}
 #: fmix32 of MurmurHash3 (Austin Appleby, public domain): of each step a shift and a factor, as int32 has it.
 _STEPS = ((16, 0x85EBCA6B - (1 << 32)), (13, 0xC2B2AE35 - (1 << 32)), (16, 1))
 _COLUMNS = 0x9E3779B9 - (1 << 32)  # 2³² divided by the golden ratio, so that neighbours begin far apart
@@ -35,22 +41,41 @@ def encode_into(target: Tensor, value: Tensor, seed: int, name: str, rows: RowRa
 
     What ``target`` can hold exactly stays as it is, and so does what is not finite.
     """
+    cuts = target.dtype == torch.bfloat16 and value.dtype == torch.float32
+    for here, mixed in _hashes(value, seed, name, rows, _SLAB_TO_CUT if cuts else _SLAB):
+        part_of_value = value[here].contiguous()
+        if cuts and _is_finite(part_of_value):
+            _cut(target[here], part_of_value, mixed)
+        else:
+            _choose(target[here], part_of_value, _share(mixed))
+
+
+def shares(value: Tensor, seed: int, name: str, rows: RowRange) -> Iterator[tuple[slice, Tensor]]:
+    """For each element of ``value``, rows ``rows`` of a tensor, a random number in [0, 1), by seed, name and place.
+
+    They are float32 with 24 bits, for some rows at a time: a codec goes up where the share is below how far its value
+    is between the code below and the code above.
+    """
+    for here, mixed in _hashes(value, seed, name, rows, _SLAB):
+        yield here, _share(mixed)
+
+
+def _hashes(value: Tensor, seed: int, name: str, rows: RowRange, slab: int) -> Iterator[tuple[slice, Tensor]]:
+    """For some rows of ``value`` at a time the random bits of each element, as int32."""
     key = int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=4).digest(), "little", signed=True)
     columns = torch.arange(value.shape[1], dtype=torch.int32, device=value.device) * _COLUMNS
     of_rows = torch.arange(rows.start, rows.stop, device=value.device)
     # Rows are few, yet may be more than 2³²: those of experts, of a tensor seen element by element.
     high, low = (of_rows >> 31).to(torch.int32), (of_rows & 0x7FFFFFFF).to(torch.int32)
     of_rows = _mix(_mix(low ^ key) + high)[:, None]
-    cuts = target.dtype == torch.bfloat16 and value.dtype == torch.float32
-    for part in even_rows(len(rows), max(1, value.numel() // (_SLAB_TO_CUT if cuts else _SLAB))):
+    for part in even_rows(len(rows), max(1, value.numel() // slab)):
         here = slice(part.start, part.stop)
-        mixed = _mix(of_rows[here] ^ columns)
-        part_of_value = value[here].contiguous()
-        if cuts and _is_finite(part_of_value):
-            _cut(target[here], part_of_value, mixed)
-        else:
-            mixed.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
-            _choose(target[here], part_of_value, mixed.to(torch.float32).mul_(2.0**-24))
+        yield here, _mix(of_rows[here] ^ columns)
+
+
+def _share(mixed: Tensor) -> Tensor:
+    """The upper 24 bits as a fraction of 2²⁴; ``mixed`` is overwritten."""
+    return mixed.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0**-24)
 
 
 def _is_finite(value: Tensor) -> bool:

@@ -54,7 +54,7 @@ class WeightTiles:
         dtypes = [TORCH_DTYPES[dtype_for(update, tensor, compute_dtype)] for update in tensor.updates]
         self._factors = factors.begin(tensor.updates, dtypes, [ref for _, ref in tensor.parts])
         #: Whether the output has the base's own codes and scales, of which only codes change.
-        self._is_on_grid = tensor.encoding is not None and tensor.encoding == tensor.decoding and not tensor.made
+        self._is_on_grid = self._decoder is self._encoder and not self._decoder.is_plain and not tensor.made
         self._sampled = sampled_rows(tensor) if self._encoder.is_plain or self._is_on_grid else frozenset()
 
     def merge(self, lane: Lane, tile: Tile, stored: Tensor, target: Tensor) -> None:

@@ -17,8 +17,9 @@ TABLES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
-def test_it_is_what_a_search_finds(name: str, dtype: torch.dtype) -> None:
-    bounds = middles(TABLES[name], dtype)
+@pytest.mark.parametrize("of", ["middles", "values"])
+def test_it_is_what_a_search_finds(name: str, of: str, dtype: torch.dtype) -> None:
+    bounds = middles(TABLES[name], dtype) if of == "middles" else TABLES[name]
     at = torch.tensor(bounds, dtype=dtype)
     steps = [at]
     for _ in range(40):  # numbers next to the bounds, on both sides

@@ -176,6 +176,38 @@ def test_another_table_stops_the_merge(tmp_path: Path) -> None:
         shardmerge.merge(scene.config("out"))
 
 
+@each
+def test_rounded_stochastically_an_update_is_kept_on_average(tmp_path: Path, kind: str) -> None:
+    """One so small that rounding to nearest drops nearly all of it."""
+    scene = Scene(tmp_path, kind, (256, 256), scale=2e-5)
+    exact, before = scene.merged, scene.values(scene.parts).double()
+    update = exact - before
+    kept = {}
+    for rounding in ("nearest", "stochastic"):
+        config = scene.config(rounding)
+        config["output"] |= {"rounding": rounding, **({"seed": 5} if rounding == "stochastic" else {})}
+        report = shardmerge.merge(config)
+        found = stored(tmp_path / rounding)
+        parts = {**scene.parts, "weight" if kind == "int8" else "": found[f"{Q}.weight"]}
+        after = scene.values(parts).double()
+        kept[rounding] = float(((after - before) * update).sum() / update.square().sum())
+        assert shardmerge.verify(tmp_path / rounding, rows=None).ok
+        (seen,) = report.fidelity.values()
+        assert seen.kept / seen.update == pytest.approx(kept[rounding], abs=0.6)
+    assert kept["nearest"] < 0.3
+    assert kept["stochastic"] == pytest.approx(1.0, abs=0.3)
+
+
+@each
+def test_an_update_of_zero_changes_no_code_stochastically(tmp_path: Path, kind: str) -> None:
+    scene = Scene(tmp_path, kind, scale=0.0)
+    config = scene.config("out")
+    config["output"] |= {"rounding": "stochastic", "seed": 3}
+    shardmerge.merge(config)
+    before, after = stored(scene.base), stored(tmp_path / "out")
+    assert all(bits(before[name]) == bits(after[name]) for name in before)
+
+
 # --- mixed ------------------------------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,7 @@ LEVEL = levels()
 COMPUTES = frozenset(
     {
         "codecs.ggml_blocks",
+        "codecs.grids",
         "codecs.nearest",
         "codecs.rounding",
         "codecs.stochastic",
