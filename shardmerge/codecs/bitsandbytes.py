@@ -35,6 +35,8 @@ class Int8(Codec):
     """LLM.int8: one scale a row. Its only setting is the ``seed`` of stochastic rounding."""
 
     name = "bnb-int8"
+    title = "LLM.int8 of bitsandbytes"
+    methods = (METHOD,)
     on_device = True
 
     def claims(self, tensors: StoredTensors, config: Mapping[str, Any]) -> Iterator[Weight | str]:

@@ -60,6 +60,8 @@ class Bnb4(Codec):
     """
 
     name = "bnb-4bit"
+    title = "NF4 and FP4 of bitsandbytes, with double quantization or without"
+    methods = (METHOD,)
     on_device = True
 
     # --- planning -----------------------------------------------------------------------------------------------------

@@ -93,6 +93,7 @@ def test_defaults(tmp_path: Path) -> None:
             },
         ),
         "tied": "auto",
+        "base_rounding": "none",
         "output": {
             "path": "merged",
             "dtype": "same",
@@ -146,8 +147,8 @@ def test_devices(device: str) -> None:
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"bse": "x"}, ["bse: there is no such key", "did you mean base?", "base, adapters, output, tied, compute"]),
-        ({"zzzzz": 1}, ["zzzzz: there is no such key; valid are base, adapters, output, tied, compute"]),
+        ({"bse": "x"}, ["bse: there is no such key", "did you mean base?", "base, adapters, output, tied, base_rounding, compute"]),
+        ({"zzzzz": 1}, ["zzzzz: there is no such key; valid are base, adapters, output, tied, base_rounding, compute"]),
         (
             {"adapters": [{"path": "a", "wieght": 1}]},
             [

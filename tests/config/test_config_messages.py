@@ -141,7 +141,7 @@ def test_every_guess_is_allowed(allowed: tuple[str, ...]) -> None:
 
 _WRONG: list[object] = [None, True, 7, -1, 1.5, float("inf"), float("nan"), "", "wrong", b"x", [], [None], {}, {"a": 1}]
 _PLACES = [
-    *("base", "adapters", "output", "tied", "compute"),
+    *("base", "adapters", "output", "tied", "base_rounding", "compute"),
     *(f"adapters.0.{key}" for key in ("path", "weight", "format", "expert_layout", "prefix", "ignore_files")),
     *(f"adapters.0.{key}" for key in ("ignore_keys", "alpha", "scaling")),
     *(
