@@ -7,6 +7,7 @@ without an update stay, too: training saw them rounded, but as they are they are
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from shardmerge.adapters.methods.base import Effect
@@ -22,6 +23,8 @@ from shardmerge.spec.updates import Region, Update
 #: Names of modules, or the ends of them, that transformers never quantises, as they are kept in float32: of T5 and its
 #: relatives, of BLIP-2, and of the indexers of sparse attention.
 _KEPT_IN_FLOAT32 = (".wo", ".qformer.", ".indexer.weights_proj", ".scorer.weights_proj", ".compressor.")
+#: An adapter names an expert's module where that was a Linear layer, as it was before transformers 5.
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _LISTED = 3
 
 
@@ -51,7 +54,7 @@ class BaseRounding:
             if first is None or any(FAMILIES[update.family].effect is Effect.REPLACES for update in of):
                 continue  # nothing is added to what training had quantised
             weight = self._checkpoint.weights.get(name)
-            if weight is None or not self._is_quantised_in_training(name, weight.tensor):
+            if weight is None or not self._is_quantised_in_training(name, weight.tensor, first.module):
                 others.append(name)
             elif weight.stored_as is not None or weight.tensor.dtype not in FLOAT_DTYPES:
                 stored = weight.stored_as.codec if weight.stored_as else weight.tensor.dtype
@@ -83,12 +86,14 @@ class BaseRounding:
             text += f"; {len(others):,} updated tensors stay as they are, as QLoRA does not quantise them{shown}"
         self.notes.append(f"{text}. It is right if training had no llm_int8_skip_modules among them")
 
-    def _is_quantised_in_training(self, name: str, stored: TensorRef) -> bool:
+    def _is_quantised_in_training(self, name: str, stored: TensorRef, updated: str) -> bool:
+        """Whether training quantised a stored weight, which an adapter has ``updated`` as the module of that name."""
         module = name.removesuffix(".weight")
         if len(stored.shape) != 2 or module == name or any(part in f".{module}." for part in _KEPT_IN_FLOAT32):
             return False
         is_tied = name in self._names.tied or name in self._names.tied.values()
-        return bool(self._names.is_linear(name)) and not is_tied and not self._names.is_output(name)
+        is_linear = bool(self._names.is_linear(name) or _EXPERT.search(updated))
+        return is_linear and not is_tied and not self._names.is_output(name)
 
     def _with_rounding(self, of: Sequence[Update], first: Update, stored: TensorRef) -> list[Update]:
         rounding = Update(

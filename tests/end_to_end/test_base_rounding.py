@@ -144,6 +144,22 @@ def test_the_plan_counts_the_adapters_targets(tmp_path: Path) -> None:
     assert plan.digest != plain.digest
 
 
+def test_experts_that_were_modules_in_training_are_rounded(tmp_path: Path) -> None:
+    """An adapter that names them one by one was trained where each was a Linear layer."""
+    experts = [f"model.layers.0.mlp.experts.{number}.down_proj" for number in range(2)]
+    base = write_base(
+        tmp_path / "base",
+        [{f"{module}.weight": random(32, 64, seed=1, dtype=torch.bfloat16) for module in experts}],
+        architectures=["Qwen3MoeForCausalLM"],
+        model_type="qwen3_moe",
+        num_experts=2,
+    )
+    factors = {module: (random(2, 64, seed=3), random(32, 2, seed=4)) for module in experts}
+    adapter = write_adapter(tmp_path / "adapter", factors)
+    plan = shardmerge.plan({**make_config(tmp_path / "out", base, [adapter]), "base_rounding": "nf4"})
+    assert [update.family for _, update in plan.updates()] == ["nf4-rounding", "lora"] * 2
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 

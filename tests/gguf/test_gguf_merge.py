@@ -45,6 +45,17 @@ def test_the_file_is_that_of_the_converter(
     assert differences(ours, tmp_path / "theirs.gguf") == []
 
 
+def test_a_base_that_is_rounded_first(gguf_models: GgufModels, tmp_path: Path) -> None:
+    base, adapter = gguf_models("llama-spm")
+    rounded = {"base_rounding": "nf4"}
+    shardmerge.merge({**config(base, adapter, tmp_path / "Model", format="gguf", quantization="q8_0"), **rounded})
+    shardmerge.merge({**config(base, adapter, tmp_path / "model"), **rounded})
+    write(tmp_path / "model", "Q8_0", tmp_path / "whole.gguf", "Model")
+    assert differences(tmp_path / "Model" / "Model-q8_0.gguf", tmp_path / "whole.gguf") == []
+    assert differences(as_gguf(base, adapter, tmp_path / "plain" / "Model", "q8_0"), tmp_path / "whole.gguf") != []
+    assert shardmerge.verify(tmp_path / "Model", rows=None).ok
+
+
 @pytest.mark.parametrize("quantization", ["q4_0", "q5_1"])
 @pytest.mark.parametrize("kind", ["llama-spm", "mixtral", "phi3"])
 def test_tiles_do_not_show(kind: str, quantization: str, gguf_models: GgufModels, tmp_path: Path) -> None:
