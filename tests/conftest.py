@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 
 # transformers and PEFT look for files of a model on the Hub, even of one in a local directory.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Threads of torch that wait for work would otherwise take the cores of other tests. Set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The tests start hundreds of processes. Without bytecode, each would compile the package again, and each run the tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,6 +40,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+#: Folders whose tests compare values for which the number of torch's threads has no meaning.
+_ONE_THREAD = ("adapters", "codecs", "contracts", "gguf", "planning", "verification")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads_of_folder(request: pytest.FixtureRequest) -> None:
+    if request.path.parent.name in _ONE_THREAD:
+        request.getfixturevalue("one_thread")
 
 
 @pytest.fixture(scope="session")

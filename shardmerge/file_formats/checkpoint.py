@@ -76,24 +76,23 @@ def open_checkpoint(source: Source) -> Checkpoint:
     names = source.names()
     if names and directory is not source and is_index(names[0]):
         raise FormatError(f"{source.location}: an index alone is not a model; give the directory {directory.location}")
-    config = read_json(directory, "config.json") if "config.json" in directory.names() else {}
+    beside = directory.names()
+    config = read_json(directory, "config.json") if "config.json" in beside else {}
     choice = choose(source, names, None if directory is not source else config.get("transformers_weights"))
-    _refuse_unfinished(source, directory.names(), choice)
+    _refuse_unfinished(source, beside, choice)
     shards = tuple(read_shard(source, name) for name in choice.files)
     weights = _weights(source, shards)
     notes = (*choice.notes, *_check_index(source, choice, weights))
-    settings = quantization(config) or _settings_beside(directory)
+    settings = quantization(config) or _settings_beside(directory, beside)
     said = {**config, "quantization_config": settings} if settings else config
     logical, problems = _logical(weights, said, partial(_read_small, source, shards))
     index = choice.index_name, choice.index_metadata
     return Checkpoint(source, shards, logical, *index, config, settings, notes, problems)
 
 
-def _settings_beside(directory: Source) -> Mapping[str, Any]:
-    """Settings of a quantisation that config.json does not have: those of older files of modelopt."""
-    if MODELOPT_SETTINGS not in directory.names():
-        return {}
-    found = read_json(directory, MODELOPT_SETTINGS).get("quantization")
+def _settings_beside(directory: Source, names: Sequence[str]) -> Mapping[str, Any]:
+    """Settings of a quantisation that config.json does not have: older files of modelopt."""
+    found = read_json(directory, MODELOPT_SETTINGS).get("quantization") if MODELOPT_SETTINGS in names else None
     return {"quant_method": "modelopt", **found} if isinstance(found, dict) and found else {}
 
 

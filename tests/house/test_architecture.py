@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,9 @@ def _imports_of(module: str, node: ast.AST, *, deferred: bool) -> Iterator[Impor
         yield from _imports_of(module, child, deferred=inner)
 
 
-ALL = [found for module, path in MODULES.items() for found in imports(module, path.read_text())]
+@cache
+def all_imports() -> list[Import]:
+    return [found for module, path in MODULES.items() for found in imports(module, path.read_text())]
 
 
 def within(found: Import) -> str | None:
@@ -144,7 +147,7 @@ def test_every_module_has_a_level_and_every_level_is_of_a_module() -> None:
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module != "__init__"])
 def test_imports_go_down(module: str) -> None:
-    for found in ALL:
+    for found in all_imports():
         target = within(found)
         if found.module != module or target in (None, room(module)):
             continue
@@ -154,7 +157,7 @@ def test_imports_go_down(module: str) -> None:
 
 def test_imports_within_a_folder_make_no_circle() -> None:
     edges: dict[str, set[str]] = {module: set() for module in MODULES}
-    for found in ALL:
+    for found in all_imports():
         name = found.name.removeprefix("shardmerge.")
         if name in MODULES and not found.deferred:
             edges[found.module].add(name)
@@ -172,19 +175,19 @@ def test_imports_within_a_folder_make_no_circle() -> None:
 
 
 def test_the_package_itself_imports_its_version_and_finds_the_rest_later() -> None:
-    mine = [found for found in ALL if found.module == "__init__"]
+    mine = [found for found in all_imports() if found.module == "__init__"]
     assert {within(found) for found in mine if not found.deferred} - {None} == EAGER
 
 
 def test_progress_knows_the_api_only_by_its_type() -> None:
-    assert {within(found) for found in ALL if found.module == "cli.progress"} == {None, "reporting"}
+    assert {within(found) for found in all_imports() if found.module == "cli.progress"} == {None, "reporting"}
 
 
 # --- torch and others -------------------------------------------------------------------------------------------------
 
 
 def _of(library: str) -> list[Import]:
-    return [found for found in ALL if found.name.partition(".")[0] == library]
+    return [found for found in all_imports() if found.name.partition(".")[0] == library]
 
 
 def test_torch_is_imported_at_once_only_where_it_computes() -> None:
@@ -204,7 +207,7 @@ def test_no_room_but_the_engine_sees_both_files_and_tensors() -> None:
     """A module that imports both torch and a source or a sink: the engine, the reader of factors below it, and the
     reader of what proves them."""
     torch = {found.module for found in _of("torch")}
-    files = {found.module for found in ALL if within(found) in {"sources", "destinations"}}
+    files = {found.module for found in all_imports() if within(found) in {"sources", "destinations"}}
     assert torch & files <= {"execution.engine", "execution.factors", "verification.reading"}
 
 

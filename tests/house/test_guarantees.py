@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterator
 
@@ -52,12 +51,10 @@ def test_every_section_is_of_a_promise() -> None:
 
 
 def test_every_test_is_there() -> None:
-    found = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("test_*.py")}
     functions = {
-        (name, node.name)
-        for name, tree in found.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef)
+        (path.name, name)
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^ *def (\w+)\(", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
     for promise, tests in rows(GUARANTEES):
         named = _TEST.findall(tests)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ OTHERS = {"benchmarks", "contracts", "end_to_end", "house", "support", "tools"}
 _PATCHES = {"setattr", "delattr", "patch"}
 
 
+@cache
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-FILES = {str(path.relative_to(TESTS)): parsed(path) for path in sorted(TESTS.rglob("*.py"))}
+FILES = {str(path.relative_to(TESTS)): path for path in sorted(TESTS.rglob("*.py"))}
 each_file = pytest.mark.parametrize("file", FILES)
 
 
@@ -90,19 +92,19 @@ def test_folders_mirror_the_package() -> None:
 @each_file
 def test_no_test_module_is_imported(file: str) -> None:
     """What several modules need is in ``tests/support``."""
-    assert [name for name in imported(FILES[file]) if is_test_module(name) or name.startswith(".")] == []
+    assert [name for name in imported(parsed(FILES[file])) if is_test_module(name) or name.startswith(".")] == []
 
 
 @each_file
 def test_objects_are_patched_and_not_paths(file: str) -> None:
     """A path in a string survives no move of a module, and no type checker reads it."""
-    assert [*patched_paths(FILES[file])] == []
+    assert [*patched_paths(parsed(FILES[file]))] == []
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if not file.startswith("house/")])
 def test_programs_in_strings_import_what_there_is(file: str) -> None:
     """Else a test waits for a process that ended at once, or fails for another reason than the one it is for."""
-    assert [*stale_programs(FILES[file])] == []
+    assert [*stale_programs(parsed(FILES[file]))] == []
 
 
 def test_the_rules_find_what_they_forbid() -> None:
