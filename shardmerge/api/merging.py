@@ -77,7 +77,7 @@ def _explained(state: Callable[[ShardmergeError], str]) -> Iterator[None]:
 
 
 def _left(destination: Destination, error: ShardmergeError) -> str:
-    """The state of the merge after an error; what no second run can use is removed."""
+    """The state of the merge after an error. Work that no second run can use is removed."""
     if isinstance(error, FormatError):
         # The files themselves are wrong: no second run can succeed, so nothing is kept for one.
         destination.abort()

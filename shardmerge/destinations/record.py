@@ -86,7 +86,7 @@ class Record:
         return bool(sizes) and all(_has_size(output / name, size) for name, size in sizes.items())
 
 
-# --- what is unfinished -----------------------------------------------------------------------------------------------
+# --- unfinished merges ------------------------------------------------------------------------------------------------
 
 
 def is_unfinished(output: Path) -> bool:

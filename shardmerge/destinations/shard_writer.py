@@ -9,7 +9,6 @@ import errno
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from types import TracebackType
 
 from shardmerge.file_formats import safetensors_header
 from shardmerge.spec.plans import ShardPlan
@@ -179,9 +178,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if not self._finished:
             self._discard()
 

@@ -78,7 +78,7 @@ def _check_names(output: Path, record: Record, findings: Findings) -> set[str]:
     return readable
 
 
-# --- what is recorded -------------------------------------------------------------------------------------------------
+# --- recorded files ---------------------------------------------------------------------------------------------------
 
 
 def _check_recorded(
@@ -160,7 +160,7 @@ def _brief(value: Any) -> str:
     return f"{json.dumps(value)!s:.60}"
 
 
-# --- what is not recorded ---------------------------------------------------------------------------------------------
+# --- other files ------------------------------------------------------------------------------------------------------
 
 
 def check_added(output: Path, record: Record, findings: Findings) -> None:

@@ -122,7 +122,7 @@ class _Cursor(Cursor):
             raise FormatError(f"{self.where}: a name is not UTF-8: {error}") from None
 
     def checksum(self, count: int) -> str:
-        """That of the next bytes."""
+        """The checksum of the next bytes."""
         found = Checksums(False)
         while count:
             part = self.take(min(count, CHUNK))

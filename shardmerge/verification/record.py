@@ -58,26 +58,20 @@ def plan_again(record: Record, output: Path, base: str | None, adapters: Sequenc
         findings.problem(STRUCTURE, text, file=RECORD_NAME)
         return Again()
     config = _located(config, record, output, base, adapters)
-    missing = list(_missing(config))
-    if missing:
+    if missing := list(_missing(config)):
         findings.unverified += missing
         findings.unverified.append("touched tensors: they can only be computed again from base and adapters")
-        return Again(base=_base_alone(config, findings), config=config)
-    try:
-        plan = make_plan(config, check_output=False)
-    except PlanError as error:
-        findings.problem(TOUCHED, f"base and adapters, as they are now, make no such merge: {_in_a_line(error)}")
-        return Again(base=_base_alone(config, findings), config=config)
-    except ShardmergeError as error:
-        findings.unverified.append(f"touched tensors: base or adapter cannot be read: {error}")
-        return Again(base=_base_alone(config, findings), config=config)
-    scaled = tuple(ScaledBy.of(entry) for entry in config.adapters)
-    problems = [*_shard_differences(record, plan), *_target_differences(record, plan)]
-    for kind, text in problems:
-        findings.problem(kind, text)
-    notes = list(_source_differences(record, plan))
-    findings.notes += notes or ([] if problems else _digest_difference(record, plan))
-    return Again(plan, scaled)
+    else:
+        try:
+            plan = make_plan(config, check_output=False)
+        except PlanError as error:
+            findings.problem(TOUCHED, f"base and adapters, as they are now, make no such merge: {_in_a_line(error)}")
+        except ShardmergeError as error:
+            findings.unverified.append(f"touched tensors: base or adapter cannot be read: {error}")
+        else:
+            _compare(record, plan, findings)
+            return Again(plan, tuple(ScaledBy.of(entry) for entry in config.adapters))
+    return Again(base=_base_alone(config, findings), config=config)
 
 
 def _in_a_line(error: ShardmergeError) -> str:
@@ -130,6 +124,14 @@ def _base_alone(config: MergeConfig, findings: Findings) -> Checkpoint | None:
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def _compare(record: Record, plan: MergePlan, findings: Findings) -> None:
+    problems = [*_shard_differences(record, plan), *_target_differences(record, plan)]
+    for kind, text in problems:
+        findings.problem(kind, text)
+    notes = list(_source_differences(record, plan))
+    findings.notes += notes or ([] if problems else _digest_difference(record, plan))
 
 
 def _digest_difference(record: Record, plan: MergePlan) -> Iterator[str]:

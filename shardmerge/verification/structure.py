@@ -189,7 +189,7 @@ def _read_otherwise(file: Any, tensors: Mapping[str, TensorInfo]) -> str:
     return ""
 
 
-# --- config.json against what is stored -------------------------------------------------------------------------------
+# --- config.json against the tensors ----------------------------------------------------------------------------------
 
 
 def check_config(
