@@ -64,9 +64,6 @@ def carry_out(plan: MergePlan, executor: Executor, progress: Advance, started: f
             return report
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _explained(state: Callable[[ShardmergeError], str]) -> Iterator[None]:
     """Add the ``state`` of the output to errors of files in the block."""
@@ -91,9 +88,6 @@ def _left(destination: Destination, error: ShardmergeError) -> str:
             "command again when that is back in its place, or start anew with overwrite=True"
         )
     return f"{destination.standing()}. What was finished is kept; run the same command again to resume it"
-
-
-# --- progress ---------------------------------------------------------------------------------------------------------
 
 
 def _checked(
@@ -142,9 +136,6 @@ class _Counter:
         self._progress(Progress(self._done, self._total, shard, number, shards, self._doing))
 
 
-# --- the log ----------------------------------------------------------------------------------------------------------
-
-
 def _record_begin(plan: MergePlan, digest: str, seconds: float) -> None:
     text = f"{words_for(plan.adapters).noun} into {plan.output} begun"
     event("begun", text, output=plan.output, digest=digest, seconds=seconds)
@@ -170,9 +161,6 @@ def _record_end(plan: MergePlan, report: MergeReport, seconds: float) -> None:
         seconds_of_commit=seconds,
         peak_memory=report.peak_memory_bytes,
     )
-
-
-# --- the report -------------------------------------------------------------------------------------------------------
 
 
 def _report_of(

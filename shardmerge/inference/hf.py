@@ -71,9 +71,6 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
 def check_directory(path: Path) -> None:
     """`SourceError` or `FormatError` where a directory holds no finished model, or also an adapter."""
     if not path.is_dir():
@@ -228,9 +225,6 @@ def quiet() -> Iterator[None]:
 def _escape(record: logging.LogRecord) -> bool:
     record.msg, record.args = shown(record.getMessage()), ()
     return True
-
-
-# --- prompts ----------------------------------------------------------------------------------------------------------
 
 
 def check_template(template: str | None) -> None:

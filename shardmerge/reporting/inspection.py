@@ -180,9 +180,6 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in read if config.get(key) not in (None, False, "none", [], {})}
 
 
-# --- outputs of a merge, and GGUF files -------------------------------------------------------------------------------
-
-
 def _gguf_file(source: Source) -> str | None:
     """The GGUF file that a source is, or that holds all of its weights. `FormatError` where there are several."""
     top = [name for name in source.names() if "/" not in name]
@@ -249,9 +246,6 @@ def _place(info: Any) -> str:
     location, revision, weight = known.get("location"), known.get("revision"), known.get("weight", 1)
     times = f" (weight {weight})" if weight != 1 else ""
     return f"{location or 'unknown'}{f'@{revision}' if revision else ''}{times}"
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def describe(found: Mapping[str, Any]) -> str:

@@ -82,9 +82,6 @@ def _contradictions_of_base(again: Again) -> dict[str, str] | None:
     return dict(contradictions(config, tensors))
 
 
-# --- shards -----------------------------------------------------------------------------------------------------------
-
-
 def _check_shards(
     output: Path,
     stored: Sequence[Stored],

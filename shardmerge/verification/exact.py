@@ -83,8 +83,6 @@ class Exact:
         assert self._tensor is not None, "begin was not called"
         return self._updated(self._tensor, rows, None)
 
-    # --- one update after the other -----------------------------------------------------------------------------------
-
     def _updated(self, tensor: TensorPlan, rows: RowRange, until: Update | None) -> tuple[Tensor, Tensor]:
         """W with all updates, or those before ``until``."""
         value = numbers(self._files, source_of(tensor), rows)
@@ -126,8 +124,6 @@ class Exact:
             self._factors[key] = PlainFactors(self._files, update, self._threads)
         return self._factors[key]
 
-    # --- LoRA and DoRA ------------------------------------------------------------------------------------------------
-
     def _add(self, update: Update, part: Position, view: Tensor, bound: Tensor) -> None:
         """view += s·B A, in matrix orientation."""
         scaling, formula = self._adapters[update.adapter].scaling(update), FORMULAS[update.family]
@@ -154,8 +150,6 @@ class Exact:
         view *= factor
         bound *= factor.abs()
         bound += view.abs() * relative
-
-    # --- updates that need all rows first -----------------------------------------------------------------------------
 
     def _round(self, update: Update) -> RoundedBase:
         key = id(update)
@@ -188,8 +182,6 @@ class Exact:
         sums = self._lengths.setdefault(id(update), (zeros[0], zeros[1]))
         for total, of in zip(sums, (view, bound), strict=True):
             total[part.window.rows.start : part.window.rows.stop] += of.square().sum(1)
-
-    # --- all other families -------------------------------------------------------------------------------------------
 
     def _copy(self, update: Update, part: Position, view: Tensor, bound: Tensor, fresh: Tensor) -> None:
         before = view.clone()

@@ -78,9 +78,6 @@ def _check_names(output: Path, record: Record, findings: Findings) -> set[str]:
     return readable
 
 
-# --- recorded files ---------------------------------------------------------------------------------------------------
-
-
 def _check_recorded(
     output: Path, record: Record, readable: set[str], plan: MergePlan | None, findings: Findings
 ) -> set[str]:
@@ -158,9 +155,6 @@ def _json_difference(path: Path, aux: AuxFile) -> str:
 
 def _brief(value: Any) -> str:
     return f"{json.dumps(value)!s:.60}"
-
-
-# --- other files ------------------------------------------------------------------------------------------------------
 
 
 def check_added(output: Path, record: Record, findings: Findings) -> None:

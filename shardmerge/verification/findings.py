@@ -170,9 +170,6 @@ class Findings:
         return VerifyReport(**values, seconds=time.monotonic() - self.started, peak_memory_bytes=peak_memory())
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
 def describe(report: VerifyReport) -> str:
     """The verdict as a person reads it."""
     parts = [table(_rows(report))]

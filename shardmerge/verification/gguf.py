@@ -87,9 +87,6 @@ def _check_file(
         findings.notes.append("what was not merged was compared with the base, as far as it keeps its place and type")
 
 
-# --- the header -------------------------------------------------------------------------------------------------------
-
-
 def _header(name: str, file: SourceFile, files: Files, findings: Findings) -> GgufHeader | None:
     try:
         found = read_header(lambda at, size: bytes(files.read(file.uri, at, size)), file.size, name)

@@ -42,9 +42,6 @@ class Again:
     config: MergeConfig | None = None
 
 
-# --- planning again ---------------------------------------------------------------------------------------------------
-
-
 def plan_again(record: Record, output: Path, base: str | None, adapters: Sequence[str], findings: Findings) -> Again:
     """Plan the recorded merge from base and adapters as they are now; ``base`` and ``adapters`` are their new places.
 
@@ -121,9 +118,6 @@ def _base_alone(config: MergeConfig, findings: Findings) -> Checkpoint | None:
     except ShardmergeError:
         findings.unverified.append("untouched tensors: there is no base to compare them with")
         return None
-
-
-# --- comparing --------------------------------------------------------------------------------------------------------
 
 
 def _compare(record: Record, plan: MergePlan, findings: Findings) -> None:

@@ -91,8 +91,6 @@ class ShardCheck:
         checksums.update(memoryview(data))
         return data
 
-    # --- one tensor ---------------------------------------------------------------------------------------------------
-
     def _tensor(
         self, shard: Stored, info: TensorInfo, plan: TensorPlan | None, checksums: Checksums, advance: Advance
     ) -> None:
@@ -155,8 +153,6 @@ class ShardCheck:
         """The most that one rounding moves: half a unit in the last place, or a whole one if stochastic."""
         half = half_unit(magnitude, plan.out.dtype)
         return half.mul_(2) if self._is_stochastic(plan) else half
-
-    # --- one touched tensor -------------------------------------------------------------------------------------------
 
     def _touched(
         self, shard: Stored, plan: TensorPlan, start: int, exact: Exact, checksums: Checksums, advance: Advance

@@ -61,9 +61,6 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-# --- the place --------------------------------------------------------------------------------------------------------
-
-
 def _check_place(output: Path, plan: MergePlan, overwrite: bool) -> list[str]:
     problems = _overlap(output, "base", plan.base.location)
     problems = problems or _linked_into(output, "base", plan.base.files)
@@ -141,9 +138,6 @@ def _not_empty(output: Path, overwrite: bool) -> list[str]:
     return []
 
 
-# --- links, and anything else that no merge makes ---------------------------------------------------------------------
-
-
 def _check_links(output: Path, names: Collection[str]) -> list[str]:
     """Problems with links, FIFOs and folders where a merge would write, remove or look for a file."""
     try:
@@ -200,9 +194,6 @@ def _place_problem(file: Entry) -> str:
     except NotADirectoryError:
         return f"{file.parent} is not a folder"
     return f"{file} is a directory" if status is not None and stat.S_ISDIR(status.st_mode) else ""
-
-
-# --- space and permission ---------------------------------------------------------------------------------------------
 
 
 def check_space(output: Path, needed: int) -> list[str]:

@@ -249,8 +249,6 @@ def _identity(path: Path) -> list[int]:
     return [status.st_dev, status.st_ino]
 
 
-# --- the differences between two merges -------------------------------------------------------------------------------
-
 _PARTS: Mapping[str, str] = {
     "base": "the base",
     "adapters": "the adapter",

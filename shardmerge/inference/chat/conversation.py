@@ -175,9 +175,6 @@ def _write(stream: TextIO, text: str) -> None:
     print(text.encode(encoding, "backslashreplace").decode(encoding), end="", file=stream, flush=True)
 
 
-# --- commands ---------------------------------------------------------------------------------------------------------
-
-
 def command(line: str) -> tuple[str, str] | None:
     """The command in a line and the text after it; None where the line is for the model.
 

@@ -93,8 +93,6 @@ class Terminal:
         self._mute()
 
 
-# --- the history of typed lines ---------------------------------------------------------------------------------------
-
 #: Lines of history that are kept.
 _HISTORY = 1000
 

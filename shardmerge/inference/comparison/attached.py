@@ -110,9 +110,6 @@ def _is_pefts(adapter: AdapterFile, entry: AdapterConfig) -> bool:
     return FORMATS[adapter.format(entry.format)].is_loaded_by_peft(adapter.config)
 
 
-# --- what PEFT does not load: sharded adapters, and whole weights in files beside them --------------------------------
-
-
 @contextlib.contextmanager
 def folder_for_peft(adapter: AdapterFile) -> Iterator[str]:
     """A folder from which PEFT can load the adapter: its own, or for a sharded one a copy in one file."""
@@ -153,9 +150,6 @@ def _of_file(model: Any, adapter: AdapterFile, beside: Beside, prefix: str) -> I
                 )
             trained = Factor(files, ref).whole().to(parameter.dtype)
             yield Whole(parameter, trained, parameter.detach().clone())
-
-
-# --- PEFT -------------------------------------------------------------------------------------------------------------
 
 
 def _check_composition(adapters: Sequence[tuple[AdapterFile, AdapterConfig]], count: int) -> None:
@@ -219,9 +213,6 @@ def _weigh(model: nn.Module, name: str, weight: float) -> None:
         scaling = getattr(module, "scaling", None)
         if isinstance(scaling, dict) and name in scaling:
             scaling[name] *= weight
-
-
-# --- the formula ------------------------------------------------------------------------------------------------------
 
 
 def _formulas(model: Any, adapter: AdapterFile, entry: AdapterConfig) -> list[Formula]:
