@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from shardmerge.codecs.codec import Codec, Output, ReadPart, TileSlot
+from shardmerge.codecs.codec import Codec, CodecMemory, Output, ReadPart, TileSlot
 from shardmerge.codecs.quantization import ACTIVATION_SCALES, beside, groups, quantization
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import Encoding, RowRange, TensorRef, Weight, tensor_nbytes
@@ -35,12 +35,17 @@ _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 #: Columns that share an exponent, of which a U8 is the scale.
 _MX_COLUMNS = 32
 _MAX = 448.0
+#: What the roundings of decoding and encoding in float32 may move a value, relative to it.
+_ROUNDINGS = 2.0**-22
+#: Elements that are looked at at a time, and what a thread allocates to round them stochastically.
+_SLAB = 1 << 15
+_STOCHASTIC_BYTES = 1 << 20
 #: Rows or columns of a block.
 Block = tuple[int, int]
 
 
 class Fp8(Codec):
-    """Settings: ``block`` (rows, columns), and ``height``, the rows of one matrix of a stack."""
+    """Settings: ``block`` (rows, columns), ``height``, the rows of one matrix of a stack, and maybe ``seed``."""
 
     name = "fp8"
     title = "FP8 (E4M3) with a scale for each block, row, column or tensor"
@@ -51,8 +56,8 @@ class Fp8(Codec):
         settings = quantization(config)
         method, blocks = settings.get("quant_method"), _blocks(settings)
         for name, ref in tensors.items():
-            if ref.dtype != "F8_E4M3" or len(ref.shape) not in (2, 3):
-                continue
+            if ref.dtype != "F8_E4M3" or len(ref.shape) not in (2, 3) or name.endswith(_SCALES):
+                continue  # NVFP4 has scales of this dtype
             scales = beside(tensors, name, _SCALES)
             scale = _as_grid(ref.shape, scales[0], blocks, method == "fbgemm_fp8") if len(scales) == 1 else None
             if scale is None and not settings:
@@ -77,9 +82,16 @@ class Fp8(Codec):
         """The codes; scales stay as they are."""
         return (Output("values", name, "F8_E4M3", shape, tensor_nbytes("F8_E4M3", shape)),)
 
+    def stochastic(self, encoding: Encoding, seed: int) -> Encoding | None:
+        return dataclasses.replace(encoding, settings=(*encoding.settings, ("seed", seed)))
+
     def largest(self, tensor: TensorPlan) -> float:
         """What is beyond the largest code becomes that."""
         return math.inf
+
+    def memory(self, tensor: TensorPlan, tile_dtype: str) -> CodecMemory:
+        is_stochastic = tensor.encoding is not None and tensor.encoding.setting("seed") is not None
+        return CodecMemory(between=_STOCHASTIC_BYTES if is_stochastic else 0)
 
     def decode(self, slot: TileSlot, stored: Tensor, tile: Tensor) -> None:
         import torch
@@ -94,16 +106,22 @@ class Fp8(Codec):
             tile.copy_(values)
 
     def encode(self, slot: TileSlot, tile: Tensor, target: Tensor) -> bool:
-        """The nearest code on the base's own grid."""
+        """The nearest code on the base's own grid, or one of the two neighbours."""
         import torch
 
-        from shardmerge.codecs import rounding
+        from shardmerge.codecs import rounding, stochastic
 
         if not slot.is_checked and not rounding.is_finite(tile):
             return False
-        assert slot.tensor.encoding is not None
-        _scale(torch.Tensor.div_, tile, slot.rows, slot.tensor.encoding, slot.part)
-        rounding.encode_into(target, tile.clamp_(-_MAX, _MAX))
+        encoding = slot.tensor.encoding
+        assert encoding is not None
+        _scale(torch.Tensor.div_, tile, slot.rows, encoding, slot.part)
+        tile.clamp_(-_MAX, _MAX)
+        if (seed := encoding.setting("seed")) is None:
+            rounding.encode_into(target, tile)
+        else:
+            _snap(tile)
+            stochastic.encode_into(target, tile, seed, slot.tensor.source.name, slot.rows)
         return True
 
     def rounding_bound(self, encoding: Encoding, values: Tensor, rows: RowRange, part: ReadPart) -> Tensor:
@@ -113,9 +131,12 @@ class Fp8(Codec):
 
         scaled = _scale(torch.Tensor.div_, values.abs(), rows, encoding, part)
         beyond = (scaled - _MAX).clamp_(min=0)
-        bound = rounding.half_unit(scaled.clamp_(max=_MAX), "F8_E4M3").add_(beyond)
-        # The quotient of which this is the nearest code is rounded, too.
-        return _scale(torch.Tensor.mul_, bound, rows, encoding, part).mul_(1 + 2.0**-20)
+        bound = rounding.half_unit(scaled.clamp_(max=_MAX), "F8_E4M3")
+        if encoding.setting("seed") is not None:
+            bound.mul_(2)
+        # The quotient of which this is the nearest code is rounded, too, and so is what is read.
+        bound.add_(scaled, alpha=_ROUNDINGS).add_(beyond, alpha=1 + _ROUNDINGS)
+        return _scale(torch.Tensor.mul_, bound, rows, encoding, part)
 
 
 def _blocks(settings: Mapping[str, Any]) -> list[Block]:
@@ -147,7 +168,7 @@ def _as_grid(
 
     plain = tuple(size for size in scale.shape if size != 1)
     if scale.dtype == "U8":
-        blocks = [block for block in blocks if block == (1, _MX_COLUMNS)]
+        blocks = [(1, _MX_COLUMNS)]
     elif scale.dtype not in _SCALE_DTYPES:
         return None
     else:
@@ -188,6 +209,15 @@ def _scale(
     if whole < values.shape[1]:
         by(values[:, whole:], scales[:, -1:])
     return values
+
+
+def _snap(values: Tensor) -> None:
+    """Make codes of what float32 has moved from one, so that a weight without a change keeps its codes."""
+    import torch
+
+    for part in torch.split(values, max(1, _SLAB // max(1, values.shape[1]))):
+        code = part.to(torch.float8_e4m3fn).to(part.dtype)
+        part.copy_(torch.where((part - code).abs_() <= part.abs().mul_(_ROUNDINGS), code, part))
 
 
 FP8: tuple[Codec, ...] = (Fp8(),)

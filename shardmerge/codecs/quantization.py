@@ -14,6 +14,8 @@ MODELOPT_SETTINGS = "hf_quant_config.json"
 SETTINGS_FILES = (MODELOPT_SETTINGS, "quantize_config.json", "quant_config.json")
 #: What a quantised checkpoint stores beside a weight for its activations, after the name of the module.
 ACTIVATION_SCALES = ("input_scale", "activation_scale", "input_global_scale", "input_zero_point")
+#: What a thread allocates to round a tile onto a grid; see `shardmerge.codecs.grids`.
+ROUNDING_BYTES = 1 << 20
 
 
 def quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:

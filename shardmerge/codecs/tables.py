@@ -18,6 +18,8 @@ _SLAB = 1 << 17
 
 #: Bits of a code → its value in float32.
 E4M3 = tuple(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().tolist())
+#: The same of E2M1: a sign, two bits of exponent, one of fraction.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 def look_up(codes: Tensor, values: tuple[float, ...], out: Tensor) -> None:

@@ -19,10 +19,11 @@ from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import DTYPE_BITS, RowRange, SourceFile, TensorInfo, TensorRef
 from shardmerge.verification.quantised import QUANTISED
 from shardmerge.verification.quantised_bnb import BITSANDBYTES
+from shardmerge.verification.quantised_packs import PACKS
 from shardmerge.verification.reading import Decoder, Files, StoredWeight, wide
 
 #: By the codec's name.
-DECODERS: dict[str, Decoder] = {**QUANTISED, **BITSANDBYTES}
+DECODERS: dict[str, Decoder] = {**QUANTISED, **BITSANDBYTES, **PACKS}
 
 
 def numbers(files: Files, stored: StoredWeight, rows: RowRange) -> Tensor:

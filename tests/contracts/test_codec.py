@@ -21,7 +21,7 @@ from shardmerge.codecs.rounding import NUMBER_DTYPES, TORCH_DTYPES
 from shardmerge.spec.plans import SmallPart, TensorPlan
 from shardmerge.spec.tensors import Encoding, RowRange, TensorInfo, TensorRef
 from shardmerge.verification.decoders import DECODERS
-from tests.support import quantised_bnb
+from tests.support import quantised_bnb, quantised_packs
 from tests.support.toy_codec import ROWS, TOYS
 
 #: The parts of a weight as a file has them, by role.
@@ -130,6 +130,55 @@ def of_bnb8(parts: Parts, shape: tuple[int, int]) -> Tensor:
     return quantised_bnb.values_of_eight({"weight": parts["values"].view(shape), "SCB": parts["scale"]}).double()
 
 
+def integer_case(bits: int = 4, group: int | None = 32, symmetric: bool = True, **has: bool) -> Case:
+    """Integers of compressed-tensors: the parts that stay are called by their roles."""
+    is_packed = not has.pop("plain", False)
+    roles = {"weight_scale": "scale", "weight_zero_point": "zeros", "weight_g_idx": "order"}
+
+    def base(shape: tuple[int, int]) -> Parts:
+        order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(1)) // group if has and group else None
+        parts = quantised_packs.integer_parts(
+            numbers(shape, seed=9), bits, group, symmetric, order=order, is_packed=is_packed
+        )
+        found = {role: parts[name] for name, role in roles.items() if name in parts}
+        return {role: part if role == "order" else part.view(len(part), -1) for role, part in found.items()}
+
+    def read(parts: Parts, shape: tuple[int, int]) -> Tensor:
+        named = {name: parts[role] for name, role in roles.items() if role in parts}
+        codes = {"weight_packed" if is_packed else "weight": parts["values"]}
+        return quantised_packs.integer_values({**named, **codes}, shape, bits).double()
+
+    scales = "group" if group and group > 0 else "tensor" if group else "channel"
+    settings = {"bits": bits, "scales": scales, **({} if symmetric else {"zeros": True}), **has}
+    return Case(CODECS["packed-int" if is_packed else "plain-int"], read, tuple(settings.items()), base=base)
+
+
+def fp4_case(kind: str) -> Case:
+    codes = quantised_packs.FP4_CODES[kind]
+    roles = {"weight_scale": "scale", "scale": "scale", "weight_scale_2": "of_all", "weight_global_scale": "of_all"}
+
+    def base(shape: tuple[int, int]) -> Parts:
+        parts = quantised_packs.fp4_parts(numbers(shape, seed=9), kind)
+        found = {roles[name]: part for name, part in parts.items() if name != codes}
+        if found["scale"].dtype == torch.uint8:
+            found["scale"] = found["scale"].view(torch.float8_e8m0fnu)
+        return {role: part.view(1, 1) if role == "of_all" else part for role, part in found.items()}
+
+    def read(parts: Parts, shape: tuple[int, int]) -> Tensor:
+        names = {"scale": "scale" if kind == "fp4-deepseek" else "weight_scale"}
+        names["of_all"] = "weight_scale_2" if kind == "nvfp4-modelopt" else "weight_global_scale"
+        named = {name: parts[role] for role, name in names.items() if role in parts}
+        if "of_all" in parts:
+            named[names["of_all"]] = parts["of_all"].view(())
+        return quantised_packs.fp4_values({**named, codes: parts["values"].view(shape[0], -1)}, kind).double()
+
+    settings: dict[str, object] = {"group": 16 if kind.startswith("nvfp4") else 32}
+    settings |= {"codes": "I8" if kind == "fp4-deepseek" else "U8", "suffix": "_packed" if "packed" in codes else ""}
+    if kind.startswith("nvfp4"):
+        settings["of_all"] = "multiplies" if "modelopt" in kind else "divides"
+    return Case(CODECS["fp4"], read, tuple(settings.items()), base=base)
+
+
 STATE, STATE_BYTES = "quant_state.bitsandbytes__of_case", 256
 FP8_BLOCK = (32, 48)
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -151,6 +200,13 @@ CASES = (
     bnb4_case("fp4", True, dtype="BF16"),
     bnb4_case("nf4", False),
     Case(CODECS["bnb-int8"], of_bnb8, base=lambda shape: {"scale": numbers(shape, seed=9).abs().amax(1)}),
+    *(integer_case(bits) for bits in (1, 2, 3, 4, 5, 7, 8)),
+    *(integer_case(bits, symmetric=False) for bits in (3, 4)),
+    *(integer_case(group=group, symmetric=symmetric) for group in (None,) for symmetric in (True, False)),
+    integer_case(order=True),
+    integer_case(symmetric=False, order=True),
+    *(integer_case(8, group, symmetric, plain=True) for group in (None, -1, 32) for symmetric in (True, False)),
+    *(fp4_case(kind) for kind in quantised_packs.FP4_CODES),
     *(Case(codec, of_toy) for codec in TOYS),
 )
 every_case = pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,0 +1,43 @@
+"""Codes of 1 to 8 bits in words of 32: a stream from the lowest bit on, of which a code may cross two words.
+
+Importing this module imports torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WORD = 32
+
+
+def unpack(packed: Tensor, bits: int, count: int, first_bit: int = 0) -> Tensor:
+    """Words (int32: rows, words) → ``count`` codes of each row (int64), from ``first_bit`` on."""
+    word, shift = _places(bits, count, first_bit, packed.device)
+    low = packed.long() & 0xFFFFFFFF
+    high = torch.nn.functional.pad(low[:, 1:], (0, 1)) << WORD
+    return ((low | high)[:, word] >> shift) & ((1 << bits) - 1)
+
+
+def pack(codes: Tensor, bits: int, into: Tensor) -> None:
+    """Codes of each row → words (int32: rows, words); the bits after the last code are 0."""
+    word, shift = _places(bits, codes.shape[1], 0, codes.device)
+    placed = codes.long() << shift
+    sums = torch.zeros(len(codes), into.shape[1] + 1, dtype=torch.int64, device=codes.device)
+    sums.index_add_(1, word, placed & 0xFFFFFFFF)
+    sums.index_add_(1, word + 1, placed >> WORD)
+    into.copy_(sums[:, :-1])
+
+
+def _places(bits: int, count: int, first_bit: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    at = torch.arange(count, device=device) * bits + first_bit
+    return at // WORD, at % WORD
+
+
+def pack_halves(codes: Tensor, into: Tensor) -> None:
+    """Codes of four bits (uint8: rows, columns) → bytes of two (uint8: rows, columns / 2), the first in the lower half.
+
+    ``codes`` are overwritten.
+    """
+    pairs = codes.view(len(codes), -1, 2)
+    torch.bitwise_or(pairs[..., 0], pairs[..., 1].bitwise_left_shift_(4), out=into)
