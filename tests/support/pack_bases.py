@@ -3,32 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tests.support.peft_oracle import random
 from tests.support.quantised_bases import Quantised, Tensors, linears, llama_config, others
-from tests.support.quantised_packs import FP4_CODES, fp4_parts, fp4_values, integer_parts, integer_values
+from tests.support.quantised_packs import FP4_CODES, fp4_parts, fp4_values, integer_parts, integer_values, packed
+
+
+@dataclass
+class Packed(Quantised):
+    """A base whose weights are read by ``read``, from the parts of a shape."""
+
+    read: Callable[[Tensors, tuple[int, int]], Tensor] = field(kw_only=True)
+    #: The end of the codes' name, how many codes there are, and codes of a shape that are all the same.
+    codes: str = field(kw_only=True)
+    count: int = field(kw_only=True)
+    constant: Callable[[int, tuple[int, int]], Tensor] = field(kw_only=True)
+
+    def stored(self, module: str, found: Mapping[str, Tensor]) -> Tensor:
+        """What a module's parts are read as."""
+        parts = {name.removeprefix(f"{module}."): part for name, part in found.items() if name.startswith(f"{module}.")}
+        return self.read(parts, self.shape(module))
+
+    def nearest(self, module: str, exact: Tensor) -> Tensor:
+        """How far the nearest code is from each of ``exact`` values: every code is tried."""
+        parts = {end.removeprefix(f"{module}."): part for end, part in self.tensors.items() if end.startswith(module)}
+        shape, least = self.shape(module), torch.full_like(exact, torch.inf)
+        for code in range(self.count):
+            values = self.read({**parts, self.codes: self.constant(code, shape)}, shape).double()
+            least = torch.fmin(least, (values - exact).abs())
+        return least
+
+    def shape(self, module: str) -> tuple[int, int]:
+        rows, columns = self.values[f"{module}.weight"].shape
+        return rows, columns
 
 
 def _base(
     settings: dict[str, Any],
     parts_of: Callable[[Tensor], Tensors],
     values_of: Callable[[Tensors, tuple[int, int]], Tensor],
+    codes: str,
+    count: int,
+    constant: Callable[[int, tuple[int, int]], Tensor],
     ignore: str = "ignore",
-    **config: Any,
-) -> Quantised:
+) -> Packed:
     """A small Llama, each of whose Linear layers is stored by its parts; q_proj's scales are in the second file."""
     tensors, values = others(), {}
     for seed, (module, shape) in enumerate(linears().items()):
         parts = parts_of(random(*shape, seed=seed, scale=0.05))
         tensors |= {f"{module}.{end}": part for end, part in parts.items()}
         values[f"{module}.weight"] = values_of(parts, shape)
-    made = llama_config(quantization_config={**settings, ignore: ["lm_head"]}, **config)
-    return Quantised(made, tensors, values, lambda name: ".layers.1." in name or name.endswith("q_proj.weight_scale"))
+    config = llama_config(quantization_config={**settings, ignore: ["lm_head"]})
+    how = {"read": values_of, "codes": codes, "count": count, "constant": constant}
+    return Packed(
+        config, tensors, values, lambda name: ".layers.1." in name or name.endswith("q_proj.weight_scale"), **how
+    )
 
 
 def _compressed(name: str, **weights: Any) -> dict[str, Any]:
@@ -36,9 +72,7 @@ def _compressed(name: str, **weights: Any) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "format": name, "config_groups": {"group_0": group}}
 
 
-def packed_integers(
-    bits: int = 4, group: int | None = 32, symmetric: bool = True, act_order: bool = False
-) -> Quantised:
+def packed_integers(bits: int = 4, group: int | None = 32, symmetric: bool = True, act_order: bool = False) -> Packed:
     """``pack-quantized``, as Kimi-K2's experts."""
 
     def parts_of(weight: Tensor) -> Tensors:
@@ -51,10 +85,17 @@ def packed_integers(
     settings = _compressed(
         "pack-quantized", num_bits=bits, type="int", strategy=strategy, group_size=group, symmetric=symmetric
     )
-    return _base(settings, parts_of, lambda parts, shape: integer_values(parts, shape, bits))
+    return _base(
+        settings,
+        parts_of,
+        lambda parts, shape: integer_values(parts, shape, bits),
+        "weight_packed",
+        1 << bits,
+        lambda code, shape: packed(np.full(shape, code), bits),
+    )
 
 
-def plain_integers(group: int | None = None, symmetric: bool = True) -> Quantised:
+def plain_integers(group: int | None = None, symmetric: bool = True) -> Packed:
     """``int-quantized``: W8A8."""
     strategy = "tensor" if group == -1 else "channel"
     settings = _compressed("int-quantized", num_bits=8, type="int", strategy=strategy, symmetric=symmetric)
@@ -62,12 +103,14 @@ def plain_integers(group: int | None = None, symmetric: bool = True) -> Quantise
         settings,
         lambda weight: integer_parts(weight, 8, group, symmetric, torch.float32, is_packed=False),
         lambda parts, shape: integer_values(parts, shape, 8),
+        "weight",
+        256,
+        lambda code, shape: torch.full(shape, code - 128, dtype=torch.int8),
     )
 
 
-def fp4(kind: str) -> Quantised:
+def fp4(kind: str) -> Packed:
     """FP4 by one of the kinds of `FP4_CODES`."""
-    group = 16 if kind.startswith("nvfp4") else 32
     settings = {
         "nvfp4": _compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),
         "nvfp4-modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
@@ -83,11 +126,18 @@ def fp4(kind: str) -> Quantised:
             parts["input_scale" if "modelopt" in kind else "input_global_scale"] = torch.tensor([0.5])
         return parts
 
-    assert group
-    return _base(settings, parts_of, lambda parts, shape: fp4_values(parts, kind), ignore)
+    return _base(
+        settings,
+        parts_of,
+        lambda parts, shape: fp4_values(parts, kind),
+        FP4_CODES[kind],
+        16,
+        lambda code, shape: torch.full((shape[0], shape[1] // 2), 17 * code, dtype=torch.uint8),
+        ignore,
+    )
 
 
-def mxfp8(method: str) -> Quantised:
+def mxfp8(method: str) -> Packed:
     """FP8 with a scale of E8M0, stored as U8, for 32 columns: compressed-tensors', modelopt's and MiniMax's."""
     settings, ignore, key = {
         "compressed-tensors": (
@@ -113,11 +163,14 @@ def mxfp8(method: str) -> Quantised:
         scale = torch.exp2(parts[key].double() - 127).repeat_interleave(32, 1)
         return (parts["weight"].double() * scale).float()
 
-    return _base(settings, parts_of, values_of, ignore)
+    def constant(code: int, shape: tuple[int, int]) -> Tensor:
+        return torch.full(shape, code, dtype=torch.uint8).view(torch.float8_e4m3fn)
+
+    return _base(settings, parts_of, values_of, "weight", 256, constant, ignore)
 
 
 #: By name.
-PACK_BASES: Mapping[str, Callable[[], Quantised]] = {
+PACK_BASES: Mapping[str, Callable[[], Packed]] = {
     "int4-group": packed_integers,
     "int4-group-asymmetric": lambda: packed_integers(symmetric=False),
     "int4-act-order": lambda: packed_integers(act_order=True),

@@ -129,10 +129,10 @@ def fp4_parts(weight: Tensor, kind: str) -> Tensors:
         of_all = largest.max((-1, -2)) / (6 * 448)
         scale = torch.from_numpy(largest / 6 / of_all[..., None, None]).to(torch.float8_e4m3fn)
         if kind == "nvfp4-modelopt":
-            parts["weight_scale_2"] = torch.from_numpy(of_all).float()
+            parts["weight_scale_2"] = torch.from_numpy(np.asarray(of_all)).float()
             exact = scale.float().numpy() * parts["weight_scale_2"].numpy()[..., None, None]
         else:
-            parts["weight_global_scale"] = torch.from_numpy(1 / of_all).float().view(-1)
+            parts["weight_global_scale"] = torch.from_numpy(np.asarray(1 / of_all)).float().view(-1)
             exact = scale.float().numpy() / parts["weight_global_scale"].numpy()
         parts["weight_scale"] = scale
     else:
