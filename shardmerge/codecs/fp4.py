@@ -21,6 +21,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from shardmerge.codecs import compressed_tensors
@@ -31,6 +32,7 @@ from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import Encoding, RowRange, TensorRef, Weight, tensor_nbytes
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _PACKED = "_packed"
@@ -159,7 +161,7 @@ class Fp4(Codec):
         """The nearest code on the base's own grid, ties to even, or one of the two neighbours."""
         import torch
 
-        from shardmerge.codecs import grids, packing, rounding
+        from shardmerge.codecs import grids, packing, rounding, tables
 
         if not slot.is_checked and not rounding.is_finite(tile):
             return False
@@ -169,7 +171,11 @@ class Fp4(Codec):
         out = target.view(torch.uint8)
         for here, share in grids.shares(tile, slot):
             values = grids.by_groups(torch.Tensor.div_, tile[here], scales[here].to(tile.dtype))
-            packing.pack_halves(_codes(values, share), out[here])
+            if share is None and values.dtype == torch.float32:
+                codes = tables.nearest(values, _codes_by_upper_half(values.device))
+            else:
+                codes = _codes(values, share)
+            packing.pack_halves(codes, out[here])
         return True
 
     def rounding_bound(self, encoding: Encoding, values: Tensor, rows: RowRange, part: ReadPart) -> Tensor:
@@ -252,6 +258,13 @@ def _codes(values: Tensor, share: Tensor | None) -> Tensor:
     position = torch.where(is_upper, size * 0.5, torch.where(is_middle, size, size * 2))
     codes = grids.whole(position, share, 8 * grids.ROUNDINGS).add_(is_middle, alpha=2).add_(is_upper, alpha=2)
     return codes.add_(values.signbit(), alpha=8).to(torch.uint8)
+
+
+@lru_cache(maxsize=4)
+def _codes_by_upper_half(device: torch.device) -> Tensor:
+    from shardmerge.codecs import tables
+
+    return _codes(tables.upper_halves().nan_to_num(), None).to(device)
 
 
 FP4 = Fp4()

@@ -109,13 +109,16 @@ class Fp8(Codec):
         """The nearest code on the base's own grid, or one of the two neighbours."""
         import torch
 
-        from shardmerge.codecs import rounding, stochastic
+        from shardmerge.codecs import grids, rounding, stochastic
 
         if not slot.is_checked and not rounding.is_finite(tile):
             return False
         encoding = slot.tensor.encoding
         assert encoding is not None
         _scale(torch.Tensor.div_, tile, slot.rows, encoding, slot.part)
+        if not rounding.is_finite(tile):
+            of_rows = _rows_of_grid(slot.rows, encoding)
+            grids.check_divisors(slot, "scale", slot.part("scale", of_rows).float(), of_rows.start)
         tile.clamp_(-_MAX, _MAX)
         if (seed := encoding.setting("seed")) is None:
             rounding.encode_into(target, tile)
@@ -187,22 +190,26 @@ def _as_grid(
     return None
 
 
+def _row_of_grid(row: Any, encoding: Encoding) -> Any:
+    """The row of the grid for a row of the weight, or for many."""
+    (of_rows, _), height = encoding.setting("block"), encoding.setting("height")
+    return row // height * -(-height // of_rows) + row % height // of_rows
+
+
+def _rows_of_grid(rows: RowRange, encoding: Encoding) -> RowRange:
+    return RowRange(_row_of_grid(rows.start, encoding), _row_of_grid(rows.stop - 1, encoding) + 1)
+
+
 def _scale(
     by: Callable[[Tensor, Tensor], Tensor], values: Tensor, rows: RowRange, encoding: Encoding, part: ReadPart
 ) -> Tensor:
     """``values`` of these rows, multiplied or divided in place by their scales."""
     import torch
 
-    (of_rows, of_columns), height = encoding.setting("block"), encoding.setting("height")
-    each = -(-height // of_rows)
-
-    def at(row: Any) -> Any:
-        """The row of the grid for a row of the weight, or for many."""
-        return row // height * each + row % height // of_rows
-
-    first = at(rows.start)
-    scales = part("scale", RowRange(first, at(rows.stop - 1) + 1)).to(values.dtype)
-    scales = scales[at(torch.arange(rows.start, rows.stop, device=values.device)) - first]
+    of_grid, (_, of_columns) = _rows_of_grid(rows, encoding), encoding.setting("block")
+    scales = part("scale", of_grid).to(values.dtype)
+    lines = _row_of_grid(torch.arange(rows.start, rows.stop, device=values.device), encoding)
+    scales = scales[lines - of_grid.start]
     whole = values.shape[1] // of_columns * of_columns
     if whole:
         by(values[:, :whole].view(len(values), -1, of_columns), scales[:, : whole // of_columns, None])

@@ -35,7 +35,7 @@ class PackedIntegers(Integers):
         Large models have tens of thousands of weights, and from the Hub each of these tensors is a request.
         """
         asked = {}
-        for ref in found:
+        for ref in (ref for ref in found if len(ref.shape) == 2):
             module = ref.name.removesuffix(f".weight{PACKED}")
             scale, shape = tensors.get(f"{module}.weight_scale"), tensors.get(f"{module}.weight_shape")
             fitting = [scheme for scheme in known if scale is not None and _may_fit(scheme, ref, scale)]
@@ -77,7 +77,7 @@ class PackedIntegers(Integers):
         from shardmerge.codecs import packing, tables
 
         levels = tuple(float(code - (1 << bits - 1)) for code in range(1 << bits))
-        if bits in (4, 8) and out.shape[1] * bits % _WORD == 0:  # whole bytes, and no others
+        if _are_whole(bits, out.shape[1]):
             (tables.look_up_halves if bits == 4 else tables.look_up)(stored.view(torch.uint8), levels, out)
         else:
             out.copy_(packing.unpack(stored, bits, out.shape[1]).sub_(1 << bits - 1))
@@ -88,10 +88,12 @@ class PackedIntegers(Integers):
         from shardmerge.codecs import packing
 
         codes = numbers.add_(1 << bits - 1).to(torch.uint8)
-        if bits == 4 and codes.shape[1] * bits % _WORD == 0:
+        if not _are_whole(bits, codes.shape[1]):
+            packing.pack(codes, bits, target)
+        elif bits == 4:
             packing.pack_halves(codes, target.view(torch.uint8))
         else:
-            packing.pack(codes, bits, target)
+            target.view(torch.uint8).copy_(codes)
 
     def _zeros(self, encoding: Encoding, rows: RowRange, part: ReadPart) -> Tensor:
         from shardmerge.codecs import packing
@@ -105,6 +107,11 @@ class PackedIntegers(Integers):
 def _words(count: int, bits: int) -> int:
     """The words that so many codes take."""
     return -(-count * bits // _WORD)
+
+
+def _are_whole(bits: int, count: int) -> bool:
+    """Whether the words of so many codes are halves of bytes, or bytes, and nothing else."""
+    return bits in (4, 8) and count * bits % _WORD == 0
 
 
 def _may_fit(scheme: Scheme, codes: TensorRef, scale: TensorRef) -> bool:

@@ -41,6 +41,21 @@ def look_up_halves(codes: Tensor, values: tuple[float, ...], out: Tensor, high_f
         torch.index_select(table, 0, index, out=out[part].view(-1).view(torch.float64))
 
 
+def nearest(values: Tensor, codes: Tensor) -> Tensor:
+    """The code of each of ``values`` (float32): ``codes`` has one for each number of 16 bits as the upper half.
+
+    What is below is rounded to odd, so that it stays on its side of a number that is half way between two codes.
+    """
+    bits = values.view(torch.int32)
+    index = (bits & 0xFFFF).clamp_(max=1).bitwise_or_((bits >> 16).bitwise_and_(0xFFFF))
+    return torch.index_select(codes, 0, index.view(-1)).view(values.shape)
+
+
+def upper_halves() -> Tensor:
+    """The numbers of float32 whose lower 16 bits are 0, by the upper ones."""
+    return (torch.arange(1 << 16, dtype=torch.int32) << 16).view(torch.float32)
+
+
 def _slabs(out: Tensor) -> list[slice]:
     pieces = -(-out.numel() // _SLAB)
     return [slice(rows.start, rows.stop) for rows in even_rows(len(out), max(1, min(pieces, len(out))))]

@@ -34,11 +34,10 @@ def test_mixed_keeps_the_bytes_of_all_that_is_not_updated(tmp_path: Path, kind: 
 def test_dense_decodes_everything(tmp_path: Path, kind: str) -> None:
     scene = Scene(tmp_path, PACK_BASES[kind]())
     found = scene.merge(quantized="dense")
-    plain = {
-        name for name, tensor in scene.made.tensors.items() if tensor.dtype == torch.bfloat16 and "scale" not in name
-    }
-    assert found.keys() == {*plain, *(f"{module}.weight" for module in linears())}
-    for module in linears():
+    modules = linears()
+    plain = {name for name in scene.made.tensors if name.rpartition(".")[0] not in modules}
+    assert found.keys() == {*plain, *(f"{module}.weight" for module in modules)}
+    for module in modules:
         assert bits(found[f"{module}.weight"]) == bits(scene.merged(module).bfloat16()), module
     assert "quantization_config" not in scene.settings()
     assert shardmerge.verify(tmp_path / "out", rows=None).ok

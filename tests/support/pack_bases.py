@@ -61,10 +61,11 @@ def _base(
         tensors |= {f"{module}.{end}": part for end, part in parts.items()}
         values[f"{module}.weight"] = values_of(parts, shape)
     config = llama_config(quantization_config={**settings, ignore: ["lm_head"]})
-    how = {"read": values_of, "codes": codes, "count": count, "constant": constant}
-    return Packed(
-        config, tensors, values, lambda name: ".layers.1." in name or name.endswith("q_proj.weight_scale"), **how
-    )
+
+    def second(name: str) -> bool:
+        return ".layers.1." in name or name.endswith("q_proj.weight_scale")
+
+    return Packed(config, tensors, values, second, read=values_of, codes=codes, count=count, constant=constant)
 
 
 def _compressed(name: str, **weights: Any) -> dict[str, Any]:

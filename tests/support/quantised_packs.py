@@ -114,8 +114,8 @@ def e2m1(values: np.ndarray) -> np.ndarray:
     size = np.abs(values)
     below = np.searchsorted(_MIDDLES, size, side="left")
     is_tie = (below < 7) & (_MIDDLES[np.minimum(below, 6)] == size)
-    code = np.where(is_tie & (below % 2 == 1), below + 1, below)
-    return code + 8 * np.signbit(values)
+    code: np.ndarray = np.where(is_tie & (below % 2 == 1), below + 1, below) + 8 * np.signbit(values)
+    return code
 
 
 def fp4_parts(weight: Tensor, kind: str) -> Tensors:
