@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from shardmerge.codecs.codec import Codec, StoredTensors
+from shardmerge.codecs.rounding import NUMBER_DTYPES
+from shardmerge.spec.tensors import RowRange, TensorRef, Weight
 
 Tensors = dict[str, Tensor]
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -173,3 +180,35 @@ def fp4_values(parts: Mapping[str, Tensor], kind: str) -> Tensor:
         scale = np.exp2(byte.astype(np.float64) - 127)
     each = np.repeat(scale.astype(np.float64), values.shape[-1] // scale.shape[-1], -1)
     return torch.from_numpy((values * each).astype(np.float32))
+
+
+# --- as a checkpoint has them -----------------------------------------------------------------------------------------
+
+_CODES = {dtype: code for code, dtype in NUMBER_DTYPES.items()}
+
+
+def as_stored(tensors: Mapping[str, Tensor]) -> StoredTensors:
+    """Tensors as the headers of one file say where they are."""
+    refs, at = {}, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        refs[name] = TensorRef(name, "/base/model.safetensors", _CODES[tensor.dtype], tuple(tensor.shape), at, size)
+        at += size
+    contents = {name: tensor.contiguous().view(-1).view(torch.uint8) for name, tensor in tensors.items()}
+    return StoredTensors(refs, lambda asked: {ref.name: contents[ref.name].numpy().tobytes() for ref in asked})
+
+
+def encoded(codec: Codec, weight: Weight, tensors: Mapping[str, Tensor], values: Tensor) -> Tensor:
+    """What a codec makes of values: the codes as they are stored, beside the other tensors of a claimed weight."""
+    assert weight.stored_as is not None
+    (output,) = codec.outputs(weight.name, weight.tensor.shape, weight.stored_as)
+    parts = {role: tensors[ref.name].view(NUMBER_DTYPES[ref.dtype]).view(ref.shape) for role, ref in weight.parts[1:]}
+    slot: Any = SimpleNamespace(
+        tensor=SimpleNamespace(encoding=weight.stored_as, source=weight.tensor, parts=weight.parts[1:]),
+        rows=RowRange(0, math.prod(weight.tensor.shape[:-1])),
+        is_checked=False,
+        part=lambda role, rows: parts[role][rows.start : rows.stop],
+    )
+    target = torch.zeros(output.shape, dtype=NUMBER_DTYPES[output.dtype])
+    assert codec.encode(slot, values.reshape(len(slot.rows), -1).clone(), target.view(len(slot.rows), -1))
+    return target
