@@ -74,6 +74,8 @@ class Fp4(Codec):
     """
 
     name = "fp4"
+    title = "FP4 (E2M1): NVFP4 and MXFP4, experts of DeepSeek-V4"
+    methods = ("compressed-tensors", "modelopt", "fp8")
     on_device = True
 
     def claims(self, tensors: StoredTensors, config: Mapping[str, Any]) -> Iterator[Weight | str]:

@@ -232,6 +232,8 @@ class PlainIntegers(Integers):
     """Codes of I8, whatever their bits."""
 
     name = "plain-int"
+    title = "integers of up to 8 bits as I8, with groups, zero points"
+    methods = (METHOD,)
 
     def _has_codes(self, name: str, ref: TensorRef) -> bool:
         return ref.dtype == "I8" and name.endswith(".weight")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from shardmerge.codecs.codec import Output, ReadPart, StoredTensors
-from shardmerge.codecs.compressed_tensors import Scheme
+from shardmerge.codecs.compressed_tensors import METHOD, Scheme
 from shardmerge.codecs.integers import PACKED, Integers, is_of_rows
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import Encoding, RowRange, TensorRef, tensor_nbytes
@@ -23,6 +23,8 @@ class PackedIntegers(Integers):
     """Codes in words of 32 bits."""
 
     name = "packed-int"
+    title = "integers of 1 to 8 bits in words (Kimi's INT4), with groups, zero points, act-order"
+    methods = (METHOD,)
 
     def _has_codes(self, name: str, ref: TensorRef) -> bool:
         return ref.dtype == "I32" and name.endswith(f".weight{PACKED}")
