@@ -28,7 +28,7 @@ def config(*groups: dict[str, Any], **settings: Any) -> dict[str, Any]:
     return {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": named, **settings}}
 
 
-def scheme(bits: int = 4, group: int | None = 32, **changes: Any) -> dict[str, Any]:
+def scheme(bits: int = 4, group: Any = 32, **changes: Any) -> dict[str, Any]:
     strategy = "group" if group else "channel"
     return {"num_bits": bits, "type": "int", "symmetric": True, "strategy": strategy, "group_size": group, **changes}
 

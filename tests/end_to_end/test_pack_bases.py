@@ -188,3 +188,31 @@ def test_the_same_bytes_in_little_memory(tmp_path: Path, kind: str) -> None:
         shardmerge.merge(little)
         for name, tensor in stored(tmp_path / f"little-{mode}").items():
             assert bits(tensor) == bits(wanted[name]), name
+
+
+# --- programs that load it -------------------------------------------------------------------------------------------
+
+LOADED = ("int4-group", "int4-channel", "int8-channel", "nvfp4", "mxfp4", "mxfp8-compressed-tensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["mixed", "dense", "same"])
+@pytest.mark.parametrize("kind", LOADED)
+def test_transformers_loads_the_merged_weights(tmp_path: Path, kind: str, mode: str) -> None:
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    made = PACK_BASES[kind]()
+    scene = Scene(tmp_path, made)
+    found = scene.merge(quantized=mode)
+    options = {} if mode == "dense" else {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.bfloat16, output_loading_info=True, **options
+    )
+    # It has no place for what NVFP4 stores for activations, in the base neither.
+    unexpected = [name for name in info.pop("unexpected_keys") if not name.endswith(".input_global_scale")]
+    assert not unexpected and not any(info.values()), (unexpected, info)
+    state = model.state_dict()
+    for module in linears():
+        wanted = made.stored(module, found) if mode == "same" else scene.merged(module)
+        assert torch.equal(state[f"{module}.weight"], wanted.bfloat16()), module

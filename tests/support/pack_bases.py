@@ -68,9 +68,22 @@ def _base(
     return Packed(config, tensors, values, second, read=values_of, codes=codes, count=count, constant=constant)
 
 
+#: What activations are in models whose integers, or NVFP4, are multiplied as they are.
+_OF_ACTIVATIONS: Mapping[str, dict[str, Any]] = {
+    "int-quantized": {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True},
+    "nvfp4-pack-quantized": {
+        **{"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+        **{"dynamic": "local", "symmetric": True},
+    },
+}
+
+
 def _compressed(name: str, **weights: Any) -> dict[str, Any]:
-    group = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}}
-    return {"quant_method": "compressed-tensors", "format": name, "config_groups": {"group_0": group}}
+    group: dict[str, Any] = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}}
+    if name in _OF_ACTIVATIONS:
+        group["input_activations"] = _OF_ACTIVATIONS[name]
+    settings = {"quant_method": "compressed-tensors", "format": name, "quantization_status": "compressed"}
+    return {**settings, "config_groups": {"group_0": group}}
 
 
 def packed_integers(bits: int = 4, group: int | None = 32, symmetric: bool = True, act_order: bool = False) -> Packed:
