@@ -72,8 +72,12 @@ def _base(
 _OF_ACTIVATIONS: Mapping[str, dict[str, Any]] = {
     "int-quantized": {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True},
     "nvfp4-pack-quantized": {
-        **{"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
-        **{"dynamic": "local", "symmetric": True},
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "tensor_group",
+        "group_size": 16,
+        "dynamic": "local",
+        "symmetric": True,
     },
 }
 
