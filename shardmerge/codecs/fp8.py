@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from shardmerge.codecs import compressed_tensors
 from shardmerge.codecs.codec import Codec, CodecMemory, Output, ReadPart, TileSlot
 from shardmerge.codecs.quantization import ACTIVATION_SCALES, beside, groups, quantization
 from shardmerge.spec.plans import TensorPlan
@@ -55,9 +56,13 @@ class Fp8(Codec):
     def claims(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Iterator[Weight | str]:
         settings = quantization(config)
         method, blocks = settings.get("quant_method"), _blocks(settings)
+        problem = compressed_tensors.refusal(settings)
         for name, ref in tensors.items():
             if ref.dtype != "F8_E4M3" or len(ref.shape) not in (2, 3) or name.endswith(_SCALES):
                 continue  # NVFP4 has scales of this dtype
+            if problem:
+                yield f"{name} is stored as F8_E4M3, and {problem}"
+                return
             scales = beside(tensors, name, _SCALES)
             scale = _as_grid(ref.shape, scales[0], blocks, method == "fbgemm_fp8") if len(scales) == 1 else None
             if scale is None and not settings:

@@ -56,6 +56,5 @@ def owner_of(name: str) -> str:
 
 def beside(tensors: Mapping[str, TensorRef], name: str, endings: Sequence[str]) -> list[TensorRef]:
     """The tensors that belong to the weight ``name``: ``module.ending``, and ``parameter_ending`` of a parameter."""
-    join = "." if name.endswith(".weight") else "_"
-    found = (tensors.get(f"{owner_of(name)}{join}{ending}") for ending in endings)
-    return [ref for ref in found if ref is not None]
+    start = owner_of(name) + ("." if name.endswith(".weight") else "_")
+    return [ref for ending in endings if (ref := tensors.get(start + ending)) is not None]
