@@ -162,7 +162,7 @@ WRONG: list[tuple[Callable[[Tensors], None], str]] = [
     (text(b"[" * 4000), "is not JSON"),
     (text(b'{"shape": [48, 80], "shape": [80, 48]}'), "has the key 'shape' twice"),
     (text(b"{}" + b" " * 5000), "is not U8 of at most 4,096 bytes"),
-    (text(b"[]"), "holds no JSON object"),
+    (text(b"[]"), "is not a JSON object"),
     (put("weight.absmax", None), "weight.absmax is missing; expected is U8 [60]"),
     (put("weight.absmax", torch.ones(60)), "weight.absmax is F32 [60]; expected is U8 [60]"),
     (put("weight.quant_map", torch.ones(17)), "weight.quant_map is F32 [17]; expected is F32 [16]"),
