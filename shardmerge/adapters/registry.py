@@ -18,7 +18,7 @@ from shardmerge.adapters.formats.peft_method import METHODS, PeftMethod
 from shardmerge.adapters.methods.base import FAMILIES, Family
 from shardmerge.spec.tensors import TensorRef
 
-__all__ = ["FAMILIES", "FORMATS", "METHODS", "are_factors", "are_weights", "detect_format", "is_telling", "register"]
+__all__ = ["FAMILIES", "FORMATS", "METHODS", "are_factors", "are_weights", "detect_format", "register", "shows_adapter"]
 
 #: The format of files that no format detects: its refusals say most about them.
 _DEFAULT = "peft"
@@ -50,9 +50,9 @@ def detect_format(tensors: Mapping[str, TensorRef], config: Mapping[str, Any] | 
     return next((known for known in FORMATS.values() if known.detect(tensors, config)), FORMATS[_DEFAULT])
 
 
-def is_telling(names: Collection[str]) -> bool:
+def shows_adapter(names: Collection[str]) -> bool:
     """Whether names show that a file is an adapter, and not a model's checkpoint."""
-    return any(known.is_telling(names) for known in FORMATS.values())
+    return any(known.shows_adapter(names) for known in FORMATS.values())
 
 
 def are_factors(names: Collection[str]) -> bool:
@@ -62,4 +62,4 @@ def are_factors(names: Collection[str]) -> bool:
 
 def are_weights(names: Collection[str]) -> bool:
     """Whether all of these tensors are weights of a model, by their names."""
-    return bool(names) and not any(map(_FACTOR.fullmatch, names)) and not is_telling(names)
+    return bool(names) and not any(map(_FACTOR.fullmatch, names)) and not shows_adapter(names)

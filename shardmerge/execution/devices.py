@@ -164,5 +164,5 @@ class Lane:
         # Some codecs encode on the CPU. Untouched, this takes no memory.
         self.on_cpu = self.workspace if device.device.type == "cpu" else Workspace(size, torch.device("cpu"))
         #: How many elements of a tensor an update was applied to, both by identity.
-        self.given: Counter[tuple[int, int]] = Counter()
+        self.applied: Counter[tuple[int, int]] = Counter()
         self.seconds = 0.0

@@ -157,11 +157,11 @@ class Engine(AbstractContextManager["Engine"]):
     def _must_be_done(self, shard: ShardPlan) -> None:
         """Raise, before the shard is committed, if an update of the plan was not applied to all of its region."""
         for tensor in shard.tensors:
-            if tensor.updates and (reason := missing(tensor, partial(self._given, tensor))):
+            if tensor.updates and (reason := missing(tensor, partial(self._applied, tensor))):
                 raise ShardmergeError(f"{reason}: a fault of shardmerge, please report it; the merge was stopped")
 
-    def _given(self, tensor: TensorPlan, update: Update) -> int:
-        return self._worker.given(tensor, update) if self._worker else 0
+    def _applied(self, tensor: TensorPlan, update: Update) -> int:
+        return self._worker.applied(tensor, update) if self._worker else 0
 
     def _compute(self) -> TileWorker:
         if self._worker is None:

@@ -65,7 +65,7 @@ class WeightTiles:
             sample = self._sampler.before(here)
         for update, position in tile.positions:
             self._give(slot, update, position, FAMILIES[update.family].apply)
-            lane.given[id(self.tensor), id(update)] += len(tile.rows) * len(position.columns)
+            lane.applied[id(self.tensor), id(update)] += len(tile.rows) * len(position.columns)
             if sample is not None and not FAMILIES[update.family].is_of_adapter:
                 sample = self._sampler.before(values)  # what the adapters are added to
         if sample is None:

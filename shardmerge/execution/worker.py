@@ -71,13 +71,13 @@ class TileWorker:
         self.factors.active.clear()
         seconds = sum(lane.seconds for lane in self._lanes) / len(self._lanes)
         for lane in self._lanes:
-            lane.given.clear()
+            lane.applied.clear()
             lane.seconds = 0.0
         return active, self.sampler.take(), seconds
 
-    def given(self, tensor: TensorPlan, update: Update) -> int:
+    def applied(self, tensor: TensorPlan, update: Update) -> int:
         """How many elements of a tensor an update was applied to since the last `take`."""
-        return sum(lane.given[id(tensor), id(update)] for lane in self._lanes)
+        return sum(lane.applied[id(tensor), id(update)] for lane in self._lanes)
 
     def close(self) -> None:
         self._threads.close()

@@ -102,7 +102,7 @@ def _weights(location: str, counted: Sequence[str], names: Collection[str], name
     # PEFT saves an adapter that is not named "default" in a folder of its name.
     nested = [name for name in names if "/" in name and name.endswith(WEIGHTS)]
     found = ", ".join(candidates or nested) or "none of that kind"
-    if "adapter_config.json" not in names and (known := recognise.what_is_no_adapter(sorted(names))):
+    if "adapter_config.json" not in names and (known := recognise.other_than_adapter(sorted(names))):
         kind = OtherKindError if known == recognise.IS_MODEL else FormatError
         raise kind(f"{location}: {known}")
     raise FormatError(

@@ -56,7 +56,7 @@ def choose(source: Source, names: Sequence[str], named: Any = None) -> Choice:
     index = _index_among([name for name in proper if is_index(name)], files, source)
     if index is not None and not _is_of_another(source, index, files):
         return _of_index(source, top, index)
-    _refuse_what_is_no_model(source, names, files)
+    _refuse_other_than_model(source, names, files)
     return _without_index(source, files)
 
 
@@ -190,7 +190,7 @@ def _equal_bytes(source: Source, file: str, ref: TensorRef, other_file: str, oth
 # --- without an index -------------------------------------------------------------------------------------------------
 
 
-def _refuse_what_is_no_model(source: Source, names: Sequence[str], files: Sequence[str]) -> None:
+def _refuse_other_than_model(source: Source, names: Sequence[str], files: Sequence[str]) -> None:
     """Refuse a pipeline, an adapter or a directory without safetensors, with advice."""
     is_pipeline = "model_index.json" in names and recognise.parts_with_weights(names) and not set(files) & set(_WHOLE)
     is_adapter = "adapter_config.json" in names and all(_NOT_THE_MODEL.fullmatch(name) for name in files)

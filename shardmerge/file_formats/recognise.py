@@ -116,7 +116,7 @@ _EMPTY = "it is empty (hidden files are not looked at)"
 _RECORD = "shardmerge.json"
 
 
-def what_is_no_adapter(names: Sequence[str]) -> str:
+def other_than_adapter(names: Sequence[str]) -> str:
     """``it is …; what to give instead``, for a directory without an adapter; empty if it is not recognised."""
     top = {name for name in names if "/" not in name}
     nested = sorted({name.rpartition("/")[0] for name in names if name.rpartition("/")[2] == "adapter_config.json"})

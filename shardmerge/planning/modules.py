@@ -70,7 +70,7 @@ class Modules:
 
     def problem(self) -> str:
         """The problem of an adapter whose names lost the prefixes of several parts."""
-        return parts.said_of_several(self._taken_off)
+        return parts.several_parts_problem(self._taken_off)
 
     # --- one name ---
 

@@ -91,7 +91,7 @@ def _adapter(entry: AdapterConfig) -> AdapterFile:
     adapter = _or_unfinished(source, lambda: open_adapter(source, entry.ignore_files))
     if adapter.config is None and not entry.prefix and are_weights(adapter.tensors):
         names = source.directory().names()
-        known = recognise.what_is_no_adapter(names) if RECORD_NAME in names else ""
+        known = recognise.other_than_adapter(names) if RECORD_NAME in names else ""
         raise OtherKindError(f"{source.location}: {known or recognise.IS_MODEL}")
     return adapter
 

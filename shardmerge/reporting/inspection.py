@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from shardmerge.adapters.claims import BaseView, ModuleUpdate
-from shardmerge.adapters.registry import FAMILIES, METHODS, are_factors, is_telling
+from shardmerge.adapters.registry import FAMILIES, METHODS, are_factors, shows_adapter
 from shardmerge.config.schema import AdapterConfig
 from shardmerge.destinations.record import RECORD_NAME, SEAL, find_record, is_unfinished
 from shardmerge.errors import FormatError
@@ -74,7 +74,9 @@ def _is_adapter(source: Source) -> bool:
 
 def _has_factors(checkpoint: Checkpoint) -> bool:
     names = checkpoint.weights
-    return is_telling(names) or any(".lora_A." in name or name.endswith((".A", ".lora_A", ".lora_a")) for name in names)
+    return shows_adapter(names) or any(
+        ".lora_A." in name or name.endswith((".A", ".lora_A", ".lora_a")) for name in names
+    )
 
 
 def _dtypes(tensors: Mapping[str, TensorRef]) -> dict[str, dict[str, int]]:

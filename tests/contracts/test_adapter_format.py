@@ -13,7 +13,7 @@ import torch
 
 import shardmerge
 from shardmerge.adapters.formats.base import AdapterContent, AdapterFormat
-from shardmerge.adapters.registry import FAMILIES, FORMATS, detect_format, is_telling
+from shardmerge.adapters.registry import FAMILIES, FORMATS, detect_format, shows_adapter
 from shardmerge.spec.tensors import TensorRef
 from tests.support import toy_format
 from tests.support.builders import refs_of
@@ -115,7 +115,7 @@ def test_it_is_detected_and_no_other_is(sample: Sample) -> None:
 
 
 def test_a_model_is_no_adapter() -> None:
-    assert not is_telling(MODEL)
+    assert not shows_adapter(MODEL)
 
 
 def test_every_tensor_is_accounted_for(sample: Sample) -> None:

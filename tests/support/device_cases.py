@@ -134,13 +134,13 @@ def files(name: str, dtype: str = "float32") -> tuple[Path, Path]:
         save_file({"m.diff": random(768, 96, seed=1)}, folder / "lora.safetensors")
         return base, folder / "lora.safetensors"
     if name == "gate and up in turn":
-        return _in_turn(folder)
+        return _interleaved(folder)
     make, config = ADAPTERS[name]
     case = write_case(folder, config(), make=make, dtype=dtype, scale=0.05)
     return case.base, case.adapter
 
 
-def _in_turn(folder: Path) -> tuple[Path, Path]:
+def _interleaved(folder: Path) -> tuple[Path, Path]:
     """gpt-oss's experts, which are stored as (E, in, out), and Tinker's factors of gate and up."""
     at = "model.layers.0.mlp.experts"
     weight = random(3, 96, 512, seed=0)

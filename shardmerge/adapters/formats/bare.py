@@ -16,7 +16,7 @@ from shardmerge.adapters.formats import grouped_experts, parts
 from shardmerge.adapters.formats.checks import Config
 from shardmerge.adapters.formats.peft_lora import LoraMethod
 from shardmerge.adapters.formats.peft_method import Context, Module
-from shardmerge.adapters.formats.scales import Scales, config_said, numbers_said
+from shardmerge.adapters.formats.scales import Scales, stated_config, stated_numbers
 from shardmerge.adapters.methods.base import FAMILIES
 from shardmerge.key_mapping.naming import unwrapped
 from shardmerge.spec.tensors import TensorRef
@@ -37,7 +37,7 @@ class _OfPart(LoraMethod):
             dataclasses.replace(
                 module,
                 name=module.name.removeprefix(parts.part_of(module.name)),
-                asked=module.asked.removeprefix(parts.part_of(module.asked)),
+                configured=module.configured.removeprefix(parts.part_of(module.configured)),
             )
             for module in modules
         ], shared
@@ -47,9 +47,9 @@ def claim(tensors: Mapping[str, TensorRef], scales: Scales, context: Context) ->
     """Updates of the factors; ``context`` has no config."""
     modules = LoraMethod().grouped(tensors)[0]
     names = [module.name for module in modules]
-    if problem := parts.problem_of_several(names, context.base.weight):
+    if problem := parts.mixed_modules_problem(names, context.base.weight):
         return Claims.refusal(problem)
-    said = config_said(scales.metadata, names)
+    said = stated_config(scales.metadata, names)
     if isinstance(said, str) and not scales.given:
         return Claims.refusal(said)
     numbers = alphas_in(tensors)
@@ -90,11 +90,11 @@ def _by_shapes(modules: list[Module], scales: Scales, context: Context, numbers:
         if number is not None:
             claims.account_for([number])
         given = Context(config, context.base)
-        asked, why = method.asked_name(module, given)
+        configured, why = method.configured_name(module, given)
         if why:
             claims.reject(module.refs, f"{module.first.name}: {why}")
             continue
-        method.claim_module(claims, dataclasses.replace(module, asked=asked), given)
+        method.claim_module(claims, dataclasses.replace(module, configured=configured), given)
         if len(claims.updates) == before:
             continue
         # GPT-2 calls its own modules `transformer.…`; then nothing says that the file is diffusers'.
@@ -138,7 +138,7 @@ def _contradictions(said: Config, scales: Scales) -> Iterator[str]:
         yield f"the lora_adapter_metadata in its header is of peft_type {str(kind)[:80]!r}; expected LORA"
     if scales.alpha is not None and said.get("use_rslora"):
         yield "the lora_adapter_metadata in its header says use_rslora: give scaling rather than alpha"
-    numbers = numbers_said(scales.metadata)
+    numbers = stated_numbers(scales.metadata)
     if not scales.given and not isinstance(numbers, str):
         alpha = numbers[0]
         if alpha is not None and alpha != said.get("lora_alpha"):

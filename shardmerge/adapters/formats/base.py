@@ -83,7 +83,7 @@ class AdapterFormat(ABC):
         """The method that made an adapter, by PEFT's name where it has one."""
         return "LORA"
 
-    def is_telling(self, names: Collection[str]) -> bool:
+    def shows_adapter(self, names: Collection[str]) -> bool:
         """Whether names show that a file is an adapter of this format, and not a model's checkpoint."""
         return False
 

@@ -32,7 +32,7 @@ def checked(valid: Callable[[Any], bool], expected: str, *, required: bool = Fal
 
 
 def is_number(value: Any) -> bool:
-    # Compared rather than asked isfinite, which fails on a whole number beyond all floats.
+    # Not math.isfinite, which fails for a whole number beyond all floats.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 

@@ -80,11 +80,11 @@ def claim_stacked(
         for expert in range(experts)
     ]
     if both is not None and both.interleaved:
-        updates, part = _in_turn(claims, updates, match["experts"], part), "gate_up_proj"
+        updates, part = _interleaved(claims, updates, match["experts"], part), "gate_up_proj"
     _claim(claims, updates, match["experts"], part, weight)
 
 
-def _in_turn(claims: Claims, updates: list[ModuleUpdate], experts: str, part: str) -> list[ModuleUpdate]:
+def _interleaved(claims: Claims, updates: list[ModuleUpdate], experts: str, part: str) -> list[ModuleUpdate]:
     """Updates of the matrix that interleaves gate and up, with the other's factors if they came first."""
     others = {of.module: of for of in claims.updates if of.family == LoraGated.name}
     made, taken = [], set()

@@ -95,7 +95,7 @@ class Kohya(AdapterFormat):
         refused = tuple(f".{end}" for end in REFUSED if not (pairs and end == "lora_magnitude_vector"))
         return any(name.endswith(refused) for name in plain)
 
-    def is_telling(self, names: Collection[str]) -> bool:
+    def shows_adapter(self, names: Collection[str]) -> bool:
         """It has factors, or nothing but differences."""
         plain = [unwrapped(name) for name in names]
         if all(_WHOLE.fullmatch(name) or _ALPHA.fullmatch(name) for name in plain):
@@ -113,7 +113,7 @@ class Kohya(AdapterFormat):
         if problem := _refusal(content.tensors) or scales.unread():
             return Claims.refusal(problem)
         modules = _grouped(content.tensors)
-        if problem := parts.problem_of_several(map(module_name, modules), base.weight):
+        if problem := parts.mixed_modules_problem(map(module_name, modules), base.weight):
             return Claims.refusal(problem)
         for module, found in modules.items():
             _claim_module(claims, module, found, scales, base)

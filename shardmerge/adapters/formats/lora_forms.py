@@ -15,7 +15,7 @@ from shardmerge.adapters.claims import Claims, ModuleUpdate, shown
 from shardmerge.adapters.formats.checks import MISSING, Config, is_rank, is_strings, pattern_value, rank_of
 from shardmerge.adapters.formats.peft_method import Module, contradiction, key_of
 from shardmerge.adapters.methods.kasa import Kasa
-from shardmerge.adapters.methods.lora import BlockSettings, Dora, Lora, LoraBias, LoraBlocks, no_factors, scaling_of
+from shardmerge.adapters.methods.lora import BlockSettings, Dora, Lora, LoraBias, LoraBlocks, pair_problem, scaling_of
 from shardmerge.spec.tensors import Orientation, TensorRef, transposed_if
 
 #: The end of a key → the factor's role.
@@ -48,7 +48,7 @@ def rank_and_scaling(config: Config, key: str) -> tuple[int, float]:
     return rank, scaling_of(alpha, rank, bool(config.get("use_rslora")))
 
 
-def say_no_alpha(claims: Claims, config: Config) -> None:
+def report_zero_alpha(claims: Claims, config: Config) -> None:
     """Refuse an alpha of 0, with which the merge would only write the base again."""
     if config["lora_alpha"] == 0 and any(update.scaling == 0 for update in claims.updates):
         claims.problems.append(
@@ -67,8 +67,8 @@ def paired(claims: Claims, module: Module, one: str, other: str) -> bool:
 
 def claim_matrix(claims: Claims, module: Module, config: Config) -> None:
     """LoRA on a Linear layer, a Conv1D or a convolution."""
-    rank, scaling = rank_and_scaling(config, module.asked)
-    if module.asked != module.name:
+    rank, scaling = rank_and_scaling(config, module.configured)
+    if module.configured != module.name:
         # The out_proj of nn.MultiheadAttention: PEFT adds its update twice, when it merges and when it runs.
         scaling *= 2
     a, b = module.factors["A"], module.factors["B"]
@@ -82,7 +82,7 @@ def claim_matrix(claims: Claims, module: Module, config: Config) -> None:
     if not is_plain:
         update = _with_diagonal(claims, module, config, _with_magnitude(claims, module, config, update))
     claims.updates.append(update)
-    if problem := no_factors(a, b):
+    if problem := pair_problem(a, b):
         claims.misfit(problem)
     elif a.shape[0] != b.shape[1] or a.shape[0] != rank:
         _check_ranks(claims, a, b, rank, module.name)

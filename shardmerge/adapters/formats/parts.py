@@ -57,16 +57,16 @@ def is_own(module: str, weight: Weight) -> bool:
     return parameter.in_memory is not Orientation.UNKNOWN or parameter.regions[0].tensor.startswith(part_of(module))
 
 
-def problem_of_several(modules: Iterable[str], weight: Weight) -> str:
+def mixed_modules_problem(modules: Iterable[str], weight: Weight) -> str:
     """The problem of an adapter of several parts, unless the base itself has their modules."""
     parts = {flat_part_of(module) or part_of(module): module for module in modules}
     parts.pop("", None)
     if all(is_own(module, weight) for module in parts.values()):
         return ""
-    return said_of_several(parts)
+    return several_parts_problem(parts)
 
 
-def said_of_several(parts: Collection[str]) -> str:
+def several_parts_problem(parts: Collection[str]) -> str:
     """The message about an adapter of these parts, if there are several."""
     if len(parts) < 2:
         return ""

@@ -70,7 +70,7 @@ class Peft(AdapterFormat):
 
     def claim(self, content: AdapterContent, base: BaseView = NO_BASE) -> Claims:
         config, alpha = content.config, content.alpha
-        if config is not None and alpha is not None and _has_no_alpha(config):
+        if config is not None and alpha is not None and _has_zero_alpha(config):
             config = {**config, "lora_alpha": alpha}
             content = dataclasses.replace(content, config=config, alpha=None, scaling=None)
         return super().claim(content, base)
@@ -82,16 +82,16 @@ class Peft(AdapterFormat):
         peft_type = content.config.get("peft_type")
         if isinstance(peft_type, str) and (method := METHODS.get(peft_type)):
             return method.claim(content.tensors, context)
-        return Claims.refusal(_no_method(peft_type))
+        return Claims.refusal(_unknown_method(peft_type))
 
 
-def _has_no_alpha(config: Config) -> bool:
+def _has_zero_alpha(config: Config) -> bool:
     """Whether a LoRA's config holds the 0 that exporters write as a placeholder; with it the adapter does nothing."""
     alpha = config.get("lora_alpha")
     return config.get("peft_type") == LoraMethod.peft_type and is_number(alpha) and alpha == 0
 
 
-def _no_method(peft_type: object) -> str:
+def _unknown_method(peft_type: object) -> str:
     known = ", ".join(sorted(METHODS))
     if peft_type is None:
         return f"adapter_config.json names no peft_type; this version merges {known}"

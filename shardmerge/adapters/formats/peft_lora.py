@@ -143,13 +143,13 @@ class LoraMethod(PeftMethod):
     def composes(self, config: checks.Config) -> bool:
         return not config.get("use_dora")
 
-    def asked_name(self, module: Module, context: Context) -> tuple[str, str]:
+    def configured_name(self, module: Module, context: Context) -> tuple[str, str]:
         """Each ``.base_layer.`` is of wrappers of the enclosing module's parameters, or of an nn.MultiheadAttention.
 
         Of modules with modules in them PEFT wraps only nn.MultiheadAttention, and with it ``out_proj``, with the same
         rank and alpha.
         """
-        asked = module.asked
+        configured = module.configured
         names = BELOW_WRAPPERS.split(module_name(module.prefix))  # part, wrappers, part …
         for index in range(1, len(names), 2):
             around, depth = "".join(names[:index:2]), names[index].count(".base_layer")
@@ -161,8 +161,8 @@ class LoraMethod(PeftMethod):
                     f"{around} is wrapped {depth} times, but adapter_config.json's target_parameters name "
                     f"{len(parameters)} of its parameters, and it is not an nn.MultiheadAttention that is a target"
                 )
-            asked = around
-        return asked, ""
+            configured = around
+        return configured, ""
 
     def _is_attention(self, module: str, context: Context) -> bool:
         """Whether PEFT takes a module for an nn.MultiheadAttention: a target that has q, k and v as one."""
@@ -194,7 +194,7 @@ class LoraMethod(PeftMethod):
         if not claims.refused:
             scaled = partial(lora_forms.rank_and_scaling, context.config)
             grouped_experts.claim_grouped(claims, tensors, scaled, context.base.weight)
-            lora_forms.say_no_alpha(claims, context.config)
+            lora_forms.report_zero_alpha(claims, context.config)
         return claims
 
     def claim_rest(self, claims: Claims, tensors: Mapping[str, TensorRef], config: checks.Config) -> None:

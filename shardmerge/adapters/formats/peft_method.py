@@ -45,7 +45,7 @@ class Module:
     infix: str
     factors: dict[str, TensorRef]
     #: The module whose name decides the settings: another one, if PEFT has wrapped this one with it.
-    asked: str
+    configured: str
 
     @property
     def refs(self) -> Collection[TensorRef]:
@@ -121,7 +121,7 @@ class PeftMethod(ABC):
         """The setting that excludes the module, with its verb; empty where it is a target."""
         return left_out(module, context.config)
 
-    def asked_name(self, module: Module, context: Context) -> tuple[str, str]:
+    def configured_name(self, module: Module, context: Context) -> tuple[str, str]:
         """The module whose name decides the settings of one below wrapped modules, or why it is unknown."""
         return "", f"what its .base_layer stands for is not known: {self.peft_type} has no layers below wrapped ones"
 
@@ -164,15 +164,15 @@ class PeftMethod(ABC):
 
     def _claim_one(self, claims: Claims, module: Module, context: Context) -> None:
         if ".base_layer" in module.prefix and BELOW_WRAPPERS.search(module.prefix):
-            asked, why = self.asked_name(module, context)
+            configured, why = self.configured_name(module, context)
             if why:
                 claims.reject(module.refs, f"{module.first.name}: {why}")
                 return
-            module = dataclasses.replace(module, asked=asked)
+            module = dataclasses.replace(module, configured=configured)
         if self._complete(claims, module):
             self.claim_module(claims, module, context)
         # The config was written before wrappers came before PEFT's prefix.
-        for name in peeled(module.asked):
+        for name in peeled(module.configured):
             if not (reason := self.left_out(name, context)):
                 return
         claims.problems.append(
@@ -259,7 +259,7 @@ def _anchored(config: Config, modules: Collection[Module]) -> list[str]:
     # Methods that do not read the patterns have not checked their type.
     patterns = [of for key in ("rank_pattern", "alpha_pattern") if isinstance(of := config.get(key), dict)]
     anchored = [key for of in patterns for key in of if str(key).startswith("^")]
-    wrapped = (module for module in modules if len(list(peeled(module.asked))) > 1)
+    wrapped = (module for module in modules if len(list(peeled(module.configured))) > 1)
     return [
         f"{module.prefix} has a wrapper's name before the module's, and adapter_config.json's pattern "
         f"{reprlib.repr(anchored[0])} is of whole names, so what it matches is unknown; save the adapter with "

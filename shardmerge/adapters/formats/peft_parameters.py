@@ -81,7 +81,7 @@ def claim_parameter(claims: Claims, module: Module, rank: int, scaling: float, c
     a, b = module.factors["A"], module.factors["B"]
     parameter = owner(module.name, context)
     if parameter is None:
-        _say_whose(claims, module, name, context)
+        _report_unknown_parameter(claims, module, name, context)
         return
     extra = [ref for role, ref in module.factors.items() if role not in ("A", "B")]
     for ref in extra:
@@ -112,7 +112,7 @@ def owner(module: str, context: Context) -> str | None:
     return targets[len(targets) - 1 - depth]
 
 
-def _say_whose(claims: Claims, module: Module, name: str, context: Context) -> None:
+def _report_unknown_parameter(claims: Claims, module: Module, name: str, context: Context) -> None:
     a, targets = module.factors["A"], targeted(name, context)
     if len(targets) > 1 and not context.base.registered(name):
         claims.reject(

@@ -103,7 +103,7 @@ class Scales:
         return alpha or 1.0
 
     def _of_metadata(self, rank: int) -> float | None:
-        said = self._numbers = self._numbers or numbers_said(self.metadata)
+        said = self._numbers = self._numbers or stated_numbers(self.metadata)
         if isinstance(said, str):
             self._said[said] = None
             return 1.0
@@ -129,7 +129,7 @@ class Scales:
             )
 
 
-def numbers_said(metadata: Mapping[str, str]) -> tuple[float | None, float | None] | str:
+def stated_numbers(metadata: Mapping[str, str]) -> tuple[float | None, float | None] | str:
     """α and r in the metadata, or None; a string is a problem."""
     said = {key: metadata[key] for key in (*ALPHAS, *RANKS) if key in metadata}
     numbers = {key: _number(text) for key, text in said.items()}
@@ -172,7 +172,7 @@ def _is_off(value: object, off: tuple[object, ...]) -> bool:
     return (value.lower() if isinstance(value, str) else value) in off
 
 
-def config_said(metadata: Mapping[str, str], modules: list[str]) -> dict[str, Any] | str | None:
+def stated_config(metadata: Mapping[str, str], modules: list[str]) -> dict[str, Any] | str | None:
     """PEFT's config of the part that has all ``modules``; None where there is none, a string is a problem.
 
     diffusers writes ``transformer.r`` for a pipeline's part, ``r`` for a model.

@@ -15,7 +15,7 @@ from shardmerge.adapters.formats.checks import RANK, RANK_PATTERN, rank_of
 from shardmerge.adapters.formats.peft_method import Context, Module, PeftFamily
 from shardmerge.adapters.lazy_torch import Tensor
 from shardmerge.adapters.methods.base import Factors
-from shardmerge.adapters.methods.lora import Lora, no_factors
+from shardmerge.adapters.methods.lora import Lora, pair_problem
 from shardmerge.spec.tensors import Orientation, transposed_if
 from shardmerge.spec.updates import Parameter, Update, Window
 
@@ -44,7 +44,7 @@ class Hira(Lora, PeftFamily):
         rank = rank_of(context.config, module.name)
         factors = (("A", a), ("B", b))
         claims.updates.append(self.update(module, context, factors=factors, orientation=transposed_if(infix)))
-        if problem := no_factors(a, b):
+        if problem := pair_problem(a, b):
             claims.misfit(problem)
         elif a.shape[0] != b.shape[1] or a.shape[0] not in (rank, context.config["r"]):
             claims.misfit(

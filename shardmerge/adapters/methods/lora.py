@@ -216,7 +216,7 @@ def add_product(out: Tensor, b: Tensor, a: Tensor) -> None:
         out[rows.start : rows.stop] += b[rows.start : rows.stop] @ a
 
 
-def no_factors(a: TensorRef, b: TensorRef) -> str:
+def pair_problem(a: TensorRef, b: TensorRef) -> str:
     """The problem of the dimensions of A and B, whatever the weight; empty where they may be a pair."""
     if len(a.shape) >= 2 and len(b.shape) == len(a.shape) and {1}.issuperset(b.shape[2:]):
         return ""

@@ -159,8 +159,8 @@ def sized(claims: Claims, family: Family, context: Context) -> Claims:
     rows, columns = 0, 0
     dtypes: dict[str, None] = {}
     for update in claims.updates:
-        asked = update.family == family.name and update.fits
-        stored = context.base.stored(update.module, "weight") if asked else None
+        is_meant = update.family == family.name and update.fits
+        stored = context.base.stored(update.module, "weight") if is_meant else None
         if stored is None or len(stored[0].shape) != 2:
             continue  # what is not a matrix of the base, the match reports
         oriented = family.orient(update, stored[0])
