@@ -186,7 +186,7 @@ class PeftMethod(ABC):
         shared: dict[str, TensorRef] = {}
         for written, ref in tensors.items():
             name = unwrapped(written)
-            if self.shared_roles and (role := self._shared_role(name)):
+            if role := self._shared_role(name):
                 shared[role] = ref
             elif (found := role_of(name)) is not None:
                 prefix, infix, role = found
