@@ -36,6 +36,7 @@ COMPUTES = frozenset(
         "codecs.ggml_blocks",
         "codecs.grids",
         "codecs.nearest",
+        "codecs.packing",
         "codecs.rounding",
         "codecs.stochastic",
         "codecs.tables",
