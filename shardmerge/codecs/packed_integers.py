@@ -57,11 +57,12 @@ class PackedIntegers(Integers):
         if not _may_fit(scheme, codes, scale) or scheme.is_symmetric != (zeros is None):
             return 0
         if zeros is not None:
-            expected = (_words(codes.shape[0], scheme.bits), scale.shape[-1])
-            if (zeros.dtype, zeros.shape) != ("I32", expected) or len(scale.shape) != 2 or scheme.strategy == "tensor":
+            of_rows = len(scale.shape) == 2 and scheme.strategy != "tensor"
+            expected = (_words(codes.shape[0], scheme.bits), *scale.shape[1:])
+            if not of_rows or (zeros.dtype, zeros.shape) != ("I32", expected):
                 return 0
         if shape is None:
-            return scale.shape[-1] * scheme.group_size  # none where it has no groups
+            return scale.shape[1] * scheme.group_size if scheme.strategy == "group" else 0
         fits = shape[0] == codes.shape[0] and shape[1] > 0 and _words(shape[1], scheme.bits) == codes.shape[1]
         return shape[1] if fits else 0
 

@@ -122,6 +122,16 @@ def changed(**parts: Any) -> Tensors:
         (changed(weight_scale=torch.ones(48, 3).int()), config(scheme()), r"its scale is I32 .*expected is F32"),
         (changed(weight_packed=torch.ones(48, 13).int()), config(scheme()), r"I32 \[48, 13\], but .*none of these"),
         (changed(weight_packed=torch.ones(2, 48, 12).int()), config(scheme()), r"\[2, 48, 12\], but expected is a mat"),
+        (
+            changed(weight_scale=torch.tensor(1.0), weight_shape=torch.tensor(1)),
+            config(scheme(group=None, strategy="tensor")),
+            r"its scale is F32 \[\].*none of these fits",
+        ),
+        (
+            changed(weight_scale=torch.tensor(1.0), weight_zero_point=torch.tensor(1).int()),
+            config(scheme(group=None, strategy="tensor", symmetric=False)),
+            r"its zero points are I32 \[\]",
+        ),
         (changed(), config(scheme(8)), r"says int of 8 bits with a scale for 32 columns: none of these fits"),
         (changed(), config(), r"config\.json says no integers"),
         (changed(), config(scheme(group="32")), r"config\.json says no integers"),
