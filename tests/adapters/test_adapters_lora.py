@@ -53,15 +53,6 @@ def write(folder: Path, dtype: str = "float32", **settings: Any) -> Case:
     return write_case(folder, LoraConfig(**{"r": 5, "lora_alpha": 13, **settings}), dtype=dtype)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """How many threads there are moves the last bit of small products."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("feature", ONCE)
 def test_bit_for_bit(tmp_path: Path, feature: str, dtype: str) -> None:
