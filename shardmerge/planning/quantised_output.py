@@ -56,9 +56,9 @@ class Exceptions:
 
 #: By ``quant_method``.
 EXCEPTIONS: Mapping[str, Exceptions] = {
-    "fp8": Exceptions(("modules_to_not_convert", "ignored_layers")),
-    "mxfp8": Exceptions(("modules_to_not_convert", "ignored_layers")),
-    "fbgemm_fp8": Exceptions(("modules_to_not_convert",)),
+    "fp8": Exceptions(("modules_to_not_convert", "ignored_layers"), left_out_without_list=("lm_head",)),
+    "mxfp8": Exceptions(("modules_to_not_convert", "ignored_layers"), left_out_without_list=("lm_head",)),
+    "fbgemm_fp8": Exceptions(("modules_to_not_convert",), left_out_without_list=("lm_head",)),
     "compressed-tensors": Exceptions(("ignore",), names_experts_together=False, loses_experts=True),
     "modelopt": Exceptions(("ignore", "exclude_modules")),
     "bitsandbytes": Exceptions(("llm_int8_skip_modules",), left_out_without_list=("lm_head",)),

@@ -54,6 +54,17 @@ def test_mixed_keeps_the_bytes_of_all_that_is_not_updated(tmp_path: Path, kind: 
     assert shardmerge.verify(tmp_path / "out", rows=None).ok
 
 
+def test_a_new_list_names_what_programs_leave_out_where_there_is_none(tmp_path: Path) -> None:
+    """DeepSeek's config.json has no list. transformers then leaves out the head by itself, but not beside a list."""
+    made = fp8_block()
+    del made.config["quantization_config"]["modules_to_not_convert"]
+    scene = Scene(tmp_path, made)
+    scene.merge(quantized="mixed")
+    listed = scene.settings()["quantization_config"]["modules_to_not_convert"]
+    fused = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    assert listed[:2] == ["lm_head", "model.embed_tokens"] and set(listed[2:]) == {*fused, DOWN}
+
+
 @each
 def test_dense_decodes_everything(tmp_path: Path, kind: str) -> None:
     scene = Scene(tmp_path, BASES[kind]())
