@@ -10,6 +10,7 @@ matrix. Codes are (rows, columns / 2), or (experts, rows, columns / 2). Stored a
 | MXFP4 of compressed-tensors | ``weight_packed`` U8 | ``weight_scale`` U8 (E8M0), 32 | |
 | MXFP4 of modelopt | ``weight`` U8 | ``weight_scale`` U8 (E8M0), 32 | |
 | experts of DeepSeek-V4 | ``weight`` I8 | ``scale`` F8_E8M0, 32 | |
+| ``mxfp4`` and ``nvfp4`` of MLX, see `shardmerge.codecs.mlx` | ``weight`` U32 | ``scales`` U8, 32 or 16 | |
 
 Sources: compressed-tensors' ``NVFP4PackedCompressor`` and ``MXFP4PackedCompressor``, modelopt's ``NVFP4QTensor`` and
 ``MXFP4QTensor``, DeepSeek-V4's ``inference/convert.py``; OCP Microscaling Formats (MX) Specification 1.0.
@@ -29,7 +30,7 @@ from shardmerge.codecs.codec import Codec, CodecMemory, Output, ReadPart, Stored
 from shardmerge.codecs.quantization import ACTIVATION_SCALES, ROUNDING_BYTES, beside, quantization
 from shardmerge.errors import FormatError
 from shardmerge.spec.plans import TensorPlan
-from shardmerge.spec.tensors import Encoding, RowRange, TensorRef, Weight, tensor_nbytes
+from shardmerge.spec.tensors import DTYPE_BITS, Encoding, RowRange, TensorRef, Weight, tensor_nbytes
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +76,7 @@ class Fp4(Codec):
 
     name = "fp4"
     title = "FP4 (E2M1): NVFP4 and MXFP4, experts of DeepSeek-V4"
-    methods = ("compressed-tensors", "modelopt", "fp8")
+    methods = ("compressed-tensors", "modelopt", "fp8", "mlx")
     on_device = True
 
     def claims(self, tensors: StoredTensors, config: Mapping[str, Any]) -> Iterator[Weight | str]:
@@ -129,11 +130,16 @@ class Fp4(Codec):
 
     def outputs(self, name: str, shape: tuple[int, ...], encoding: Encoding) -> tuple[Output, ...]:
         """The codes; scales stay as they are."""
-        dtype, stored = encoding.setting("codes"), (*shape[:-1], shape[-1] // 2)
+        dtype = encoding.setting("codes")
+        stored = (*shape[:-1], shape[-1] * 4 // DTYPE_BITS[dtype])
         return (Output("values", name + encoding.setting("suffix"), dtype, stored, tensor_nbytes(dtype, stored)),)
 
     def stochastic(self, encoding: Encoding, seed: int) -> Encoding | None:
         return dataclasses.replace(encoding, settings=(*encoding.settings, ("seed", seed)))
+
+    def rounds_to(self, tensor: TensorPlan) -> str:
+        """Codes of four bits, whatever they are stored as."""
+        return "U8"
 
     def largest(self, tensor: TensorPlan) -> float:
         """What is beyond the largest code becomes that."""

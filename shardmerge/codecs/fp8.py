@@ -9,6 +9,7 @@ stored, by ``quant_method`` of config.json:
 - ``compressed-tensors`` (``float-quantized``, ``naive-quantized``, ``mxfp8-quantized``), ``modelopt``, ``fbgemm_fp8``:
   ``weight`` with ``weight_scale``;
 - ComfyUI: ``weight`` with ``weight_scale`` or ``scale_weight``, and no config;
+- MLX (``mxfp8``): ``weight`` U32 with ``scales``, see `shardmerge.codecs.mlx`;
 - experts of a layer in one tensor: ``experts.gate_up_proj`` with ``…_scale`` or ``…_scale_inv``.
 
 Scales are F32, BF16, F16 or E8M0, a power of two: stored as F8_E8M0, or as U8 by formats of 32 columns a block.
@@ -26,7 +27,7 @@ from shardmerge.codecs import compressed_tensors
 from shardmerge.codecs.codec import Codec, CodecMemory, Output, ReadPart, TileSlot
 from shardmerge.codecs.quantization import ACTIVATION_SCALES, beside, groups, quantization
 from shardmerge.spec.plans import TensorPlan
-from shardmerge.spec.tensors import Encoding, RowRange, TensorRef, Weight, tensor_nbytes
+from shardmerge.spec.tensors import DTYPE_BITS, Encoding, RowRange, TensorRef, Weight, tensor_nbytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,11 +47,13 @@ Block = tuple[int, int]
 
 
 class Fp8(Codec):
-    """Settings: ``block`` (rows, columns), ``height``, the rows of one matrix of a stack, and maybe ``seed``."""
+    """Settings: ``block`` (rows, columns), ``height``, the rows of one matrix of a stack, maybe ``codes``, the dtype
+    that codes are stored as, and maybe ``seed``.
+    """
 
     name = "fp8"
     title = "FP8 (E4M3) with a scale for each block, row, column or tensor"
-    methods = ("fp8", "mxfp8", "compressed-tensors", "modelopt", "fbgemm_fp8", "")
+    methods = ("fp8", "mxfp8", "compressed-tensors", "modelopt", "fbgemm_fp8", "mlx", "")
     on_device = True
 
     def claims(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Iterator[Weight | str]:
@@ -85,7 +88,12 @@ class Fp8(Codec):
 
     def outputs(self, name: str, shape: tuple[int, ...], encoding: Encoding) -> tuple[Output, ...]:
         """The codes; scales stay as they are."""
-        return (Output("values", name, "F8_E4M3", shape, tensor_nbytes("F8_E4M3", shape)),)
+        dtype = encoding.setting("codes", "F8_E4M3")
+        stored = (*shape[:-1], shape[-1] * 8 // DTYPE_BITS[dtype])
+        return (Output("values", name, dtype, stored, tensor_nbytes(dtype, stored)),)
+
+    def rounds_to(self, tensor: TensorPlan) -> str:
+        return "F8_E4M3"
 
     def stochastic(self, encoding: Encoding, seed: int) -> Encoding | None:
         return dataclasses.replace(encoding, settings=(*encoding.settings, ("seed", seed)))
@@ -125,6 +133,7 @@ class Fp8(Codec):
             of_rows = _rows_of_grid(slot.rows, encoding)
             grids.check_divisors(slot, "scale", slot.part("scale", of_rows).float(), of_rows.start)
         tile.clamp_(-_MAX, _MAX)
+        target = target.view(torch.float8_e4m3fn)
         if (seed := encoding.setting("seed")) is None:
             rounding.encode_into(target, tile)
         else:

@@ -75,28 +75,14 @@ class PackedIntegers(Integers):
         return "I8"
 
     def _numbers(self, stored: Tensor, bits: int, out: Tensor) -> None:
-        import torch
-
-        from shardmerge.codecs import packing, tables
-
-        levels = tuple(float(code - (1 << bits - 1)) for code in range(1 << bits))
-        if _are_whole(bits, out.shape[1]):
-            (tables.look_up_halves if bits == 4 else tables.look_up)(stored.view(torch.uint8), levels, out)
-        else:
-            out.copy_(packing.unpack(stored, bits, out.shape[1]).sub_(1 << bits - 1))
-
-    def _store(self, numbers: Tensor, bits: int, target: Tensor) -> None:
-        import torch
-
         from shardmerge.codecs import packing
 
-        codes = numbers.add_(1 << bits - 1).to(torch.uint8)
-        if not _are_whole(bits, codes.shape[1]):
-            packing.pack(codes, bits, target)
-        elif bits == 4:
-            packing.pack_halves(codes, target.view(torch.uint8))
-        else:
-            target.view(torch.uint8).copy_(codes)
+        packing.read(stored, bits, -(1 << bits - 1), out)
+
+    def _store(self, numbers: Tensor, bits: int, target: Tensor) -> None:
+        from shardmerge.codecs import packing
+
+        packing.write(numbers, bits, -(1 << bits - 1), target)
 
     def _zeros(self, encoding: Encoding, rows: RowRange, part: ReadPart) -> Tensor:
         from shardmerge.codecs import packing
@@ -110,11 +96,6 @@ class PackedIntegers(Integers):
 def _words(count: int, bits: int) -> int:
     """The words that so many codes take."""
     return -(-count * bits // _WORD)
-
-
-def _are_whole(bits: int, count: int) -> bool:
-    """Whether the words of so many codes are halves of bytes, or bytes, and nothing else."""
-    return bits in (4, 8) and count * bits % _WORD == 0
 
 
 def _may_fit(scheme: Scheme, codes: TensorRef, scale: TensorRef) -> bool:

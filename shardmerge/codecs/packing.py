@@ -8,7 +8,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shardmerge.codecs import tables
+
 WORD = 32
+
+
+def read(stored: Tensor, bits: int, least: int, out: Tensor) -> None:
+    """Words (rows, words) → ``out`` (float32: rows, columns): the codes, of which 0 is the number ``least``."""
+    if _are_whole(bits, out.shape[1]):
+        levels = tuple(float(code + least) for code in range(1 << bits))
+        (tables.look_up_halves if bits == 4 else tables.look_up)(stored.view(torch.uint8), levels, out)
+    else:
+        out.copy_(unpack(stored.view(torch.int32), bits, out.shape[1]).add_(least))
+
+
+def write(numbers: Tensor, bits: int, least: int, target: Tensor) -> None:
+    """The reverse of `read`: whole ``numbers``, which are overwritten, → words in ``target``."""
+    codes = numbers.sub_(least).to(torch.uint8)
+    if not _are_whole(bits, codes.shape[1]):
+        pack(codes, bits, target.view(torch.int32))
+    elif bits == 4:
+        pack_halves(codes, target.view(torch.uint8))
+    else:
+        target.view(torch.uint8).copy_(codes)
+
+
+def _are_whole(bits: int, count: int) -> bool:
+    """Whether the words of so many codes are halves of bytes, or bytes, and nothing else."""
+    return bits in (4, 8) and count * bits % WORD == 0
 
 
 def unpack(packed: Tensor, bits: int, count: int, first_bit: int = 0) -> Tensor:

@@ -9,6 +9,8 @@ from shardmerge.spec.tensors import TensorRef
 
 #: Keys of config.json that hold the settings: transformers and vLLM, older compressed-tensors, MLX.
 SECTIONS = ("quantization_config", "compression_config", "quantization")
+#: The method of settings that MLX writes, which do not name one.
+MLX_METHOD = "mlx"
 #: Files of settings, beside config.json: modelopt's, GPTQ's and AWQ's.
 MODELOPT_SETTINGS = "hf_quant_config.json"
 SETTINGS_FILES = (MODELOPT_SETTINGS, "quantize_config.json", "quant_config.json")
@@ -28,6 +30,9 @@ def quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
         for key in SECTIONS:
             found = section.get(key)
             if isinstance(found, dict) and found:
+                of_mlx = "quant_method" not in found and section.get("quantization")
+                if isinstance(of_mlx, dict) and of_mlx:  # ``quantization_config`` is a copy, for other programs
+                    return {"quant_method": MLX_METHOD, **of_mlx}
                 return {"quant_method": _method(key, found), **found}
     return {}
 
@@ -36,9 +41,7 @@ def _method(key: str, settings: Mapping[str, Any]) -> str:
     """The method of settings that do not name one."""
     if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
         return "bitsandbytes"
-    if key == "compression_config":
-        return "compressed-tensors"
-    return "mlx" if key == "quantization" else ""
+    return "compressed-tensors" if key == "compression_config" else ""
 
 
 def groups(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -10,10 +10,18 @@ from shardmerge.codecs.fp4 import FP4
 from shardmerge.codecs.fp8 import FP8
 from shardmerge.codecs.ggml import GGML
 from shardmerge.codecs.integers import PLAIN_INTEGERS
+from shardmerge.codecs.mlx import MLX_AFFINE
 from shardmerge.codecs.packed_integers import PACKED_INTEGERS
 from shardmerge.spec.plans import TensorPlan
 
-_QUANTISED: tuple[Codec, ...] = (BITSANDBYTES_4BIT, BITSANDBYTES_INT8, FP4, PACKED_INTEGERS, PLAIN_INTEGERS)
+_QUANTISED: tuple[Codec, ...] = (
+    BITSANDBYTES_4BIT,
+    BITSANDBYTES_INT8,
+    FP4,
+    MLX_AFFINE,
+    PACKED_INTEGERS,
+    PLAIN_INTEGERS,
+)
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (*FLOATS, *GGML, *FP8, *_QUANTISED)}
 
 

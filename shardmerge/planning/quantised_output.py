@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardmerge.codecs.quantization import MLX_METHOD
 from shardmerge.config.schema import OutputConfig
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.file_formats.model_config import setting
@@ -52,6 +53,10 @@ class Exceptions:
     #: What programs leave out by themselves only where there is no list: a new list names it, with all other modules
     #: that have a matrix and are not quantised.
     left_out_without_list: tuple[str, ...] = ()
+    #: Whether there are no lists, but a key for each module, which is false for one that is not quantised.
+    has_key_per_module: bool = False
+    #: Whether programs compute some modules as one.
+    fuses: bool = True
 
 
 #: By ``quant_method``.
@@ -62,6 +67,7 @@ EXCEPTIONS: Mapping[str, Exceptions] = {
     "compressed-tensors": Exceptions(("ignore",), names_experts_together=False, loses_experts=True),
     "modelopt": Exceptions(("ignore", "exclude_modules")),
     "bitsandbytes": Exceptions(("llm_int8_skip_modules",), left_out_without_list=("lm_head",)),
+    MLX_METHOD: Exceptions((), names_experts_together=False, has_key_per_module=True, fuses=False),
     "": Exceptions(()),  # ComfyUI's: tensors alone say what is quantised
 }
 
@@ -90,7 +96,8 @@ def quantised_output(checkpoint: Checkpoint, updated: Collection[str], output: O
         return QuantisedOutput(problems=tuple(problems))
     touched = [name for name in updated if name in stored]
     mode, why = _mode(output, touched, exceptions)
-    dtype, closed = _dense_dtype(checkpoint, output), closure(touched, stored)
+    dtype = _dense_dtype(checkpoint, output)
+    closed = closure(touched, stored, fuses=exceptions is None or exceptions.fuses)
     notes = _notes(mode, why, dtype, stored, closed)
     if mode == "same":
         kept = {name: weight.stored_as for name in touched if (weight := stored[name]).stored_as is not None}
@@ -102,7 +109,7 @@ def quantised_output(checkpoint: Checkpoint, updated: Collection[str], output: O
     if len(becoming) == len(stored):
         left_out = frozenset(name for name in checkpoint.weights if _OF_CACHE.fullmatch(name))
         config["quantization"] = None
-    elif becoming and exceptions is not None and exceptions.keys:
+    elif becoming and exceptions is not None and (exceptions.keys or exceptions.has_key_per_module):
         config["dense_modules"] = modules = modules_of(becoming, exceptions)
         if exceptions.left_out_without_list and not isinstance(settings.get(exceptions.keys[0]), list):
             modules = [*_plain_modules(checkpoint, exceptions), *modules]
@@ -186,12 +193,11 @@ def _dense_dtype(checkpoint: Checkpoint, output: OutputConfig) -> str:
     return "BF16"
 
 
-def closure(touched: Iterable[str], stored: Mapping[str, Weight]) -> list[str]:
+def closure(touched: Iterable[str], stored: Mapping[str, Weight], fuses: bool = True) -> list[str]:
     """The weights that become dense together with those that are updated, in the base's order."""
-    chosen: set[str] = set()
+    chosen: set[str] = set(touched)
     experts: set[str] = set()
-    for name in touched:
-        chosen.add(name)
+    for name in touched if fuses else ():
         if match := _EXPERTS.fullmatch(name):
             experts.add(match[1])
             continue
@@ -212,8 +218,10 @@ def modules_of(weights: Iterable[str], exceptions: Exceptions) -> list[str]:
 
 def with_exceptions(settings: Mapping[str, Any], exceptions: Exceptions, modules: Sequence[str]) -> dict[str, Any]:
     """The settings with ``modules`` among those that are not quantised."""
-    first, *others = exceptions.keys
     changed = dict(settings)
+    if exceptions.has_key_per_module:
+        return changed | dict.fromkeys(modules, False)
+    first, *others = exceptions.keys
     for key in (first, *(key for key in others if isinstance(settings.get(key), list))):
         listed = settings.get(key)
         listed = list(listed) if isinstance(listed, list) else []

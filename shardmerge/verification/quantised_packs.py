@@ -1,4 +1,4 @@
-"""Second decoders of packed integers and FP4: from the formats' definitions, bit by bit, without the codecs."""
+"""Second decoders of packed integers, MLX's among them, and FP4: from the formats' definitions, bit by bit, without the codecs."""
 
 from __future__ import annotations
 
@@ -92,4 +92,18 @@ def fp4(files: Files, stored: StoredWeight, rows: RowRange) -> Tensor:
     return float32(torch.where(sign == 1, -size, size) * scales[:, group])
 
 
-PACKS: Mapping[str, Decoder] = {"packed-int": packed_int, "plain-int": plain_int, "fp4": fp4}
+def mlx_affine(files: Files, stored: StoredWeight, rows: RowRange) -> Tensor:
+    """float32(float32(code · scale) + bias)."""
+    assert stored.encoding is not None
+    codes = _codes(files, stored, rows, stored.encoding.setting("bits"))
+    scales, biases = (scales_of(files, stored.parts[role], rows.start, len(rows)) for role in ("scales", "biases"))
+    group = torch.arange(stored.columns) // (stored.columns // scales.shape[1])
+    return float32(float32(codes * scales[:, group]) + biases[:, group])
+
+
+PACKS: Mapping[str, Decoder] = {
+    "packed-int": packed_int,
+    "plain-int": plain_int,
+    "fp4": fp4,
+    "mlx-affine": mlx_affine,
+}
