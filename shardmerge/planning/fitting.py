@@ -15,7 +15,7 @@ from shardmerge.codecs.registry import CODECS
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.key_mapping.heads import LABELS, Head
 from shardmerge.key_mapping.names import Names
-from shardmerge.planning.quantised import is_quantised
+from shardmerge.planning.quantised import DENSE_COPY, is_quantised
 from shardmerge.planning.tied import stands_for
 from shardmerge.planning.vocabulary import may_resize
 from shardmerge.spec.tensors import FACTOR_DTYPES, FLOAT_DTYPES, Orientation, TensorRef, Weight
@@ -83,7 +83,11 @@ class Fitting:
             return [packed]
         if family.is_source:
             problems = _dtype_of_whole(update, refs[0])
-        problems += family.check(update, shape_of(update, parameter))
+        misfits = family.check(update, shape_of(update, parameter))
+        stored_as = self.stored.weight(parameter.regions[0].tensor).stored_as
+        if misfits and stored_as is not None and any(role == "whole" for role, _ in update.factors):
+            misfits = [f"{misfits[0]}; it is stored as {stored_as.codec}, which cannot be resized: {DENSE_COPY}"]
+        problems += misfits
         if not math.isfinite(update.scaling * self.weight):
             problems.append(
                 f"{update.module}: its scaling of {update.scaling:g} times the weight {self.weight:g} is not a number"

@@ -29,6 +29,8 @@ _PACKED = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "U8", "I
 _NUMBERS = {"fp8": "FP8", "fbgemm_fp8": "FP8", "mxfp4": "MXFP4", "bitnet": "ternary numbers"}
 #: Names of tensors that a message lists.
 _SHOWN = 4
+#: What can be done where a quantised weight cannot be what it would have to be.
+DENSE_COPY = "merge into a dense copy of the base, as `shardmerge export --quantized dense` makes one"
 _WAY_OUT = (
     "only F32, F16 and BF16 weights can be merged into, so merge into the model as it was before it was quantised, or "
     "dequantise it first"

@@ -21,6 +21,7 @@ from shardmerge.adapters.methods.whole import TokenSettings, whole_settings
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.key_mapping.names import Names
 from shardmerge.key_mapping.ties import Tie
+from shardmerge.planning.quantised import DENSE_COPY
 from shardmerge.planning.several import in_order, order_of, replaces, replaces_rows
 from shardmerge.planning.tied import TIES_KEY, without_ties
 from shardmerge.spec.notices import Warned
@@ -279,14 +280,16 @@ class _Resolving:
             if kind == "keep" and not stored and name != tie.source:
                 # Of one tensor that was trained for all names, the source's word is taken.
                 own = {**own, name: [update for update in own[name] if not order_of(update)]}
+            main = self.checkpoint.weights[tie.main]
+            if not stored and main.stored_as is not None:
+                self.result.problems.append(
+                    f"{main.name} is stored as {main.stored_as.codec}, of which {name} cannot be written apart; "
+                    + DENSE_COPY
+                )
+                self.updates.pop(name, None)
+                continue
             self._set(name, [*own[name], *self._seen(name, tie, joined, own)])
             if not stored:
-                main = self.checkpoint.weights[tie.main]
-                if main.stored_as is not None:
-                    self.result.problems.append(
-                        f"{main.name} is stored as {main.stored_as.codec}, of which {name} cannot be written apart; "
-                        "tied: peft keeps them one"
-                    )
                 self.result.added.append(dataclasses.replace(main.tensor, name=name))
 
     def _seen(self, name: str, tie: Tie, joined: Sequence[str], own: Mapping[str, list[Update]]) -> list[Update]:

@@ -1,4 +1,4 @@
-"""Second decoders of packed integers, MLX's among them, and FP4: from the formats' definitions, bit by bit, without the codecs."""
+"""Second decoders of packed integers, of MLX's too, and FP4: from the definitions, bit by bit, without the codecs."""
 
 from __future__ import annotations
 

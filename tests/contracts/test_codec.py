@@ -21,7 +21,7 @@ from shardmerge.codecs.rounding import NUMBER_DTYPES, TORCH_DTYPES
 from shardmerge.spec.plans import SmallPart, TensorPlan
 from shardmerge.spec.tensors import Encoding, RowRange, TensorInfo, TensorRef
 from shardmerge.verification.decoders import DECODERS
-from tests.support import quantised_bnb, quantised_packs
+from tests.support import quantised_bnb, quantised_mlx, quantised_packs
 from tests.support.toy_codec import ROWS, TOYS
 
 #: The parts of a weight as a file has them, by role.
@@ -179,6 +179,30 @@ def fp4_case(kind: str) -> Case:
     return Case(CODECS["fp4"], read, tuple(settings.items()), base=base)
 
 
+def mlx_case(mode: str = "affine", bits: int = 4, group: int = 32, dtype: str = "BF16") -> Case:
+    """MLX: codes in words, of the codecs' roles."""
+    roles = {"scales": "scales" if mode == "affine" else "scale", "biases": "biases"}
+    scales = {"affine": TORCH_DTYPES[dtype], "nvfp4": torch.float8_e4m3fn}.get(mode, torch.float8_e8m0fnu)
+
+    def base(shape: tuple[int, int]) -> Parts:
+        parts = quantised_mlx.mlx_parts(numbers(shape, seed=9), mode, bits, group, TORCH_DTYPES[dtype])
+        return {roles[end]: part.view(scales) for end, part in parts.items() if end != "weight"}
+
+    def read(parts: Parts, shape: tuple[int, int]) -> Tensor:
+        named = {end: parts[role] for end, role in roles.items() if role in parts}
+        named = named if mode == "affine" else {"scales": named["scales"].view(torch.uint8)}
+        return quantised_mlx.mlx_values(
+            {**named, "weight": parts["values"].view(shape[0], -1)}, shape[1], mode
+        ).double()
+
+    settings: dict[str, object] = {
+        "affine": {"bits": bits},
+        "mxfp8": {"block": (1, group), "height": 1 << 20, "codes": "U32"},
+    }.get(mode, {"group": group, "codes": "U32", "suffix": ""})
+    codec = {"affine": "mlx-affine", "mxfp8": "fp8"}.get(mode, "fp4")
+    return Case(CODECS[codec], read, tuple(settings.items()), base=base)
+
+
 STATE, STATE_BYTES = "quant_state.bitsandbytes__of_case", 256
 FP8_BLOCK = (32, 48)
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -207,6 +231,9 @@ CASES = (
     integer_case(symmetric=False, order=True),
     *(integer_case(8, group, symmetric, plain=True) for group in (None, -1, 32) for symmetric in (True, False)),
     *(fp4_case(kind) for kind in quantised_packs.FP4_CODES),
+    *(mlx_case(bits=bits) for bits in (1, 2, 3, 4, 5, 6, 8)),
+    mlx_case(bits=8, dtype="F32"),
+    *(mlx_case(mode, *how) for mode, how in quantised_mlx.MODES.items()),
     *(Case(codec, of_toy) for codec in TOYS),
 )
 every_case = pytest.mark.parametrize("case", CASES, ids=str)

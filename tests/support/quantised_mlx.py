@@ -47,12 +47,13 @@ def _floats(values: np.ndarray, mode: str) -> Tensors:
     blocks = values.reshape(len(values), -1, group)
     largest = np.maximum(np.abs(blocks).max(-1), 1e-9)
     if mode == "nvfp4":
-        scale = torch.from_numpy(largest / 6).to(torch.float8_e4m3fn)
+        # There is no scale for all, so those of small weights are the least that E4M3 has, or 0 in MLX.
+        scale = torch.from_numpy(np.maximum(largest / 6, 2.0**-9)).to(torch.float8_e4m3fn)
         exact, byte = scale.double().numpy()[..., None], scale.view(torch.uint8)
     else:
         power = np.ceil(np.log2(largest / (6 if mode == "mxfp4" else 448)))
         exact, byte = np.exp2(power)[..., None], torch.from_numpy((power + 127).astype(np.uint8))
-    scaled = blocks / np.where(exact == 0, 1, exact)
+    scaled = blocks / exact
     if mode == "mxfp8":
         data = torch.from_numpy(scaled).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).view(len(values), -1)
     else:
