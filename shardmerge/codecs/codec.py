@@ -52,10 +52,13 @@ class StoredTensors(dict[str, TensorRef]):
         self,
         tensors: Mapping[str, TensorRef],
         read: Callable[[Sequence[TensorRef]], Mapping[str, bytes]] = lambda refs: {},
+        metadata: Sequence[Sequence[tuple[str, str]]] = (),
     ) -> None:
         super().__init__(tensors)
         #: Reads the bytes of tensors, by name. A caller asks for all at once, as each may be a request to a server.
         self.contents = read
+        #: The metadata of each file.
+        self.metadata = metadata
 
 
 #: Reads rows of a small part, by its role, as stored.

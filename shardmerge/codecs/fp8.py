@@ -8,7 +8,7 @@ stored, by ``quant_method`` of config.json:
   are multiplied in spite of its name), or ``scale``, or ``qscale_weight``;
 - ``compressed-tensors`` (``float-quantized``, ``naive-quantized``, ``mxfp8-quantized``), ``modelopt``, ``fbgemm_fp8``:
   ``weight`` with ``weight_scale``;
-- ComfyUI: ``weight`` with ``weight_scale`` or ``scale_weight``, and no config;
+- ComfyUI: ``weight`` with ``weight_scale`` or ``scale_weight``, and no config, see `shardmerge.codecs.comfy`;
 - MLX (``mxfp8``): ``weight`` U32 with ``scales``, see `shardmerge.codecs.mlx`;
 - experts of a layer in one tensor: ``experts.gate_up_proj`` with ``…_scale`` or ``…_scale_inv``.
 
@@ -23,8 +23,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from shardmerge.codecs import compressed_tensors
-from shardmerge.codecs.codec import Codec, CodecMemory, Output, ReadPart, TileSlot
+from shardmerge.codecs import comfy, compressed_tensors
+from shardmerge.codecs.codec import Codec, CodecMemory, Output, ReadPart, StoredTensors, TileSlot
 from shardmerge.codecs.quantization import ACTIVATION_SCALES, beside, groups, quantization
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import DTYPE_BITS, Encoding, RowRange, TensorRef, Weight, tensor_nbytes
@@ -56,7 +56,8 @@ class Fp8(Codec):
     methods = ("fp8", "mxfp8", "compressed-tensors", "modelopt", "fbgemm_fp8", "mlx", "")
     on_device = True
 
-    def claims(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Iterator[Weight | str]:
+    def claims(self, tensors: StoredTensors, config: Mapping[str, Any]) -> Iterator[Weight | str]:
+        yield from comfy.problems(tensors)
         settings = quantization(config)
         method, blocks = settings.get("quant_method"), _blocks(settings)
         problem = compressed_tensors.refusal(settings)
@@ -67,6 +68,8 @@ class Fp8(Codec):
                 yield f"{name} is stored as F8_E4M3, and {problem}"
                 return
             scales = beside(tensors, name, _SCALES)
+            if scales and scales[0].dtype == "U8" and not settings:
+                continue  # nothing says that these are exponents, or in which order they are
             scale = _as_grid(ref.shape, scales[0], blocks, method == "fbgemm_fp8") if len(scales) == 1 else None
             if scale is None and not settings:
                 continue  # numbers as they are: nothing says that the checkpoint is quantised
@@ -82,7 +85,8 @@ class Fp8(Codec):
                 )
                 continue
             block, height, grid = scale
-            others = [(f"activation{i}", part) for i, part in enumerate(beside(tensors, name, ACTIVATION_SCALES))]
+            beside_it = beside(tensors, name, (*ACTIVATION_SCALES, comfy.FORMAT))
+            others = [(part.name.rpartition(".")[2], part) for part in beside_it]
             encoding = Encoding(self.name, (("block", block), ("height", height)), len(ref.shape) - 1)
             yield Weight(name, (("values", ref), ("scale", grid), *others), ref.uri.rpartition("/")[2], encoding)
 

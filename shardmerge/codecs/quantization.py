@@ -15,7 +15,7 @@ MLX_METHOD = "mlx"
 MODELOPT_SETTINGS = "hf_quant_config.json"
 SETTINGS_FILES = (MODELOPT_SETTINGS, "quantize_config.json", "quant_config.json")
 #: What a quantised checkpoint stores beside a weight for its activations, after the name of the module.
-ACTIVATION_SCALES = ("input_scale", "activation_scale", "input_global_scale", "input_zero_point")
+ACTIVATION_SCALES = ("input_scale", "activation_scale", "input_global_scale", "input_zero_point", "scale_input")
 #: What a thread allocates to round a tile onto a grid; see `shardmerge.codecs.grids`.
 ROUNDING_BYTES = 1 << 20
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -85,7 +85,9 @@ def open_checkpoint(source: Source) -> Checkpoint:
     notes = (*choice.notes, *_check_index(source, choice, weights))
     settings = quantization(config) or _settings_beside(directory, beside)
     said = {**config, "quantization_config": settings} if settings else config
-    logical, problems = _logical(weights, said, partial(_read_small, source, shards))
+    tensors = {name: weight.tensor for name, weight in weights.items()}
+    stored = StoredTensors(tensors, partial(_read_small, source, shards), [shard.metadata for shard in shards])
+    logical, problems = _logical(weights, stored, said)
     index = choice.index_name, choice.index_metadata
     return Checkpoint(source, shards, logical, *index, config, settings, notes, problems)
 
@@ -127,15 +129,9 @@ def _read_small(source: Source, shards: Sequence[Shard], refs: Sequence[TensorRe
 
 
 def _logical(
-    stored: Mapping[str, Weight],
-    config: Mapping[str, Any],
-    read: Callable[[Sequence[TensorRef]], Mapping[str, bytes]],
+    stored: Mapping[str, Weight], tensors: StoredTensors, config: Mapping[str, Any]
 ) -> tuple[Mapping[str, Weight], tuple[str, ...]]:
-    """The weights, with those of codecs instead of their parts; and why some cannot be read.
-
-    ``read`` gives the contents of small tensors.
-    """
-    tensors = StoredTensors({name: weight.tensor for name, weight in stored.items()}, read)
+    """The weights, with those of codecs instead of their parts; and why some cannot be read."""
     claims = [claim for codec in CODECS.values() for claim in codec.claims(tensors, config)]
     claimed = [claim for claim in claims if isinstance(claim, Weight)]
     if not claims:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardmerge.codecs.quantization import MODELOPT_SETTINGS, quantization
+from shardmerge.codecs.quantization import MLX_METHOD, MODELOPT_SETTINGS, quantization
 from shardmerge.config import suggestions
 from shardmerge.config.choices import DEVICE, DEVICES
 from shardmerge.errors import ConfigError, FormatError, SourceError
@@ -153,6 +153,8 @@ def loading_fault(path: str) -> str | None:
     checkpoint = open_checkpoint(LocalSource(path))
     if checkpoint.quantization.get("quant_method") == "modelopt":
         return "transformers loads codes of modelopt without their scales"
+    if checkpoint.quantization.get("quant_method") == MLX_METHOD:
+        return "transformers does not know MLX's formats"
     if has_cuda():
         return None
     for name, weight in checkpoint.weights.items():

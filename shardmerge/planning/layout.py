@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardmerge.adapters.registry import FAMILIES
+from shardmerge.codecs import comfy
 from shardmerge.codecs.codec import Output
 from shardmerge.codecs.registry import CODECS
 from shardmerge.file_formats import safetensors_header
@@ -131,19 +132,22 @@ def lay_out(
         for shard in checkpoint.shards
     ]
     groups[-1] += [outgoing.plain(ref) for ref in added]
+    quantised = _still_quantised(checkpoint, encodings or {})
+    metadata = [comfy.without_formats(shard.metadata, quantised) for shard in checkpoint.shards]
     if max_shard_size is None:
         kept = [
-            (shard, group) for shard, group in zip(checkpoint.shards, groups, strict=True) if group or not shard.tensors
+            (shard.name, said, group)
+            for shard, said, group in zip(checkpoint.shards, metadata, groups, strict=True)
+            if group or not shard.tensors
         ]
-        names = [shard.name for shard, _ in kept]
+        names = [name for name, _, _ in kept]
         if len(kept) < len(groups):
             names = _numbered(checkpoint, len(kept))
-        shards = tuple(
-            _shard(name, shard.metadata, group, dtype) for name, (shard, group) in zip(names, kept, strict=True)
-        )
+        shards = tuple(_shard(name, said, group, dtype) for name, (_, said, group) in zip(names, kept, strict=True))
         several = checkpoint.index_name is not None or len(shards) > 1
     else:
-        shards = _reshard(checkpoint, [tensor for group in groups for tensor in group], dtype, max_shard_size)
+        everything = [tensor for group in groups for tensor in group]
+        shards = _reshard(checkpoint, metadata[0], everything, dtype, max_shard_size)
         several = len(shards) > 1
     return Layout(shards, (checkpoint.index_name or index_of_stem(_stem(checkpoint))) if several else None)
 
@@ -235,7 +239,22 @@ def _like_source(header_bytes: int, tensors: Sequence[TensorPlan]) -> int:
     return header_bytes + (shift - header_bytes) % PAGE
 
 
-def _reshard(checkpoint: Checkpoint, tensors: Sequence[Outgoing], dtype: str, limit: int) -> tuple[ShardPlan, ...]:
+def _still_quantised(checkpoint: Checkpoint, encodings: Mapping[str, Encoding]) -> set[str]:
+    """The weights that the output stores in the same quantised format as the base."""
+    return {
+        name
+        for name, weight in checkpoint.weights.items()
+        if weight.stored_as is not None and encodings.get(name, weight.stored_as).codec == weight.stored_as.codec
+    }
+
+
+def _reshard(
+    checkpoint: Checkpoint,
+    metadata: safetensors_header.Metadata,
+    tensors: Sequence[Outgoing],
+    dtype: str,
+    limit: int,
+) -> tuple[ShardPlan, ...]:
     """Fill files in the base's order up to ``limit`` bytes of data; a tensor above it has a file of its own."""
     groups: list[list[Outgoing]] = [[]]
     filled = 0
@@ -246,7 +265,7 @@ def _reshard(checkpoint: Checkpoint, tensors: Sequence[Outgoing], dtype: str, li
             filled = 0
         groups[-1].append(tensor)
         filled += size
-    names, metadata = _numbered(checkpoint, len(groups)), checkpoint.shards[0].metadata
+    names = _numbered(checkpoint, len(groups))
     return tuple(_shard(name, metadata, group, dtype) for name, group in zip(names, groups, strict=True))
 
 

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardmerge.codecs import comfy
 from shardmerge.codecs.quantization import MLX_METHOD
 from shardmerge.config.schema import OutputConfig
 from shardmerge.file_formats.checkpoint import Checkpoint
@@ -107,7 +108,10 @@ def quantised_output(checkpoint: Checkpoint, updated: Collection[str], output: O
     left_out: frozenset[str] = frozenset()
     config: dict[str, Any] = {}
     if len(becoming) == len(stored):
-        left_out = frozenset(name for name in checkpoint.weights if _OF_CACHE.fullmatch(name))
+        of_quantised = (_OF_CACHE, comfy.MARKER)
+        left_out = frozenset(
+            name for name in checkpoint.weights if any(names.fullmatch(name) for names in of_quantised)
+        )
         config["quantization"] = None
     elif becoming and exceptions is not None and (exceptions.keys or exceptions.has_key_per_module):
         config["dense_modules"] = modules = modules_of(becoming, exceptions)
