@@ -33,10 +33,10 @@ COMPRESSED = {
 }
 #: Method → (what stands in place of ``weight``, quantization_config, what is said), as the libraries store a Linear.
 METHODS: Mapping[str, tuple[Tensors, dict[str, Any], str]] = {
-    "compressed-tensors": (
+    "a method that is unknown": (
         {"weight_packed": BYTES.int(), "weight_scale": SCALE, "weight_shape": torch.tensor([48, 32])},
-        COMPRESSED,
-        "stored as INT4 by compressed-tensors (weight_packed, weight_scale, weight_shape)",
+        {"quant_method": "quark", "bits": 4},
+        "stored as INT4 by quark (weight_packed, weight_scale, weight_shape)",
     ),
     "compressed-tensors fp8": (
         {"weight": torch.ones(48, 32).to(torch.float8_e5m2), "weight_scale": SCALE},
@@ -57,11 +57,6 @@ METHODS: Mapping[str, tuple[Tensors, dict[str, Any], str]] = {
         {"weight": BYTES[:, None], "weight.absmax": BYTES, "weight.quant_map": torch.ones(16)},
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
         "stored as NF4 by bitsandbytes (weight of U8, weight.absmax)",
-    ),
-    "bitsandbytes 8 bits": (
-        {"weight": torch.ones(48, 32, dtype=torch.int8), "SCB": torch.ones(48)},
-        {"quant_method": "bitsandbytes", "load_in_8bit": True},
-        "stored as INT8 by bitsandbytes (weight of I8, SCB)",
     ),
     "fp8 in blocks": (
         {"weight": torch.ones(48, 32).to(torch.float8_e5m2), "weight_scale_inv": torch.ones(1, 1)},
@@ -111,10 +106,10 @@ def test_what_is_not_quantised_merges(tmp_path: Path, parts: Tensors, quantizati
 
 
 def test_by_another_prefix(tmp_path: Path) -> None:
-    parts, quantization, _ = METHODS["compressed-tensors"]
+    parts, quantization, _ = METHODS["a method that is unknown"]
     place = base_of(tmp_path, parts, quantization, prefix="language_model.")
     write_peft(place.adapter, peft_tensors([GATE0]))
-    with pytest.raises(shardmerge.PlanError, match="stored as INT4 by compressed-tensors"):
+    with pytest.raises(shardmerge.PlanError, match="stored as INT4 by quark"):
         shardmerge.plan(place.config())
 
 
