@@ -72,7 +72,7 @@ def test_experts_of_a_layer_are_one_weight() -> None:
 
 def test_what_config_json_gives_a_module_holds_for_it() -> None:
     stored = {**tensors(bits=8), **tensors(EXPERTS, group=32, mode="mxfp4"), **tensors("lm_head", bits=4)}
-    said = mlx_config(**{Q: {"group_size": 32, "bits": 8}, EXPERTS: {"mode": "mxfp4"}, "lm_head": True})
+    said = mlx_config(of_modules={Q: {"group_size": 32, "bits": 8}, EXPERTS: {"mode": "mxfp4"}, "lm_head": True})
     found = claims(stored, said)
     kinds = {weight.name: weight.stored_as for weight in found if isinstance(weight, Weight)}
     assert [kind.codec for kind in kinds.values() if kind] == ["mlx-affine", "fp4", "mlx-affine"]
@@ -110,8 +110,12 @@ def changed(**parts: Tensor | None) -> Tensors:
         (changed(scales=torch.ones(48, 3).byte()), mlx_config(), "its scales are U8 [48, 3]"),
         (changed(weight=torch.ones(48, 96)), mlx_config(), "scales is beside it; expected is a matrix of U32"),
         (changed(weight=torch.ones(48, 12).int()), mlx_config(), "expected is a matrix of U32"),
-        (changed(), mlx_config(**{Q: False}), f"config.json's quantization has False for {Q}, and its scales are"),
-        (changed(), mlx_config(**{Q: "4bit"}), f"config.json's quantization has '4bit' for {Q}"),
+        (
+            changed(),
+            mlx_config(of_modules={Q: False}),
+            f"config.json's quantization has False for {Q}, and its scales are",
+        ),
+        (changed(), mlx_config(of_modules={Q: "4bit"}), f"config.json's quantization has '4bit' for {Q}"),
         (changed(), mlx_config("hqq"), "the mode 'hqq'; expected is affine, mxfp4, mxfp8, nvfp4"),
         (changed(), mlx_config(["affine"]), "the mode ['affine']; expected"),  # type: ignore[arg-type]
         (changed(), mlx_config(bits=7), "bits 7; expected of affine is 1, 2, 3, 4, 5, 6, 8"),

@@ -190,15 +190,17 @@ def mlx_case(mode: str = "affine", bits: int = 4, group: int = 32, dtype: str = 
 
     def read(parts: Parts, shape: tuple[int, int]) -> Tensor:
         named = {end: parts[role] for end, role in roles.items() if role in parts}
-        named = named if mode == "affine" else {"scales": named["scales"].view(torch.uint8)}
+        if mode != "affine":
+            named["scales"] = named["scales"].view(torch.uint8)
         return quantised_mlx.mlx_values(
             {**named, "weight": parts["values"].view(shape[0], -1)}, shape[1], mode
         ).double()
 
-    settings: dict[str, object] = {
-        "affine": {"bits": bits},
-        "mxfp8": {"block": (1, group), "height": 1 << 20, "codes": "U32"},
-    }.get(mode, {"group": group, "codes": "U32", "suffix": ""})
+    settings: dict[str, object] = {"group": group, "codes": "U32", "suffix": ""}
+    if mode == "affine":
+        settings = {"bits": bits}
+    elif mode == "mxfp8":
+        settings = {"block": (1, group), "height": 1 << 20, "codes": "U32"}
     codec = {"affine": "mlx-affine", "mxfp8": "fp8"}.get(mode, "fp4")
     return Case(CODECS[codec], read, tuple(settings.items()), base=base)
 

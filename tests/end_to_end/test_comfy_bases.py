@@ -83,7 +83,7 @@ def refused(tmp_path: Path, made: OneFile) -> str:
 )
 def test_other_formats_are_refused_by_name(tmp_path: Path, kind: str, settings: Any, expected: str) -> None:
     if kind == "tensors" and not isinstance(settings, dict):
-        expected = "to_q.comfy_quant holds no JSON object"
+        expected = "to_q.comfy_quant is not a JSON object"
     text = refused(tmp_path, comfy(kind, {TO_Q: settings}))
     assert "attn.to_q" in text and expected in text
 
@@ -97,7 +97,7 @@ def test_the_first_of_many_is_named(tmp_path: Path) -> None:
     ("content", "expected"),
     [
         (torch.zeros(9, dtype=torch.uint8), "to_q.comfy_quant "),
-        (as_bytes([1]), "to_q.comfy_quant holds no JSON object"),
+        (as_bytes([1]), "to_q.comfy_quant is not a JSON object"),
         (torch.zeros(5000, dtype=torch.uint8), "to_q.comfy_quant is U8 [5000]; expected are 4,096 U8 at most"),
         (torch.zeros(3), "to_q.comfy_quant is F32 [3]"),
     ],

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import shardmerge
-from tests.support.peft_oracle import bits, least_memory, stored, write_adapter
+from shardmerge.errors import FormatError, NonFiniteError, PlanError
+from tests.support.peft_oracle import bits, least_memory, random, stored, write_adapter
 from tests.support.quantised_mlx import MLX_BASES, mlx_base
 from tests.support.quantised_scene import ALPHA, DOWN, RANK, Q, Scene
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+FILE = "adapter_model.safetensors"
 
 
 def each(*quick: str) -> pytest.MarkDecorator:
@@ -129,3 +133,77 @@ def test_modules_may_have_settings_of_their_own(tmp_path: Path) -> None:
     found = scene.merge("same", quantized="same")
     assert found[f"{DOWN}.weight"].shape == (96, 40) and scene.settings("same") == scene.made.config
     assert shardmerge.verify(tmp_path / "same", rows=None).ok
+
+
+# --- embeddings, which MLX quantises, too -----------------------------------------------------------------------------
+
+
+def rewrite(scene: Scene, tensors: dict[str, torch.Tensor], **settings: object) -> None:
+    """Another adapter in the place of the scene's."""
+    config = json.loads((scene.adapter / "adapter_config.json").read_text())
+    config |= {"target_modules": [HEAD], "r": RANK, "lora_alpha": ALPHA, **settings}
+    (scene.adapter / "adapter_config.json").write_text(json.dumps(config))
+    save_file({f"base_model.model.{name}": part for name, part in tensors.items()}, scene.adapter / FILE)
+
+
+def lora_of_the_head() -> dict[str, torch.Tensor]:
+    a, b = random(RANK, 96, seed=3), random(64, RANK, seed=4)
+    return {f"{HEAD}.lora_A.weight": a, f"{HEAD}.lora_B.weight": b}
+
+
+def test_a_quantised_head_is_updated(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, mlx_base())
+    rewrite(scene, lora_of_the_head())
+    found = scene.merge()
+    a, b = lora_of_the_head().values()
+    wanted = scene.made.values[f"{HEAD}.weight"] + (b @ a) * (ALPHA / RANK)
+    assert bits(found[f"{HEAD}.weight"]) == bits(wanted.bfloat16())
+    assert scene.settings()["quantization"][HEAD] is False
+    assert bits(found[f"{EMBEDDING}.weight"]) == bits(scene.made.tensors[f"{EMBEDDING}.weight"])
+
+
+@pytest.mark.parametrize("mode", ["mixed", "dense", "same"])
+def test_a_tied_head_is_one_with_the_embedding_or_refused(tmp_path: Path, mode: str) -> None:
+    scene = Scene(tmp_path, mlx_base(tie_word_embeddings=True))
+    rewrite(scene, lora_of_the_head())
+    with pytest.raises(
+        PlanError, match=r"embed_tokens\.weight is stored as mlx-affine, of which lm_head\.weight cannot"
+    ):
+        shardmerge.plan(scene.config(quantized=mode))
+    config = scene.config(quantized=mode) | {"tied": "peft"}
+    shardmerge.merge(config)
+    found = stored(tmp_path / "out")
+    assert not any(name.startswith(HEAD) for name in found)
+    if mode != "same":
+        a, b = lora_of_the_head().values()
+        wanted = scene.made.values[f"{EMBEDDING}.weight"] + (b @ a) * (ALPHA / RANK)
+        assert bits(found[f"{EMBEDDING}.weight"]) == bits(wanted.bfloat16())
+    assert shardmerge.verify(tmp_path / "out", rows=None).ok
+
+
+def test_a_vocabulary_that_grows_is_refused_by_name(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, mlx_base())
+    whole = {f"{EMBEDDING}.weight": random(70, 96, seed=3), f"{HEAD}.weight": random(70, 96, seed=5)}
+    rewrite(scene, whole, modules_to_save=["embed_tokens", "lm_head"], target_modules=["q_proj"])
+    with pytest.raises(
+        PlanError, match=r"it is stored as mlx-affine, which cannot be resized: merge into a dense copy"
+    ):
+        shardmerge.plan(scene.config())
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "error", "expected"),
+    [
+        ("scales", torch.nan, NonFiniteError, r"q_proj\.scales holds nan at \[40, 1\]"),
+        ("biases", torch.inf, NonFiniteError, r"q_proj\.biases holds inf at \[40, 1\]"),
+        ("scales", 0.0, FormatError, r"q_proj\.scales holds 0 at \[40, 1\], so no code can hold an updated value"),
+    ],
+)
+def test_a_part_that_makes_no_sense_stops_the_merge(
+    tmp_path: Path, part: str, value: float, error: type[Exception], expected: str
+) -> None:
+    made = mlx_base()
+    made.tensors[f"{Q}.{part}"][40, 1] = value
+    with pytest.raises(error, match=expected):
+        Scene(tmp_path, made).merge(quantized="same")
+    assert not list((tmp_path / "out").glob("*.safetensors"))

@@ -91,9 +91,11 @@ def mlx_values(parts: Mapping[str, Tensor], columns: int, mode: str = "affine") 
 # --- bases ------------------------------------------------------------------------------------------------------------
 
 
-def mlx_config(mode: str = "affine", bits: int = 4, group: int = 32, **of_modules: Any) -> dict[str, Any]:
+def mlx_config(
+    mode: str = "affine", bits: int = 4, group: int = 32, of_modules: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The key twice, as mlx-lm writes it."""
-    settings = {"group_size": group, "bits": bits, "mode": mode, **of_modules}
+    settings = {"group_size": group, "bits": bits, "mode": mode, **(of_modules or {})}
     return {"quantization": settings, "quantization_config": dict(settings)}
 
 
