@@ -41,10 +41,7 @@ class _Kind:
 
 
 class Resolver:
-    """Where the parameters of one checkpoint are stored.
-
-    ``config`` is its config.json, which is untrusted; ``stored`` has the shape of every stored tensor by name.
-    """
+    """Where a checkpoint stores its parameters, by its config.json (untrusted) and its tensors' shapes by name."""
 
     def __init__(self, config: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]]) -> None:
         self.config = config
