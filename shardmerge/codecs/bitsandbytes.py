@@ -6,14 +6,13 @@ in float32. Sources: bitsandbytes' ``int8_vectorwise_dequant``; Dettmers et al. 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from shardmerge.codecs.codec import Codec, CodecMemory, Output, ReadPart, StoredTensors, TileSlot
-from shardmerge.codecs.quantization import quantization
-from shardmerge.spec.plans import TensorPlan
+from shardmerge.codecs.codec import Output, ReadPart, StoredTensors, TileSlot
+from shardmerge.codecs.grid_codec import GridCodec
+from shardmerge.codecs.quantization import quantization, shard_of
 from shardmerge.spec.tensors import Encoding, RowRange, TensorRef, Weight, tensor_nbytes
 
 if TYPE_CHECKING:
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 METHOD = "bitsandbytes"
 #: Models whose layers are ``Conv1D``, which are transposed before they are quantised.
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
-#: What a thread allocates to encode a tile, with slabs of `grids`. Measured.
-BETWEEN_BYTES = 1 << 20
 #: float32(1 / 127).
 _BY_127 = 0.007874015718698502
 _LOWEST, _HIGHEST = -128, 127
@@ -31,13 +28,12 @@ _LOWEST, _HIGHEST = -128, 127
 _EXACT = 2.0**-15
 
 
-class Int8(Codec):
+class Int8(GridCodec):
     """LLM.int8: one scale a row. Its only setting is the ``seed`` of stochastic rounding."""
 
     name = "bnb-int8"
     title = "LLM.int8 of bitsandbytes"
     methods = (METHOD,)
-    on_device = True
 
     def claims(self, tensors: StoredTensors, config: Mapping[str, Any]) -> Iterator[Weight | str]:
         scales = [ref for name, ref in tensors.items() if name.endswith(".SCB")]
@@ -72,16 +68,6 @@ class Int8(Codec):
         """The codes; scales stay as they are."""
         return (Output("values", name, "I8", shape, tensor_nbytes("I8", shape)),)
 
-    def stochastic(self, encoding: Encoding, seed: int) -> Encoding:
-        return with_seed(encoding, seed)
-
-    def memory(self, tensor: TensorPlan, tile_dtype: str) -> CodecMemory:
-        return CodecMemory(between=BETWEEN_BYTES)
-
-    def largest(self, tensor: TensorPlan) -> float:
-        """What is beyond the largest code becomes that."""
-        return math.inf
-
     def decode(self, slot: TileSlot, stored: Tensor, tile: Tensor) -> None:
         import torch
 
@@ -115,11 +101,6 @@ class Int8(Codec):
         return within + size * grids.ROUNDINGS + (size - _HIGHEST * step).clamp_(min=0)
 
 
-def with_seed(encoding: Encoding, seed: int) -> Encoding:
-    """The same with stochastic rounding."""
-    return dataclasses.replace(encoding, settings=(*encoding.settings, ("seed", seed)))
-
-
 def refusal(config: Mapping[str, Any], name: str) -> str:
     """Why weights of bitsandbytes, of which one has the tensor ``name``, cannot be read; empty where they can."""
     method = quantization(config).get("quant_method", "")
@@ -140,10 +121,6 @@ def vector(tensors: Mapping[str, TensorRef], name: str, dtype: str, size: int) -
         found = f"{ref.dtype} {list(ref.shape)}" if ref else "missing"
         raise ValueError(f"{name} is {found}; expected is {dtype} [{size}]")
     return ref
-
-
-def shard_of(ref: TensorRef) -> str:
-    return ref.uri.rpartition("/")[2]
 
 
 def divide(values: Tensor, by: Tensor) -> Tensor:

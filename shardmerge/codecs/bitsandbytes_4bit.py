@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from shardmerge.codecs.bitsandbytes import BETWEEN_BYTES, METHOD, divide, refusal, shard_of, vector, with_seed
-from shardmerge.codecs.codec import Codec, CodecMemory, Output, ReadPart, StoredTensors, TileSlot
+from shardmerge.codecs.bitsandbytes import METHOD, divide, refusal, vector
+from shardmerge.codecs.codec import Output, ReadPart, StoredTensors, TileSlot
+from shardmerge.codecs.grid_codec import GridCodec
+from shardmerge.codecs.quantization import shard_of
 from shardmerge.errors import FormatError
-from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import DTYPE_BITS, Encoding, RowRange, TensorRef, Weight
 from shardmerge.system import json_text
 
@@ -52,7 +53,7 @@ _STORAGE = ("U8", "I8", "F16", "BF16", "F32")
 Scale = Callable[["Tensor", "Tensor"], object]
 
 
-class Bnb4(Codec):
+class Bnb4(GridCodec):
     """Settings: the ``kind`` of 4 bits, the values in a ``block``, the ``dtype`` that codes are stored as.
 
     ``nested`` are how many absmax share a nested_absmax, 0 where they are float32; ``state`` the bytes of quant_state;
@@ -62,7 +63,6 @@ class Bnb4(Codec):
     name = "bnb-4bit"
     title = "NF4 and FP4 of bitsandbytes, with double quantization or without"
     methods = (METHOD,)
-    on_device = True
 
     # --- planning -----------------------------------------------------------------------------------------------------
 
@@ -115,19 +115,6 @@ class Bnb4(Codec):
         """The codes; all else stays as it is."""
         dtype = encoding.setting("dtype")
         return (Output("values", name, dtype, _stored_shape(dtype, shape), math.prod(shape) // 2),)
-
-    def stochastic(self, encoding: Encoding, seed: int) -> Encoding:
-        return with_seed(encoding, seed)
-
-    def rounds_to(self, tensor: TensorPlan) -> str:
-        return "U8"  # whatever the file calls these bytes
-
-    def largest(self, tensor: TensorPlan) -> float:
-        """What is beyond the largest code becomes that."""
-        return math.inf
-
-    def memory(self, tensor: TensorPlan, tile_dtype: str) -> CodecMemory:
-        return CodecMemory(between=BETWEEN_BYTES)
 
     # --- computing ----------------------------------------------------------------------------------------------------
 

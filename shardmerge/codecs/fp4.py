@@ -26,10 +26,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from shardmerge.codecs import compressed_tensors
-from shardmerge.codecs.codec import Codec, CodecMemory, Output, ReadPart, StoredTensors, TileSlot
-from shardmerge.codecs.quantization import ACTIVATION_SCALES, ROUNDING_BYTES, beside, quantization
+from shardmerge.codecs.codec import Output, ReadPart, StoredTensors, TileSlot
+from shardmerge.codecs.grid_codec import GridCodec
+from shardmerge.codecs.quantization import ACTIVATION_SCALES, beside, quantization, shard_of
 from shardmerge.errors import FormatError
-from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import DTYPE_BITS, Encoding, RowRange, TensorRef, Weight, tensor_nbytes
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ _KINDS = (
 )
 
 
-class Fp4(Codec):
+class Fp4(GridCodec):
     """Settings: ``group`` (columns of a scale), ``codes`` (their dtype) and ``suffix`` (after the weight's name), and
     maybe ``of_all`` (what the scale of the matrix does: divides or multiplies), ``height`` (rows of one matrix of a
     stack, where each has such a scale), and ``seed``.
@@ -77,7 +77,6 @@ class Fp4(Codec):
     name = "fp4"
     title = "FP4 (E2M1): NVFP4 and MXFP4, experts of DeepSeek-V4"
     methods = ("compressed-tensors", "modelopt", "fp8", "mlx")
-    on_device = True
 
     def claims(self, tensors: StoredTensors, config: Mapping[str, Any]) -> Iterator[Weight | str]:
         settings = quantization(config)
@@ -126,27 +125,13 @@ class Fp4(Codec):
         others = beside(tensors, name, ACTIVATION_SCALES)
         parts += [(part.name.rpartition(".")[2], part) for part in others]
         encoding = Encoding(self.name, tuple(said.items()), len(shape) - 1)
-        return Weight(name, tuple(parts), codes.uri.rpartition("/")[2], encoding)
+        return Weight(name, tuple(parts), shard_of(codes), encoding)
 
     def outputs(self, name: str, shape: tuple[int, ...], encoding: Encoding) -> tuple[Output, ...]:
         """The codes; scales stay as they are."""
         dtype = encoding.setting("codes")
         stored = (*shape[:-1], shape[-1] * 4 // DTYPE_BITS[dtype])
         return (Output("values", name + encoding.setting("suffix"), dtype, stored, tensor_nbytes(dtype, stored)),)
-
-    def stochastic(self, encoding: Encoding, seed: int) -> Encoding | None:
-        return dataclasses.replace(encoding, settings=(*encoding.settings, ("seed", seed)))
-
-    def rounds_to(self, tensor: TensorPlan) -> str:
-        """Codes of four bits, whatever they are stored as."""
-        return "U8"
-
-    def largest(self, tensor: TensorPlan) -> float:
-        """What is beyond the largest code becomes that."""
-        return math.inf
-
-    def memory(self, tensor: TensorPlan, tile_dtype: str) -> CodecMemory:
-        return CodecMemory(between=ROUNDING_BYTES)
 
     # --- computing ----------------------------------------------------------------------------------------------------
 

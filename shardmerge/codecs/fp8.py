@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from shardmerge.codecs import comfy, compressed_tensors
 from shardmerge.codecs.codec import Codec, CodecMemory, Output, ReadPart, StoredTensors, TileSlot
-from shardmerge.codecs.quantization import ACTIVATION_SCALES, beside, groups, quantization
+from shardmerge.codecs.grid_codec import GridCodec
+from shardmerge.codecs.quantization import ACTIVATION_SCALES, beside, groups, quantization, shard_of
 from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import DTYPE_BITS, Encoding, RowRange, TensorRef, Weight, tensor_nbytes
 
@@ -46,7 +47,7 @@ _STOCHASTIC_BYTES = 1 << 20
 Block = tuple[int, int]
 
 
-class Fp8(Codec):
+class Fp8(GridCodec):
     """Settings: ``block`` (rows, columns), ``height``, the rows of one matrix of a stack, maybe ``codes``, the dtype
     that codes are stored as, and maybe ``seed``.
     """
@@ -54,7 +55,6 @@ class Fp8(Codec):
     name = "fp8"
     title = "FP8 (E4M3) with a scale for each block, row, column or tensor"
     methods = ("fp8", "mxfp8", "compressed-tensors", "modelopt", "fbgemm_fp8", "mlx", "")
-    on_device = True
 
     def claims(self, tensors: StoredTensors, config: Mapping[str, Any]) -> Iterator[Weight | str]:
         yield from comfy.problems(tensors)
@@ -88,23 +88,13 @@ class Fp8(Codec):
             beside_it = beside(tensors, name, (*ACTIVATION_SCALES, comfy.FORMAT))
             others = [(part.name.rpartition(".")[2], part) for part in beside_it]
             encoding = Encoding(self.name, (("block", block), ("height", height)), len(ref.shape) - 1)
-            yield Weight(name, (("values", ref), ("scale", grid), *others), ref.uri.rpartition("/")[2], encoding)
+            yield Weight(name, (("values", ref), ("scale", grid), *others), shard_of(ref), encoding)
 
     def outputs(self, name: str, shape: tuple[int, ...], encoding: Encoding) -> tuple[Output, ...]:
         """The codes; scales stay as they are."""
         dtype = encoding.setting("codes", "F8_E4M3")
         stored = (*shape[:-1], shape[-1] * 8 // DTYPE_BITS[dtype])
         return (Output("values", name, dtype, stored, tensor_nbytes(dtype, stored)),)
-
-    def rounds_to(self, tensor: TensorPlan) -> str:
-        return "F8_E4M3"
-
-    def stochastic(self, encoding: Encoding, seed: int) -> Encoding | None:
-        return dataclasses.replace(encoding, settings=(*encoding.settings, ("seed", seed)))
-
-    def largest(self, tensor: TensorPlan) -> float:
-        """What is beyond the largest code becomes that."""
-        return math.inf
 
     def memory(self, tensor: TensorPlan, tile_dtype: str) -> CodecMemory:
         is_stochastic = tensor.encoding is not None and tensor.encoding.setting("seed") is not None

@@ -14,7 +14,7 @@ from shardmerge.spec.tensors import TensorRef, even_rows
 
 #: What the roundings of decoding and encoding in float32 may move a value, relative to it.
 ROUNDINGS = 2.0**-22
-#: Elements at a time, so that what is in between takes little memory: `quantization.ROUNDING_BYTES` a thread.
+#: Elements at a time, so that what is in between takes little memory: `grid_codec.ROUNDING_BYTES` a thread.
 _SLAB = 1 << 15
 
 #: Changes values by others, in place: adds, subtracts, multiplies, divides.

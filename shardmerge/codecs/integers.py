@@ -21,11 +21,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from shardmerge.codecs.codec import Codec, CodecMemory, Output, ReadPart, StoredTensors, TileSlot
+from shardmerge.codecs.codec import Output, ReadPart, StoredTensors, TileSlot
 from shardmerge.codecs.compressed_tensors import METHOD, Scheme, refusal, schemes
-from shardmerge.codecs.quantization import ACTIVATION_SCALES, ROUNDING_BYTES, beside, owner_of, quantization
+from shardmerge.codecs.grid_codec import GridCodec
+from shardmerge.codecs.quantization import ACTIVATION_SCALES, beside, described, owner_of, quantization, shard_of
 from shardmerge.errors import FormatError
-from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import FLOAT_DTYPES, Encoding, RowRange, TensorRef, Weight, tensor_nbytes
 
 if TYPE_CHECKING:
@@ -47,12 +47,10 @@ def _off(bits: int) -> float:
     return float(2.0 ** (bits - 22))
 
 
-class Integers(Codec):
+class Integers(GridCodec):
     """Settings: ``bits``, ``scales`` (what has one: group, channel, tensor), ``zeros`` and ``order`` where there are
     zero points and groups of columns in another order, and maybe ``seed``.
     """
-
-    on_device = True
 
     def claims(self, tensors: StoredTensors, config: Mapping[str, Any]) -> Iterator[Weight | str]:
         settings = quantization(config)
@@ -89,7 +87,7 @@ class Integers(Codec):
         name = codes.name.removesuffix(PACKED)
         scale, zeros, order = (tensors.get(f"{owner_of(name)}.{part}") for part in _BESIDE)
         if scale is None or scale.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"its scale is {_described(scale)}; expected is F32, BF16 or F16")
+            raise ValueError(f"its scale is {described(scale)}; expected is F32, BF16 or F16")
         fitting = [
             (scheme, columns)
             for scheme in known
@@ -99,7 +97,7 @@ class Integers(Codec):
             of = "; ".join(map(str, known)) or "no integers"
             what = "several of these fit" if fitting else "none of these fits"
             raise ValueError(
-                f"its scale is {_described(scale)}, its zero points are {_described(zeros)}, its weight_shape is "
+                f"its scale is {described(scale)}, its zero points are {described(zeros)}, its weight_shape is "
                 f"{list(shape) if shape else 'not needed or missing'}, and config.json says {of}: {what}"
             )
         ((scheme, columns),) = fitting
@@ -111,13 +109,13 @@ class Integers(Codec):
             parts.append(("zeros", _as_matrix(zeros)))
         if order is not None:
             if (order.dtype, order.shape) != ("I32", (columns,)) or scheme.strategy != "group":
-                raise ValueError(f"{order.name} is {_described(order)}; expected is I32 [{columns}], of groups")
+                raise ValueError(f"{order.name} is {described(order)}; expected is I32 [{columns}], of groups")
             parts.append(("order", order))
         others = beside(tensors, name, ("weight_shape", *ACTIVATION_SCALES))
         has = [(role, True) for role in ("zeros", "order") if role in dict(parts)]
         parts += [(part.name.rpartition(".")[2], part) for part in others]
         encoding = Encoding(self.name, (("bits", scheme.bits), ("scales", scheme.strategy), *has))
-        return Weight(name, tuple(parts), codes.uri.rpartition("/")[2], encoding)
+        return Weight(name, tuple(parts), shard_of(codes), encoding)
 
     def _columns(
         self, scheme: Scheme, codes: TensorRef, scale: TensorRef, zeros: TensorRef | None, shape: tuple[int, int] | None
@@ -128,16 +126,6 @@ class Integers(Codec):
     def outputs(self, name: str, shape: tuple[int, ...], encoding: Encoding) -> tuple[Output, ...]:
         """The codes; all else stays as it is."""
         raise NotImplementedError
-
-    def stochastic(self, encoding: Encoding, seed: int) -> Encoding | None:
-        return dataclasses.replace(encoding, settings=(*encoding.settings, ("seed", seed)))
-
-    def largest(self, tensor: TensorPlan) -> float:
-        """What is beyond the largest code becomes that."""
-        return math.inf
-
-    def memory(self, tensor: TensorPlan, tile_dtype: str) -> CodecMemory:
-        return CodecMemory(between=ROUNDING_BYTES)
 
     # --- computing ----------------------------------------------------------------------------------------------------
 
@@ -277,10 +265,6 @@ def is_of_rows(scheme: Scheme, rows: int, scale: TensorRef) -> bool:
 def _as_matrix(ref: TensorRef) -> TensorRef:
     """A vector as a column."""
     return ref if len(ref.shape) == 2 else dataclasses.replace(ref, shape=(math.prod(ref.shape), 1))
-
-
-def _described(ref: TensorRef | None) -> str:
-    return "missing" if ref is None else f"{ref.dtype} {list(ref.shape)}"
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------

@@ -22,9 +22,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shardmerge.codecs.codec import Codec, CodecMemory, Output, ReadPart, StoredTensors, TileSlot
-from shardmerge.codecs.quantization import MLX_METHOD, ROUNDING_BYTES, quantization
-from shardmerge.spec.plans import TensorPlan
+from shardmerge.codecs.codec import Output, ReadPart, StoredTensors, TileSlot
+from shardmerge.codecs.grid_codec import GridCodec
+from shardmerge.codecs.quantization import MLX_METHOD, described, quantization, shard_of
 from shardmerge.spec.tensors import FLOAT_DTYPES, Encoding, RowRange, TensorRef, Weight, tensor_nbytes
 
 if TYPE_CHECKING:
@@ -53,13 +53,12 @@ _MODES: Mapping[str, _Mode] = {
 }
 
 
-class MlxAffine(Codec):
+class MlxAffine(GridCodec):
     """Settings: ``bits``, and maybe ``seed``. It claims the weights of MLX's other modes, too, for their codecs."""
 
     name = "mlx-affine"
     title = "MLX's integers of 1 to 8 bits (affine)"
     methods = (MLX_METHOD,)
-    on_device = True
 
     def claims(self, tensors: StoredTensors, config: Mapping[str, Any]) -> Iterator[Weight | str]:
         settings = quantization(config)
@@ -73,26 +72,12 @@ class MlxAffine(Codec):
             try:
                 yield _claim(tensors, module, codes, scales, settings)
             except ValueError as error:
-                yield f"{codes.name} is stored by MLX as {_described(codes)}, but {error}"
+                yield f"{codes.name} is stored by MLX as {described(codes)}, but {error}"
 
     def outputs(self, name: str, shape: tuple[int, ...], encoding: Encoding) -> tuple[Output, ...]:
         """The codes; scales and biases stay as they are."""
         stored = (*shape[:-1], shape[-1] * encoding.setting("bits") // _WORD)
         return (Output("values", name, "U32", stored, tensor_nbytes("U32", stored)),)
-
-    def stochastic(self, encoding: Encoding, seed: int) -> Encoding | None:
-        return dataclasses.replace(encoding, settings=(*encoding.settings, ("seed", seed)))
-
-    def rounds_to(self, tensor: TensorPlan) -> str:
-        """Codes of so few bits, whatever words they are in."""
-        return "U8"
-
-    def largest(self, tensor: TensorPlan) -> float:
-        """What is beyond the first or last code becomes that."""
-        return math.inf
-
-    def memory(self, tensor: TensorPlan, tile_dtype: str) -> CodecMemory:
-        return CodecMemory(between=ROUNDING_BYTES)
 
     # --- computing ----------------------------------------------------------------------------------------------------
 
@@ -162,9 +147,7 @@ def _claim(
     *experts, rows, words = codes.shape
     columns, over = divmod(words * _WORD, bits)
     if over or columns % group or scales.shape != (*experts, rows, columns // group):
-        raise ValueError(
-            f"{scales.name} is {_described(scales)}, and config.json says {bits} bits in groups of {group}"
-        )
+        raise ValueError(f"{scales.name} is {described(scales)}, and config.json says {bits} bits in groups of {group}")
     if (of_all := tensors.get(f"{module}.{_SCALE_OF_ALL}")) is not None:
         raise ValueError(f"{of_all.name} is beside it, which cannot be read")
     biases = tensors.get(f"{module}.{_BIASES}")
@@ -178,15 +161,15 @@ def _claim(
             raise ValueError(f"its scales are {scales.dtype}{found}; expected are U8 and no biases")
     elif scales.dtype not in FLOAT_DTYPES or biases is None or biases.shape != scales.shape:
         raise ValueError(
-            f"its scales are {_described(scales)}, its biases are {_described(biases)}; expected are floats, of each "
+            f"its scales are {described(scales)}, its biases are {described(biases)}; expected are floats, of each "
             "as many"
         )
     elif biases.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"its biases are {_described(biases)}; expected are floats")
+        raise ValueError(f"its biases are {described(biases)}; expected are floats")
     else:
         parts.append((_BIASES, _as_matrix(biases, biases.dtype)))
     encoding = Encoding(mode.codec, _settings(mode, bits, group, rows), len(codes.shape) - 1)
-    return Weight(codes.name, tuple(parts), codes.uri.rpartition("/")[2], encoding)
+    return Weight(codes.name, tuple(parts), shard_of(codes), encoding)
 
 
 def _settings(mode: _Mode, bits: int, group: int, height: int) -> tuple[tuple[str, Any], ...]:
@@ -222,10 +205,6 @@ def _scheme(settings: Mapping[str, Any], module: str) -> tuple[_Mode, int, int]:
 def _as_matrix(ref: TensorRef, dtype: str) -> TensorRef:
     """Those of experts one after the other."""
     return dataclasses.replace(ref, dtype=dtype, shape=(math.prod(ref.shape[:-1]), ref.shape[-1]))
-
-
-def _described(ref: TensorRef | None) -> str:
-    return "missing" if ref is None else f"{ref.dtype} {list(ref.shape)}"
 
 
 def _spread(of_groups: Tensor, columns: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from shardmerge.codecs.codec import Output, ReadPart, StoredTensors
 from shardmerge.codecs.compressed_tensors import METHOD, Scheme
 from shardmerge.codecs.integers import PACKED, Integers, is_of_rows
-from shardmerge.spec.plans import TensorPlan
 from shardmerge.spec.tensors import Encoding, RowRange, TensorRef, tensor_nbytes
 
 if TYPE_CHECKING:
@@ -69,10 +68,6 @@ class PackedIntegers(Integers):
     def outputs(self, name: str, shape: tuple[int, ...], encoding: Encoding) -> tuple[Output, ...]:
         stored = (*shape[:-1], _words(shape[-1], encoding.setting("bits")))
         return (Output("values", name + PACKED, "I32", stored, tensor_nbytes("I32", stored)),)
-
-    def rounds_to(self, tensor: TensorPlan) -> str:
-        """Integers of so few bits, whatever words they are in."""
-        return "I8"
 
     def _numbers(self, stored: Tensor, bits: int, out: Tensor) -> None:
         from shardmerge.codecs import packing

@@ -16,8 +16,6 @@ MODELOPT_SETTINGS = "hf_quant_config.json"
 SETTINGS_FILES = (MODELOPT_SETTINGS, "quantize_config.json", "quant_config.json")
 #: What a quantised checkpoint stores beside a weight for its activations, after the name of the module.
 ACTIVATION_SCALES = ("input_scale", "activation_scale", "input_global_scale", "input_zero_point", "scale_input")
-#: What a thread allocates to round a tile onto a grid; see `shardmerge.codecs.grids`.
-ROUNDING_BYTES = 1 << 20
 
 
 def quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -61,3 +59,13 @@ def beside(tensors: Mapping[str, TensorRef], name: str, endings: Sequence[str]) 
     """The tensors that belong to the weight ``name``: ``module.ending``, and ``parameter_ending`` of a parameter."""
     start = owner_of(name) + ("." if name.endswith(".weight") else "_")
     return [ref for ending in endings if (ref := tensors.get(start + ending)) is not None]
+
+
+def shard_of(ref: TensorRef) -> str:
+    """The name of the file that a tensor is in."""
+    return ref.uri.rpartition("/")[2]
+
+
+def described(ref: TensorRef | None) -> str:
+    """A tensor's dtype and shape, for a message."""
+    return "missing" if ref is None else f"{ref.dtype} {list(ref.shape)}"
