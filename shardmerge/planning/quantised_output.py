@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from shardmerge.config.schema import OutputConfig
 from shardmerge.file_formats.checkpoint import Checkpoint
 from shardmerge.file_formats.model_config import setting
 from shardmerge.planning.quantised import unread
-from shardmerge.spec.tensors import DTYPE_BITS, DTYPE_NAMES, Encoding, TensorRef, Weight, dtype_code
+from shardmerge.spec.tensors import DTYPE_BITS, DTYPE_NAMES, FLOAT_DTYPES, Encoding, Weight, dtype_code
 
 #: Modules that vLLM computes as one, by the last parts of their names: either all of them are quantised, or none.
 _FUSED = (
@@ -38,7 +39,7 @@ _SIBLINGS = {name: group for group in _FUSED for name in group}
 #: The experts of a layer, which all programs load as one.
 _EXPERTS = re.compile(r"(.*\.experts)[.\d].*")
 #: Scales of a cache of keys and values, which mean nothing in a model that is not quantised.
-_OF_CACHE = re.compile(r".*\.(k|v|q|kv|prob|output)_scale")
+_OF_CACHE = re.compile(r".*\.([kv]_proj\.output|k|v|q|kv|prob)_scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +109,12 @@ def quantised_output(checkpoint: Checkpoint, updated: Collection[str], output: O
     left_out: frozenset[str] = frozenset()
     config: dict[str, Any] = {}
     if len(becoming) == len(stored):
-        of_quantised = (_OF_CACHE, comfy.MARKER)
-        left_out = frozenset(
-            name for name in checkpoint.weights if any(names.fullmatch(name) for names in of_quantised)
-        )
+        if not problems and (unreadable := unread(checkpoint)):
+            problems.append(_no_settings(unreadable, checkpoint))
+        left_out = frozenset(name for name, weight in checkpoint.weights.items() if _is_of_quantisation(name, weight))
+        if left_out:
+            first = min(left_out)
+            notes += (f"tensors left out, as only a quantised model uses them: {len(left_out)}, such as {first}",)
         config["quantization"] = None
     elif becoming and exceptions is not None and (exceptions.keys or exceptions.has_key_per_module):
         config["dense_modules"] = modules = modules_of(becoming, exceptions)
@@ -119,6 +122,20 @@ def quantised_output(checkpoint: Checkpoint, updated: Collection[str], output: O
             modules = [*_plain_modules(checkpoint, exceptions), *modules]
         config["quantization"] = with_exceptions(settings, exceptions, modules)
     return QuantisedOutput(encodings, left_out, config, tuple(problems), notes)
+
+
+def _is_of_quantisation(name: str, weight: Weight) -> bool:
+    """Whether a tensor, one number or a marker, means nothing where no weight is quantised."""
+    is_number = weight.tensor.dtype in FLOAT_DTYPES and math.prod(weight.tensor.shape) == 1
+    return bool(comfy.MARKER.fullmatch(name)) or (is_number and bool(_OF_CACHE.fullmatch(name)))
+
+
+def _no_settings(unreadable: Sequence[str], checkpoint: Checkpoint) -> str:
+    """Why not all weights can become dense: config.json must go on saying how the others are stored."""
+    return (
+        f"all weights of {checkpoint.source.location} that can be read would become dense, and config.json would no "
+        f"longer say how {unreadable[0]} is stored, which is quantised in a format that cannot be read"
+    )
 
 
 def _plain_modules(checkpoint: Checkpoint, exceptions: Exceptions) -> Iterator[str]:
@@ -237,7 +254,7 @@ def _notes(mode: str, why: str, dtype: str, stored: Mapping[str, Weight], closed
     """What a plan says of a quantised base: the mode, the reason, and the bytes of each mode."""
     now = {name: sum(ref.nbytes for _, ref in weight.parts) for name, weight in stored.items()}
     bits = DTYPE_BITS[dtype]
-    full = {name: _elements(weight.tensor) * bits // 8 for name, weight in stored.items()}
+    full = {name: math.prod(weight.tensor.shape) * bits // 8 for name, weight in stored.items()}
     same, dense = sum(now.values()), sum(full.values())
     mixed = same + sum(full[name] - now[name] for name in closed)
     kinds = sorted({weight.stored_as.codec for weight in stored.values() if weight.stored_as})
@@ -246,13 +263,6 @@ def _notes(mode: str, why: str, dtype: str, stored: Mapping[str, Weight], closed
         f"These weights take {_size(same)} as same, {_size(mixed)} as mixed ({len(closed):,} become "
         f"{DTYPE_NAMES[dtype]}), {_size(dense)} as dense",
     )
-
-
-def _elements(ref: TensorRef) -> int:
-    count = 1
-    for size in ref.shape:
-        count *= size
-    return count
 
 
 def _size(nbytes: int) -> str:

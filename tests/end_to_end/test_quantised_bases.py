@@ -338,3 +338,31 @@ def test_verify_finds_a_flipped_code_and_a_flipped_scale(tmp_path: Path) -> None
         file.write_bytes(content)
         forge_checksums(tmp_path / str(number) / "out")
         assert not shardmerge.verify(tmp_path / str(number) / "out", rows=None).ok, (mode, name)
+
+
+def test_config_json_goes_on_naming_a_format_that_cannot_be_read(tmp_path: Path) -> None:
+    """All that can be read would become dense: then nothing would say how the rest is stored."""
+    made = fp8_block()
+    for name in [name for name in made.tensors if "_proj." in name and not name.startswith((Q, DOWN))]:
+        del made.tensors[name]
+    made.tensors["model.layers.0.mlp.extra.weight"] = torch.ones(4, 4, dtype=torch.int8)
+    scene = Scene(tmp_path, made)
+    with pytest.raises(PlanError, match=r"would no longer say how model\.layers\.0\.mlp\.extra\.weight is stored"):
+        shardmerge.plan(scene.config())
+    assert shardmerge.plan(scene.config(quantized="same")).totals.updated == 2
+
+
+def test_only_scales_of_the_cache_are_left_out_and_named(tmp_path: Path) -> None:
+    made = fp8_block()
+    learned = {
+        "model.layers.0.self_attn.q_scale": torch.ones(96),
+        "model.layers.0.mlp.output_scale": torch.ones(()),
+    }
+    of_cache = {f"model.layers.0.self_attn.{name}": torch.ones(()) for name in ("k_scale", "v_proj.output_scale")}
+    made.tensors |= {**learned, **of_cache}
+    scene = Scene(tmp_path, made)
+    notes = shardmerge.plan(scene.config(quantized="dense")).warnings
+    assert any("left out, as only a quantised model uses them: 2, such as" in text for text in notes)
+    found = scene.merge(quantized="dense")
+    assert learned.keys() <= found.keys() and not of_cache.keys() & found.keys()
+    assert_kept(scene.merge("mixed"), of_cache)
