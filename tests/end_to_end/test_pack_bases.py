@@ -12,7 +12,7 @@ from shardmerge.errors import FormatError, NonFiniteError, PlanError
 from tests.support.pack_bases import PACK_BASES, Packed
 from tests.support.peft_oracle import bits, least_memory, stored, write_adapter
 from tests.support.quantised_bases import linears
-from tests.support.quantised_scene import ALPHA, DOWN, Q, Scene
+from tests.support.quantised_scene import ALPHA, DOWN, Q, Scene, assert_nearest_codes, assert_values_stay
 
 
 def each(*quick: str) -> pytest.MarkDecorator:
@@ -57,17 +57,7 @@ def test_same_writes_the_nearest_codes_of_the_bases_own_grid(tmp_path: Path, kin
     scene.factors = {module: (a, b * 0.2) for module, (a, b) in scene.factors.items()}
     write_adapter(scene.adapter, scene.factors, ALPHA)
     found = scene.merge(quantized="same")
-    assert found.keys() == made.tensors.keys()
-    written = {f"{module}.{made.codes}" for module in scene.factors}
-    for name, tensor in made.tensors.items():
-        assert (bits(found[name]) == bits(tensor)) != (name in written), name
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
-    for module in scene.factors:
-        exact = scene.merged(module).double()
-        error = (made.stored(module, found).double() - exact).abs()
-        assert bool((error <= made.nearest(module, exact) + exact.abs() * 2.0**-22).all())
-    assert scene.settings() == made.config
-    assert shardmerge.verify(tmp_path / "out", rows=None).ok
+    assert_nearest_codes(scene, made, found)
 
 
 @each("nvfp4-modelopt")
@@ -77,11 +67,7 @@ def test_an_adapter_of_zeros_changes_no_code(tmp_path: Path, kind: str, rounding
     scene = Scene(tmp_path, made)
     write_adapter(scene.adapter, {module: (a, b * 0) for module, (a, b) in scene.factors.items()}, ALPHA)
     found = scene.merge(quantized="same", rounding=rounding)
-    for name, tensor in made.tensors.items():
-        if name.removesuffix(f".{made.codes}") not in scene.factors:
-            assert bits(found[name]) == bits(tensor), name
-    for module in scene.factors:  # the sign of zero may change
-        assert torch.equal(made.stored(module, found), made.stored(module, made.tensors)), module
+    assert_values_stay(scene, made, found)
 
 
 @each("mxfp8-modelopt")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import shardmerge
-from tests.support.peft_oracle import make_config, random, stored, write_adapter
+from tests.support.pack_bases import Packed
+from tests.support.peft_oracle import bits, make_config, random, stored, write_adapter
 from tests.support.quantised_bases import Quantised
 
 RANK, ALPHA = 4, 6.0
@@ -50,3 +52,27 @@ class Scene:
             return self.made.values[module if module in self.made.values else f"{module}.weight"]
         a, b = self.factors[module]
         return self.made.values[f"{module}.weight"] + (b @ a) * (ALPHA / RANK)
+
+
+def assert_nearest_codes(scene: Scene, made: Packed, found: Mapping[str, Tensor]) -> None:
+    """Of the updated weights the codes alone have changed, and no code of the base's grid is nearer."""
+    assert found.keys() == made.tensors.keys()
+    written = {f"{module}.{made.codes}" for module in scene.factors}
+    for name, tensor in made.tensors.items():
+        assert (bits(found[name]) == bits(tensor)) != (name in written), name
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+    for module in scene.factors:
+        exact = scene.merged(module).double()
+        error = (made.stored(module, found).double() - exact).abs()
+        assert bool((error <= made.nearest(module, exact) + exact.abs() * 2.0**-22).all())
+    assert scene.settings() == made.config
+    assert shardmerge.verify(scene.folder / "out", rows=None).ok
+
+
+def assert_values_stay(scene: Scene, made: Packed, found: Mapping[str, Tensor]) -> None:
+    """All but the codes of the adapter's modules has its bytes; these stand for the same values."""
+    for name, tensor in made.tensors.items():
+        if name.removesuffix(f".{made.codes}") not in scene.factors:
+            assert bits(found[name]) == bits(tensor), name
+    for module in scene.factors:  # the sign of zero may change
+        assert torch.equal(made.stored(module, found), made.stored(module, made.tensors)), module
